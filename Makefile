@@ -1,0 +1,40 @@
+# `make` lists the targets. Everything a target needs it builds or fetches by
+# Go modules; nothing else is required on the machine.
+
+LINT := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
+
+.DEFAULT_GOAL := help
+.PHONY: help build test lint generate check demo bench fuzz
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+build: ## compile the binaries into bin/
+	go build -trimpath -o bin/ ./ca/cmd/... ./agent/cmd/...
+
+test: ## unit, property, script and integration tests with the race detector
+	go test -race ./...
+
+lint: ## gofumpt, golangci-lint and buf
+	@test -z "$$(go tool gofumpt -l .)" || { go tool gofumpt -l .; echo 'run: go tool gofumpt -w .'; exit 1; }
+	$(LINT) run ./...
+	$(BUF) lint
+
+generate: ## rebuild the generated code from the protos
+	$(BUF) generate
+
+check: lint test ## what CI runs before build and demo
+	$(MAKE) generate && git diff --exit-code -- ca/capb agent/agentpb
+
+demo: ## see it work: two services, one policy, one revocation
+	go run ./examples/quickstart
+
+bench: ## benchmarks, ten runs each, for benchstat
+	go test -run '^$$' -bench . -count 10 ./integration/bench | tee bench.txt
+
+FUZZTIME ?= 30s
+fuzz: ## every fuzz target for FUZZTIME (default 30s)
+	@set -e; grep -rl --include='*_test.go' '^func Fuzz' . | while read -r f; do \
+	  for t in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$f); do \
+	    echo "== $$f $$t"; go test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) ./$$(dirname $$f); done; done

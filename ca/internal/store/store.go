@@ -1,0 +1,112 @@
+// Package store is the CA's memory: a small revisioned key-value interface
+// that knows nothing of what is kept in it. Every write raises one revision
+// that orders all changes; a watcher can resume from any revision that is not
+// yet compacted. Two implementations pass one conformance suite (storetest).
+package store
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// Errors that callers test for.
+var (
+	// ErrNotFound is returned by Get when no such key exists.
+	ErrNotFound = errors.New("key not found")
+	// ErrCompacted is returned by Watch when the changes right after the asked
+	// revision are no longer kept: list again, then watch from the list's
+	// revision.
+	ErrCompacted = errors.New("revision compacted")
+	// ErrClosed is returned once the store has been closed.
+	ErrClosed = errors.New("store closed")
+)
+
+// KV is a key with its value. Value is owned by the receiver.
+type KV struct {
+	Key   string
+	Value []byte
+	// ModRevision is the revision of the transaction that wrote this value.
+	ModRevision uint64
+}
+
+// Cmp is a condition of a transaction: the key's ModRevision is exactly
+// ModRevision; 0 means that the key does not exist.
+type Cmp struct {
+	Key         string
+	ModRevision uint64
+}
+
+// Op is one write of a transaction: a put, or a delete.
+type Op struct {
+	Key    string
+	Value  []byte
+	Delete bool
+}
+
+// Put returns an Op that sets key to value.
+func Put(key string, value []byte) Op { return Op{Key: key, Value: value} }
+
+// Delete returns an Op that removes key; removing an absent key is no error.
+func Delete(key string) Op { return Op{Key: key, Delete: true} }
+
+// TxnResult says which branch of a transaction ran, and at which revision.
+type TxnResult struct {
+	// Succeeded is true when all comparisons held and then was written.
+	Succeeded bool
+	// Revision is that of the transaction's writes; of the store, where it
+	// wrote nothing.
+	Revision uint64
+}
+
+// Event is one changed key.
+type Event struct {
+	// KV is the new state; for a delete only Key and ModRevision (the revision
+	// of the delete) are set.
+	KV     KV
+	Delete bool
+	// Prev is the value before, nil where the key did not exist.
+	Prev []byte
+}
+
+// Batch holds the events of one revision that lie under the watched prefix.
+// Batches arrive in order of revision, each revision at most once.
+type Batch struct {
+	Revision uint64
+	Events   []Event
+}
+
+// Leadership is a held campaign.
+type Leadership interface {
+	// Lost is closed when the leadership has been lost.
+	Lost() <-chan struct{}
+	// Resign gives it up.
+	Resign(ctx context.Context) error
+}
+
+// Store is safe for concurrent use. A write that returned without an error is
+// durable.
+type Store interface {
+	// Get returns the latest committed value (linearizable) and the store's
+	// revision.
+	Get(ctx context.Context, key string) (kv KV, revision uint64, err error)
+	// List returns up to limit pairs under prefix with keys above after, in
+	// order of keys. The pages of one listing share one revision: pass 0 for
+	// the first page and the returned revision for the next ones; ErrCompacted
+	// means begin again.
+	List(ctx context.Context, prefix, after string, limit int, atRevision uint64) (kvs []KV, revision uint64, more bool, err error)
+	// Txn writes then if all cmps hold, otherwise otherwise, atomically, and
+	// returns once that is durable.
+	Txn(ctx context.Context, cmps []Cmp, then, otherwise []Op) (TxnResult, error)
+	// Watch sends every batch above afterRevision, in order, until ctx ends or
+	// the store closes; then the channel is closed. A slow reader delays only
+	// itself; one that falls behind the compaction point finds the channel
+	// closed while ctx lives, and lists again.
+	Watch(ctx context.Context, prefix string, afterRevision uint64) (<-chan Batch, error)
+	// Campaign blocks until this process leads name (or ctx ends).
+	Campaign(ctx context.Context, name string, ttl time.Duration) (Leadership, error)
+	// Revision returns the latest committed revision.
+	Revision(ctx context.Context) (uint64, error)
+	// Close waits for running commits and releases everything.
+	Close() error
+}

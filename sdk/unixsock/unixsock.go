@@ -1,0 +1,112 @@
+// Package unixsock is about Unix sockets that prove who is at the other end:
+// it binds them without the usual traps (a directory that others can write, a
+// pre-created socket or symlink) and gives gRPC both ends' kernel-attested
+// credentials. CA, agent, SDK and sidecar use it for every local socket.
+package unixsock
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"syscall"
+)
+
+// MaxPath is the longest socket path that Linux takes, in bytes (sun_path less
+// its NUL).
+const MaxPath = 107
+
+// Access says who may reach a socket through its directory.
+type Access int
+
+// The two kinds of socket.
+const (
+	// Private sockets are for root and the process's own user: directory 0700,
+	// socket 0600.
+	Private Access = iota
+	// Public sockets are for every user of the node: directory 0755, socket
+	// 0777. Others can connect and cannot replace the socket.
+	Public
+)
+
+// Listen binds a socket at path, making its directory when it is missing. A
+// socket left behind by a dead process is replaced. Listen refuses a path
+// longer than MaxPath, a directory that another user owns or can write, a
+// symlink or any other file at path, and a socket on which somebody still
+// listens.
+func Listen(path string, access Access) (net.Listener, error) {
+	if len(path) > MaxPath {
+		return nil, fmt.Errorf("listen on %s: the path has %d bytes and a socket path at most %d; choose a shorter folder", path, len(path), MaxPath)
+	}
+	dirMode, sockMode := fs.FileMode(0o700), fs.FileMode(0o600)
+	if access == Public {
+		dirMode, sockMode = 0o755, 0o777
+	}
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, dirMode); err != nil {
+		return nil, fmt.Errorf("make the socket's directory: %w", err)
+	}
+	if err := checkDir(dir, access); err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	if err := removeStale(path); err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	lis, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, sockMode); err != nil {
+		lis.Close()
+		return nil, fmt.Errorf("set the mode of %s: %w", path, err)
+	}
+	return lis, nil
+}
+
+// checkDir refuses directories in which somebody else could replace the
+// socket (SECURITY.md T49).
+func checkDir(dir string, access Access) error {
+	fi, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	if !fi.IsDir() {
+		return fmt.Errorf("%s is not a directory", dir)
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return fmt.Errorf("cannot tell who owns %s", dir)
+	}
+	if uid := os.Geteuid(); int(st.Uid) != uid && st.Uid != 0 {
+		return fmt.Errorf("directory %s belongs to uid %d, not to uid %d or root", dir, st.Uid, uid)
+	}
+	forbidden := fs.FileMode(0o022)
+	if access == Private {
+		forbidden = 0o077
+	}
+	if fi.Mode().Perm()&forbidden != 0 {
+		return fmt.Errorf("directory %s has mode %04o, which lets other users in: chmod it to %04o", dir, fi.Mode().Perm(), 0o777&^forbidden)
+	}
+	return nil
+}
+
+// removeStale removes a socket on which nobody listens, and nothing else.
+func removeStale(path string) error {
+	fi, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if fi.Mode().Type() != fs.ModeSocket {
+		return fmt.Errorf("a %s is in the way; remove it", fi.Mode().Type())
+	}
+	if conn, err := net.Dial("unix", path); err == nil {
+		conn.Close()
+		return errors.New("another process listens there already")
+	}
+	return os.Remove(path)
+}
