@@ -89,7 +89,7 @@ func parse(name string, data []byte) (ast.Node, error) {
 	var root ast.Node
 	for i, doc := range file.Docs {
 		if i > 0 {
-			return nil, at(name, doc.GetToken(), "", "only one document is read; remove what follows \"---\"")
+			return nil, at(name, doc.Start, "", "only one document is read; remove what follows \"---\"")
 		}
 		root = doc.Body
 	}
