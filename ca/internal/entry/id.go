@@ -1,0 +1,116 @@
+// SPIFFE IDs as operators give them: taken literally or refused, never
+// repaired (SECURITY.md T1, ID1-ID7), and the IDs that Merlon keeps for itself.
+
+package entry
+
+import (
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+const (
+	agentPrefix = "/agent"
+	caPath      = "/ca"
+	maxNameLen  = 128
+)
+
+// ParseID parses a SPIFFE ID of the API's field. The error is an
+// *InvalidError.
+func ParseID(field, s string) (spiffeid.ID, error) {
+	if s == "" {
+		return spiffeid.ID{}, invalid(field, "is missing")
+	}
+	if len(s) > maxIDBytes {
+		return spiffeid.ID{}, invalid(field, "has %d bytes; a SPIFFE ID has at most %d", len(s), maxIDBytes)
+	}
+	id, err := spiffeid.FromString(s)
+	if err != nil {
+		return spiffeid.ID{}, invalid(field, "%q is not a SPIFFE ID: %s", s, err)
+	}
+	if n := len(id.TrustDomain().Name()); n > maxTrustDomainBytes {
+		return spiffeid.ID{}, invalid(field, "the trust domain has %d bytes; at most %d", n, maxTrustDomainBytes)
+	}
+	return id, nil
+}
+
+// ParseTrustDomain parses the bare name of a trust domain, such as
+// "example.org".
+func ParseTrustDomain(field, s string) (spiffeid.TrustDomain, error) {
+	if len(s) > maxTrustDomainBytes {
+		return spiffeid.TrustDomain{}, invalid(field, "has %d bytes; at most %d", len(s), maxTrustDomainBytes)
+	}
+	// go-spiffe would take a whole SPIFFE ID here and cut it.
+	if strings.Contains(s, "/") || strings.Contains(s, ":") {
+		return spiffeid.TrustDomain{}, invalid(field, "%q is not a trust domain: give the bare name, such as example.org", s)
+	}
+	td, err := spiffeid.TrustDomainFromString(s)
+	if err != nil {
+		return spiffeid.TrustDomain{}, invalid(field, "%q is not a trust domain: %s", s, err)
+	}
+	return td, nil
+}
+
+// AgentID returns the SPIFFE ID of the agent called name. The error is an
+// *InvalidError.
+func AgentID(td spiffeid.TrustDomain, name string) (spiffeid.ID, error) {
+	if name == "" || len(name) > maxNameLen {
+		return spiffeid.ID{}, invalid("agent_name", "has %d bytes; 1 to %d", len(name), maxNameLen)
+	}
+	id, err := spiffeid.FromSegments(td, agentPrefix[1:], name)
+	if err != nil {
+		return spiffeid.ID{}, invalid("agent_name", "%q cannot be a path segment of a SPIFFE ID: %s", name, err)
+	}
+	return id, nil
+}
+
+// AgentName returns the name in an agent's SPIFFE ID, and false for any other
+// ID.
+func AgentName(id spiffeid.ID) (string, bool) {
+	name, ok := strings.CutPrefix(id.Path(), agentPrefix+"/")
+	if !ok || name == "" || strings.Contains(name, "/") || len(name) > maxNameLen {
+		return "", false
+	}
+	return name, true
+}
+
+// CAID returns the SPIFFE ID under which the CA serves its ports.
+func CAID(td spiffeid.TrustDomain) spiffeid.ID {
+	return spiffeid.RequireFromPath(td, caPath)
+}
+
+// Reserved says whether id is one of those that Merlon gives out by itself:
+// agents and the CA. A workload with such an ID would be taken for one.
+func Reserved(id spiffeid.ID) bool {
+	p := id.Path()
+	return p == caPath || p == agentPrefix || strings.HasPrefix(p, agentPrefix+"/")
+}
+
+func checkWorkloadID(field string, id spiffeid.ID, td spiffeid.TrustDomain) *InvalidError {
+	switch {
+	case id.IsZero():
+		return invalid(field, "is missing")
+	case len(id.String()) > maxIDBytes:
+		return invalid(field, "has %d bytes; a SPIFFE ID has at most %d", len(id.String()), maxIDBytes)
+	case !id.MemberOf(td):
+		return invalid(field, "%s is not in the trust domain %s", id, td)
+	case id.Path() == "":
+		return invalid(field, "%s has no path: it names the trust domain, not a workload", id)
+	case Reserved(id):
+		return invalid(field, "%s is reserved: Merlon gives %s/… and %s out itself", id, agentPrefix, caPath)
+	}
+	return nil
+}
+
+func checkParent(id spiffeid.ID, td spiffeid.TrustDomain) *InvalidError {
+	switch {
+	case id.IsZero():
+		return invalid("parent_id", "is missing")
+	case !id.MemberOf(td):
+		return invalid("parent_id", "%s is not in the trust domain %s", id, td)
+	}
+	if _, ok := AgentName(id); !ok {
+		return invalid("parent_id", "%s is not an agent: want spiffe://%s%s/NAME", id, td.Name(), agentPrefix)
+	}
+	return nil
+}

@@ -1,0 +1,159 @@
+// Selectors: proved facts about a workload. A selector that no attestor can
+// ever prove is a typing mistake that would leave a workload without identity,
+// so it is refused with the nearest right word.
+
+package entry
+
+import (
+	"encoding/hex"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// Selector is one fact about a workload, written type:value, such as
+// unix:uid:1000.
+type Selector struct {
+	Type  string // "unix"
+	Value string // "uid:1000"
+}
+
+// String returns type:value.
+func (s Selector) String() string { return s.Type + ":" + s.Value }
+
+const maxSelectorBytes = 4096
+
+// attestors lists, by selector type, what the agent's workload attestors can
+// prove, with the check of each value.
+var attestors = map[string]map[string]func(string) string{
+	"unix": {
+		"uid":    numericID,
+		"gid":    numericID,
+		"path":   absolutePath,
+		"sha256": sha256Hex,
+	},
+}
+
+// ParseSelector parses type:value. It splits at the first colon and refuses a
+// type or key that no attestor proves, as an *InvalidError.
+func ParseSelector(s string) (Selector, error) {
+	typ, value, ok := strings.Cut(s, ":")
+	if !ok {
+		return Selector{}, invalid("selectors", "%q has no colon: want type:value, such as unix:uid:1000", s)
+	}
+	sel := Selector{Type: typ, Value: value}
+	if err := checkSelector(sel); err != nil {
+		return Selector{}, err
+	}
+	return sel, nil
+}
+
+func checkSelectors(selectors []Selector) *InvalidError {
+	if len(selectors) == 0 {
+		return invalid("selectors", "there is none: an entry without selectors would match nothing")
+	}
+	if len(selectors) > maxSelectors {
+		return invalid("selectors", "there are %d; at most %d", len(selectors), maxSelectors)
+	}
+	seen := make(map[Selector]bool, len(selectors))
+	for _, sel := range selectors {
+		if err := checkSelector(sel); err != nil {
+			return err
+		}
+		if seen[sel] {
+			return invalid("selectors", "%q is there twice", sel)
+		}
+		seen[sel] = true
+	}
+	return nil
+}
+
+func checkSelector(sel Selector) *InvalidError {
+	if n := len(sel.String()); n > maxSelectorBytes {
+		return invalid("selectors", "one has %d bytes; at most %d", n, maxSelectorBytes)
+	}
+	keys, ok := attestors[sel.Type]
+	if !ok {
+		return invalid("selectors", "%q has the unknown type %q%s", sel, sel.Type, suggest(sel.Type, attestors))
+	}
+	key, value, ok := strings.Cut(sel.Value, ":")
+	check := keys[key]
+	if !ok || check == nil {
+		return invalid("selectors", "%q: %s has no %q%s", sel, sel.Type, key, suggest(key, keys))
+	}
+	if reason := check(value); reason != "" {
+		return invalid("selectors", "%q: %s", sel, reason)
+	}
+	return nil
+}
+
+func numericID(s string) string {
+	n, err := strconv.ParseUint(s, 10, 32)
+	// 2^32-1 is "no user" to the kernel.
+	if err != nil || strconv.FormatUint(n, 10) != s || n == 1<<32-1 {
+		return "want a number between 0 and 4294967294, in decimal"
+	}
+	return ""
+}
+
+func absolutePath(s string) string {
+	if err := checkText("path", s, maxSelectorBytes); err != nil {
+		return err.Reason
+	}
+	if !path.IsAbs(s) || path.Clean(s) != s || s == "/" {
+		return "want the absolute path of the program, as the kernel shows it: without symlinks, dots or a trailing slash"
+	}
+	return ""
+}
+
+func sha256Hex(s string) string {
+	b, err := hex.DecodeString(s)
+	if err != nil || len(b) != 32 || strings.ToLower(s) != s {
+		return "want 64 lower-case hex digits"
+	}
+	return ""
+}
+
+// suggest names the known word nearest to got, or all of them.
+func suggest[V any](got string, known map[string]V) string {
+	words := make([]string, 0, len(known))
+	for w := range known {
+		words = append(words, w)
+	}
+	slices.Sort(words)
+	best, bestDistance := "", 3
+	for _, w := range words {
+		if d := distance(got, w); d < bestDistance {
+			best, bestDistance = w, d
+		}
+	}
+	if best != "" {
+		return "; did you mean " + best + "?"
+	}
+	return "; known: " + strings.Join(words, ", ")
+}
+
+// distance is the Levenshtein distance in bytes; anything long is far.
+func distance(a, b string) int {
+	if len(a) > 32 {
+		return len(a)
+	}
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := 1
+			if a[i] == b[j] {
+				cost = 0
+			}
+			next := min(row[j]+1, row[j+1]+1, diagonal+cost)
+			diagonal, row[j+1] = row[j+1], next
+		}
+	}
+	return row[len(b)]
+}
