@@ -87,11 +87,11 @@ func TestRefusesBadEntriesNamingTheField(t *testing.T) {
 		"newline in path":   {func(e *Entry) { e.Selectors = []Selector{{"unix", "path:/bin/a\nb"}} }, "selectors"},
 		"short sha256":      {func(e *Entry) { e.Selectors = []Selector{{"unix", "sha256:abcd"}} }, "selectors"},
 		"upper-case sha256": {func(e *Entry) { e.Selectors = []Selector{{"unix", "sha256:" + strings.Repeat("AB", 32)}} }, "selectors"},
-		"long TTL":          {func(e *Entry) { e.X509SVIDTTL = MaxX509SVIDTTL + 1 }, "x509_svid_ttl"},
-		"huge TTL":          {func(e *Entry) { e.X509SVIDTTL = math.MaxInt64 }, "x509_svid_ttl"},
-		"negative TTL":      {func(e *Entry) { e.X509SVIDTTL = -time.Hour }, "x509_svid_ttl"},
-		"short TTL":         {func(e *Entry) { e.X509SVIDTTL = MinTTL - 1 }, "x509_svid_ttl"},
-		"long JWT TTL":      {func(e *Entry) { e.JWTSVIDTTL = MaxJWTSVIDTTL + 1 }, "jwt_svid_ttl"},
+		"long TTL":          {func(e *Entry) { e.X509SVIDTTL = MaxX509SVIDTTL + 1 }, "x509_svid_ttl_seconds"},
+		"huge TTL":          {func(e *Entry) { e.X509SVIDTTL = math.MaxInt64 }, "x509_svid_ttl_seconds"},
+		"negative TTL":      {func(e *Entry) { e.X509SVIDTTL = -time.Hour }, "x509_svid_ttl_seconds"},
+		"short TTL":         {func(e *Entry) { e.X509SVIDTTL = MinTTL - 1 }, "x509_svid_ttl_seconds"},
+		"long JWT TTL":      {func(e *Entry) { e.JWTSVIDTTL = MaxJWTSVIDTTL + 1 }, "jwt_svid_ttl_seconds"},
 		"wildcard":          {func(e *Entry) { e.DNSNames = []string{"*.shop.test"} }, "dns_names"},
 		"upper-case name":   {func(e *Entry) { e.DNSNames = []string{"Web.shop.test"} }, "dns_names"},
 		"IP as name":        {func(e *Entry) { e.DNSNames = []string{"10.0.0.1"} }, "dns_names"},
@@ -210,10 +210,10 @@ func TestTTLNeverPassesTheEntrysEnd(t *testing.T) {
 
 func TestTTLFromSecondsNeverOverflows(t *testing.T) {
 	for _, s := range []int64{-1, math.MinInt64, math.MaxInt64, math.MaxInt64 / int64(time.Second), 86401} {
-		_, err := TTLFromSeconds("x509_svid_ttl", s)
-		wantInvalid(t, err, "x509_svid_ttl")
+		_, err := TTLFromSeconds("x509_svid_ttl_seconds", s)
+		wantInvalid(t, err, "x509_svid_ttl_seconds")
 	}
-	if d, err := TTLFromSeconds("x509_svid_ttl", 86400); err != nil || d != MaxX509SVIDTTL {
+	if d, err := TTLFromSeconds("x509_svid_ttl_seconds", 86400); err != nil || d != MaxX509SVIDTTL {
 		t.Errorf("TTLFromSeconds(86400) = %s, %v", d, err)
 	}
 }

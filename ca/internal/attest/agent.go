@@ -1,0 +1,163 @@
+// Package attest proves nodes: it checks the evidence that an agent sends and
+// keeps the record that makes an agent live. Evidence is used up in the very
+// transaction that writes the record, so that a crash in between leaves
+// neither a used-up token without an agent nor an agent without a token spent.
+// One file per kind of evidence.
+package attest
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/store"
+)
+
+// Where the store keeps agents, and the handles that are taken.
+const (
+	AgentPrefix  = "agent/"
+	handlePrefix = "handle/"
+)
+
+const (
+	encodingVersion = 1
+	maxAttempts     = 16
+	handleBits      = 48
+)
+
+// ErrUnknownAgent is returned when no live agent has the given ID.
+var ErrUnknownAgent = errors.New("agent not attested")
+
+// Agent is a node that has been attested.
+type Agent struct {
+	ID spiffeid.ID
+	// Handle is the 48-bit number with which every serial issued through the
+	// agent begins. It stays the same when the node attests again.
+	Handle      uint64
+	Attestation string // "join_token"
+	AttestedAt  time.Time
+	// NotAfter is the end of its newest X509-SVID.
+	NotAfter time.Time
+	// Revision is the store revision of the record.
+	Revision uint64
+}
+
+type storedAgent struct {
+	Version     int         `json:"v"`
+	ID          spiffeid.ID `json:"spiffe_id"`
+	Handle      uint64      `json:"handle"`
+	Attestation string      `json:"attestation"`
+	AttestedAt  time.Time   `json:"attested_at"`
+	NotAfter    time.Time   `json:"not_after"`
+}
+
+// DecodeAgent reads an agent's record.
+func DecodeAgent(kv store.KV) (*Agent, error) {
+	var s storedAgent
+	if err := json.Unmarshal(kv.Value, &s); err != nil {
+		return nil, fmt.Errorf("decode the record of %s: %w", kv.Key, err)
+	}
+	if s.Version != encodingVersion || s.Handle == 0 || s.Handle >= 1<<handleBits {
+		return nil, fmt.Errorf("decode the record of %s: version %d, handle %d", kv.Key, s.Version, s.Handle)
+	}
+	return &Agent{
+		ID: s.ID, Handle: s.Handle, Attestation: s.Attestation,
+		AttestedAt: s.AttestedAt, NotAfter: s.NotAfter, Revision: kv.ModRevision,
+	}, nil
+}
+
+func (a *Agent) put() (store.Op, error) {
+	b, err := json.Marshal(storedAgent{
+		Version: encodingVersion, ID: a.ID, Handle: a.Handle, Attestation: a.Attestation,
+		AttestedAt: a.AttestedAt.UTC(), NotAfter: a.NotAfter.UTC(),
+	})
+	if err != nil {
+		return store.Op{}, fmt.Errorf("encode the record of %s: %w", a.ID, err)
+	}
+	return store.Put(agentKey(a.ID), b), nil
+}
+
+func agentKey(id spiffeid.ID) string {
+	name, _ := entry.AgentName(id)
+	return AgentPrefix + name
+}
+
+func handleKey(handle uint64) string { return fmt.Sprintf("%s%012x", handlePrefix, handle) }
+
+// Renewed records that the agent's newest SVID ends at notAfter.
+func Renewed(ctx context.Context, st store.Store, id spiffeid.ID, notAfter time.Time) error {
+	for range maxAttempts {
+		kv, _, err := st.Get(ctx, agentKey(id))
+		if errors.Is(err, store.ErrNotFound) {
+			return ErrUnknownAgent
+		}
+		if err != nil {
+			return fmt.Errorf("read the record of %s: %w", id, err)
+		}
+		a, err := DecodeAgent(kv)
+		if err != nil {
+			return err
+		}
+		a.NotAfter = notAfter
+		op, err := a.put()
+		if err != nil {
+			return err
+		}
+		res, err := st.Txn(ctx, []store.Cmp{{Key: kv.Key, ModRevision: kv.ModRevision}}, []store.Op{op}, nil)
+		if err != nil {
+			return fmt.Errorf("write the record of %s: %w", id, err)
+		}
+		if res.Succeeded {
+			return nil
+		}
+	}
+	return fmt.Errorf("write the record of %s: others keep changing it", id)
+}
+
+// enroll prepares the transaction that makes a the live agent with its ID: a
+// known node keeps its handle, a new one gets a handle that nobody has had.
+func enroll(ctx context.Context, st store.Store, a *Agent) ([]store.Cmp, []store.Op, error) {
+	key := agentKey(a.ID)
+	kv, _, err := st.Get(ctx, key)
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return nil, nil, fmt.Errorf("read the record of %s: %w", a.ID, err)
+	}
+	var cmps []store.Cmp
+	var ops []store.Op
+	if errors.Is(err, store.ErrNotFound) {
+		a.Handle = newHandle()
+		taken := handleKey(a.Handle)
+		cmps = []store.Cmp{{Key: key}, {Key: taken}}
+		ops = []store.Op{store.Put(taken, []byte(a.ID.String()))}
+	} else {
+		before, err := DecodeAgent(kv)
+		if err != nil {
+			return nil, nil, err
+		}
+		a.Handle = before.Handle
+		cmps = []store.Cmp{{Key: key, ModRevision: kv.ModRevision}}
+	}
+	put, err := a.put()
+	if err != nil {
+		return nil, nil, err
+	}
+	return cmps, append(ops, put), nil
+}
+
+// newHandle returns 48 random bits, never 0: that is the CA's own.
+func newHandle() uint64 {
+	for {
+		var b [8]byte
+		rand.Read(b[:]) // never fails, see crypto/rand
+		if h := binary.BigEndian.Uint64(b[:]) >> (64 - handleBits); h != 0 {
+			return h
+		}
+	}
+}

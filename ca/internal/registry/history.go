@@ -1,0 +1,113 @@
+// Which entries went away since when: the one thing that the present picture
+// cannot tell a stream that resumes. What happened before this process began
+// is read back from the store's own history, once for all streams.
+
+package registry
+
+import (
+	"cmp"
+	"context"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/store"
+)
+
+const (
+	// maxRemovals bounds the memory; older ones make resuming streams list.
+	maxRemovals = 50_000
+	// maxReadBack is how many revisions are read back rather than listed anew.
+	maxReadBack     = 50_000
+	readBackTimeout = 5 * time.Second
+)
+
+type removal struct {
+	revision uint64
+	parent   spiffeid.ID
+	id       string
+}
+
+// history holds every removal after revision known, in order.
+type history struct {
+	known    uint64
+	removals []removal
+}
+
+func (h *history) add(r removal) {
+	h.removals = append(h.removals, r)
+	if len(h.removals) > maxRemovals {
+		cut := len(h.removals) / 2
+		h.known = h.removals[cut-1].revision
+		h.removals = slices.Clone(h.removals[cut:])
+	}
+}
+
+func (h *history) after(revision uint64) []removal {
+	i, _ := slices.BinarySearchFunc(h.removals, revision+1, func(r removal, rev uint64) int { return cmp.Compare(r.revision, rev) })
+	return h.removals[i:]
+}
+
+// knowHistory says whether every removal after revision is known, reading the
+// store's history back if need be.
+func (r *Registry) knowHistory(ctx context.Context, revision uint64) bool {
+	r.mu.RLock()
+	known := r.history.known
+	r.mu.RUnlock()
+	if revision >= known {
+		return true
+	}
+	if known-revision > maxReadBack {
+		return false
+	}
+	earlier, ok := r.readBack(ctx, revision, known)
+	if !ok {
+		return false
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	// Another stream may have read further back meanwhile, and many removals
+	// may have moved the limit up again.
+	if r.history.known == known {
+		r.history.removals = slices.Concat(earlier, r.history.removals)
+		r.history.known = revision
+	}
+	return r.history.known <= revision
+}
+
+// readBack returns the removals above from, up to and including to.
+func (r *Registry) readBack(ctx context.Context, from, to uint64) ([]removal, bool) {
+	ctx, cancel := context.WithTimeout(ctx, readBackTimeout)
+	defer cancel()
+	batches, err := r.store.Watch(ctx, "", from)
+	if err != nil {
+		return nil, false
+	}
+	var removals []removal
+	for b := range batches {
+		if b.Revision > to {
+			return removals, true
+		}
+		removals = appendRemovals(removals, b)
+		if b.Revision == to {
+			return removals, true
+		}
+	}
+	return nil, false
+}
+
+func appendRemovals(to []removal, b store.Batch) []removal {
+	for _, ev := range b.Events {
+		id, ok := strings.CutPrefix(ev.KV.Key, EntryPrefix)
+		if !ok || !ev.Delete || ev.Prev == nil {
+			continue
+		}
+		if e, err := entry.Decode(ev.Prev); err == nil {
+			to = append(to, removal{revision: b.Revision, parent: e.ParentID, id: id})
+		}
+	}
+	return to
+}
