@@ -15,9 +15,16 @@ var (
 	// ErrNotFound is returned by Get when no such key exists.
 	ErrNotFound = errors.New("key not found")
 	// ErrCompacted is returned by Watch when the changes right after the asked
-	// revision are no longer kept: list again, then watch from the list's
-	// revision.
+	// revision are no longer kept, and by List and Watch for a revision that
+	// this store's history does not have: list again, then watch from the
+	// list's revision.
 	ErrCompacted = errors.New("revision compacted")
+	// ErrTooLarge is returned by Txn for keys, values and transactions above
+	// the limits below; nothing was written.
+	ErrTooLarge = errors.New("too large for the store")
+	// ErrReadOnly is returned by Txn when the store can no longer promise that
+	// a write is durable, e.g. after a sync has failed. Reads go on.
+	ErrReadOnly = errors.New("store is read-only")
 	// ErrClosed is returned once the store has been closed.
 	ErrClosed = errors.New("store closed")
 )
@@ -85,23 +92,28 @@ type Leadership interface {
 }
 
 // Store is safe for concurrent use. A write that returned without an error is
-// durable.
+// durable. The revision of a new store is 1.
 type Store interface {
 	// Get returns the latest committed value (linearizable) and the store's
 	// revision.
 	Get(ctx context.Context, key string) (kv KV, revision uint64, err error)
-	// List returns up to limit pairs under prefix with keys above after, in
-	// order of keys. The pages of one listing share one revision: pass 0 for
-	// the first page and the returned revision for the next ones; ErrCompacted
-	// means begin again.
+	// List returns up to limit (at least 1) pairs under prefix with keys above
+	// after, in order of keys. The pages of one listing share one revision:
+	// pass 0 for the first page and the returned revision for the next ones;
+	// ErrCompacted means begin again. Revisions that did not come from List
+	// may also be answered with ErrCompacted.
 	List(ctx context.Context, prefix, after string, limit int, atRevision uint64) (kvs []KV, revision uint64, more bool, err error)
 	// Txn writes then if all cmps hold, otherwise otherwise, atomically, and
-	// returns once that is durable.
+	// returns once that is durable. A branch must not name a key twice. It
+	// takes the next revision if it changes anything: deletes of absent keys
+	// alone do not. When ctx ends first, the outcome is unknown: it may still
+	// be written. Slices may be reused once Txn has returned.
 	Txn(ctx context.Context, cmps []Cmp, then, otherwise []Op) (TxnResult, error)
 	// Watch sends every batch above afterRevision, in order, until ctx ends or
 	// the store closes; then the channel is closed. A slow reader delays only
 	// itself; one that falls behind the compaction point finds the channel
-	// closed while ctx lives, and lists again.
+	// closed while ctx lives, and lists again. Watching from 0 gives all of a
+	// history that has never been compacted.
 	Watch(ctx context.Context, prefix string, afterRevision uint64) (<-chan Batch, error)
 	// Campaign blocks until this process leads name (or ctx ends).
 	Campaign(ctx context.Context, name string, ttl time.Duration) (Leadership, error)

@@ -1,0 +1,3 @@
+package badger_test
+
+func runChild() {}
