@@ -110,3 +110,18 @@ func removeStale(path string) error {
 	}
 	return os.Remove(path)
 }
+
+// DirOwner returns the uid that owns the directory of the socket at path,
+// where nobody else can write in it: only that user (or root) can have put
+// the socket there.
+func DirOwner(path string) (uid uint32, ok bool) {
+	fi, err := os.Stat(filepath.Dir(path))
+	if err != nil || fi.Mode().Perm()&0o022 != 0 {
+		return 0, false
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return 0, false
+	}
+	return st.Uid, true
+}

@@ -1,0 +1,293 @@
+// Sockets in hostile places, and peers that come and go.
+
+package unixsock_test
+
+import (
+	"context"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/sdk/unixsock"
+)
+
+// shortDir is a directory whose path leaves room for a socket name.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "us")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func TestListenSetsModes(t *testing.T) {
+	for name, tc := range map[string]struct {
+		access    unixsock.Access
+		dir, sock os.FileMode
+	}{
+		"private": {unixsock.Private, 0o700, 0o600},
+		"public":  {unixsock.Public, 0o755, 0o777},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(shortDir(t), "new", "api.sock")
+			lis, err := unixsock.Listen(path, tc.access)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer lis.Close()
+			for p, want := range map[string]os.FileMode{path: tc.sock, filepath.Dir(path): tc.dir} {
+				fi, err := os.Stat(p)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if got := fi.Mode().Perm(); got != want {
+					t.Errorf("mode of %s = %04o; want %04o", p, got, want)
+				}
+			}
+		})
+	}
+}
+
+// T49: whoever comes first cannot take the socket's place.
+func TestListenRefusesHostilePlaces(t *testing.T) {
+	for name, tc := range map[string]struct {
+		arrange func(t *testing.T, path string)
+		want    string
+	}{
+		"directory writable by others": {func(t *testing.T, path string) {
+			if err := os.Chmod(filepath.Dir(path), 0o777); err != nil {
+				t.Fatal(err)
+			}
+		}, "lets other users in"},
+		"directory of another user": {func(t *testing.T, path string) {
+			if os.Geteuid() != 0 {
+				t.Skip("needs root to give a directory away")
+			}
+			if err := os.Chown(filepath.Dir(path), 12345, 12345); err != nil {
+				t.Fatal(err)
+			}
+		}, "belongs to uid 12345"},
+		"symlink": {func(t *testing.T, path string) {
+			if err := os.Symlink("/dev/null", path); err != nil {
+				t.Fatal(err)
+			}
+		}, "in the way"},
+		"regular file": {func(t *testing.T, path string) {
+			if err := os.WriteFile(path, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, "in the way"},
+		"somebody listens": {func(t *testing.T, path string) {
+			lis, err := net.Listen("unix", path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { lis.Close() })
+		}, "another process listens"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(shortDir(t), "d", "api.sock")
+			if err := os.Mkdir(filepath.Dir(path), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			tc.arrange(t, path)
+			lis, err := unixsock.Listen(path, unixsock.Public)
+			if err == nil {
+				lis.Close()
+				t.Fatal("listening was allowed")
+			}
+			if !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("error = %q; want it to say %q", err, tc.want)
+			}
+		})
+	}
+}
+
+func TestPrivateSocketRefusesReadableDirectory(t *testing.T) {
+	dir := shortDir(t)
+	if err := os.Chmod(dir, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := unixsock.Listen(filepath.Join(dir, "admin.sock"), unixsock.Private); err == nil {
+		t.Fatal("a directory that the group can enter was accepted")
+	}
+}
+
+func TestListenRefusesLongPath(t *testing.T) {
+	path := "/tmp/" + strings.Repeat("x", unixsock.MaxPath)
+	_, err := unixsock.Listen(path, unixsock.Private)
+	if err == nil || !strings.Contains(err.Error(), "socket path at most 107") {
+		t.Fatalf("error = %v; want the limit", err)
+	}
+}
+
+func TestListenReplacesDeadSocket(t *testing.T) {
+	path := filepath.Join(shortDir(t), "api.sock")
+	dead, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead.SetUnlinkOnClose(false)
+	dead.Close()
+	lis, err := unixsock.Listen(path, unixsock.Private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lis.Close()
+}
+
+// A pinned peer that has died is dead, whatever happens to its PID.
+func TestPeerDiesWithItsProcess(t *testing.T) {
+	if os.Getenv("UNIXSOCK_CONNECT") != "" {
+		connectAndWait()
+		return
+	}
+	path := filepath.Join(shortDir(t), "api.sock")
+	lis, err := unixsock.Listen(path, unixsock.Private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lis.Close()
+	child := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestPeerDiesWithItsProcess$")
+	child.Env = append(os.Environ(), "UNIXSOCK_CONNECT="+path)
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := lis.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	peer, err := unixsock.PeerOf(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	if int(peer.PID) != child.Process.Pid || int(peer.UID) != os.Getuid() {
+		t.Errorf("peer = pid %d uid %d; want pid %d uid %d", peer.PID, peer.UID, child.Process.Pid, os.Getuid())
+	}
+	if !peer.Alive() {
+		t.Error("a running peer is not alive")
+	}
+	if err := child.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	child.Wait()
+	if peer.Alive() {
+		t.Error("a dead peer is alive")
+	}
+}
+
+// connectAndWait is the child's part: connect, then live until killed.
+func connectAndWait() {
+	conn, err := net.Dial("unix", os.Getenv("UNIXSOCK_CONNECT"))
+	if err != nil {
+		os.Exit(1)
+	}
+	defer conn.Close()
+	time.Sleep(time.Minute)
+}
+
+func TestClosedPeerIsNotAlive(t *testing.T) {
+	path := filepath.Join(shortDir(t), "api.sock")
+	lis, err := unixsock.Listen(path, unixsock.Private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lis.Close()
+	client, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	peer, err := unixsock.PeerOf(client)
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer.Close()
+	peer.Close()
+	if peer.Alive() {
+		t.Error("a closed peer is alive")
+	}
+}
+
+// serveHealth serves gRPC health on a socket and returns its path.
+func serveHealth(t *testing.T, intercept grpc.UnaryServerInterceptor) string {
+	t.Helper()
+	path := filepath.Join(shortDir(t), "api.sock")
+	lis, err := unixsock.Listen(path, unixsock.Private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := grpc.NewServer(grpc.Creds(unixsock.ServerCredentials()), grpc.UnaryInterceptor(intercept))
+	healthpb.RegisterHealthServer(srv, health.NewServer())
+	go srv.Serve(lis)
+	t.Cleanup(srv.Stop)
+	return path
+}
+
+func call(t *testing.T, path string, creds credentials.TransportCredentials) error {
+	t.Helper()
+	cc, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(creds))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cc.Close()
+	_, err = healthpb.NewHealthClient(cc).Check(t.Context(), &healthpb.HealthCheckRequest{})
+	return err
+}
+
+func TestServerLearnsWhoCalls(t *testing.T) {
+	var pid int32
+	path := serveHealth(t, func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+		if p, ok := unixsock.PeerFromContext(ctx); ok && p.Alive() {
+			pid = p.PID
+		}
+		return next(ctx, req)
+	})
+	if err := call(t, path, unixsock.ClientCredentials()); err != nil {
+		t.Fatal(err)
+	}
+	if int(pid) != os.Getpid() {
+		t.Errorf("caller's pid = %d; want %d", pid, os.Getpid())
+	}
+}
+
+// T49: a client does not talk to a socket that another user serves.
+func TestClientRefusesForeignServer(t *testing.T) {
+	if os.Getenv("UNIXSOCK_SERVE") != "" {
+		serveAs(os.Getenv("UNIXSOCK_SERVE"))
+		return
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to run a server as another user")
+	}
+	dir := shortDir(t)
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "api.sock")
+	child := asUser(t, 12345, "-test.run=^TestClientRefusesForeignServer$", "UNIXSOCK_SERVE="+path)
+	waitFor(t, path)
+	err := call(t, path, unixsock.ClientCredentials())
+	if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "uid 12345, which is not trusted") {
+		t.Errorf("error = %v; want a refusal that names uid 12345", err)
+	}
+	if err := call(t, path, unixsock.ClientCredentials(12345)); err != nil {
+		t.Errorf("a named uid was refused: %v", err)
+	}
+	child.Process.Kill()
+}
