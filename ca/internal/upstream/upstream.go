@@ -1,0 +1,263 @@
+// Package upstream holds the CA's own keys: the root, the issuing intermediate,
+// the JWT key and the key that signs policy bundles. Certificates are made by
+// smallstep's softcas and keys by go.step.sm/crypto/kms, in a folder that only the
+// CA's user can read.
+package upstream
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/smallstep/certificates/cas/apiv1"
+	"github.com/smallstep/certificates/cas/softcas"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.step.sm/crypto/kms"
+	kmsapi "go.step.sm/crypto/kms/apiv1"
+
+	"merlon.dev/ca/internal/authority"
+)
+
+// Defaults of Config.
+const (
+	DefaultRootTTL         = 365 * 24 * time.Hour
+	DefaultIntermediateTTL = 24 * time.Hour
+)
+
+// Config says where keys are and how long authorities live.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	// Dir holds the keys, mode 0700. It is made when missing.
+	Dir string
+	// Development marks the root as one that nobody should trust. A folder keeps
+	// to what it was made for: opening it the other way is an error.
+	Development bool
+	// RootTTL and IntermediateTTL apply to authorities made from now on. Zero means
+	// the defaults.
+	RootTTL, IntermediateTTL time.Duration
+}
+
+// Keys are the CA's authorities. They are safe for concurrent use.
+type Keys struct {
+	cfg    Config
+	keys   kmsapi.KeyManager
+	cas    apiv1.CertificateAuthorityCreator
+	root   *generation
+	jwt    *authority.JWTAuthority
+	policy *generation
+
+	x509 atomic.Pointer[authority.X509Authority]
+
+	mu  sync.Mutex // guards the making of generations and the fields below
+	dir *keyDir
+}
+
+// Open loads the keys in cfg.Dir, and makes those that are missing: all of them
+// on first use. It refuses files that others can read, keys of another trust
+// domain, and a folder whose root is gone while other keys are there.
+func Open(ctx context.Context, cfg Config) (*Keys, error) {
+	if cfg.TrustDomain.IsZero() {
+		return nil, errors.New("open the CA keys: no trust domain")
+	}
+	// SPIFFE allows such names (ID4), but crypto/x509 parses no certificate with one.
+	if name := cfg.TrustDomain.Name(); strings.HasPrefix(name, ".") || strings.Contains(name, "..") {
+		return nil, fmt.Errorf("open the CA keys: trust domain %q has an empty label, which Go's X.509 cannot read", name)
+	}
+	if cfg.RootTTL == 0 {
+		cfg.RootTTL = DefaultRootTTL
+	}
+	if cfg.IntermediateTTL == 0 {
+		cfg.IntermediateTTL = DefaultIntermediateTTL
+	}
+	if cfg.RootTTL < time.Minute || cfg.IntermediateTTL < time.Minute {
+		return nil, errors.New("open the CA keys: an authority lives at least 1m")
+	}
+	k := &Keys{cfg: cfg}
+	if err := k.open(ctx); err != nil {
+		return nil, fmt.Errorf("open the CA keys in %s: %w", cfg.Dir, err)
+	}
+	return k, nil
+}
+
+func (k *Keys) open(ctx context.Context) error {
+	var err error
+	if k.keys, err = kms.New(ctx, kmsapi.Options{Type: kmsapi.SoftKMS}); err != nil {
+		return fmt.Errorf("start the software KMS: %w", err)
+	}
+	if k.cas, err = softcas.New(ctx, apiv1.Options{IsCreator: true, KeyManager: k.keys}); err != nil {
+		return fmt.Errorf("start softcas: %w", err)
+	}
+	if k.dir, err = openKeyDir(k.cfg.Dir, k.keys); err != nil {
+		return err
+	}
+	now := time.Now()
+	if err := k.openRoot(now); err != nil {
+		return err
+	}
+	if err := k.openPlainKeys(); err != nil {
+		return err
+	}
+	return k.openIntermediate(ctx, now)
+}
+
+func (k *Keys) openRoot(now time.Time) error {
+	root, err := k.dir.newest(kindRoot)
+	switch {
+	case err != nil:
+		return err
+	case root != nil:
+		k.root = root
+		return k.checkRoot(root.cert, now)
+	case k.dir.holds(kindIntermediate, kindJWT, kindPolicy):
+		return errors.New("the root is missing while other keys are there; restore it from a backup, or remove all of them to begin a new trust domain")
+	}
+	if k.root, err = k.makeRoot(now); err != nil {
+		return fmt.Errorf("make a root: %w", err)
+	}
+	return nil
+}
+
+func (k *Keys) checkRoot(root *x509.Certificate, now time.Time) error {
+	if len(root.URIs) != 1 || root.URIs[0].String() != k.cfg.TrustDomain.IDString() {
+		return fmt.Errorf("the root is of another trust domain than %s", k.cfg.TrustDomain)
+	}
+	if dev := isDevelopment(root); dev != k.cfg.Development {
+		return fmt.Errorf("the root was made with development=%t and the configuration says development=%t", dev, k.cfg.Development)
+	}
+	if now.After(root.NotAfter) {
+		return fmt.Errorf("the root ended at %s", root.NotAfter.Format(time.RFC3339))
+	}
+	return nil
+}
+
+// openPlainKeys loads or makes the keys that have no certificate.
+func (k *Keys) openPlainKeys() error {
+	jwt, err := k.plainKey(kindJWT)
+	if err != nil {
+		return err
+	}
+	kid, err := keyID(jwt.signer)
+	if err != nil {
+		return err
+	}
+	k.jwt = &authority.JWTAuthority{TrustDomain: k.cfg.TrustDomain, KeyID: kid, Signer: jwt.signer}
+	k.policy, err = k.plainKey(kindPolicy)
+	return err
+}
+
+func (k *Keys) plainKey(what kind) (*generation, error) {
+	gen, err := k.dir.newest(what)
+	if err != nil {
+		return nil, err
+	}
+	if gen == nil {
+		key, err := k.keys.CreateKey(&kmsapi.CreateKeyRequest{SignatureAlgorithm: kmsapi.ECDSAWithSHA256})
+		if err != nil {
+			return nil, fmt.Errorf("make a %s key: %w", what, err)
+		}
+		if gen, err = k.dir.add(what, key.PrivateKey, nil); err != nil {
+			return nil, err
+		}
+	}
+	if pub, ok := gen.signer.Public().(*ecdsa.PublicKey); !ok || pub.Curve != elliptic.P256() {
+		return nil, fmt.Errorf("the %s key is not a P-256 key", what)
+	}
+	return gen, nil
+}
+
+func (k *Keys) openIntermediate(ctx context.Context, now time.Time) error {
+	gen, err := k.dir.newest(kindIntermediate)
+	if err != nil {
+		return err
+	}
+	if gen != nil {
+		if err := gen.cert.CheckSignatureFrom(k.root.cert); err != nil {
+			return fmt.Errorf("the intermediate is not the root's: %w", err)
+		}
+		k.x509.Store(k.authorityOf(gen))
+	}
+	_, err = k.RenewIntermediate(ctx, now)
+	return err
+}
+
+func (k *Keys) authorityOf(gen *generation) *authority.X509Authority {
+	return &authority.X509Authority{Chain: []*x509.Certificate{gen.cert}, Root: k.root.cert, Signer: gen.signer}
+}
+
+// X509 is the current issuing authority. Hold on to the answer for one issuance,
+// not longer: a renewed intermediate takes its place.
+func (k *Keys) X509() *authority.X509Authority { return k.x509.Load() }
+
+// JWT is the current JWT authority.
+func (k *Keys) JWT() *authority.JWTAuthority { return k.jwt }
+
+// Policy is the ES256 key that signs policy bundles, with its key ID.
+func (k *Keys) Policy() (kid string, signer crypto.Signer) {
+	kid, _ = keyID(k.policy.signer) // a P-256 key always encodes; Open has checked the type
+	return kid, k.policy.signer
+}
+
+// RootKeyHash is the hex SHA-256 of the root's SubjectPublicKeyInfo, which an
+// agent pins at first contact.
+func (k *Keys) RootKeyHash() string {
+	sum := sha256.Sum256(k.root.cert.RawSubjectPublicKeyInfo)
+	return hex.EncodeToString(sum[:])
+}
+
+// TrustBundle is what others verify this CA's SVIDs with: root and JWT key. It is
+// a fresh copy without a sequence number, which ca/internal/trust adds.
+func (k *Keys) TrustBundle() (*spiffebundle.Bundle, error) {
+	bundle := spiffebundle.New(k.cfg.TrustDomain)
+	bundle.AddX509Authority(k.root.cert)
+	if err := bundle.AddJWTAuthority(k.jwt.KeyID, k.jwt.Signer.Public()); err != nil {
+		return nil, fmt.Errorf("assemble the trust bundle: %w", err)
+	}
+	return bundle, nil
+}
+
+// RenewIntermediate replaces the intermediate by a new generation, with another
+// subject and key, once half of its life is over. The old one's key is removed.
+func (k *Keys) RenewIntermediate(ctx context.Context, now time.Time) (renewed bool, err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return false, err
+	}
+	if current := k.x509.Load(); current != nil && !pastHalf(current.Chain[0], now) {
+		return false, nil
+	}
+	gen, err := k.makeIntermediate(now)
+	if err != nil {
+		return false, fmt.Errorf("make an intermediate: %w", err)
+	}
+	k.x509.Store(k.authorityOf(gen))
+	if err := k.dir.removeOlder(gen); err != nil {
+		return true, fmt.Errorf("remove old intermediates: %w", err)
+	}
+	return true, nil
+}
+
+func pastHalf(cert *x509.Certificate, now time.Time) bool {
+	return now.After(cert.NotBefore.Add(cert.NotAfter.Sub(cert.NotBefore) / 2))
+}
+
+// keyID names a key by its contents, so that no two keys share one.
+func keyID(signer crypto.Signer) (string, error) {
+	der, err := x509.MarshalPKIXPublicKey(signer.Public())
+	if err != nil {
+		return "", fmt.Errorf("name the key: %w", err)
+	}
+	sum := sha256.Sum256(der)
+	return hex.EncodeToString(sum[:16]), nil
+}

@@ -1,0 +1,477 @@
+// The CA's keys from first use to renewal, seen by those who depend on them: our
+// strict verifier, openssl, and an operator with loose file modes.
+
+package upstream
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/pem"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/ca/internal/authority"
+	"merlon.dev/sdk/svid"
+)
+
+func open(t testing.TB, cfg Config) *Keys {
+	t.Helper()
+	k, err := Open(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func config(t testing.TB) Config {
+	return Config{TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"), Dir: filepath.Join(t.TempDir(), "keys")}
+}
+
+// issue makes an X509-SVID and gives its chain, leaf first.
+func issue(t testing.TB, k *Keys, path string, dns ...string) [][]byte {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	serial, err := svid.NewSerial(7, 42)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leaf, err := k.X509().Issue(authority.LeafRequest{
+		SPIFFEID:  spiffeid.RequireFromPath(k.cfg.TrustDomain, path),
+		PublicKey: key.Public(), Serial: serial, TTL: time.Hour, DNSNames: dns, Now: time.Now(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain := [][]byte{leaf.DER}
+	for _, c := range k.X509().Chain {
+		chain = append(chain, c.Raw)
+	}
+	return chain
+}
+
+func verify(t testing.TB, k *Keys, chain [][]byte) (*svid.Peer, error) {
+	t.Helper()
+	bundle, err := k.TrustBundle()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return svid.VerifyRawChain(chain, bundle.X509Bundle(), time.Now())
+}
+
+// SPIFFE treats no trust domain name specially (ID4), whatever name constraints
+// can express.
+func TestChainsVerifyInEveryTrustDomain(t *testing.T) {
+	for _, name := range []string{
+		"example.org", "localhost", "10.0.0.1", "-", "_", "a_b.test", "1.2", "x-.y",
+		strings.Repeat("a", 255), strings.Repeat("abcdefg.", 20) + "test",
+	} {
+		t.Run(name[:min(len(name), 20)], func(t *testing.T) {
+			cfg := config(t)
+			cfg.TrustDomain = spiffeid.RequireTrustDomainFromString(name)
+			k := open(t, cfg)
+			peer, err := verify(t, k, issue(t, k, "/web", "web.internal", "localhost"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if want := "spiffe://" + name + "/web"; peer.ID.String() != want {
+				t.Errorf("ID = %s; want %s", peer.ID, want)
+			}
+			want := []string{k.X509().ID(), hex.EncodeToString(k.X509().Root.SubjectKeyId)}
+			if !slices.Equal(peer.AuthorityIDs, want) {
+				t.Errorf("authorities = %v; want %v", peer.AuthorityIDs, want)
+			}
+		})
+	}
+}
+
+// crypto/x509 does not parse a certificate with such a name, so no Go peer could
+// ever be authenticated in it.
+func TestTrustDomainsThatGoCannotReadAreRefused(t *testing.T) {
+	for _, name := range []string{"a..b", ".", ".test", strings.Repeat("a", 250) + "..b"} {
+		cfg := config(t)
+		cfg.TrustDomain = spiffeid.RequireTrustDomainFromString(name)
+		if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "empty label") {
+			t.Errorf("Open for %q = %v", name, err)
+		}
+		if _, err := os.Stat(cfg.Dir); !os.IsNotExist(err) {
+			t.Errorf("something was made for %q", name)
+		}
+	}
+}
+
+func TestOpensslStrictAcceptsTheChain(t *testing.T) {
+	openssl, err := exec.LookPath("openssl")
+	if err != nil {
+		t.Skip("openssl is not installed")
+	}
+	for _, td := range []string{"example.org", "10.0.0.1", "shop.test"} {
+		cfg := config(t)
+		cfg.TrustDomain = spiffeid.RequireTrustDomainFromString(td)
+		k := open(t, cfg)
+		dir := t.TempDir()
+		chain := issue(t, k, "/ns/prod/web", "web.internal")
+		root := writePEM(t, dir, "root.pem", k.X509().Root.Raw)
+		intermediate := writePEM(t, dir, "intermediate.pem", chain[1])
+		leaf := writePEM(t, dir, "leaf.pem", chain[0])
+		for _, purpose := range []string{"sslserver", "sslclient"} {
+			cmd := exec.CommandContext(t.Context(), openssl, "verify", "-x509_strict", "-purpose", purpose,
+				"-CAfile", root, "-untrusted", intermediate, leaf)
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Errorf("%s, %s: %v\n%s", td, purpose, err, out)
+			}
+		}
+	}
+}
+
+func writePEM(t *testing.T, dir, name string, der []byte) string {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	text := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	if err := os.WriteFile(path, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestKeysSurviveReopening(t *testing.T) {
+	cfg := config(t)
+	first := open(t, cfg)
+	second := open(t, cfg)
+	if first.RootKeyHash() != second.RootKeyHash() {
+		t.Error("the root changed")
+	}
+	if first.JWT().KeyID != second.JWT().KeyID {
+		t.Error("the JWT key changed")
+	}
+	kid1, _ := first.Policy()
+	kid2, _ := second.Policy()
+	if kid1 != kid2 {
+		t.Error("the policy key changed")
+	}
+	if first.X509().ID() != second.X509().ID() {
+		t.Error("the intermediate changed")
+	}
+	if kid1 == first.JWT().KeyID {
+		t.Error("one key has two uses (B9)")
+	}
+	if _, err := verify(t, second, issue(t, first, "/web")); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestIntermediateIsRenewedPastHalfItsLife(t *testing.T) {
+	cfg := config(t)
+	k := open(t, cfg)
+	old := k.X509()
+	now := time.Now()
+	for _, tt := range []struct {
+		after time.Duration
+		want  bool
+	}{{11 * time.Hour, false}, {13 * time.Hour, true}, {13 * time.Hour, false}, {26 * time.Hour, true}} {
+		renewed, err := k.RenewIntermediate(t.Context(), now.Add(tt.after))
+		if err != nil || renewed != tt.want {
+			t.Fatalf("RenewIntermediate(+%s) = %t, %v; want %t", tt.after, renewed, err, tt.want)
+		}
+	}
+	fresh := k.X509()
+	if string(fresh.Chain[0].RawSubject) == string(old.Chain[0].RawSubject) {
+		t.Error("two generations have one subject")
+	}
+	if string(fresh.Chain[0].SubjectKeyId) == string(old.Chain[0].SubjectKeyId) {
+		t.Error("two generations have one key ID")
+	}
+	if got := generations(t, cfg.Dir); !slices.Equal(got, []string{"intermediate-3", "jwt-1", "policy-1", "root-1"}) {
+		t.Errorf("on disk: %v; want only the newest intermediate", got)
+	}
+	if again := open(t, cfg); again.X509().ID() != fresh.ID() {
+		t.Error("another intermediate after reopening")
+	}
+}
+
+func generations(t *testing.T, dir string) (names []string) {
+	t.Helper()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// The intermediate never outlives the root, nor is one made below an ended root.
+func TestIntermediateEndsWithTheRoot(t *testing.T) {
+	cfg := config(t)
+	cfg.RootTTL = time.Hour
+	k := open(t, cfg)
+	if end := k.X509().Chain[0].NotAfter; end.After(k.X509().Root.NotAfter) {
+		t.Errorf("the intermediate ends at %s, after the root", end)
+	}
+	if _, err := k.RenewIntermediate(t.Context(), time.Now().Add(2*time.Hour)); err == nil || !strings.Contains(err.Error(), "root ended") {
+		t.Errorf("RenewIntermediate below an ended root = %v", err)
+	}
+}
+
+func TestReadersSeeWholeAuthoritiesDuringRenewal(t *testing.T) {
+	k := open(t, config(t))
+	done := make(chan struct{})
+	var readers sync.WaitGroup
+	for range 4 {
+		readers.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				default:
+				}
+				a := k.X509()
+				key, ok := a.Signer.Public().(*ecdsa.PublicKey)
+				if !ok || !key.Equal(a.Chain[0].PublicKey) {
+					t.Error("key and certificate are of different generations")
+					return
+				}
+			}
+		})
+	}
+	now := time.Now()
+	for i := range 20 {
+		if _, err := k.RenewIntermediate(t.Context(), now.Add(time.Duration(i)*13*time.Hour)); err != nil {
+			t.Error(err)
+		}
+	}
+	close(done)
+	readers.Wait()
+}
+
+func TestFilesAreForTheOwnerAlone(t *testing.T) {
+	cfg := config(t)
+	open(t, cfg)
+	err := filepath.WalkDir(cfg.Dir, func(path string, e os.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		want := os.FileMode(0o600)
+		if e.IsDir() {
+			want = 0o700
+		}
+		if info.Mode().Perm() != want {
+			t.Errorf("%s has mode %#o; want %#o", path, info.Mode().Perm(), want)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestLooseModesAreRefusedWithTheCommandToRun(t *testing.T) {
+	tests := map[string]struct {
+		path string
+		mode os.FileMode
+		want string
+	}{
+		"readable key":         {"root-1/key.pem", 0o640, "run: chmod 0600 "},
+		"writable certificate": {"intermediate-1/cert.pem", 0o602, "run: chmod 0600 "},
+		"open folder":          {"", 0o755, "run: chmod 0700 "},
+		"open generation":      {"jwt-1", 0o710, "run: chmod 0700 "},
+		"policy key":           {"policy-1/key.pem", 0o604, "run: chmod 0600 "},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			cfg := config(t)
+			open(t, cfg)
+			path := filepath.Join(cfg.Dir, tt.path)
+			if err := os.Chmod(path, tt.mode); err != nil {
+				t.Fatal(err)
+			}
+			_, err := Open(t.Context(), cfg)
+			if err == nil || !strings.Contains(err.Error(), tt.want+path) {
+				t.Errorf("Open = %v; want %q", err, tt.want+path)
+			}
+		})
+	}
+}
+
+func TestBrokenFoldersAreRefused(t *testing.T) {
+	tests := map[string]struct {
+		spoil func(dir string) error
+		want  string
+	}{
+		"root lost": {
+			func(dir string) error { return os.RemoveAll(filepath.Join(dir, "root-1")) }, "the root is missing",
+		},
+		"half a generation": {
+			func(dir string) error { return os.Remove(filepath.Join(dir, "root-1", "key.pem")) }, "no such file",
+		},
+		"key of another generation": {
+			func(dir string) error {
+				key, err := os.ReadFile(filepath.Join(dir, "jwt-1", "key.pem"))
+				if err != nil {
+					return err
+				}
+				return os.WriteFile(filepath.Join(dir, "intermediate-1", "key.pem"), key, 0o600)
+			}, "do not belong together",
+		},
+		"foreign file": {
+			func(dir string) error { return os.WriteFile(filepath.Join(dir, "notes.txt"), nil, 0o600) }, "notes.txt does not belong here",
+		},
+		"symlinked key": {
+			func(dir string) error {
+				if err := os.Rename(filepath.Join(dir, "root-1", "key.pem"), filepath.Join(dir, "..", "k")); err != nil {
+					return err
+				}
+				return os.Symlink(filepath.Join(dir, "..", "k"), filepath.Join(dir, "root-1", "key.pem"))
+			}, "symbolic links",
+		},
+		"torn key": {
+			func(dir string) error { return os.Truncate(filepath.Join(dir, "root-1", "key.pem"), 60) }, "load ",
+		},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			cfg := config(t)
+			open(t, cfg)
+			if err := tt.spoil(cfg.Dir); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("Open = %v; want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestFolderKeepsToItsPurpose(t *testing.T) {
+	cfg := config(t)
+	open(t, cfg)
+	other := cfg
+	other.TrustDomain = spiffeid.RequireTrustDomainFromString("evil.org")
+	if _, err := Open(t.Context(), other); err == nil || !strings.Contains(err.Error(), "another trust domain") {
+		t.Errorf("Open for another trust domain = %v", err)
+	}
+	other = cfg
+	other.Development = true
+	if _, err := Open(t.Context(), other); err == nil || !strings.Contains(err.Error(), "development") {
+		t.Errorf("Open as development = %v", err)
+	}
+}
+
+func TestDevelopmentRootSaysSo(t *testing.T) {
+	cfg := config(t)
+	cfg.Development = true
+	k := open(t, cfg)
+	if got := k.X509().Root.Subject.Organization; !slices.Equal(got, []string{"Merlon development root - do not trust"}) {
+		t.Errorf("organization = %q", got)
+	}
+	cfg.Development = false
+	if _, err := Open(t.Context(), cfg); err == nil {
+		t.Error("a development root opens as a real one")
+	}
+}
+
+// A crash at any point of first use leaves a folder that opens, with whatever was
+// finished before it.
+func TestUnfinishedGenerationsAreNeverUsed(t *testing.T) {
+	cfg := config(t)
+	k := open(t, cfg)
+	for _, lost := range [][]string{{"intermediate-1"}, {"intermediate-1", "policy-1"}, {"intermediate-1", "policy-1", "jwt-1"}} {
+		for _, name := range lost { // what the crash came before
+			if err := os.RemoveAll(filepath.Join(cfg.Dir, name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		half := filepath.Join(cfg.Dir, unfinished+"123")
+		if err := os.Mkdir(half, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(half, keyFile), []byte("-----BEGIN PRIV"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		again := open(t, cfg)
+		if again.RootKeyHash() != k.RootKeyHash() {
+			t.Error("the root changed")
+		}
+		if _, err := os.Stat(half); !os.IsNotExist(err) {
+			t.Errorf("the unfinished generation is still there: %v", err)
+		}
+		if _, err := verify(t, again, issue(t, again, "/web")); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// Two processes that start on one empty folder do not end up with two roots.
+func TestConcurrentFirstUseMakesOneRoot(t *testing.T) {
+	cfg := config(t)
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() { _, _ = Open(context.WithoutCancel(t.Context()), cfg) }) // losers may fail; nobody may win twice
+	}
+	wg.Wait()
+	open(t, cfg)
+	if got := generations(t, cfg.Dir); !slices.Contains(got, "root-1") || slices.Contains(got, "root-2") {
+		t.Errorf("on disk: %v; want one root", got)
+	}
+}
+
+func TestTrustBundleHoldsRootAndJWTKey(t *testing.T) {
+	k := open(t, config(t))
+	bundle, err := k.TrustBundle()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if roots := bundle.X509Authorities(); len(roots) != 1 || !roots[0].Equal(k.X509().Root) {
+		t.Errorf("roots = %v", roots)
+	}
+	if _, ok := bundle.FindJWTAuthority(k.JWT().KeyID); !ok || len(bundle.JWTAuthorities()) != 1 {
+		t.Errorf("JWT keys = %v", bundle.JWTAuthorities())
+	}
+	if _, has := bundle.SequenceNumber(); has {
+		t.Error("the bundle has a sequence number, which is not ours to give")
+	}
+}
+
+func TestAuthoritiesHaveTheirProfile(t *testing.T) {
+	k := open(t, config(t))
+	root, intermediate := k.X509().Root, k.X509().Chain[0]
+	if key, ok := root.PublicKey.(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P384() {
+		t.Error("the root is not P-384")
+	}
+	if key, ok := intermediate.PublicKey.(*ecdsa.PublicKey); !ok || key.Curve != elliptic.P256() {
+		t.Error("the intermediate is not P-256")
+	}
+	if root.MaxPathLen != 1 || intermediate.MaxPathLen != 0 || !intermediate.MaxPathLenZero {
+		t.Errorf("path lengths %d, %d; want 1, 0", root.MaxPathLen, intermediate.MaxPathLen)
+	}
+	if !slices.Equal(intermediate.PermittedURIDomains, []string{"example.org"}) || !intermediate.PermittedDNSDomainsCritical {
+		t.Errorf("name constraint %v critical=%t", intermediate.PermittedURIDomains, intermediate.PermittedDNSDomainsCritical)
+	}
+	for _, c := range []*x509.Certificate{root, intermediate} {
+		if c.KeyUsage != x509.KeyUsageCertSign|x509.KeyUsageCRLSign || len(c.URIs) != 1 || c.URIs[0].String() != "spiffe://example.org" {
+			t.Errorf("%s: usage %v, URIs %v", c.Subject, c.KeyUsage, c.URIs)
+		}
+		if d := time.Until(c.NotBefore); d > -55*time.Second {
+			t.Errorf("%s: valid only from %s", c.Subject, c.NotBefore)
+		}
+	}
+}
