@@ -1,0 +1,267 @@
+// Package cache is the node's picture of what it may hold: the registration
+// entries that the CA pushed, its revocations and trust bundle, and the SVIDs
+// that the node's workloads use now. It decides which identities a workload
+// has, keeps their SVIDs fresh, and wakes exactly the streams that a change
+// concerns.
+package cache
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/svid"
+)
+
+// Authority signs for this node: the CA, at the other end of a network.
+// Errors carry gRPC codes. Implementations are safe for concurrent use.
+type Authority interface {
+	// Sign answers every item, in order.
+	Sign(ctx context.Context, items []*capb.SignItem) ([]*capb.SignResult, error)
+	// SignJWT returns a JWT-SVID in compact serialization.
+	SignJWT(ctx context.Context, entryID string, audience []string) (string, error)
+}
+
+// Options are what a Cache needs. All fields are required.
+type Options struct {
+	TrustDomain spiffeid.TrustDomain
+	Authority   Authority
+	Logger      *slog.Logger
+	Registerer  prometheus.Registerer
+}
+
+// Cache is safe for concurrent use. Use New, then Run.
+type Cache struct {
+	td        spiffeid.TrustDomain
+	authority Authority
+	log       *slog.Logger
+	metrics   metrics
+	jwts      tokens
+
+	trust       atomic.Pointer[Trust]            // nil before the first trust bundle
+	revocations atomic.Pointer[svid.Revocations] // never nil
+	heard       atomic.Pointer[time.Time]        // nil: never
+	wake        chan struct{}                    // the queue has work; capacity 1
+	served      chan struct{}                    // Ack may have grown; capacity 1
+
+	mu sync.RWMutex
+	// guarded by mu
+	entries   map[string]*Entry
+	index     index
+	subs      map[*Subscription]struct{}
+	bySel     map[string]map[*Subscription]struct{}
+	behind    map[uint64]int // trust bundle sequence → streams that were sent it last
+	slots     map[string]*slot
+	queue     []*slot
+	feed      feed
+	listing   *listing // a full listing that is not complete yet
+	revision  uint64   // everything up to here is held
+	synced    bool     // a full listing was completed, ever
+	connected bool     // the CA's stream is open and has said synced
+	expiries  map[string]*time.Timer
+	closed    bool
+}
+
+// listing is a full listing from the CA in progress. What it does not repeat
+// is forgotten at its end and not before, so that nobody loses an identity
+// halfway.
+type listing struct {
+	entries     map[string]struct{}
+	revocations []svid.Revocation
+}
+
+// New returns an empty Cache.
+func New(o Options) *Cache {
+	c := &Cache{
+		td: o.TrustDomain, authority: o.Authority, log: o.Logger,
+		wake: make(chan struct{}, 1), served: make(chan struct{}, 1),
+		entries: map[string]*Entry{}, index: newIndex(),
+		subs: map[*Subscription]struct{}{}, bySel: map[string]map[*Subscription]struct{}{},
+		behind: map[uint64]int{}, slots: map[string]*slot{}, expiries: map[string]*time.Timer{},
+		feed: newFeed(), jwts: newTokens(),
+	}
+	c.revocations.Store(svid.NewRevocations(nil))
+	c.metrics = newMetrics(o.Registerer, c)
+	return c
+}
+
+// Apply takes one message of the Sync stream. Messages must come in order, by
+// one goroutine. An entry that makes no sense is logged and left out.
+func (c *Cache) Apply(ctx context.Context, m *capb.SyncResponse) error {
+	now := time.Now()
+	trust, err := c.parseTrust(m.GetTrustBundle())
+	if err != nil {
+		return err
+	}
+	revocations := c.parseRevocations(ctx, m.GetRevocations())
+
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.heard.Store(&now)
+	c.swapTrust(ctx, trust)
+	if m.GetReset_() {
+		c.listing = &listing{entries: map[string]struct{}{}}
+	}
+	for _, pb := range m.GetEntries() {
+		c.put(ctx, pb)
+	}
+	for _, id := range m.GetRemovedEntryIds() {
+		c.remove(id)
+		if c.listing != nil {
+			delete(c.listing.entries, id)
+		}
+	}
+	if c.listing != nil {
+		c.listing.revocations = append(c.listing.revocations, revocations...)
+	}
+	c.revoke(revocations)
+	if m.GetSynced() {
+		c.completed(m.GetRevision())
+	}
+	return nil
+}
+
+// completed ends a listing or a change. c.mu is held.
+func (c *Cache) completed(revision uint64) {
+	if l := c.listing; l != nil {
+		for id := range c.entries {
+			if _, ok := l.entries[id]; !ok {
+				c.remove(id)
+			}
+		}
+		c.replaceRevocations(l.revocations)
+		c.listing = nil
+	}
+	c.revision = max(c.revision, revision)
+	if c.synced && c.connected {
+		return
+	}
+	c.synced, c.connected = true, true
+	c.retryAll()
+	c.notifyAll()
+}
+
+// Disconnected says that the Sync stream ended. What is held stays; that a
+// workload has no identity is not certain any more.
+func (c *Cache) Disconnected() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.connected = false
+	c.listing = nil
+}
+
+// State is how well the picture is known to agree with the CA's.
+type State struct {
+	Synced    bool      // everything was received at least once
+	Connected bool      // and changes arrive now
+	Revision  uint64    // everything up to this store revision is held
+	Heard     time.Time // when the CA last said something; zero for never
+	Entries   int
+	Streams   int
+}
+
+// State describes the Cache.
+func (c *Cache) State() State {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	s := State{
+		Synced: c.synced, Connected: c.connected, Revision: c.revision,
+		Entries: len(c.entries), Streams: len(c.subs),
+	}
+	if t := c.heard.Load(); t != nil {
+		s.Heard = *t
+	}
+	return s
+}
+
+// WantsDigest says whether some entry of this node asks for a unix:sha256
+// selector.
+func (c *Cache) WantsDigest() bool {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	return c.index.hashed > 0
+}
+
+// Entitled returns the entries that proved (sorted) satisfies, in their order,
+// and whether the picture is current: only then does none mean that there is
+// none.
+func (c *Cache) Entitled(proved []string) (entries []*Entry, current bool) {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	return c.index.match(proved, time.Now()), c.synced && c.connected
+}
+
+// put adds or replaces an entry. c.mu is held.
+func (c *Cache) put(ctx context.Context, pb *capb.Entry) {
+	e, err := parseEntry(pb, c.td)
+	if err != nil {
+		c.log.LogAttrs(ctx, slog.LevelError, "entry from the CA refused",
+			slog.String("entry_id", pb.GetEntryId()), slog.Any("err", err))
+		// What was held under this ID is not valid any more either.
+		c.remove(pb.GetEntryId())
+		return
+	}
+	if c.listing != nil {
+		c.listing.entries[e.ID] = struct{}{}
+	}
+	old := c.entries[e.ID]
+	if old != nil {
+		if old.Revision == e.Revision && e.Revision != 0 {
+			return // repeated by a listing
+		}
+		c.index.remove(old)
+	}
+	c.entries[e.ID] = e
+	c.index.add(e)
+	c.jwts.forgetEntry(e.ID)
+	c.watchExpiry(e)
+	c.entryChanged(old, e)
+	if old != nil {
+		c.notifyMatching(old)
+	}
+	c.notifyMatching(e)
+}
+
+// remove forgets an entry and its SVIDs. c.mu is held.
+func (c *Cache) remove(id string) {
+	e := c.entries[id]
+	if e == nil {
+		return
+	}
+	delete(c.entries, id)
+	c.index.remove(e)
+	if t := c.expiries[id]; t != nil {
+		t.Stop()
+		delete(c.expiries, id)
+	}
+	c.jwts.forgetEntry(id)
+	c.dropSlot(id)
+	c.notifyMatching(e)
+}
+
+// watchExpiry wakes the streams of an entry when it expires. c.mu is held.
+func (c *Cache) watchExpiry(e *Entry) {
+	if t := c.expiries[e.ID]; t != nil {
+		t.Stop()
+		delete(c.expiries, e.ID)
+	}
+	if e.ExpiresAt.IsZero() || c.closed {
+		return
+	}
+	c.expiries[e.ID] = time.AfterFunc(time.Until(e.ExpiresAt), func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.entries[e.ID] != e || c.closed {
+			return
+		}
+		c.jwts.forgetEntry(e.ID)
+		c.dropSlot(e.ID)
+		c.notifyMatching(e)
+	})
+}

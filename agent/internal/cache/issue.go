@@ -1,0 +1,405 @@
+// X509-SVIDs: ordered when a workload first asks, with keys made here, renewed
+// at half of their life while a stream is open for them, never served when
+// expired or revoked.
+
+package cache
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	mathrand "math/rand/v2"
+	"net/url"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/svid"
+)
+
+const (
+	// maxBatch is how many CSRs one request carries at most.
+	maxBatch = 100
+	// maxSigning is how many requests are on their way at the same time.
+	maxSigning = 4
+	// signTimeout bounds one request.
+	signTimeout = 15 * time.Second
+
+	firstRetry = 100 * time.Millisecond
+	lastRetry  = 15 * time.Second
+)
+
+// SVID is one X509-SVID with its key. It is immutable.
+type SVID struct {
+	Entry *Entry
+	// Chain is the leaf and then the intermediates, DER, one after the other.
+	Chain []byte
+	// Key is PKCS#8, DER.
+	Key  []byte
+	Peer *svid.Peer
+
+	renewAt time.Time
+}
+
+// slot is the place of one entry's SVID. All fields are guarded by Cache.mu.
+type slot struct {
+	entry *Entry
+	svid  *SVID // nil: none that may be served
+	users map[*Subscription]struct{}
+
+	ordered  bool // in the queue, or on its way to the CA
+	outdated bool // what is on its way is not what is wanted any more
+	reissue  bool // svid may be served, and a new one is wanted now
+	failures int  // since the last success
+	nextTry  time.Time
+	timer    *time.Timer
+}
+
+// pending says that the first answer is still to come.
+func (sl *slot) pending() bool { return sl.svid == nil && sl.failures == 0 }
+
+// withdraw stops serving the SVID; another one is wanted.
+func (sl *slot) withdraw() {
+	sl.svid = nil
+	sl.renew()
+}
+
+// renew asks for another SVID without giving up the one that is held.
+func (sl *slot) renew() {
+	sl.reissue = true
+	sl.failures, sl.nextTry = 0, time.Time{}
+	sl.outdated = sl.ordered
+}
+
+func (sl *slot) notifyUsers() {
+	for s := range sl.users {
+		s.notify()
+	}
+}
+
+// slotFor returns the slot of e. c.mu is held.
+func (c *Cache) slotFor(e *Entry) *slot {
+	sl := c.slots[e.ID]
+	if sl == nil {
+		sl = &slot{entry: e, users: map[*Subscription]struct{}{}}
+		c.slots[e.ID] = sl
+	}
+	return sl
+}
+
+// dropSlot forgets an entry's SVID. c.mu is held.
+func (c *Cache) dropSlot(id string) {
+	if sl := c.slots[id]; sl != nil {
+		delete(c.slots, id)
+		sl.stopTimer()
+	}
+}
+
+func (sl *slot) stopTimer() {
+	if sl.timer != nil {
+		sl.timer.Stop()
+		sl.timer = nil
+	}
+}
+
+// entryChanged carries a changed entry over to its slot. c.mu is held.
+func (c *Cache) entryChanged(old, e *Entry) {
+	sl := c.slots[e.ID]
+	if sl == nil {
+		return
+	}
+	sl.entry = e
+	switch {
+	case old.SPIFFEID != e.SPIFFEID:
+		sl.withdraw()
+	case old.certificate != e.certificate:
+		sl.renew()
+	case sl.svid != nil:
+		same := *sl.svid
+		same.Entry = e
+		sl.svid = &same
+	}
+	c.turn(sl)
+}
+
+// turn moves a slot on after whatever happened to it: it gives up an expired
+// SVID, orders a new one when it is time and somebody wants it, and sets the
+// timer for the next turn. c.mu is held.
+func (c *Cache) turn(sl *slot) {
+	sl.stopTimer()
+	if c.closed || c.slots[sl.entry.ID] != sl {
+		return
+	}
+	now := time.Now()
+	if sl.svid != nil && !now.Before(sl.svid.Peer.NotAfter) {
+		sl.svid = nil
+		sl.notifyUsers()
+	}
+	var next time.Time
+	switch {
+	case len(sl.users) == 0 && (sl.svid == nil || sl.reissue):
+		if !sl.ordered {
+			delete(c.slots, sl.entry.ID)
+		}
+		return
+	case len(sl.users) > 0 && !sl.ordered:
+		due := sl.due()
+		if !now.Before(due) {
+			c.order(sl)
+		} else {
+			next = due
+		}
+	}
+	if sl.svid != nil && (next.IsZero() || sl.svid.Peer.NotAfter.Before(next)) {
+		next = sl.svid.Peer.NotAfter
+	}
+	if !next.IsZero() {
+		sl.timer = time.AfterFunc(next.Sub(now), func() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.turn(sl)
+		})
+	}
+}
+
+// due is when the next SVID is to be ordered.
+func (sl *slot) due() time.Time {
+	if sl.svid == nil || sl.reissue || sl.svid.renewAt.Before(sl.nextTry) {
+		return sl.nextTry
+	}
+	return sl.svid.renewAt
+}
+
+func (c *Cache) order(sl *slot) {
+	sl.ordered = true
+	c.queue = append(c.queue, sl)
+	signal(c.wake)
+}
+
+// retryAll tries at once what failed while the CA was away. c.mu is held.
+func (c *Cache) retryAll() {
+	for _, sl := range c.slots {
+		if sl.failures > 0 {
+			sl.nextTry = time.Time{}
+			c.turn(sl)
+		}
+	}
+}
+
+// Run orders SVIDs until ctx ends. Call it once.
+func (c *Cache) Run(ctx context.Context) error {
+	var signing sync.WaitGroup
+	free := make(chan struct{}, maxSigning)
+	defer func() {
+		signing.Wait()
+		c.stop()
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-c.wake:
+		}
+		for {
+			select {
+			case <-ctx.Done():
+				return nil
+			case free <- struct{}{}:
+			}
+			// Taken only now: what came while all were busy travels together.
+			batch := c.takeBatch()
+			if len(batch) == 0 {
+				<-free
+				break
+			}
+			signing.Go(func() {
+				defer func() { <-free }()
+				c.issue(ctx, batch)
+			})
+		}
+	}
+}
+
+// stop ends all timers.
+func (c *Cache) stop() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+	for _, sl := range c.slots {
+		sl.stopTimer()
+	}
+	for _, t := range c.expiries {
+		t.Stop()
+	}
+}
+
+// want is one SVID on its way.
+type want struct {
+	slot  *slot
+	entry *Entry
+	key   *ecdsa.PrivateKey
+	pkcs8 []byte
+}
+
+func (c *Cache) takeBatch() []want {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var batch []want
+	for len(c.queue) > 0 && len(batch) < maxBatch {
+		sl := c.queue[0]
+		c.queue[0] = nil
+		c.queue = c.queue[1:]
+		if c.slots[sl.entry.ID] == sl {
+			sl.outdated = false
+			batch = append(batch, want{slot: sl, entry: sl.entry})
+		}
+	}
+	return batch
+}
+
+// issue gets the SVIDs of a batch from the CA.
+func (c *Cache) issue(ctx context.Context, batch []want) {
+	ctx, cancel := context.WithTimeout(ctx, signTimeout)
+	defer cancel()
+	items := make([]*capb.SignItem, len(batch))
+	for i := range batch {
+		w := &batch[i]
+		csr, err := w.makeKey()
+		if err != nil {
+			c.settleAll(ctx, batch, err)
+			return
+		}
+		items[i] = &capb.SignItem{EntryId: w.entry.ID, Csr: csr}
+	}
+	results, err := c.authority.Sign(ctx, items)
+	if err == nil && len(results) != len(items) {
+		err = fmt.Errorf("sign: %d answers to %d requests", len(results), len(items))
+	}
+	if err != nil {
+		c.settleAll(ctx, batch, err)
+		return
+	}
+	for i, w := range batch {
+		made, err := c.accept(&w, results[i])
+		c.settle(ctx, w, made, err)
+	}
+}
+
+// makeKey makes the key, which never leaves the node, and its CSR. The CA
+// takes nothing but the public key from the CSR; the URI is for its readers.
+func (w *want) makeKey() (csr []byte, err error) {
+	if w.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+		return nil, fmt.Errorf("make a key: %w", err)
+	}
+	if w.pkcs8, err = x509.MarshalPKCS8PrivateKey(w.key); err != nil {
+		return nil, fmt.Errorf("encode a key: %w", err)
+	}
+	csr, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
+		URIs: []*url.URL{w.entry.SPIFFEID.URL()},
+	}, w.key)
+	if err != nil {
+		return nil, fmt.Errorf("make a CSR: %w", err)
+	}
+	return csr, nil
+}
+
+// accept checks that the CA's answer is an SVID for what was asked: it would
+// otherwise reach a workload under another name, or without its key.
+func (c *Cache) accept(w *want, r *capb.SignResult) (*SVID, error) {
+	if code := codes.Code(r.GetCode()); code != codes.OK { //nolint:gosec // an unknown code prints as a number
+		return nil, status.Error(code, r.GetMessage())
+	}
+	trust := c.trust.Load()
+	if trust == nil {
+		return nil, errors.New("no trust bundle to verify the SVID with")
+	}
+	now := time.Now()
+	peer, err := svid.VerifyRawChain(r.GetX509Svid(), trust.Bundle, now)
+	if err != nil {
+		return nil, fmt.Errorf("verify the SVID from the CA: %w", err)
+	}
+	if peer.ID != w.entry.SPIFFEID {
+		return nil, fmt.Errorf("the CA signed %s, asked for was %s", peer.ID, w.entry.SPIFFEID)
+	}
+	if pub, ok := peer.Leaf.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(&w.key.PublicKey) {
+		return nil, errors.New("the CA signed another key")
+	}
+	if r, revoked := c.revocations.Load().Concerning(peer); revoked {
+		return nil, fmt.Errorf("the CA signed an SVID that is revoked already: %s", r.Note)
+	}
+	made := &SVID{Entry: w.entry, Key: w.pkcs8, Peer: peer, renewAt: RenewAt(now, peer.NotAfter)}
+	for _, der := range r.GetX509Svid() {
+		made.Chain = append(made.Chain, der...)
+	}
+	return made, nil
+}
+
+// RenewAt is when to renew what was issued now and ends at notAfter: at half
+// of its life ± 10 %, so that those who started together drift apart. NotBefore
+// does not count: it is backdated, and with a short life half of that would be
+// at once.
+func RenewAt(now, notAfter time.Time) time.Time {
+	half := float64(notAfter.Sub(now)) / 2
+	return now.Add(time.Duration(half * (0.9 + 0.2*mathrand.Float64()))) //nolint:gosec // jitter
+}
+
+func (c *Cache) settleAll(ctx context.Context, batch []want, err error) {
+	for _, w := range batch {
+		c.settle(ctx, w, nil, err)
+	}
+}
+
+// settle puts a result in its slot, unless the slot is not what it was.
+func (c *Cache) settle(ctx context.Context, w want, made *SVID, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	sl := w.slot
+	sl.ordered = false
+	if c.slots[w.entry.ID] != sl || c.closed {
+		return
+	}
+	switch {
+	case sl.outdated:
+		sl.outdated = false
+	case err != nil:
+		c.failed(ctx, sl, err)
+	default:
+		c.metrics.issued.WithLabelValues("ok").Inc()
+		if made.Entry != sl.entry { // its hint changed meanwhile
+			made.Entry = sl.entry
+		}
+		sl.svid, sl.reissue, sl.failures, sl.nextTry = made, false, 0, time.Time{}
+		c.log.LogAttrs(ctx, slog.LevelInfo, "SVID issued",
+			slog.String("spiffe_id", made.Peer.ID.String()), slog.String("entry_id", made.Entry.ID),
+			slog.String("serial", made.Peer.SerialHex), slog.Time("not_after", made.Peer.NotAfter))
+		sl.notifyUsers()
+	}
+	c.turn(sl)
+}
+
+// failed plans the next try. c.mu is held.
+func (c *Cache) failed(ctx context.Context, sl *slot, err error) {
+	c.metrics.issued.WithLabelValues("error").Inc()
+	level := slog.LevelWarn
+	if sl.failures > 0 {
+		level = slog.LevelDebug // said already
+	}
+	wait := min(firstRetry<<min(sl.failures, 10), lastRetry)
+	wait = wait/2 + time.Duration(mathrand.Int64N(int64(wait))) //nolint:gosec // jitter
+	sl.failures++
+	sl.nextTry = time.Now().Add(wait)
+	c.log.LogAttrs(ctx, level, "SVID not issued",
+		slog.String("spiffe_id", sl.entry.SPIFFEID.String()), slog.String("entry_id", sl.entry.ID),
+		slog.Duration("retry_in", wait), slog.Any("err", err))
+	if sl.failures == 1 {
+		sl.notifyUsers()
+	}
+}

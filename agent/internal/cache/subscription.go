@@ -1,0 +1,215 @@
+// Streams: who is woken by which change.
+
+package cache
+
+import "time"
+
+// Subscription is one open Workload API stream. Its methods may be called by
+// one goroutine at a time.
+type Subscription struct {
+	c     *Cache
+	woken chan struct{}
+
+	// guarded by c.mu
+	proved    []string
+	digest    bool // proved has a unix:sha256 selector
+	slots     map[string]*slot
+	delivered uint64 // sequence of the trust bundle sent last; 0 for none
+}
+
+// View is what a workload may have now.
+type View struct {
+	// Current says whether changes arrive from the CA, so that no Entries
+	// means that no entry matches.
+	Current bool
+	// Entries match, in their order: the first is the default identity.
+	Entries []*Entry
+	// SVIDs are the valid ones, in the order of Entries and each SPIFFE ID
+	// once; only with wantSVIDs.
+	SVIDs []*SVID
+	// Pending says that an SVID is on its way, and the workload better waits
+	// than gets half an answer.
+	Pending bool
+	// Trust is nil before the first trust bundle.
+	Trust *Trust
+}
+
+// Subscribe registers a stream. Close the result.
+func (c *Cache) Subscribe() *Subscription {
+	s := &Subscription{c: c, woken: make(chan struct{}, 1), slots: map[string]*slot{}}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.subs[s] = struct{}{}
+	return s
+}
+
+// Woken receives when something changed that concerns the workload whose
+// selectors View was last called with.
+func (s *Subscription) Woken() <-chan struct{} { return s.woken }
+
+// View returns what a workload with these selectors (sorted) may have. With
+// wantSVIDs their SVIDs are ordered, and kept fresh until Close.
+func (s *Subscription) View(proved []string, wantSVIDs bool) View {
+	c := s.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s.register(proved)
+	now := time.Now()
+	v := View{Current: c.synced && c.connected, Entries: c.index.match(proved, now), Trust: c.trust.Load()}
+	if !wantSVIDs {
+		return v
+	}
+	used := make(map[string]*slot, len(v.Entries))
+	seen := make(map[string]bool, len(v.Entries))
+	for _, e := range v.Entries {
+		if seen[e.SPIFFEID.String()] {
+			continue
+		}
+		seen[e.SPIFFEID.String()] = true
+		sl := c.slotFor(e)
+		sl.users[s] = struct{}{}
+		used[e.ID] = sl
+		c.turn(sl)
+		if sl.svid != nil {
+			v.SVIDs = append(v.SVIDs, sl.svid)
+		}
+		v.Pending = v.Pending || sl.pending()
+	}
+	s.release(used)
+	s.slots = used
+	return v
+}
+
+// release gives up the slots that are not in keep. c.mu is held.
+func (s *Subscription) release(keep map[string]*slot) {
+	for id, sl := range s.slots {
+		if keep[id] != sl {
+			delete(sl.users, s)
+			if s.c.slots[id] == sl {
+				s.c.turn(sl)
+			}
+		}
+	}
+}
+
+// register indexes s under what it proved. c.mu is held.
+func (s *Subscription) register(proved []string) {
+	for _, sel := range s.proved {
+		set := s.c.bySel[sel]
+		delete(set, s)
+		if len(set) == 0 {
+			delete(s.c.bySel, sel)
+		}
+	}
+	s.proved, s.digest = proved, false
+	for _, sel := range proved {
+		if s.c.bySel[sel] == nil {
+			s.c.bySel[sel] = map[*Subscription]struct{}{}
+		}
+		s.c.bySel[sel][s] = struct{}{}
+		s.digest = s.digest || isDigest(sel)
+	}
+}
+
+// Delivered says that the workload was sent the trust bundle with this
+// sequence number.
+func (s *Subscription) Delivered(sequence uint64) {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	s.setDelivered(sequence)
+}
+
+func (s *Subscription) setDelivered(sequence uint64) {
+	if s.delivered == sequence {
+		return
+	}
+	if s.delivered != 0 {
+		if s.c.behind[s.delivered]--; s.c.behind[s.delivered] == 0 {
+			delete(s.c.behind, s.delivered)
+		}
+	}
+	if s.delivered = sequence; sequence != 0 {
+		s.c.behind[sequence]++
+	}
+	signal(s.c.served)
+}
+
+// Close ends the subscription.
+func (s *Subscription) Close() {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	s.register(nil)
+	s.release(nil)
+	s.setDelivered(0)
+	delete(s.c.subs, s)
+}
+
+// Ack is what every open stream has been sent: the revision that is held and
+// the oldest trust bundle that some stream still has.
+func (c *Cache) Ack() (revision, trustSequence uint64) {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	if t := c.trust.Load(); t != nil {
+		trustSequence = t.Sequence
+	}
+	for sequence := range c.behind {
+		trustSequence = min(trustSequence, sequence)
+	}
+	return c.revision, trustSequence
+}
+
+// Served receives when Ack may have changed.
+func (c *Cache) Served() <-chan struct{} { return c.served }
+
+func (s *Subscription) notify() { signal(s.woken) }
+
+func signal(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+// notifyAll wakes every stream. c.mu is held.
+func (c *Cache) notifyAll() {
+	for s := range c.subs {
+		s.notify()
+	}
+	signal(c.served)
+}
+
+// notifyMatching wakes the streams of the workloads that e is for. A workload
+// whose program was not hashed, because no entry asked for it, may have any
+// digest: it is woken too, and looked at again. c.mu is held.
+func (c *Cache) notifyMatching(e *Entry) {
+	if len(e.Selectors) == 0 {
+		return
+	}
+	var candidates map[*Subscription]struct{}
+	known := false
+	for _, sel := range e.Selectors {
+		if isDigest(sel) {
+			continue
+		}
+		if set := c.bySel[sel]; !known || len(set) < len(candidates) {
+			candidates, known = set, true
+		}
+	}
+	if !known {
+		candidates = c.subs
+	}
+	for s := range candidates {
+		if s.satisfies(e) {
+			s.notify()
+		}
+	}
+}
+
+func (s *Subscription) satisfies(e *Entry) bool {
+	for _, missing := range e.missing(s.proved) {
+		if !isDigest(missing) || s.digest {
+			return false
+		}
+	}
+	return true
+}

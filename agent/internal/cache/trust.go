@@ -1,0 +1,208 @@
+// The trust bundle of the own trust domain, and revocations.
+
+package cache
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/svid"
+)
+
+// Trust is one version of the own trust bundle, in every form that it is
+// served in. It is immutable.
+type Trust struct {
+	Sequence uint64
+	// Bundle is not to be changed.
+	Bundle *spiffebundle.Bundle
+	// X509 holds the X.509 authorities, DER, one after the other.
+	X509 []byte
+	// JWKS holds the JWT authorities only (Workload API §6.2.2).
+	JWKS []byte
+	// Document is the whole bundle as the CA sent it.
+	Document []byte
+}
+
+// ParseTrust reads the trust bundle that the CA sent for its trust domain. It
+// must have at least one X.509 authority: an empty one would distrust
+// everybody, the CA included, and could never be replaced.
+func ParseTrust(pb *capb.TrustBundle, trustDomain string) (*Trust, error) {
+	if pb.GetTrustDomain() != trustDomain {
+		return nil, fmt.Errorf("trust bundle is of trust domain %q, expected %q", pb.GetTrustDomain(), trustDomain)
+	}
+	td, err := spiffeid.TrustDomainFromString(trustDomain)
+	if err != nil {
+		return nil, err
+	}
+	b, err := spiffebundle.Parse(td, pb.GetJwks())
+	if err != nil {
+		return nil, fmt.Errorf("parse trust bundle: %w", err)
+	}
+	t := &Trust{Sequence: pb.GetSequence(), Bundle: b, Document: pb.GetJwks()}
+	for _, cert := range b.X509Authorities() {
+		t.X509 = append(t.X509, cert.Raw...)
+	}
+	if len(t.X509) == 0 {
+		return nil, fmt.Errorf("trust bundle %d of %s has no X.509 authority", t.Sequence, trustDomain)
+	}
+	if t.JWKS, err = spiffebundle.FromJWTAuthorities(td, b.JWTAuthorities()).Marshal(); err != nil {
+		return nil, fmt.Errorf("encode JWT authorities: %w", err)
+	}
+	return t, nil
+}
+
+func (c *Cache) parseTrust(pb *capb.TrustBundle) (*Trust, error) {
+	if pb == nil {
+		return nil, nil
+	}
+	return ParseTrust(pb, c.td.Name())
+}
+
+// SetTrust installs a trust bundle that did not come with Sync: from the disk,
+// or with the agent's own SVID.
+func (c *Cache) SetTrust(ctx context.Context, t *Trust) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.swapTrust(ctx, t)
+}
+
+// Trust returns the trust bundle, or nil before the first.
+func (c *Cache) Trust() *Trust { return c.trust.Load() }
+
+// swapTrust replaces the trust bundle by a newer one. c.mu is held.
+func (c *Cache) swapTrust(ctx context.Context, t *Trust) {
+	if t == nil {
+		return
+	}
+	if held := c.trust.Load(); held != nil {
+		if t.Sequence < held.Sequence {
+			c.log.LogAttrs(ctx, slog.LevelError, "older trust bundle refused",
+				slog.Uint64("sequence", t.Sequence), slog.Uint64("held", held.Sequence))
+			return
+		}
+		if t.Sequence == held.Sequence {
+			return
+		}
+	}
+	c.trust.Store(t)
+	c.jwts.forgetAll()
+	c.log.LogAttrs(ctx, slog.LevelInfo, "trust bundle changed", slog.Uint64("sequence", t.Sequence))
+	c.notifyAll()
+}
+
+// Revocations returns the live records. The set is immutable.
+func (c *Cache) Revocations() *svid.Revocations { return c.revocations.Load() }
+
+// parseRevocations reads what the CA pushed. A record that makes no sense is
+// logged and left out: it concerns nothing.
+func (c *Cache) parseRevocations(ctx context.Context, pbs []*capb.Revocation) []svid.Revocation {
+	out := make([]svid.Revocation, 0, len(pbs))
+	for _, pb := range pbs {
+		r := svid.Revocation{
+			SPIFFEID: pb.GetSpiffeId(), AgentID: pb.GetAgentId(),
+			AuthorityID: pb.GetAuthorityId(), Serial: pb.GetSerial(),
+			AgentHandle: pb.GetAgentHandle(), BeforeRevision: pb.GetBeforeRevision(), Note: pb.GetNote(),
+		}
+		if t := pb.GetExpiresAt(); t != nil {
+			r.ExpiresAt = t.AsTime()
+		}
+		if err := r.Validate(); err != nil {
+			c.log.LogAttrs(ctx, slog.LevelError, "revocation from the CA refused", slog.Any("err", err))
+			continue
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
+// revoke adds records. c.mu is held.
+func (c *Cache) revoke(added []svid.Revocation) {
+	if len(added) == 0 {
+		return
+	}
+	c.revocations.Store(c.revocations.Load().With(added...).Prune(time.Now()))
+	c.feed.add(added)
+	c.dropRevoked()
+}
+
+// replaceRevocations makes all the whole set. c.mu is held.
+func (c *Cache) replaceRevocations(all []svid.Revocation) {
+	c.revocations.Store(svid.NewRevocations(all).Prune(time.Now()))
+	c.feed.reset()
+	c.dropRevoked()
+}
+
+// dropRevoked stops serving SVIDs that are revoked now, and orders new ones
+// where the entry still stands. c.mu is held.
+func (c *Cache) dropRevoked() {
+	set := c.revocations.Load()
+	c.jwts.forgetRevoked(set)
+	for _, sl := range c.slots {
+		if sl.svid == nil {
+			continue
+		}
+		if _, revoked := set.Concerning(sl.svid.Peer); revoked {
+			sl.withdraw()
+			c.turn(sl)
+		}
+	}
+}
+
+// feed numbers revocations in the order in which they came, so that a watcher
+// gets what it has not seen.
+type feed struct {
+	changed chan struct{} // closed at the next change
+	epoch   uint64        // rises when everything must be sent again
+	records []svid.Revocation
+}
+
+// maxFeed is how many records the feed keeps before it starts a new epoch.
+const maxFeed = 4096
+
+func newFeed() feed { return feed{changed: make(chan struct{}), epoch: 1} }
+
+func (f *feed) add(records []svid.Revocation) {
+	if len(f.records)+len(records) > maxFeed {
+		f.records = nil
+		f.epoch++
+	}
+	f.records = append(f.records, records...)
+	f.wake()
+}
+
+// reset makes every watcher read the whole set again.
+func (f *feed) reset() {
+	f.epoch++
+	f.records = nil
+	f.wake()
+}
+
+func (f *feed) wake() {
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
+
+// Cursor is how far a watcher of revocations has read. The zero value has read
+// nothing.
+type Cursor struct {
+	epoch uint64
+	read  int
+}
+
+// RevocationsSince returns the records after the cursor, or all live ones and
+// reset, the new cursor, and a channel that is closed when there are more.
+func (c *Cache) RevocationsSince(cur Cursor) (records []svid.Revocation, reset bool, next Cursor, more <-chan struct{}) {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	next = Cursor{epoch: c.feed.epoch, read: len(c.feed.records)}
+	if cur.epoch != c.feed.epoch {
+		return c.revocations.Load().All(), true, next, c.feed.changed
+	}
+	return c.feed.records[cur.read:], false, next, c.feed.changed
+}

@@ -1,0 +1,163 @@
+// The node proves itself, once, and the CA first: no evidence leaves the
+// machine before the CA's chain ends in the root whose hash was pinned.
+
+package caclient
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc/credentials"
+
+	"merlon.dev/agent/internal/cache"
+	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/svid"
+)
+
+// errNoEvidence says that the agent has nothing to prove the node with.
+var errNoEvidence = errors.New("the agent has no valid SVID of its own and no join token: run `merlon token create` and set join_token or join_token_file")
+
+// attest trades the join token for the agent's own SVID.
+func (c *Client) attest(ctx context.Context, picture *cache.Cache) error {
+	token, err := c.cfg.JoinToken()
+	if err != nil {
+		return fmt.Errorf("attest the node: %w", err)
+	}
+	if token == "" {
+		return errNoEvidence
+	}
+	cc, err := c.dial(credentials.NewTLS(c.firstContact(picture)))
+	if err != nil {
+		return fmt.Errorf("attest the node: %w", err)
+	}
+	defer cc.Close()
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	key, csr, err := newKey()
+	if err != nil {
+		return err
+	}
+	answer, err := capb.NewNodeClient(cc).Attest(ctx, &capb.AttestRequest{
+		Evidence: &capb.AttestRequest_JoinToken{JoinToken: token}, Csr: csr,
+	})
+	if err != nil {
+		return fmt.Errorf("attest the node: %w", err)
+	}
+	return c.adopt(ctx, picture, answer.GetX509Svid(), answer.GetTrustBundle(), key)
+}
+
+// adopt checks and keeps a new SVID of the agent's own.
+func (c *Client) adopt(ctx context.Context, picture *cache.Cache, chain [][]byte, bundle *capb.TrustBundle, key *ecdsa.PrivateKey) error {
+	trust, err := cache.ParseTrust(bundle, c.cfg.TrustDomain.Name())
+	if err != nil {
+		return fmt.Errorf("the CA's answer: %w", err)
+	}
+	peer, err := svid.VerifyRawChain(chain, trust.Bundle, time.Now())
+	if err != nil {
+		return fmt.Errorf("verify the agent's new SVID: %w", err)
+	}
+	if err := checkAgentID(peer.ID, c.cfg.TrustDomain); err != nil {
+		return fmt.Errorf("the agent's new SVID: %w", err)
+	}
+	if held := c.own.Load(); held != nil && held.ID != peer.ID && held.valid(time.Now()) {
+		return fmt.Errorf("the agent's new SVID is of %s, but this is %s", peer.ID, held.ID)
+	}
+	if pub, ok := peer.Leaf.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(&key.PublicKey) {
+		return errors.New("the agent's new SVID has another key")
+	}
+	certs, err := x509.ParseCertificates(bytes.Join(chain, nil))
+	if err != nil {
+		return fmt.Errorf("parse the agent's new SVID: %w", err)
+	}
+	// Trust first: an SVID without it could not be used.
+	if err := c.saveTrust(trust); err != nil {
+		return err
+	}
+	if err := c.saveSVID(chain, key); err != nil {
+		return err
+	}
+	picture.SetTrust(ctx, trust)
+	c.setOwn(&x509svid.SVID{ID: peer.ID, Certificates: certs, PrivateKey: key}, time.Now())
+	c.cfg.Logger.LogAttrs(ctx, slog.LevelInfo, "agent has an SVID",
+		slog.String("spiffe_id", peer.ID.String()), slog.String("serial", peer.SerialHex),
+		slog.Time("not_after", peer.NotAfter))
+	return nil
+}
+
+// firstContact is a TLS configuration without a client certificate that goes
+// through with only if the server is the CA: by the trust bundle, if one is
+// held, or by the pinned root.
+func (c *Client) firstContact(picture *cache.Cache) *tls.Config {
+	cfg := svid.TLS{}.Client()
+	cfg.GetClientCertificate = nil
+	cfg.VerifyConnection = func(cs tls.ConnectionState) error {
+		if trust := picture.Trust(); trust != nil {
+			return c.checkCA(cs.PeerCertificates, trust.Bundle)
+		}
+		return c.checkPinned(cs.PeerCertificates)
+	}
+	return cfg
+}
+
+// checkPinned verifies the CA's chain up to the root that it presents, which
+// must be the pinned one.
+func (c *Client) checkPinned(presented []*x509.Certificate) error {
+	if len(presented) < 2 || len(presented) > svid.MaxChainCerts {
+		return fmt.Errorf("the CA presents %d certificates, expected its chain up to the root", len(presented))
+	}
+	root := presented[len(presented)-1]
+	if err := c.checkRootHash(root); err != nil {
+		return err
+	}
+	// No bundle yet to say so: only a certificate that is an authority, and
+	// names this trust domain, may vouch for it.
+	if !root.IsCA || len(root.URIs) != 1 || root.URIs[0].String() != c.cfg.TrustDomain.IDString() {
+		return fmt.Errorf("the pinned root is not an authority of trust domain %s", c.cfg.TrustDomain.Name())
+	}
+	return c.checkCA(presented[:len(presented)-1], x509bundle.FromX509Authorities(c.cfg.TrustDomain, []*x509.Certificate{root}))
+}
+
+func (c *Client) checkRootHash(root *x509.Certificate) error {
+	want, err := hex.DecodeString(c.cfg.RootHash)
+	if err != nil || len(want) != sha256.Size {
+		return errors.New("root_hash is not set to the hash that `merlon token create` printed: it is what tells the right CA from any other")
+	}
+	got := sha256.Sum256(root.RawSubjectPublicKeyInfo)
+	if subtle.ConstantTimeCompare(got[:], want) != 1 {
+		return fmt.Errorf("the CA's root has the hash %x, not the configured root_hash %x: it is not the CA that printed the token", got, want)
+	}
+	return nil
+}
+
+func (c *Client) checkCA(chain []*x509.Certificate, bundle x509bundle.Source) error {
+	peer, err := svid.VerifyChain(chain, bundle, time.Now())
+	if err != nil {
+		return fmt.Errorf("verify the CA: %w", err)
+	}
+	return svid.AdmitID(c.caID)(peer)
+}
+
+// newKey makes a key, which never leaves the node, and a CSR for it.
+func newKey() (key *ecdsa.PrivateKey, csr []byte, err error) {
+	if key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+		return nil, nil, fmt.Errorf("make the agent's key: %w", err)
+	}
+	if csr, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key); err != nil {
+		return nil, nil, fmt.Errorf("make the agent's CSR: %w", err)
+	}
+	return key, csr, nil
+}

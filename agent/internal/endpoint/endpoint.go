@@ -1,0 +1,184 @@
+// Package endpoint holds what is true of every call on the agent's public
+// socket, whichever service it is for: the caller is a process of this node
+// that the kernel names, the security header is there, no user takes more than
+// a share, and errors say in one word what is wrong.
+package endpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/agent/internal/cache"
+	"merlon.dev/agent/internal/workload"
+	"merlon.dev/sdk/unixsock"
+)
+
+// Header must accompany each call with the value "true" (SPIFFE Workload
+// Endpoint §3): a browser or a proxy that was tricked into calling cannot set
+// it.
+const Header = "workload.spiffe.io"
+
+// Reasons in the google.rpc.ErrorInfo of errors.
+const (
+	NoMatchingEntry = "NO_MATCHING_ENTRY" // no registration entry is for this process
+	NotSynced       = "AGENT_NOT_SYNCED"  // the agent does not know yet, or not any more
+	ProcessGone     = "PROCESS_GONE"      // the caller ended
+	ProcessChanged  = "PROCESS_CHANGED"   // the caller is not what it was when it connected
+	TooManyStreams  = "TOO_MANY_STREAMS"  // the caller's user has its share
+	NotEntitled     = "NOT_ENTITLED"      // the caller asked for another identity
+)
+
+// syncWait is how long a unary call is held while the agent is not in sync
+// with the CA. Streams are held without end.
+const syncWait = 10 * time.Second
+
+// Callers finds out who calls and what he may have.
+type Callers struct {
+	Attestor *workload.Attestor
+	Cache    *cache.Cache
+}
+
+// Attest proves who makes the call of ctx. It is cheap enough to be done
+// before every answer, which is what makes exec, setuid and reuse of process
+// IDs harmless. Errors are gRPC statuses.
+func (c *Callers) Attest(ctx context.Context) (*workload.Process, error) {
+	peer, ok := unixsock.PeerFromContext(ctx)
+	if !ok {
+		return nil, status.Error(codes.Internal, "the connection does not say who calls")
+	}
+	p, err := c.Attestor.Attest(ctx, peer, c.Cache.WantsDigest())
+	switch {
+	case err == nil:
+		return p, nil
+	case errors.Is(err, workload.ErrChanged):
+		return nil, Changed()
+	case errors.Is(err, workload.ErrGone):
+		return nil, Error(codes.Unavailable, ProcessGone, err.Error(), "")
+	case ctx.Err() != nil:
+		return nil, status.FromContextError(ctx.Err()).Err()
+	default:
+		return nil, status.Error(codes.Unavailable, "the calling process could not be looked at")
+	}
+}
+
+// Alive is the last look before an answer: nil while the process that
+// connected still runs.
+func (c *Callers) Alive(ctx context.Context) error {
+	if peer, ok := unixsock.PeerFromContext(ctx); !ok || !peer.Alive() {
+		return Error(codes.Unavailable, ProcessGone, workload.ErrGone.Error(), "")
+	}
+	return nil
+}
+
+// Entitled returns the caller and his entries, at least one. It waits a while
+// for the agent to be in sync with the CA before it gives up, as long as none
+// match: only in sync can the agent say that there are none.
+func (c *Callers) Entitled(ctx context.Context) (*workload.Process, []*cache.Entry, error) {
+	// Most calls end here, without a subscription.
+	p, err := c.Attest(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	entries, current := c.Cache.Entitled(p.Selectors())
+	if len(entries) > 0 {
+		return p, entries, nil
+	}
+	if current {
+		return nil, nil, NoEntry(p.PID)
+	}
+	return c.awaitEntitled(ctx)
+}
+
+func (c *Callers) awaitEntitled(ctx context.Context) (*workload.Process, []*cache.Entry, error) {
+	sub := c.Cache.Subscribe()
+	defer sub.Close()
+	patience := time.NewTimer(syncWait)
+	defer patience.Stop()
+	for {
+		p, err := c.Attest(ctx)
+		if err != nil {
+			return nil, nil, err
+		}
+		view := sub.View(p.Selectors(), false)
+		if len(view.Entries) > 0 {
+			return p, view.Entries, nil
+		}
+		if view.Current {
+			return nil, nil, NoEntry(p.PID)
+		}
+		select {
+		case <-sub.Woken():
+		case <-patience.C:
+			return nil, nil, Unsynced()
+		case <-ctx.Done():
+			return nil, nil, status.FromContextError(ctx.Err()).Err()
+		}
+	}
+}
+
+// NoEntry says that no registration entry is for the process.
+func NoEntry(pid int32) error {
+	return Error(codes.PermissionDenied, NoMatchingEntry, "no registration entry matches this process",
+		fmt.Sprintf("merlon explain identity --pid %d", pid))
+}
+
+// Unsynced says that the agent cannot tell.
+func Unsynced() error {
+	return Error(codes.Unavailable, NotSynced, "the agent is not in sync with the CA", "look at the agent's log and at its /ready")
+}
+
+// Changed says that the caller is not what it was and has to connect again.
+func Changed() error {
+	return Error(codes.Unavailable, ProcessChanged, "the calling process runs another program or as another user than when it connected",
+		"connect again")
+}
+
+// Error is a gRPC status with an ErrorInfo that programs can read.
+func Error(code codes.Code, reason, message, hint string) error {
+	info := &errdetails.ErrorInfo{Reason: reason, Domain: "merlon.dev"}
+	if hint != "" {
+		message += "; hint: " + hint
+		info.Metadata = map[string]string{"hint": hint}
+	}
+	st := status.New(code, message)
+	if with, err := st.WithDetails(info); err == nil {
+		st = with
+	}
+	return st.Err()
+}
+
+// UnaryHeader refuses calls without the security header.
+func UnaryHeader(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	if err := checkHeader(ctx, info.FullMethod); err != nil {
+		return nil, err
+	}
+	return next(ctx, req)
+}
+
+// StreamHeader refuses streams without the security header.
+func StreamHeader(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+	if err := checkHeader(stream.Context(), info.FullMethod); err != nil {
+		return err
+	}
+	return next(srv, stream)
+}
+
+func checkHeader(ctx context.Context, method string) error {
+	// Tools that look around do not know the header; there is nothing to get.
+	if strings.HasPrefix(method, "/grpc.reflection.") || strings.HasPrefix(method, "/grpc.health.v1.Health/") {
+		return nil
+	}
+	if values := metadata.ValueFromIncomingContext(ctx, Header); len(values) != 1 || values[0] != "true" {
+		return status.Errorf(codes.InvalidArgument, "metadata %s: true is missing", Header)
+	}
+	return nil
+}

@@ -1,0 +1,119 @@
+// Shares: no user of the node can take all connections or streams of the agent
+// (SECURITY.md T39).
+
+package endpoint
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"sync"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+
+	"merlon.dev/sdk/unixsock"
+)
+
+// Limit counts something per user. It is safe for concurrent use.
+type Limit struct {
+	max int
+
+	mu sync.Mutex
+	// guarded by mu
+	used map[uint32]int
+}
+
+// NewLimit allows each user max at the same time.
+func NewLimit(limit int) *Limit { return &Limit{max: limit, used: map[uint32]int{}} }
+
+// Take takes one for uid, or says that he has all of his.
+func (l *Limit) Take(uid uint32) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.used[uid] >= l.max {
+		return false
+	}
+	l.used[uid]++
+	return true
+}
+
+// Give gives one back.
+func (l *Limit) Give(uid uint32) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.used[uid]--; l.used[uid] <= 0 {
+		delete(l.used, uid)
+	}
+}
+
+// Stream is an interceptor that bounds the open streams of a user.
+func (l *Limit) Stream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+	done, err := l.call(stream.Context())
+	if err != nil {
+		return err
+	}
+	defer done()
+	return next(srv, stream)
+}
+
+// Unary is an interceptor that counts calls like streams.
+func (l *Limit) Unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	done, err := l.call(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	return next(ctx, req)
+}
+
+func (l *Limit) call(ctx context.Context) (done func(), err error) {
+	peer, ok := unixsock.PeerFromContext(ctx)
+	if !ok {
+		return nil, Error(codes.Internal, ProcessGone, "the connection does not say who calls", "")
+	}
+	if !l.Take(peer.UID) {
+		return nil, Error(codes.ResourceExhausted, TooManyStreams,
+			fmt.Sprintf("uid %d has %d calls open, which is all it may have", peer.UID, l.max), "close streams that are not read")
+	}
+	return func() { l.Give(peer.UID) }, nil
+}
+
+// Credentials are unixsock's server credentials with at most l connections per
+// user.
+func (l *Limit) Credentials() credentials.TransportCredentials {
+	return limitedCredentials{TransportCredentials: unixsock.ServerCredentials(), limit: l}
+}
+
+type limitedCredentials struct {
+	credentials.TransportCredentials
+	limit *Limit
+}
+
+func (c limitedCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	wrapped, info, err := c.TransportCredentials.ServerHandshake(conn)
+	if err != nil {
+		return nil, nil, err
+	}
+	uid := info.(unixsock.AuthInfo).Peer.UID
+	if !c.limit.Take(uid) {
+		wrapped.Close()
+		return nil, nil, fmt.Errorf("uid %d has %d connections open, which is all it may have", uid, c.limit.max)
+	}
+	return &limitedConn{Conn: wrapped, done: sync.OnceFunc(func() { c.limit.Give(uid) })}, info, nil
+}
+
+func (c limitedCredentials) Clone() credentials.TransportCredentials {
+	return limitedCredentials{TransportCredentials: c.TransportCredentials.Clone(), limit: c.limit}
+}
+
+type limitedConn struct {
+	net.Conn
+	done func()
+}
+
+func (c *limitedConn) Close() error {
+	c.done()
+	return c.Conn.Close()
+}

@@ -1,0 +1,199 @@
+// Package workload proves facts about the process at the other end of a Unix
+// socket: which user and group it runs as and which program it is. Only data
+// that the kernel owns counts. Whatever is ambiguous (another program at the
+// path that the kernel names, a process that changed its user after it
+// connected) proves nothing, because a missing selector can only take an
+// identity away.
+package workload
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"merlon.dev/sdk/unixsock"
+)
+
+// ErrGone says that the process ended, or can no longer be told apart from
+// another one. The answer that was being prepared must not be given.
+var ErrGone = errors.New("the calling process is gone")
+
+// ErrChanged says that the process is not what it was when it connected: it
+// changed its user or group. It has to connect again.
+var ErrChanged = errors.New("the calling process changed its user or group after it connected")
+
+// Process is what was proved about one process at one moment.
+type Process struct {
+	PID      int32
+	UID, GID uint32
+	// Path is the program's absolute path, or empty when it is not beyond
+	// doubt; then Notes says why.
+	Path string
+	// SHA256 is the lower-case hex digest of the program, when it was asked
+	// for and could be made.
+	SHA256 string
+	// Notes says in sentences what could not be proved, for explain.
+	Notes []string
+
+	startTicks uint64
+	exe        fileID // zero when the program is unknown
+}
+
+// Same says whether q shows the process p still running the same program as
+// the same user and group.
+func (p *Process) Same(q *Process) bool {
+	return p.PID == q.PID && p.startTicks == q.startTicks && p.UID == q.UID && p.GID == q.GID &&
+		p.exe.sameFile(q.exe) && p.Path == q.Path
+}
+
+// Selectors lists the proved facts as "type:value", sorted.
+func (p *Process) Selectors() []string {
+	s := make([]string, 0, 4)
+	s = append(s, fmt.Sprintf("unix:gid:%d", p.GID))
+	if p.Path != "" {
+		s = append(s, "unix:path:"+p.Path)
+	}
+	if p.SHA256 != "" {
+		s = append(s, "unix:sha256:"+p.SHA256)
+	}
+	return append(s, fmt.Sprintf("unix:uid:%d", p.UID))
+}
+
+// Attestor reads processes from one /proc. It is safe for concurrent use.
+type Attestor struct {
+	proc   *os.File // O_PATH, procfs
+	hashes hashes
+
+	// afterRead is called between reading a process and the last check that
+	// it still lives. Tests end processes here.
+	afterRead func()
+}
+
+// New opens /proc. Close the result.
+func New() (*Attestor, error) {
+	fd, err := unix.Open("/proc", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open /proc: %w", err)
+	}
+	proc := os.NewFile(uintptr(fd), "/proc")
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(fd, &st); err != nil {
+		proc.Close()
+		return nil, fmt.Errorf("stat /proc: %w", err)
+	}
+	// Anything else mounted there could name users and programs as it likes
+	// (SECURITY.md T5).
+	if st.Type != unix.PROC_SUPER_MAGIC {
+		proc.Close()
+		return nil, errors.New("/proc is not the kernel's proc filesystem")
+	}
+	return &Attestor{proc: proc, hashes: newHashes(), afterRead: func() {}}, nil
+}
+
+// Close releases /proc.
+func (a *Attestor) Close() error { return a.proc.Close() }
+
+// Attest proves what it can about peer. The program is hashed only if
+// withHash. Attest returns ErrGone when the process ended before the end of
+// the call, and ErrChanged when it is no longer the user that connected.
+//
+// With a pidfd (Linux 6.5 or later) the answer is about the process that
+// connected and no other: /proc/PID is opened while the pidfd shows it alive,
+// everything is read below that directory, which stays with the process and
+// never passes to another that gets its number, and the pidfd is asked again
+// at the end (SECURITY.md T2). Without, the process's start time is compared
+// before and after; a process that took over the number between connect and
+// the first look, with the same user and group, is not noticed.
+func (a *Attestor) Attest(ctx context.Context, peer *unixsock.Peer, withHash bool) (*Process, error) {
+	if peer.PID <= 0 {
+		// The peer lives in a PID namespace that is not below ours.
+		return nil, fmt.Errorf("%w: the kernel has no process ID for it here", ErrGone)
+	}
+	p, err := a.read(ctx, peer.PID, withHash, peer.Alive)
+	if err != nil {
+		return nil, err
+	}
+	// A set-user-ID program run by the peer, which holds the socket open
+	// elsewhere, would otherwise pass for that program's user (T3, T4).
+	if p.UID != peer.UID || p.GID != peer.GID {
+		return nil, ErrChanged
+	}
+	return p, nil
+}
+
+// AttestPID proves what it can about the process with this number, hash
+// included. It is for explanations only: the number may come to mean another
+// process as soon as AttestPID returns.
+func (a *Attestor) AttestPID(ctx context.Context, pid int32) (*Process, error) {
+	if pid <= 0 {
+		return nil, fmt.Errorf("%w: %d is not a process ID", ErrGone, pid)
+	}
+	fd, err := unix.PidfdOpen(int(pid), 0)
+	if err != nil {
+		return nil, fmt.Errorf("%w: process %d: %v", ErrGone, pid, err)
+	}
+	defer unix.Close(fd)
+	return a.read(ctx, pid, true, func() bool {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+		return err == nil && n == 0
+	})
+}
+
+// read looks at /proc/PID between two calls of alive, both of which must say
+// yes.
+func (a *Attestor) read(ctx context.Context, pid int32, withHash bool, alive func() bool) (*Process, error) {
+	dir, err := unix.Openat(int(a.proc.Fd()), fmt.Sprint(pid), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, fmt.Errorf("%w: process %d: %v", ErrGone, pid, err)
+	}
+	defer unix.Close(dir)
+	// Alive after the directory was opened: so it is this process's.
+	if !alive() {
+		return nil, ErrGone
+	}
+	p := &Process{PID: pid}
+	if err := p.readStat(dir); err != nil {
+		return nil, err
+	}
+	if err := p.readIDs(dir); err != nil {
+		return nil, err
+	}
+	a.readProgram(ctx, dir, p, withHash)
+	a.afterRead()
+	if err := p.confirm(dir); err != nil {
+		return nil, err
+	}
+	if !alive() {
+		return nil, ErrGone
+	}
+	return p, ctx.Err()
+}
+
+// confirm reads start time, user and program again: they must not have changed
+// while the rest was read.
+func (p *Process) confirm(dir int) error {
+	again := Process{}
+	if err := again.readStat(dir); err != nil {
+		return err
+	}
+	if err := again.readIDs(dir); err != nil {
+		return err
+	}
+	if again.startTicks != p.startTicks || again.UID != p.UID || again.GID != p.GID {
+		return ErrGone
+	}
+	if p.exe == (fileID{}) {
+		return nil
+	}
+	if id, err := statExe(dir); err != nil || !id.sameFile(p.exe) {
+		return fmt.Errorf("%w: it started another program meanwhile", ErrGone)
+	}
+	return nil
+}
+
+// buffers holds read buffers for files in /proc, which are a few KiB at most.
+var buffers = sync.Pool{New: func() any { return new([8192]byte) }}
