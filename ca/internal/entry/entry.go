@@ -129,7 +129,7 @@ func (e *Entry) Validate(td spiffeid.TrustDomain, now time.Time) error {
 		func() *InvalidError { return checkTTL("x509_svid_ttl_seconds", e.X509SVIDTTL, MaxX509SVIDTTL) },
 		func() *InvalidError { return checkTTL("jwt_svid_ttl_seconds", e.JWTSVIDTTL, MaxJWTSVIDTTL) },
 		func() *InvalidError { return checkDNSNames(e.DNSNames) },
-		func() *InvalidError { return checkText("common_name", e.CommonName, maxCommonNameBytes) },
+		func() *InvalidError { return checkCommonName(e.CommonName) },
 		func() *InvalidError { return checkText("hint", e.Hint, maxHintBytes) },
 		func() *InvalidError { return e.checkExpiry(now) },
 	} {
@@ -164,6 +164,13 @@ func TTLFromSeconds(field string, seconds int64) (time.Duration, error) {
 		return 0, invalid(field, "%d seconds is not between 0 and %d", seconds, int64(MaxSVIDTTL/time.Second))
 	}
 	return time.Duration(seconds) * time.Second, nil
+}
+
+func checkCommonName(cn string) *InvalidError {
+	if strings.TrimSpace(cn) != cn {
+		return invalid("common_name", "%q has space around it", cn)
+	}
+	return checkText("common_name", cn, maxCommonNameBytes)
 }
 
 // checkText refuses what could forge a second line in a log or a table

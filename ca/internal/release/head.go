@@ -20,7 +20,10 @@ const encodingVersion = 1
 type Head struct {
 	Name       string
 	Generation uint64
-	// SizeBytes and Chunks say how the signed bytes lie in the store.
+	// Blob, SizeBytes and Chunks say how the signed bytes lie in the store;
+	// Previous is the blob of the generation before, kept for those who read it.
+	Blob      string
+	Previous  string
 	SizeBytes int
 	Chunks    int
 	// SHA256 is the hex hash of the signed bytes.
@@ -37,6 +40,8 @@ func (h *Head) ETag() string { return `"` + h.SHA256 + `"` }
 type storedHead struct {
 	Version    int       `json:"v"`
 	Generation uint64    `json:"generation"`
+	Blob       string    `json:"blob"`
+	Previous   string    `json:"previous,omitempty"`
 	SizeBytes  int       `json:"size_bytes"`
 	Chunks     int       `json:"chunks"`
 	SHA256     string    `json:"sha256"`
@@ -54,14 +59,14 @@ func DecodeHead(kv store.KV) (*Head, error) {
 		return nil, fmt.Errorf("decode %s: version %d is not known", kv.Key, s.Version)
 	}
 	return &Head{
-		Name: strings.TrimPrefix(kv.Key, HeadPrefix), Generation: s.Generation, SizeBytes: s.SizeBytes, Chunks: s.Chunks,
+		Name: strings.TrimPrefix(kv.Key, HeadPrefix), Generation: s.Generation, Blob: s.Blob, Previous: s.Previous, SizeBytes: s.SizeBytes, Chunks: s.Chunks,
 		SHA256: s.SHA256, IssuedAt: s.IssuedAt, NotAfter: s.NotAfter, Revision: kv.ModRevision,
 	}, nil
 }
 
 func (h *Head) put() (store.Op, error) {
 	b, err := json.Marshal(storedHead{
-		Version: encodingVersion, Generation: h.Generation, SizeBytes: h.SizeBytes, Chunks: h.Chunks,
+		Version: encodingVersion, Generation: h.Generation, Blob: h.Blob, Previous: h.Previous, SizeBytes: h.SizeBytes, Chunks: h.Chunks,
 		SHA256: h.SHA256, IssuedAt: h.IssuedAt.UTC(), NotAfter: h.NotAfter.UTC(),
 	})
 	if err != nil {

@@ -1,0 +1,175 @@
+// Who may call what: a table made at start from the annotations in the protos.
+// What the table does not list is denied to everyone, so an RPC that somebody
+// adds without thinking of its callers does no harm.
+
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/entry"
+	"merlon.dev/sdk/svid"
+	"merlon.dev/sdk/unixsock"
+)
+
+// access maps a full method name ("/merlon.ca.v1.Node/Sign") to the kinds of
+// caller that may call it. It is not changed once the server runs.
+type access map[string][]capb.Caller
+
+// accessOf reads the annotations of every service in files.
+func accessOf(files ...protoreflect.FileDescriptor) access {
+	table := make(access)
+	for _, file := range files {
+		services := file.Services()
+		for i := range services.Len() {
+			methods := services.Get(i).Methods()
+			for j := range methods.Len() {
+				m := methods.Get(j)
+				if a, ok := proto.GetExtension(m.Options(), capb.E_Access).(*capb.Access); ok {
+					table[fmt.Sprintf("/%s/%s", services.Get(i).FullName(), m.Name())] = a.GetCallers()
+				}
+			}
+		}
+	}
+	return table
+}
+
+// permits says whether a caller of the given kinds may call method.
+func (t access) permits(method string, kinds []capb.Caller) bool {
+	return slices.ContainsFunc(t[method], func(want capb.Caller) bool {
+		return want != capb.Caller_CALLER_UNSPECIFIED && slices.Contains(kinds, want)
+	})
+}
+
+// Caller is who makes a call, resolved anew for every call: a connection
+// outlives what it was admitted for.
+type Caller struct {
+	// Name is for audit and errors: a SPIFFE ID, "uid:0" or "anonymous".
+	Name string
+	// Kinds always holds CALLER_ANONYMOUS.
+	Kinds []capb.Caller
+	// Agent and Peer are set for agents; Peer for whoever showed an SVID.
+	Agent *attest.Agent
+	Peer  *svid.Peer
+	// Fault says why the SVID that was shown counts for nothing.
+	Fault string
+}
+
+// Is says whether the caller is of the given kind.
+func (c *Caller) Is(kind capb.Caller) bool { return slices.Contains(c.Kinds, kind) }
+
+// callerOf resolves who makes the call of ctx.
+func (s *Service) callerOf(ctx context.Context) *Caller {
+	c := &Caller{Name: "anonymous", Kinds: []capb.Caller{capb.Caller_CALLER_ANONYMOUS}}
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return c
+	}
+	switch info := p.AuthInfo.(type) {
+	case unixsock.AuthInfo:
+		c.Name = fmt.Sprintf("uid:%d", info.Peer.UID)
+		if s.mayAdminister(info.Peer.UID) {
+			c.Kinds = append(c.Kinds, capb.Caller_CALLER_ADMIN)
+		}
+	case tlsInfo:
+		if info.Peer != nil {
+			s.ResolvePeer(c, info.Peer, time.Now())
+		}
+	}
+	return c
+}
+
+// PeerCaller resolves the owner of a verified SVID.
+func (s *Service) PeerCaller(p *svid.Peer) *Caller {
+	c := &Caller{Kinds: []capb.Caller{capb.Caller_CALLER_ANONYMOUS}}
+	s.ResolvePeer(c, p, time.Now())
+	return c
+}
+
+// ResolvePeer fills c with what the SVID of p is worth at now. An ID alone
+// makes nobody an agent or administrator: the CA's own records must agree
+// (SECURITY.md T8).
+func (s *Service) ResolvePeer(c *Caller, p *svid.Peer, now time.Time) {
+	c.Name, c.Peer = p.ID.String(), p
+	if !now.Before(p.NotAfter) {
+		c.Fault = "its X509-SVID has expired"
+		return
+	}
+	g := s.registry.Grounds(p)
+	if g.Revoked {
+		c.Fault = "its X509-SVID is revoked"
+		return
+	}
+	if _, isAgent := entry.AgentName(p.ID); isAgent {
+		if err := agentFault(g.Agent, p); err != nil {
+			c.Fault = err.Error()
+			return
+		}
+		c.Agent = g.Agent
+		c.Kinds = append(c.Kinds, capb.Caller_CALLER_AGENT)
+		return
+	}
+	if !entry.Reserved(p.ID) && s.registry.Admin(p.ID, now) {
+		c.Kinds = append(c.Kinds, capb.Caller_CALLER_ADMIN)
+	}
+}
+
+// agentFault says why p is not the live agent of the record.
+func agentFault(record *attest.Agent, p *svid.Peer) error {
+	switch {
+	case record == nil:
+		return attest.ErrUnknownAgent
+	case !p.OurSerial || p.Serial.Agent != record.Handle:
+		return errors.New("its serial number is not one of this agent's")
+	}
+	return nil
+}
+
+// mayAdminister: root, the CA's own user, and whom the configuration names.
+func (s *Service) mayAdminister(uid uint32) bool {
+	return uid == 0 || uid == uint32(os.Geteuid()) || slices.Contains(s.opts.AdminUIDs, uid)
+}
+
+// authorize says whether c may call method, as a status error.
+func (s *Service) authorize(c *Caller, method string) error {
+	if s.access.permits(method, c.Kinds) {
+		return nil
+	}
+	if c.Fault != "" {
+		return status.Errorf(codes.Unauthenticated, "%s: %s", c.Name, c.Fault)
+	}
+	kinds := s.access[method]
+	if len(kinds) == 0 {
+		return status.Errorf(codes.PermissionDenied, "%s is open to nobody", method)
+	}
+	names := make([]string, len(kinds))
+	for i, k := range kinds {
+		names[i] = strings.ToLower(strings.TrimPrefix(k.String(), "CALLER_"))
+	}
+	return status.Errorf(codes.PermissionDenied, "%s may not call %s, which is for: %s", c.Name, method, strings.Join(names, ", "))
+}
+
+type callerKey struct{}
+
+// callerFrom returns whom the interceptor let in.
+func callerFrom(ctx context.Context) *Caller {
+	c, ok := ctx.Value(callerKey{}).(*Caller)
+	if !ok {
+		panic("api: an RPC ran without the access interceptor")
+	}
+	return c
+}

@@ -1,0 +1,235 @@
+// Admin: registration entries, tokens, agents and the trust bundle.
+
+package api
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/release"
+	"merlon.dev/ca/internal/store"
+)
+
+const maxPageSize = 1000
+
+// The lives of tokens.
+const (
+	defaultJoinTTL   = 10 * time.Minute
+	maxJoinTTL       = 24 * time.Hour
+	defaultReaderTTL = 90 * 24 * time.Hour
+	maxReaderTTL     = 366 * 24 * time.Hour
+)
+
+// CreateEntry implements capb.AdminServer.
+func (s *Service) CreateEntry(ctx context.Context, req *capb.CreateEntryRequest) (*capb.CreateEntryResponse, error) {
+	e, err := entryFromProto(req.GetEntry())
+	if err != nil {
+		return nil, s.refuseAdmin(ctx, "create entry", err)
+	}
+	now := time.Now()
+	if err := e.Validate(s.opts.TrustDomain, now); err != nil {
+		return nil, s.refuseAdmin(ctx, "create entry", err)
+	}
+	e.ID, e.CreatedAt = entry.NewID(), now
+	value, err := entry.Encode(e)
+	if err != nil {
+		return nil, err
+	}
+	key := registry.EntryPrefix + e.ID
+	res, err := s.opts.Store.Txn(ctx, []store.Cmp{{Key: key}}, []store.Op{store.Put(key, value)}, nil)
+	if err != nil {
+		return nil, fmt.Errorf("store a registration entry: %w", err)
+	}
+	if !res.Succeeded {
+		return nil, errors.New("store a registration entry: the random generator repeats itself")
+	}
+	e.Revision = res.Revision
+	if err := s.admin(ctx, audit.Record{Detail: "create entry", EntryID: e.ID, SPIFFEID: e.SPIFFEID.String()}); err != nil {
+		return nil, err
+	}
+	if err := s.registry.Wait(ctx, res.Revision); err != nil {
+		return nil, err
+	}
+	return &capb.CreateEntryResponse{Entry: entryToProto(e)}, nil
+}
+
+// refuseAdmin records that an administrator's request was not carried out.
+func (s *Service) refuseAdmin(ctx context.Context, what string, err error) error {
+	return s.refuse(ctx, callerFrom(ctx), what, s.toStatus(ctx, err))
+}
+
+// ListEntries implements capb.AdminServer. The page token is the last ID.
+func (s *Service) ListEntries(ctx context.Context, req *capb.ListEntriesRequest) (*capb.ListEntriesResponse, error) {
+	size := int(req.GetPageSize())
+	if size < 0 || size > maxPageSize {
+		return nil, &entry.InvalidError{Field: "page_size", Reason: fmt.Sprintf("%d is not between 0 and %d", size, maxPageSize)}
+	}
+	if size == 0 {
+		size = maxPageSize
+	}
+	if t := req.GetPageToken(); t != "" && !entry.ValidID(t) {
+		return nil, &entry.InvalidError{Field: "page_token", Reason: "was not given out by this CA"}
+	}
+	page, more, err := s.entriesPage(ctx, req, size)
+	if err != nil {
+		return nil, err
+	}
+	resp := &capb.ListEntriesResponse{}
+	for _, e := range page {
+		resp.Entries = append(resp.Entries, entryToProto(e))
+	}
+	if more {
+		resp.NextPageToken = page[len(page)-1].ID
+	}
+	return resp, nil
+}
+
+func (s *Service) entriesPage(ctx context.Context, req *capb.ListEntriesRequest, size int) ([]*entry.Entry, bool, error) {
+	if req.GetParentId() == "" && req.GetSpiffeId() == "" {
+		return s.storedPage(ctx, req.GetPageToken(), size)
+	}
+	page, more := s.registry.EntriesAfter(req.GetPageToken(), size, func(e *entry.Entry) bool {
+		return (req.GetParentId() == "" || e.ParentID.String() == req.GetParentId()) &&
+			(req.GetSpiffeId() == "" || e.SPIFFEID.String() == req.GetSpiffeId())
+	})
+	return page, more, nil
+}
+
+// storedPage reads a page of all entries in the store's own order, which costs
+// the same however many there are.
+func (s *Service) storedPage(ctx context.Context, after string, size int) ([]*entry.Entry, bool, error) {
+	if after != "" {
+		after = registry.EntryPrefix + after
+	}
+	kvs, _, more, err := s.opts.Store.List(ctx, registry.EntryPrefix, after, size, 0)
+	if err != nil {
+		return nil, false, fmt.Errorf("list registration entries: %w", err)
+	}
+	page := make([]*entry.Entry, len(kvs))
+	for i, kv := range kvs {
+		if page[i], err = entry.Decode(kv.Value); err != nil {
+			return nil, false, err
+		}
+		page[i].Revision = kv.ModRevision
+	}
+	return page, more, nil
+}
+
+// GetEntry implements capb.AdminServer.
+func (s *Service) GetEntry(_ context.Context, req *capb.GetEntryRequest) (*capb.GetEntryResponse, error) {
+	e, ok := s.registry.Entry(req.GetEntryId())
+	if !ok {
+		return nil, registry.ErrNoEntry
+	}
+	return &capb.GetEntryResponse{Entry: entryToProto(e)}, nil
+}
+
+// CreateToken implements capb.AdminServer.
+func (s *Service) CreateToken(ctx context.Context, req *capb.CreateTokenRequest) (*capb.CreateTokenResponse, error) {
+	switch req.GetKind() {
+	case capb.TokenKind_TOKEN_KIND_JOIN:
+		return s.createJoinToken(ctx, req)
+	case capb.TokenKind_TOKEN_KIND_BUNDLE_READER:
+		return s.createReaderToken(ctx, req)
+	default:
+		return nil, s.refuseAdmin(ctx, "create token", &entry.InvalidError{Field: "kind", Reason: "is missing"})
+	}
+}
+
+func (s *Service) createJoinToken(ctx context.Context, req *capb.CreateTokenRequest) (*capb.CreateTokenResponse, error) {
+	name := req.GetAgentName()
+	if name == "" {
+		name = randomName()
+	}
+	id, err := entry.AgentID(s.opts.TrustDomain, name)
+	if err != nil {
+		return nil, s.refuseAdmin(ctx, "create token", err)
+	}
+	expires, err := tokenExpiry(req.GetTtlSeconds(), defaultJoinTTL, maxJoinTTL)
+	if err != nil {
+		return nil, s.refuseAdmin(ctx, "create token", err)
+	}
+	token, err := attest.CreateJoinToken(ctx, s.opts.Store, name, expires)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.admin(ctx, audit.Record{Detail: "create join token", SPIFFEID: id.String(), NotAfter: expires}); err != nil {
+		return nil, err
+	}
+	return &capb.CreateTokenResponse{
+		Token: token, AgentId: id.String(), ExpiresAt: timestamp(expires), RootHash: KeyHash(s.opts.Keys.X509().Root),
+	}, nil
+}
+
+func (s *Service) createReaderToken(ctx context.Context, req *capb.CreateTokenRequest) (*capb.CreateTokenResponse, error) {
+	name := req.GetPolicyBundle()
+	if name == "" {
+		name = release.DefaultName
+	}
+	if err := release.CheckName(name); err != nil {
+		return nil, s.refuseAdmin(ctx, "create token", err)
+	}
+	expires, err := tokenExpiry(req.GetTtlSeconds(), defaultReaderTTL, maxReaderTTL)
+	if err != nil {
+		return nil, s.refuseAdmin(ctx, "create token", err)
+	}
+	token, err := attest.CreateReaderToken(ctx, s.opts.Store, name, expires)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.admin(ctx, audit.Record{Detail: "create bundle-reader token for " + name, NotAfter: expires}); err != nil {
+		return nil, err
+	}
+	return &capb.CreateTokenResponse{Token: token, ExpiresAt: timestamp(expires)}, nil
+}
+
+func tokenExpiry(seconds int64, def, longest time.Duration) (time.Time, error) {
+	if seconds < 0 || seconds > int64(longest/time.Second) {
+		return time.Time{}, &entry.InvalidError{Field: "ttl_seconds", Reason: fmt.Sprintf("%d is not between 0 and %d", seconds, int64(longest/time.Second))}
+	}
+	ttl := time.Duration(seconds) * time.Second
+	if ttl == 0 {
+		ttl = def
+	}
+	return time.Now().Add(ttl), nil
+}
+
+func randomName() string {
+	var b [6]byte
+	rand.Read(b[:]) // never fails, see crypto/rand
+	return "node-" + hex.EncodeToString(b[:])
+}
+
+// ListAgents implements capb.AdminServer.
+func (s *Service) ListAgents(context.Context, *capb.ListAgentsRequest) (*capb.ListAgentsResponse, error) {
+	resp := &capb.ListAgentsResponse{}
+	for _, a := range s.registry.Agents() {
+		resp.Agents = append(resp.Agents, agentToProto(a))
+	}
+	return resp, nil
+}
+
+// GetTrustBundle implements capb.AdminServer.
+func (s *Service) GetTrustBundle(context.Context, *capb.GetTrustBundleRequest) (*capb.GetTrustBundleResponse, error) {
+	b := s.registry.Trust()
+	if b == nil {
+		return nil, status.Error(codes.Unavailable, "no trust bundle is published yet")
+	}
+	resp := &capb.GetTrustBundleResponse{TrustBundle: trustToProto(b)}
+	for _, root := range b.Keys.X509Authorities() {
+		resp.RootHashes = append(resp.RootHashes, KeyHash(root))
+	}
+	return resp, nil
+}

@@ -1,0 +1,123 @@
+// Between the wire and the core's own types. What comes in is checked here;
+// the core's errors name the field.
+
+package api
+
+import (
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/trust"
+	"merlon.dev/sdk/svid"
+)
+
+func entryFromProto(p *capb.Entry) (*entry.Entry, error) {
+	if p == nil {
+		return nil, &entry.InvalidError{Field: "entry", Reason: "is missing"}
+	}
+	e := &entry.Entry{DNSNames: p.GetDnsNames(), CommonName: p.GetCommonName(), Hint: p.GetHint(), Admin: p.GetAdmin()}
+	var err error
+	if e.SPIFFEID, err = entry.ParseID("spiffe_id", p.GetSpiffeId()); err != nil {
+		return nil, err
+	}
+	if e.ParentID, err = entry.ParseID("parent_id", p.GetParentId()); err != nil {
+		return nil, err
+	}
+	for _, sel := range p.GetSelectors() {
+		e.Selectors = append(e.Selectors, entry.Selector{Type: sel.GetType(), Value: sel.GetValue()})
+	}
+	if e.X509SVIDTTL, err = entry.TTLFromSeconds("x509_svid_ttl_seconds", p.GetX509SvidTtlSeconds()); err != nil {
+		return nil, err
+	}
+	if e.JWTSVIDTTL, err = entry.TTLFromSeconds("jwt_svid_ttl_seconds", p.GetJwtSvidTtlSeconds()); err != nil {
+		return nil, err
+	}
+	if p.GetExpiresAt() != nil {
+		if err := p.GetExpiresAt().CheckValid(); err != nil {
+			return nil, &entry.InvalidError{Field: "expires_at", Reason: err.Error()}
+		}
+		e.ExpiresAt = p.GetExpiresAt().AsTime()
+	}
+	return e, nil
+}
+
+func entryToProto(e *entry.Entry) *capb.Entry {
+	p := &capb.Entry{
+		EntryId: e.ID, SpiffeId: e.SPIFFEID.String(), ParentId: e.ParentID.String(),
+		X509SvidTtlSeconds: int64(e.X509SVIDTTL / time.Second), JwtSvidTtlSeconds: int64(e.JWTSVIDTTL / time.Second),
+		DnsNames: e.DNSNames, CommonName: e.CommonName, Hint: e.Hint, Admin: e.Admin,
+		ExpiresAt: timestamp(e.ExpiresAt), Revision: e.Revision, CreatedAt: timestamp(e.CreatedAt),
+	}
+	for _, sel := range e.Selectors {
+		p.Selectors = append(p.Selectors, &capb.Selector{Type: sel.Type, Value: sel.Value})
+	}
+	return p
+}
+
+func trustToProto(b *trust.Bundle) *capb.TrustBundle {
+	if b == nil {
+		return nil
+	}
+	return &capb.TrustBundle{TrustDomain: b.TrustDomain.Name(), Sequence: b.Sequence, Jwks: b.JWKS}
+}
+
+func revocationToProto(r *revocation.Record) *capb.Revocation {
+	p := &capb.Revocation{
+		BeforeRevision: r.BeforeRevision, ExpiresAt: timestamp(r.ExpiresAt), Note: r.Note, AgentHandle: r.AgentHandle,
+	}
+	switch {
+	case r.SPIFFEID != "":
+		p.Subject = &capb.Revocation_SpiffeId{SpiffeId: r.SPIFFEID}
+	case r.AgentID != "":
+		p.Subject = &capb.Revocation_AgentId{AgentId: r.AgentID}
+	case r.AuthorityID != "":
+		p.Subject = &capb.Revocation_AuthorityId{AuthorityId: r.AuthorityID}
+	default:
+		p.Subject = &capb.Revocation_Serial{Serial: r.Serial}
+	}
+	return p
+}
+
+// revocationAt is the record as it will be read back once it is written at
+// revision.
+func revocationAt(r svid.Revocation, key string, revision uint64) *revocation.Record {
+	if r.Serial == "" {
+		r.BeforeRevision = revision
+	}
+	return &revocation.Record{Revocation: r, Key: key, Revision: revision}
+}
+
+func agentToProto(a registry.AgentState) *capb.Agent {
+	p := &capb.Agent{
+		SpiffeId: a.ID.String(), Attestation: a.Attestation,
+		AttestedAt: timestamp(a.AttestedAt), NotAfter: timestamp(a.NotAfter), Connected: a.Connected,
+	}
+	if a.Acked {
+		p.Ack = &capb.SyncAck{
+			Revision: a.Ack.Revision, TrustBundleSequence: a.Ack.TrustBundleSequence, PolicyGeneration: a.Ack.PolicyGeneration,
+		}
+	}
+	return p
+}
+
+func timestamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
+
+// KeyHash is the hex SHA-256 of a certificate's SubjectPublicKeyInfo, which
+// agents pin.
+func KeyHash(cert *x509.Certificate) string {
+	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
+	return hex.EncodeToString(sum[:])
+}

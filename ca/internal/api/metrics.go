@@ -1,0 +1,43 @@
+// What Prometheus learns of the service.
+
+package api
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"merlon.dev/ca/internal/registry"
+)
+
+type metrics struct {
+	issued      *prometheus.CounterVec // type, result
+	attestation *prometheus.CounterVec // reason
+	refused     *prometheus.CounterVec // code
+	unrecorded  prometheus.Counter
+}
+
+func newMetrics(to prometheus.Registerer, reg *registry.Registry) *metrics {
+	m := &metrics{
+		issued: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "merlon_svid_issued_total", Help: "SVIDs asked for, by type (x509, jwt, agent) and result (ok, refused).",
+		}, []string{"type", "result"}),
+		attestation: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "merlon_attestation_failures_total", Help: "Node attestations that were refused, by reason.",
+		}, []string{"reason"}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "merlon_refused_calls_total", Help: "Calls whose caller was not let through, by gRPC code.",
+		}, []string{"code"}),
+		unrecorded: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "merlon_audit_unrecorded_refusals_total", Help: "Refusals of anonymous callers that were too many to be written to the audit log.",
+		}),
+	}
+	to.MustRegister(m.issued, m.attestation, m.refused, m.unrecorded)
+	counts := []string{"registration_entries", "agents", "revocations", "sync_streams"}
+	help := []string{"Registration entries.", "Attested agents.", "Revocation records.", "Open Sync streams."}
+	for i, name := range counts {
+		to.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "merlon_" + name, Help: help[i]}, func() float64 {
+			entries, agents, revocations, streams := reg.Counts()
+			return float64([]int{entries, agents, revocations, streams}[i])
+		}))
+	}
+	return m
+}

@@ -1,0 +1,285 @@
+// Node: proves agents and issues SVIDs to them and through them.
+
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/authority"
+	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/registry"
+	"merlon.dev/sdk/svid"
+)
+
+const (
+	// maxSignItems bounds the work of one call, and its answer: about 1 MiB.
+	maxSignItems     = 500
+	maxAudienceBytes = 1024
+)
+
+// Attest implements capb.NodeServer. The CSR is judged before the evidence, so
+// that a bad one costs no token.
+func (s *Service) Attest(ctx context.Context, req *capb.AttestRequest) (*capb.AttestResponse, error) {
+	key, err := authority.PublicKeyFromCSR(req.GetCsr())
+	if err != nil {
+		return nil, s.refuseAttest(ctx, "csr", err)
+	}
+	token, ok := req.GetEvidence().(*capb.AttestRequest_JoinToken)
+	if !ok {
+		return nil, s.refuseAttest(ctx, "no_evidence", &entry.InvalidError{Field: "evidence", Reason: "is missing"})
+	}
+	now := time.Now()
+	ca := s.opts.Keys.X509()
+	notAfter := now.Add(s.opts.AgentSVIDTTL)
+	if end := ca.NotAfter(); end.Before(notAfter) {
+		notAfter = end
+	}
+	agent, err := attest.RedeemJoinToken(ctx, s.opts.Store, s.opts.TrustDomain, token.JoinToken, now, notAfter)
+	if err != nil {
+		return nil, s.refuseAttest(ctx, attestReason(err), err)
+	}
+	// The record's own revision: a revocation that comes while the SVID is being
+	// signed concerns it.
+	leaf, err := s.signAgent(ctx, ca, agent, agent.Revision, key, audit.Attest)
+	if err != nil {
+		return nil, err
+	}
+	// The agent's next call must find the record.
+	if err := s.registry.Wait(ctx, agent.Revision); err != nil {
+		return nil, err
+	}
+	return &capb.AttestResponse{X509Svid: chainOf(ca, leaf), TrustBundle: trustToProto(s.registry.Trust())}, nil
+}
+
+func attestReason(err error) string {
+	switch {
+	case errors.Is(err, attest.ErrUnknownToken):
+		return "unknown_token"
+	case errors.Is(err, attest.ErrExpiredToken):
+		return "expired_token"
+	default:
+		return "internal"
+	}
+}
+
+func (s *Service) refuseAttest(ctx context.Context, reason string, err error) error {
+	s.metrics.attestation.WithLabelValues(reason).Inc()
+	return s.refuse(ctx, callerFrom(ctx), "attest", s.toStatus(ctx, err))
+}
+
+// Renew implements capb.NodeServer.
+func (s *Service) Renew(ctx context.Context, req *capb.RenewRequest) (*capb.RenewResponse, error) {
+	caller := callerFrom(ctx)
+	key, err := authority.PublicKeyFromCSR(req.GetCsr(), caller.Agent.ID)
+	if err != nil {
+		return nil, s.refuse(ctx, caller, "renew", s.toStatus(ctx, err))
+	}
+	g, err := s.grounds(ctx, caller, "renew")
+	if err != nil {
+		return nil, err
+	}
+	ca := s.opts.Keys.X509()
+	leaf, err := s.signAgent(ctx, ca, g.Agent, g.Revision, key, audit.Renew)
+	if err != nil {
+		return nil, err
+	}
+	if err := attest.Renewed(ctx, s.opts.Store, g.Agent.ID, leaf.NotAfter); err != nil {
+		return nil, err
+	}
+	return &capb.RenewResponse{X509Svid: chainOf(ca, leaf), TrustBundle: trustToProto(s.registry.Trust())}, nil
+}
+
+// signAgent issues an agent's own X509-SVID and records it.
+func (s *Service) signAgent(ctx context.Context, ca *authority.X509Authority, agent *attest.Agent, revision uint64, key any, act audit.Type) (*authority.Leaf, error) {
+	serial, err := svid.NewSerial(agent.Handle, revision)
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	leaf, err := ca.Issue(authority.LeafRequest{SPIFFEID: agent.ID, PublicKey: key, Serial: serial, TTL: s.opts.AgentSVIDTTL, Now: now})
+	if err != nil {
+		s.metrics.issued.WithLabelValues("agent", "refused").Inc()
+		return nil, err
+	}
+	if err := s.opts.Audit.Append(context.WithoutCancel(ctx), audit.Record{
+		Time: now, Type: act, Actor: callerFrom(ctx).Name, SPIFFEID: agent.ID.String(), Serial: serial.String(),
+		AuthorityID: ca.ID(), Detail: agent.Attestation, NotAfter: leaf.NotAfter,
+	}); err != nil {
+		return nil, fmt.Errorf("record the SVID of %s: %w", agent.ID, err)
+	}
+	s.metrics.issued.WithLabelValues("agent", "ok").Inc()
+	return leaf, nil
+}
+
+// grounds is the picture that an issuance for the calling agent rests on. The
+// caller was checked when the call began; what counts is that picture.
+func (s *Service) grounds(ctx context.Context, caller *Caller, what string, ids ...string) (registry.Grounds, error) {
+	g := s.registry.Grounds(caller.Peer, ids...)
+	if g.Revoked || g.Agent == nil {
+		return g, s.refuse(ctx, caller, what, status.Errorf(codes.Unauthenticated, "%s: its X509-SVID is revoked", caller.Name))
+	}
+	return g, nil
+}
+
+// Sign implements capb.NodeServer.
+func (s *Service) Sign(ctx context.Context, req *capb.SignRequest) (*capb.SignResponse, error) {
+	caller := callerFrom(ctx)
+	if n := len(req.GetItems()); n == 0 || n > maxSignItems {
+		return nil, s.refuse(ctx, caller, "sign", status.Errorf(codes.InvalidArgument, "items: %d given; 1 to %d", n, maxSignItems))
+	}
+	ids := make([]string, len(req.GetItems()))
+	for i, item := range req.GetItems() {
+		ids[i] = item.GetEntryId()
+	}
+	g, err := s.grounds(ctx, caller, "sign", ids...)
+	if err != nil {
+		return nil, err
+	}
+	ca := s.opts.Keys.X509()
+	batch := signing{service: s, caller: caller, grounds: g, ca: ca, authorityID: ca.ID(), now: time.Now()}
+	resp := &capb.SignResponse{Results: make([]*capb.SignResult, len(ids))}
+	for i, item := range req.GetItems() {
+		resp.Results[i] = batch.sign(ctx, item, g.Entries[i])
+	}
+	// No SVID leaves before all records are on disk.
+	if err := s.opts.Audit.AppendAll(context.WithoutCancel(ctx), batch.records); err != nil {
+		return nil, fmt.Errorf("record %d issuances: %w", len(batch.records), err)
+	}
+	return resp, nil
+}
+
+// signing is one Sign call: everything in it rests on one picture.
+type signing struct {
+	service *Service
+	caller  *Caller
+	grounds registry.Grounds
+	ca      *authority.X509Authority
+	// authorityID is ca's, in hex once for the whole batch.
+	authorityID string
+	now     time.Time
+	records []audit.Record
+}
+
+func (b *signing) sign(ctx context.Context, item *capb.SignItem, e *entry.Entry) *capb.SignResult {
+	leaf, err := b.issue(item, e)
+	r := audit.Record{Time: b.now, Type: audit.Issue, Actor: b.caller.Name, EntryID: printable(item.GetEntryId())}
+	if e != nil {
+		r.SPIFFEID = e.SPIFFEID.String()
+	}
+	if err != nil {
+		st := status.Convert(b.service.toStatus(ctx, err))
+		r.Type, r.Detail, r.Reason = audit.Refuse, "sign", st.Message()
+		b.records = append(b.records, r)
+		b.service.metrics.issued.WithLabelValues("x509", "refused").Inc()
+		return &capb.SignResult{Code: int32(st.Code()), Message: st.Message()}
+	}
+	r.Serial, r.NotAfter, r.AuthorityID = leaf.Serial.String(), leaf.NotAfter, b.authorityID
+	if leaf.Cut {
+		r.Detail = "cut at the end of the issuing authority"
+	}
+	b.records = append(b.records, r)
+	b.service.metrics.issued.WithLabelValues("x509", "ok").Inc()
+	return &capb.SignResult{X509Svid: chainOf(b.ca, leaf)}
+}
+
+func (b *signing) issue(item *capb.SignItem, e *entry.Entry) (*authority.Leaf, error) {
+	if err := mayIssue(e, b.grounds.Agent, b.now); err != nil {
+		return nil, err
+	}
+	key, err := authority.PublicKeyFromCSR(item.GetCsr(), e.SPIFFEID)
+	if err != nil {
+		return nil, err
+	}
+	serial, err := svid.NewSerial(b.grounds.Agent.Handle, b.grounds.Revision)
+	if err != nil {
+		return nil, err
+	}
+	return b.ca.Issue(authority.LeafRequest{
+		SPIFFEID: e.SPIFFEID, PublicKey: key, Serial: serial, TTL: e.X509TTL(b.now, b.service.opts.X509SVIDTTL),
+		DNSNames: e.DNSNames, CommonName: e.CommonName, Now: b.now,
+	})
+}
+
+// mayIssue says whether agent may obtain SVIDs for e. Another node's entry is
+// refused in the words used for one that does not exist, so that an agent
+// cannot find out what others hold (SECURITY.md T7).
+func mayIssue(e *entry.Entry, agent *attest.Agent, now time.Time) error {
+	switch {
+	case e == nil || e.ParentID != agent.ID:
+		return status.Error(codes.PermissionDenied, "no registration entry with this ID below the calling agent")
+	case e.Expired(now):
+		return status.Error(codes.PermissionDenied, "the registration entry has expired")
+	}
+	return nil
+}
+
+// SignJWT implements capb.NodeServer.
+func (s *Service) SignJWT(ctx context.Context, req *capb.SignJWTRequest) (*capb.SignJWTResponse, error) {
+	caller := callerFrom(ctx)
+	g, err := s.grounds(ctx, caller, "sign JWT", req.GetEntryId())
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	serial, err := svid.NewSerial(g.Agent.Handle, g.Revision)
+	if err != nil {
+		return nil, err
+	}
+	r := audit.Record{Time: now, Type: audit.Issue, Actor: caller.Name, EntryID: printable(req.GetEntryId()), Serial: serial.String(), Detail: "JWT"}
+	token, exp, err := s.issueJWT(g, req.GetAudience(), serial, now)
+	if err != nil {
+		err = s.toStatus(ctx, err)
+		r.Type, r.Serial, r.Detail, r.Reason = audit.Refuse, "", "sign JWT", status.Convert(err).Message()
+		s.record(ctx, r)
+		s.metrics.issued.WithLabelValues("jwt", "refused").Inc()
+		return nil, err
+	}
+	r.SPIFFEID, r.NotAfter, r.AuthorityID = g.Entries[0].SPIFFEID.String(), exp, s.opts.Keys.JWT().KeyID
+	if err := s.opts.Audit.Append(context.WithoutCancel(ctx), r); err != nil {
+		return nil, fmt.Errorf("record a JWT-SVID: %w", err)
+	}
+	s.metrics.issued.WithLabelValues("jwt", "ok").Inc()
+	return &capb.SignJWTResponse{Token: token, IssuedAt: timestamp(now), ExpiresAt: timestamp(exp)}, nil
+}
+
+func (s *Service) issueJWT(g registry.Grounds, audience []string, serial svid.Serial, now time.Time) (string, time.Time, error) {
+	e := g.Entries[0]
+	if err := mayIssue(e, g.Agent, now); err != nil {
+		return "", time.Time{}, err
+	}
+	for _, aud := range audience {
+		if len(aud) > maxAudienceBytes {
+			return "", time.Time{}, &entry.InvalidError{Field: "audience", Reason: fmt.Sprintf("one has %d bytes; at most %d", len(aud), maxAudienceBytes)}
+		}
+	}
+	return s.opts.Keys.JWT().Issue(authority.JWTRequest{
+		SPIFFEID: e.SPIFFEID, Audience: audience, Serial: serial, TTL: e.JWTTTL(now, s.opts.JWTSVIDTTL), Now: now,
+	})
+}
+
+// chainOf is what a client presents: leaf, then intermediates.
+func chainOf(ca *authority.X509Authority, leaf *authority.Leaf) [][]byte {
+	chain := [][]byte{leaf.DER}
+	for _, c := range ca.Chain {
+		chain = append(chain, c.Raw)
+	}
+	return chain
+}
+
+// printable keeps what an agent made up out of the audit log when it is no
+// entry ID at all.
+func printable(id string) string {
+	if entry.ValidID(id) {
+		return id
+	}
+	return "(malformed)"
+}

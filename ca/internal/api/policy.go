@@ -1,0 +1,68 @@
+// Policy bundles over gRPC: pushed by operators, announced to agents.
+
+package api
+
+import (
+	"context"
+	"fmt"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/release"
+)
+
+// PushPolicy implements capb.AdminServer.
+func (s *Service) PushPolicy(ctx context.Context, req *capb.PushPolicyRequest) (*capb.PushPolicyResponse, error) {
+	name := req.GetName()
+	if name == "" {
+		name = release.DefaultName
+	}
+	head, err := s.Publish(ctx, callerFrom(ctx), name, req.GetBundle())
+	if err != nil {
+		return nil, err
+	}
+	return &capb.PushPolicyResponse{Name: head.Name, Generation: head.Generation, Etag: head.ETag()}, nil
+}
+
+// Publish makes unsigned the next generation of the policy bundle called name,
+// for caller, who was found to be allowed to, and records it. REST uploads come
+// here too. Errors are statuses.
+func (s *Service) Publish(ctx context.Context, caller *Caller, name string, unsigned []byte) (*release.Head, error) {
+	head, err := s.opts.Releases.Publish(ctx, name, unsigned)
+	if err != nil {
+		return nil, s.refuse(ctx, caller, "push policy", s.toStatus(ctx, err))
+	}
+	ctx = context.WithValue(ctx, callerKey{}, caller)
+	if err := s.admin(ctx, audit.Record{Detail: fmt.Sprintf("push policy bundle %s, generation %d", name, head.Generation)}); err != nil {
+		return nil, s.toStatus(ctx, err)
+	}
+	if err := s.registry.Wait(ctx, head.Revision); err != nil {
+		return nil, s.toStatus(ctx, err)
+	}
+	return head, nil
+}
+
+// GetPolicy implements capb.AdminServer. Before the first push it answers
+// generation 0 and the keys.
+func (s *Service) GetPolicy(_ context.Context, req *capb.GetPolicyRequest) (*capb.GetPolicyResponse, error) {
+	name := req.GetName()
+	if name == "" {
+		name = release.DefaultName
+	}
+	if err := release.CheckName(name); err != nil {
+		return nil, err
+	}
+	head, ok := s.registry.PolicyHead(name)
+	if !ok {
+		return &capb.GetPolicyResponse{PolicyBundle: s.policyBundle(&release.Head{Name: name})}, nil
+	}
+	return &capb.GetPolicyResponse{PolicyBundle: s.policyBundle(head), Etag: head.ETag()}, nil
+}
+
+func (s *Service) policyBundle(h *release.Head) *capb.PolicyBundle {
+	b := &capb.PolicyBundle{Name: h.Name, Generation: h.Generation}
+	for _, k := range s.opts.Releases.Keys() {
+		b.Keys = append(b.Keys, &capb.PolicyKey{Kid: k.KID, PublicKey: k.PKIX})
+	}
+	return b
+}

@@ -1,0 +1,259 @@
+// Package api is the CA's gRPC side: Node for agents, Admin for operators.
+// Every call passes one table that says who may make it; every issuance,
+// refusal and administrative act leaves an audit record before its answer.
+package api
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/authority"
+	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/release"
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/sdk/svid"
+	"merlon.dev/sdk/unixsock"
+)
+
+// Limits of a connection (SECURITY.md T38).
+const (
+	maxMessageBytes = 5 << 20 // a policy bundle has up to 4 MiB
+	maxHeaderBytes  = 16 << 10
+	maxStreams      = 100 // per connection
+	pingInterval    = 30 * time.Second
+	pingTimeout     = 10 * time.Second
+	minClientPing   = 10 * time.Second
+)
+
+// Refusals of callers who prove nothing are written down at most so often;
+// beyond it only a metric counts them, or anyone who reaches the port could
+// fill the disk.
+const (
+	anonymousRefusalsPerSecond = 20
+	anonymousRefusalsBurst     = 1000
+)
+
+// Keys is what the service needs of the CA's keys; *upstream.Keys has it. The
+// authorities that it returns are immutable.
+type Keys interface {
+	X509() *authority.X509Authority
+	JWT() *authority.JWTAuthority
+}
+
+// Options are the parts of a Service. All are required but AdminUIDs.
+type Options struct {
+	TrustDomain spiffeid.TrustDomain
+	Store       store.Store
+	Registry    *registry.Registry
+	Keys        Keys
+	Releases    *release.Publisher
+	Audit       *audit.Log
+	Log         *slog.Logger
+	Metrics     prometheus.Registerer
+	// AdminUIDs may administer on the admin socket, beside root and the CA's
+	// own user.
+	AdminUIDs []uint32
+	// Defaults for entries that name no TTL, and the TTL of agents.
+	X509SVIDTTL, JWTSVIDTTL, AgentSVIDTTL time.Duration
+}
+
+// Service implements the Node and Admin services. It is safe for concurrent
+// use.
+type Service struct {
+	capb.UnimplementedNodeServer
+	capb.UnimplementedAdminServer
+
+	opts     Options
+	registry *registry.Registry
+	log      *slog.Logger
+	access   access
+	metrics  *metrics
+	refusals *rate.Limiter
+
+	stopping chan struct{}
+	stop     sync.Once
+}
+
+// New makes a service.
+func New(o Options) *Service {
+	return &Service{
+		opts: o, registry: o.Registry, log: o.Log,
+		access:   accessOf(capb.File_ca_capb_node_proto, capb.File_ca_capb_admin_proto),
+		metrics:  newMetrics(o.Metrics, o.Registry),
+		refusals: rate.NewLimiter(anonymousRefusalsPerSecond, anonymousRefusalsBurst),
+		stopping: make(chan struct{}),
+	}
+}
+
+// StopStreams ends the Sync streams, so that a graceful stop of the servers
+// ends.
+func (s *Service) StopStreams() { s.stop.Do(func() { close(s.stopping) }) }
+
+// TLSServer returns the server of the TLS port, on which agents and
+// administrators with an SVID call.
+func (s *Service) TLSServer(cfg *tls.Config) *grpc.Server {
+	srv := grpc.NewServer(append(s.serverOptions(), grpc.Creds(newServerCreds(cfg)))...)
+	capb.RegisterNodeServer(srv, s)
+	capb.RegisterAdminServer(srv, s)
+	return srv
+}
+
+// SocketServer returns the server of the admin socket. The services that
+// extra registers there are for administrators, all of their RPCs.
+func (s *Service) SocketServer(extra ...func(grpc.ServiceRegistrar)) *grpc.Server {
+	srv := grpc.NewServer(append(s.serverOptions(), grpc.Creds(unixsock.ServerCredentials()))...)
+	capb.RegisterAdminServer(srv, s)
+	for _, register := range extra {
+		register(srv)
+	}
+	for name, info := range srv.GetServiceInfo() {
+		if name == capb.Admin_ServiceDesc.ServiceName {
+			continue
+		}
+		for _, m := range info.Methods {
+			s.access["/"+name+"/"+m.Name] = []capb.Caller{capb.Caller_CALLER_ADMIN}
+		}
+	}
+	return srv
+}
+
+func (s *Service) serverOptions() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.ConnectionTimeout(svid.HandshakeTimeout),
+		grpc.MaxRecvMsgSize(maxMessageBytes),
+		grpc.MaxHeaderListSize(maxHeaderBytes),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingInterval, Timeout: pingTimeout}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minClientPing, PermitWithoutStream: true}),
+		grpc.ChainUnaryInterceptor(s.unary),
+		grpc.ChainStreamInterceptor(s.stream),
+		grpc.WaitForHandlers(true),
+	}
+}
+
+func (s *Service) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	ctx, err := s.admit(ctx, info.FullMethod)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := handler(ctx, req)
+	if err != nil {
+		return nil, s.toStatus(ctx, err)
+	}
+	return resp, nil
+}
+
+func (s *Service) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	ctx, err := s.admit(stream.Context(), info.FullMethod)
+	if err != nil {
+		return err
+	}
+	if err := handler(srv, &admittedStream{stream, ctx}); err != nil {
+		return s.toStatus(ctx, err)
+	}
+	return nil
+}
+
+type admittedStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+// Context implements grpc.ServerStream.
+func (a *admittedStream) Context() context.Context { return a.ctx }
+
+// admit lets the caller of ctx through to method, or refuses.
+func (s *Service) admit(ctx context.Context, method string) (context.Context, error) {
+	caller := s.callerOf(ctx)
+	if err := s.authorize(caller, method); err != nil {
+		return nil, s.refuse(ctx, caller, method, err)
+	}
+	return context.WithValue(ctx, callerKey{}, caller), nil
+}
+
+// refuse records that caller was not let through to what it wanted, and
+// returns cause.
+func (s *Service) refuse(ctx context.Context, caller *Caller, what string, cause error) error {
+	s.metrics.refused.WithLabelValues(status.Code(cause).String()).Inc()
+	if len(caller.Kinds) <= 1 && caller.Peer == nil && !s.refusals.Allow() {
+		s.metrics.unrecorded.Inc()
+		return cause
+	}
+	s.record(ctx, audit.Record{Type: audit.Refuse, Actor: caller.Name, Detail: what, Reason: status.Convert(cause).Message()})
+	return cause
+}
+
+// record writes an audit record that nothing hangs on: that of a refusal,
+// which stands also when it cannot be written down.
+func (s *Service) record(ctx context.Context, r audit.Record) {
+	r.Time = time.Now()
+	if err := s.opts.Audit.Append(context.WithoutCancel(ctx), r); err != nil {
+		s.log.LogAttrs(ctx, slog.LevelError, "audit record not written", slog.String("type", string(r.Type)), slog.Any("err", err))
+	}
+}
+
+// admin writes the audit record of an administrative act; it is an error when
+// that fails, although the act itself is done.
+func (s *Service) admin(ctx context.Context, r audit.Record) error {
+	r.Time, r.Type = time.Now(), audit.Admin
+	r.Actor = callerFrom(ctx).Name
+	if err := s.opts.Audit.Append(context.WithoutCancel(ctx), r); err != nil {
+		return fmt.Errorf("%s was done and not recorded: %w", r.Detail, err)
+	}
+	return nil
+}
+
+// toStatus is the one place where errors become gRPC statuses.
+func (s *Service) toStatus(ctx context.Context, err error) error {
+	if st, ok := status.FromError(err); ok {
+		return st.Err()
+	}
+	if e, ok := errors.AsType[*entry.InvalidError](err); ok {
+		return status.Error(codes.InvalidArgument, e.Error())
+	}
+	if e, ok := errors.AsType[*authority.InvalidError](err); ok {
+		return status.Error(codes.InvalidArgument, e.Error())
+	}
+	if e, ok := errors.AsType[*release.RefusedError](err); ok {
+		return status.Error(codes.InvalidArgument, e.Error())
+	}
+	for _, known := range []struct {
+		is   error
+		code codes.Code
+	}{
+		{registry.ErrNoEntry, codes.NotFound},
+		{release.ErrNone, codes.NotFound},
+		{attest.ErrUnknownAgent, codes.NotFound},
+		{attest.ErrUnknownToken, codes.PermissionDenied},
+		{attest.ErrExpiredToken, codes.PermissionDenied},
+		{store.ErrReadOnly, codes.ResourceExhausted},
+		{store.ErrTooLarge, codes.InvalidArgument},
+		{store.ErrClosed, codes.Unavailable},
+	} {
+		if errors.Is(err, known.is) {
+			return status.Error(known.code, known.is.Error())
+		}
+	}
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return status.FromContextError(err).Err()
+	}
+	s.log.LogAttrs(ctx, slog.LevelError, "request failed", slog.Any("err", err))
+	return status.Error(codes.Internal, "internal error")
+}

@@ -1,0 +1,154 @@
+// Sync: every change that concerns a node, pushed to its agent as it is
+// committed. Nothing here polls; the heartbeat only tells the agent how fresh
+// its picture is.
+
+package api
+
+import (
+	"context"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/registry"
+)
+
+const (
+	// heartbeat stays below the 15 s that node.proto promises.
+	heartbeat = 10 * time.Second
+	// maxSyncBytes is what one message of a listing may hold before the next
+	// begins, well below the 4 MiB that gRPC clients take.
+	maxSyncBytes = 1 << 20
+)
+
+// Sync implements capb.NodeServer.
+func (s *Service) Sync(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.SyncResponse]) error {
+	ctx := stream.Context()
+	caller := callerFrom(ctx)
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	feed := s.registry.Subscribe(ctx, caller.Agent.ID, first.GetResumeRevision())
+	defer feed.Close()
+	noteAck(feed, first)
+	ended := make(chan struct{})
+	// The goroutine ends with the stream, whose handler this is.
+	go receiveAcks(stream, feed, ended)
+	return s.push(ctx, stream, feed, caller, ended)
+}
+
+func receiveAcks(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.SyncResponse], feed *registry.Feed, ended chan<- struct{}) {
+	defer close(ended)
+	for {
+		req, err := stream.Recv()
+		if err != nil {
+			return
+		}
+		noteAck(feed, req)
+	}
+}
+
+func noteAck(feed *registry.Feed, req *capb.SyncRequest) {
+	if a := req.GetAck(); a != nil {
+		feed.Ack(registry.Ack{
+			Revision: a.GetRevision(), TrustBundleSequence: a.GetTrustBundleSequence(), PolicyGeneration: a.GetPolicyGeneration(),
+		})
+	}
+}
+
+// push sends until the stream ends, the agent's SVID ends or is revoked, or
+// the CA stops.
+func (s *Service) push(ctx context.Context, stream grpc.ServerStreamingServer[capb.SyncResponse], feed *registry.Feed, caller *Caller, ended <-chan struct{}) error {
+	beat := time.NewTicker(heartbeat)
+	defer beat.Stop()
+	expiry := time.NewTimer(time.Until(caller.Peer.NotAfter))
+	defer expiry.Stop()
+	for {
+		select {
+		case <-feed.Due():
+		case <-beat.C:
+		case <-expiry.C:
+		case <-ended:
+			return nil
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		case <-s.stopping:
+			return status.Error(codes.Unavailable, "the CA is stopping")
+		}
+		update := feed.Take(time.Now())
+		// After Take: a revocation in this very update must end the stream.
+		if now := s.callerOf(ctx); !now.Is(capb.Caller_CALLER_AGENT) {
+			return s.refuse(ctx, now, capb.Node_Sync_FullMethodName, status.Errorf(codes.Unauthenticated, "%s: %s", now.Name, now.Fault))
+		}
+		for _, msg := range s.messagesOf(update) {
+			msg.SentAt = timestamppb.Now()
+			if err := stream.Send(msg); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// messagesOf splits an update into messages of bounded size; only the last one
+// says synced.
+func (s *Service) messagesOf(u registry.Update) []*capb.SyncResponse {
+	var p packer
+	p.start(0).Reset_ = u.Reset
+	if u.Trust != nil {
+		b := trustToProto(u.Trust)
+		p.start(proto.Size(b)).TrustBundle = b
+	}
+	// Revocations first: an agent must not serve an entry that they concern.
+	for _, r := range u.Revocations {
+		rec := revocationToProto(r)
+		msg := p.start(proto.Size(rec))
+		msg.Revocations = append(msg.Revocations, rec)
+	}
+	for _, id := range u.Removed {
+		msg := p.start(len(id) + 4)
+		msg.RemovedEntryIds = append(msg.RemovedEntryIds, id)
+	}
+	for _, e := range u.Entries {
+		pe := entryToProto(e)
+		msg := p.start(proto.Size(pe))
+		msg.Entries = append(msg.Entries, pe)
+	}
+	for i, h := range u.Heads {
+		b := s.policyBundle(h)
+		if i > 0 {
+			p.next() // a message holds one policy bundle
+		}
+		p.start(proto.Size(b)).PolicyBundle = b
+	}
+	// Only with the last message is the agent at the revision. The others say 0:
+	// were the stream cut between them, a resumption must not skip the rest.
+	last := p.messages[len(p.messages)-1]
+	last.Revision, last.Synced = u.Revision, true
+	return p.messages
+}
+
+// packer fills messages one after the other.
+type packer struct {
+	messages []*capb.SyncResponse
+	size     int
+}
+
+// start returns the message into which something of size bytes goes.
+func (p *packer) start(size int) *capb.SyncResponse {
+	if len(p.messages) == 0 || p.size+size > maxSyncBytes {
+		p.next()
+	}
+	p.size += size
+	return p.messages[len(p.messages)-1]
+}
+
+func (p *packer) next() {
+	p.messages = append(p.messages, &capb.SyncResponse{})
+	p.size = 0
+}
