@@ -1,0 +1,527 @@
+package audit
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/goleak"
+	"pgregory.net/rapid"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func openLog(t testing.TB, path string) *Log {
+	t.Helper()
+	l, err := Open(path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { closeLog(t, l) })
+	return l
+}
+
+func closeLog(t testing.TB, l *Log) {
+	t.Helper()
+	if err := l.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func appendRecord(t testing.TB, l *Log, r Record) {
+	t.Helper()
+	if err := l.Append(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// written makes a log of n records and closes it.
+func written(t testing.TB, n int) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "audit.log")
+	l := openLog(t, path)
+	for i := range n {
+		appendRecord(t, l, Record{Type: Issue, Serial: fmt.Sprintf("%x", i+1)})
+	}
+	closeLog(t, l)
+	return path
+}
+
+func readLines(t testing.TB, path string) []string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.SplitAfter(string(b), "\n")
+	return lines[:len(lines)-1] // nothing follows the last newline
+}
+
+func wantVerified(t testing.TB, path string, n int) {
+	t.Helper()
+	if got, err := Verify(path); err != nil || got != n {
+		t.Fatalf("Verify = %d, %v; want %d", got, err, n)
+	}
+}
+
+func TestRecordsComeBackAsWritten(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	l := openLog(t, path)
+	at := time.Date(2026, 11, 22, 21, 0, 0, 5, time.FixedZone("X", 3600))
+	want := Record{
+		Time: at, Type: Issue, Actor: "spiffe://shop.test/agent/n1", SPIFFEID: "spiffe://shop.test/web",
+		EntryID: "e1", Serial: "0a", AuthorityID: "ff", NotAfter: at.Add(time.Hour), Detail: "d", Reason: "r",
+	}
+	appendRecord(t, l, want)
+	appendRecord(t, l, Record{Type: Refuse})
+	var got struct {
+		Seq  uint64
+		Prev string
+		Record
+	}
+	lines := readLines(t, path) // acknowledged means written
+	if err := json.Unmarshal([]byte(lines[0]), &got); err != nil {
+		t.Fatal(err)
+	}
+	if got.Seq != 1 || got.Prev != strings.Repeat("0", 64) || !cmp.Equal(got.Record, want) {
+		t.Fatalf("first record = %+v; want %+v", got, want)
+	}
+	if err := json.Unmarshal([]byte(lines[1]), &got); err != nil || got.Seq != 2 || time.Since(got.Time) > time.Hour {
+		t.Fatalf("second record = %+v, %v", got, err)
+	}
+	if strings.Contains(lines[1], "not_after") || strings.Contains(lines[1], "actor") {
+		t.Errorf("absent fields are written: %s", lines[1])
+	}
+	wantVerified(t, path, 2)
+}
+
+func TestChainGoesOnAfterReopening(t *testing.T) {
+	path := written(t, 3)
+	l := openLog(t, path)
+	appendRecord(t, l, Record{Type: Admin})
+	closeLog(t, l)
+	l = openLog(t, path)
+	appendRecord(t, l, Record{Type: Admin})
+	wantVerified(t, path, 5)
+}
+
+func TestRecordsOfOneAppendStayTogether(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	l := openLog(t, path)
+	var wg sync.WaitGroup
+	for w := range 8 {
+		wg.Go(func() {
+			var records []Record
+			for i := range 100 {
+				records = append(records, Record{Type: Issue, Actor: fmt.Sprint(w), Serial: fmt.Sprint(i)})
+			}
+			if err := l.Append(t.Context(), records...); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	wantVerified(t, path, 800)
+	lines := readLines(t, path)
+	for i, line := range lines {
+		var got, first Record
+		if err := errors.Join(json.Unmarshal([]byte(line), &got), json.Unmarshal([]byte(lines[i/100*100]), &first)); err != nil {
+			t.Fatal(err)
+		}
+		if got.Actor != first.Actor || got.Serial != fmt.Sprint(i%100) {
+			t.Fatalf("line %d is %s of %s; want %d of %s", i, got.Serial, got.Actor, i%100, first.Actor)
+		}
+	}
+	if err := l.Append(t.Context(), Record{Type: Issue}, Record{}); err == nil {
+		t.Fatal("record without a type was taken")
+	}
+	wantVerified(t, path, 800)
+}
+
+func TestConcurrentAppendsShareSyncs(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	l := openLog(t, path)
+	var syncs atomic.Int32
+	fsync := l.sync
+	l.sync = func() error { syncs.Add(1); return fsync() }
+	const writers, each = 64, 20
+	var wg sync.WaitGroup
+	for w := range writers {
+		wg.Go(func() {
+			for i := range each {
+				if err := l.Append(t.Context(), Record{Type: Issue, Serial: fmt.Sprintf("%d-%d", w, i)}); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	wantVerified(t, path, writers*each)
+	if n := syncs.Load(); n > writers*each/4 {
+		t.Errorf("%d syncs for %d appends", n, writers*each)
+	}
+}
+
+func TestFileIsPrivate(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	if err := os.WriteFile(path, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{path, path + "2"} {
+		openLog(t, path)
+		info, err := os.Stat(path)
+		if err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("mode of %s = %v, %v; want 0600", path, info.Mode(), err)
+		}
+	}
+}
+
+func TestSecondWriterIsRefused(t *testing.T) {
+	path := written(t, 1)
+	openLog(t, path)
+	if _, err := Open(path, nil); err == nil || !strings.Contains(err.Error(), "in use by another process") {
+		t.Fatalf("second Open = %v", err)
+	}
+}
+
+func TestTornLastLineIsCutWithAWarning(t *testing.T) {
+	for name, torn := range map[string]string{
+		"half a line":       `{"seq":4,"prev":"00`,
+		"line without end":  "", // filled in below
+		"zeros":             strings.Repeat("\x00", 5000),
+		"more than a group": strings.Repeat("\x00", maxGroupBytes+maxLine),
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := written(t, 3)
+			if torn == "" {
+				torn = strings.TrimSuffix(readLines(t, path)[2], "\n")
+			}
+			appendRaw(t, path, torn)
+			if _, err := Verify(path); err == nil {
+				t.Error("Verify took a torn line")
+			}
+			var warned bytes.Buffer
+			l, err := Open(path, slog.New(slog.NewTextHandler(&warned, nil)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer closeLog(t, l)
+			if !strings.Contains(warned.String(), "level=WARN") || !strings.Contains(warned.String(), fmt.Sprintf("bytes=%d", len(torn))) {
+				t.Errorf("warning = %q", warned.String())
+			}
+			appendRecord(t, l, Record{Type: Issue})
+			wantVerified(t, path, 4)
+		})
+	}
+}
+
+func TestTornFirstLineIsCut(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	appendRaw(t, path, `{"seq":1,`)
+	appendRecord(t, openLog(t, path), Record{Type: Issue})
+	wantVerified(t, path, 1)
+}
+
+func appendRaw(t testing.TB, path, s string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.WriteString(s)
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestTamperingIsFound is attack T53.
+func TestTamperingIsFound(t *testing.T) {
+	for name, test := range map[string]struct {
+		change func(lines []string) []string
+		want   BadRecordError
+		opens  bool // the change is too far from the end for Open to see
+	}{
+		"byte of a record": {
+			func(l []string) []string { l[2] = strings.Replace(l[2], `"serial":"3"`, `"serial":"4"`, 1); return l },
+			BadRecordError{Line: 3, Seq: 3, Reason: "its hash does not match what it says"},
+			true,
+		},
+		"byte of the last record": {
+			func(l []string) []string { l[9] = strings.Replace(l[9], `"serial":"a"`, `"serial":"b"`, 1); return l },
+			BadRecordError{Line: 10, Seq: 10, Reason: "its hash does not match what it says"},
+			false,
+		},
+		"record changed with its hash": {
+			func(l []string) []string {
+				l[2] = rehash(strings.Replace(l[2], `"serial":"3"`, `"serial":"4"`, 1))
+				return l
+			},
+			BadRecordError{Line: 4, Seq: 4, Reason: "its prev is not the hash of the line before"},
+			true,
+		},
+		"record before the last changed with its hash": {
+			func(l []string) []string {
+				l[8] = rehash(strings.Replace(l[8], `"serial":"9"`, `"serial":"4"`, 1))
+				return l
+			},
+			BadRecordError{Line: 10, Seq: 10, Reason: "its prev is not the hash of the line before"},
+			false,
+		},
+		"record dropped": {
+			func(l []string) []string { return append(l[:4], l[5:]...) },
+			BadRecordError{Line: 5, Seq: 6, Reason: "it should have seq 5: records are missing, doubled or out of order"},
+			true,
+		},
+		"first record dropped": {
+			func(l []string) []string { return l[1:] },
+			BadRecordError{Line: 1, Seq: 2, Reason: "it should have seq 1: records are missing, doubled or out of order"},
+			true,
+		},
+		"all but one dropped": {
+			func(l []string) []string { return l[9:] },
+			BadRecordError{Line: 1, Seq: 10, Reason: "it should have seq 1: records are missing, doubled or out of order"},
+			false,
+		},
+		"record doubled": {
+			func(l []string) []string { return append(l[:5], l[4:]...) },
+			BadRecordError{Line: 6, Seq: 5, Reason: "it should have seq 6: records are missing, doubled or out of order"},
+			true,
+		},
+		"empty line": {
+			func(l []string) []string { l[5] = "\n" + l[5]; return l },
+			BadRecordError{Line: 6, Reason: "not a record"},
+			true,
+		},
+		"foreign line at the end": {
+			func(l []string) []string { return append(l, "Nov 22 logrotate: hello\n") },
+			BadRecordError{Line: 11, Reason: "not a record"},
+			false,
+		},
+		"foreign object with a hash of its own": {
+			func(l []string) []string { return append(l, rehash(`{"seq":11`+strings.Repeat(" ", tailLength)+"\n")) },
+			BadRecordError{Line: 11, Seq: 11, Reason: "not a record"},
+			false,
+		},
+		"endless line": {
+			func(l []string) []string { l[0] = strings.Repeat("x", 2*maxLine) + "\n"; return l },
+			BadRecordError{Line: 1, Reason: "longer than any record"},
+			true,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := written(t, 10)
+			lines := test.change(readLines(t, path))
+			if err := os.WriteFile(path, []byte(strings.Join(lines, "")), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			n, err := Verify(path)
+			bad, ok := errors.AsType[*BadRecordError](err)
+			if !ok || *bad != test.want || n != test.want.Line-1 {
+				t.Fatalf("Verify = %d, %v; want %v", n, err, &test.want)
+			}
+			l, err := Open(path, nil)
+			if err == nil {
+				closeLog(t, l)
+			}
+			if (err == nil) != test.opens {
+				t.Fatalf("Open = %v; want opened %v", err, test.opens)
+			}
+		})
+	}
+}
+
+// rehash gives a line the hash that fits it.
+func rehash(line string) string {
+	var buf bytes.Buffer
+	body := line[:len(line)-tailLength-1]
+	_, own, _ := parseLine([]byte(line[:len(line)-1]))
+	fmt.Fprintf(&buf, `%s,"hash":"%x"}`+"\n", body, own.hash)
+	return buf.String()
+}
+
+func TestFailedSyncStopsTheLogForGood(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	l := openLog(t, path)
+	appendRecord(t, l, Record{Type: Issue})
+	eio := errors.New("input/output error")
+	fsync := l.sync
+	l.sync = func() error { return eio }
+	if err := l.Append(t.Context(), Record{Type: Issue}); !errors.Is(err, eio) {
+		t.Fatalf("Append with a failing sync = %v", err)
+	}
+	l.sync = fsync // the disk is said to be well again
+	if err := l.Append(t.Context(), Record{Type: Issue}); !errors.Is(err, eio) {
+		t.Fatalf("Append after a failed sync = %v; want the same failure", err)
+	}
+}
+
+func TestFailedWriteStopsTheLogForGood(t *testing.T) {
+	l := openLog(t, "/dev/full")
+	for range 2 {
+		if err := l.Append(t.Context(), Record{Type: Issue}); err == nil || !strings.Contains(err.Error(), "no space left") {
+			t.Fatalf("Append to a full disk = %v", err)
+		}
+	}
+}
+
+func TestClosedLogRefusesRecords(t *testing.T) {
+	l := openLog(t, filepath.Join(t.TempDir(), "audit.log"))
+	closeLog(t, l)
+	if err := l.Append(t.Context(), Record{Type: Issue}); !errors.Is(err, ErrClosed) {
+		t.Fatalf("Append = %v; want %v", err, ErrClosed)
+	}
+}
+
+func TestAppendEndsWithItsContext(t *testing.T) {
+	l := openLog(t, filepath.Join(t.TempDir(), "audit.log"))
+	hold := make(chan struct{})
+	l.sync = func() error { <-hold; return nil }
+	ctx, cancel := context.WithCancel(t.Context())
+	result := make(chan error)
+	go func() { result <- l.Append(ctx, Record{Type: Issue}) }()
+	cancel()
+	if err := <-result; !errors.Is(err, context.Canceled) {
+		t.Errorf("Append = %v; want %v", err, context.Canceled)
+	}
+	close(hold)
+}
+
+func TestRecordNeedsAType(t *testing.T) {
+	l := openLog(t, filepath.Join(t.TempDir(), "audit.log"))
+	if err := l.Append(t.Context(), Record{}); err == nil {
+		t.Fatal("record without a type was taken")
+	}
+}
+
+func TestOverlongFieldsAreCut(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	l := openLog(t, path)
+	worst := strings.Repeat("\x01", 10*maxField)
+	appendRecord(t, l, Record{
+		Type: Type(worst), Actor: worst, SPIFFEID: worst, EntryID: worst, Serial: worst,
+		AuthorityID: worst, Detail: worst, Reason: worst,
+	})
+	appendRecord(t, l, Record{Type: Refuse, SPIFFEID: "spiffe://" + strings.Repeat("a", 2039)})
+	lines := readLines(t, path)
+	if len(lines[0]) > maxLine || !strings.Contains(lines[0], cutMark) {
+		t.Errorf("line of %d bytes; want at most %d, marked as cut", len(lines[0]), maxLine)
+	}
+	if strings.Contains(lines[1], cutMark) {
+		t.Error("a SPIFFE ID of 2048 bytes was cut")
+	}
+	wantVerified(t, path, 2)
+}
+
+// TestOneRecordIsOneLineOfASCII is attack T36: whatever a field holds, it is
+// one line that no terminal and no parser takes for more, and it comes back.
+func TestOneRecordIsOneLineOfASCII(tt *testing.T) {
+	path := filepath.Join(tt.TempDir(), "audit.log")
+	l := openLog(tt, path)
+	var n int
+	check := func(t *rapid.T, text string) {
+		if err := l.Append(context.Background(), Record{Type: Refuse, Actor: text, Detail: text}); err != nil {
+			t.Fatal(err)
+		}
+		n++
+		lines := readLines(tt, path)
+		if len(lines) != n {
+			t.Fatalf("%d lines after %d records", len(lines), n)
+		}
+		line := strings.TrimSuffix(lines[n-1], "\n")
+		if i := strings.IndexFunc(line, func(r rune) bool { return r < ' ' || r > '~' }); i >= 0 {
+			t.Fatalf("byte %#x in line %s", line[i], line)
+		}
+		var got Record
+		if err := json.Unmarshal([]byte(line), &got); err != nil {
+			t.Fatal(err)
+		}
+		if got.Type != Refuse || utf8.ValidString(text) && (got.Detail != text || got.Actor != text) {
+			t.Fatalf("came back as %+v; want %q", got, text)
+		}
+	}
+	rapid.Check(tt, func(t *rapid.T) {
+		check(t, rapid.OneOf(
+			rapid.String(),
+			rapid.SampledFrom([]string{
+				"\n{\"type\":\"audit\",\"seq\":1}", "a\r\nb", "\x1b[31mred", "\u009b31m", "\u2028\u2029", "\u202eevil",
+				"\x00\x7f", "\xff\xfe", `","hash":"00"}`, "<script>", "\U0001f600",
+			}),
+		).Draw(t, "text"))
+	})
+	wantVerified(tt, path, n)
+}
+
+// FuzzVerify feeds files: nothing but an unbroken chain may pass, and where
+// one ends, Open goes on.
+func FuzzVerify(f *testing.F) {
+	good, err := os.ReadFile(written(f, 3))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good)
+	f.Add(good[:len(good)-10])
+	f.Add([]byte("{}\n"))
+	f.Add([]byte("\n\n"))
+	f.Add([]byte(rehash(`{"seq":1,"type":"x"` + strings.Repeat(" ", tailLength) + "\n")))
+	f.Fuzz(func(t *testing.T, file []byte) {
+		n, end, err := walk(bytes.NewReader(file))
+		whole := bytes.LastIndexByte(file, '\n') + 1
+		last, lastErr := lastLink(file[:whole])
+		if err != nil {
+			return
+		}
+		if n != bytes.Count(file, []byte("\n")) || whole != len(file) || end.seq != uint64(n) {
+			t.Fatalf("walk took %d of %d lines, to seq %d", n, bytes.Count(file, []byte("\n")), end.seq)
+		}
+		if lastErr != nil || last != end {
+			t.Fatalf("walk took what Open refuses, or goes on with elsewhere: %v", lastErr)
+		}
+	})
+}
+
+func BenchmarkAppend(b *testing.B) {
+	for _, writers := range []int{1, 64, 512} {
+		b.Run(fmt.Sprintf("writers=%d", writers), func(b *testing.B) {
+			l := openLog(b, filepath.Join(b.TempDir(), "audit.log"))
+			r := Record{
+				Time: time.Now(), Type: Issue, Actor: "spiffe://shop.test/agent/n1", SPIFFEID: "spiffe://shop.test/web",
+				EntryID: "0195b7a2-5c1e-7c55-8d0e-111111111111", Serial: strings.Repeat("a", 40),
+				NotAfter: time.Now().Add(time.Hour),
+			}
+			b.ReportAllocs()
+			appendFrom(b, writers, func() error { return l.Append(context.Background(), r) })
+		})
+	}
+}
+
+// appendFrom spreads the iterations over writers.
+func appendFrom(b *testing.B, writers int, do func() error) {
+	work := make(chan struct{}, writers)
+	var wg sync.WaitGroup
+	for range writers {
+		wg.Go(func() {
+			for range work {
+				if err := do(); err != nil {
+					b.Error(err)
+				}
+			}
+		})
+	}
+	for b.Loop() {
+		work <- struct{}{}
+	}
+	close(work)
+	wg.Wait()
+}
