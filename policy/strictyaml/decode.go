@@ -32,6 +32,12 @@ func (p Position) Of(key string) Position {
 	return p
 }
 
+// Has reports whether key was written.
+func (p Position) Has(key string) bool {
+	_, ok := p.Keys[key]
+	return ok
+}
+
 var (
 	durationType    = reflect.TypeFor[time.Duration]()
 	positionType    = reflect.TypeFor[Position]()

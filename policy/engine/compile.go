@@ -1,0 +1,191 @@
+package engine
+
+// This file turns the Rego of a policy into a compiled form, or says in terms
+// of the author's file why not. It runs when a policy is built, when the CA
+// takes it in, and again wherever it is loaded (T30).
+
+import (
+	_ "embed" // the module
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/open-policy-agent/opa/v1/ast"
+)
+
+// Module is the Rego module, fixed, that evaluates compiled grants and asks
+// the policy's own Rego. A policy bundle carries it under ModuleName.
+//
+//go:embed merlon.rego
+var Module string
+
+// ModuleName is the name of Module among a policy's modules.
+const ModuleName = "merlon/merlon.rego"
+
+// maxModuleBytes bounds one Rego file.
+const maxModuleBytes = 1 << 20
+
+// Error is a refused Rego file.
+type Error struct {
+	File         string
+	Line, Column int // 0 where the file as a whole is meant
+	Reason       string
+}
+
+// Error says where and why, as "file:line:column: reason".
+func (e *Error) Error() string {
+	if e.Line == 0 {
+		return e.File + ": " + e.Reason
+	}
+	return fmt.Sprintf("%s:%d:%d: %s", e.File, e.Line, e.Column, e.Reason)
+}
+
+func errorAt(loc *ast.Location, file, format string, args ...any) *Error {
+	e := &Error{File: file, Reason: fmt.Sprintf(format, args...)}
+	if loc != nil {
+		e.Line, e.Column = loc.Row, loc.Col
+	}
+	return e
+}
+
+// CheckModules reports the first reason why the Rego modules of a policy, by
+// file name, cannot be used: syntax, types, recursion, a built-in function
+// that is not allowed, or a package that is Merlon's. Module is added where it
+// is absent.
+func CheckModules(modules map[string]string) error {
+	_, err := compile(modules, nil)
+	return err
+}
+
+// compile returns the compiled modules; prepare, if any, sets up the compiler.
+func compile(modules map[string]string, prepare func(*ast.Compiler)) (*ast.Compiler, error) {
+	parsed, err := parse(modules)
+	if err != nil {
+		return nil, err
+	}
+	c := ast.NewCompiler().WithCapabilities(Capabilities()).WithStrict(false)
+	if prepare != nil {
+		prepare(c)
+	}
+	if c.Compile(parsed); c.Failed() {
+		return nil, firstError(c.Errors)
+	}
+	return c, nil
+}
+
+func parse(modules map[string]string) (map[string]*ast.Module, error) {
+	parsed := make(map[string]*ast.Module, len(modules)+1)
+	for _, name := range slices.Sorted(maps.Keys(modules)) {
+		m, err := parseModule(name, modules[name])
+		if err != nil {
+			return nil, err
+		}
+		parsed[name] = m
+	}
+	if _, present := parsed[ModuleName]; !present {
+		m, err := parseModule(ModuleName, Module)
+		if err != nil {
+			return nil, err
+		}
+		parsed[ModuleName] = m
+	}
+	return parsed, nil
+}
+
+func parseModule(name, source string) (*ast.Module, error) {
+	if len(source) > maxModuleBytes {
+		return nil, &Error{File: name, Reason: fmt.Sprintf("is longer than %d bytes", maxModuleBytes)}
+	}
+	m, err := ast.ParseModuleWithOpts(name, source, ast.ParserOptions{RegoVersion: ast.RegoV1, Capabilities: Capabilities()})
+	if err != nil {
+		return nil, firstError(err)
+	}
+	if m == nil {
+		return nil, &Error{File: name, Reason: "is empty"}
+	}
+	if err := checkBuiltins(name, m); err != nil {
+		return nil, err
+	}
+	if name == ModuleName {
+		return m, nil
+	}
+	return m, checkPackage(name, m)
+}
+
+// checkPackage keeps user Rego out of Merlon's own part of data: a rule in
+// package merlon could answer in place of the grants.
+func checkPackage(name string, m *ast.Module) error {
+	path := m.Package.Path
+	if len(path) < 2 {
+		return errorAt(m.Package.Location, name, "has no package")
+	}
+	root, _ := path[1].Value.(ast.String)
+	if root == "merlon" || root == "system" {
+		return errorAt(m.Package.Location, name, "%s is reserved; policies are in package authz", m.Package)
+	}
+	if p := path.String(); p != "data.authz" && p != "data.envoy.authz" {
+		return nil
+	}
+	for _, rule := range m.Rules {
+		answer := rule.Head.Ref().String()
+		if answer != "allow" && answer != "deny" {
+			continue
+		}
+		if len(rule.Head.Args) > 0 || rule.Head.RuleKind() == ast.MultiValue {
+			return errorAt(rule.Location, name, "%s must be a boolean rule, such as: %s if { … }", answer, answer)
+		}
+	}
+	return nil
+}
+
+// checkBuiltins finds uses of functions that are not allowed, also as the
+// replacement in a "with" (CVE-2022-36085), to explain them; the compiler
+// refuses them too, because they are not among its capabilities.
+func checkBuiltins(name string, m *ast.Module) (found error) {
+	ast.WalkRefs(m, func(ref ast.Ref) bool {
+		if found == nil {
+			if reason := refusal(ref.String()); reason != "" {
+				found = errorAt(ref[0].Location, name, "%s", reason)
+			}
+		}
+		return found != nil
+	})
+	return found
+}
+
+// firstError puts the first of OPA's errors into our form.
+func firstError(err error) error {
+	var several ast.Errors
+	if !errors.As(err, &several) || len(several) == 0 {
+		return err
+	}
+	slices.SortStableFunc(several, func(a, b *ast.Error) int {
+		if a.Location == nil || b.Location == nil {
+			return 0
+		}
+		return strings.Compare(a.Location.File, b.Location.File)
+	})
+	e := several[0]
+	file := "policy"
+	if e.Location != nil {
+		file = e.Location.File
+	}
+	return errorAt(e.Location, file, "%s", strings.TrimPrefix(e.Code+": "+e.Message, "rego_type_error: "))
+}
+
+// Roots lists the top-level packages of modules, sorted: what a bundle of them
+// owns of OPA's data document.
+func Roots(modules map[string]string) ([]string, error) {
+	parsed, err := parse(modules)
+	if err != nil {
+		return nil, err
+	}
+	seen := map[string]bool{}
+	for _, m := range parsed {
+		root, _ := m.Package.Path[1].Value.(ast.String)
+		seen[string(root)] = true
+	}
+	return slices.Sorted(maps.Keys(seen)), nil
+}

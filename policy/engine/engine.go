@@ -1,0 +1,256 @@
+// Package engine answers decisions with OPA: grants, by the fixed module
+// merlon.rego, and the policy's own Rego, under one evaluation limit. An
+// Engine holds one generation of one policy and never changes; who follows a
+// policy swaps engines. Whatever goes wrong is a denial with a reason.
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/open-policy-agent/opa/v1/ast"
+	"github.com/open-policy-agent/opa/v1/rego"
+	"github.com/open-policy-agent/opa/v1/storage"
+	"github.com/open-policy-agent/opa/v1/storage/inmem"
+	"github.com/open-policy-agent/opa/v1/topdown"
+
+	"merlon.dev/policy"
+	"merlon.dev/policy/grant"
+)
+
+// EvaluationLimit is how long one decision may take; then it is a denial with
+// reason policy.Error (attack T31).
+const EvaluationLimit = 50 * time.Millisecond
+
+// Source is one generation of a policy, as bundle.Contents has it.
+type Source struct {
+	// Modules are Rego files by name. ModuleName among them is the evaluator
+	// that the bundle came with; without it, this version's own is used.
+	Modules map[string]string
+	// Data has the compiled grants under "merlon" (grant.Compile). The engine
+	// keeps it; the caller must not change it afterwards.
+	Data map[string]any
+	// Generation is recorded in each decision as its Revision.
+	Generation uint64
+	// NotAfter ends the policy: later calls are denied STALE_POLICY. Zero
+	// means never.
+	NotAfter time.Time
+	// Logger receives failed evaluations; nil discards them.
+	Logger *slog.Logger
+}
+
+// Engine decides by one generation of a policy. It is safe for concurrent use
+// and needs no closing.
+type Engine struct {
+	query      rego.PreparedEvalQuery
+	txn        storage.Transaction // read only, open for the engine's life
+	grants     []grant.Grant
+	generation uint64
+	notAfter   time.Time
+	leaves     index
+	ownRego    bool // there are modules beside Module, which may read all input
+	dryRun     map[string]*atomic.Uint64
+	log        *slog.Logger
+	now        func() time.Time
+}
+
+var _ policy.Authorizer = (*Engine)(nil)
+
+// New compiles src. Errors name file, line and reason.
+func New(ctx context.Context, src Source) (*Engine, error) {
+	data, ok := src.Data["merlon"].(map[string]any)
+	if !ok {
+		return nil, errors.New("load policy: data has no grants")
+	}
+	grants, err := grant.FromData(data)
+	if err != nil {
+		return nil, fmt.Errorf("load policy: %w", err)
+	}
+	e := &Engine{
+		grants: grants, generation: src.Generation, notAfter: src.NotAfter,
+		ownRego: hasOwnRego(src.Modules), dryRun: map[string]*atomic.Uint64{}, log: src.Logger, now: time.Now,
+	}
+	if e.log == nil {
+		e.log = slog.New(slog.DiscardHandler)
+	}
+	for i := range grants {
+		if grants[i].Mode == grant.DryRun {
+			e.dryRun[grants[i].ID] = new(atomic.Uint64)
+		}
+	}
+	if e.leaves, err = newIndex(data); err != nil {
+		return nil, err
+	}
+	if err := e.prepare(ctx, src); err != nil {
+		return nil, err
+	}
+	return e, nil
+}
+
+func hasOwnRego(modules map[string]string) bool {
+	for name := range modules {
+		if name != ModuleName {
+			return true
+		}
+	}
+	return false
+}
+
+func (e *Engine) prepare(ctx context.Context, src Source) error {
+	store := inmem.NewFromObjectWithOpts(map[string]any{"merlon": src.Data["merlon"]},
+		inmem.OptRoundTripOnWrite(false))
+	txn, err := store.NewTransaction(ctx)
+	if err != nil {
+		return fmt.Errorf("load policy: %w", err)
+	}
+	e.txn = txn
+	compiler, err := compile(src.Modules, func(c *ast.Compiler) {
+		c.WithPathConflictsCheck(storage.NonEmpty(ctx, store, txn))
+	})
+	if err != nil {
+		return err
+	}
+	e.query, err = rego.New(
+		rego.Query("data.merlon.answer(input.merlon)"),
+		rego.Compiler(compiler),
+		rego.Store(store),
+		rego.Transaction(e.txn),
+		rego.StrictBuiltinErrors(true), // an error in a deny rule must not pass for "does not deny"
+		rego.GenerateJSON(func(t *ast.Term, _ *rego.EvalContext) (any, error) { return t.Value, nil }),
+	).PrepareForEval(ctx)
+	if err != nil {
+		return fmt.Errorf("load policy: %w", err)
+	}
+	return nil
+}
+
+// Generation is the generation of the policy that e decides by.
+func (e *Engine) Generation() uint64 { return e.generation }
+
+// Grants is the number of grants of the policy.
+func (e *Engine) Grants() int { return len(e.grants) }
+
+// DryRun returns, by grant ID, how many calls each dry-run grant matched.
+func (e *Engine) DryRun() map[string]uint64 {
+	counts := make(map[string]uint64, len(e.dryRun))
+	for id, n := range e.dryRun {
+		counts[id] = n.Load()
+	}
+	return counts
+}
+
+// Authorize decides the call in. It takes at most EvaluationLimit, or as long
+// as ctx allows if that is less.
+func (e *Engine) Authorize(ctx context.Context, in *policy.Input) policy.Decision {
+	d, _ := e.decide(ctx, in)
+	return d
+}
+
+// answer is what the policy said beside the decision.
+type answer struct {
+	dryRun []string
+	err    error
+}
+
+func (e *Engine) decide(ctx context.Context, in *policy.Input) (policy.Decision, answer) {
+	now := e.now()
+	d := policy.Decision{DecisionID: policy.NewDecisionID(), Revision: e.generation}
+	if in == nil || in.Source == "" {
+		d.Reason = policy.NoIdentity
+		return d, answer{}
+	}
+	if !e.notAfter.IsZero() && now.After(e.notAfter) {
+		d.Reason = policy.StalePolicy
+		return d, answer{}
+	}
+	if in.Protocol == policy.HTTP || in.Protocol == policy.GRPC {
+		if err := policy.CheckPath(in.Path); err != nil {
+			d.Reason = policy.BadRequest
+			return d, answer{err: err}
+		}
+	}
+	a := e.evaluate(ctx, in, now, &d)
+	if a.err != nil {
+		d.Allow, d.Reason, d.RuleID = false, policy.Error, ""
+		e.log.LogAttrs(ctx, slog.LevelWarn, "policy evaluation failed", slog.String("decision_id", d.DecisionID),
+			slog.Uint64("policy_revision", e.generation), slog.Any("err", a.err))
+	}
+	return d, a
+}
+
+// evaluate fills d from the policy's answer.
+func (e *Engine) evaluate(ctx context.Context, in *policy.Input, now time.Time, d *policy.Decision) (a answer) {
+	defer func() {
+		// A policy that finds a bug in OPA must not stop the enforcement point.
+		if r := recover(); r != nil {
+			a.err = fmt.Errorf("evaluate policy: panic: %v", r)
+		}
+	}()
+	cancel := topdown.NewCancel()
+	limit := time.AfterFunc(EvaluationLimit, cancel.Cancel)
+	defer limit.Stop()
+	if ctx.Done() != nil {
+		defer context.AfterFunc(ctx, cancel.Cancel)()
+	}
+	results, err := e.query.Eval(ctx,
+		rego.EvalParsedInput(e.input(in)),
+		rego.EvalTime(now),
+		rego.EvalTransaction(e.txn),
+		rego.EvalExternalCancel(cancel))
+	switch {
+	case topdown.IsCancel(err):
+		return answer{err: fmt.Errorf("evaluate policy: stopped after %v", EvaluationLimit)}
+	case err != nil:
+		return answer{err: fmt.Errorf("evaluate policy: %v", err)}
+	case len(results) != 1 || len(results[0].Expressions) != 1:
+		return answer{err: errors.New("evaluate policy: no decision")}
+	}
+	return e.read(results[0].Expressions[0].Value, d)
+}
+
+// read takes d and the dry-run matches from the answer of Module.
+func (e *Engine) read(v any, d *policy.Decision) answer {
+	obj, ok := v.(ast.Object)
+	if !ok {
+		return answer{err: fmt.Errorf("evaluate policy: decision is %T", v)}
+	}
+	allow, ok1 := member[ast.Boolean](obj, allowKey)
+	reason, ok2 := member[ast.String](obj, reasonKey)
+	rule, ok3 := member[ast.String](obj, ruleKey)
+	dryRun, ok4 := member[*ast.Array](obj, dryRunKey)
+	if !ok1 || !ok2 || !ok3 || !ok4 {
+		return answer{err: errors.New("evaluate policy: malformed decision")}
+	}
+	d.Reason, d.RuleID = policy.Reason(reason), string(rule)
+	d.Allow = bool(allow) && d.Reason == policy.Allowed
+	var a answer
+	dryRun.Foreach(func(t *ast.Term) {
+		id, _ := t.Value.(ast.String)
+		if n := e.dryRun[string(id)]; n != nil {
+			n.Add(1)
+		}
+		a.dryRun = append(a.dryRun, string(id))
+	})
+	return a
+}
+
+var (
+	allowKey  = ast.StringTerm("allow")
+	reasonKey = ast.StringTerm("reason")
+	ruleKey   = ast.StringTerm("rule_id")
+	dryRunKey = ast.StringTerm("dry_run")
+)
+
+func member[T ast.Value](obj ast.Object, key *ast.Term) (T, bool) {
+	t := obj.Get(key)
+	if t == nil {
+		var zero T
+		return zero, false
+	}
+	v, ok := t.Value.(T)
+	return v, ok
+}

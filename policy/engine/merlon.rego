@@ -1,0 +1,237 @@
+# Decides a call by the grants in data.merlon and by the policy's own Rego in
+# data.authz and data.envoy.authz. It is part of every policy bundle, so that
+# any OPA which loads one can answer data.merlon.decision:
+#
+#   {"allow": bool, "reason": string, "rule_id": string, "dry_run": [grant ID]}
+#
+# The input has the shape of opa-envoy-plugin, and optionally "protocol"
+# (http, grpc or tcp), which the enforcement point sets. What the data means
+# is said in policy/grant, whose plain matcher is tested to agree.
+#
+# policy/engine checks identity and path by itself, looks the leaves of the
+# index up, and enters at answer.
+package merlon
+
+decision := refusal("NO_IDENTITY") if {
+	source == ""
+} else := refusal("BAD_REQUEST") if {
+	ambiguous
+} else := answer({
+	"leaves": leaves,
+	"path": path,
+	"method": method,
+	"rego": true,
+})
+
+refusal(reason) := {"allow": false, "reason": reason, "rule_id": "", "dry_run": []}
+
+# answer takes the grants for a source, destination and protocol (leaves), the
+# path and method (null where there is none), and whether there is own Rego.
+answer(call) := {
+	"allow": reason == "ALLOWED",
+	"reason": reason,
+	"rule_id": rule_id,
+	"dry_run": dry_run(call),
+} if {
+	[reason, rule_id] := verdict(call)
+}
+
+# The order says what wins: deny over allow over the default, which denies;
+# among denials by default the nearest miss.
+verdict(call) := ["DENY_RULE", min(denying)] if {
+	denying := [grant.id | some leaf in call.leaves; some grant in leaf.deny; matches(grant, call)]
+	count(denying) > 0
+} else := ["ERROR", "rego:deny"] if {
+	call.rego
+	malformed_deny
+} else := ["DENY_RULE", "rego:deny"] if {
+	call.rego
+	rego_denies
+} else := ["ERROR", "rego:allow"] if {
+	call.rego
+	malformed_allow
+} else := ["ALLOWED", min(allowing)] if {
+	allowing := [grant.id | some leaf in call.leaves; some grant in leaf.allow; matches(grant, call)]
+	count(allowing) > 0
+} else := ["ALLOWED", "rego:allow"] if {
+	call.rego
+	rego_allows
+} else := ["METHOD", ""] if {
+	some leaf in call.leaves
+	some grant in leaf.allow
+	path_fits(grant, call.path)
+	live(grant)
+} else := ["PATH", ""] if {
+	some leaf in call.leaves
+	some grant in leaf.allow
+	live(grant)
+} else := ["NO_GRANT", ""]
+
+dry_run(call) := sort({grant.id |
+	some leaf in call.leaves
+	some grant in leaf.dry_run
+	matches(grant, call)
+})
+
+matches(grant, call) if {
+	path_fits(grant, call.path)
+	method_fits(grant, call.method)
+	live(grant)
+}
+
+live(grant) if not grant.expires_ns
+
+live(grant) if time.now_ns() < grant.expires_ns
+
+method_fits(grant, _) if not grant.methods
+
+method_fits(grant, method) if grant.methods[method]
+
+path_fits(grant, path) if grant.exact[path]
+
+path_fits(grant, path) if {
+	grant.any
+	path != null
+}
+
+path_fits(grant, path) if {
+	some prefix in grant.below
+	startswith(path, prefix)
+	path != prefix
+}
+
+path_fits(grant, path) if {
+	some template in grant.templates
+	parts := split(path, "/")
+	length_fits(template, parts)
+	every pair in template.fixed { parts[pair[0]] == pair[1] }
+	every i in template.free { parts[i] != "" }
+}
+
+length_fits(template, parts) if {
+	not template.more
+	count(parts) == template.parts
+}
+
+length_fits(template, parts) if {
+	template.more
+	parts[template.parts] != ""
+}
+
+# What the call is.
+
+default source := ""
+
+source := input.attributes.source.principal if is_string(input.attributes.source.principal)
+
+default destination := ""
+
+destination := input.attributes.destination.principal if is_string(input.attributes.destination.principal)
+
+http := input.attributes.request.http
+
+default protocol := "tcp"
+
+protocol := input.protocol if {
+	input.protocol
+} else := "http" if {
+	http
+}
+
+# The query is no part of the path.
+request_path := split(http.path, "?")[0] if {
+	contains(http.path, "?")
+} else := http.path
+
+rpc := parts if {
+	parts := split(request_path, "/")
+	count(parts) == 3
+	parts[0] == ""
+	parts[1] != ""
+	parts[2] != ""
+}
+
+default path := null
+
+path := request_path if protocol == "http"
+
+path := rpc[1] if protocol == "grpc"
+
+path := "" if protocol == "tcp"
+
+default method := null
+
+method := http.method if protocol == "http"
+
+method := rpc[2] if protocol == "grpc"
+
+# Ambiguous paths: servers decode and clean them after the decision. The same
+# rules as policy.CheckPath.
+ambiguous if {
+	protocol in {"http", "grpc"}
+	not plain_path
+}
+
+plain_path if {
+	regex.match(`^/(?:[^/\\;%#?\x00-\x1f\x7f-\x{9f}]+/)*(?:[^/\\;%#?\x00-\x1f\x7f-\x{9f}]+)?$`, unescaped)
+	not dot_segment
+}
+
+# unescaped replaces each acceptable percent-encoding by a letter: ASCII that
+# is neither a control character, "/", "\", "%" nor unreserved, and UTF-8.
+unescaped := request_path if {
+	not contains(request_path, "%")
+} else := regex.replace(request_path, `%(?:2[0-46-9a-cA-C]|3[a-fA-F]|40|5[bdeBDE]|60|7[b-dB-D]|[cC]2%[abAB][0-9a-fA-F]|(?:[cC][3-9a-fA-F]|[dD][0-9a-fA-F])%[89abAB][0-9a-fA-F]|[eE]0%[abAB][0-9a-fA-F]%[89abAB][0-9a-fA-F]|[eE][1-9a-cA-CefEF]%[89abAB][0-9a-fA-F]%[89abAB][0-9a-fA-F]|[eE][dD]%[89][0-9a-fA-F]%[89abAB][0-9a-fA-F]|[fF]0%[9abAB][0-9a-fA-F]%[89abAB][0-9a-fA-F]%[89abAB][0-9a-fA-F]|[fF][1-3]%[89abAB][0-9a-fA-F]%[89abAB][0-9a-fA-F]%[89abAB][0-9a-fA-F]|[fF]4%8[0-9a-fA-F]%[89abAB][0-9a-fA-F]%[89abAB][0-9a-fA-F])`, "x")
+
+dot_segment if {
+	contains(request_path, "/.")
+	regex.match(`/\.\.?(?:/|$)`, request_path)
+}
+
+# The grants for this source, destination and protocol.
+
+leaves := [leaf |
+	some to in candidates(destination, data.merlon.depths.to)
+	some from in candidates(source, data.merlon.depths.from)
+	leaf := data.merlon.index[to][from][protocol]
+]
+
+# candidates lists the index keys that an ID can stand under: itself, its
+# trust domain, any, and "…/*" for each depth at which there are such patterns.
+candidates(id, depths) := array.concat([id, trust_domain, "*"], below) if {
+	parts := split(id, "/")
+	trust_domain := concat("/", array.slice(parts, 0, 3))
+	below := [concat("/", array.concat(array.slice(parts, 0, depth), ["*"])) |
+		some depth in depths
+		depth < count(parts)
+	]
+}
+
+# The policy's own Rego. Anything but a boolean (for allow also the object of
+# opa-envoy-plugin with a boolean "allowed") is an error, which denies.
+
+rego_denies if data.authz.deny == true
+
+rego_denies if data.envoy.authz.deny == true
+
+rego_allows if allows(data.authz.allow)
+
+rego_allows if allows(data.envoy.authz.allow)
+
+allows(answer) if answer == true
+
+allows(answer) if answer.allowed == true
+
+malformed_deny if {
+	some answer in array.concat([d | d := data.authz.deny], [d | d := data.envoy.authz.deny])
+	not is_boolean(answer)
+}
+
+malformed_allow if {
+	some answer in array.concat([a | a := data.authz.allow], [a | a := data.envoy.authz.allow])
+	not well_formed(answer)
+}
+
+well_formed(answer) if is_boolean(answer)
+
+well_formed(answer) if is_boolean(answer.allowed)

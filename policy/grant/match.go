@@ -1,0 +1,181 @@
+package grant
+
+// This file is what grants mean, in plain Go: the reference that the compiled
+// policy is compared with, and the source of explanations.
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"merlon.dev/policy"
+)
+
+// Fit is how much of a call one grant matches, from nothing to all.
+type Fit int
+
+// The fits. The nearest miss of a denied call is the greatest of its grants.
+const (
+	None       Fit = iota // another source, destination or protocol, or expired
+	SameParty             // source, destination and protocol
+	SamePath              // and the path, but not the method
+	Everything            // all
+)
+
+// Fit says how much of the call in grant g matches at now. The path of in is
+// unambiguous (policy.CheckPath).
+func (g *Grant) Fit(in *policy.Input, now time.Time) Fit {
+	if g.Protocol() != in.Protocol || g.Expired(now) ||
+		!anyMatches(g.From, in.Source, MatchSPIFFEID) || !anyMatches(g.To, in.Destination, MatchSPIFFEID) {
+		return None
+	}
+	path, method, matches := in.Path, in.Method, MatchPath
+	if g.GRPC != nil {
+		var ok bool
+		if path, method, ok = SplitRPC(in.Path); !ok {
+			return SameParty
+		}
+		matches = func(a, b string) bool { return a == b }
+	}
+	switch {
+	case g.TCP != nil:
+		return Everything
+	case !anyMatches(g.paths(), path, matches):
+		return SameParty
+	case g.methods() != nil && !slices.Contains(g.methods(), method):
+		return SamePath
+	}
+	return Everything
+}
+
+func anyMatches(patterns []string, s string, matches func(pattern, s string) bool) bool {
+	return patterns == nil || slices.ContainsFunc(patterns, func(p string) bool { return matches(p, s) })
+}
+
+// MatchSPIFFEID reports whether the SPIFFE ID id is what pattern names. It
+// goes by whole segments: "spiffe://td/ns/a/*" does not match
+// "spiffe://td/ns/a-evil/x" (attack T48).
+func MatchSPIFFEID(pattern, id string) bool {
+	if below, ok := strings.CutSuffix(pattern, "*"); ok { // ends in "/"
+		return len(id) > len(below) && strings.HasPrefix(id, below)
+	}
+	if pattern == id {
+		return true
+	}
+	return !strings.Contains(pattern[len("spiffe://"):], "/") && strings.HasPrefix(id, pattern+"/")
+}
+
+// MatchPath reports whether path is what pattern names.
+func MatchPath(pattern, path string) bool {
+	below, prefix := strings.CutSuffix(pattern, "/*")
+	if !strings.Contains(below, "{") {
+		if prefix {
+			return len(path) > len(below)+1 && strings.HasPrefix(path, below+"/")
+		}
+		return pattern == path
+	}
+	want, got := strings.Split(below, "/"), strings.Split(path, "/")
+	if len(got) < len(want) || !prefix && len(got) != len(want) {
+		return false
+	}
+	if prefix && (len(got) == len(want) || got[len(want)] == "") {
+		return false
+	}
+	for i, w := range want {
+		if strings.HasPrefix(w, "{") && got[i] == "" || !strings.HasPrefix(w, "{") && got[i] != w {
+			return false
+		}
+	}
+	return true
+}
+
+// SplitRPC splits "/package.Service/Method".
+func SplitRPC(path string) (service, method string, ok bool) {
+	parts := strings.Split(path, "/")
+	if len(parts) != 3 || parts[0] != "" || parts[1] == "" || parts[2] == "" {
+		return "", "", false
+	}
+	return parts[1], parts[2], true
+}
+
+// Outcome is what a set of grants says about one call.
+type Outcome struct {
+	Allow  bool
+	Reason policy.Reason
+	// GrantID decided: the least ID of those that match. Empty for no match.
+	GrantID string
+	// DryRun has the IDs of the matching dry-run grants, sorted.
+	DryRun []string
+	// Nearest has the enforced allow grants that came nearest to matching a
+	// call that none allows, sorted by ID.
+	Nearest []*Grant
+}
+
+// Decide is the answer of grants to the call in. It looks at every grant.
+func Decide(grants []Grant, in *policy.Input, now time.Time) Outcome {
+	var out Outcome
+	best, allow, deny := None, "", ""
+	for i := range grants {
+		g := &grants[i]
+		fit := g.Fit(in, now)
+		switch {
+		case fit == None || g.Mode == DryRun && fit < Everything:
+		case g.Mode == DryRun:
+			out.DryRun = append(out.DryRun, g.ID)
+		case g.Effect == Deny:
+			if fit == Everything {
+				deny = least(deny, g.ID)
+			}
+		case fit == Everything:
+			allow = least(allow, g.ID)
+		case fit > best:
+			best, out.Nearest = fit, []*Grant{g}
+		case fit == best:
+			out.Nearest = append(out.Nearest, g)
+		}
+	}
+	slices.Sort(out.DryRun)
+	switch {
+	case deny != "":
+		out.Reason, out.GrantID, out.Nearest = policy.DenyRule, deny, nil
+	case allow != "":
+		out.Allow, out.Reason, out.GrantID, out.Nearest = true, policy.Allowed, allow, nil
+	default:
+		out.Reason = map[Fit]policy.Reason{None: policy.NoGrant, SameParty: policy.PathNotGranted, SamePath: policy.MethodNotGranted}[best]
+	}
+	return out
+}
+
+func least(a, b string) string {
+	if a == "" || b < a {
+		return b
+	}
+	return a
+}
+
+// Explain says in one sentence how far g is from allowing the call in.
+func (g *Grant) Explain(in *policy.Input, fit Fit) string {
+	method, path := in.Method, in.Path
+	if service, rpc, ok := SplitRPC(in.Path); ok && g.GRPC != nil {
+		method, path = rpc, service
+	}
+	switch fit {
+	case SamePath:
+		return fmt.Sprintf("grant %s allows %s, not %s", g.ID, some(g.methods()), method)
+	case SameParty:
+		return fmt.Sprintf("grant %s allows %s, not %s", g.ID, some(g.paths()), path)
+	case Everything:
+		return fmt.Sprintf("grant %s matches", g.ID)
+	}
+	return fmt.Sprintf("grant %s is for another caller, service or protocol", g.ID)
+}
+
+// some lists a few of items.
+func some(items []string) string {
+	const few = 8
+	if len(items) <= few {
+		return strings.Join(items, ", ")
+	}
+	return fmt.Sprintf("%s and %d more", strings.Join(items[:few], ", "), len(items)-few)
+}
