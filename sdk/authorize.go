@@ -1,0 +1,294 @@
+// Decisions: each call is put to the agent, which evaluates the policy. What
+// cannot be decided is denied with a reason.
+
+package sdk
+
+import (
+	"context"
+	"crypto/tls"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/agent/agentpb"
+	"merlon.dev/policy"
+	"merlon.dev/sdk/svid"
+)
+
+// authorizeTimeout bounds a decision; an agent that takes longer is as good as
+// away.
+const authorizeTimeout = 2 * time.Second
+
+// Authorize asks the agent whether a call may happen. It implements
+// policy.Authorizer. in.Source must come from a verified peer; in.Destination
+// may be empty and then is the own SPIFFE ID. It blocks for at most 2 s.
+//
+// Servers use httpauth or grpcauth, which fill the input from the connection
+// by [Identity.Decide].
+func (id *Identity) Authorize(ctx context.Context, in *policy.Input) policy.Decision {
+	if in == nil {
+		return policy.Deny(policy.BadRequest)
+	}
+	d := id.authorize(ctx, in)
+	if !d.Allow {
+		id.logDenied(ctx, in, d, nil)
+	}
+	return d
+}
+
+func (id *Identity) logDenied(ctx context.Context, in *policy.Input, d policy.Decision, err error) {
+	attrs := []slog.Attr{
+		slog.String("reason", string(d.Reason)),
+		slog.String("decision_id", d.DecisionID),
+		slog.String("source", in.Source),
+		slog.String("protocol", string(in.Protocol)),
+		slog.String("method", in.Method),
+		slog.String("path", in.Path),
+		slog.String("hint", d.Hint()),
+	}
+	if err != nil {
+		attrs = append(attrs, slog.Any("err", err))
+	}
+	id.denials.log(ctx, id.log, "call denied", attrs...)
+}
+
+func (id *Identity) authorize(ctx context.Context, in *policy.Input) policy.Decision {
+	if in.Source == "" {
+		return policy.Deny(policy.NoIdentity)
+	}
+	if !transportable(in) {
+		return policy.Deny(policy.BadRequest)
+	}
+	bounded, cancel := context.WithTimeout(ctx, authorizeTimeout)
+	defer cancel()
+	res, err := id.agent.local.Authorize(bounded, authorizeRequest(in, id.current.Load()))
+	if err != nil {
+		if ctx.Err() == nil { // else the caller has gone, and the agent may be fine
+			id.decisions.trouble(ctx, id.log, "decisions not available", err)
+		}
+		switch status.Code(err) {
+		case codes.InvalidArgument:
+			return policy.Deny(policy.BadRequest)
+		case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled, codes.Unimplemented, codes.ResourceExhausted:
+			return policy.Deny(policy.AgentUnavailable)
+		}
+		return policy.Deny(policy.Error)
+	}
+	id.decisions.fine(ctx, id.log, "decisions available again")
+	return decisionOf(res.GetDecision())
+}
+
+// decisionOf trusts nothing that is missing: an allowing answer is one that
+// says so in both of its fields.
+func decisionOf(pb *agentpb.Decision) policy.Decision {
+	d := policy.Decision{
+		Allow:      pb.GetAllow() && policy.Reason(pb.GetReason()) == policy.Allowed,
+		Reason:     policy.Reason(pb.GetReason()),
+		RuleID:     pb.GetRuleId(),
+		DecisionID: pb.GetDecisionId(),
+		Revision:   pb.GetPolicyGeneration(),
+	}
+	if d.DecisionID == "" {
+		d.DecisionID = policy.NewDecisionID()
+	}
+	if !d.Allow && (d.Reason == "" || d.Reason == policy.Allowed) {
+		d.Reason = policy.Error
+	}
+	return d
+}
+
+func authorizeRequest(in *policy.Input, own *current) *agentpb.AuthorizeRequest {
+	req := &agentpb.AuthorizeRequest{
+		Destination:        in.Destination,
+		Source:             in.Source,
+		Protocol:           string(in.Protocol),
+		Method:             in.Method,
+		Path:               in.Path,
+		Query:              in.Query,
+		Host:               in.Host,
+		SourceAddress:      in.SourceAddress,
+		DestinationAddress: in.DestinationAddress,
+		SourceSerial:       in.SourceSerial,
+	}
+	if req.Destination == "" && own.svid != nil {
+		req.Destination = own.svid.ID.String()
+	}
+	if len(in.Headers) > 0 {
+		req.Headers = make(map[string]*agentpb.HeaderValues, len(in.Headers))
+		for name, values := range in.Headers {
+			req.Headers[name] = &agentpb.HeaderValues{Values: values}
+		}
+	}
+	return req
+}
+
+// transportable says whether every string is UTF-8. Others cannot be put to
+// the agent as they are, and a policy must not see anything else than the
+// handler does.
+func transportable(in *policy.Input) bool {
+	for _, s := range []string{in.Destination, in.Source, in.Method, in.Path, in.Query, in.Host} {
+		if !utf8.ValidString(s) {
+			return false
+		}
+	}
+	for name, values := range in.Headers {
+		if !utf8.ValidString(name) {
+			return false
+		}
+		for _, v := range values {
+			if !utf8.ValidString(v) {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// Decide decides one call that has arrived on the connection with TLS state
+// cs: the peer has to be one that this identity let in, whose connection has
+// not been cut, whose X509-SVID has neither expired nor been revoked since,
+// and then the policy is asked. Decide fills in.Source, in.Destination and
+// in.SourceSerial from the connection, whatever they held. The context that
+// it returns has the peer and the decision.
+func (id *Identity) Decide(ctx context.Context, cs *tls.ConnectionState, in *policy.Input) (context.Context, policy.Decision) {
+	var call callInfo
+	if conn, ok := id.conns.find(cs); ok {
+		call.peer = conn.peer
+	}
+	call.decision = id.decide(ctx, call.peer, in)
+	return context.WithValue(ctx, callKey{}, &call), call.decision
+}
+
+func (id *Identity) decide(ctx context.Context, peer *svid.Peer, in *policy.Input) policy.Decision {
+	if in == nil {
+		return policy.Deny(policy.BadRequest)
+	}
+	id.fill(in, peer)
+	reason, err := policy.Allowed, error(nil)
+	switch {
+	case peer == nil:
+		reason = policy.NoIdentity
+	case !time.Now().Before(peer.NotAfter):
+		reason = policy.Expired
+	case id.isRevoked(peer):
+		reason = policy.Revoked
+	case in.Protocol != policy.TCP:
+		// Enforcement points have checked it; one that forgets fails here.
+		if err = policy.CheckPath(in.Path); err != nil {
+			reason = policy.BadRequest
+		}
+	}
+	if reason == policy.Allowed {
+		return id.Authorize(ctx, in)
+	}
+	d := policy.Deny(reason)
+	id.logDenied(ctx, in, d, err)
+	return d
+}
+
+// fill takes both ends of the call from the connection.
+func (id *Identity) fill(in *policy.Input, peer *svid.Peer) {
+	in.Source, in.Destination, in.SourceSerial = "", "", ""
+	if peer != nil {
+		in.Source, in.SourceSerial = peer.ID.String(), peer.SerialHex
+	}
+	if own := id.current.Load(); own.svid != nil {
+		in.Destination = own.svid.ID.String()
+	}
+}
+
+func (id *Identity) isRevoked(peer *svid.Peer) bool {
+	_, revoked := id.revocations.Load().Concerning(peer)
+	return revoked
+}
+
+// Refuse is the denial, for BAD_REQUEST, of a call that is too malformed to be
+// put to a policy. why is logged.
+func (id *Identity) Refuse(ctx context.Context, cs *tls.ConnectionState, in *policy.Input, why error) policy.Decision {
+	d := policy.Deny(policy.BadRequest)
+	peer, _ := id.Peer(cs)
+	id.fill(in, peer)
+	id.logDenied(ctx, in, d, why)
+	return d
+}
+
+type callKey struct{}
+
+type callInfo struct {
+	peer     *svid.Peer
+	decision policy.Decision
+}
+
+// PeerFromContext says who made the call that a handler behind httpauth or
+// grpcauth serves.
+func PeerFromContext(ctx context.Context) (*svid.Peer, bool) {
+	call, ok := ctx.Value(callKey{}).(*callInfo)
+	if !ok || call.peer == nil {
+		return nil, false
+	}
+	return call.peer, true
+}
+
+// DecisionFromContext gives the decision on the call that a handler behind
+// httpauth or grpcauth serves.
+func DecisionFromContext(ctx context.Context) (policy.Decision, bool) {
+	call, ok := ctx.Value(callKey{}).(*callInfo)
+	if !ok {
+		return policy.Decision{}, false
+	}
+	return call.decision, true
+}
+
+// limitedLog writes at most perSecond lines a second, and says how many it
+// left out: whoever can connect can cause them.
+type limitedLog struct {
+	mu      sync.Mutex // guards the rest
+	second  int64
+	written int
+	dropped int
+}
+
+const linesPerSecond = 20
+
+func (l *limitedLog) log(ctx context.Context, log *slog.Logger, msg string, attrs ...slog.Attr) {
+	if !log.Enabled(ctx, slog.LevelInfo) {
+		return
+	}
+	l.mu.Lock()
+	if now := time.Now().Unix(); now != l.second {
+		l.second, l.written = now, 0
+	}
+	if l.written >= linesPerSecond {
+		l.dropped++
+		l.mu.Unlock()
+		return
+	}
+	l.written++
+	if l.dropped > 0 {
+		attrs = append(attrs, slog.Int("lines_dropped", l.dropped))
+		l.dropped = 0
+	}
+	l.mu.Unlock()
+	log.LogAttrs(ctx, slog.LevelInfo, msg, attrs...) //nolint:sloglint // msg is constant at every caller
+}
+
+// condition logs when something goes wrong and when it is well again, not
+// each time in between.
+type condition struct{ bad atomic.Bool }
+
+func (c *condition) trouble(ctx context.Context, log *slog.Logger, msg string, err error) {
+	if !c.bad.Swap(true) {
+		log.LogAttrs(ctx, slog.LevelWarn, msg, slog.Any("err", err)) //nolint:sloglint // as above
+	}
+}
+
+func (c *condition) fine(ctx context.Context, log *slog.Logger, msg string) {
+	if c.bad.Load() && c.bad.Swap(false) { // Load first: the cheap case is the common one
+		log.LogAttrs(ctx, slog.LevelInfo, msg) //nolint:sloglint // as above
+	}
+}

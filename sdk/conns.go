@@ -1,0 +1,244 @@
+// The table of live connections, on which revocation, expiry and the loss of
+// trust act. TLS checks a peer once; a connection then lives as long as both
+// ends like, and no TLS stack closes it when the certificate ends. Here one
+// goroutine per identity does, for all connections.
+
+package sdk
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"merlon.dev/sdk/svid"
+)
+
+const (
+	// sweepInterval is how often entries of connections that somebody else
+	// closed are removed.
+	sweepInterval = 10 * time.Second
+	// A connection drains during the last tenth of its life, at most maxDrain.
+	maxDrain = 30 * time.Second
+)
+
+// connKey tells connections apart. TLS states of one connection share the
+// backing array of PeerCertificates, and no two connections do (the
+// certificates themselves are shared: crypto/tls keeps one copy of each).
+type connKey = **x509.Certificate
+
+// liveConn is one connection whose peer was verified.
+type liveConn struct {
+	raw   net.Conn // below TLS; nil: cannot be cut from here
+	peer  *svid.Peer
+	end   time.Time // when it is cut at the latest
+	drain time.Time // from when on the peer is asked to come back anew
+	cut   atomic.Bool
+}
+
+// connTable is safe for concurrent use. Looking up takes no lock.
+type connTable struct {
+	log   *slog.Logger
+	conns sync.Map // connKey → *liveConn
+	size  atomic.Int64
+	next  atomic.Int64  // UnixNano of the planned sweep
+	poke  chan struct{} // a connection ends before the planned sweep
+	blind sync.Once     // warn once about connections that hide their end
+}
+
+func newConnTable(log *slog.Logger) *connTable {
+	return &connTable{log: log, poke: make(chan struct{}, 1)}
+}
+
+// add enters a connection that ends at end.
+func (t *connTable) add(key connKey, c *liveConn, now time.Time) {
+	c.drain = c.end.Add(-min(c.end.Sub(now)/10, maxDrain))
+	if _, loaded := t.conns.Swap(key, c); !loaded {
+		t.size.Add(1)
+	}
+	if c.raw != nil && !observable(c.raw) {
+		t.blind.Do(func() {
+			t.log.LogAttrs(context.Background(), slog.LevelWarn, "connections of this type hide when they are closed, so they stay in the table until they expire: use Identity.Listener",
+				slog.String("type", fmt.Sprintf("%T", c.raw)))
+		})
+	}
+	if c.end.UnixNano() < t.next.Load() {
+		select {
+		case t.poke <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// remove forgets a connection that its owner closed.
+func (t *connTable) remove(key connKey) {
+	if _, loaded := t.conns.LoadAndDelete(key); loaded {
+		t.size.Add(-1)
+	}
+}
+
+// find gives the live connection that a TLS state belongs to.
+func (t *connTable) find(cs *tls.ConnectionState) (*liveConn, bool) {
+	if cs == nil || !cs.HandshakeComplete || len(cs.PeerCertificates) == 0 {
+		return nil, false
+	}
+	v, ok := t.conns.Load(&cs.PeerCertificates[0])
+	if !ok {
+		return nil, false
+	}
+	c := v.(*liveConn)
+	return c, !c.cut.Load()
+}
+
+// cutWhere cuts every connection for which why gives a reason, and returns
+// their number.
+func (t *connTable) cutWhere(why func(*liveConn) (reason string)) (n int) {
+	t.conns.Range(func(key, v any) bool {
+		c := v.(*liveConn)
+		if reason := why(c); reason != "" {
+			t.cut(key.(connKey), c, reason)
+			n++
+		}
+		return true
+	})
+	return n
+}
+
+// cut ends a connection at once: nothing that is still buffered is sent.
+func (t *connTable) cut(key connKey, c *liveConn, reason string) {
+	t.remove(key)
+	if c.cut.Swap(true) || c.raw == nil {
+		return
+	}
+	hangUp(c.raw)
+	t.log.LogAttrs(context.Background(), slog.LevelInfo, "connection cut",
+		slog.String("reason", reason),
+		slog.String("spiffe_id", c.peer.ID.String()),
+		slog.String("serial", c.peer.SerialHex),
+		slog.String("remote", addrString(c.raw.RemoteAddr())))
+}
+
+// hangUp closes with a reset where the transport knows one, so that bytes in
+// the kernel's buffer do not reach a peer that has lost its right to them.
+func hangUp(conn net.Conn) {
+	if tracked, ok := conn.(*trackedConn); ok {
+		conn = tracked.Conn
+	}
+	if l, ok := conn.(interface{ SetLinger(sec int) error }); ok {
+		_ = l.SetLinger(0) // closing still works
+	}
+	_ = conn.Close() // it may be closed already
+}
+
+// run sweeps until done closes, and then cuts what is left.
+func (t *connTable) run(done <-chan struct{}) {
+	timer := time.NewTimer(sweepInterval)
+	defer timer.Stop()
+	t.next.Store(time.Now().Add(sweepInterval).UnixNano())
+	for {
+		select {
+		case <-done:
+			t.cutWhere(func(*liveConn) string { return "the identity was closed" })
+			return
+		case <-t.poke:
+		case <-timer.C:
+		}
+		timer.Reset(t.sweep(time.Now()))
+	}
+}
+
+// sweep cuts what has expired, forgets what is closed, and says how long the
+// next sweep may wait.
+func (t *connTable) sweep(now time.Time) time.Duration {
+	// Published first: a connection that is added meanwhile pokes if it ends
+	// earlier than planned, and else is seen by the next sweep.
+	next := now.Add(sweepInterval)
+	t.next.Store(next.UnixNano())
+	t.conns.Range(func(key, v any) bool {
+		c := v.(*liveConn)
+		switch {
+		case !c.end.After(now):
+			t.cut(key.(connKey), c, "an X509-SVID of the connection has expired")
+		case c.raw != nil && closed(c.raw):
+			t.remove(key.(connKey))
+		case c.end.Before(next):
+			next = c.end
+		}
+		return true
+	})
+	t.next.Store(next.UnixNano())
+	return next.Sub(now)
+}
+
+// observable says whether closed can tell.
+func observable(conn net.Conn) bool {
+	switch conn.(type) {
+	case *trackedConn, syscall.Conn:
+		return true
+	}
+	return false
+}
+
+// closed says whether the owner has closed conn, without touching the socket.
+func closed(conn net.Conn) bool {
+	if tracked, ok := conn.(*trackedConn); ok {
+		return tracked.closed.Load()
+	}
+	sc, ok := conn.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := sc.SyscallConn()
+	if err == nil {
+		err = raw.Control(func(uintptr) {})
+	}
+	return errors.Is(err, net.ErrClosed)
+}
+
+// trackedConn leaves the table the moment it is closed, and limits the time
+// that its handshake may take.
+type trackedConn struct {
+	net.Conn
+	table  *connTable
+	key    atomic.Pointer[*x509.Certificate] // set once the peer is verified
+	closed atomic.Bool
+
+	limit     *time.Timer
+	handshake atomic.Pointer[context.Context] // ends with the handshake; nil: no hello yet
+}
+
+// track wraps conn. A handshake that is not done after svid.HandshakeTimeout
+// ends with the connection.
+func (t *connTable) track(conn net.Conn) *trackedConn {
+	c := &trackedConn{Conn: conn, table: t}
+	c.limit = time.AfterFunc(svid.HandshakeTimeout, func() {
+		if ctx := c.handshake.Load(); ctx == nil || (*ctx).Err() == nil {
+			hangUp(conn)
+		}
+	})
+	return c
+}
+
+// Close implements net.Conn.
+func (c *trackedConn) Close() error {
+	c.closed.Store(true) // before the key is read: see enter
+	c.limit.Stop()
+	if key := c.key.Load(); key != nil {
+		c.table.remove(key)
+	}
+	return c.Conn.Close()
+}
+
+func addrString(a net.Addr) string {
+	if a == nil {
+		return ""
+	}
+	return a.String()
+}

@@ -1,0 +1,126 @@
+// The two errors that programs look into: not ready yet, and denied.
+
+package sdk
+
+import (
+	"fmt"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/policy"
+)
+
+// NotReadyReason says in one word why Open could not get an identity. The
+// words are part of the contract with programs.
+type NotReadyReason string
+
+// The reasons of a NotReadyError.
+const (
+	BadAddress       NotReadyReason = "BAD_ADDRESS"       // the agent's address breaks the rules
+	SocketAbsent     NotReadyReason = "SOCKET_ABSENT"     // there is no socket at the address
+	SocketDead       NotReadyReason = "SOCKET_DEAD"       // nobody listens on the socket
+	SocketForbidden  NotReadyReason = "SOCKET_FORBIDDEN"  // this process may not connect to it
+	AgentNotTrusted  NotReadyReason = "AGENT_NOT_TRUSTED" // a user we do not trust serves the socket
+	NoMatchingEntry  NotReadyReason = "NO_MATCHING_ENTRY" // no registration entry matches this process
+	AgentNotSynced   NotReadyReason = "AGENT_NOT_SYNCED"  // the agent has not reached the CA yet
+	BadAnswer        NotReadyReason = "BAD_ANSWER"        // what the agent sent proves no identity
+	AgentUnavailable NotReadyReason = "AGENT_UNAVAILABLE" // any other trouble with the agent
+)
+
+// NotReadyError says why there is no identity.
+type NotReadyError struct {
+	Reason NotReadyReason
+	// Hint is what to do about it, for a human.
+	Hint string
+	// Err is the cause as it was met.
+	Err error
+}
+
+// Error implements error.
+func (e *NotReadyError) Error() string {
+	return fmt.Sprintf("no identity from the agent: %s: %v (hint: %s)", e.Reason, e.Err, e.Hint)
+}
+
+// Unwrap gives the cause.
+func (e *NotReadyError) Unwrap() error { return e.Err }
+
+// Domain is the domain of the google.rpc.ErrorInfo that Merlon puts into gRPC
+// errors.
+const Domain = "merlon.dev"
+
+// DeniedError is what the caller of a denied call gets, over HTTP as over
+// gRPC. Use errors.As to find it.
+type DeniedError struct {
+	Reason policy.Reason
+	// DecisionID names the decision in the logs of the called side and for
+	// merlon explain decision.
+	DecisionID string
+	// Hint is what to do next, for a human.
+	Hint string
+}
+
+// Error implements error. What came from the other side is quoted.
+func (e *DeniedError) Error() string {
+	msg := fmt.Sprintf("denied: %s (decision %s)", printable(string(e.Reason)), printable(e.DecisionID))
+	if e.Hint != "" {
+		msg += "; hint: " + printable(e.Hint)
+	}
+	return msg
+}
+
+// printable keeps plain text as it is and quotes anything that could forge a
+// log line or colour a terminal (SECURITY.md T36).
+func printable(s string) string {
+	if quoted := fmt.Sprintf("%+q", s); quoted != `"`+s+`"` {
+		return quoted
+	}
+	return s
+}
+
+// GRPCStatus is the denial as gRPC carries it: PermissionDenied with a
+// google.rpc.ErrorInfo.
+func (e *DeniedError) GRPCStatus() *status.Status {
+	st := status.New(codes.PermissionDenied, e.Error())
+	detailed, err := st.WithDetails(&errdetails.ErrorInfo{
+		Reason:   string(e.Reason),
+		Domain:   Domain,
+		Metadata: map[string]string{"decision_id": e.DecisionID, "hint": e.Hint},
+	})
+	if err != nil {
+		return st // not reached: ErrorInfo always marshals
+	}
+	return detailed
+}
+
+// DeniedBy is the error that tells the caller of a denial.
+func DeniedBy(d policy.Decision) *DeniedError {
+	return &DeniedError{Reason: d.Reason, DecisionID: d.DecisionID, Hint: d.Hint()}
+}
+
+// DeniedFromStatus finds a Merlon denial in a gRPC error.
+func DeniedFromStatus(err error) (*DeniedError, bool) {
+	st, ok := status.FromError(err)
+	if !ok || st.Code() != codes.PermissionDenied {
+		return nil, false
+	}
+	info, ok := errorInfo(st)
+	if !ok || info.GetMetadata()["decision_id"] == "" {
+		return nil, false
+	}
+	return &DeniedError{
+		Reason:     policy.Reason(info.GetReason()),
+		DecisionID: info.GetMetadata()["decision_id"],
+		Hint:       info.GetMetadata()["hint"],
+	}, true
+}
+
+func errorInfo(st *status.Status) (*errdetails.ErrorInfo, bool) {
+	for _, detail := range st.Details() {
+		if info, ok := detail.(*errdetails.ErrorInfo); ok && info.GetDomain() == Domain {
+			return info, true
+		}
+	}
+	return nil, false
+}

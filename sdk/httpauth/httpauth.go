@@ -1,0 +1,190 @@
+// The server's side: every request is put to the policy before a handler sees
+// it.
+
+package httpauth
+
+import (
+	"encoding/json"
+	"errors"
+	"maps"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+
+	"merlon.dev/policy"
+	"merlon.dev/sdk"
+)
+
+// ProblemType is the type of the problem document (RFC 9457) that tells of a
+// denial.
+const ProblemType = "https://merlon.dev/problems/denied"
+
+// DecisionIDHeader carries the decision ID of a denial.
+const DecisionIDHeader = "X-Decision-Id"
+
+// Problem is the body of a denial, application/problem+json.
+type Problem struct {
+	Type       string        `json:"type"`
+	Title      string        `json:"title"`
+	Status     int           `json:"status"`
+	Reason     policy.Reason `json:"reason"`
+	DecisionID string        `json:"decision_id"`
+	Hint       string        `json:"hint,omitempty"`
+}
+
+// Handler asks the policy about every request and passes on to next only what
+// is allowed; next finds peer and decision by sdk.PeerFromContext and
+// sdk.DecisionFromContext. The server has to use id.ServerTLS: on any other
+// connection nobody has an identity, and everything is denied.
+//
+// Handler belongs outside of anything that changes the request's URL: the
+// policy decides about the bytes that were sent, and a request whose URL has
+// been changed since is denied. Ambiguous paths are answered with 400 and
+// never reach next, nor the redirects of an http.ServeMux in it.
+func Handler(id *sdk.Identity, next http.Handler) http.Handler {
+	return &handler{id: id, next: next}
+}
+
+type handler struct {
+	id   *sdk.Identity
+	next http.Handler
+}
+
+// ServeHTTP implements http.Handler.
+func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	r = withoutForgedIdentity(r)
+	in := &policy.Input{
+		Protocol:      policy.HTTP,
+		Method:        r.Method,
+		Query:         r.URL.RawQuery,
+		Host:          r.Host,
+		Headers:       lowerCase(r.Header),
+		SourceAddress: r.RemoteAddr,
+	}
+	if local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
+		in.DestinationAddress = local.String()
+	}
+	path, err := exactPath(r)
+	in.Path = path
+	if err != nil {
+		refuse(w, r, h.id.Refuse(r.Context(), r.TLS, in, err))
+		return
+	}
+	if h.id.Draining(r.TLS) {
+		// HTTP/1.1 closes after this answer; HTTP/2 sends GOAWAY and drains.
+		w.Header().Set("Connection", "close")
+	}
+	ctx, decision := h.id.Decide(r.Context(), r.TLS, in)
+	if !decision.Allow {
+		refuse(w, r, decision)
+		return
+	}
+	h.next.ServeHTTP(w, r.WithContext(ctx))
+}
+
+// exactPath gives the bytes of the path as they came over the wire, unless
+// they are ambiguous, or anything but the path and query of an origin-form
+// request (RFC 9112 section 3.2.1), or no longer those that next would see.
+//
+// The path comes with the error, for the log.
+func exactPath(r *http.Request) (string, error) {
+	// Not r.URL: it is decoded, and handlers may have changed it.
+	path, query, _ := strings.Cut(r.RequestURI, "?")
+	if r.Method == http.MethodConnect {
+		return path, errors.New("CONNECT would open a tunnel past the policy") // T18
+	}
+	if err := policy.CheckPath(path); err != nil {
+		return path, err // also absolute-form and "*"
+	}
+	if strings.Contains(query, "#") {
+		return path, errors.New("the request target has a fragment")
+	}
+	sent, err := url.ParseRequestURI(r.RequestURI)
+	if err != nil {
+		return path, err
+	}
+	if sent.Path != r.URL.Path || sent.RawPath != r.URL.RawPath || sent.RawQuery != r.URL.RawQuery {
+		return path, errors.New("the URL was changed before the policy was asked")
+	}
+	// HTTP/2 lets a Host field stand beside :authority, and readers disagree
+	// about which one counts (T17).
+	if hosts := r.Header["Host"]; len(hosts) > 1 || len(hosts) == 1 && hosts[0] != r.Host {
+		return path, errors.New("Host and :authority differ")
+	}
+	return path, nil
+}
+
+// forged says whether a field name, in lower case, claims an identity. Only
+// TLS says who the caller is (T13). Underscores count as hyphens: CGI and its
+// descendants make them the same.
+func forged(name string) bool {
+	switch strings.ReplaceAll(name, "_", "-") {
+	case "x-spiffe-id", "x-forwarded-client-cert":
+		return true
+	}
+	return false
+}
+
+// withoutForgedIdentity gives r without header or trailer fields that claim an
+// identity. It copies only what it changes.
+func withoutForgedIdentity(r *http.Request) *http.Request {
+	isForged := func(name string, _ []string) bool { return forged(strings.ToLower(name)) }
+	for name := range r.Header {
+		if forged(strings.ToLower(name)) {
+			clean := maps.Clone(r.Header)
+			maps.DeleteFunc(clean, isForged)
+			copied := *r
+			copied.Header = clean
+			r = &copied
+			break
+		}
+	}
+	if len(r.Trailer) > 0 {
+		// Their values come after the body, into this very map.
+		maps.DeleteFunc(r.Trailer, isForged)
+		copied := *r
+		copied.Body = &trailerFilter{ReadCloser: r.Body, trailer: r.Trailer, drop: isForged}
+		r = &copied
+	}
+	return r
+}
+
+// lowerCase gives the fields as policies see them.
+func lowerCase(header http.Header) map[string][]string {
+	out := make(map[string][]string, len(header))
+	for name, values := range header {
+		lower := strings.ToLower(name)
+		out[lower] = append(out[lower], values...)
+	}
+	return out
+}
+
+// refuse answers with the denial.
+func refuse(w http.ResponseWriter, r *http.Request, d policy.Decision) {
+	p := Problem{
+		Type:       ProblemType,
+		Title:      "The call is denied",
+		Status:     http.StatusForbidden,
+		Reason:     d.Reason,
+		DecisionID: d.DecisionID,
+		Hint:       d.Hint(),
+	}
+	if d.Reason == policy.BadRequest {
+		p.Title, p.Status = "The request is ambiguous", http.StatusBadRequest
+	}
+	header := w.Header()
+	header.Set("Content-Type", problemContentType)
+	header.Set("Cache-Control", "no-store")
+	header.Set("X-Content-Type-Options", "nosniff")
+	header.Set(DecisionIDHeader, d.DecisionID)
+	w.WriteHeader(p.Status)
+	if r.Method == http.MethodHead {
+		return
+	}
+	if err := json.NewEncoder(w).Encode(p); err != nil {
+		panic(http.ErrAbortHandler) // the caller has gone; end the connection quietly
+	}
+}
+
+const problemContentType = "application/problem+json"

@@ -1,0 +1,179 @@
+package sdk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"merlon.dev/sdk/svid"
+)
+
+// Identity is this process as the node's agent knows it: its X509-SVID, kept
+// fresh; the trust bundles to check others with; revocations; decisions; and
+// the table of its live connections. It is safe for concurrent use.
+//
+// It is an x509svid.Source, an x509bundle.Source and a policy.Authorizer, so
+// it also fits into programs that use go-spiffe.
+type Identity struct {
+	log   *slog.Logger
+	agent *agent
+	conns *connTable
+
+	current     atomic.Pointer[current]
+	revocations atomic.Pointer[svid.Revocations]
+	generation  atomic.Uint64 // of the active policy, for the log
+	closed      atomic.Bool
+
+	ready     readiness
+	decisions condition
+	denials   limitedLog
+	refusals  limitedLog
+
+	mu       sync.Mutex // guards rotated
+	rotated  map[int]func()
+	nextHook int
+
+	cancel     context.CancelFunc
+	goroutines sync.WaitGroup
+	closeOnce  sync.Once
+}
+
+// current is the immutable result of the last good message of the agent.
+type current struct {
+	svid     *x509svid.SVID // nil: no identity, and err says why
+	err      error
+	notAfter time.Time // the earliest of the SVID's chain
+	bundles  *x509bundle.Set
+	roots    map[spiffeid.TrustDomain]map[string]bool // subject key IDs, hex
+	ignored  error                                    // federated bundles that were malformed
+}
+
+// trusts says whether one of the authorities that vouched for the peer is
+// still in the trust bundle of its trust domain.
+func (c *current) trusts(peer *svid.Peer) bool {
+	roots := c.roots[peer.ID.TrustDomain()]
+	return slices.ContainsFunc(peer.AuthorityIDs, func(id string) bool { return roots[id] })
+}
+
+// Open connects to the node's agent and returns once this process has an
+// identity and trust bundles. Where it gets none in time (10 s, or
+// [WithStartupTimeout]) or ctx ends, the error is a *[NotReadyError] that
+// names the cause. Close the Identity after the servers that use it.
+//
+// From then on the Identity keeps itself current. While the agent is away it
+// keeps the last SVID until that expires, and decisions are denied with
+// AGENT_UNAVAILABLE.
+func Open(ctx context.Context, opts ...Option) (*Identity, error) {
+	o := options{startupTimeout: defaultStartupTimeout, log: slog.Default()}
+	for _, opt := range opts {
+		opt(&o)
+	}
+	address := agentAddress(o.address)
+	path, err := socketPath(address)
+	if err != nil {
+		return nil, &NotReadyError{Reason: BadAddress, Hint: "set " + SocketEnv + " to unix:///path/of/the/agent's/api.sock", Err: err}
+	}
+	a, err := dialAgent(path, o.uids)
+	if err != nil {
+		return nil, &NotReadyError{Reason: AgentUnavailable, Hint: "this is a bug in the SDK", Err: err}
+	}
+	id := &Identity{
+		log:     o.log,
+		agent:   a,
+		conns:   newConnTable(o.log),
+		rotated: make(map[int]func()),
+	}
+	id.ready.init()
+	id.current.Store(&current{err: errors.New("the agent has not given an identity yet"), bundles: x509bundle.NewSet()})
+	id.start(context.WithoutCancel(ctx))
+	if err := id.waitReady(ctx, o.startupTimeout); err != nil {
+		id.Close()
+		return nil, err
+	}
+	return id, nil
+}
+
+func (id *Identity) start(ctx context.Context) {
+	ctx, id.cancel = context.WithCancel(ctx)
+	id.goroutines.Go(func() { id.keepTrying(ctx, identityFeed, id.followSVIDs) })
+	id.goroutines.Go(func() { id.keepTrying(ctx, revocationFeed, id.followRevocations) })
+	id.goroutines.Go(func() { id.conns.run(ctx.Done()) })
+}
+
+// Close stops the Identity: it lets nobody in any more, cuts every connection
+// that is still open (nothing would watch over them), and waits for its
+// goroutines. Closing twice is harmless.
+func (id *Identity) Close() {
+	id.closeOnce.Do(func() {
+		id.closed.Store(true)
+		id.cancel()
+		id.agent.close()
+		id.goroutines.Wait()
+	})
+}
+
+// ID is this process's SPIFFE ID; the zero ID after the agent withdrew it.
+func (id *Identity) ID() spiffeid.ID {
+	if own := id.current.Load().svid; own != nil {
+		return own.ID
+	}
+	return spiffeid.ID{}
+}
+
+// GetX509SVID gives the current X509-SVID, as x509svid.Source demands. It is
+// an error when the agent withdrew it or it expired.
+func (id *Identity) GetX509SVID() (*x509svid.SVID, error) {
+	now := id.current.Load()
+	switch {
+	case id.closed.Load():
+		return nil, errors.New("the identity is closed")
+	case now.svid == nil:
+		return nil, now.err
+	case !time.Now().Before(now.notAfter):
+		return nil, fmt.Errorf("the X509-SVID of %s expired at %s and the agent has not renewed it", now.svid.ID, now.notAfter.Format(time.RFC3339))
+	}
+	return now.svid, nil
+}
+
+// GetX509BundleForTrustDomain gives the trust bundle of the own or a federated
+// trust domain, as x509bundle.Source demands.
+func (id *Identity) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	return id.current.Load().bundles.GetX509BundleForTrustDomain(td)
+}
+
+// OnRotate has f called after each new X509-SVID, for pools which should not
+// go on with connections of the old one. f runs on a goroutine of the
+// Identity, so it must not block or call Close. stop ends the calls.
+func (id *Identity) OnRotate(f func()) (stop func()) {
+	id.mu.Lock()
+	defer id.mu.Unlock()
+	n := id.nextHook
+	id.nextHook++
+	id.rotated[n] = f
+	return func() {
+		id.mu.Lock()
+		defer id.mu.Unlock()
+		delete(id.rotated, n)
+	}
+}
+
+func (id *Identity) callRotated() {
+	id.mu.Lock()
+	hooks := make([]func(), 0, len(id.rotated))
+	for _, f := range id.rotated {
+		hooks = append(hooks, f)
+	}
+	id.mu.Unlock()
+	for _, f := range hooks {
+		f()
+	}
+}

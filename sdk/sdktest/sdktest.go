@@ -1,0 +1,280 @@
+package sdktest
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"merlon.dev/policy"
+	"merlon.dev/sdk"
+	"merlon.dev/sdk/svid"
+)
+
+// TrustDomain is the name of every trust domain of this package.
+const TrustDomain = "sdktest.test"
+
+// TD is a trust domain in memory: its authority, its workloads, each with an
+// agent of its own on a real Unix socket, its policy and its revocations. It
+// is safe for concurrent use. Mistakes in its use end the test.
+type TD struct {
+	t   testing.TB
+	dir string
+
+	mu        sync.Mutex // guards all below
+	root      *authority
+	roots     []*authority // the trust bundle
+	serial    uint64       // of roots, for their names
+	revision  uint64       // as the CA's store would count
+	policyGen uint64
+	ttl       time.Duration
+	workloads map[string]*agent
+	rules     []rule
+	decide    func(*policy.Input) policy.Decision
+	revoked   []svid.Revocation
+	changed   chan struct{} // closed at the next change
+}
+
+type rule struct {
+	from, to string
+	allow    bool
+}
+
+// New makes a trust domain that lasts as long as the test. Its policy denies
+// every call.
+func New(t testing.TB) *TD {
+	t.Helper()
+	// t.TempDir has the test's name in it, and socket paths have to be short.
+	dir, err := os.MkdirTemp("", "sdktest") //nolint:usetesting // see above
+	if err != nil {
+		t.Fatalf("sdktest: %v", err)
+	}
+	td := &TD{
+		t:         t,
+		dir:       dir,
+		revision:  1,
+		policyGen: 1,
+		ttl:       time.Hour,
+		workloads: make(map[string]*agent),
+		changed:   make(chan struct{}),
+	}
+	td.newRoot()
+	t.Cleanup(td.close)
+	return td
+}
+
+func (td *TD) close() {
+	td.mu.Lock()
+	agents := make([]*agent, 0, len(td.workloads))
+	for _, a := range td.workloads {
+		agents = append(agents, a)
+	}
+	td.mu.Unlock()
+	for _, a := range agents {
+		a.stop()
+	}
+	if err := os.RemoveAll(td.dir); err != nil {
+		td.t.Errorf("sdktest: %v", err)
+	}
+}
+
+// Workload opens the identity of the workload with this name, "orders" for
+// spiffe://sdktest.test/orders, as sdk.Open does in a process of its own. It
+// is closed at the end of the test. Each call opens another.
+func (td *TD) Workload(name string, opts ...sdk.Option) *sdk.Identity {
+	td.t.Helper()
+	opts = slices.Concat([]sdk.Option{
+		sdk.WithAgentAddress(td.Address(name)),
+		sdk.WithLogger(slog.New(slog.DiscardHandler)),
+	}, opts)
+	id, err := sdk.Open(context.Background(), opts...)
+	if err != nil {
+		td.t.Fatalf("sdktest: open workload %s: %v", name, err)
+	}
+	td.t.Cleanup(id.Close)
+	return id
+}
+
+// Address is the SPIFFE_ENDPOINT_SOCKET of the workload with this name, for
+// programs that are tested from outside. Whoever connects there is that
+// workload.
+func (td *TD) Address(name string) string {
+	td.t.Helper()
+	return "unix://" + td.agentOf(name).path
+}
+
+// agentOf gives the running agent of a workload, new if need be.
+func (td *TD) agentOf(name string) *agent {
+	td.t.Helper()
+	td.mu.Lock()
+	defer td.mu.Unlock()
+	if a, ok := td.workloads[name]; ok {
+		return a
+	}
+	a := &agent{
+		td:   td,
+		id:   td.mustID(name),
+		path: filepath.Join(td.dir, fmt.Sprintf("%d.sock", len(td.workloads))),
+	}
+	a.svid = td.mint(a.id)
+	if err := a.start(); err != nil {
+		td.t.Fatalf("sdktest: start the agent of %s: %v", name, err)
+	}
+	td.workloads[name] = a
+	return a
+}
+
+// ID is the SPIFFE ID that name stands for: itself, or a path in this trust
+// domain.
+func (td *TD) ID(name string) spiffeid.ID { return td.mustID(name) }
+
+func (td *TD) mustID(name string) spiffeid.ID {
+	if !strings.HasPrefix(name, "spiffe://") {
+		name = "spiffe://" + TrustDomain + "/" + name
+	}
+	id, err := spiffeid.FromString(name)
+	if err != nil {
+		td.t.Fatalf("sdktest: workload %q: %v", name, err)
+	}
+	return id
+}
+
+// Allow lets from call to, by any protocol, unless a Deny says otherwise. Both
+// are names or SPIFFE IDs.
+func (td *TD) Allow(from, to string) { td.addRule(from, to, true) }
+
+// Deny denies calls from from to to; it wins over Allow.
+func (td *TD) Deny(from, to string) { td.addRule(from, to, false) }
+
+func (td *TD) addRule(from, to string, allow bool) {
+	td.change(func() {
+		td.rules = append(td.rules, rule{td.mustID(from).String(), td.mustID(to).String(), allow})
+		td.policyGen++
+	})
+}
+
+// Forget removes every rule that Allow and Deny have made about this pair.
+func (td *TD) Forget(from, to string) {
+	td.change(func() {
+		source, destination := td.mustID(from).String(), td.mustID(to).String()
+		td.rules = slices.DeleteFunc(td.rules, func(r rule) bool { return r.from == source && r.to == destination })
+		td.policyGen++
+	})
+}
+
+// Decide replaces the rules by a function, which is called for each decision,
+// concurrently; nil brings the rules back. A decision without an ID gets one.
+func (td *TD) Decide(f func(*policy.Input) policy.Decision) {
+	td.change(func() { td.decide = f; td.policyGen++ })
+}
+
+// Revoke withdraws every X509-SVID that the workload has now. Rotate gives it
+// a good one again.
+func (td *TD) Revoke(name string) {
+	td.change(func() {
+		td.revision++
+		td.revoked = append(td.revoked, svid.Revocation{
+			SPIFFEID:       td.mustID(name).String(),
+			BeforeRevision: td.revision,
+			ExpiresAt:      time.Now().Add(td.ttl),
+			Note:           "sdktest",
+		})
+	})
+}
+
+// Rotate gives the workload a new X509-SVID, also after Withdraw.
+func (td *TD) Rotate(name string) {
+	a := td.agentOf(name)
+	td.change(func() { a.svid = td.mint(a.id) })
+}
+
+// Withdraw takes the workload's identity away, as when its registration entry
+// is deleted: the Workload API answers PermissionDenied.
+func (td *TD) Withdraw(name string) {
+	a := td.agentOf(name)
+	td.change(func() { a.svid = nil })
+}
+
+// RotateRoot makes a new root and reissues every X509-SVID under it. The old
+// roots stay in the trust bundle.
+func (td *TD) RotateRoot() {
+	td.change(func() {
+		td.newRoot()
+		td.reissue()
+	})
+}
+
+// RemoveRoot makes a new root, reissues every X509-SVID under it, and takes
+// all older roots out of the trust bundle, as after a compromise.
+func (td *TD) RemoveRoot() {
+	td.change(func() {
+		td.roots = nil
+		td.newRoot()
+		td.reissue()
+	})
+}
+
+func (td *TD) reissue() {
+	for _, a := range td.workloads {
+		if a.svid != nil {
+			a.svid = td.mint(a.id)
+		}
+	}
+}
+
+// SetTTL is how long X509-SVIDs live that are issued from now on; at first 1 h.
+func (td *TD) SetTTL(ttl time.Duration) {
+	td.mu.Lock()
+	defer td.mu.Unlock()
+	td.ttl = ttl
+}
+
+// StopAgent stops the agent of the workload, as if it had crashed. StartAgent
+// starts it again.
+func (td *TD) StopAgent(name string) { td.agentOf(name).stop() }
+
+// StartAgent starts the agent of the workload after StopAgent.
+func (td *TD) StartAgent(name string) {
+	td.t.Helper()
+	if err := td.agentOf(name).start(); err != nil {
+		td.t.Fatalf("sdktest: start the agent of %s: %v", name, err)
+	}
+}
+
+// SVID issues an X509-SVID that no workload has, for tests which make their
+// TLS by hand.
+func (td *TD) SVID(name string) *x509svid.SVID {
+	td.mu.Lock()
+	defer td.mu.Unlock()
+	return td.mint(td.mustID(name))
+}
+
+// Bundle is the trust bundle as it is now.
+func (td *TD) Bundle() *x509bundle.Bundle {
+	td.mu.Lock()
+	defer td.mu.Unlock()
+	bundle := x509bundle.New(spiffeid.RequireTrustDomainFromString(TrustDomain))
+	for _, root := range td.roots {
+		bundle.AddX509Authority(root.cert)
+	}
+	return bundle
+}
+
+// change does something to the trust domain and tells the agents.
+func (td *TD) change(f func()) {
+	td.mu.Lock()
+	defer td.mu.Unlock()
+	f()
+	close(td.changed)
+	td.changed = make(chan struct{})
+}

@@ -1,0 +1,305 @@
+// Mutual TLS on behalf of an identity: what a connection has to prove before
+// it is entered into the table of live connections, and the configurations,
+// dialers and listeners that make such connections.
+
+package sdk
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+
+	"merlon.dev/policy"
+	"merlon.dev/sdk/svid"
+)
+
+// httpProtocols is the ALPN list where the caller names none.
+var httpProtocols = []string{"h2", "http/1.1"}
+
+// verdict judges a verified peer further; an error ends the handshake.
+type verdict func(context.Context, *svid.Peer) error
+
+// ServerTLS is the configuration for the accepting side, for an http.Server or
+// any other TLS listener. It lets in every workload whose X509-SVID verifies
+// and is not revoked, of the own and of federated trust domains: what the peer
+// may do is decided per call by httpauth or grpcauth, or per connection by
+// [Identity.Listener]. protocols are the ALPN protocols, by default h2 and
+// http/1.1.
+//
+// The connections are in the table of live connections and are cut when the
+// peer is revoked or expires. The listener below has to hand out connections
+// as the net package makes them; see [Identity.Listener] for others.
+func (id *Identity) ServerTLS(protocols ...string) *tls.Config {
+	return id.serverTLS(nil, protocols)
+}
+
+func (id *Identity) serverTLS(also verdict, protocols []string) *tls.Config {
+	cfg := id.tlsBase(protocols).Server()
+	// Without GetConfigForClient, should somebody clear it, cfg still verifies;
+	// only its connections could not be cut, so it lets nobody in.
+	cfg.VerifyConnection = func(tls.ConnectionState) error {
+		return errors.New("the TLS configuration was changed: GetConfigForClient is missing")
+	}
+	cfg.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		if hello.Conn == nil {
+			return nil, errors.New("the connection below TLS is not known")
+		}
+		limitHandshake(hello)
+		inner := id.tlsBase(protocols).Server()
+		inner.VerifyConnection = id.verify(hello.Context(), hello.Conn, also)
+		return inner, nil
+	}
+	return cfg
+}
+
+// limitHandshake ends a handshake that takes too long after its hello.
+// Whatever comes before it is for the server's own deadlines or trackedConn.
+func limitHandshake(hello *tls.ClientHelloInfo) {
+	ctx, conn := hello.Context(), hello.Conn // ctx ends with the handshake
+	if tracked, ok := conn.(*trackedConn); ok {
+		tracked.handshake.Store(&ctx)
+		return
+	}
+	time.AfterFunc(svid.HandshakeTimeout, func() {
+		if ctx.Err() == nil {
+			hangUp(conn)
+		}
+	})
+}
+
+// ClientTLS is the configuration for connecting to one target, for clients
+// which take a *tls.Config, such as database drivers. Host names play no part.
+// protocols are the ALPN protocols, by default h2 and http/1.1.
+//
+// A client's tls.Config never learns its connection, so connections made with
+// it alone are not cut from this side; the other side cuts them if it is
+// Merlon's. Prefer [Identity.DialTLS] where the client takes a dial function.
+func (id *Identity) ClientTLS(to Target, protocols ...string) *tls.Config {
+	return id.clientTLS(nil, to, protocols)
+}
+
+func (id *Identity) clientTLS(raw net.Conn, to Target, protocols []string) *tls.Config {
+	cfg := id.tlsBase(protocols).Client()
+	cfg.VerifyConnection = id.verify(context.Background(), raw, func(_ context.Context, p *svid.Peer) error {
+		own, err := id.GetX509SVID()
+		if err != nil {
+			return err
+		}
+		want, err := to.resolve(own.ID.TrustDomain())
+		if err != nil {
+			return err
+		}
+		return svid.AdmitID(want)(p)
+	})
+	return cfg
+}
+
+// tlsBase has no Admit, so a configuration whose VerifyConnection is not
+// replaced refuses everyone.
+func (id *Identity) tlsBase(protocols []string) svid.TLS {
+	if len(protocols) == 0 {
+		protocols = httpProtocols
+	}
+	return svid.TLS{SVIDs: id, Bundles: id, NextProtos: protocols}
+}
+
+// verify makes the VerifyConnection of one connection, or of all connections
+// of a client configuration, for which raw is nil.
+func (id *Identity) verify(ctx context.Context, raw net.Conn, also verdict) func(tls.ConnectionState) error {
+	return func(cs tls.ConnectionState) error {
+		now := time.Now()
+		peer, err := svid.VerifyChain(cs.PeerCertificates, id, now)
+		if err == nil {
+			err = id.admit(peer)
+		}
+		if err == nil && also != nil {
+			err = also(ctx, peer)
+		}
+		if err == nil && raw != nil {
+			err = id.enter(&cs.PeerCertificates[0], raw, peer, now)
+		}
+		if err != nil {
+			id.logRefused(ctx, raw, err)
+		}
+		return err
+	}
+}
+
+// admit says why a verified peer may not connect, or stay connected.
+func (id *Identity) admit(peer *svid.Peer) error {
+	if id.closed.Load() {
+		return errors.New("the identity is closed")
+	}
+	if rev, ok := id.revocations.Load().Concerning(peer); ok {
+		return &revokedError{peer: peer, rev: rev}
+	}
+	return nil
+}
+
+type revokedError struct {
+	peer *svid.Peer
+	rev  svid.Revocation
+}
+
+func (e *revokedError) Error() string {
+	return fmt.Sprintf("the X509-SVID %s of %s is revoked: %q", e.peer.SerialHex, e.peer.ID, e.rev.Note)
+}
+
+// enter puts the connection into the table and then looks at revocations and
+// trust again: a push between the first look and the entry would have missed
+// the connection.
+func (id *Identity) enter(key connKey, raw net.Conn, peer *svid.Peer, now time.Time) error {
+	own := id.current.Load()
+	if own.svid == nil {
+		return own.err
+	}
+	end := peer.NotAfter
+	if own.notAfter.Before(end) {
+		end = own.notAfter
+	}
+	tracked, isTracked := raw.(*trackedConn)
+	if isTracked {
+		tracked.key.Store(key)
+	}
+	id.conns.add(key, &liveConn{raw: raw, peer: peer, end: end}, now)
+	err := id.admit(peer)
+	switch {
+	case err != nil:
+	case !id.current.Load().trusts(peer):
+		err = fmt.Errorf("the trust in the authority of %s was withdrawn", peer.ID)
+	case isTracked && tracked.closed.Load():
+		err = net.ErrClosed
+	}
+	if err != nil {
+		id.conns.remove(key)
+	}
+	return err
+}
+
+// ServerHandshake does the server's side of a handshake on raw, within 5 s and
+// ctx, and enters the connection into the table until it is closed. It is for
+// protocols that handshake themselves, as gRPC does. On error raw is closed.
+func (id *Identity) ServerHandshake(ctx context.Context, raw net.Conn, protocols ...string) (*tls.Conn, error) {
+	tracked := id.conns.track(raw)
+	return handshake(ctx, tls.Server(tracked, id.serverTLS(nil, protocols)))
+}
+
+// ClientHandshake does the client's side of a handshake on raw with exactly
+// this target, within 5 s and ctx, and enters the connection into the table
+// until it is closed. serverName is sent for routing (SNI) and never trusted;
+// it may be empty. On error raw is closed.
+func (id *Identity) ClientHandshake(ctx context.Context, raw net.Conn, to Target, serverName string, protocols ...string) (*tls.Conn, error) {
+	tracked := id.conns.track(raw)
+	cfg := id.clientTLS(tracked, to, protocols)
+	cfg.ServerName = serverName
+	ctx, cancel := context.WithTimeout(ctx, svid.HandshakeTimeout)
+	defer cancel()
+	tracked.handshake.Store(&ctx)
+	return handshake(ctx, tls.Client(tracked, cfg))
+}
+
+func handshake(ctx context.Context, conn *tls.Conn) (*tls.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, svid.HandshakeTimeout)
+	defer cancel()
+	if err := conn.HandshakeContext(ctx); err != nil {
+		_ = conn.Close() // the handshake's error is the one that counts
+		return nil, err
+	}
+	return conn, nil
+}
+
+// DialTLS gives a dial function for connections to one target, as net/http,
+// pgx, go-redis and others take it. The connections are in the table of live
+// connections.
+func (id *Identity) DialTLS(to Target, protocols ...string) func(ctx context.Context, network, address string) (net.Conn, error) {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		var dialer net.Dialer
+		raw, err := dialer.DialContext(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		host, _, err := net.SplitHostPort(address)
+		if err != nil {
+			host = "" // a Unix socket; there is no name to send
+		}
+		conn, err := id.ClientHandshake(ctx, raw, to, host, protocols...)
+		if err != nil {
+			return nil, fmt.Errorf("connect to %s at %s: %w", to, address, err)
+		}
+		return conn, nil
+	}
+}
+
+// Listener makes a listener of mutual TLS connections out of inner, for
+// protocols which are neither HTTP nor gRPC. Each connection needs a decision
+// by the policy for protocol tcp before its handshake is done, which the first
+// Read or Write does. The connections are *tls.Conn and are cut when the peer
+// is revoked or expires; [Identity.Peer] says who they are. protocols are the
+// ALPN protocols; clients that send none are let in.
+func (id *Identity) Listener(inner net.Listener, protocols ...string) net.Listener {
+	return &listener{Listener: inner, id: id, protocols: protocols}
+}
+
+type listener struct {
+	net.Listener
+	id        *Identity
+	protocols []string
+}
+
+// Accept implements net.Listener.
+func (l *listener) Accept() (net.Conn, error) {
+	raw, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	tracked := l.id.conns.track(raw)
+	cfg := l.id.serverTLS(func(ctx context.Context, peer *svid.Peer) error {
+		decision := l.id.Authorize(ctx, &policy.Input{
+			Source:             peer.ID.String(),
+			SourceSerial:       peer.SerialHex,
+			Protocol:           policy.TCP,
+			SourceAddress:      addrString(raw.RemoteAddr()),
+			DestinationAddress: addrString(raw.LocalAddr()),
+		})
+		if !decision.Allow {
+			return DeniedBy(decision)
+		}
+		return nil
+	}, l.protocols)
+	return tls.Server(tracked, cfg), nil
+}
+
+// Peer says who is at the other end of a live connection that this identity
+// let in. It is false for any other connection, and once the connection was
+// cut: a certificate in cs alone proves nothing.
+func (id *Identity) Peer(cs *tls.ConnectionState) (*svid.Peer, bool) {
+	c, ok := id.conns.find(cs)
+	if !ok {
+		return nil, false
+	}
+	return c.peer, true
+}
+
+// Draining says whether the connection is near its end, so that the peer
+// should be asked to come back on a new one.
+func (id *Identity) Draining(cs *tls.ConnectionState) bool {
+	c, ok := id.conns.find(cs)
+	return !ok || time.Now().After(c.drain)
+}
+
+func (id *Identity) logRefused(ctx context.Context, raw net.Conn, err error) {
+	attrs := []slog.Attr{slog.Any("err", err)}
+	if raw != nil {
+		attrs = append(attrs, slog.String("remote", addrString(raw.RemoteAddr())))
+	}
+	id.refusals.log(ctx, id.log, "handshake refused", attrs...)
+}
+
+// Interfaces of go-spiffe that Identity implements.
+var _ x509bundle.Source = (*Identity)(nil)
