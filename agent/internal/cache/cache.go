@@ -170,14 +170,10 @@ type State struct {
 func (c *Cache) State() State {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
-	s := State{
-		Synced: c.synced, Connected: c.connected, Revision: c.revision,
+	return State{
+		Synced: c.synced, Connected: c.connected, Revision: c.revision, Heard: c.Heard(),
 		Entries: len(c.entries), Streams: len(c.subs),
 	}
-	if t := c.heard.Load(); t != nil {
-		s.Heard = *t
-	}
-	return s
 }
 
 // WantsDigest says whether some entry of this node asks for a unix:sha256

@@ -206,3 +206,11 @@ func (c *Cache) RevocationsSince(cur Cursor) (records []svid.Revocation, reset b
 	}
 	return c.feed.records[cur.read:], false, next, c.feed.changed
 }
+
+// Heard returns when the CA last said something; zero for never.
+func (c *Cache) Heard() time.Time {
+	if t := c.heard.Load(); t != nil {
+		return *t
+	}
+	return time.Time{}
+}

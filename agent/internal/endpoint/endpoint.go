@@ -8,6 +8,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -181,4 +183,29 @@ func checkHeader(ctx context.Context, method string) error {
 		return status.Errorf(codes.InvalidArgument, "metadata %s: true is missing", Header)
 	}
 	return nil
+}
+
+// Admins lets only root, the agent's own user and uids call.
+func Admins(uids []uint32) (grpc.UnaryServerInterceptor, grpc.StreamServerInterceptor) {
+	allowed := append([]uint32{0, uint32(os.Geteuid())}, uids...) //nolint:gosec // a uid
+	check := func(ctx context.Context) error {
+		peer, ok := unixsock.PeerFromContext(ctx)
+		if !ok || !slices.Contains(allowed, peer.UID) {
+			return status.Error(codes.PermissionDenied, "only root, the agent's user and admin_uids may use the admin socket")
+		}
+		return nil
+	}
+	unary := func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+		if err := check(ctx); err != nil {
+			return nil, err
+		}
+		return next(ctx, req)
+	}
+	stream := func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+		if err := check(stream.Context()); err != nil {
+			return err
+		}
+		return next(srv, stream)
+	}
+	return unary, stream
 }

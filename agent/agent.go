@@ -1,0 +1,278 @@
+// Package agent is one node's agent: it proves the node to the CA, and answers
+// for the workloads on it over a Unix socket. The CA may be away at any time,
+// also at the start; the agent goes on with what it has.
+package agent
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"sync"
+	"time"
+
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	healthgrpc "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/reflection"
+
+	"merlon.dev/agent/agentpb"
+	"merlon.dev/agent/internal/cache"
+	"merlon.dev/agent/internal/caclient"
+	"merlon.dev/agent/internal/endpoint"
+	"merlon.dev/agent/internal/local"
+	"merlon.dev/agent/internal/policyfeed"
+	"merlon.dev/agent/internal/workload"
+	"merlon.dev/agent/internal/workloadapi"
+	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/health"
+	"merlon.dev/sdk/svid"
+	"merlon.dev/sdk/unixsock"
+)
+
+// Limits of the sockets. Whoever needs more streams opens them as another
+// user.
+const (
+	maxStreamsPerUser     = 1000
+	maxConnectionsPerUser = 1000
+	maxMessageBytes       = 1 << 20
+	maxHeaderBytes        = 16 << 10
+	drainTimeout          = 500 * time.Millisecond
+)
+
+// Agent is a node's agent. Its methods are safe for concurrent use. Use New,
+// then Run.
+type Agent struct {
+	cfg      Config
+	log      *slog.Logger
+	td       spiffeid.TrustDomain
+	attestor *workload.Attestor
+	cache    *cache.Cache
+	client   *caclient.Client
+	policy   *policyfeed.Feed
+	local    *local.Server
+	api      *workloadapi.Server
+	health   *health.Server
+	ready    chan struct{}
+
+	mu            sync.Mutex
+	healthAddress string // guarded by mu
+}
+
+// New checks the settings and reads what an earlier run left in the data
+// directory. It does not touch the network.
+func New(cfg Config) (*Agent, error) {
+	cfg = cfg.withDefaults()
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	log, err := cfg.logger()
+	if err != nil {
+		return nil, err
+	}
+	td, err := spiffeid.TrustDomainFromString(cfg.TrustDomain)
+	if err != nil {
+		return nil, err
+	}
+	if err := caclient.MakeDataDir(cfg.DataDir); err != nil {
+		return nil, err
+	}
+	a := &Agent{cfg: cfg, log: log, td: td, health: health.New(log), ready: make(chan struct{})}
+	if err := a.openClient(); err != nil {
+		return nil, err
+	}
+	if err := a.openPolicy(); err != nil {
+		return nil, err
+	}
+	if a.attestor, err = workload.New(); err != nil {
+		return nil, err
+	}
+	a.buildServices()
+	return a, nil
+}
+
+// openClient makes the connection to the CA and the picture that it feeds.
+func (a *Agent) openClient() (err error) {
+	a.client, err = caclient.New(caclient.Config{
+		TrustDomain: a.td, Address: a.cfg.CAAddress, DataDir: a.cfg.DataDir,
+		JoinToken: a.cfg.joinToken, RootHash: a.cfg.RootHash,
+		OnPolicyBundle:   func(pb *capb.PolicyBundle) { a.policy.Announce(pb) },
+		PolicyGeneration: func() uint64 { return a.policy.Generation() },
+		Logger:           a.log, Registerer: a.health.Registry(),
+	})
+	if err != nil {
+		return err
+	}
+	a.cache = cache.New(cache.Options{
+		TrustDomain: a.td, Authority: a.client, Logger: a.log, Registerer: a.health.Registry(),
+	})
+	return nil
+}
+
+func (a *Agent) openPolicy() (err error) {
+	a.policy, err = policyfeed.New(context.Background(), policyfeed.Config{
+		Name: a.cfg.PolicyBundle, TrustDomain: a.td.Name(), DataDir: a.cfg.DataDir,
+		URL: (&url.URL{
+			Scheme: "https", Host: a.cfg.CAHTTPSAddress, Path: "/v1/policy/bundles/" + a.cfg.PolicyBundle,
+		}).String(),
+		HTTP: &http.Client{
+			Transport: &http.Transport{
+				TLSClientConfig:     a.client.TLS(a.cache, "h2", "http/1.1").Client(),
+				TLSHandshakeTimeout: svid.HandshakeTimeout,
+				ForceAttemptHTTP2:   true,
+				IdleConnTimeout:     30 * time.Second, // a new SVID is soon in use here too
+			},
+			// The CA does not redirect; whoever does is not asked for a policy.
+			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		},
+		OnChange: func() { a.client.AckAgain() },
+		Logger:   a.log, Registerer: a.health.Registry(),
+	})
+	return err
+}
+
+func (a *Agent) buildServices() {
+	callers := &endpoint.Callers{Attestor: a.attestor, Cache: a.cache}
+	a.api = workloadapi.New(callers, a.td, a.log)
+	a.local = local.New(local.Options{
+		Callers: callers, Engine: a.policy.Active, PolicyChanged: a.policy.Changed, AgentID: a.client.ID,
+		RevocationMaxAge: a.cfg.RevocationMaxAge, DenyStale: a.cfg.OnStale == onDeny,
+		Logger: a.log, Registerer: a.health.Registry(),
+	})
+	a.health.Check("identity", a.client.Ready)
+	a.health.Check("sync", func() error {
+		if s := a.cache.State(); !s.Synced || !s.Connected {
+			return fmt.Errorf("no changes arrive from the CA at %s", a.cfg.CAAddress)
+		}
+		return nil
+	})
+}
+
+// Ready returns a channel that is closed once the agent can issue: its sockets
+// are open, the node is attested, and the first sync is done.
+func (a *Agent) Ready() <-chan struct{} { return a.ready }
+
+// Debug explains identities and decisions, as the admin socket does.
+func (a *Agent) Debug() agentpb.DebugServer { return a.local }
+
+// HealthAddress is where /live, /ready and /metrics are served, once Run has
+// opened it; empty before, and when it is off.
+func (a *Agent) HealthAddress() string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.healthAddress
+}
+
+// Run serves until ctx ends, and returns nil then. It fails only if a socket
+// cannot be opened; that the CA is away is no failure. Call it once.
+func (a *Agent) Run(ctx context.Context) error {
+	defer a.attestor.Close()
+	group, ctx := errgroup.WithContext(ctx)
+	// The sockets first: workloads may start before the CA answers.
+	if err := a.serveSockets(ctx, group); err != nil {
+		// Whatever is served already ends with the group's context.
+		group.Go(func() error { return err })
+		return group.Wait()
+	}
+	group.Go(func() error { return a.cache.Run(ctx) })
+	group.Go(func() error { return a.client.Run(ctx, a.cache) })
+	group.Go(func() error { return a.policy.Run(ctx) })
+	group.Go(func() error { a.announceReady(ctx); return nil })
+	return group.Wait()
+}
+
+func (a *Agent) serveSockets(ctx context.Context, group *errgroup.Group) error {
+	public, err := unixsock.Listen(a.cfg.PublicSocket, unixsock.Public)
+	if err != nil {
+		return fmt.Errorf("open the public socket: %w", err)
+	}
+	serve(ctx, group, a.publicServer(), public)
+	admin, err := unixsock.Listen(a.cfg.AdminSocket, unixsock.Private)
+	if err != nil {
+		return fmt.Errorf("open the admin socket: %w", err)
+	}
+	serve(ctx, group, a.adminServer(), admin)
+	if a.cfg.HealthAddress != healthOff {
+		lis, err := net.Listen("tcp", a.cfg.HealthAddress)
+		if err != nil {
+			return fmt.Errorf("open the health port: %w", err)
+		}
+		a.mu.Lock()
+		a.healthAddress = lis.Addr().String()
+		a.mu.Unlock()
+		group.Go(func() error { return a.health.Serve(ctx, lis) })
+	}
+	a.log.LogAttrs(ctx, slog.LevelInfo, "agent serves", slog.String("trust_domain", a.td.Name()),
+		slog.String("public_socket", a.cfg.PublicSocket), slog.String("admin_socket", a.cfg.AdminSocket))
+	return nil
+}
+
+func (a *Agent) publicServer() *grpc.Server {
+	streams := endpoint.NewLimit(maxStreamsPerUser)
+	s := grpc.NewServer(append(limits(),
+		grpc.Creds(endpoint.NewLimit(maxConnectionsPerUser).Credentials()),
+		grpc.ChainUnaryInterceptor(endpoint.UnaryHeader, streams.Unary),
+		grpc.ChainStreamInterceptor(endpoint.StreamHeader, streams.Stream),
+	)...)
+	workloadpb.RegisterSpiffeWorkloadAPIServer(s, a.api)
+	agentpb.RegisterLocalServer(s, a.local)
+	healthgrpc.RegisterHealthServer(s, a.health.GRPC())
+	reflection.Register(s)
+	return s
+}
+
+func (a *Agent) adminServer() *grpc.Server {
+	unary, stream := endpoint.Admins(a.cfg.AdminUIDs)
+	s := grpc.NewServer(append(limits(),
+		grpc.Creds(unixsock.ServerCredentials()),
+		grpc.ChainUnaryInterceptor(unary), grpc.ChainStreamInterceptor(stream),
+	)...)
+	agentpb.RegisterDebugServer(s, a.local)
+	healthgrpc.RegisterHealthServer(s, a.health.GRPC())
+	reflection.Register(s)
+	return s
+}
+
+func limits() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.MaxRecvMsgSize(maxMessageBytes),
+		grpc.MaxHeaderListSize(maxHeaderBytes),
+		grpc.MaxConcurrentStreams(maxStreamsPerUser),
+		grpc.ConnectionTimeout(svid.HandshakeTimeout),
+	}
+}
+
+// serve runs s on lis until ctx ends. Calls that are under way get a moment to
+// finish; streams have no end of their own.
+func serve(ctx context.Context, group *errgroup.Group, s *grpc.Server, lis net.Listener) {
+	group.Go(func() error { return s.Serve(lis) })
+	group.Go(func() error {
+		<-ctx.Done()
+		cut := time.AfterFunc(drainTimeout, s.Stop)
+		defer cut.Stop()
+		s.GracefulStop()
+		return nil
+	})
+}
+
+// announceReady closes ready when the agent is in sync for the first time.
+func (a *Agent) announceReady(ctx context.Context) {
+	sub := a.cache.Subscribe()
+	defer sub.Close()
+	for {
+		if s := a.cache.State(); s.Synced {
+			close(a.ready)
+			a.log.LogAttrs(ctx, slog.LevelInfo, "agent ready", slog.Int("entries", s.Entries))
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-sub.Woken():
+		}
+	}
+}

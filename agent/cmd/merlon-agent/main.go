@@ -1,0 +1,55 @@
+// Command merlon-agent is the agent of one node: it proves the node to the CA
+// and serves the SPIFFE Workload API to the processes on it.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"merlon.dev/agent"
+)
+
+func main() { os.Exit(main1()) }
+
+func main1() int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	cl, err := agent.ParseCommandLine(os.Args[1:], os.Getenv, os.Stderr)
+	if errors.Is(err, flag.ErrHelp) {
+		return 0
+	}
+	if err != nil {
+		complain(err)
+		return 2
+	}
+	if err := run(ctx, cl, os.Stdout); err != nil {
+		complain(err)
+		return 1
+	}
+	return 0
+}
+
+func run(ctx context.Context, cl *agent.CommandLine, out io.Writer) error {
+	if cl.ValidateOnly {
+		_, err := fmt.Fprintln(out, "the settings are valid")
+		return err
+	}
+	a, err := agent.New(cl.Config)
+	if err != nil {
+		return err
+	}
+	return a.Run(ctx)
+}
+
+func complain(err error) {
+	fmt.Fprintln(os.Stderr, "merlon-agent: error:", err)
+	if hint := agent.Hint(err); hint != "" {
+		fmt.Fprintln(os.Stderr, "hint:", hint)
+	}
+}

@@ -1,0 +1,293 @@
+// What the agent reads at start: a YAML file, the environment, flags.
+
+package agent
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/policy/strictyaml"
+	"merlon.dev/sdk/unixsock"
+)
+
+// Config is what the agent reads at start. The zero value of every optional
+// field is safe.
+type Config struct {
+	// TrustDomain is the trust domain of the CA, e.g. "example.org". Required.
+	TrustDomain string `yaml:"trust_domain"`
+
+	// CAAddress is the CA's gRPC port, e.g. "ca.example.org:8443". Required.
+	CAAddress string `yaml:"ca_address"`
+
+	// CAHTTPSAddress is the CA's HTTPS port, from which policy bundles come.
+	// Empty means the host of ca_address and port 8444.
+	CAHTTPSAddress string `yaml:"ca_https_address"`
+
+	// DataDir keeps the agent's own SVID with its key, the trust bundle and
+	// the policy bundle across restarts. It belongs to the agent's user alone
+	// (mode 0700). Empty means /var/lib/merlon/agent.
+	DataDir string `yaml:"data_dir"`
+
+	// PublicSocket is the Unix socket of the SPIFFE Workload API, for every
+	// user of the node. Empty means /run/merlon/agent/public/api.sock.
+	PublicSocket string `yaml:"public_socket"`
+
+	// AdminSocket is the Unix socket of explanations, for operators. Empty
+	// means /run/merlon/agent/admin/admin.sock.
+	AdminSocket string `yaml:"admin_socket"`
+
+	// JoinToken proves the node once, as `merlon token create` printed it. It
+	// is a secret: prefer join_token_file. An agent that has an SVID of its
+	// own needs none.
+	JoinToken string `yaml:"join_token"`
+
+	// JoinTokenFile is a file with the join token. It is read again at each
+	// attempt to join.
+	JoinTokenFile string `yaml:"join_token_file"`
+
+	// RootHash is the SHA-256 of the CA root's public key in hex, as `merlon
+	// token create` printed it. The agent sends the join token to no CA
+	// without this root. Required with a join token.
+	RootHash string `yaml:"root_hash"`
+
+	// AdminUIDs are users that may use the admin socket, besides root and the
+	// agent's own user.
+	AdminUIDs []uint32 `yaml:"admin_uids"`
+
+	// HealthAddress serves /live, /ready and /metrics over plain HTTP. Empty
+	// means 127.0.0.1:9444; "off" means not at all.
+	HealthAddress string `yaml:"health_address"`
+
+	// RevocationMaxAge is how long the CA may be silent before the held
+	// revocations count as stale. Zero means 5m; less than 30s is refused,
+	// because the CA speaks every 15 s only.
+	RevocationMaxAge time.Duration `yaml:"revocation_max_age"`
+
+	// OnStale says what happens to calls then: "keep" decides by what is
+	// known, "deny" denies them with reason STALE_REVOCATIONS. Empty means
+	// keep.
+	OnStale string `yaml:"on_stale"`
+
+	// PolicyBundle is the name of the policy bundle to follow. Empty means
+	// main.
+	PolicyBundle string `yaml:"policy_bundle"`
+
+	// LogLevel is debug, info, warn or error. Empty means info.
+	LogLevel string `yaml:"log_level"`
+
+	// LogFormat is text or json. Empty means text.
+	LogFormat string `yaml:"log_format"`
+
+	// Logger receives the log, for programs that run the agent in process.
+	// Nil logs to stderr by LogLevel and LogFormat.
+	Logger *slog.Logger `yaml:"-"`
+}
+
+// The default places.
+const (
+	DefaultDataDir       = "/var/lib/merlon/agent"
+	DefaultPublicSocket  = "/run/merlon/agent/public/api.sock"
+	DefaultAdminSocket   = "/run/merlon/agent/admin/admin.sock"
+	DefaultHealthAddress = "127.0.0.1:9444"
+	DefaultPolicyBundle  = "main"
+)
+
+const (
+	defaultHTTPSPort        = "8444"
+	defaultRevocationMaxAge = 5 * time.Minute
+	minRevocationMaxAge     = 30 * time.Second
+
+	healthOff = "off"
+	onKeep    = "keep"
+	onDeny    = "deny"
+)
+
+// InvalidError reports a setting that the agent refuses.
+type InvalidError struct {
+	Field  string // as spelled in the file
+	Reason string
+	Hint   string // what to do; may be empty
+}
+
+// Error names field and reason.
+func (e *InvalidError) Error() string { return e.Field + ": " + e.Reason }
+
+// ReadConfig reads a YAML file. Unknown keys are errors.
+func ReadConfig(path string) (Config, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("read config: %w", err)
+	}
+	return parseConfig(path, data)
+}
+
+func parseConfig(name string, data []byte) (Config, error) {
+	var cfg Config
+	if err := strictyaml.Decode(name, data, &cfg); err != nil {
+		return Config{}, fmt.Errorf("read config: %w", err)
+	}
+	return cfg, nil
+}
+
+// withDefaults fills what is empty.
+func (c Config) withDefaults() Config {
+	set := func(field *string, value string) {
+		if *field == "" {
+			*field = value
+		}
+	}
+	set(&c.DataDir, DefaultDataDir)
+	set(&c.PublicSocket, DefaultPublicSocket)
+	set(&c.AdminSocket, DefaultAdminSocket)
+	set(&c.HealthAddress, DefaultHealthAddress)
+	set(&c.PolicyBundle, DefaultPolicyBundle)
+	set(&c.OnStale, onKeep)
+	set(&c.LogLevel, "info")
+	set(&c.LogFormat, "text")
+	if host, _, err := net.SplitHostPort(c.CAAddress); err == nil {
+		set(&c.CAHTTPSAddress, net.JoinHostPort(host, defaultHTTPSPort))
+	}
+	if c.RevocationMaxAge == 0 {
+		c.RevocationMaxAge = defaultRevocationMaxAge
+	}
+	return c
+}
+
+// Validate says what is wrong with the settings, as *InvalidError.
+func (c Config) Validate() error {
+	c = c.withDefaults()
+	if _, err := spiffeid.TrustDomainFromString(c.TrustDomain); err != nil || strings.Contains(c.TrustDomain, "/") {
+		return &InvalidError{Field: "trust_domain", Reason: fmt.Sprintf("%q is not a trust domain name such as example.org", c.TrustDomain)}
+	}
+	for _, f := range []struct{ field, value string }{
+		{"ca_address", c.CAAddress}, {"ca_https_address", c.CAHTTPSAddress}, {"health_address", c.HealthAddress},
+	} {
+		if err := checkAddress(f.field, f.value); err != nil {
+			return err
+		}
+	}
+	if err := c.checkPlaces(); err != nil {
+		return err
+	}
+	if err := c.checkJoin(); err != nil {
+		return err
+	}
+	return c.checkChoices()
+}
+
+func checkAddress(field, value string) error {
+	if field == "health_address" && value == healthOff {
+		return nil
+	}
+	host, port, err := net.SplitHostPort(value)
+	if err != nil || host == "" || port == "" {
+		return &InvalidError{Field: field, Reason: fmt.Sprintf("%q is not host:port", value)}
+	}
+	return nil
+}
+
+func (c Config) checkPlaces() error {
+	for _, f := range []struct{ field, value string }{
+		{"data_dir", c.DataDir}, {"public_socket", c.PublicSocket}, {"admin_socket", c.AdminSocket},
+	} {
+		if !filepath.IsAbs(f.value) {
+			return &InvalidError{Field: f.field, Reason: fmt.Sprintf("%q is not an absolute path", f.value)}
+		}
+		if f.field != "data_dir" && len(f.value) > unixsock.MaxPath {
+			return &InvalidError{
+				Field: f.field, Reason: fmt.Sprintf("has %d bytes, a socket path at most %d", len(f.value), unixsock.MaxPath),
+				Hint: "choose a shorter folder",
+			}
+		}
+	}
+	// The public directory is open to all users, the admin directory to none.
+	if filepath.Dir(c.PublicSocket) == filepath.Dir(c.AdminSocket) {
+		return &InvalidError{Field: "admin_socket", Reason: "is in the directory of public_socket, which every user can enter"}
+	}
+	return nil
+}
+
+func (c Config) checkJoin() error {
+	if c.JoinToken != "" && c.JoinTokenFile != "" {
+		return &InvalidError{Field: "join_token_file", Reason: "join_token is set too; set one of them"}
+	}
+	if c.RootHash == "" {
+		if c.JoinToken != "" || c.JoinTokenFile != "" {
+			return &InvalidError{
+				Field: "root_hash", Reason: "is needed with a join token, to tell the right CA from any other",
+				Hint: "merlon token create prints it beside the token",
+			}
+		}
+		return nil
+	}
+	if b, err := hex.DecodeString(c.RootHash); err != nil || len(b) != 32 {
+		return &InvalidError{Field: "root_hash", Reason: "is not a SHA-256 in hex (64 digits)", Hint: "merlon token create prints it beside the token"}
+	}
+	return nil
+}
+
+func (c Config) checkChoices() error {
+	if c.RevocationMaxAge < minRevocationMaxAge {
+		return &InvalidError{Field: "revocation_max_age", Reason: fmt.Sprintf("%v is less than %v", c.RevocationMaxAge, minRevocationMaxAge)}
+	}
+	if c.OnStale != onKeep && c.OnStale != onDeny {
+		return &InvalidError{Field: "on_stale", Reason: fmt.Sprintf("%q is neither keep nor deny", c.OnStale)}
+	}
+	if strings.ContainsAny(c.PolicyBundle, "/?#%") || c.PolicyBundle == "." || c.PolicyBundle == ".." {
+		return &InvalidError{Field: "policy_bundle", Reason: fmt.Sprintf("%q is not the name of a policy bundle", c.PolicyBundle)}
+	}
+	if _, err := c.logger(); err != nil {
+		return err
+	}
+	return nil
+}
+
+// logger is where the log goes.
+func (c Config) logger() (*slog.Logger, error) {
+	if c.Logger != nil {
+		return c.Logger, nil
+	}
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(c.LogLevel)); err != nil || strings.ContainsAny(c.LogLevel, "+-") {
+		return nil, &InvalidError{Field: "log_level", Reason: fmt.Sprintf("%q is none of debug, info, warn, error", c.LogLevel)}
+	}
+	options := &slog.HandlerOptions{Level: level}
+	switch c.LogFormat {
+	case "text":
+		return slog.New(slog.NewTextHandler(os.Stderr, options)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(os.Stderr, options)), nil
+	default:
+		return nil, &InvalidError{Field: "log_format", Reason: fmt.Sprintf("%q is neither text nor json", c.LogFormat)}
+	}
+}
+
+// maxTokenBytes bounds a join token file.
+const maxTokenBytes = 4096
+
+// joinToken returns the join token, "" for none.
+func (c Config) joinToken() (string, error) {
+	if c.JoinTokenFile == "" {
+		return c.JoinToken, nil
+	}
+	data, err := os.ReadFile(c.JoinTokenFile)
+	if errors.Is(err, os.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("read the join token: %w", err)
+	}
+	if len(data) > maxTokenBytes {
+		return "", fmt.Errorf("read the join token: %s has more than %d bytes", c.JoinTokenFile, maxTokenBytes)
+	}
+	return strings.TrimSpace(string(data)), nil
+}

@@ -1,0 +1,127 @@
+// The command line of merlon-agent: flags win over the environment, the
+// environment over the file, the file over the defaults.
+
+package agent
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// envPrefix begins the environment variable of each setting: ca_address is
+// MERLON_AGENT_CA_ADDRESS.
+const envPrefix = "MERLON_AGENT_"
+
+// setting is one field of Config that flags and environment can set.
+type setting struct {
+	key   string // as in the file
+	usage string
+	set   func(c *Config, value string) error
+	// secret settings have no flag: everybody can read command lines.
+	secret bool
+}
+
+func text(field func(*Config) *string) func(*Config, string) error {
+	return func(c *Config, v string) error { *field(c) = v; return nil }
+}
+
+var settings = []setting{
+	{key: "trust_domain", usage: "trust domain `name` of the CA", set: text(func(c *Config) *string { return &c.TrustDomain })},
+	{key: "ca_address", usage: "the CA's gRPC port, `host:port`", set: text(func(c *Config) *string { return &c.CAAddress })},
+	{key: "ca_https_address", usage: "the CA's HTTPS port, `host:port`", set: text(func(c *Config) *string { return &c.CAHTTPSAddress })},
+	{key: "data_dir", usage: "`directory` of the agent's own SVID", set: text(func(c *Config) *string { return &c.DataDir })},
+	{key: "public_socket", usage: "`path` of the Workload API socket", set: text(func(c *Config) *string { return &c.PublicSocket })},
+	{key: "admin_socket", usage: "`path` of the admin socket", set: text(func(c *Config) *string { return &c.AdminSocket })},
+	{key: "join_token", set: text(func(c *Config) *string { return &c.JoinToken }), secret: true},
+	{key: "join_token_file", usage: "`file` with the join token", set: text(func(c *Config) *string { return &c.JoinTokenFile })},
+	{key: "root_hash", usage: "`SHA-256` of the CA root's public key, in hex", set: text(func(c *Config) *string { return &c.RootHash })},
+	{key: "admin_uids", usage: "`uids` that may use the admin socket, separated by commas", set: setAdminUIDs},
+	{key: "health_address", usage: "`host:port` of /live, /ready and /metrics, or off", set: text(func(c *Config) *string { return &c.HealthAddress })},
+	{key: "revocation_max_age", usage: "`duration` of silence after which revocations are stale", set: setRevocationMaxAge},
+	{key: "on_stale", usage: "keep or deny: what happens to calls then", set: text(func(c *Config) *string { return &c.OnStale })},
+	{key: "policy_bundle", usage: "`name` of the policy bundle", set: text(func(c *Config) *string { return &c.PolicyBundle })},
+	{key: "log_level", usage: "debug, info, warn or error", set: text(func(c *Config) *string { return &c.LogLevel })},
+	{key: "log_format", usage: "text or json", set: text(func(c *Config) *string { return &c.LogFormat })},
+}
+
+func setAdminUIDs(c *Config, value string) error {
+	c.AdminUIDs = nil
+	for part := range strings.SplitSeq(value, ",") {
+		uid, err := strconv.ParseUint(strings.TrimSpace(part), 10, 32)
+		if err != nil {
+			return fmt.Errorf("%q is not a uid", part)
+		}
+		c.AdminUIDs = append(c.AdminUIDs, uint32(uid))
+	}
+	return nil
+}
+
+func setRevocationMaxAge(c *Config, value string) (err error) {
+	if c.RevocationMaxAge, err = time.ParseDuration(value); err != nil {
+		return fmt.Errorf("%q is not a duration such as 5m", value)
+	}
+	return nil
+}
+
+// CommandLine is what merlon-agent was told.
+type CommandLine struct {
+	Config Config
+	// ValidateOnly asks to check the settings and do nothing else.
+	ValidateOnly bool
+}
+
+// ParseCommandLine reads flags, then the environment, then the file that
+// either names, and checks the result. Mistakes in the flags themselves are
+// printed to usage, as is help; flag.ErrHelp asks for nothing more.
+func ParseCommandLine(args []string, getenv func(string) string, usage io.Writer) (*CommandLine, error) {
+	fs := flag.NewFlagSet("merlon-agent", flag.ContinueOnError)
+	fs.SetOutput(usage)
+	path := fs.String("config", getenv(envPrefix+"CONFIG"), "YAML `file` with the settings")
+	validate := fs.Bool("validate", false, "check the settings and exit")
+	given := map[string]string{}
+	for _, s := range settings {
+		if !s.secret {
+			fs.Func(strings.ReplaceAll(s.key, "_", "-"), s.usage, func(v string) error { given[s.key] = v; return nil })
+		}
+	}
+	if err := fs.Parse(args); err != nil {
+		return nil, err
+	}
+	if fs.NArg() > 0 {
+		return nil, fmt.Errorf("unexpected argument %q", fs.Arg(0))
+	}
+	cl := &CommandLine{ValidateOnly: *validate}
+	if *path != "" {
+		var err error
+		if cl.Config, err = ReadConfig(*path); err != nil {
+			return nil, err
+		}
+	}
+	for _, s := range settings {
+		name := envPrefix + strings.ToUpper(s.key)
+		value, source := getenv(name), name
+		if v, ok := given[s.key]; ok {
+			value, source = v, "-"+strings.ReplaceAll(s.key, "_", "-")
+		} else if value == "" {
+			continue
+		}
+		if err := s.set(&cl.Config, value); err != nil {
+			return nil, fmt.Errorf("%s: %w", source, err)
+		}
+	}
+	return cl, cl.Config.Validate()
+}
+
+// Hint returns what to do about an error of this package; empty if it says so
+// itself.
+func Hint(err error) string {
+	if e, ok := errors.AsType[*InvalidError](err); ok {
+		return e.Hint
+	}
+	return ""
+}

@@ -1,0 +1,69 @@
+// Between the wire and the words of package policy.
+
+package local
+
+import (
+	"merlon.dev/agent/agentpb"
+	"merlon.dev/policy"
+	"merlon.dev/sdk/svid"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+func inputOf(req *agentpb.AuthorizeRequest, destination string) *policy.Input {
+	in := &policy.Input{
+		Source: req.GetSource(), Destination: destination,
+		Protocol: policy.Protocol(req.GetProtocol()), Method: req.GetMethod(),
+		Path: req.GetPath(), Query: req.GetQuery(), Host: req.GetHost(),
+		SourceAddress: req.GetSourceAddress(), DestinationAddress: req.GetDestinationAddress(),
+		SourceSerial: req.GetSourceSerial(),
+	}
+	if n := len(req.GetHeaders()); n > 0 {
+		in.Headers = make(map[string][]string, n)
+		for name, values := range req.GetHeaders() {
+			in.Headers[name] = values.GetValues()
+		}
+	}
+	return in
+}
+
+func inputToPB(in *policy.Input) *agentpb.AuthorizeRequest {
+	req := &agentpb.AuthorizeRequest{
+		Destination: in.Destination, Source: in.Source, Protocol: string(in.Protocol),
+		Method: in.Method, Path: in.Path, Query: in.Query, Host: in.Host,
+		SourceAddress: in.SourceAddress, DestinationAddress: in.DestinationAddress,
+		SourceSerial: in.SourceSerial,
+	}
+	if len(in.Headers) > 0 {
+		req.Headers = make(map[string]*agentpb.HeaderValues, len(in.Headers))
+		for name, values := range in.Headers {
+			req.Headers[name] = &agentpb.HeaderValues{Values: values}
+		}
+	}
+	return req
+}
+
+func decisionToPB(d policy.Decision) *agentpb.Decision {
+	return &agentpb.Decision{
+		Allow: d.Allow, Reason: string(d.Reason), RuleId: d.RuleID,
+		DecisionId: d.DecisionID, PolicyGeneration: d.Revision,
+	}
+}
+
+func revocationToPB(r svid.Revocation) *agentpb.Revocation {
+	pb := &agentpb.Revocation{BeforeRevision: r.BeforeRevision, AgentHandle: r.AgentHandle, Note: r.Note}
+	if !r.ExpiresAt.IsZero() {
+		pb.ExpiresAt = timestamppb.New(r.ExpiresAt)
+	}
+	switch {
+	case r.SPIFFEID != "":
+		pb.Subject = &agentpb.Revocation_SpiffeId{SpiffeId: r.SPIFFEID}
+	case r.AgentID != "":
+		pb.Subject = &agentpb.Revocation_AgentId{AgentId: r.AgentID}
+	case r.AuthorityID != "":
+		pb.Subject = &agentpb.Revocation_AuthorityId{AuthorityId: r.AuthorityID}
+	default:
+		pb.Subject = &agentpb.Revocation_Serial{Serial: r.Serial}
+	}
+	return pb
+}

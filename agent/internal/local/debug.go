@@ -1,0 +1,106 @@
+// Explanations for operators, on the admin socket.
+
+package local
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"merlon.dev/agent/agentpb"
+	"merlon.dev/agent/internal/cache"
+	"merlon.dev/agent/internal/endpoint"
+	"merlon.dev/agent/internal/workload"
+)
+
+// maxMisses is how many entries that do not match are told about.
+const maxMisses = 20
+
+// ExplainIdentity says what a process proves, which entries it matches, and
+// which it misses by how much.
+func (s *Server) ExplainIdentity(ctx context.Context, req *agentpb.ExplainIdentityRequest) (*agentpb.ExplainIdentityResponse, error) {
+	p, err := s.o.Callers.Attestor.AttestPID(ctx, req.GetPid())
+	if errors.Is(err, workload.ErrGone) {
+		return nil, status.Errorf(codes.NotFound, "no process %d runs on this node", req.GetPid())
+	}
+	if err != nil {
+		return nil, status.Errorf(codes.Internal, "look at process %d: %v", req.GetPid(), err)
+	}
+	state := s.cache.State()
+	matches, misses := s.cache.Nearest(p.Selectors(), maxMisses)
+	m := &agentpb.ExplainIdentityResponse{Synced: state.Synced, Selectors: p.Selectors()}
+	if id := s.o.AgentID(); !id.IsZero() {
+		m.AgentId = id.String()
+	}
+	for _, e := range matches {
+		m.Entries = append(m.Entries, &agentpb.EntryMatch{EntryId: e.ID, SpiffeId: e.SPIFFEID.String(), Matches: true})
+	}
+	for _, miss := range misses {
+		m.Entries = append(m.Entries, &agentpb.EntryMatch{
+			EntryId: miss.Entry.ID, SpiffeId: miss.Entry.SPIFFEID.String(), Missing: miss.Missing,
+		})
+	}
+	m.Reason, m.Hint = whyNone(state, matches, misses, p, m.GetAgentId())
+	return m, nil
+}
+
+// whyNone names the reason for which a process has no identity, and what to
+// do; both empty if it has one.
+func whyNone(state cache.State, matches []*cache.Entry, misses []cache.Miss, p *workload.Process, agentID string) (reason, hint string) {
+	if len(matches) > 0 {
+		return "", ""
+	}
+	if !state.Synced || !state.Connected {
+		return endpoint.NotSynced, "the agent is not in sync with the CA: see the agent's log and its /ready"
+	}
+	if len(p.Notes) > 0 {
+		return endpoint.NoMatchingEntry, p.Notes[0]
+	}
+	if len(misses) == 0 {
+		return endpoint.NoMatchingEntry, fmt.Sprintf("this node has no entries: merlon entry create --parent %s --selector unix:uid:%d --spiffe-id ID", agentID, p.UID)
+	}
+	return endpoint.NoMatchingEntry, fmt.Sprintf("the nearest entry is %s, which also needs %q: merlon entry list", misses[0].Entry.ID, misses[0].Missing)
+}
+
+// ExplainDecision finds one of the last decisions and asks the policy that
+// made it once more, in words.
+func (s *Server) ExplainDecision(ctx context.Context, req *agentpb.ExplainDecisionRequest) (*agentpb.ExplainDecisionResponse, error) {
+	rec, ok := s.decisions.find(req.GetDecisionId())
+	if !ok {
+		return nil, status.Errorf(codes.NotFound,
+			"decision %.64q is not among the last %d of this agent; ask the agent on the node of the called service", req.GetDecisionId(), ringSize)
+	}
+	m := &agentpb.ExplainDecisionResponse{
+		Decision: decisionToPB(rec.decision), Input: inputToPB(&rec.input),
+		DecidedAt: timestamppb.New(rec.decidedAt), Hint: hintFor(rec),
+	}
+	active := s.o.Engine()
+	switch {
+	case rec.decision.Revision == 0:
+		m.Details = []string{"no policy was asked: the reason stood before it"}
+	case active == nil || active.Generation() != rec.decision.Revision:
+		m.Details = []string{fmt.Sprintf("policy generation %d, which decided, is not active any more", rec.decision.Revision)}
+	default:
+		_, m.Details = active.Explain(ctx, &rec.input)
+	}
+	if rec.shortened {
+		m.Details = append(m.Details, "headers and query are not kept whole, so a policy that reads them may come out differently here")
+	}
+	return m, nil
+}
+
+// hintFor says what to do next. The decision's own hint would lead back here.
+func hintFor(rec record) string {
+	d := rec.decision
+	if d.Allow {
+		return ""
+	}
+	if hint := d.Hint(); hint != "merlon explain decision "+d.DecisionID {
+		return hint
+	}
+	return fmt.Sprintf("to allow it, add a grant from %s to %s and run: merlon policy push FOLDER", rec.input.Source, rec.input.Destination)
+}

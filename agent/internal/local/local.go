@@ -1,0 +1,181 @@
+// Package local is the agent's own API for programs on its node: decisions for
+// those that the kernel names, about calls that arrived at them, and the feed
+// of policy generations and revocations; and for operators the explanation of
+// both identities and decisions.
+package local
+
+import (
+	"context"
+	"log/slog"
+	"math/big"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"merlon.dev/agent/agentpb"
+	"merlon.dev/agent/internal/cache"
+	"merlon.dev/agent/internal/endpoint"
+	"merlon.dev/policy"
+	"merlon.dev/policy/engine"
+	"merlon.dev/sdk/svid"
+)
+
+// heartbeat is how often a Watch says something, also without a change; the
+// contract allows 15 s.
+const heartbeat = 10 * time.Second
+
+// Options are what a Server needs. All fields are required but those that say
+// otherwise.
+type Options struct {
+	Callers *endpoint.Callers
+	// Engine returns the active policy, nil for none.
+	Engine func() *engine.Engine
+	// PolicyChanged returns a channel that is closed at the next change of the
+	// active policy.
+	PolicyChanged func() <-chan struct{}
+	// AgentID is the agent's SPIFFE ID; zero before the node is attested.
+	AgentID func() spiffeid.ID
+	// RevocationMaxAge is how long the CA may be silent before revocations
+	// count as stale.
+	RevocationMaxAge time.Duration
+	// DenyStale denies every call with STALE_REVOCATIONS then; otherwise what
+	// is known stays in force.
+	DenyStale  bool
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
+}
+
+// Server implements agentpb.Local and agentpb.Debug. It is safe for concurrent
+// use.
+type Server struct {
+	agentpb.UnimplementedLocalServer
+	agentpb.UnimplementedDebugServer
+
+	o         Options
+	cache     *cache.Cache
+	decisions *ring
+	counted   *prometheus.CounterVec
+}
+
+// New returns a Server.
+func New(o Options) *Server {
+	s := &Server{
+		o: o, cache: o.Callers.Cache, decisions: newRing(),
+		counted: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "merlon_agent_decisions_total", Help: "Decisions for workloads, by reason.",
+		}, []string{"reason"}),
+	}
+	o.Registerer.MustRegister(s.counted)
+	return s
+}
+
+// Authorize decides one call that arrived at the caller. The destination is
+// the caller's own SPIFFE ID and never another.
+func (s *Server) Authorize(ctx context.Context, req *agentpb.AuthorizeRequest) (*agentpb.AuthorizeResponse, error) {
+	_, entries, err := s.o.Callers.Entitled(ctx)
+	if err != nil {
+		return nil, err
+	}
+	destination, err := pickDestination(entries, req.GetDestination())
+	if err != nil {
+		return nil, err
+	}
+	in := inputOf(req, destination)
+	d := s.decide(ctx, in)
+	s.decisions.add(in, d, time.Now())
+	s.counted.WithLabelValues(string(d.Reason)).Inc()
+	if err := s.o.Callers.Alive(ctx); err != nil {
+		return nil, err
+	}
+	return &agentpb.AuthorizeResponse{Decision: decisionToPB(d)}, nil
+}
+
+// pickDestination returns the named one of the caller's SPIFFE IDs, or the
+// first.
+func pickDestination(entries []*cache.Entry, named string) (string, error) {
+	for _, e := range entries {
+		if id := e.SPIFFEID.String(); named == "" || named == id {
+			return id, nil
+		}
+	}
+	return "", endpoint.Error(codes.PermissionDenied, endpoint.NotEntitled, "the caller is not entitled to the destination that it names", "")
+}
+
+// decide asks what stands before any policy, and then the policy.
+func (s *Server) decide(ctx context.Context, in *policy.Input) policy.Decision {
+	source, err := spiffeid.FromString(in.Source)
+	if err != nil {
+		return policy.Deny(policy.NoIdentity)
+	}
+	if _, revoked := s.cache.Revocations().Concerning(peerOf(source, in.SourceSerial)); revoked {
+		return policy.Deny(policy.Revoked)
+	}
+	if s.o.DenyStale && s.stale(time.Now()) {
+		return policy.Deny(policy.StaleRevocations)
+	}
+	active := s.o.Engine()
+	if active == nil {
+		return policy.Deny(policy.NoBundle)
+	}
+	return active.Authorize(ctx, in)
+}
+
+// stale says whether the CA has been silent for too long.
+func (s *Server) stale(now time.Time) bool {
+	heard := s.cache.Heard()
+	return heard.IsZero() || now.Sub(heard) > s.o.RevocationMaxAge
+}
+
+// peerOf is what revocations can know of a caller whose certificate only the
+// destination has seen. Without a readable serial number every record that
+// names the SPIFFE ID concerns it.
+func peerOf(id spiffeid.ID, serialHex string) *svid.Peer {
+	p := &svid.Peer{ID: id, SerialHex: serialHex}
+	if n, ok := new(big.Int).SetString(serialHex, 16); ok {
+		p.Serial, p.OurSerial = svid.SerialFromBig(n)
+	}
+	return p
+}
+
+// Watch streams the generation of the active policy and the revocations:
+// everything at once, then each change.
+func (s *Server) Watch(_ *agentpb.WatchRequest, stream grpc.ServerStreamingServer[agentpb.WatchResponse]) error {
+	ctx := stream.Context()
+	var cursor cache.Cursor
+	beat := time.NewTicker(heartbeat)
+	defer beat.Stop()
+	for {
+		// The channels before what they announce, so that nothing is missed.
+		policyChanged := s.o.PolicyChanged()
+		m := &agentpb.WatchResponse{}
+		records, reset, next, more := s.cache.RevocationsSince(cursor)
+		cursor, m.Reset_ = next, reset
+		for _, r := range records {
+			m.Revocations = append(m.Revocations, revocationToPB(r))
+		}
+		if active := s.o.Engine(); active != nil {
+			m.PolicyGeneration = active.Generation()
+		}
+		if heard := s.cache.Heard(); !heard.IsZero() {
+			m.RevocationsAsOf = timestamppb.New(heard)
+		}
+		if err := s.o.Callers.Alive(ctx); err != nil {
+			return err
+		}
+		if err := stream.Send(m); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		case <-policyChanged:
+		case <-more:
+		case <-beat.C:
+		}
+	}
+}
