@@ -93,7 +93,7 @@ func Open(dir string, opts Options) (*Store, error) {
 		opts.Logger = slog.New(slog.DiscardHandler)
 	}
 	db, err := bdg.OpenManaged(badgerOptions(dir, opts.Logger))
-	if errors.Is(err, syscall.EWOULDBLOCK) {
+	if lockedByOther(err) {
 		return nil, fmt.Errorf("open store %s: data_dir in use by another merlon-ca%s", dir, lockHolder(dir))
 	}
 	if err != nil {
@@ -134,6 +134,13 @@ func badgerOptions(dir string, log *slog.Logger) bdg.Options {
 		// Tables are verified whole when they are opened. Not per block: an
 		// iterator that meets a bad block ends as if it were the last one.
 		WithChecksumVerificationMode(options.OnTableRead)
+}
+
+// lockedByOther recognizes the error of Badger's directory lock, which does not
+// wrap its cause.
+func lockedByOther(err error) bool {
+	return err != nil && strings.Contains(err.Error(), "Cannot acquire directory lock") &&
+		strings.Contains(err.Error(), syscall.EWOULDBLOCK.Error())
 }
 
 // lockHolder names the process in Badger's pid file; empty if there is none.

@@ -1,0 +1,89 @@
+package badger_test
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/store/badger"
+)
+
+// BenchmarkTxn is one acknowledged registration: a new key of about 50 bytes
+// with a value of 300, synced.
+func BenchmarkTxn(b *testing.B) {
+	for _, writers := range []int{1, 64, 512} {
+		b.Run(fmt.Sprintf("writers=%d", writers), func(b *testing.B) {
+			s := open(b, b.TempDir(), badger.Options{})
+			defer s.Close()
+			value := make([]byte, 300)
+			var n atomic.Int64
+			b.ReportAllocs()
+			spread(b, writers, func() error {
+				key := fmt.Sprintf("entry/0195b7a2-5c1e-7c55-8d0e-%012d", n.Add(1))
+				_, err := s.Txn(context.Background(), []store.Cmp{{Key: key}}, []store.Op{store.Put(key, value)}, nil)
+				return err
+			})
+		})
+	}
+}
+
+// spread runs the iterations in so many goroutines.
+func spread(b *testing.B, writers int, do func() error) {
+	work := make(chan struct{}, writers)
+	var wg sync.WaitGroup
+	for range writers {
+		wg.Go(func() {
+			for range work {
+				if err := do(); err != nil {
+					b.Error(err)
+				}
+			}
+		})
+	}
+	for b.Loop() {
+		work <- struct{}{}
+	}
+	close(work)
+	wg.Wait()
+}
+
+// BenchmarkWatch is the way from the call of Txn to a watcher, and what of it
+// lies behind the commit.
+func BenchmarkWatch(b *testing.B) {
+	s := open(b, b.TempDir(), badger.Options{})
+	defer s.Close()
+	ctx, cancel := context.WithCancel(b.Context())
+	defer cancel()
+	ch, err := s.Watch(ctx, "", 1)
+	if err != nil {
+		b.Fatal(err)
+	}
+	var behind time.Duration
+	for b.Loop() {
+		if _, err := s.Txn(ctx, nil, []store.Op{store.Put("a", nil)}, nil); err != nil {
+			b.Fatal(err)
+		}
+		acknowledged := time.Now()
+		<-ch
+		behind += time.Since(acknowledged)
+	}
+	b.ReportMetric(float64(behind.Nanoseconds())/float64(b.N), "ns-after-commit/op")
+}
+
+func BenchmarkGet(b *testing.B) {
+	s := open(b, b.TempDir(), badger.Options{})
+	defer s.Close()
+	if _, err := s.Txn(b.Context(), nil, []store.Op{store.Put("a", make([]byte, 300))}, nil); err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, _, err := s.Get(b.Context(), "a"); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
