@@ -8,6 +8,7 @@ package svid
 import (
 	"errors"
 	"fmt"
+	"math/big"
 	"slices"
 	"strings"
 	"time"
@@ -54,13 +55,19 @@ func (r Revocation) Validate() error {
 			return fmt.Errorf("revocation of %q: %w", id, err)
 		}
 	}
-	if _, ok := serialFromHex(r.Serial); r.Serial != "" && !ok {
+	if r.Serial != "" && !isSerial(r.Serial) {
 		return fmt.Errorf("revocation of serial %q: not a serial number in lower-case hex", r.Serial)
 	}
 	if r.AgentHandle > MaxAgent {
 		return errors.New("revocation: the agent handle is too large")
 	}
 	return nil
+}
+
+// isSerial: any certificate's number as big.Int writes it, at most 20 octets.
+func isSerial(text string) bool {
+	n, ok := new(big.Int).SetString(text, 16)
+	return ok && n.Sign() > 0 && n.BitLen() <= 160 && n.Text(16) == text
 }
 
 // subject is what makes two records the same one.

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -49,6 +50,12 @@ type TLS struct {
 
 	// NextProtos are the ALPN protocols; none means h2.
 	NextProtos []string
+
+	// OptionalALPN lets in a peer with which no protocol was agreed, as most
+	// databases need; it is implied where NextProtos has http/1.1, whose clients
+	// often name none. All others name one, so that bytes for one protocol are never
+	// read as another.
+	OptionalALPN bool
 
 	// IncludeRoot makes a server present its root after the chain, for peers that
 	// do not have the trust bundle yet and know the hash of the root's key.
@@ -118,6 +125,9 @@ func (t TLS) base() *tls.Config {
 func (t TLS) verifyClient(conn net.Conn) func(tls.ConnectionState) error {
 	return func(cs tls.ConnectionState) error {
 		if t.AnonymousPeers && len(cs.PeerCertificates) == 0 {
+			if !t.protocolAgreed(cs) {
+				return errors.New("refuse an anonymous peer: it names no application protocol (ALPN)")
+			}
 			return nil
 		}
 		return t.verifyPeer(conn, cs)
@@ -133,6 +143,9 @@ func (t TLS) verifyPeer(conn net.Conn, cs tls.ConnectionState) error {
 	if err != nil {
 		return err
 	}
+	if !t.protocolAgreed(cs) {
+		return fmt.Errorf("refuse %s: it names no application protocol (ALPN)", peer.ID)
+	}
 	if t.Admit == nil {
 		return fmt.Errorf("refuse %s: nothing says who may connect", peer.ID)
 	}
@@ -143,6 +156,10 @@ func (t TLS) verifyPeer(conn net.Conn, cs tls.ConnectionState) error {
 		t.OnPeer(conn, peer)
 	}
 	return nil
+}
+
+func (t TLS) protocolAgreed(cs tls.ConnectionState) bool {
+	return cs.NegotiatedProtocol != "" || t.OptionalALPN || slices.Contains(t.NextProtos, "http/1.1")
 }
 
 // certificate is what this side presents.

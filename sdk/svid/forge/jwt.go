@@ -54,20 +54,29 @@ func (a *Authority) JWT(header, claims Fields) string {
 // Token signs these very bytes with ES256 by any P-256 key.
 func (a *Authority) Token(key crypto.Signer, header, claims []byte) string {
 	a.tb.Helper()
+	token, err := Sign(key, header, claims)
+	if err != nil {
+		a.tb.Fatal(err)
+	}
+	return token
+}
+
+// Sign makes a token of these very bytes with ES256 by any P-256 key.
+func Sign(key crypto.Signer, header, claims []byte) (string, error) {
 	input := encode(header) + "." + encode(claims)
 	digest := sha256.Sum256([]byte(input))
 	der, err := key.Sign(rand.Reader, digest[:], crypto.SHA256)
 	if err != nil {
-		a.tb.Fatal(err)
+		return "", err
 	}
 	var sig struct{ R, S *big.Int }
 	if _, err := asn1.Unmarshal(der, &sig); err != nil {
-		a.tb.Fatal(err)
+		return "", err
 	}
 	raw := make([]byte, 64)
 	sig.R.FillBytes(raw[:32])
 	sig.S.FillBytes(raw[32:])
-	return input + "." + encode(raw)
+	return input + "." + encode(raw), nil
 }
 
 // HMACToken signs with HS256 and the public JWT key as the secret, the classic
