@@ -203,9 +203,11 @@ func (s *server) put(w http.ResponseWriter, r *http.Request) {
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxBytes))
 	if err != nil {
+		status, text := http.StatusBadRequest, "the body ends early"
 		if _, large := errors.AsType[*http.MaxBytesError](err); large {
-			s.fail(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("a policy bundle has at most %d bytes", MaxBytes))
+			status, text = http.StatusRequestEntityTooLarge, fmt.Sprintf("a policy bundle has at most %d bytes", MaxBytes)
 		}
+		s.fail(w, status, text)
 		return
 	}
 	md, err := s.src.Put(r.Context(), name, body)
