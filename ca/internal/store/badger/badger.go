@@ -79,7 +79,8 @@ type Store struct {
 
 var _ store.Store = (*Store)(nil)
 
-// Open opens the store in dir, creating it (0700) on first use. It refuses a
+// Open opens the store in dir, creating it on first use (mode 0700, which an
+// existing one is given too). It refuses a
 // directory that another process has open, a format it does not know, and a
 // store whose revision log does not fit its data. Close it.
 func Open(dir string, opts Options) (*Store, error) {
@@ -91,6 +92,9 @@ func Open(dir string, opts Options) (*Store, error) {
 	}
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	if err := makePrivate(dir); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
 	}
 	db, err := bdg.OpenManaged(badgerOptions(dir, opts.Logger))
 	if lockedByOther(err) {
@@ -134,6 +138,14 @@ func badgerOptions(dir string, log *slog.Logger) bdg.Options {
 		// Tables are verified whole when they are opened. Not per block: an
 		// iterator that meets a bad block ends as if it were the last one.
 		WithChecksumVerificationMode(options.OnTableRead)
+}
+
+// makePrivate closes the directory to others: Badger's files follow the umask.
+func makePrivate(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	return os.Chmod(dir, 0o700) //nolint:gosec // a directory needs its x
 }
 
 // lockedByOther recognizes the error of Badger's directory lock, which does not

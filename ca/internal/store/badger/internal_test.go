@@ -362,6 +362,16 @@ func TestLoweredKeepRevisionsShrinksTheLog(t *testing.T) {
 	}
 }
 
+func TestDirectoryIsPrivate(t *testing.T) {
+	dir := t.TempDir()
+	for _, dir := range []string{dir, filepath.Join(dir, "new", "store")} {
+		openStore(t, dir, Options{})
+		if info, err := os.Stat(dir); err != nil || info.Mode().Perm() != 0o700 {
+			t.Errorf("mode of %s = %v, %v; want 0700", dir, info.Mode(), err)
+		}
+	}
+}
+
 // TestValueLogStaysEmpty: its synced writes are not checked by Badger.
 func TestValueLogStaysEmpty(t *testing.T) {
 	dir := t.TempDir()
