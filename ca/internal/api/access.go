@@ -74,7 +74,7 @@ func (c *Caller) Is(kind capb.Caller) bool { return slices.Contains(c.Kinds, kin
 
 // callerOf resolves who makes the call of ctx.
 func (s *Service) callerOf(ctx context.Context) *Caller {
-	c := &Caller{Name: "anonymous", Kinds: []capb.Caller{capb.Caller_CALLER_ANONYMOUS}}
+	c := Anonymous()
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return c
@@ -87,7 +87,7 @@ func (s *Service) callerOf(ctx context.Context) *Caller {
 		}
 	case tlsInfo:
 		if info.Peer != nil {
-			s.ResolvePeer(c, info.Peer, time.Now())
+			s.resolvePeer(c, info.Peer, time.Now())
 		}
 	}
 	return c
@@ -95,15 +95,15 @@ func (s *Service) callerOf(ctx context.Context) *Caller {
 
 // PeerCaller resolves the owner of a verified SVID.
 func (s *Service) PeerCaller(p *svid.Peer) *Caller {
-	c := &Caller{Kinds: []capb.Caller{capb.Caller_CALLER_ANONYMOUS}}
-	s.ResolvePeer(c, p, time.Now())
+	c := Anonymous()
+	s.resolvePeer(c, p, time.Now())
 	return c
 }
 
-// ResolvePeer fills c with what the SVID of p is worth at now. An ID alone
+// resolvePeer fills c with what the SVID of p is worth at now. An ID alone
 // makes nobody an agent or administrator: the CA's own records must agree
 // (SECURITY.md T8).
-func (s *Service) ResolvePeer(c *Caller, p *svid.Peer, now time.Time) {
+func (s *Service) resolvePeer(c *Caller, p *svid.Peer, now time.Time) {
 	c.Name, c.Peer = p.ID.String(), p
 	if !now.Before(p.NotAfter) {
 		c.Fault = "its X509-SVID has expired"
@@ -172,4 +172,9 @@ func callerFrom(ctx context.Context) *Caller {
 		panic("api: an RPC ran without the access interceptor")
 	}
 	return c
+}
+
+// Anonymous is a caller who showed nothing.
+func Anonymous() *Caller {
+	return &Caller{Name: "anonymous", Kinds: []capb.Caller{capb.Caller_CALLER_ANONYMOUS}}
 }

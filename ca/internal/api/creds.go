@@ -19,7 +19,9 @@ type tlsInfo struct {
 	Peer *svid.Peer // nil: the client showed no certificate
 }
 
-type serverCreds struct{ credentials.TransportCredentials }
+type serverCreds struct {
+	credentials.TransportCredentials
+}
 
 // newServerCreds wraps a configuration of svid.TLS, whose VerifyConnection has
 // verified the chain by the time the handshake returns.

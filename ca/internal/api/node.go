@@ -110,7 +110,7 @@ func (s *Service) signAgent(ctx context.Context, ca *authority.X509Authority, ag
 		s.metrics.issued.WithLabelValues("agent", "refused").Inc()
 		return nil, err
 	}
-	if err := s.opts.Audit.Append(context.WithoutCancel(ctx), audit.Record{
+	if err := s.audit(ctx, audit.Record{
 		Time: now, Type: act, Actor: callerFrom(ctx).Name, SPIFFEID: agent.ID.String(), Serial: serial.String(),
 		AuthorityID: ca.ID(), Detail: agent.Attestation, NotAfter: leaf.NotAfter,
 	}); err != nil {
@@ -151,7 +151,7 @@ func (s *Service) Sign(ctx context.Context, req *capb.SignRequest) (*capb.SignRe
 		resp.Results[i] = batch.sign(ctx, item, g.Entries[i])
 	}
 	// No SVID leaves before all records are on disk.
-	if err := s.opts.Audit.AppendAll(context.WithoutCancel(ctx), batch.records); err != nil {
+	if err := s.audit(ctx, batch.records...); err != nil {
 		return nil, fmt.Errorf("record %d issuances: %w", len(batch.records), err)
 	}
 	return resp, nil
@@ -165,8 +165,8 @@ type signing struct {
 	ca      *authority.X509Authority
 	// authorityID is ca's, in hex once for the whole batch.
 	authorityID string
-	now     time.Time
-	records []audit.Record
+	now         time.Time
+	records     []audit.Record
 }
 
 func (b *signing) sign(ctx context.Context, item *capb.SignItem, e *entry.Entry) *capb.SignResult {
@@ -244,7 +244,7 @@ func (s *Service) SignJWT(ctx context.Context, req *capb.SignJWTRequest) (*capb.
 		return nil, err
 	}
 	r.SPIFFEID, r.NotAfter, r.AuthorityID = g.Entries[0].SPIFFEID.String(), exp, s.opts.Keys.JWT().KeyID
-	if err := s.opts.Audit.Append(context.WithoutCancel(ctx), r); err != nil {
+	if err := s.audit(ctx, r); err != nil {
 		return nil, fmt.Errorf("record a JWT-SVID: %w", err)
 	}
 	s.metrics.issued.WithLabelValues("jwt", "ok").Inc()

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -87,8 +88,9 @@ type Service struct {
 	metrics  *metrics
 	refusals *rate.Limiter
 
-	stopping chan struct{}
-	stop     sync.Once
+	auditFault atomic.Pointer[error] // why the audit log took no record, once
+	stopping   chan struct{}
+	stop       sync.Once
 }
 
 // New makes a service.
@@ -200,11 +202,36 @@ func (s *Service) refuse(ctx context.Context, caller *Caller, what string, cause
 	return cause
 }
 
+// Refused records that caller was not let through to what it wanted, outside
+// of gRPC.
+func (s *Service) Refused(ctx context.Context, caller *Caller, what, reason string) {
+	_ = s.refuse(ctx, caller, what, status.Error(codes.PermissionDenied, reason)) // returns its argument
+}
+
+// audit appends records, also when the caller is gone by now: what was done
+// was done.
+func (s *Service) audit(ctx context.Context, records ...audit.Record) error {
+	err := s.opts.Audit.Append(context.WithoutCancel(ctx), records...)
+	if err != nil {
+		s.auditFault.Store(&err)
+	}
+	return err
+}
+
+// AuditFault says why the audit log takes no records; without them nothing is
+// issued.
+func (s *Service) AuditFault() error {
+	if err := s.auditFault.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
 // record writes an audit record that nothing hangs on: that of a refusal,
 // which stands also when it cannot be written down.
 func (s *Service) record(ctx context.Context, r audit.Record) {
 	r.Time = time.Now()
-	if err := s.opts.Audit.Append(context.WithoutCancel(ctx), r); err != nil {
+	if err := s.audit(ctx, r); err != nil {
 		s.log.LogAttrs(ctx, slog.LevelError, "audit record not written", slog.String("type", string(r.Type)), slog.Any("err", err))
 	}
 }
@@ -214,7 +241,7 @@ func (s *Service) record(ctx context.Context, r audit.Record) {
 func (s *Service) admin(ctx context.Context, r audit.Record) error {
 	r.Time, r.Type = time.Now(), audit.Admin
 	r.Actor = callerFrom(ctx).Name
-	if err := s.opts.Audit.Append(context.WithoutCancel(ctx), r); err != nil {
+	if err := s.audit(ctx, r); err != nil {
 		return fmt.Errorf("%s was done and not recorded: %w", r.Detail, err)
 	}
 	return nil

@@ -49,6 +49,7 @@ type Registry struct {
 	mu      sync.RWMutex // guards everything below
 	pic     picture
 	changed chan struct{} // closed and replaced with every new revision
+	heads   chan struct{} // closed and replaced with every new policy head
 	feeds   map[*Feed]struct{}
 	acks    map[spiffeid.ID]Ack
 	history history
@@ -76,7 +77,7 @@ type node struct {
 func Open(ctx context.Context, st store.Store, log *slog.Logger) (*Registry, error) {
 	r := &Registry{
 		store: st, log: log,
-		changed: make(chan struct{}), feeds: make(map[*Feed]struct{}), acks: make(map[spiffeid.ID]Ack),
+		changed: make(chan struct{}), heads: make(chan struct{}), feeds: make(map[*Feed]struct{}), acks: make(map[spiffeid.ID]Ack),
 	}
 	pic, err := list(ctx, st)
 	if err != nil {
@@ -146,6 +147,7 @@ func (r *Registry) relist(ctx context.Context) error {
 	for f := range r.feeds {
 		f.relist()
 	}
+	r.newHeads()
 	r.advance(pic.revision)
 	return nil
 }
@@ -214,6 +216,9 @@ func (r *Registry) apply(b store.Batch) error {
 		if err != nil {
 			return err
 		}
+		if strings.HasPrefix(ev.KV.Key, release.HeadPrefix) {
+			r.newHeads()
+		}
 		forAll = forAll || global
 	}
 	if anyTrue(unrevoked) {
@@ -261,6 +266,12 @@ func (r *Registry) advance(revision uint64) {
 	r.pic.revision = revision
 	close(r.changed)
 	r.changed = make(chan struct{})
+}
+
+// newHeads wakes those who wait for a policy bundle. r.mu is held.
+func (r *Registry) newHeads() {
+	close(r.heads)
+	r.heads = make(chan struct{})
 }
 
 // put takes one record over; forAll says that it concerns every node.
@@ -533,6 +544,14 @@ func (r *Registry) PolicyHead(name string) (*release.Head, bool) {
 	defer r.mu.RUnlock()
 	h, ok := r.pic.heads[name]
 	return h, ok
+}
+
+// HeadsChanged returns a channel that is closed when any policy bundle gets a
+// new generation.
+func (r *Registry) HeadsChanged() <-chan struct{} {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.heads
 }
 
 // GetX509BundleForTrustDomain implements x509bundle.Source with the published

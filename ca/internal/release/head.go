@@ -35,7 +35,9 @@ type Head struct {
 }
 
 // ETag is the HTTP entity tag of the signed bytes.
-func (h *Head) ETag() string { return `"` + h.SHA256 + `"` }
+func (h *Head) ETag() string {
+	return fmt.Sprintf("%q", fmt.Sprintf("%d-%.24s", h.Generation, h.SHA256))
+}
 
 type storedHead struct {
 	Version    int       `json:"v"`

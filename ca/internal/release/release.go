@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -29,7 +30,6 @@ const (
 	blobPrefix = "policy/blob/"
 	// chunkBytes keeps values out of Badger's value log.
 	chunkBytes  = 256 << 10
-	maxNameLen  = 64
 	maxAttempts = 16
 	// validity is how long a signed generation holds. It bounds how long a
 	// server that is held back in time can freeze its clients on an old policy
@@ -39,6 +39,9 @@ const (
 	// push that is under way has written its blob and not yet its head.
 	orphanAge = time.Hour
 )
+
+// validName is what policy/bundle serves.
+var validName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
 
 // ErrNone is returned where no policy bundle of the name was ever pushed.
 var ErrNone = errors.New("no such policy bundle")
@@ -98,12 +101,8 @@ func (p *Publisher) Keys() []Key { return p.opts.Keys }
 // CheckName says why name cannot name a policy bundle, as an
 // *entry.InvalidError.
 func CheckName(name string) error {
-	ok := name != "" && len(name) <= maxNameLen && strings.Trim(name, ".") != ""
-	for _, r := range name {
-		ok = ok && (r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("._-", r))
-	}
-	if !ok {
-		return &entry.InvalidError{Field: "name", Reason: fmt.Sprintf("%.80q: want 1 to %d of a-z, A-Z, 0-9, dot, hyphen, underscore", name, maxNameLen)}
+	if !validName.MatchString(name) {
+		return &entry.InvalidError{Field: "name", Reason: fmt.Sprintf("%.80q: want 1 to 64 of a-z, 0-9, dot, hyphen, underscore, beginning with a letter or digit", name)}
 	}
 	return nil
 }

@@ -1,0 +1,58 @@
+// Joins OPA's bundle protocol to the store of signed policy bundles.
+
+package ca
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/http"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/ca/internal/api"
+	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/release"
+	"merlon.dev/ca/internal/web"
+	"merlon.dev/policy/bundle"
+)
+
+// bundles is the source of the bundle server.
+type bundles struct {
+	releases *release.Publisher
+	registry *registry.Registry
+	service  *api.Service
+}
+
+func (b bundles) handler(log *slog.Logger) http.Handler {
+	return bundle.NewServer(bundle.Source{Load: b.load, Put: b.put, MaxWait: web.MaxWait, Logger: log})
+}
+
+func (b bundles) load(ctx context.Context, name string) (*bundle.Published, <-chan struct{}, error) {
+	changed := b.registry.HeadsChanged() // before the read: no change is missed
+	signed, head, err := b.releases.Current(ctx, name)
+	if errors.Is(err, release.ErrNone) {
+		return nil, changed, bundle.ErrNotFound
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return &bundle.Published{Raw: signed, ETag: head.ETag(), Generation: head.Generation}, changed, nil
+}
+
+// put publishes for a caller whom ca/internal/web has found to be allowed to.
+func (b bundles) put(ctx context.Context, name string, unsigned []byte) (bundle.Metadata, error) {
+	caller := web.CallerFrom(ctx)
+	if caller == nil {
+		return bundle.Metadata{}, errors.New("upload without a caller")
+	}
+	head, err := b.service.Publish(ctx, caller, name, unsigned)
+	if st := status.Convert(err); st.Code() == codes.InvalidArgument {
+		return bundle.Metadata{}, &bundle.RejectedError{Err: errors.New(st.Message())}
+	}
+	if err != nil {
+		return bundle.Metadata{}, err
+	}
+	return bundle.Metadata{Name: head.Name, Generation: head.Generation, IssuedAt: head.IssuedAt, NotAfter: head.NotAfter}, nil
+}

@@ -1,0 +1,119 @@
+// The command line and environment of merlon-ca: flags over environment over
+// file over defaults.
+
+package ca
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// EnvPrefix begins the environment variable of each setting, as in
+// MERLON_CA_TRUST_DOMAIN.
+const EnvPrefix = "MERLON_CA_"
+
+// CommandLine is what merlon-ca was asked to do.
+type CommandLine struct {
+	Config Config
+	// ValidateOnly: look at the settings and leave.
+	ValidateOnly bool
+	// LogLevel is "debug", "info", "warn" or "error".
+	LogLevel string
+}
+
+var usage = map[string]string{
+	"trust_domain":   "name under which every SPIFFE ID is issued, such as example.org (required)",
+	"data_dir":       "folder of the store, the keys and the audit log (default " + DefaultDataDir + ")",
+	"address":        "host:port of gRPC (default " + DefaultAddress + ")",
+	"https_address":  "host:port of HTTPS (default " + DefaultHTTPSAddress + ")",
+	"health_address": "host:port of health and metrics (default " + DefaultHealthAddress + ")",
+	"admin_socket":   "path of the admin socket (default " + DefaultAdminSocket + ")",
+	"admin_uids":     "uids, separated by commas, that may use the admin socket beside root and the CA's own",
+	"dns_names":      "DNS names, separated by commas, in the CA's own certificate beside localhost",
+	"x509_svid_ttl":  "life of X509-SVIDs whose entry does not say (default 1h)",
+	"jwt_svid_ttl":   "life of JWT-SVIDs whose entry does not say (default 5m)",
+	"agent_svid_ttl": "life of the agents' X509-SVIDs (default 1h)",
+	"development":    "mark the root as a development root",
+}
+
+// ParseCommandLine reads args (without the program's name), the environment
+// and the file that they name, and validates the outcome. flag.ErrHelp means
+// that help was asked for and printed to out.
+func ParseCommandLine(args []string, getenv func(string) string, out io.Writer) (*CommandLine, error) {
+	var cl CommandLine
+	set := flag.NewFlagSet("merlon-ca", flag.ContinueOnError)
+	set.SetOutput(out)
+	set.Usage = func() {
+		fmt.Fprintf(out, "merlon-ca is the certificate authority of a trust domain.\n\nExample:\n  merlon-ca -config /etc/merlon/ca.yaml\n\nEach setting can also come from %sNAME in the environment.\n\nFlags:\n", EnvPrefix)
+		set.PrintDefaults()
+	}
+	file := set.String("config", "", "YAML file with the settings")
+	set.BoolVar(&cl.ValidateOnly, "validate", false, "look at the settings and leave")
+	set.StringVar(&cl.LogLevel, "log-level", "info", "debug, info, warn or error")
+	given := make(map[string]string)
+	for _, key := range Keys() {
+		take := func(text string) error { given[key] = text; return nil }
+		if name := strings.ReplaceAll(key, "_", "-"); key == "development" {
+			set.BoolFunc(name, usage[key], take)
+		} else {
+			set.Func(name, usage[key], take)
+		}
+	}
+	if err := set.Parse(args); err != nil {
+		return nil, err
+	}
+	if set.NArg() > 0 {
+		return nil, fmt.Errorf("unexpected argument %q", set.Arg(0))
+	}
+	if *file == "" {
+		*file = getenv(EnvPrefix + "CONFIG")
+	}
+	if err := cl.load(*file, getenv, given); err != nil {
+		return nil, err
+	}
+	return &cl, cl.Config.Validate()
+}
+
+func (cl *CommandLine) load(file string, getenv func(string) string, given map[string]string) error {
+	if file != "" {
+		var err error
+		if cl.Config, err = ReadConfig(file); err != nil {
+			return err
+		}
+	}
+	for _, key := range Keys() {
+		text, ok := given[key]
+		if !ok {
+			text = getenv(EnvPrefix + strings.ToUpper(key))
+			ok = text != ""
+		}
+		if !ok {
+			continue
+		}
+		if err := cl.Config.Set(key, text); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Hint says in a few words what the reader of err can do next, if that is
+// known.
+func Hint(err error) string {
+	switch text := err.Error(); {
+	case errors.Is(err, flag.ErrHelp):
+		return ""
+	case strings.Contains(text, "trust_domain: is missing"):
+		return "merlon-ca -trust-domain example.org, or trust_domain in the file of -config"
+	case strings.Contains(text, "address already in use"):
+		return "another process has the port: choose another with -address, -https-address or -health-address"
+	case strings.Contains(text, "data_dir in use"):
+		return "another merlon-ca runs on this data directory"
+	case strings.Contains(text, "permission denied"):
+		return "choose folders this user can write: -data-dir and -admin-socket"
+	}
+	return ""
+}

@@ -1,0 +1,265 @@
+// Package ca is the certificate authority of a trust domain as a service: it
+// proves agents, keeps registration entries, issues SVIDs, publishes policy and
+// trust bundles. New makes one from a Config, Run serves until its context
+// ends.
+package ca
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"merlon.dev/ca/internal/entry"
+	"merlon.dev/policy/strictyaml"
+	"merlon.dev/sdk/unixsock"
+)
+
+// Defaults of Config.
+const (
+	DefaultDataDir       = "/var/lib/merlon/ca"
+	DefaultAddress       = ":8443"
+	DefaultHTTPSAddress  = ":8444"
+	DefaultHealthAddress = "127.0.0.1:9443"
+	DefaultAdminSocket   = "/run/merlon/ca/admin.sock"
+	DefaultX509SVIDTTL   = time.Hour
+	DefaultJWTSVIDTTL    = 5 * time.Minute
+	DefaultAgentSVIDTTL  = time.Hour
+)
+
+// Config is what the CA reads at start. The zero value of every optional field
+// is safe.
+type Config struct {
+	// TrustDomain is the name under which every SPIFFE ID is issued, e.g.
+	// "example.org". Required; changing it later orphans every SVID, so a data
+	// directory of another trust domain is refused.
+	TrustDomain string `yaml:"trust_domain"`
+
+	// DataDir holds the store, the keys and the audit log. It is made with mode
+	// 0700. Default: /var/lib/merlon/ca.
+	DataDir string `yaml:"data_dir"`
+
+	// Address is where agents and administrators connect by gRPC, host:port.
+	// Default: :8443.
+	Address string `yaml:"address"`
+
+	// HTTPSAddress serves policy bundles and the trust bundle. Default: :8444.
+	HTTPSAddress string `yaml:"https_address"`
+
+	// HealthAddress serves /live, /ready and /metrics without authentication:
+	// keep it on loopback. Default: 127.0.0.1:9443.
+	HealthAddress string `yaml:"health_address"`
+
+	// AdminSocket is the Unix socket for operators on this machine. Its
+	// directory gets mode 0700. Default: /run/merlon/ca/admin.sock.
+	AdminSocket string `yaml:"admin_socket"`
+
+	// AdminUIDs may use the admin socket, beside root and the CA's own user.
+	// They also need access to its directory.
+	AdminUIDs []uint32 `yaml:"admin_uids"`
+
+	// DNSNames are put into the CA's own certificate for clients that check
+	// host names, such as a stock OPA. "localhost" is always there.
+	DNSNames []string `yaml:"dns_names"`
+
+	// X509SVIDTTL is how long a workload's X509-SVID lives if its entry does
+	// not say. Agents renew at half of it. Default: 1h; at most 24h.
+	X509SVIDTTL time.Duration `yaml:"x509_svid_ttl"`
+
+	// JWTSVIDTTL is how long a JWT-SVID lives if the entry does not say.
+	// Default: 5m; at most 1h.
+	JWTSVIDTTL time.Duration `yaml:"jwt_svid_ttl"`
+
+	// AgentSVIDTTL is how long an agent's own X509-SVID lives: how long an
+	// agent that cannot reach the CA can come back without a new join token.
+	// Default: 1h; at most 24h.
+	AgentSVIDTTL time.Duration `yaml:"agent_svid_ttl"`
+
+	// Development marks the root as one that nobody should trust.
+	Development bool `yaml:"development"`
+
+	// Logger takes the log; nil discards it.
+	Logger *slog.Logger `yaml:"-"`
+
+	// AdminServices register further services on the admin socket. All of their
+	// RPCs are for administrators.
+	AdminServices []func(grpc.ServiceRegistrar) `yaml:"-"`
+}
+
+// ReadConfig reads a YAML file. Unknown keys are errors.
+func ReadConfig(path string) (Config, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("read the configuration: %w", err)
+	}
+	return ParseConfig(path, data)
+}
+
+// ParseConfig reads YAML; name is for errors, which name the line.
+func ParseConfig(name string, data []byte) (Config, error) {
+	var c Config
+	if err := strictyaml.Decode(name, data, &c); err != nil {
+		return Config{}, fmt.Errorf("read the configuration: %w", err)
+	}
+	return c, nil
+}
+
+// Keys are the names of the settings that Set takes: those of the file.
+func Keys() []string {
+	return []string{
+		"trust_domain", "data_dir", "address", "https_address", "health_address", "admin_socket", "admin_uids",
+		"dns_names", "x509_svid_ttl", "jwt_svid_ttl", "agent_svid_ttl", "development",
+	}
+}
+
+// Set overrides one setting with text from a flag or the environment. Lists
+// are separated by commas.
+func (c *Config) Set(key, text string) error {
+	var err error
+	switch key {
+	case "trust_domain":
+		c.TrustDomain = text
+	case "data_dir":
+		c.DataDir = text
+	case "address":
+		c.Address = text
+	case "https_address":
+		c.HTTPSAddress = text
+	case "health_address":
+		c.HealthAddress = text
+	case "admin_socket":
+		c.AdminSocket = text
+	case "admin_uids":
+		c.AdminUIDs, err = parseUIDs(text)
+	case "dns_names":
+		c.DNSNames = splitList(text)
+	case "x509_svid_ttl":
+		c.X509SVIDTTL, err = time.ParseDuration(text)
+	case "jwt_svid_ttl":
+		c.JWTSVIDTTL, err = time.ParseDuration(text)
+	case "agent_svid_ttl":
+		c.AgentSVIDTTL, err = time.ParseDuration(text)
+	case "development":
+		c.Development, err = strconv.ParseBool(text)
+	default:
+		err = errors.New("no such setting")
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %q: %w", key, text, err)
+	}
+	return nil
+}
+
+func splitList(text string) []string {
+	if text == "" {
+		return nil
+	}
+	return strings.Split(text, ",")
+}
+
+func parseUIDs(text string) ([]uint32, error) {
+	var uids []uint32
+	for _, s := range splitList(text) {
+		n, err := strconv.ParseUint(s, 10, 32)
+		if err != nil {
+			return nil, err
+		}
+		uids = append(uids, uint32(n))
+	}
+	return uids, nil
+}
+
+// Validate says what is wrong with c, naming the key.
+func (c Config) Validate() error {
+	c = c.withDefaults()
+	if c.TrustDomain == "" {
+		return errors.New("trust_domain: is missing")
+	}
+	if _, err := entry.ParseTrustDomain("trust_domain", c.TrustDomain); err != nil {
+		return err
+	}
+	for key, address := range map[string]string{"address": c.Address, "https_address": c.HTTPSAddress, "health_address": c.HealthAddress} {
+		if err := checkAddress(address); err != nil {
+			return fmt.Errorf("%s: %q: %w", key, address, err)
+		}
+	}
+	if len(c.AdminSocket) > unixsock.MaxPath {
+		return fmt.Errorf("admin_socket: %q has %d bytes; a socket path has at most %d", c.AdminSocket, len(c.AdminSocket), unixsock.MaxPath)
+	}
+	if !filepath.IsAbs(c.AdminSocket) {
+		return fmt.Errorf("admin_socket: %q is not an absolute path", c.AdminSocket)
+	}
+	for _, name := range c.DNSNames {
+		if err := entry.CheckDNSName(name); err != nil {
+			return err
+		}
+	}
+	return c.checkTTLs()
+}
+
+func (c Config) checkTTLs() error {
+	for _, ttl := range []struct {
+		key            string
+		value, longest time.Duration
+	}{
+		{"x509_svid_ttl", c.X509SVIDTTL, entry.MaxX509SVIDTTL},
+		{"jwt_svid_ttl", c.JWTSVIDTTL, entry.MaxJWTSVIDTTL},
+		{"agent_svid_ttl", c.AgentSVIDTTL, entry.MaxSVIDTTL},
+	} {
+		if ttl.value < entry.MinTTL || ttl.value > ttl.longest {
+			return fmt.Errorf("%s: %s is not between %s and %s", ttl.key, ttl.value, entry.MinTTL, ttl.longest)
+		}
+	}
+	return nil
+}
+
+func checkAddress(address string) error {
+	_, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return errors.New("want host:port")
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return errors.New("the port is not a number between 0 and 65535")
+	}
+	return nil
+}
+
+func (c Config) withDefaults() Config {
+	for _, s := range []struct {
+		field *string
+		def   string
+	}{
+		{&c.DataDir, DefaultDataDir},
+		{&c.Address, DefaultAddress},
+		{&c.HTTPSAddress, DefaultHTTPSAddress},
+		{&c.HealthAddress, DefaultHealthAddress},
+		{&c.AdminSocket, DefaultAdminSocket},
+	} {
+		if *s.field == "" {
+			*s.field = s.def
+		}
+	}
+	for _, d := range []struct {
+		field *time.Duration
+		def   time.Duration
+	}{
+		{&c.X509SVIDTTL, DefaultX509SVIDTTL},
+		{&c.JWTSVIDTTL, DefaultJWTSVIDTTL},
+		{&c.AgentSVIDTTL, DefaultAgentSVIDTTL},
+	} {
+		if *d.field == 0 {
+			*d.field = d.def
+		}
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	return c
+}

@@ -1,0 +1,226 @@
+// Package web is the CA's HTTPS side: policy bundles for agents and stock OPAs
+// (the OPA bundle protocol) and the trust bundle for everyone.
+package web
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/api"
+	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/release"
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/trust"
+	"merlon.dev/sdk/svid"
+)
+
+// Limits of a request (SECURITY.md T38). A bundle may take a while to travel,
+// and a long poll to be answered.
+const (
+	headerTimeout  = 5 * time.Second
+	readTimeout    = 30 * time.Second
+	idleTimeout    = time.Minute
+	writeTimeout   = MaxWait + time.Minute
+	maxHeaderBytes = 16 << 10
+	drainTimeout   = 3 * time.Second
+)
+
+// MaxWait bounds the long poll for a policy bundle.
+const MaxWait = 5 * time.Minute
+
+const bundlesPath = "/v1/policy/bundles/"
+
+// Options are the parts of a Server. All are required.
+type Options struct {
+	Service  *api.Service
+	Registry *registry.Registry
+	Store    store.Store
+	Log      *slog.Logger
+	// Bundles serves GET and PUT below /v1/policy/bundles/ to whoever has been
+	// let through; CallerFrom tells it whom.
+	Bundles http.Handler
+}
+
+// Server serves HTTPS. Its methods are safe for concurrent use.
+type Server struct{ opts Options }
+
+// New makes a server.
+func New(o Options) *Server { return &Server{opts: o} }
+
+// Serve answers on lis until ctx ends, then lets running requests finish for a
+// moment and returns nil. It closes lis.
+func (s *Server) Serve(ctx context.Context, lis net.Listener, cfg *tls.Config) error {
+	srv := &http.Server{
+		Handler:           s.Handler(),
+		ReadHeaderTimeout: headerTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeaderBytes,
+		TLSConfig:         cfg,
+		ErrorLog:          slog.NewLogLogger(s.opts.Log.Handler(), slog.LevelDebug),
+		// Long polls end with the server.
+		BaseContext: func(net.Listener) context.Context { return ctx },
+	}
+	done := make(chan error, 1)
+	go func() { done <- srv.ServeTLS(lis, "", "") }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
+	defer cancel()
+	if err := srv.Shutdown(drain); err != nil {
+		srv.Close()
+	}
+	if err := <-done; !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// Handler routes. Paths are taken literally: no cleaning, no redirects, which
+// a mux would do.
+func (s *Server) Handler() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		path := r.URL.EscapedPath()
+		name, isBundle := strings.CutPrefix(path, bundlesPath)
+		switch {
+		case path == "/v1/trust/bundle":
+			s.trustBundle(w, r)
+		case isBundle && release.CheckName(name) == nil:
+			s.policyBundle(w, r, name)
+		default:
+			problem(w, http.StatusNotFound, "nothing is served at this path")
+		}
+	})
+}
+
+// trustBundle answers everyone (SECURITY.md F-10): the keys are public.
+func (s *Server) trustBundle(w http.ResponseWriter, r *http.Request) {
+	if !allow(w, r, http.MethodGet, http.MethodHead) {
+		return
+	}
+	b := s.opts.Registry.Trust()
+	if b == nil {
+		problem(w, http.StatusServiceUnavailable, "no trust bundle is published yet")
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "max-age="+strconv.Itoa(int(trust.RefreshHint/time.Second)))
+	w.Header().Set("Content-Length", strconv.Itoa(len(b.JWKS)))
+	if r.Method == http.MethodHead {
+		return
+	}
+	_, _ = w.Write(b.JWKS) // the client may be gone; nothing to do about it
+}
+
+func (s *Server) policyBundle(w http.ResponseWriter, r *http.Request, name string) {
+	if !allow(w, r, http.MethodGet, http.MethodHead, http.MethodPut) {
+		return
+	}
+	caller := s.callerOf(r)
+	if code, reason := s.admit(r, caller, name); code != 0 {
+		if code == http.StatusUnauthorized {
+			w.Header().Set("WWW-Authenticate", "Bearer")
+		}
+		s.opts.Service.Refused(r.Context(), caller, r.Method+" "+bundlesPath+name, reason)
+		problem(w, code, reason)
+		return
+	}
+	s.opts.Bundles.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callerKey{}, caller)))
+}
+
+type callerKey struct{}
+
+// CallerFrom returns who was let through to Options.Bundles; nil for the
+// holder of a bundle-reader token.
+func CallerFrom(ctx context.Context) *api.Caller {
+	c, _ := ctx.Value(callerKey{}).(*api.Caller)
+	return c
+}
+
+// callerOf resolves the client's SVID; without one the caller is anonymous.
+func (s *Server) callerOf(r *http.Request) *api.Caller {
+	if r.TLS != nil {
+		if p, ok := svid.PeerFromState(*r.TLS); ok {
+			return s.opts.Service.PeerCaller(p)
+		}
+	}
+	return api.Anonymous()
+}
+
+// admit says why the caller may not do r to the bundle called name; code 0 lets
+// it through. Writing is for administrators, reading also for agents and for
+// the holders of a token for this very bundle.
+func (s *Server) admit(r *http.Request, c *api.Caller, name string) (code int, reason string) {
+	if c.Is(capb.Caller_CALLER_ADMIN) {
+		return 0, ""
+	}
+	if r.Method == http.MethodPut {
+		return deny(c, "uploading a policy bundle needs the X509-SVID of an admin entry")
+	}
+	if c.Is(capb.Caller_CALLER_AGENT) {
+		return 0, ""
+	}
+	token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	if !ok {
+		return deny(c, "reading a policy bundle needs the X509-SVID of an agent or administrator, or a bundle-reader token")
+	}
+	err := attest.CheckReaderToken(r.Context(), s.opts.Store, token, name, time.Now())
+	switch {
+	case err == nil:
+		return 0, ""
+	case errors.Is(err, attest.ErrTokenScope):
+		return http.StatusForbidden, err.Error()
+	case errors.Is(err, attest.ErrUnknownToken), errors.Is(err, attest.ErrExpiredToken):
+		return http.StatusUnauthorized, err.Error()
+	default:
+		s.opts.Log.LogAttrs(r.Context(), slog.LevelError, "bundle-reader token not checked", slog.Any("err", err))
+		return http.StatusServiceUnavailable, "the token cannot be checked now"
+	}
+}
+
+func deny(c *api.Caller, needs string) (int, string) {
+	switch {
+	case c.Fault != "":
+		return http.StatusUnauthorized, c.Name + ": " + c.Fault
+	case c.Peer == nil:
+		return http.StatusUnauthorized, needs
+	default:
+		return http.StatusForbidden, c.Name + ": " + needs
+	}
+}
+
+func allow(w http.ResponseWriter, r *http.Request, methods ...string) bool {
+	for _, m := range methods {
+		if r.Method == m {
+			return true
+		}
+	}
+	w.Header().Set("Allow", strings.Join(methods, ", "))
+	problem(w, http.StatusMethodNotAllowed, "the method "+strconv.Quote(r.Method)+" is not served here")
+	return false
+}
+
+// problem answers as RFC 9457 says.
+func problem(w http.ResponseWriter, code int, detail string) {
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(code)
+	_ = json.NewEncoder(w).Encode(map[string]any{ // the client may be gone
+		"type": "about:blank", "title": http.StatusText(code), "status": code, "detail": detail,
+	})
+}

@@ -1,0 +1,344 @@
+// The CA's life: open everything, serve, and on the way out stop taking work,
+// drain, and close the store last.
+
+package ca
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/net/netutil"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	healthgrpc "google.golang.org/grpc/health/grpc_health_v1"
+
+	"merlon.dev/ca/internal/api"
+	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/release"
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/store/badger"
+	"merlon.dev/ca/internal/trust"
+	"merlon.dev/ca/internal/upstream"
+	"merlon.dev/ca/internal/web"
+	"merlon.dev/policy/bundle"
+	"merlon.dev/sdk/health"
+	"merlon.dev/sdk/svid"
+	"merlon.dev/sdk/unixsock"
+)
+
+const (
+	// maxConnections is per port: 10 000 agents with a second connection while
+	// they renew.
+	maxConnections = 25_000
+	drainTimeout   = 5 * time.Second
+)
+
+// Server is a CA. Its methods are safe for concurrent use.
+type Server struct {
+	cfg   Config
+	td    spiffeid.TrustDomain
+	log   *slog.Logger
+	ready chan struct{}
+
+	// Set before ready is closed.
+	address, httpsAddress, healthAddress net.Addr
+	root                                 *x509.Certificate
+}
+
+// New makes a CA from cfg. It opens nothing: Run does.
+func New(cfg Config) (*Server, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("configuration: %w", err)
+	}
+	cfg = cfg.withDefaults()
+	td, err := spiffeid.TrustDomainFromString(cfg.TrustDomain)
+	if err != nil {
+		return nil, fmt.Errorf("configuration: trust_domain: %w", err)
+	}
+	return &Server{cfg: cfg, td: td, log: cfg.Logger, ready: make(chan struct{})}, nil
+}
+
+// Ready is closed once the CA serves on all its addresses.
+func (s *Server) Ready() <-chan struct{} { return s.ready }
+
+// Address is where gRPC is served. Call it after Ready.
+func (s *Server) Address() net.Addr { return s.address }
+
+// HTTPSAddress is where bundles are served. Call it after Ready.
+func (s *Server) HTTPSAddress() net.Addr { return s.httpsAddress }
+
+// HealthAddress is where health and metrics are served. Call it after Ready.
+func (s *Server) HealthAddress() net.Addr { return s.healthAddress }
+
+// AdminSocket is the absolute path of the admin socket.
+func (s *Server) AdminSocket() string { return s.cfg.AdminSocket }
+
+// Root is the root certificate. Call it after Ready.
+func (s *Server) Root() *x509.Certificate { return s.root }
+
+// Run serves until ctx ends and returns nil after a clean stop. Call it once.
+func (s *Server) Run(ctx context.Context) (err error) {
+	p, err := s.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, p.close()) }()
+	l, err := s.listen()
+	if err != nil {
+		return err
+	}
+	return s.serve(ctx, p, l)
+}
+
+// parts are what the CA is made of once it is open.
+type parts struct {
+	store    store.Store
+	audit    *audit.Log
+	keys     *upstream.Keys
+	registry *registry.Registry
+	releases *release.Publisher
+	service  *api.Service
+	own      *ownSVID
+	health   *health.Server
+	log      *slog.Logger
+}
+
+// close closes the store last: everything else may still want to write.
+func (p *parts) close() error {
+	var errs []error
+	if p.audit != nil {
+		errs = append(errs, p.audit.Close())
+	}
+	if p.store != nil {
+		errs = append(errs, p.store.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Server) open(ctx context.Context) (p *parts, err error) {
+	p = &parts{log: s.log}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.close())
+		}
+	}()
+	if err := openDataDir(s.cfg.DataDir); err != nil {
+		return nil, err
+	}
+	if p.store, err = openStore(filepath.Join(s.cfg.DataDir, "store"), s.log); err != nil {
+		return nil, err
+	}
+	if p.audit, err = audit.Open(filepath.Join(s.cfg.DataDir, "audit.jsonl"), s.log); err != nil {
+		return nil, err
+	}
+	p.keys, err = upstream.Open(ctx, upstream.Config{TrustDomain: s.td, Dir: filepath.Join(s.cfg.DataDir, "keys"), Development: s.cfg.Development})
+	if err != nil {
+		return nil, err
+	}
+	keys, err := p.keys.TrustBundle()
+	if err != nil {
+		return nil, err
+	}
+	if _, err := trust.Publish(ctx, p.store, keys); err != nil {
+		return nil, err
+	}
+	if p.registry, err = registry.Open(ctx, p.store, s.log); err != nil {
+		return nil, err
+	}
+	if p.releases, err = s.publisher(p); err != nil {
+		return nil, err
+	}
+	return p, s.assemble(ctx, p)
+}
+
+// openStore avoids an interface that holds a nil *badger.Store.
+func openStore(dir string, log *slog.Logger) (store.Store, error) {
+	st, err := badger.Open(dir, badger.Options{Logger: log})
+	if err != nil {
+		return nil, err
+	}
+	return st, nil
+}
+
+// openDataDir makes the folder of the keys, and refuses one that others can
+// write: they could put their own keys there.
+func openDataDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make data_dir: %w", err)
+	}
+	fi, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("open data_dir: %w", err)
+	}
+	if fi.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("open data_dir: %s has mode %04o, which lets others write: chmod it to 0700", dir, fi.Mode().Perm())
+	}
+	return nil
+}
+
+func (s *Server) publisher(p *parts) (*release.Publisher, error) {
+	kid, signer := p.keys.Policy()
+	pkix, err := x509.MarshalPKIXPublicKey(signer.Public())
+	if err != nil {
+		return nil, fmt.Errorf("encode the policy key: %w", err)
+	}
+	return release.New(release.Options{
+		Store: p.store, Log: s.log, MaxBytes: bundle.MaxBytes,
+		Keys: []release.Key{{KID: kid, PKIX: pkix}},
+		Check: func(unsigned []byte) error {
+			_, err := bundle.Check(unsigned)
+			return err
+		},
+		Sign: func(unsigned []byte, seal release.Seal) ([]byte, error) {
+			return bundle.Sign(unsigned, bundle.Metadata{
+				Name: seal.Name, TrustDomain: s.td.Name(), Generation: seal.Generation, IssuedAt: seal.IssuedAt, NotAfter: seal.NotAfter,
+			}, kid, signer)
+		},
+	}), nil
+}
+
+// assemble makes what serves.
+func (s *Server) assemble(ctx context.Context, p *parts) error {
+	p.health = health.New(s.log)
+	p.service = api.New(api.Options{
+		TrustDomain: s.td, Store: p.store, Registry: p.registry, Keys: p.keys, Releases: p.releases, Audit: p.audit,
+		Log: s.log, Metrics: p.health.Registry(), AdminUIDs: s.cfg.AdminUIDs,
+		X509SVIDTTL: s.cfg.X509SVIDTTL, JWTSVIDTTL: s.cfg.JWTSVIDTTL, AgentSVIDTTL: s.cfg.AgentSVIDTTL,
+	})
+	p.own = &ownSVID{td: s.td, dnsNames: s.cfg.DNSNames, keys: p.keys, registry: p.registry, audit: p.audit}
+	if err := p.own.renew(ctx, time.Now()); err != nil {
+		return err
+	}
+	watchKeys(p.health.Registry(), p.keys)
+	s.root = p.keys.X509().Root
+	return nil
+}
+
+// watchKeys exports when each authority ends.
+func watchKeys(to prometheus.Registerer, keys *upstream.Keys) {
+	ends := map[string]func() time.Time{
+		"root":         func() time.Time { return keys.X509().Root.NotAfter },
+		"intermediate": func() time.Time { return keys.X509().Chain[0].NotAfter },
+	}
+	for name, end := range ends {
+		to.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "merlon_ca_expiry_timestamp_seconds", Help: "When the certificate of the authority ends, in Unix time.",
+			ConstLabels: prometheus.Labels{"authority": name},
+		}, func() float64 { return float64(end().Unix()) }))
+	}
+}
+
+// listeners are the bound addresses.
+type listeners struct{ grpc, https, health, admin net.Listener }
+
+func (s *Server) listen() (l *listeners, err error) {
+	l = &listeners{}
+	defer func() {
+		if err != nil {
+			l.close()
+		}
+	}()
+	for _, tcp := range []struct {
+		key, address string
+		to           *net.Listener
+	}{
+		{"address", s.cfg.Address, &l.grpc},
+		{"https_address", s.cfg.HTTPSAddress, &l.https},
+		{"health_address", s.cfg.HealthAddress, &l.health},
+	} {
+		lis, err := net.Listen("tcp", tcp.address)
+		if err != nil {
+			return l, fmt.Errorf("%s: %w", tcp.key, err)
+		}
+		*tcp.to = netutil.LimitListener(lis, maxConnections)
+	}
+	if l.admin, err = unixsock.Listen(s.cfg.AdminSocket, unixsock.Private); err != nil {
+		return l, fmt.Errorf("admin_socket: %w", err)
+	}
+	s.address, s.httpsAddress, s.healthAddress = l.grpc.Addr(), l.https.Addr(), l.health.Addr()
+	return l, nil
+}
+
+func (l *listeners) close() {
+	for _, lis := range []net.Listener{l.grpc, l.https, l.health, l.admin} {
+		if lis != nil {
+			lis.Close()
+		}
+	}
+}
+
+// serve runs everything. The inner group, what the servers rest on, ends after
+// the servers have: a call that is being drained still waits for the registry.
+func (s *Server) serve(ctx context.Context, p *parts, l *listeners) error {
+	inner, stopInner := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopInner()
+	base, inner := errgroup.WithContext(inner)
+	base.Go(func() error { return p.registry.Run(inner) })
+	base.Go(func() error { return p.own.run(inner, s.log) })
+	base.Go(func() error { return p.maintain(inner) })
+
+	outer, stopOuter := context.WithCancel(ctx)
+	defer stopOuter()
+	stopWithBase := context.AfterFunc(inner, stopOuter) // a part that fails ends all
+	defer stopWithBase()
+	servers, outer := errgroup.WithContext(outer)
+	s.startServers(outer, servers, p, l)
+	close(s.ready)
+	s.log.LogAttrs(ctx, slog.LevelInfo, "CA serves", slog.String("trust_domain", s.td.Name()),
+		slog.String("address", s.address.String()), slog.String("https_address", s.httpsAddress.String()),
+		slog.String("admin_socket", s.cfg.AdminSocket))
+	err := servers.Wait()
+	stopInner()
+	return errors.Join(err, base.Wait())
+}
+
+func (s *Server) startServers(ctx context.Context, g *errgroup.Group, p *parts, l *listeners) {
+	tlsGRPC := s.tlsConfig(p, "h2")
+	extra := append([]func(grpc.ServiceRegistrar){func(r grpc.ServiceRegistrar) {
+		healthgrpc.RegisterHealthServer(r, p.health.GRPC())
+	}}, s.cfg.AdminServices...)
+	serveGRPC(ctx, g, p, p.service.TLSServer(tlsGRPC), l.grpc)
+	serveGRPC(ctx, g, p, p.service.SocketServer(extra...), l.admin)
+	pages := web.New(web.Options{
+		Service: p.service, Registry: p.registry, Store: p.store, Log: s.log,
+		Bundles: bundles{p.releases, p.registry, p.service}.handler(s.log),
+	})
+	g.Go(func() error { return pages.Serve(ctx, l.https, s.tlsConfig(p, "h2", "http/1.1")) })
+	g.Go(func() error { return p.health.Serve(ctx, l.health) })
+}
+
+func (s *Server) tlsConfig(p *parts, protos ...string) *tls.Config {
+	return svid.TLS{
+		SVIDs: p.own, Bundles: p.registry,
+		// Whoever has an SVID of the trust domain may connect; each call is
+		// judged by itself.
+		Admit:          func(*svid.Peer) error { return nil },
+		AnonymousPeers: true, IncludeRoot: true, NextProtos: protos,
+	}.Server()
+}
+
+// serveGRPC serves until ctx ends, then ends the streams, lets calls finish
+// and after a while cuts them.
+func serveGRPC(ctx context.Context, g *errgroup.Group, p *parts, srv *grpc.Server, lis net.Listener) {
+	g.Go(func() error { return srv.Serve(lis) })
+	g.Go(func() error {
+		<-ctx.Done()
+		p.service.StopStreams()
+		p.health.Stop()
+		cut := time.AfterFunc(drainTimeout, srv.Stop)
+		defer cut.Stop()
+		srv.GracefulStop()
+		return nil
+	})
+}
