@@ -98,12 +98,12 @@ func parseModule(name, source string) (*ast.Module, error) {
 	if len(source) > maxModuleBytes {
 		return nil, &Error{File: name, Reason: fmt.Sprintf("is longer than %d bytes", maxModuleBytes)}
 	}
+	if strings.TrimSpace(source) == "" {
+		return nil, &Error{File: name, Reason: "is empty"}
+	}
 	m, err := ast.ParseModuleWithOpts(name, source, ast.ParserOptions{RegoVersion: ast.RegoV1, Capabilities: Capabilities()})
 	if err != nil {
 		return nil, firstError(err)
-	}
-	if m == nil {
-		return nil, &Error{File: name, Reason: "is empty"}
 	}
 	if err := checkBuiltins(name, m); err != nil {
 		return nil, err

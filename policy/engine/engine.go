@@ -56,6 +56,7 @@ type Engine struct {
 	dryRun     map[string]*atomic.Uint64
 	log        *slog.Logger
 	now        func() time.Time
+	limit      time.Duration // EvaluationLimit, more in tests that are not about it
 }
 
 var _ policy.Authorizer = (*Engine)(nil)
@@ -72,7 +73,7 @@ func New(ctx context.Context, src Source) (*Engine, error) {
 	}
 	e := &Engine{
 		grants: grants, generation: src.Generation, notAfter: src.NotAfter,
-		ownRego: hasOwnRego(src.Modules), dryRun: map[string]*atomic.Uint64{}, log: src.Logger, now: time.Now,
+		ownRego: hasOwnRego(src.Modules), dryRun: map[string]*atomic.Uint64{}, log: src.Logger, now: time.Now, limit: EvaluationLimit,
 	}
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
@@ -191,8 +192,8 @@ func (e *Engine) evaluate(ctx context.Context, in *policy.Input, now time.Time, 
 		}
 	}()
 	cancel := topdown.NewCancel()
-	limit := time.AfterFunc(EvaluationLimit, cancel.Cancel)
-	defer limit.Stop()
+	timer := time.AfterFunc(e.limit, cancel.Cancel)
+	defer timer.Stop()
 	if ctx.Done() != nil {
 		defer context.AfterFunc(ctx, cancel.Cancel)()
 	}
@@ -203,7 +204,7 @@ func (e *Engine) evaluate(ctx context.Context, in *policy.Input, now time.Time, 
 		rego.EvalExternalCancel(cancel))
 	switch {
 	case topdown.IsCancel(err):
-		return answer{err: fmt.Errorf("evaluate policy: stopped after %v", EvaluationLimit)}
+		return answer{err: fmt.Errorf("evaluate policy: stopped after %v", e.limit)}
 	case err != nil:
 		return answer{err: fmt.Errorf("evaluate policy: %v", err)}
 	case len(results) != 1 || len(results[0].Expressions) != 1:

@@ -2,15 +2,16 @@ package engine
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
+	"strings"
 	"testing"
+	"time"
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/grant"
 )
 
-func mustParse(t testing.TB, yaml string) []grant.Grant {
+func parseGrants(t testing.TB, yaml string) []grant.Grant {
 	t.Helper()
 	if yaml == "" {
 		return nil
@@ -22,13 +23,263 @@ func mustParse(t testing.TB, yaml string) []grant.Grant {
 	return g
 }
 
-func open(t testing.TB, grants []grant.Grant, modules map[string]string) *Engine {
+func load(t testing.TB, grants []grant.Grant, modules map[string]string) *Engine {
 	t.Helper()
 	e, err := New(context.Background(), Source{Modules: modules, Data: map[string]any{"merlon": grant.Compile(grants)}, Generation: 7})
 	if err != nil {
 		t.Fatal(err)
 	}
+	e.limit = time.Minute // a loaded machine must not fail what is not about time
 	return e
+}
+
+func get(path string) *policy.Input {
+	return &policy.Input{Source: "spiffe://shop.test/web", Destination: "spiffe://shop.test/orders", Protocol: policy.HTTP, Method: "GET", Path: path}
+}
+
+const webReadsOrders = `grants:
+  - {id: web-reads-orders, from: [spiffe://shop.test/web], to: [spiffe://shop.test/orders], http: {methods: [GET], paths: [/orders, /orders/*]}}
+`
+
+func TestAuthorizeFillsTheDecision(t *testing.T) {
+	e := load(t, parseGrants(t, webReadsOrders), nil)
+	d := e.Authorize(t.Context(), get("/orders/1"))
+	if !d.Allow || d.Reason != policy.Allowed || d.RuleID != "web-reads-orders" || d.Revision != 7 || len(d.DecisionID) != 24 {
+		t.Errorf("decision = %+v", d)
+	}
+	if again := e.Authorize(t.Context(), get("/orders/1")); again.DecisionID == d.DecisionID {
+		t.Error("two decisions share an ID")
+	}
+}
+
+func TestAuthorizeDeniesWhatCannotBeDecided(t *testing.T) {
+	e := load(t, parseGrants(t, "grants:\n  - {id: all-http, http: {}}\n  - {id: all-grpc, grpc: {}}\n"), nil)
+	noSource, udp := get("/"), get("/")
+	noSource.Source, udp.Protocol = "", "udp"
+	rpc := get("/a//b")
+	rpc.Protocol = policy.GRPC
+	tests := map[string]struct {
+		in   *policy.Input
+		want policy.Reason
+	}{
+		"no input":         {nil, policy.NoIdentity},
+		"no source":        {noSource, policy.NoIdentity},
+		"ambiguous path":   {get("/a/../b"), policy.BadRequest},
+		"encoded path":     {get("/%61"), policy.BadRequest},
+		"no path":          {get(""), policy.BadRequest},
+		"ambiguous RPC":    {rpc, policy.BadRequest},
+		"unknown protocol": {udp, policy.NoGrant},
+		"zero":             {&policy.Input{Source: "spiffe://a.test/b"}, policy.NoGrant},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			if d := e.Authorize(t.Context(), tt.in); d.Allow || d.Reason != tt.want || d.DecisionID == "" {
+				t.Errorf("decision = %+v; want %s", d, tt.want)
+			}
+		})
+	}
+}
+
+func TestExpiryIsCheckedAtEachCall(t *testing.T) {
+	now := time.Date(2026, 12, 31, 23, 59, 59, 0, time.UTC)
+	e := load(t, parseGrants(t, "grants:\n  - {id: a, http: {}, expires: 2027-01-01T00:00:00Z}\n"), nil)
+	e.notAfter = now.Add(time.Hour)
+	e.now = func() time.Time { return now }
+	for _, step := range []struct {
+		add  time.Duration
+		want policy.Reason
+	}{{0, policy.Allowed}, {time.Second, policy.NoGrant}, {time.Hour, policy.StalePolicy}} {
+		now = now.Add(step.add)
+		if d := e.Authorize(t.Context(), get("/")); d.Reason != step.want {
+			t.Errorf("at %v: %+v; want %s", now, d, step.want)
+		}
+	}
+}
+
+func TestExplainSaysWhatWasNearest(t *testing.T) {
+	e := load(t, parseGrants(t, webReadsOrders+`
+  - {id: tried, from: [spiffe://shop.test/web], http: {}, mode: dry-run}
+  - {id: old, from: [spiffe://shop.test/cart], http: {}, expires: 2020-01-01T00:00:00Z}
+`), nil)
+	post, cart := get("/orders"), get("/orders")
+	post.Method, cart.Source = "POST", "spiffe://shop.test/cart"
+	const dry = "grant tried matches, but is in mode dry-run and decides nothing"
+	tests := map[string]struct {
+		in   *policy.Input
+		want []string
+	}{
+		"allowed":   {get("/orders"), []string{"grant web-reads-orders allows the call", dry}},
+		"method":    {post, []string{"grant web-reads-orders allows GET, not POST", dry}},
+		"path":      {get("/admin"), []string{"grant web-reads-orders allows /orders, /orders/*, not /admin", dry}},
+		"expired":   {cart, []string{"no grant lets spiffe://shop.test/cart call spiffe://shop.test/orders over http", "grant old expired at 2020-01-01T00:00:00Z"}},
+		"ambiguous": {get("/a//b"), []string{`path "/a//b" is ambiguous: empty segment ("//") at byte 3`}},
+		"nobody":    {&policy.Input{Protocol: policy.TCP}, []string{"the caller proved no SPIFFE ID"}},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			d, got := e.Explain(t.Context(), tt.in)
+			if strings.Join(got, "\n") != strings.Join(tt.want, "\n") {
+				t.Errorf("%s: %q; want %q", d.Reason, got, tt.want)
+			}
+		})
+	}
+	if n := e.DryRun()["tried"]; n != 3 {
+		t.Errorf("dry-run grant counted %d calls; want 3", n)
+	}
+}
+
+func TestOwnRegoDecidesBesideGrants(t *testing.T) {
+	modules := map[string]string{"authz.rego": `package authz
+
+allow if input.parsed_path == ["health"]
+
+allow if {
+	input.attributes.request.http.headers["x-team"] == "shop"
+	input.spiffe.source.trust_domain == "shop.test"
+	input.parsed_query.page[0] == "1"
+}
+
+deny if input.attributes.request.http.headers_all["x-debug"][_] == "on"
+
+deny if input.grpc.service == "shop.Admin"
+`, "envoy.rego": `package envoy.authz
+
+allow := {"allowed": true, "http_status": 200} if input.attributes.request.http.path == "/envoy?x=1"
+`}
+	e := load(t, parseGrants(t, webReadsOrders), modules)
+	team, debug, envoy, rpc := get("/x"), get("/orders"), get("/envoy"), get("/shop.Admin/Get")
+	team.Headers, team.Query = map[string][]string{"x-team": {"shop"}}, "page=1"
+	debug.Headers = map[string][]string{"x-debug": {"off", "on"}}
+	envoy.Query = "x=1"
+	rpc.Protocol = policy.GRPC
+	for name, tt := range map[string]struct {
+		in   *policy.Input
+		want policy.Reason
+		rule string
+	}{
+		"grant":            {get("/orders"), policy.Allowed, "web-reads-orders"},
+		"allow":            {get("/health"), policy.Allowed, "rego:allow"},
+		"allow by headers": {team, policy.Allowed, "rego:allow"},
+		"deny over grant":  {debug, policy.DenyRule, "rego:deny"},
+		"deny by service":  {rpc, policy.DenyRule, "rego:deny"},
+		"object of envoy":  {envoy, policy.Allowed, "rego:allow"},
+		"neither":          {get("/x"), policy.PathNotGranted, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if d := e.Authorize(t.Context(), tt.in); d.Reason != tt.want || d.RuleID != tt.rule || d.Allow != (tt.want == policy.Allowed) {
+				t.Errorf("decision = %+v; want %s %q", d, tt.want, tt.rule)
+			}
+		})
+	}
+}
+
+// T32: whatever Rego answers that is no clear yes or no is a denial that says
+// so, even where a grant allows the call.
+func TestT32UnclearAnswersDeny(t *testing.T) {
+	tests := map[string]struct {
+		rego string
+		want policy.Reason
+	}{
+		"string allow":     {`allow := "true"`, policy.Error},
+		"number allow":     {`allow := 1`, policy.Error},
+		"null allow":       {`allow := null`, policy.Error},
+		"array allow":      {`allow := [true]`, policy.Error},
+		"object allow":     {`allow := {"allow": true}`, policy.Error},
+		"object string":    {`allow := {"allowed": "true"}`, policy.Error},
+		"computed set":     {`allow := {x | x := input.protocol}`, policy.Error},
+		"string deny":      {`deny := "no"`, policy.Error},
+		"set deny":         {`deny := {"message"}`, policy.Error},
+		"empty set deny":   {`deny := set()`, policy.Error},
+		"object deny":      {`deny := {"allowed": false}`, policy.Error},
+		"conflict":         {"allow := true if input.protocol\nallow := false if input.attributes", policy.Error},
+		"conflict in deny": {"deny := true if input.protocol\ndeny := false if input.attributes", policy.Error},
+		"builtin error":    {`deny if to_number(input.protocol) > 1`, policy.Error},
+		"division by zero": {`deny if 1 / (count(input.protocol) - 4) == 1`, policy.Error},
+		"undefined":        {`deny if input.nothing.here`, policy.Allowed},
+		"false":            {`allow := false`, policy.Allowed},
+		"denies":           {`deny := true`, policy.DenyRule},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			e := load(t, parseGrants(t, "grants:\n  - {id: all, http: {}}\n"), map[string]string{"a.rego": "package authz\n\n" + tt.rego + "\n"})
+			d, why := e.Explain(t.Context(), get("/"))
+			if d.Reason != tt.want || d.Allow != (tt.want == policy.Allowed) {
+				t.Errorf("decision = %+v; want %s", d, tt.want)
+			}
+			if len(why) == 0 || why[0] == "" {
+				t.Error("no explanation")
+			}
+		})
+	}
+}
+
+// T31: hostile policies are stopped at the limit, and deny.
+func TestT31HostilePoliciesAreStopped(t *testing.T) {
+	for name, rego := range map[string]string{
+		"nested loops":   `allow if { some a in numbers.range(1, 3000); some b in numbers.range(1, 3000); some c in numbers.range(1, 3000); a + b + c < 0 }`,
+		"huge range":     `allow if count(numbers.range(1, 2000000000)) == 0`,
+		"comprehension":  `allow if count([x | some x in numbers.range(1, 100000); some y in numbers.range(1, 100000); x == -y]) == 1`,
+		"set product":    `allow if count({[x, y] | some x in numbers.range(1, 5000); some y in numbers.range(1, 5000)}) == 0`,
+		"in deny":        `deny if { some a in numbers.range(1, 100000); some b in numbers.range(1, 100000); a + b < 0 }`,
+		"regex per item": `allow if { some a in numbers.range(1, 10000000); regex.match(sprintf("^(a+)+%d$", [a]), "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!") }`,
+		"walk":           `allow if { walk(numbers.range(1, 3000000), [_, x]); x == "no" }`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := load(t, nil, map[string]string{"a.rego": "package authz\n\n" + rego + "\n"})
+			e.limit = EvaluationLimit
+			start := time.Now()
+			d := e.Authorize(t.Context(), get("/"))
+			if d.Allow || d.Reason != policy.Error {
+				t.Errorf("decision = %+v; want ERROR", d)
+			}
+			// The limit is 50 ms; the rest is for a loaded machine.
+			if took := time.Since(start); took > 2*time.Second {
+				t.Errorf("took %v", took)
+			}
+		})
+	}
+}
+
+func TestAuthorizeEndsWithItsContext(t *testing.T) {
+	e := load(t, nil, map[string]string{"a.rego": "package authz\n\nallow if { some a in numbers.range(1, 100000); some b in numbers.range(1, 100000); a + b < 0 }\n"})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if d := e.Authorize(ctx, get("/")); d.Allow || d.Reason != policy.Error {
+		t.Errorf("decision = %+v", d)
+	}
+}
+
+func TestEngineIsSafeForConcurrentUse(t *testing.T) {
+	e := load(t, parseGrants(t, webReadsOrders), map[string]string{"a.rego": "package authz\n\ndeny if input.attributes.request.http.path == \"/orders/7\"\n"})
+	done := make(chan error, 8)
+	for range cap(done) {
+		go func() {
+			for i := range 50 {
+				want := policy.Allowed
+				if i == 7 {
+					want = policy.DenyRule
+				}
+				if d, why := e.Explain(context.Background(), get(fmt.Sprintf("/orders/%d", i))); d.Reason != want {
+					done <- fmt.Errorf("/orders/%d: %+v, %q", i, d, why)
+					return
+				}
+			}
+			done <- nil
+		}()
+	}
+	for range cap(done) {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestNewRefusesDataWithoutGrants(t *testing.T) {
+	for name, data := range map[string]map[string]any{"nil": nil, "no merlon": {"x": 1}, "no grants": {"merlon": map[string]any{}}} {
+		if _, err := New(t.Context(), Source{Data: data}); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
 }
 
 func benchmarkGrants(n int) []grant.Grant {
@@ -45,16 +296,15 @@ func benchmarkGrants(n int) []grant.Grant {
 
 func BenchmarkAuthorize(b *testing.B) {
 	for _, n := range []int{10, 10_000} {
-		e := open(b, benchmarkGrants(n), nil)
+		e := load(b, benchmarkGrants(n), nil)
 		for name, method := range map[string]string{"allow": "GET", "deny": "POST"} {
 			b.Run(fmt.Sprintf("grants=%d/%s", n, name), func(b *testing.B) {
 				ctx, i := context.Background(), 0
 				inputs := make([]*policy.Input, 4096)
 				for i := range inputs {
-					inputs[i] = &policy.Input{
-						Source: fmt.Sprintf("spiffe://shop.test/web-%d", i%n), Destination: fmt.Sprintf("spiffe://shop.test/orders-%d", i%n%100),
-						Protocol: policy.HTTP, Method: method, Path: fmt.Sprintf("/orders/%d", i),
-					}
+					inputs[i] = get(fmt.Sprintf("/orders/%d", i))
+					inputs[i].Source, inputs[i].Destination = fmt.Sprintf("spiffe://shop.test/web-%d", i%n), fmt.Sprintf("spiffe://shop.test/orders-%d", i%n%100)
+					inputs[i].Method = method
 				}
 				b.ReportAllocs()
 				for b.Loop() {
@@ -68,4 +318,24 @@ func BenchmarkAuthorize(b *testing.B) {
 	}
 }
 
-var _ = json.Marshal
+func BenchmarkAuthorizeOwnRego(b *testing.B) {
+	e := load(b, parseGrants(b, webReadsOrders), map[string]string{"a.rego": "package authz\n\ndeny if input.attributes.request.http.headers[\"x-debug\"] == \"on\"\n"})
+	in := get("/orders/1")
+	in.Headers = map[string][]string{"user-agent": {"go"}, "accept": {"*/*"}, "x-request-id": {"1"}}
+	b.ReportAllocs()
+	for b.Loop() {
+		if d := e.Authorize(b.Context(), in); !d.Allow {
+			b.Fatal(d)
+		}
+	}
+}
+
+func BenchmarkNew(b *testing.B) {
+	data := map[string]any{"merlon": grant.Compile(benchmarkGrants(10_000))}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := New(b.Context(), Source{Data: data}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

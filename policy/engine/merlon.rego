@@ -210,28 +210,36 @@ candidates(id, depths) := array.concat([id, trust_domain, "*"], below) if {
 # The policy's own Rego. Anything but a boolean (for allow also the object of
 # opa-envoy-plugin with a boolean "allowed") is an error, which denies.
 
-rego_denies if data.authz.deny == true
+rego_denies if same(data.authz.deny, true)
 
-rego_denies if data.envoy.authz.deny == true
+rego_denies if same(data.envoy.authz.deny, true)
 
-rego_allows if allows(data.authz.allow)
+malformed_deny if not_boolean(data.authz.deny)
 
-rego_allows if allows(data.envoy.authz.allow)
+malformed_deny if not_boolean(data.envoy.authz.deny)
 
-allows(answer) if answer == true
+rego_allows if same(data.authz.allow, true)
 
-allows(answer) if answer.allowed == true
+rego_allows if same(data.envoy.authz.allow, true)
 
-malformed_deny if {
-	some answer in array.concat([d | d := data.authz.deny], [d | d := data.envoy.authz.deny])
-	not is_boolean(answer)
-}
+rego_allows if allowed(data.authz.allow)
 
-malformed_allow if {
-	some answer in array.concat([a | a := data.authz.allow], [a | a := data.envoy.authz.allow])
-	not well_formed(answer)
-}
+rego_allows if allowed(data.envoy.authz.allow)
 
-well_formed(answer) if is_boolean(answer)
+malformed_allow if unclear(data.authz.allow)
 
-well_formed(answer) if is_boolean(answer.allowed)
+malformed_allow if unclear(data.envoy.authz.allow)
+
+# These take any type, so that a policy whose answer is no boolean compiles,
+# and is found out when it answers.
+not_boolean(answer) if not is_boolean(answer)
+
+same(a, b) if a == b
+
+allowed(answer) if answer.allowed == true
+
+unclear(answer) if not clear(answer)
+
+clear(answer) if is_boolean(answer)
+
+clear(answer) if is_boolean(answer.allowed)
