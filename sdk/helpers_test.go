@@ -51,7 +51,7 @@ func echo(t *testing.T, lis net.Listener) string {
 			}
 			conns.Go(func() {
 				defer conn.Close()
-				io.Copy(conn, conn)
+				_, _ = io.Copy(conn, conn)
 			})
 		}
 	}()
@@ -104,7 +104,7 @@ func serve(t *testing.T, path string, register func(*grpc.Server)) string {
 	server := grpc.NewServer()
 	register(server)
 	done := make(chan struct{})
-	go func() { defer close(done); server.Serve(lis) }()
+	go func() { defer close(done); _ = server.Serve(lis) }()
 	t.Cleanup(func() { server.Stop(); <-done })
 	return path
 }

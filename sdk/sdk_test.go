@@ -49,7 +49,7 @@ func TestOpenGivesTheWorkloadItsIdentity(t *testing.T) {
 }
 
 func TestOpenNamesWhatIsInTheWay(t *testing.T) {
-	dir, err := os.MkdirTemp("", "sdk")
+	dir, err := os.MkdirTemp("", "sdk") //nolint:usetesting // t.TempDir is too long for a socket path
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,6 +161,7 @@ func TestWithdrawnIdentityIsNotUsed(t *testing.T) {
 }
 
 func TestIdentityOutlivesItsAgentUntilItExpires(t *testing.T) {
+	t.Parallel()
 	td := sdktest.New(t)
 	td.SetTTL(3 * time.Second)
 	id := td.Workload("web")

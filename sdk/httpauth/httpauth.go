@@ -110,7 +110,7 @@ func exactPath(r *http.Request) (string, error) {
 	// HTTP/2 lets a Host field stand beside :authority, and readers disagree
 	// about which one counts (T17).
 	if hosts := r.Header["Host"]; len(hosts) > 1 || len(hosts) == 1 && hosts[0] != r.Host {
-		return path, errors.New("Host and :authority differ")
+		return path, errors.New("the Host field and :authority differ")
 	}
 	return path, nil
 }

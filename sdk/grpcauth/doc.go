@@ -1,0 +1,3 @@
+// Package grpcauth enforces identity and policy on gRPC: [ServerOptions] for
+// servers, [DialOptions] for clients.
+package grpcauth

@@ -1,0 +1,578 @@
+// Every request is decided, over HTTP/1.1 as over HTTP/2, and what is
+// ambiguous reaches no handler.
+
+package httpauth_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/goleak"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+
+	"merlon.dev/policy"
+	"merlon.dev/sdk"
+	"merlon.dev/sdk/httpauth"
+	"merlon.dev/sdk/sdktest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// start serves handler behind the middleware as users do, with only TLSConfig
+// set, and gives the base URL.
+func start(t testing.TB, id *sdk.Identity, handler http.Handler) string {
+	t.Helper()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{
+		Handler:           httpauth.Handler(id, handler),
+		TLSConfig:         id.ServerTLS(),
+		ReadHeaderTimeout: 10 * time.Second,
+		ErrorLog:          slog.NewLogLogger(slog.DiscardHandler, slog.LevelError),
+	}
+	done := make(chan struct{})
+	go func() { defer close(done); _ = srv.ServeTLS(lis, "", "") }()
+	t.Cleanup(func() { srv.Close(); <-done })
+	return "https://" + lis.Addr().String()
+}
+
+func client(t testing.TB, id *sdk.Identity, to sdk.Target) *http.Client {
+	t.Helper()
+	c := httpauth.Client(id, to)
+	t.Cleanup(c.CloseIdleConnections)
+	return c
+}
+
+func get(c *http.Client, url string) (*http.Response, string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, "", err
+	}
+	res, err := c.Do(req)
+	if err != nil {
+		return nil, "", err
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	return res, string(body), err
+}
+
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !is(); time.Sleep(2 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within 20 s: %s", what)
+		}
+	}
+}
+
+// whoami answers who the caller is and what was decided.
+var whoami = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	peer, ok := sdk.PeerFromContext(r.Context())
+	decision, decided := sdk.DecisionFromContext(r.Context())
+	if !ok || !decided || !decision.Allow {
+		http.Error(w, "no peer or decision", http.StatusInternalServerError)
+		return
+	}
+	fmt.Fprintf(w, "%s over %s", peer.ID, r.Proto)
+})
+
+func TestHandlerKnowsItsCaller(t *testing.T) {
+	td := sdktest.New(t)
+	td.Allow("web", "orders")
+	url := start(t, td.Workload("orders"), whoami)
+	_, body, err := get(client(t, td.Workload("web"), sdk.Service("orders")), url+"/orders/1")
+	if want := "spiffe://sdktest.test/web over HTTP/2.0"; err != nil || body != want {
+		t.Errorf("GET = %q, %v; want %q", body, err, want)
+	}
+}
+
+func TestDenialExplainsItself(t *testing.T) {
+	td := sdktest.New(t)
+	url := start(t, td.Workload("orders"), whoami)
+	_, _, err := get(client(t, td.Workload("web"), sdk.Service("orders")), url+"/orders/1")
+	var denied *sdk.DeniedError
+	if !errors.As(err, &denied) {
+		t.Fatalf("GET = %v; want a *sdk.DeniedError", err)
+	}
+	if denied.Reason != policy.NoGrant || len(denied.DecisionID) != 24 || !strings.Contains(denied.Hint, denied.DecisionID) {
+		t.Errorf("denied: %+v", denied)
+	}
+
+	// The same as anybody else sees it.
+	raw := dial(t, url, td, "http/1.1")
+	res := roundTrip(t, raw, "GET /orders/1 HTTP/1.1\r\nHost: x\r\n\r\n")
+	var p httpauth.Problem
+	if err := json.NewDecoder(res.Body).Decode(&p); err != nil {
+		t.Fatal(err)
+	}
+	want := httpauth.Problem{
+		Type: httpauth.ProblemType, Title: p.Title, Status: 403, Reason: policy.NoGrant,
+		DecisionID: res.Header.Get("x-decision-id"), Hint: p.Hint,
+	}
+	if res.StatusCode != 403 || res.Header.Get("Content-Type") != "application/problem+json" || p.Title == "" || p.Hint == "" || p.DecisionID == "" || !cmp.Equal(p, want) {
+		t.Errorf("%d %v %+v", res.StatusCode, res.Header, p)
+	}
+}
+
+func TestEachRequestOnOneConnectionIsDecided(t *testing.T) {
+	for _, protocol := range []string{"h2", "http/1.1"} {
+		t.Run(protocol, func(t *testing.T) {
+			td := sdktest.New(t)
+			td.Allow("web", "orders")
+			url := start(t, td.Workload("orders"), whoami)
+			var dials atomic.Int32
+			c := &http.Client{Transport: &http.Transport{
+				ForceAttemptHTTP2: protocol == "h2",
+				DialTLSContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+					dials.Add(1)
+					return td.Workload("web").DialTLS(sdk.Service("orders"), protocol)(ctx, network, address)
+				},
+			}}
+			defer c.CloseIdleConnections()
+			for _, step := range []struct {
+				change func()
+				want   int
+			}{
+				{func() {}, 200},
+				{func() { td.Deny("web", "orders") }, 403},
+				{func() { td.Forget("web", "orders"); td.Allow("web", "orders") }, 200},
+				{func() { td.Forget("web", "orders") }, 403},
+			} {
+				step.change()
+				res, body, err := get(c, url+"/")
+				if err != nil || res.StatusCode != step.want {
+					t.Fatalf("GET = %v, %q, %v; want %d", res, body, err, step.want)
+				}
+			}
+			if n := dials.Load(); n != 1 {
+				t.Errorf("%d connections; want all requests on 1", n)
+			}
+		})
+	}
+}
+
+// dial connects as workload web with bare TLS.
+func dial(t testing.TB, url string, td *sdktest.TD, protocol string) net.Conn {
+	t.Helper()
+	own := td.SVID("web")
+	conn, err := tls.Dial("tcp", strings.TrimPrefix(url, "https://"), &tls.Config{
+		MinVersion:         tls.VersionTLS13,
+		InsecureSkipVerify: true,
+		NextProtos:         []string{protocol},
+		Certificates:       []tls.Certificate{{Certificate: [][]byte{own.Certificates[0].Raw}, PrivateKey: own.PrivateKey}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	return conn
+}
+
+func roundTrip(t testing.TB, conn net.Conn, raw string) *http.Response {
+	t.Helper()
+	if _, err := io.WriteString(conn, raw); err != nil {
+		t.Fatal(err)
+	}
+	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { res.Body.Close() })
+	return res
+}
+
+// ambiguous is the corpus of request targets that no handler may see.
+var ambiguous = []string{
+	"//orders", "/orders//1", "/./orders", "/../orders", "/orders/.", "/orders/..", "/orders/../admin",
+	"/orders%2f1", "/orders%2F1", "/orders%5c1", "/orders%5C..", "/orders%00", "/orders%252f", "/%6frders", "/orders/%2e%2e/admin", "/orders/%2E",
+	`/orders\1`, "/orders;a=b", "/orders;/1", "/orders%0d%0a", "/orders%7f", "/orders%c0%af", "/orders%ff",
+	"/orders#x", "/orders%", "/orders%2", "/orders%zz",
+	"*", "orders", "http://orders/orders", "https://orders/orders", "?x", "/orders?x#y",
+}
+
+func TestAmbiguousPathsReachNoHandlerOverHTTP1(t *testing.T) {
+	td := sdktest.New(t)
+	td.Decide(func(*policy.Input) policy.Decision { return policy.Decision{Allow: true, Reason: policy.Allowed} })
+	var served atomic.Int32
+	mux := http.NewServeMux()
+	mux.HandleFunc("/", func(http.ResponseWriter, *http.Request) { served.Add(1) })
+	url := start(t, td.Workload("orders"), mux)
+	targets := append([]string{"/orders\x01", "/orders\xff"}, ambiguous...)
+	for _, method := range []string{"GET", "OPTIONS", "CONNECT"} {
+		for _, target := range targets {
+			res := roundTrip(t, dial(t, url, td, "http/1.1"), method+" "+target+" HTTP/1.1\r\nHost: orders\r\n\r\n")
+			if target == "*" && method == "OPTIONS" {
+				continue // net/http answers it, without a handler
+			}
+			if res.StatusCode != 400 {
+				t.Errorf("%s %q = %d; want 400", method, target, res.StatusCode)
+			}
+		}
+	}
+	for name, raw := range map[string]string{
+		"CONNECT":           "CONNECT orders:443 HTTP/1.1\r\nHost: orders:443\r\n\r\n",
+		"CONNECT of a path": "CONNECT /orders HTTP/1.1\r\nHost: orders\r\n\r\n",
+		"two hosts":         "GET /orders HTTP/1.1\r\nHost: orders\r\nHost: admin\r\n\r\n",
+		"length and chunks": "POST /orders HTTP/1.1\r\nHost: orders\r\nContent-Length: 3\r\nTransfer-Encoding: xchunked\r\n\r\nabc",
+		"not UTF-8 query":   "GET /orders?\xff HTTP/1.1\r\nHost: orders\r\n\r\n",
+		"not UTF-8 header":  "GET /orders HTTP/1.1\r\nHost: orders\r\nX-A: \xff\r\n\r\n",
+	} {
+		if res := roundTrip(t, dial(t, url, td, "http/1.1"), raw); res.StatusCode != 400 && res.StatusCode != 501 {
+			t.Errorf("%s = %d; want 400 or 501", name, res.StatusCode)
+		}
+	}
+	if n := served.Load(); n != 0 {
+		t.Errorf("%d requests reached the handler", n)
+	}
+	if res := roundTrip(t, dial(t, url, td, "http/1.1"), "GET /orders/%C3%A9?a=b HTTP/1.1\r\nHost: orders\r\n\r\n"); res.StatusCode != 200 || served.Load() != 1 {
+		t.Errorf("a good request = %d", res.StatusCode)
+	}
+}
+
+func TestAmbiguousPathsReachNoHandlerOverHTTP2(t *testing.T) {
+	td := sdktest.New(t)
+	td.Decide(func(*policy.Input) policy.Decision { return policy.Decision{Allow: true, Reason: policy.Allowed} })
+	var served atomic.Int32
+	mux := http.NewServeMux()
+	mux.HandleFunc("/", func(http.ResponseWriter, *http.Request) { served.Add(1) })
+	url := start(t, td.Workload("orders"), mux)
+	good := []hpack.HeaderField{{Name: ":method", Value: "GET"}, {Name: ":scheme", Value: "https"}, {Name: ":authority", Value: "orders"}}
+	send := func(fields ...hpack.HeaderField) string {
+		return frames(t, dial(t, url, td, "h2"), fields)
+	}
+	for _, target := range append([]string{"/orders\x01", "/orders\xff", ""}, ambiguous...) {
+		if got := send(append(good[:3:3], hpack.HeaderField{Name: ":path", Value: target})...); got == "200" {
+			t.Errorf(":path %q = %s", target, got)
+		}
+	}
+	path := hpack.HeaderField{Name: ":path", Value: "/orders"}
+	if got := send(append(good[:3:3], path, hpack.HeaderField{Name: "host", Value: "admin"})...); got == "200" {
+		t.Errorf("another Host beside :authority = %s", got)
+	}
+	if got := send(hpack.HeaderField{Name: ":method", Value: "CONNECT"}, good[2]); got == "200" {
+		t.Errorf("CONNECT = %s", got)
+	}
+	if n := served.Load(); n != 0 {
+		t.Errorf("%d requests reached the handler", n)
+	}
+	if got := send(append(good[:3:3], path)...); got != "200" || served.Load() != 1 {
+		t.Errorf("a good request = %s", got)
+	}
+}
+
+// frames sends one request as HTTP/2 frames and gives the status, or how the
+// stream ended.
+func frames(t *testing.T, conn net.Conn, fields []hpack.HeaderField) string {
+	t.Helper()
+	_, _ = io.WriteString(conn, http2.ClientPreface)
+	framer := http2.NewFramer(conn, conn)
+	framer.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	_ = framer.WriteSettings()
+	var block bytes.Buffer
+	enc := hpack.NewEncoder(&block)
+	for _, f := range fields {
+		_ = enc.WriteField(f)
+	}
+	_ = framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndStream: true, EndHeaders: true})
+	for {
+		frame, err := framer.ReadFrame()
+		if err != nil {
+			return err.Error()
+		}
+		switch f := frame.(type) {
+		case *http2.MetaHeadersFrame:
+			return f.PseudoValue("status")
+		case *http2.RSTStreamFrame:
+			return "reset: " + f.ErrCode.String()
+		case *http2.GoAwayFrame:
+			return "goaway: " + f.ErrCode.String()
+		}
+	}
+}
+
+func TestPolicySeesTheExactBytes(t *testing.T) {
+	td := sdktest.New(t)
+	seen := make(chan *policy.Input, 1)
+	td.Decide(func(in *policy.Input) policy.Decision {
+		seen <- in
+		return policy.Decision{Allow: true, Reason: policy.Allowed}
+	})
+	url := start(t, td.Workload("orders"), whoami)
+	roundTrip(t, dial(t, url, td, "http/1.1"), "get /a%20b/%C3%A9/c,d?x=%2f&y HTTP/1.1\r\nHost: orders:1\r\nX-Role: a\r\nX-Role: b, c\r\nx_role: d\r\nX-Spiffe-Id: spiffe://sdktest.test/admin\r\nX-Forwarded-Client-Cert: x\r\nX_Spiffe_Id: y\r\n\r\n")
+	got := <-seen
+	want := &policy.Input{
+		Source: "spiffe://sdktest.test/web", Destination: "spiffe://sdktest.test/orders",
+		Protocol: policy.HTTP, Method: "get", Path: "/a%20b/%C3%A9/c,d", Query: "x=%2f&y", Host: "orders:1",
+		Headers:            map[string][]string{"x-role": {"a", "b, c"}, "x_role": {"d"}},
+		SourceAddress:      got.SourceAddress,
+		DestinationAddress: strings.TrimPrefix(url, "https://"),
+		SourceSerial:       got.SourceSerial,
+	}
+	if !cmp.Equal(got, want) || got.SourceSerial == "" || got.SourceAddress == "" {
+		t.Errorf("the policy saw (-got +want):\n%s", cmp.Diff(got, want))
+	}
+}
+
+func TestForgedIdentityHeadersDoNotReachTheHandler(t *testing.T) {
+	td := sdktest.New(t)
+	td.Allow("web", "orders")
+	seen := make(chan http.Header, 1)
+	url := start(t, td.Workload("orders"), http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		all := r.Header.Clone()
+		for name, values := range r.Trailer {
+			all["Trailer-"+name] = values
+		}
+		seen <- all
+	}))
+	roundTrip(t, dial(t, url, td, "http/1.1"), "POST / HTTP/1.1\r\nHost: orders\r\nX-SPIFFE-ID: a\r\nx-forwarded-client-cert: b\r\nX_Forwarded_Client_Cert: c\r\nConnection: x-spiffe-id\r\n"+
+		"X-Other: d\r\nTrailer: X-Spiffe-Id, X-Sum\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\nX-Spiffe-Id: e\r\nX-Sum: f\r\nX-Forwarded-Client-Cert: g\r\n\r\n")
+	got := <-seen
+	for name := range got {
+		if n := strings.ToLower(strings.ReplaceAll(name, "_", "-")); strings.Contains(n, "spiffe") || strings.Contains(n, "client-cert") {
+			t.Errorf("the handler saw %s: %v", name, got[name])
+		}
+	}
+	if got.Get("X-Other") != "d" || got.Get("Trailer-X-Sum") != "f" {
+		t.Errorf("the handler saw %v; other headers and trailers should be there", got)
+	}
+}
+
+func TestRewrittenRequestsAreDenied(t *testing.T) {
+	td := sdktest.New(t)
+	td.Decide(func(*policy.Input) policy.Decision { return policy.Decision{Allow: true, Reason: policy.Allowed} })
+	id := td.Workload("orders")
+	var served atomic.Int32
+	inner := httpauth.Handler(id, http.HandlerFunc(func(http.ResponseWriter, *http.Request) { served.Add(1) }))
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{ReadHeaderTimeout: time.Minute, TLSConfig: id.ServerTLS(), Handler: http.StripPrefix("/public", inner)}
+	done := make(chan struct{})
+	go func() { defer close(done); _ = srv.ServeTLS(lis, "", "") }()
+	defer func() { srv.Close(); <-done }()
+	res := roundTrip(t, dial(t, "https://"+lis.Addr().String(), td, "http/1.1"), "GET /public/admin HTTP/1.1\r\nHost: x\r\n\r\n")
+	if res.StatusCode != 400 || served.Load() != 0 {
+		t.Errorf("%d, served %d", res.StatusCode, served.Load())
+	}
+}
+
+func TestWithoutOurTLSNobodyHasAnIdentity(t *testing.T) {
+	td := sdktest.New(t)
+	td.Decide(func(*policy.Input) policy.Decision { return policy.Decision{Allow: true, Reason: policy.Allowed} })
+	id := td.Workload("orders")
+	own := td.SVID("orders")
+	// A server that asks for client certificates and verifies none.
+	lis, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{
+		MinVersion:   tls.VersionTLS13,
+		ClientAuth:   tls.RequestClientCert,
+		NextProtos:   []string{"http/1.1"},
+		Certificates: []tls.Certificate{{Certificate: [][]byte{own.Certificates[0].Raw}, PrivateKey: own.PrivateKey}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{ReadHeaderTimeout: time.Minute, Handler: httpauth.Handler(id, whoami)}
+	done := make(chan struct{})
+	go func() { defer close(done); _ = srv.Serve(lis) }()
+	defer func() { srv.Close(); <-done }()
+	res := roundTrip(t, dial(t, "https://"+lis.Addr().String(), td, "http/1.1"), "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+	var p httpauth.Problem
+	if err := json.NewDecoder(res.Body).Decode(&p); err != nil || res.StatusCode != 403 || p.Reason != policy.NoIdentity {
+		t.Errorf("%d %+v %v; want NO_IDENTITY", res.StatusCode, p, err)
+	}
+}
+
+func TestRevocationCutsAnOpenStream(t *testing.T) {
+	for _, protocol := range []string{"h2", "http/1.1"} {
+		t.Run(protocol, func(t *testing.T) {
+			td := sdktest.New(t)
+			td.Allow("web", "orders")
+			ended := make(chan struct{})
+			url := start(t, td.Workload("orders"), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				_, _ = io.WriteString(w, "first\n")
+				http.NewResponseController(w).Flush()
+				<-r.Context().Done() // only the end of the connection ends this
+				close(ended)
+			}))
+			conn := td.Workload("web").DialTLS(sdk.Service("orders"), protocol)
+			c := &http.Client{Transport: &http.Transport{DialTLSContext: conn, ForceAttemptHTTP2: protocol == "h2"}}
+			defer c.CloseIdleConnections()
+			res, err := c.Get(url)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer res.Body.Close()
+			body := bufio.NewReader(res.Body)
+			if line, err := body.ReadString('\n'); err != nil || line != "first\n" {
+				t.Fatalf("%q, %v", line, err)
+			}
+			start := time.Now()
+			td.Revoke("web")
+			read := make(chan error, 1)
+			go func() { _, err := body.ReadByte(); read <- err }()
+			select {
+			case err := <-read:
+				if err == nil {
+					t.Error("a byte came after the revocation")
+				}
+			case <-time.After(20 * time.Second):
+				t.Fatal("the stream is alive 20 s after the revocation")
+			}
+			t.Logf("cut after %v", time.Since(start))
+			<-ended
+		})
+	}
+}
+
+func TestRotationFailsNoRequest(t *testing.T) {
+	td := sdktest.New(t)
+	td.Allow("web", "orders")
+	url := start(t, td.Workload("orders"), whoami)
+	web := td.Workload("web")
+	c := client(t, web, sdk.Service("orders"))
+	for i := range 20 {
+		if i%2 == 0 {
+			td.Rotate("web")
+		} else {
+			td.Rotate("orders")
+		}
+		for range 5 {
+			if _, _, err := get(c, url+"/"); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	own := func() string {
+		svid, err := web.GetX509SVID()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return svid.Certificates[0].SerialNumber.Text(16)
+	}
+	seen := make(chan string, 64)
+	td.Decide(func(in *policy.Input) policy.Decision {
+		seen <- in.SourceSerial
+		return policy.Decision{Allow: true, Reason: policy.Allowed}
+	})
+	before := own()
+	td.Rotate("web")
+	eventually(t, "rotated", func() bool { return own() != before })
+	eventually(t, "new requests show the new X509-SVID", func() bool {
+		if _, _, err := get(c, url+"/"); err != nil {
+			t.Fatal(err)
+		}
+		return <-seen == own()
+	})
+}
+
+func TestReuseNeverCrossesTargets(t *testing.T) {
+	td := sdktest.New(t)
+	td.Allow("web", "orders")
+	td.Allow("web", "refunds")
+	url := start(t, td.Workload("orders"), whoami)
+	web := td.Workload("web")
+	if _, _, err := get(client(t, web, sdk.Service("orders")), url+"/"); err != nil {
+		t.Fatal(err)
+	}
+	// Same address, an open HTTP/2 connection, another expected identity.
+	if res, body, err := get(client(t, web, sdk.Service("refunds")), url+"/"); err == nil {
+		t.Errorf("GET = %v %q; the server is not refunds", res.Status, body)
+	}
+}
+
+func TestTransportSpeaksOnlyTLS(t *testing.T) {
+	td := sdktest.New(t)
+	plain, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer plain.Close()
+	if _, _, err := get(client(t, td.Workload("web"), sdk.Service("orders")), "http://"+plain.Addr().String()+"/"); err == nil || !strings.Contains(err.Error(), "https URLs only") {
+		t.Errorf("GET http:// = %v", err)
+	}
+}
+
+func TestOtherRefusalsStayResponses(t *testing.T) {
+	td := sdktest.New(t)
+	td.Allow("web", "orders")
+	const body = `{"type":"about:blank","title":"no"}`
+	url := start(t, td.Workload("orders"), http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/problem+json")
+		w.Header().Set("X-Decision-Id", "theirs")
+		w.WriteHeader(403)
+		_, _ = io.WriteString(w, body)
+	}))
+	res, got, err := get(client(t, td.Workload("web"), sdk.Service("orders")), url+"/")
+	if err != nil || res.StatusCode != 403 || got != body {
+		t.Errorf("GET = %v, %q, %v; want the application's own 403", res, got, err)
+	}
+}
+
+func TestAgentAwayDeniesAndBackWorks(t *testing.T) {
+	td := sdktest.New(t)
+	td.Allow("web", "orders")
+	url := start(t, td.Workload("orders"), whoami)
+	c := client(t, td.Workload("web"), sdk.Service("orders"))
+	if _, _, err := get(c, url+"/"); err != nil {
+		t.Fatal(err)
+	}
+	td.StopAgent("orders")
+	_, _, err := get(c, url+"/")
+	var denied *sdk.DeniedError
+	if !errors.As(err, &denied) || denied.Reason != policy.AgentUnavailable {
+		t.Errorf("GET = %v; want AGENT_UNAVAILABLE", err)
+	}
+	td.StartAgent("orders")
+	eventually(t, "calls work again", func() bool { _, _, err := get(c, url+"/"); return err == nil })
+}
+
+func TestConnectionsAreDrainedBeforeTheyExpire(t *testing.T) {
+	t.Parallel()
+	td := sdktest.New(t)
+	td.Allow("web", "orders")
+	td.SetTTL(10 * time.Second)
+	url := start(t, td.Workload("orders"), whoami)
+	conn := dial(t, url, td, "http/1.1")
+	td.SetTTL(time.Hour)
+	reader := bufio.NewReader(conn)
+	// The last tenth begins after about 9 s, and the cut comes after 10 s.
+	for start := time.Now(); ; time.Sleep(50 * time.Millisecond) {
+		if _, err := io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		res, err := http.ReadResponse(reader, nil)
+		if err != nil {
+			t.Fatalf("after %v: %v; want an answer that says close before the cut", time.Since(start), err)
+		}
+		_, _ = io.Copy(io.Discard, res.Body)
+		if res.StatusCode != 200 {
+			t.Fatalf("after %v: %s", time.Since(start), res.Status)
+		}
+		if res.Close {
+			return
+		}
+	}
+}
