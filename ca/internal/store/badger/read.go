@@ -30,10 +30,10 @@ func (s *Store) Get(ctx context.Context, key string) (store.KV, uint64, error) {
 	}
 	defer s.leave()
 	for {
+		revision := s.history.latest()
 		if err := ctx.Err(); err != nil {
 			return store.KV{}, 0, err
 		}
-		revision := s.history.latest()
 		st, err := s.read(revision, key)
 		if s.history.compactedTo() > revision {
 			continue // compacted under us: read again, higher
