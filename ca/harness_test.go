@@ -1,0 +1,266 @@
+// What the tests of the door share: a CA in process on real sockets, store and
+// TLS, and an agent that speaks raw gRPC to it.
+
+package ca_test
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/ca"
+	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/unixsock"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// testCA is a running CA.
+type testCA struct {
+	t     testing.TB
+	dir   string
+	srv   *ca.Server
+	admin capb.AdminClient
+	stop  func()
+}
+
+// startCA runs a CA in dir until the test ends or stop is called.
+func startCA(t testing.TB, dir string, changes ...func(*ca.Config)) *testCA {
+	t.Helper()
+	cfg := ca.Config{
+		TrustDomain: "shop.test", DataDir: filepath.Join(dir, "data"), AdminSocket: filepath.Join(dir, "s", "a.sock"),
+		Address: "127.0.0.1:0", HTTPSAddress: "127.0.0.1:0", HealthAddress: "127.0.0.1:0", Development: true,
+		Logger: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})),
+	}
+	for _, change := range changes {
+		change(&cfg)
+	}
+	srv, err := ca.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- srv.Run(ctx) }()
+	select {
+	case <-srv.Ready():
+	case err := <-done:
+		cancel()
+		t.Fatalf("Run: %v", err)
+	}
+	conn, err := grpc.NewClient("unix://"+cfg.AdminSocket, grpc.WithTransportCredentials(unixsock.ClientCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &testCA{t: t, dir: dir, srv: srv, admin: capb.NewAdminClient(conn)}
+	stopped := false
+	c.stop = func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		conn.Close()
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v; want a clean stop", err)
+		}
+	}
+	t.Cleanup(c.stop)
+	return c
+}
+
+// tempDir is short enough for a socket path.
+func tempDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "ca")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func (c *testCA) joinToken(name string) string {
+	c.t.Helper()
+	resp, err := c.admin.CreateToken(c.t.Context(), &capb.CreateTokenRequest{Kind: capb.TokenKind_TOKEN_KIND_JOIN, AgentName: name})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return resp.GetToken()
+}
+
+func (c *testCA) entry(parent, id string) *capb.Entry {
+	c.t.Helper()
+	resp, err := c.admin.CreateEntry(c.t.Context(), &capb.CreateEntryRequest{Entry: newEntry(parent, id)})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return resp.GetEntry()
+}
+
+func newEntry(parent, id string) *capb.Entry {
+	return &capb.Entry{
+		SpiffeId: "spiffe://shop.test/" + id, ParentId: "spiffe://shop.test/agent/" + parent,
+		Selectors: []*capb.Selector{{Type: "unix", Value: "uid:1000"}},
+	}
+}
+
+// testClient calls the TLS port with an SVID or none.
+type testClient struct {
+	t     testing.TB
+	id    string
+	key   *ecdsa.PrivateKey
+	chain [][]byte
+	conn  *grpc.ClientConn
+	node  capb.NodeClient
+	admin capb.AdminClient
+}
+
+func (c *testCA) client(key *ecdsa.PrivateKey, chain [][]byte) *testClient {
+	c.t.Helper()
+	conn, err := grpc.NewClient(c.srv.Address().String(), grpc.WithTransportCredentials(credentials.NewTLS(clientTLS(key, chain))))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() { conn.Close() })
+	return &testClient{t: c.t, key: key, chain: chain, conn: conn, node: capb.NewNodeClient(conn), admin: capb.NewAdminClient(conn)}
+}
+
+func clientTLS(key *ecdsa.PrivateKey, chain [][]byte) *tls.Config {
+	cfg := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13}
+	if chain != nil {
+		cfg.Certificates = []tls.Certificate{{Certificate: chain, PrivateKey: key}}
+	}
+	return cfg
+}
+
+// agent attests a node.
+func (c *testCA) agent(name string) *testClient {
+	c.t.Helper()
+	key, csr := newCSR(c.t)
+	anonymous := c.client(nil, nil)
+	resp, err := anonymous.node.Attest(c.t.Context(), &capb.AttestRequest{Evidence: &capb.AttestRequest_JoinToken{JoinToken: c.joinToken(name)}, Csr: csr})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	a := c.client(key, resp.GetX509Svid())
+	a.id = "spiffe://shop.test/agent/" + name
+	return a
+}
+
+// svid obtains a workload's X509-SVID through the agent.
+func (a *testClient) svid(e *capb.Entry) (*ecdsa.PrivateKey, [][]byte) {
+	a.t.Helper()
+	key, csr := newCSR(a.t)
+	resp, err := a.node.Sign(a.t.Context(), &capb.SignRequest{Items: []*capb.SignItem{{EntryId: e.GetEntryId(), Csr: csr}}})
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	if r := resp.GetResults()[0]; r.GetCode() != 0 {
+		a.t.Fatalf("Sign: %s %s", codes.Code(r.GetCode()), r.GetMessage())
+	}
+	return key, resp.GetResults()[0].GetX509Svid()
+}
+
+func newCSR(t testing.TB) (*ecdsa.PrivateKey, []byte) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key, csrOf(t, key, &x509.CertificateRequest{})
+}
+
+func csrOf(t testing.TB, key crypto.Signer, template *x509.CertificateRequest) []byte {
+	t.Helper()
+	csr, err := x509.CreateCertificateRequest(rand.Reader, template, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return csr
+}
+
+// syncStream opens a Sync stream.
+func (a *testClient) sync(resume uint64) grpc.BidiStreamingClient[capb.SyncRequest, capb.SyncResponse] {
+	a.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	a.t.Cleanup(cancel)
+	stream, err := a.node.Sync(ctx)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	if err := stream.Send(&capb.SyncRequest{ResumeRevision: resume}); err != nil {
+		a.t.Fatal(err)
+	}
+	return stream
+}
+
+// until receives messages until match holds for one, and returns it.
+func until(t testing.TB, stream grpc.BidiStreamingClient[capb.SyncRequest, capb.SyncResponse], match func(*capb.SyncResponse) bool) *capb.SyncResponse {
+	t.Helper()
+	for {
+		msg, err := stream.Recv()
+		if err != nil {
+			t.Fatalf("Sync: %v", err)
+		}
+		if match(msg) {
+			return msg
+		}
+	}
+}
+
+func synced(msg *capb.SyncResponse) bool { return msg.GetSynced() }
+
+func wantCode(t testing.TB, err error, want codes.Code) {
+	t.Helper()
+	if got := status.Code(err); got != want {
+		t.Errorf("error = %v; want %s", err, want)
+	}
+}
+
+// auditRecords reads the audit log.
+func (c *testCA) auditRecords() []map[string]any {
+	c.t.Helper()
+	b, err := os.ReadFile(filepath.Join(c.dir, "data", "audit.jsonl"))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	var records []map[string]any
+	for line := range bytes.Lines(b) {
+		var r map[string]any
+		if err := json.Unmarshal(line, &r); err != nil {
+			c.t.Fatalf("audit line %q: %v", line, err)
+		}
+		if inner, ok := r["record"].(map[string]any); ok {
+			r = inner
+		}
+		records = append(records, r)
+	}
+	return records
+}
+
+// httpClient calls the HTTPS port.
+func httpClient(t testing.TB, key *ecdsa.PrivateKey, chain [][]byte) *http.Client {
+	t.Helper()
+	tr := &http.Transport{TLSClientConfig: clientTLS(key, chain), ForceAttemptHTTP2: true}
+	t.Cleanup(tr.CloseIdleConnections)
+	return &http.Client{Transport: tr, Timeout: 20 * time.Second}
+}

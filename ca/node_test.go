@@ -1,0 +1,338 @@
+// Agents and the CA: attestation, signing, and what agents must not get.
+
+package ca_test
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"net/url"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/api"
+	"merlon.dev/sdk/svid"
+)
+
+func TestAgentAttestsAndObtainsSVIDs(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	a := c.agent("n1")
+	e := c.entry("n1", "web")
+	_, chain := a.svid(e)
+
+	trust, err := c.admin.GetTrustBundle(t.Context(), &capb.GetTrustBundleRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	td := spiffeid.RequireTrustDomainFromString("shop.test")
+	bundle, err := spiffebundle.Parse(td, trust.GetTrustBundle().GetJwks())
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer, err := svid.VerifyRawChain(chain, bundle, time.Now())
+	if err != nil {
+		t.Fatalf("the issued SVID does not verify: %v", err)
+	}
+	if got := peer.ID.String(); got != e.GetSpiffeId() {
+		t.Errorf("SPIFFE ID = %s; want %s", got, e.GetSpiffeId())
+	}
+	if peer.Serial.Agent == 0 || peer.Serial.Revision < e.GetRevision() {
+		t.Errorf("serial = %+v; want the agent's handle and a revision of at least %d", peer.Serial, e.GetRevision())
+	}
+	if n := len(trust.GetRootHashes()); n != 1 || trust.GetRootHashes()[0] != api.KeyHash(c.srv.Root()) {
+		t.Errorf("root hashes = %v; want that of the root", trust.GetRootHashes())
+	}
+
+	jwt, err := a.node.SignJWT(t.Context(), &capb.SignJWTRequest{EntryId: e.GetEntryId(), Audience: []string{"orders"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := svid.VerifyJWT(jwt.GetToken(), bundle, []string{"orders"}, time.Now()); err != nil {
+		t.Errorf("the issued JWT-SVID does not verify: %v", err)
+	}
+
+	_, csr := newCSR(t)
+	renewed, err := a.node.Renew(t.Context(), &capb.RenewRequest{Csr: csr})
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := svid.VerifyRawChain(renewed.GetX509Svid(), bundle, time.Now())
+	if err != nil || again.ID.String() != a.id || again.Serial.Agent != peer.Serial.Agent {
+		t.Errorf("renewed SVID: %+v, %v; want %s with the same handle", again, err, a.id)
+	}
+}
+
+// The CA presents its root, so that an agent can compare it with the pinned
+// hash before it sends evidence.
+func TestFirstContactShowsTheRoot(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	token, err := c.admin.CreateToken(t.Context(), &capb.CreateTokenRequest{Kind: capb.TokenKind_TOKEN_KIND_JOIN})
+	if err != nil {
+		t.Fatal(err)
+	}
+	state := dialTLS(t, c.srv.Address().String())
+	last := state.PeerCertificates[len(state.PeerCertificates)-1]
+	if api.KeyHash(last) != token.GetRootHash() {
+		t.Errorf("the presented chain ends in %s; want the root with hash %s", api.KeyHash(last), token.GetRootHash())
+	}
+	leaf := state.PeerCertificates[0]
+	if got := leaf.URIs[0].String(); got != "spiffe://shop.test/ca" {
+		t.Errorf("the CA presents %s; want spiffe://shop.test/ca", got)
+	}
+	if err := leaf.VerifyHostname("localhost"); err != nil {
+		t.Error(err)
+	}
+	if !strings.HasPrefix(token.GetAgentId(), "spiffe://shop.test/agent/node-") {
+		t.Errorf("agent ID = %q; want a random name", token.GetAgentId())
+	}
+}
+
+// SECURITY.md T6.
+func TestJoinTokenWorksOnceOfManyParallelAttempts(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	token := c.joinToken("n1")
+	const attempts = 200
+	var wins atomic.Int32
+	var wg sync.WaitGroup
+	clients := make([]*testClient, 10)
+	for i := range clients {
+		clients[i] = c.client(nil, nil)
+	}
+	for i := range attempts {
+		_, csr := newCSR(t)
+		wg.Go(func() {
+			_, err := clients[i%len(clients)].node.Attest(context.Background(), &capb.AttestRequest{
+				Evidence: &capb.AttestRequest_JoinToken{JoinToken: token}, Csr: csr,
+			})
+			if err == nil {
+				wins.Add(1)
+				return
+			}
+			wantCode(t, err, codes.PermissionDenied)
+		})
+	}
+	wg.Wait()
+	if wins.Load() != 1 {
+		t.Fatalf("%d of %d attestations with one token succeeded; want 1", wins.Load(), attempts)
+	}
+	var attested, refused int
+	for _, r := range c.auditRecords() {
+		switch r["type"] {
+		case "attest":
+			attested++
+		case "refuse":
+			refused++
+		}
+	}
+	if attested != 1 || refused != attempts-1 {
+		t.Errorf("audit has %d attestations and %d refusals; want 1 and %d", attested, refused, attempts-1)
+	}
+}
+
+func TestBadCSRCostsNoJoinToken(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	token := &capb.AttestRequest_JoinToken{JoinToken: c.joinToken("n1")}
+	node := c.client(nil, nil).node
+	_, err := node.Attest(t.Context(), &capb.AttestRequest{Evidence: token, Csr: []byte("x")})
+	wantCode(t, err, codes.InvalidArgument)
+	_, csr := newCSR(t)
+	if _, err := node.Attest(t.Context(), &capb.AttestRequest{Evidence: token, Csr: csr}); err != nil {
+		t.Errorf("the token was used up by a bad CSR: %v", err)
+	}
+}
+
+func TestAttestRefusesBadTokens(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	short, err := c.admin.CreateToken(t.Context(), &capb.CreateTokenRequest{Kind: capb.TokenKind_TOKEN_KIND_JOIN, TtlSeconds: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	reader, err := c.admin.CreateToken(t.Context(), &capb.CreateTokenRequest{Kind: capb.TokenKind_TOKEN_KIND_BUNDLE_READER})
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Until(short.GetExpiresAt().AsTime()) + time.Millisecond)
+	node := c.client(nil, nil).node
+	_, csr := newCSR(t)
+	for name, token := range map[string]string{
+		"unknown": "mjt-aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "empty": "", "no kind": "xyz", "expired": short.GetToken(),
+		"bundle reader's": reader.GetToken(), "huge": "mjt-" + strings.Repeat("a", 1<<16),
+	} {
+		_, err := node.Attest(t.Context(), &capb.AttestRequest{Evidence: &capb.AttestRequest_JoinToken{JoinToken: token}, Csr: csr})
+		if err == nil {
+			t.Errorf("%s token was accepted", name)
+		}
+		wantCode(t, err, codes.PermissionDenied)
+	}
+	_, err = node.Attest(t.Context(), &capb.AttestRequest{Csr: csr})
+	wantCode(t, err, codes.InvalidArgument)
+}
+
+// SECURITY.md T7: with a valid agent's SVID, raw calls for another node's
+// entries.
+func TestAgentGetsNothingOfAnotherNode(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	a, b := c.agent("a"), c.agent("b")
+	mine, theirs := c.entry("a", "mine"), c.entry("b", "theirs")
+	_ = b
+	_, csr := newCSR(t)
+	resp, err := a.node.Sign(t.Context(), &capb.SignRequest{Items: []*capb.SignItem{
+		{EntryId: theirs.GetEntryId(), Csr: csr},
+		{EntryId: mine.GetEntryId(), Csr: csr},
+		{EntryId: "no such entry\n", Csr: csr},
+		{EntryId: strings.Repeat("0", 32), Csr: csr},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	results := resp.GetResults()
+	for _, i := range []int{0, 2, 3} {
+		if codes.Code(results[i].GetCode()) != codes.PermissionDenied || len(results[i].GetX509Svid()) != 0 {
+			t.Errorf("item %d: code %d; want PermissionDenied and no SVID", i, results[i].GetCode())
+		}
+	}
+	if results[0].GetMessage() != results[3].GetMessage() {
+		t.Errorf("another node's entry is told apart from one that does not exist: %q, %q", results[0].GetMessage(), results[3].GetMessage())
+	}
+	if results[1].GetCode() != 0 {
+		t.Errorf("own entry in a mixed batch: %s", results[1].GetMessage())
+	}
+	_, err = a.node.SignJWT(t.Context(), &capb.SignJWTRequest{EntryId: theirs.GetEntryId(), Audience: []string{"x"}})
+	wantCode(t, err, codes.PermissionDenied)
+
+	listing := until(t, a.sync(0), synced)
+	if n := len(listing.GetEntries()); n != 1 || listing.GetEntries()[0].GetEntryId() != mine.GetEntryId() {
+		t.Errorf("Sync of a lists %v; want only its own entry", listing.GetEntries())
+	}
+}
+
+// SECURITY.md T11: a CSR supplies a key and nothing else.
+func TestSignRefusesAbusiveCSRs(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	a := c.agent("n1")
+	e := c.entry("n1", "web")
+	key, good := newCSR(t)
+	other, err := url.Parse("spiffe://shop.test/admin")
+	if err != nil {
+		t.Fatal(err)
+	}
+	weak, err := rsa.GenerateKey(rand.Reader, 1024)
+	if err != nil {
+		t.Skipf("this Go makes no weak RSA keys: %v", err)
+	}
+	p521, err := ecdsa.GenerateKey(elliptic.P521(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, edKey, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	flipped := append([]byte(nil), good...)
+	flipped[len(flipped)-1] ^= 1
+	isCA := pkix.Extension{Id: []int{2, 5, 29, 19}, Critical: true, Value: []byte{0x30, 3, 1, 1, 0xff}}
+	for name, csr := range map[string][]byte{
+		"other URI":     csrOf(t, key, &x509.CertificateRequest{URIs: []*url.URL{other}}),
+		"DNS SAN":       csrOf(t, key, &x509.CertificateRequest{DNSNames: []string{"orders.shop.test"}}),
+		"CA extension":  csrOf(t, key, &x509.CertificateRequest{ExtraExtensions: []pkix.Extension{isCA}}),
+		"weak RSA":      csrOf(t, weak, &x509.CertificateRequest{SignatureAlgorithm: x509.SHA256WithRSA}),
+		"P-521":         csrOf(t, p521, &x509.CertificateRequest{}),
+		"Ed25519":       csrOf(t, edKey, &x509.CertificateRequest{}),
+		"bad signature": flipped,
+		"empty":         nil,
+		"noise":         []byte("-----BEGIN"),
+		"1 MB":          append(append([]byte(nil), good...), make([]byte, 1<<20)...),
+	} {
+		resp, err := a.node.Sign(t.Context(), &capb.SignRequest{Items: []*capb.SignItem{{EntryId: e.GetEntryId(), Csr: csr}}})
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if r := resp.GetResults()[0]; codes.Code(r.GetCode()) != codes.InvalidArgument || len(r.GetX509Svid()) > 0 || !strings.HasPrefix(r.GetMessage(), "csr: ") {
+			t.Errorf("%s: code %s, message %q; want InvalidArgument naming csr", name, codes.Code(r.GetCode()), r.GetMessage())
+		}
+	}
+	for _, r := range c.auditRecords() {
+		if r["type"] == "issue" && r["spiffe_id"] == e.GetSpiffeId() {
+			t.Errorf("a refused CSR is recorded as issued: %v", r)
+		}
+	}
+}
+
+func TestSignBoundsItsWork(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	a := c.agent("n1")
+	_, err := a.node.Sign(t.Context(), &capb.SignRequest{})
+	wantCode(t, err, codes.InvalidArgument)
+	_, err = a.node.Sign(t.Context(), &capb.SignRequest{Items: make([]*capb.SignItem, 501)})
+	wantCode(t, err, codes.InvalidArgument)
+	for name, audience := range map[string][]string{"none": nil, "empty": {""}, "long": {strings.Repeat("a", 2000)}} {
+		e := c.entry("n1", "jwt-"+name)
+		if _, err := a.node.SignJWT(t.Context(), &capb.SignJWTRequest{EntryId: e.GetEntryId(), Audience: audience}); err == nil {
+			t.Errorf("audience %s was accepted", name)
+		}
+	}
+}
+
+func TestSVIDNeverOutlivesItsEntry(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	a := c.agent("n1")
+	e := newEntry("n1", "brief")
+	end := time.Now().Add(10 * time.Second)
+	e.ExpiresAt = timestampOf(end)
+	created, err := c.admin.CreateEntry(t.Context(), &capb.CreateEntryRequest{Entry: e})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, chain := a.svid(created.GetEntry())
+	leaf, err := x509.ParseCertificate(chain[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if leaf.NotAfter.After(end) {
+		t.Errorf("NotAfter = %s; the entry ends at %s", leaf.NotAfter, end)
+	}
+}
+
+// SECURITY.md T9: a revoked agent gets nothing, on the connection that it has
+// open; its stream ends; with a new token it may come back.
+func TestRevokedAgentIsCutAndMayAttestAgain(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	a := c.agent("n1")
+	e := c.entry("n1", "web")
+	stream := a.sync(0)
+	until(t, stream, synced)
+	if _, err := c.admin.Revoke(t.Context(), &capb.RevokeRequest{Subject: &capb.RevokeRequest_AgentId{AgentId: a.id}}); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		msg, err := stream.Recv()
+		if err != nil {
+			wantCode(t, err, codes.Unauthenticated)
+			break
+		}
+		if len(msg.GetRevocations()) > 0 {
+			t.Error("the revoked agent was still told of changes")
+		}
+	}
+	_, csr := newCSR(t)
+	_, err := a.node.Sign(t.Context(), &capb.SignRequest{Items: []*capb.SignItem{{EntryId: e.GetEntryId(), Csr: csr}}})
+	wantCode(t, err, codes.Unauthenticated)
+	_, err = a.node.Renew(t.Context(), &capb.RenewRequest{Csr: csr})
+	wantCode(t, err, codes.Unauthenticated)
+
+	again := c.agent("n1")
+	again.svid(e)
+}
