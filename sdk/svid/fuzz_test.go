@@ -10,6 +10,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/asn1"
 	"math/big"
 	"testing"
@@ -26,11 +27,17 @@ import (
 // the root's key: what an authority gone wrong could issue, not just noise that
 // fails the signature check. Bytes that are no certificate go in as they are.
 func FuzzVerifyRawChain(f *testing.F) {
-	ca := forge.New(f, "example.org")
+	// Fuzzing runs in several processes, each with its own root key: what seeds say
+	// about the root has to fit all of them.
+	far := func(c *x509.Certificate) { c.NotAfter = time.Now().AddDate(50, 0, 0) }
+	ca := forge.New(f, "example.org", far, func(c *x509.Certificate) {
+		c.Subject, c.SubjectKeyId = pkix.Name{CommonName: "fuzz root"}, []byte("fuzz root")
+	})
 	key := ca.Key.(*ecdsa.PrivateKey)
 	for _, leaf := range []*forge.SVID{
-		ca.Leaf("/a"), ca.Leaf(""), ca.Leaf("/a", noKeyUsage), ca.Leaf("/a", noBasicConstraints), ca.Leaf("/a", withName),
-		ca.Leaf("/a", forge.RawURIs(true, "spiffe://example.org/a#")), ca.Leaf("/a", isCA), ca.Leaf("/a", anyUsage), ca.SelfAsSVID(),
+		ca.Leaf("/a", far), ca.Leaf("", far), ca.Leaf("/a", far, noKeyUsage), ca.Leaf("/a", far, noBasicConstraints),
+		ca.Leaf("/a", far, forge.RawURIs(true, "spiffe://example.org/a#")), ca.Leaf("/a", far, isCA),
+		ca.Leaf("/a", far, anyUsage), ca.Leaf("/a", far, withName), ca.SelfAsSVID(),
 	} {
 		f.Add(leaf.Chain[0].RawTBSCertificate, true)
 		f.Add(leaf.Chain[0].Raw, false)

@@ -170,7 +170,7 @@ func parseTBS(tbs []byte) (*x509.Certificate, error) {
 		return nil, errors.New("the bytes to sign are not one certificate")
 	}
 	if rest, err := asn1.Unmarshal(tbs, &head); err != nil || len(rest) > 0 {
-		return nil, fmt.Errorf("the bytes to sign do not parse: %v", err)
+		return nil, fmt.Errorf("the bytes to sign do not parse: %w", err)
 	}
 	der, err := asn1.Marshal(struct {
 		TBS       asn1.RawValue
@@ -178,11 +178,11 @@ func parseTBS(tbs []byte) (*x509.Certificate, error) {
 		Signature asn1.BitString
 	}{body, head.Algorithm, asn1.BitString{Bytes: []byte{0}, BitLength: 8}})
 	if err != nil {
-		return nil, fmt.Errorf("the bytes to sign do not parse: %v", err)
+		return nil, fmt.Errorf("the bytes to sign do not parse: %w", err)
 	}
 	c, err := x509.ParseCertificate(der)
 	if err != nil {
-		return nil, fmt.Errorf("the bytes to sign do not parse: %v", err)
+		return nil, fmt.Errorf("the bytes to sign do not parse: %w", err)
 	}
 	return c, nil
 }

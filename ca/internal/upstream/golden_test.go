@@ -1,0 +1,56 @@
+// The profiles of root and intermediate as text, and of a leaf as it comes out of
+// the whole CA. Rewrite with go test -update, and review the diff like code.
+
+package upstream
+
+import (
+	"crypto/x509"
+	"flag"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/sdk/svid/forge"
+)
+
+var update = flag.Bool("update", false, "rewrite golden files")
+
+func TestAuthorityProfilesAreTheGoldenOnes(t *testing.T) {
+	cfg, dev, address := config(t), config(t), config(t)
+	dev.Development = true
+	address.TrustDomain = spiffeid.RequireTrustDomainFromString("10.0.0.1")
+	k := open(t, cfg)
+	leaf, err := x509.ParseCertificate(issue(t, k, "/web", "web.internal")[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, cert := range map[string]*x509.Certificate{
+		"root":                 k.X509().Root,
+		"intermediate":         k.X509().Chain[0],
+		"leaf":                 leaf,
+		"development_root":     open(t, dev).X509().Root,
+		"address_intermediate": open(t, address).X509().Chain[0],
+	} {
+		golden(t, name, forge.Dump(cert))
+	}
+}
+
+func golden(t *testing.T, name, got string) {
+	t.Helper()
+	path := filepath.Join("testdata", name+".golden")
+	if *update {
+		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), got); diff != "" {
+		t.Errorf("profile %s changed (-want +got):\n%s", name, diff)
+	}
+}
