@@ -66,6 +66,14 @@ const (
 	Error            Reason = "ERROR"             // evaluation failed
 )
 
+// Reasons lists every reason.
+func Reasons() []Reason {
+	return []Reason{
+		Allowed, DenyRule, NoGrant, MethodNotGranted, PathNotGranted, NoIdentity, Revoked, Expired, NoBundle,
+		StalePolicy, StaleRevocations, AgentUnavailable, BadRequest, Error,
+	}
+}
+
 // Decision is the result of one evaluation. The zero value denies.
 type Decision struct {
 	Allow  bool

@@ -48,8 +48,8 @@ type decoder struct{ file string }
 
 func (d *decoder) decodeRoot(n ast.Node, into any) error {
 	v := reflect.ValueOf(into)
-	if v.Kind() != reflect.Pointer || v.IsNil() || v.Elem().Kind() != reflect.Struct {
-		panic("strictyaml: Decode needs a pointer to a struct")
+	if v.Kind() != reflect.Pointer || v.IsNil() || v.Elem().Kind() != reflect.Struct && v.Elem().Kind() != reflect.Slice {
+		panic("strictyaml: Decode needs a pointer to a struct or slice")
 	}
 	return d.decode(n, v.Elem(), "")
 }

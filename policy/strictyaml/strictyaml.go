@@ -50,8 +50,8 @@ func (e *Error) Error() string {
 	return s
 }
 
-// Decode reads the one YAML document in data into the struct that into points
-// to. name is the file's name for errors, which are of type *Error.
+// Decode reads the one YAML document in data into the struct, or for a list
+// the slice, that into points to. name is the file's name for errors, which are of type *Error.
 //
 // Keys are the names in `yaml:"name"` tags (the lower-case field name without
 // one; "-" hides a field). Fields may be strings, booleans, numbers,

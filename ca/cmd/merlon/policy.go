@@ -1,0 +1,281 @@
+// merlon policy: the verbs that work on a folder and need no CA.
+
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"merlon.dev/policy"
+	"merlon.dev/policy/bundle"
+	"merlon.dev/policy/engine"
+)
+
+func policyCommand(o *options) *cobra.Command {
+	return noun("policy", "Check, test, build and push the policy that decides every call",
+		policyCheck(o), policyTest(o), policyBuild(), policyEval())
+}
+
+// policyFolder reads a policy folder; what is wrong in it is reported with a
+// hint where to look.
+func policyFolder(dir string) (*bundle.Folder, error) {
+	if info, err := os.Stat(dir); err != nil || !info.IsDir() {
+		return nil, hintError{fmt.Errorf("%s is not a folder", dir), "give the folder that has the grants (*.yaml) and Rego (*.rego)"}
+	}
+	f, err := bundle.ReadFolder(dir)
+	if err != nil {
+		return nil, hintError{err, "correct it and run merlon policy check " + dir + " again; the policy in force is unchanged"}
+	}
+	return f, nil
+}
+
+// loadFolder compiles the policy in dir as the enforcement points do.
+func loadFolder(ctx context.Context, dir string) (*bundle.Folder, *engine.Engine, error) {
+	f, err := policyFolder(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	e, err := engine.New(ctx, source(f))
+	return f, e, err
+}
+
+func source(f *bundle.Folder) engine.Source {
+	c := f.Contents()
+	return engine.Source{Modules: c.Modules, Data: c.Data}
+}
+
+// checkedJSON is `merlon policy check -o json`.
+type checkedJSON struct {
+	Grants      int `json:"grants"`
+	Modules     int `json:"modules"`
+	BundleBytes int `json:"bundle_bytes"`
+}
+
+func policyCheck(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:     "check FOLDER",
+		Short:   "Say whether a policy folder is well formed, and where not",
+		Example: `  merlon policy check ./policy`,
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			f, _, err := loadFolder(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			raw, err := bundle.Build(args[0])
+			if err != nil {
+				return err
+			}
+			if o.output == "json" {
+				return printJSON(cmd.OutOrStdout(), checkedJSON{len(f.Grants), len(f.Modules), len(raw)})
+			}
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "ok: %d grants, %d Rego modules, %d bytes as a bundle\n", len(f.Grants), len(f.Modules), len(raw))
+			return err
+		},
+	}
+}
+
+func policyTest(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:   "test FOLDER",
+		Short: "Run the tests beside a policy: grants_test.yaml and *_test.rego",
+		Example: `  merlon policy test ./policy
+  merlon policy test ./policy -o json`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			results, err := runPolicyTests(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			failed, err := o.printTests(cmd.OutOrStdout(), results)
+			switch {
+			case err != nil:
+				return err
+			case failed > 0:
+				return fmt.Errorf("%d of %d policy tests failed", failed, len(results))
+			case len(results) == 0:
+				return hintError{fmt.Errorf("%s has no tests", args[0]), "write " + filepath.Join(args[0], bundle.TestsName) + ": a list of {name, source, destination, protocol, method, path, want}"}
+			}
+			return nil
+		},
+	}
+}
+
+func runPolicyTests(ctx context.Context, dir string) ([]engine.TestResult, error) {
+	f, e, err := loadFolder(ctx, dir)
+	if err != nil {
+		return nil, err
+	}
+	results := []engine.TestResult{}
+	if f.GrantTests != nil {
+		if results, err = e.RunGrantTests(ctx, bundle.TestsName, f.GrantTests); err != nil {
+			return nil, err
+		}
+	}
+	if len(f.Tests) == 0 {
+		return results, nil
+	}
+	rego, err := engine.RunRegoTests(ctx, source(f), f.Tests)
+	return append(results, rego...), err
+}
+
+func (o *options) printTests(w io.Writer, results []engine.TestResult) (failed int, err error) {
+	for _, r := range results {
+		if !r.Pass {
+			failed++
+		}
+	}
+	if o.output == "json" {
+		return failed, printJSON(w, results)
+	}
+	for _, r := range results {
+		verdict := "PASS"
+		if !r.Pass {
+			verdict = "FAIL"
+		}
+		fmt.Fprintf(w, "%s %s:%d %s\n", verdict, r.File, r.Line, r.Name)
+		if r.Detail != "" {
+			fmt.Fprintf(w, "     %s\n", r.Detail)
+		}
+	}
+	fmt.Fprintf(w, "%d passed, %d failed\n", len(results)-failed, failed)
+	return failed, nil
+}
+
+func policyBuild() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use:     "build FOLDER -o FILE",
+		Short:   "Build the unsigned policy bundle of a folder, to be sent to a CA elsewhere",
+		Example: `  merlon policy build ./policy -o bundle.tar.gz`,
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if file == "" {
+				return usageError{"no file to write to", "merlon policy build " + args[0] + " -o bundle.tar.gz"}
+			}
+			if _, err := policyFolder(args[0]); err != nil {
+				return err
+			}
+			raw, err := bundle.Build(args[0])
+			if err != nil {
+				return err
+			}
+			if file == "-" {
+				_, err = cmd.OutOrStdout().Write(raw)
+				return err
+			}
+			return os.WriteFile(file, raw, 0o644) //nolint:gosec // a policy bundle is no secret
+		},
+	}
+	cmd.Flags().StringVarP(&file, "output", "o", "", `file to write; "-" is standard output`)
+	return cmd
+}
+
+func policyEval() *cobra.Command {
+	var engineName string
+	cmd := &cobra.Command{
+		Use:   "eval FOLDER",
+		Short: "Decide calls given as JSON lines on standard input, one answer per line",
+		Long: `Decide calls by the policy in FOLDER. Each line of standard input is one call,
+in the short form of the example or in the shape of opa-envoy-plugin's input;
+each line of standard output is its answer. A line that cannot be read is
+answered with reason ERROR, and the exit code is then 1; denials alone are no
+failure.`,
+		Example: `  echo '{"source":"spiffe://shop.test/web","destination":"spiffe://shop.test/orders","protocol":"http","method":"GET","path":"/orders/1"}' |
+    merlon policy eval ./policy`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			switch engineName {
+			case "auto", "opa":
+			case "native":
+				return usageError{"this version compiles no policy to native programs", "use --engine auto or --engine opa: the answers are the same"}
+			default:
+				return usageError{fmt.Sprintf("unknown engine %q", engineName), "use --engine auto, native or opa"}
+			}
+			_, e, err := loadFolder(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return evalLines(cmd.Context(), e, cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr())
+		},
+	}
+	cmd.Flags().StringVar(&engineName, "engine", "auto", "what evaluates: auto, native or opa")
+	return cmd
+}
+
+// evalLines answers each line of in on out, and says on errs which were bad.
+func evalLines(ctx context.Context, e *engine.Engine, in io.Reader, out, errs io.Writer) error {
+	lines, answers := bufio.NewReaderSize(in, 64<<10), bufio.NewWriter(out)
+	bad, number := 0, 0
+	for ctx.Err() == nil {
+		line, err := readLine(lines)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return fmt.Errorf("read calls: %v", err)
+		}
+		if number++; len(line) == 0 {
+			continue
+		}
+		answer, err := evalLine(ctx, e, line)
+		if err != nil {
+			bad++
+			fmt.Fprintf(errs, "line %d: %v\n", number, err)
+		}
+		if err := json.NewEncoder(answers).Encode(answer); err != nil {
+			return fmt.Errorf("write answers: %v", err)
+		}
+		if lines.Buffered() == 0 { // somebody may be waiting for this answer
+			if err := answers.Flush(); err != nil {
+				return fmt.Errorf("write answers: %v", err)
+			}
+		}
+	}
+	if err := answers.Flush(); err != nil {
+		return fmt.Errorf("write answers: %v", err)
+	}
+	if bad > 0 {
+		return hintError{fmt.Errorf("%d of %d lines could not be read", bad, number), "merlon policy eval -h shows the form of a line"}
+	}
+	return ctx.Err()
+}
+
+func evalLine(ctx context.Context, e *engine.Engine, line []byte) (policy.Answer, error) {
+	in, err := policy.ParseInput(line)
+	if err != nil {
+		return policy.Decision{Reason: policy.Error}.Answer("opa"), err
+	}
+	return e.Authorize(ctx, in).Answer("opa"), nil
+}
+
+// readLine returns the next line without its end. Of a line that is longer
+// than any input may be it returns as much as shows that.
+func readLine(r *bufio.Reader) ([]byte, error) {
+	var line []byte
+	for {
+		part, err := r.ReadSlice('\n')
+		if room := policy.MaxInputBytes + 2 - len(line); room > 0 {
+			line = append(line, part[:min(len(part), room)]...)
+		}
+		switch {
+		case errors.Is(err, bufio.ErrBufferFull):
+			continue
+		case errors.Is(err, io.EOF) && len(line) > 0, err == nil:
+			for len(line) > 0 && (line[len(line)-1] == '\n' || line[len(line)-1] == '\r') {
+				line = line[:len(line)-1]
+			}
+			return line, nil
+		default:
+			return nil, err
+		}
+	}
+}
