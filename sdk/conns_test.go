@@ -295,6 +295,11 @@ func TestPeerIsKnownOnlyOnLiveConnectionsOfTheIdentity(t *testing.T) {
 	if _, ok := web.Peer(&forged); ok {
 		t.Error("a state that only looks alike has a peer")
 	}
+	unproven := cs // the peer has not shown yet that it holds its key
+	unproven.HandshakeComplete = false
+	if _, ok := web.Peer(&unproven); ok {
+		t.Error("a peer counts before the handshake is complete")
+	}
 	if _, ok := orders.Peer(&cs); ok {
 		t.Error("another identity knows the connection")
 	}

@@ -1,0 +1,46 @@
+package httpauth_test
+
+import (
+	"io"
+	"net/http"
+	"testing"
+
+	"merlon.dev/sdk"
+	"merlon.dev/sdk/httpauth"
+	"merlon.dev/sdk/sdktest"
+)
+
+// One call over an open connection: client, TLS, decision at the agent over
+// its socket, handler, all in this process.
+func BenchmarkCall(b *testing.B) {
+	td := sdktest.New(b)
+	td.Allow("web", "orders")
+	url := start(b, td.Workload("orders"), http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, "ok")
+	}))
+	c := client(b, td.Workload("web"), sdk.Service("orders"))
+	if _, _, err := get(c, url+"/"); err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, _, err := get(c, url+"/"); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// One call over a connection of its own.
+func BenchmarkHandshakeAndCall(b *testing.B) {
+	td := sdktest.New(b)
+	td.Allow("web", "orders")
+	url := start(b, td.Workload("orders"), http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	c := &http.Client{Transport: httpauth.Transport(td.Workload("web"), sdk.Service("orders"))}
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, _, err := get(c, url+"/"); err != nil {
+			b.Fatal(err)
+		}
+		c.CloseIdleConnections()
+	}
+}
