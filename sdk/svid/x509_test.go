@@ -117,6 +117,7 @@ func TestForgedLeavesAreRefused(t *testing.T) {
 		"ID5 percent-encoding":          {ca.Leaf("/", forge.RawURIs(true, "spiffe://example.org/%61")), "ID5", false},
 		"ID5 percent-encoded dots":      {ca.Leaf("/", forge.RawURIs(true, "spiffe://example.org/%2e%2e/a")), "ID5", false},
 		"ID6 2049 bytes":                {ca.Leaf(long[:2049-len("spiffe://example.org")]), "ID6", true},
+		"ID7 trust domain of 256 bytes": {ca.Leaf("/", forge.URIs("spiffe://"+strings.Repeat("a", 256)+"/a")), "ID7", false},
 		"X17 unknown trust domain":      {forge.New(t, "other.org").Leaf("/a"), "X17", false},
 		"X13 root of the same name":     {forge.New(t, "example.org").Leaf("/a"), "X13", false},
 		"X13 intermediate left out":     {&forge.SVID{Chain: intermediate.Leaf("/a").Chain[:1]}, "X13", false},

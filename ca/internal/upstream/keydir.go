@@ -64,6 +64,9 @@ func openKeyDir(path string, keys kmsapi.KeyManager) (*keyDir, error) {
 	if err := checkMode(path, fs.ModeDir, 0o700); err != nil {
 		return nil, err
 	}
+	if err := syncDir(filepath.Dir(path)); err != nil { // or a crash takes the new folder away
+		return nil, err
+	}
 	d := &keyDir{path: path, keys: keys, numbers: make(map[kind][]int)}
 	entries, err := os.ReadDir(path)
 	if err != nil {

@@ -11,6 +11,8 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/pem"
+	"errors"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -18,6 +20,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -358,6 +361,87 @@ func TestBrokenFoldersAreRefused(t *testing.T) {
 				t.Errorf("Open = %v; want %q", err, tt.want)
 			}
 		})
+	}
+}
+
+func TestIntermediatesOfOtherRootsAreRefused(t *testing.T) {
+	cfg, other := config(t), config(t)
+	open(t, cfg)
+	open(t, other)
+	mine, theirs := filepath.Join(cfg.Dir, "intermediate-1"), filepath.Join(other.Dir, "intermediate-1")
+	if err := errors.Join(os.RemoveAll(mine), os.Rename(theirs, mine)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "not the root's") {
+		t.Errorf("Open = %v", err)
+	}
+}
+
+func TestJWTAndPolicyKeysAreP256(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, what := range []kind{kindJWT, kindPolicy} {
+		cfg := config(t)
+		if _, err := open(t, cfg).dir.add(what, key, nil); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "not a P-256 key") {
+			t.Errorf("Open with a %s key on P-384 = %v", what, err)
+		}
+	}
+}
+
+func TestEndedRootIsSaid(t *testing.T) {
+	cfg := config(t)
+	cfg.RootTTL = time.Hour
+	synctest.Test(t, func(t *testing.T) {
+		open(t, cfg)
+		time.Sleep(time.Hour + time.Second) // virtual
+		if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "the root ended at") {
+			t.Errorf("Open = %v", err)
+		}
+	})
+}
+
+func TestKeysOfOtherUsersAreRefused(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give files away")
+	}
+	cfg := config(t)
+	open(t, cfg)
+	if err := os.Chown(filepath.Join(cfg.Dir, "root-1", "key.pem"), 12345, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "run: chown 0 ") {
+		t.Errorf("Open = %v", err)
+	}
+}
+
+// What an upstream returns is compared with what it was asked for.
+func TestUpstreamCertificatesAreChecked(t *testing.T) {
+	k := open(t, config(t))
+	want := k.X509().Chain[0]
+	for name, spoil := range map[string]func(c *x509.Certificate){
+		"leaf":             func(c *x509.Certificate) { c.IsCA = false },
+		"usage":            func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature },
+		"path length":      func(c *x509.Certificate) { c.MaxPathLen = 1 },
+		"no name":          func(c *x509.Certificate) { c.URIs = nil },
+		"two names":        func(c *x509.Certificate) { c.URIs = slices.Repeat(c.URIs, 2) },
+		"other name":       func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "spiffe", Host: "evil.org"}} },
+		"name constraints": func(c *x509.Certificate) { c.PermittedURIDomains = nil },
+		"longer life":      func(c *x509.Certificate) { c.NotAfter = c.NotAfter.Add(time.Second) },
+		"no key ID":        func(c *x509.Certificate) { c.SubjectKeyId = nil },
+	} {
+		got := *want
+		spoil(&got)
+		if checkAuthority(&got, want) == nil {
+			t.Errorf("%s: not noticed", name)
+		}
+	}
+	if checkAuthority(nil, want) == nil || checkAuthority(want, want) != nil {
+		t.Error("nothing, or the right certificate, is judged wrongly")
 	}
 }
 
