@@ -126,8 +126,6 @@ func (a *Agent) openPolicy() (err error) {
 				ForceAttemptHTTP2:   true,
 				IdleConnTimeout:     30 * time.Second, // a new SVID is soon in use here too
 			},
-			// The CA does not redirect; whoever does is not asked for a policy.
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		},
 		OnChange: func() { a.client.AckAgain() },
 		Logger:   a.log, Registerer: a.health.Registry(),

@@ -64,40 +64,32 @@ func readAll(dir int, name string, parse func([]byte) error) error {
 	return fmt.Errorf("%w: %s is longer than expected", ErrGone, name)
 }
 
-func (p *Process) readStat(dir int) error {
+func (p *Process) readStart(dir int) error {
 	return readAll(dir, "stat", func(b []byte) error {
-		state, start, err := parseStat(b)
-		if err != nil {
-			return err
-		}
-		// A zombie has no program any more, though other threads of it may
-		// still run: nothing certain can be said about it.
-		if state == 'Z' || state == 'X' || state == 'x' {
-			return ErrGone
-		}
-		p.startTicks = start
-		return nil
+		var err error
+		p.startTicks, err = parseStat(b)
+		return err
 	})
 }
 
-// parseStat reads state and start time (fields 3 and 22) of /proc/PID/stat.
+// parseStat reads the start time (field 22) of /proc/PID/stat.
 // The second field is the program's name in parentheses, which the process
 // chooses itself and which may hold anything, parentheses and blanks included;
 // nothing after the last closing parenthesis is its own.
-func parseStat(b []byte) (state byte, startTicks uint64, err error) {
+func parseStat(b []byte) (startTicks uint64, err error) {
 	end := bytes.LastIndexByte(b, ')')
 	if end < 0 {
-		return 0, 0, fmt.Errorf("%w: no name in stat", ErrGone)
+		return 0, fmt.Errorf("%w: no name in stat", ErrGone)
 	}
 	fields := bytes.Fields(b[end+1:])
-	if len(fields) < 20 || len(fields[0]) != 1 {
-		return 0, 0, fmt.Errorf("%w: stat has %d fields", ErrGone, len(fields))
+	if len(fields) < 20 {
+		return 0, fmt.Errorf("%w: stat has %d fields", ErrGone, len(fields))
 	}
 	startTicks, err = strconv.ParseUint(string(fields[19]), 10, 64)
 	if err != nil {
-		return 0, 0, fmt.Errorf("%w: start time in stat: %v", ErrGone, err)
+		return 0, fmt.Errorf("%w: start time in stat: %v", ErrGone, err)
 	}
-	return fields[0][0], startTicks, nil
+	return startTicks, nil
 }
 
 func (p *Process) readIDs(dir int) error {
@@ -108,7 +100,8 @@ func (p *Process) readIDs(dir int) error {
 	})
 }
 
-// parseStatus reads the effective user and group from /proc/PID/status. The
+// parseStatus reads the effective user and group from /proc/PID/status. A
+// process that has ended gives ErrGone. The
 // name of the process is in the first line, with line breaks escaped by the
 // kernel, so that it cannot add lines; a line that comes twice is refused all
 // the same.
@@ -120,6 +113,12 @@ func parseStatus(b []byte) (uid, gid uint32, err error) {
 			continue
 		}
 		switch string(name) {
+		case "State":
+			// A zombie has no program any more, though other threads of it may
+			// still run: nothing certain can be said about it.
+			if rest = bytes.TrimSpace(rest); len(rest) > 0 && bytes.IndexByte([]byte("ZXx"), rest[0]) >= 0 {
+				return 0, 0, ErrGone
+			}
 		case "Uid":
 			if seenUID {
 				return 0, 0, fmt.Errorf("%w: two Uid lines in status", ErrGone)

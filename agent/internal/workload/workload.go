@@ -39,7 +39,7 @@ type Process struct {
 	// Notes says in sentences what could not be proved, for explain.
 	Notes []string
 
-	startTicks uint64
+	startTicks uint64 // zero for a process pinned by a pidfd
 	exe        fileID // zero when the program is unknown
 }
 
@@ -113,7 +113,7 @@ func (a *Attestor) Attest(ctx context.Context, peer *unixsock.Peer, withHash boo
 		// The peer lives in a PID namespace that is not below ours.
 		return nil, fmt.Errorf("%w: the kernel has no process ID for it here", ErrGone)
 	}
-	p, err := a.read(ctx, peer.PID, withHash, peer.Alive)
+	p, err := a.read(ctx, peer.PID, withHash, !peer.Pinned(), peer.Alive)
 	if err != nil {
 		return nil, err
 	}
@@ -137,15 +137,15 @@ func (a *Attestor) AttestPID(ctx context.Context, pid int32) (*Process, error) {
 		return nil, fmt.Errorf("%w: process %d: %v", ErrGone, pid, err)
 	}
 	defer unix.Close(fd)
-	return a.read(ctx, pid, true, func() bool {
+	return a.read(ctx, pid, true, false, func() bool {
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
 		return err == nil && n == 0
 	})
 }
 
 // read looks at /proc/PID between two calls of alive, both of which must say
-// yes.
-func (a *Attestor) read(ctx context.Context, pid int32, withHash bool, alive func() bool) (*Process, error) {
+// yes. weak says that alive can only tell that some process has the number.
+func (a *Attestor) read(ctx context.Context, pid int32, withHash, weak bool, alive func() bool) (*Process, error) {
 	dir, err := unix.Openat(int(a.proc.Fd()), fmt.Sprint(pid), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil, fmt.Errorf("%w: process %d: %v", ErrGone, pid, err)
@@ -156,15 +156,7 @@ func (a *Attestor) read(ctx context.Context, pid int32, withHash bool, alive fun
 		return nil, ErrGone
 	}
 	p := &Process{PID: pid}
-	if err := p.readStat(dir); err != nil {
-		return nil, err
-	}
-	if err := p.readIDs(dir); err != nil {
-		return nil, err
-	}
-	a.readProgram(ctx, dir, p, withHash)
-	a.afterRead()
-	if err := p.confirm(dir); err != nil {
+	if err := a.readFacts(ctx, dir, p, withHash, weak); err != nil {
 		return nil, err
 	}
 	if !alive() {
@@ -173,24 +165,31 @@ func (a *Attestor) read(ctx context.Context, pid int32, withHash bool, alive fun
 	return p, ctx.Err()
 }
 
-// confirm reads start time, user and program again: they must not have changed
-// while the rest was read.
-func (p *Process) confirm(dir int) error {
-	again := Process{}
-	if err := again.readStat(dir); err != nil {
+// readFacts reads everything about the process whose directory is dir. User and
+// group are read between two looks at the program, which must agree, so that
+// they belong together.
+func (a *Attestor) readFacts(ctx context.Context, dir int, p *Process, withHash, weak bool) error {
+	if weak {
+		if err := p.readStart(dir); err != nil {
+			return err
+		}
+	}
+	a.readProgram(ctx, dir, p, withHash)
+	if err := p.readIDs(dir); err != nil {
 		return err
 	}
-	if err := again.readIDs(dir); err != nil {
-		return err
+	a.afterRead()
+	if p.exe != (fileID{}) {
+		if id, err := statExe(dir); err != nil || !id.sameFile(p.exe) {
+			return fmt.Errorf("%w: it started another program meanwhile", ErrGone)
+		}
 	}
-	if again.startTicks != p.startTicks || again.UID != p.UID || again.GID != p.GID {
-		return ErrGone
-	}
-	if p.exe == (fileID{}) {
+	if !weak {
 		return nil
 	}
-	if id, err := statExe(dir); err != nil || !id.sameFile(p.exe) {
-		return fmt.Errorf("%w: it started another program meanwhile", ErrGone)
+	again := Process{}
+	if err := again.readStart(dir); err != nil || again.startTicks != p.startTicks {
+		return fmt.Errorf("%w: another process has its number now", ErrGone)
 	}
 	return nil
 }

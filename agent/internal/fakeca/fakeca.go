@@ -1,0 +1,497 @@
+// Package fakeca is for tests: a CA in memory that speaks node.proto over real
+// TLS on a real port, with keys of package forge. It does what it is told, also
+// to stop, to come back, and to answer badly.
+package fakeca
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/policy/bundle"
+	"merlon.dev/sdk/svid"
+	"merlon.dev/sdk/svid/forge"
+)
+
+// Token is the join token that works, once.
+const Token = "the-token"
+
+// CA is safe for concurrent use.
+type CA struct {
+	capb.UnimplementedNodeServer
+
+	Root *forge.Authority
+	// Address and HTTPSAddress stay the same over Stop and Start.
+	Address, HTTPSAddress string
+
+	tb    testing.TB
+	td    spiffeid.TrustDomain
+	inter *forge.Authority
+
+	mu sync.Mutex
+	// guarded by mu
+	svidTTL, agentTTL time.Duration
+	revision          uint64
+	sequence          uint64
+	entries           map[string]*capb.Entry
+	removed           map[string]uint64
+	revocations       []*capb.Revocation
+	policy            *capb.PolicyBundle
+	published         *bundle.Published
+	streams           map[chan *capb.SyncResponse]struct{}
+	tokenUsed         bool
+	attests, signs    int
+	signed            int
+	signErr           error
+	acks              []*capb.SyncAck
+	resumes           []uint64
+	holdSync          bool
+	server            *grpc.Server
+	https             *http.Server
+	serving           sync.WaitGroup
+}
+
+// New starts a CA for a trust domain. It stops with the test.
+func New(tb testing.TB, td string) *CA {
+	tb.Helper()
+	root := forge.New(tb, td)
+	ca := &CA{
+		Root: root, inter: root.Intermediate(), tb: tb, td: root.TrustDomain,
+		svidTTL: time.Hour, agentTTL: time.Hour, revision: 1, sequence: 1,
+		entries: map[string]*capb.Entry{}, removed: map[string]uint64{},
+		streams: map[chan *capb.SyncResponse]struct{}{},
+		Address: "127.0.0.1:0", HTTPSAddress: "127.0.0.1:0",
+	}
+	ca.Start()
+	tb.Cleanup(ca.Stop)
+	return ca
+}
+
+// RootHash is what an agent pins.
+func (ca *CA) RootHash() string {
+	sum := sha256.Sum256(ca.Root.Cert.RawSubjectPublicKeyInfo)
+	return hex.EncodeToString(sum[:])
+}
+
+// Start serves; again after Stop, with everything kept.
+func (ca *CA) Start() {
+	ca.tb.Helper()
+	own := ca.inter.Leaf("/ca")
+	creds := svid.TLS{
+		SVIDs: own.X509SVID(), Bundles: ca.Root.Bundle(), Admit: func(*svid.Peer) error { return nil },
+		AnonymousPeers: true, IncludeRoot: true,
+	}
+	lis := ca.listen(&ca.Address)
+	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(creds.Server())))
+	capb.RegisterNodeServer(s, ca)
+	creds.AnonymousPeers, creds.NextProtos = false, []string{"h2", "http/1.1"}
+	httpsLis := ca.listen(&ca.HTTPSAddress)
+	h := &http.Server{Handler: ca.policyHandler(), TLSConfig: creds.Server(), ReadHeaderTimeout: time.Second}
+	ca.mu.Lock()
+	ca.server, ca.https = s, h
+	ca.mu.Unlock()
+	ca.serving.Go(func() { _ = s.Serve(lis) })
+	ca.serving.Go(func() { _ = h.ServeTLS(httpsLis, "", "") })
+}
+
+func (ca *CA) listen(address *string) net.Listener {
+	ca.tb.Helper()
+	lis, err := net.Listen("tcp", *address)
+	if err != nil {
+		ca.tb.Fatal(err)
+	}
+	*address = lis.Addr().String()
+	return lis
+}
+
+// Stop cuts every connection.
+func (ca *CA) Stop() {
+	ca.mu.Lock()
+	s, h := ca.server, ca.https
+	ca.server, ca.https = nil, nil
+	ca.mu.Unlock()
+	if s != nil {
+		s.Stop()
+		h.Close()
+	}
+	ca.serving.Wait()
+}
+
+func (ca *CA) policyHandler() http.Handler {
+	return bundle.NewServer(bundle.Source{Load: func(context.Context, string) (*bundle.Published, <-chan struct{}, error) {
+		ca.mu.Lock()
+		defer ca.mu.Unlock()
+		if ca.published == nil {
+			return nil, nil, bundle.ErrNotFound
+		}
+		return ca.published, make(chan struct{}), nil
+	}})
+}
+
+// SetTTL sets how long SVIDs live that are issued from now on.
+func (ca *CA) SetTTL(workloads, agents time.Duration) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.svidTTL, ca.agentTTL = workloads, agents
+}
+
+// HoldSync makes new streams say nothing until called with false.
+func (ca *CA) HoldSync(hold bool) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.holdSync = hold
+}
+
+// FailSign makes requests to sign fail with err; nil ends it.
+func (ca *CA) FailSign(err error) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.signErr = err
+}
+
+// Counts says how often evidence arrived, how many requests to sign X509-SVIDs,
+// and how many of those were signed.
+func (ca *CA) Counts() (attests, signs, signed int) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	return ca.attests, ca.signs, ca.signed
+}
+
+// LastAck is the newest acknowledgement.
+func (ca *CA) LastAck() *capb.SyncAck {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	if len(ca.acks) == 0 {
+		return &capb.SyncAck{}
+	}
+	return ca.acks[len(ca.acks)-1]
+}
+
+// Resumes lists the resume revisions of all streams so far.
+func (ca *CA) Resumes() []uint64 {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	return append([]uint64(nil), ca.resumes...)
+}
+
+// PutEntry creates or replaces an entry and pushes it.
+func (ca *CA) PutEntry(e *capb.Entry) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.revision++
+	e = proto.Clone(e).(*capb.Entry)
+	e.Revision = ca.revision
+	if e.CreatedAt == nil {
+		e.CreatedAt = timestamppb.New(time.Unix(int64(ca.revision), 0)) //nolint:gosec // small
+	}
+	ca.entries[e.EntryId] = e
+	delete(ca.removed, e.EntryId)
+	ca.push(&capb.SyncResponse{Entries: []*capb.Entry{e}})
+}
+
+// Entry makes an entry of this trust domain; selectors are "type:value".
+func (ca *CA) Entry(id, path string, selectors ...string) *capb.Entry {
+	e := &capb.Entry{EntryId: id, SpiffeId: ca.td.IDString() + path}
+	for _, s := range selectors {
+		for i := range s {
+			if s[i] == ':' {
+				e.Selectors = append(e.Selectors, &capb.Selector{Type: s[:i], Value: s[i+1:]})
+				break
+			}
+		}
+	}
+	return e
+}
+
+// DeleteEntry deletes an entry and pushes that.
+func (ca *CA) DeleteEntry(id string) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.revision++
+	delete(ca.entries, id)
+	ca.removed[id] = ca.revision
+	ca.push(&capb.SyncResponse{RemovedEntryIds: []string{id}})
+}
+
+// Revoke adds a record, filling in its revision, and pushes it.
+func (ca *CA) Revoke(r *capb.Revocation) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.revision++
+	r = proto.Clone(r).(*capb.Revocation)
+	r.BeforeRevision = ca.revision
+	ca.revocations = append(ca.revocations, r)
+	ca.push(&capb.SyncResponse{Revocations: []*capb.Revocation{r}})
+}
+
+// PublishPolicy serves a signed policy bundle and announces it.
+func (ca *CA) PublishPolicy(raw []byte, pb *capb.PolicyBundle) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.revision++
+	ca.published = bundle.NewPublished(raw, pb.Generation)
+	ca.policy = pb
+	ca.push(&capb.SyncResponse{PolicyBundle: pb})
+}
+
+// RaiseTrust pushes the trust bundle under the next sequence number.
+func (ca *CA) RaiseTrust() uint64 {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.revision++
+	ca.sequence++
+	ca.push(&capb.SyncResponse{TrustBundle: ca.trustBundle()})
+	return ca.sequence
+}
+
+// push sends a change to all streams. ca.mu is held.
+func (ca *CA) push(m *capb.SyncResponse) {
+	m.Revision, m.Synced, m.SentAt = ca.revision, true, timestamppb.Now()
+	for ch := range ca.streams {
+		ch <- m
+	}
+}
+
+func (ca *CA) trustBundle() *capb.TrustBundle {
+	jwks, err := ca.Root.Bundle().Marshal()
+	if err != nil {
+		ca.tb.Error(err)
+	}
+	return &capb.TrustBundle{TrustDomain: ca.td.Name(), Sequence: ca.sequence, Jwks: jwks}
+}
+
+// Attest implements capb.NodeServer.
+func (ca *CA) Attest(_ context.Context, req *capb.AttestRequest) (*capb.AttestResponse, error) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.attests++
+	if req.GetJoinToken() != Token || ca.tokenUsed {
+		return nil, status.Error(codes.PermissionDenied, "the join token is unknown or was used")
+	}
+	ca.tokenUsed = true
+	chain, err := ca.sign(req.GetCsr(), ca.td.IDString()+"/agent/n1", ca.agentTTL)
+	if err != nil {
+		return nil, err
+	}
+	return &capb.AttestResponse{X509Svid: chain, TrustBundle: ca.trustBundle()}, nil
+}
+
+// Renew implements capb.NodeServer.
+func (ca *CA) Renew(ctx context.Context, req *capb.RenewRequest) (*capb.RenewResponse, error) {
+	if err := requireAgent(ctx); err != nil {
+		return nil, err
+	}
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	chain, err := ca.sign(req.GetCsr(), ca.td.IDString()+"/agent/n1", ca.agentTTL)
+	if err != nil {
+		return nil, err
+	}
+	return &capb.RenewResponse{X509Svid: chain, TrustBundle: ca.trustBundle()}, nil
+}
+
+// Sync implements capb.NodeServer.
+func (ca *CA) Sync(stream capb.Node_SyncServer) error {
+	if err := requireAgent(stream.Context()); err != nil {
+		return err
+	}
+	first, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	var receiving sync.WaitGroup
+	defer receiving.Wait()
+	receiving.Go(func() {
+		for m := first; ; {
+			ca.mu.Lock()
+			ca.acks = append(ca.acks, m.GetAck())
+			ca.mu.Unlock()
+			if m, err = stream.Recv(); err != nil {
+				return
+			}
+		}
+	})
+	changes, listing := ca.subscribe(first.GetResumeRevision())
+	defer func() {
+		ca.mu.Lock()
+		defer ca.mu.Unlock()
+		delete(ca.streams, changes)
+	}()
+	for ca.holding() {
+		select {
+		case <-stream.Context().Done():
+			return stream.Context().Err()
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	for _, m := range listing {
+		if err := stream.Send(m); err != nil {
+			return err
+		}
+	}
+	for {
+		select {
+		case <-stream.Context().Done():
+			return stream.Context().Err()
+		case m := <-changes:
+			if err := stream.Send(m); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func (ca *CA) holding() bool {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	return ca.holdSync
+}
+
+// subscribe returns everything above a revision, or everything for 0, in
+// several messages, and a channel of what comes.
+func (ca *CA) subscribe(resume uint64) (chan *capb.SyncResponse, []*capb.SyncResponse) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.resumes = append(ca.resumes, resume)
+	changes := make(chan *capb.SyncResponse, 1000)
+	ca.streams[changes] = struct{}{}
+	out := []*capb.SyncResponse{{
+		Reset_: resume == 0, TrustBundle: ca.trustBundle(), PolicyBundle: ca.policy, SentAt: timestamppb.Now(),
+	}}
+	for _, e := range ca.entries {
+		if e.Revision > resume {
+			out = append(out, &capb.SyncResponse{Entries: []*capb.Entry{e}})
+		}
+	}
+	last := &capb.SyncResponse{Revision: ca.revision, Synced: true, SentAt: timestamppb.Now()}
+	if resume == 0 {
+		last.Revocations = ca.revocations
+	}
+	for id, revision := range ca.removed {
+		if resume > 0 && revision > resume {
+			last.RemovedEntryIds = append(last.RemovedEntryIds, id)
+		}
+	}
+	return changes, append(out, last)
+}
+
+// Sign implements capb.NodeServer.
+func (ca *CA) Sign(ctx context.Context, req *capb.SignRequest) (*capb.SignResponse, error) {
+	if err := requireAgent(ctx); err != nil {
+		return nil, err
+	}
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.signs++
+	if ca.signErr != nil {
+		return nil, ca.signErr
+	}
+	m := &capb.SignResponse{}
+	for _, item := range req.GetItems() {
+		e := ca.entries[item.GetEntryId()]
+		if e == nil {
+			m.Results = append(m.Results, &capb.SignResult{Code: int32(codes.NotFound), Message: "no such entry"})
+			continue
+		}
+		chain, err := ca.sign(item.GetCsr(), e.GetSpiffeId(), ca.svidTTL)
+		if err != nil {
+			return nil, err
+		}
+		ca.signed++
+		m.Results = append(m.Results, &capb.SignResult{X509Svid: chain})
+	}
+	return m, nil
+}
+
+// SignJWT implements capb.NodeServer.
+func (ca *CA) SignJWT(ctx context.Context, req *capb.SignJWTRequest) (*capb.SignJWTResponse, error) {
+	if err := requireAgent(ctx); err != nil {
+		return nil, err
+	}
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	if ca.signErr != nil {
+		return nil, ca.signErr
+	}
+	e := ca.entries[req.GetEntryId()]
+	if e == nil {
+		return nil, status.Error(codes.NotFound, "no such entry")
+	}
+	serial, err := svid.NewSerial(7, ca.revision)
+	if err != nil {
+		return nil, err
+	}
+	token := ca.Root.JWT(ca.Root.Header(nil), ca.Root.Claims("", forge.Fields{
+		"sub": e.GetSpiffeId(), "aud": req.GetAudience(), "jti": serial.String(),
+	}))
+	return &capb.SignJWTResponse{Token: token}, nil
+}
+
+// sign issues for a CSR. ca.mu is held.
+func (ca *CA) sign(csr []byte, id string, ttl time.Duration) ([][]byte, error) {
+	req, err := x509.ParseCertificateRequest(csr)
+	if err != nil {
+		return nil, err
+	}
+	if err := req.CheckSignature(); err != nil {
+		return nil, err
+	}
+	serial, err := svid.NewSerial(7, ca.revision)
+	if err != nil {
+		return nil, err
+	}
+	uri, err := url.Parse(id)
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	template := ca.inter.Leaf("/x").Chain[0]
+	template.SerialNumber, template.URIs = serial.Big(), []*url.URL{uri}
+	template.NotBefore, template.NotAfter = now.Add(-time.Minute), now.Add(ttl)
+	template.ExtraExtensions = nil
+	ski := sha256.Sum256(csr)
+	template.SubjectKeyId = ski[:20]
+	der, err := x509.CreateCertificate(rand.Reader, template, ca.inter.Cert, req.PublicKey, ca.inter.Key)
+	if err != nil {
+		return nil, err
+	}
+	return [][]byte{der, ca.inter.Cert.Raw}, nil
+}
+
+// requireAgent refuses callers without the agent's SVID.
+func requireAgent(ctx context.Context) error {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return errors.New("no peer")
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok || len(info.State.PeerCertificates) == 0 {
+		return status.Error(codes.Unauthenticated, "an agent's SVID is needed")
+	}
+	id, err := x509svid.IDFromCert(info.State.PeerCertificates[0])
+	if err != nil || id.Path() != "/agent/n1" {
+		return status.Error(codes.PermissionDenied, fmt.Sprintf("%v is no agent", id))
+	}
+	return nil
+}
