@@ -1,0 +1,110 @@
+// Settings: what is refused, and which source wins.
+
+package ca
+
+import (
+	"errors"
+	"flag"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
+	for name, test := range map[string]struct{ yaml, want string }{
+		"unknown key":     {"trust_domian: a.test\n", `ca.yaml:1:1: `},
+		"suggestion":      {"trust_domian: a.test\n", `did you mean "trust_domain"`},
+		"no trust domain": {"data_dir: /tmp/x\n", "trust_domain: is missing"},
+		"bad domain":      {"trust_domain: spiffe://a\n", "trust_domain: "},
+		"upper case":      {"trust_domain: A.test\n", "trust_domain: "},
+		"bad address":     {"trust_domain: a.test\naddress: nowhere\n", "address: "},
+		"bad port":        {"trust_domain: a.test\nhttps_address: ':99999'\n", "https_address: "},
+		"long socket":     {"trust_domain: a.test\nadmin_socket: /" + strings.Repeat("s", 120) + "\n", "admin_socket: "},
+		"relative socket": {"trust_domain: a.test\nadmin_socket: a.sock\n", "admin_socket: "},
+		"DNS name":        {"trust_domain: a.test\ndns_names: ['*.a.test']\n", "dns_names: "},
+		"long TTL":        {"trust_domain: a.test\nx509_svid_ttl: 48h\n", "x509_svid_ttl: "},
+		"negative TTL":    {"trust_domain: a.test\nagent_svid_ttl: -1h\n", "agent_svid_ttl: "},
+		"bare TTL":        {"trust_domain: a.test\njwt_svid_ttl: 5\n", "ca.yaml:2:"},
+	} {
+		c, err := ParseConfig("ca.yaml", []byte(test.yaml))
+		if err == nil {
+			err = c.Validate()
+		}
+		if err == nil || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%s: %v; want %q in it", name, err, test.want)
+		}
+	}
+	if _, err := New(Config{}); err == nil {
+		t.Error("New took the zero Config")
+	}
+}
+
+func TestFlagsWinOverEnvironmentOverFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "ca.yaml")
+	yaml := "trust_domain: file.test\ndata_dir: /file\nx509_svid_ttl: 2h\nadmin_uids: [7]\n"
+	if err := os.WriteFile(file, []byte(yaml), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	env := map[string]string{"MERLON_CA_DATA_DIR": "/env", "MERLON_CA_TRUST_DOMAIN": "env.test", "MERLON_CA_CONFIG": file}
+	cl, err := ParseCommandLine([]string{"-trust-domain", "flag.test", "-dns-names", "a.test,b.test", "-development"}, func(k string) string { return env[k] }, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := cl.Config
+	if c.TrustDomain != "flag.test" || c.DataDir != "/env" || c.X509SVIDTTL != 2*time.Hour || !c.Development ||
+		!slices.Equal(c.AdminUIDs, []uint32{7}) || !slices.Equal(c.DNSNames, []string{"a.test", "b.test"}) {
+		t.Errorf("config = %+v", c)
+	}
+	if d := c.withDefaults(); d.Address != DefaultAddress || d.JWTSVIDTTL != DefaultJWTSVIDTTL {
+		t.Errorf("defaults = %+v", d)
+	}
+}
+
+func TestCommandLineRefusals(t *testing.T) {
+	none := func(string) string { return "" }
+	for _, args := range [][]string{
+		{"-no-such-flag"},
+		{"stray"},
+		{"-trust-domain", "a.test", "-x509-svid-ttl", "soon"},
+		{"-config", "/no/such/file"},
+		{},
+		{"-trust-domain", "a.test", "-admin-uids", "root"},
+	} {
+		if _, err := ParseCommandLine(args, none, io.Discard); err == nil {
+			t.Errorf("ParseCommandLine(%q) took it", args)
+		}
+	}
+	if _, err := ParseCommandLine([]string{"-h"}, none, io.Discard); !errors.Is(err, flag.ErrHelp) {
+		t.Errorf("-h: %v; want flag.ErrHelp", err)
+	}
+	if cl, err := ParseCommandLine([]string{"-validate", "-trust-domain", "a.test"}, none, io.Discard); err != nil || !cl.ValidateOnly {
+		t.Errorf("-validate: %+v, %v", cl, err)
+	}
+}
+
+// Every setting of the file can also be set by flag and environment.
+func TestEverySettingHasAFlag(t *testing.T) {
+	for _, key := range Keys() {
+		if usage[key] == "" {
+			t.Errorf("%s has no help", key)
+		}
+		var c Config
+		if err := c.Set(key, map[string]string{"development": "true", "admin_uids": "1", "x509_svid_ttl": "1h", "jwt_svid_ttl": "1m", "agent_svid_ttl": "1h"}[key]); err != nil {
+			t.Errorf("Set(%s): %v", key, err)
+		}
+	}
+}
+
+func FuzzParseConfig(f *testing.F) {
+	f.Add([]byte("trust_domain: a.test\n"))
+	f.Add([]byte("admin_uids: [1, 2]\nx509_svid_ttl: 1h\n"))
+	f.Fuzz(func(_ *testing.T, data []byte) {
+		if c, err := ParseConfig("ca.yaml", data); err == nil {
+			_ = c.Validate()
+		}
+	})
+}

@@ -1,0 +1,96 @@
+// The CA as a real process that is killed: what was acknowledged is there.
+
+package ca_test
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/unixsock"
+)
+
+// startProcess runs merlon-ca and returns a client of its admin socket.
+func startProcess(t *testing.T, binary, dir string) (*exec.Cmd, capb.AdminClient) {
+	t.Helper()
+	socket := filepath.Join(dir, "s", "a.sock")
+	cmd := exec.Command(binary, "-trust-domain", "shop.test", "-data-dir", filepath.Join(dir, "data"), "-admin-socket", socket,
+		"-address", "127.0.0.1:0", "-https-address", "127.0.0.1:0", "-health-address", "127.0.0.1:0", "-development", "-log-level", "warn")
+	cmd.Stderr = t.Output()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill() }) // most often gone already
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(unixsock.ClientCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	admin := capb.NewAdminClient(conn)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for {
+		_, err := admin.ListAgents(ctx, &capb.ListAgentsRequest{}, grpc.WaitForReady(true))
+		if err == nil {
+			return cmd, admin
+		}
+		if ctx.Err() != nil {
+			t.Fatalf("merlon-ca does not come up: %v", err)
+		}
+	}
+}
+
+func TestKilledCAComesBackWithAllItAcknowledged(t *testing.T) {
+	dir := tempDir(t)
+	binary := filepath.Join(dir, "merlon-ca")
+	build := exec.Command("go", "build", "-o", binary, "merlon.dev/ca/cmd/merlon-ca")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
+	}
+	acknowledged := make(map[string]bool)
+	var generation uint64
+	for round := range 3 {
+		cmd, admin := startProcess(t, binary, dir)
+		list, err := admin.ListEntries(t.Context(), &capb.ListEntriesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := make(map[string]bool)
+		for _, e := range list.GetEntries() {
+			found[e.GetEntryId()] = true
+		}
+		for id := range acknowledged {
+			if !found[id] {
+				t.Errorf("round %d: acknowledged entry %s is lost", round, id)
+			}
+		}
+		pushed, err := admin.PushPolicy(t.Context(), &capb.PushPolicyRequest{Bundle: policyBundle(t)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if pushed.GetGeneration() != generation+1 {
+			t.Errorf("round %d: generation %d after %d", round, pushed.GetGeneration(), generation)
+		}
+		generation = pushed.GetGeneration()
+		kill := time.AfterFunc(100*time.Millisecond, func() { _ = cmd.Process.Kill() })
+		for {
+			resp, err := admin.CreateEntry(t.Context(), &capb.CreateEntryRequest{Entry: newEntry("n1", "web")})
+			if err != nil {
+				break
+			}
+			acknowledged[resp.GetEntry().GetEntryId()] = true
+		}
+		kill.Stop()
+		_ = cmd.Wait() // killed, as it should be
+	}
+	if len(acknowledged) == 0 {
+		t.Error("no entry was acknowledged in three rounds")
+	}
+}
