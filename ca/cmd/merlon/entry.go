@@ -1,0 +1,251 @@
+// merlon entry: registration entries.
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"merlon.dev/ca/capb"
+)
+
+func entryCommand(o *options) *cobra.Command {
+	return noun("entry", "Registration entries: which process gets which SPIFFE ID",
+		entryCreate(o), entryList(o), entryShow(o), entryDelete(o))
+}
+
+// entryJSON is an entry as scripts see it.
+type entryJSON struct {
+	EntryID            string     `json:"entry_id"`
+	SPIFFEID           string     `json:"spiffe_id"`
+	ParentID           string     `json:"parent_id"`
+	Selectors          []string   `json:"selectors"`
+	X509SVIDTTLSeconds int64      `json:"x509_svid_ttl_seconds,omitempty"`
+	JWTSVIDTTLSeconds  int64      `json:"jwt_svid_ttl_seconds,omitempty"`
+	DNSNames           []string   `json:"dns_names,omitempty"`
+	CommonName         string     `json:"common_name,omitempty"`
+	Hint               string     `json:"hint,omitempty"`
+	Admin              bool       `json:"admin,omitempty"`
+	ExpiresAt          *time.Time `json:"expires_at,omitempty"`
+	CreatedAt          *time.Time `json:"created_at,omitempty"`
+	Revision           uint64     `json:"revision"`
+}
+
+func newEntryJSON(e *capb.Entry) entryJSON {
+	return entryJSON{
+		EntryID: e.GetEntryId(), SPIFFEID: e.GetSpiffeId(), ParentID: e.GetParentId(), Selectors: selectorStrings(e),
+		X509SVIDTTLSeconds: e.GetX509SvidTtlSeconds(), JWTSVIDTTLSeconds: e.GetJwtSvidTtlSeconds(),
+		DNSNames: e.GetDnsNames(), CommonName: e.GetCommonName(), Hint: e.GetHint(), Admin: e.GetAdmin(),
+		ExpiresAt: timeOf(e.GetExpiresAt()), CreatedAt: timeOf(e.GetCreatedAt()), Revision: e.GetRevision(),
+	}
+}
+
+func selectorStrings(e *capb.Entry) []string {
+	out := make([]string, 0, len(e.GetSelectors()))
+	for _, s := range e.GetSelectors() {
+		out = append(out, s.GetType()+":"+s.GetValue())
+	}
+	return out
+}
+
+func printEntry(w io.Writer, o *options, e *capb.Entry) error {
+	if o.output == "json" {
+		return printJSON(w, newEntryJSON(e))
+	}
+	ttl := ""
+	if s := e.GetX509SvidTtlSeconds(); s > 0 {
+		ttl = (time.Duration(s) * time.Second).String()
+	}
+	admin := ""
+	if e.GetAdmin() {
+		admin = "yes"
+	}
+	return printFields(w,
+		"entry_id", e.GetEntryId(), "spiffe_id", e.GetSpiffeId(), "parent_id", e.GetParentId(),
+		"selectors", strings.Join(selectorStrings(e), " "), "x509_svid_ttl", ttl,
+		"dns_names", strings.Join(e.GetDnsNames(), " "), "common_name", e.GetCommonName(),
+		"hint", e.GetHint(), "admin", admin, "expires_at", formatTime(e.GetExpiresAt()))
+}
+
+// entryFlags are the fields of a new entry as typed.
+type entryFlags struct {
+	spiffeID, parent, commonName, hint, expires string
+	selectors, dnsNames                         []string
+	ttl, jwtTTL                                 time.Duration
+	admin                                       bool
+}
+
+func entryCreate(o *options) *cobra.Command {
+	var f entryFlags
+	cmd := &cobra.Command{
+		Use:   "create --spiffe-id ID --selector TYPE:VALUE…",
+		Short: "Give a SPIFFE ID to the processes that have every selector",
+		Example: `  merlon entry create --spiffe-id spiffe://shop.test/web --selector unix:path:/usr/bin/web
+  merlon entry create --spiffe-id spiffe://shop.test/db --selector unix:uid:999 --dns db.shop.test --ttl 30m`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			e, err := f.entry()
+			if err != nil {
+				return err
+			}
+			return o.withCA(cmd.Context(), func(ca capb.AdminClient) error {
+				return createEntry(cmd.Context(), cmd.OutOrStdout(), o, ca, e)
+			})
+		},
+	}
+	fl := cmd.Flags()
+	fl.StringVar(&f.spiffeID, "spiffe-id", "", "SPIFFE ID that matching processes get")
+	fl.StringArrayVar(&f.selectors, "selector", nil, "what a process must be, split at the first colon: unix:uid:1000, unix:path:/usr/bin/web, unix:sha256:… (repeat: all must hold)")
+	fl.StringVar(&f.parent, "parent", "", "SPIFFE ID of the agent (default: the only agent)")
+	fl.DurationVar(&f.ttl, "ttl", 0, "lifetime of X509-SVIDs (default: the CA's, 1h)")
+	fl.DurationVar(&f.jwtTTL, "jwt-ttl", 0, "lifetime of JWT-SVIDs (default: the CA's, 5m)")
+	fl.StringArrayVar(&f.dnsNames, "dns", nil, "DNS name to put into the X509-SVID (repeatable)")
+	fl.StringVar(&f.commonName, "cn", "", "common name of the subject, for software that cannot read URI SANs")
+	fl.StringVar(&f.hint, "hint", "", "hint by which a workload with several identities tells them apart")
+	fl.BoolVar(&f.admin, "admin", false, "the workload may administer the CA")
+	fl.StringVar(&f.expires, "expires", "", "end of the entry, RFC 3339")
+	return cmd
+}
+
+// entry turns the flags into a request; what only the CA can judge stays with
+// the CA.
+func (f *entryFlags) entry() (*capb.Entry, error) {
+	const example = "merlon entry create --spiffe-id spiffe://shop.test/web --selector unix:path:/usr/bin/web"
+	if f.spiffeID == "" {
+		return nil, usageError{"--spiffe-id is missing", example}
+	}
+	if len(f.selectors) == 0 {
+		return nil, usageError{"--selector is missing: an entry without selectors would match nothing", example}
+	}
+	if f.ttl%time.Second != 0 || f.jwtTTL%time.Second != 0 {
+		return nil, usageError{"--ttl and --jwt-ttl are whole seconds", "for example --ttl 30m"}
+	}
+	e := &capb.Entry{
+		SpiffeId: f.spiffeID, ParentId: f.parent, DnsNames: f.dnsNames, CommonName: f.commonName,
+		Hint: f.hint, Admin: f.admin,
+		X509SvidTtlSeconds: int64(f.ttl / time.Second), JwtSvidTtlSeconds: int64(f.jwtTTL / time.Second),
+	}
+	for _, s := range f.selectors {
+		typ, value, ok := strings.Cut(s, ":")
+		if !ok {
+			return nil, usageError{fmt.Sprintf("selector %q has no colon", s), "selectors are TYPE:VALUE, for example unix:uid:1000"}
+		}
+		e.Selectors = append(e.Selectors, &capb.Selector{Type: typ, Value: value})
+	}
+	if f.expires != "" {
+		t, err := time.Parse(time.RFC3339, f.expires)
+		if err != nil {
+			return nil, usageError{fmt.Sprintf("--expires %q is not RFC 3339", f.expires), "for example --expires 2027-01-01T00:00:00Z"}
+		}
+		e.ExpiresAt = timestamppb.New(t)
+	}
+	return e, nil
+}
+
+func createEntry(ctx context.Context, w io.Writer, o *options, ca capb.AdminClient, e *capb.Entry) error {
+	if e.GetParentId() == "" {
+		parent, err := onlyAgent(ctx, ca)
+		if err != nil {
+			return err
+		}
+		e.ParentId = parent
+	}
+	resp, err := ca.CreateEntry(ctx, &capb.CreateEntryRequest{Entry: e})
+	if err != nil {
+		return err
+	}
+	return printEntry(w, o, resp.GetEntry())
+}
+
+func entryList(o *options) *cobra.Command {
+	var req capb.ListEntriesRequest
+	cmd := &cobra.Command{
+		Use:     "list",
+		Short:   "List registration entries",
+		Example: "  merlon entry list -o json\n  merlon entry list --spiffe-id spiffe://shop.test/web",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return o.withCA(cmd.Context(), func(ca capb.AdminClient) error {
+				entries, err := allEntries(cmd.Context(), ca, &req)
+				if err != nil {
+					return err
+				}
+				return printEntries(cmd.OutOrStdout(), o, entries)
+			})
+		},
+	}
+	cmd.Flags().StringVar(&req.ParentId, "parent", "", "only entries under this agent")
+	cmd.Flags().StringVar(&req.SpiffeId, "spiffe-id", "", "only entries for this SPIFFE ID")
+	return cmd
+}
+
+func allEntries(ctx context.Context, ca capb.AdminClient, req *capb.ListEntriesRequest) ([]*capb.Entry, error) {
+	var entries []*capb.Entry
+	for {
+		resp, err := ca.ListEntries(ctx, req)
+		if err != nil {
+			return nil, err
+		}
+		entries = append(entries, resp.GetEntries()...)
+		if req.PageToken = resp.GetNextPageToken(); req.PageToken == "" {
+			return entries, nil
+		}
+	}
+}
+
+func printEntries(w io.Writer, o *options, entries []*capb.Entry) error {
+	if o.output == "json" {
+		out := make([]entryJSON, 0, len(entries))
+		for _, e := range entries {
+			out = append(out, newEntryJSON(e))
+		}
+		return printJSON(w, out)
+	}
+	rows := make([][]string, 0, len(entries))
+	for _, e := range entries {
+		rows = append(rows, []string{e.GetEntryId(), e.GetSpiffeId(), e.GetParentId(), strings.Join(selectorStrings(e), " ")})
+	}
+	return printTable(w, []string{"ENTRY_ID", "SPIFFE_ID", "PARENT_ID", "SELECTORS"}, rows)
+}
+
+func entryShow(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:     "show ENTRY_ID",
+		Short:   "Show one registration entry",
+		Example: "  merlon entry show 6f1c2a…",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return o.withCA(cmd.Context(), func(ca capb.AdminClient) error {
+				resp, err := ca.GetEntry(cmd.Context(), &capb.GetEntryRequest{EntryId: args[0]})
+				if err != nil {
+					return listHint(err, "merlon entry list")
+				}
+				return printEntry(cmd.OutOrStdout(), o, resp.GetEntry())
+			})
+		},
+	}
+}
+
+func entryDelete(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:     "delete ENTRY_ID",
+		Short:   "Delete an entry and revoke what was issued for it",
+		Example: "  merlon entry delete 6f1c2a…",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return o.withCA(cmd.Context(), func(ca capb.AdminClient) error {
+				resp, err := ca.DeleteEntry(cmd.Context(), &capb.DeleteEntryRequest{EntryId: args[0]})
+				if err != nil {
+					return listHint(err, "merlon entry list")
+				}
+				return printEntry(cmd.OutOrStdout(), o, resp.GetEntry())
+			})
+		},
+	}
+}

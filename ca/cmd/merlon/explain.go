@@ -1,0 +1,164 @@
+// merlon explain: why a process has no identity, and why a call was refused.
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/agent/agentpb"
+)
+
+func explainCommand(o *options) *cobra.Command {
+	return noun("explain", "Why a process has no identity, and why a call was refused", explainIdentity(o), explainDecision(o))
+}
+
+// listHint points to the list when something was not found.
+func listHint(err error, list string) error {
+	if status.Code(err) == codes.NotFound {
+		return hintError{err, list + " shows what there is"}
+	}
+	return err
+}
+
+// identityJSON is `merlon explain identity -o json`.
+type identityJSON struct {
+	PID       int32       `json:"pid"`
+	AgentID   string      `json:"agent_id"`
+	Synced    bool        `json:"synced"`
+	Selectors []string    `json:"selectors"`
+	Entries   []matchJSON `json:"entries"`
+	Reason    string      `json:"reason,omitempty"`
+	Hint      string      `json:"hint,omitempty"`
+}
+
+type matchJSON struct {
+	EntryID  string   `json:"entry_id"`
+	SPIFFEID string   `json:"spiffe_id"`
+	Matches  bool     `json:"matches"`
+	Missing  []string `json:"missing,omitempty"`
+}
+
+func explainIdentity(o *options) *cobra.Command {
+	var pid int32
+	cmd := &cobra.Command{
+		Use:     "identity --pid PID",
+		Short:   "Show what a process is to its agent, and which entries it matches or misses",
+		Example: "  merlon explain identity --pid 4711",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if pid <= 0 {
+				return usageError{"--pid is missing", "merlon explain identity --pid $(pidof web)"}
+			}
+			return o.withAgent(func(agent agentpb.DebugClient) error {
+				resp, err := agent.ExplainIdentity(cmd.Context(), &agentpb.ExplainIdentityRequest{Pid: pid})
+				if err != nil {
+					return err
+				}
+				return printIdentity(cmd.OutOrStdout(), o, pid, resp)
+			})
+		},
+	}
+	cmd.Flags().Int32Var(&pid, "pid", 0, "process ID, as the agent sees it")
+	return cmd
+}
+
+func printIdentity(w io.Writer, o *options, pid int32, resp *agentpb.ExplainIdentityResponse) error {
+	if o.output == "json" {
+		out := identityJSON{pid, resp.GetAgentId(), resp.GetSynced(), resp.GetSelectors(), []matchJSON{}, resp.GetReason(), resp.GetHint()}
+		for _, m := range resp.GetEntries() {
+			out.Entries = append(out.Entries, matchJSON{m.GetEntryId(), m.GetSpiffeId(), m.GetMatches(), m.GetMissing()})
+		}
+		return printJSON(w, out)
+	}
+	fmt.Fprintf(w, "pid %d, under %s, is:\n  %s\n", pid, resp.GetAgentId(), strings.Join(resp.GetSelectors(), "\n  "))
+	for _, m := range resp.GetEntries() {
+		if m.GetMatches() {
+			fmt.Fprintf(w, "matches %s (entry %s)\n", m.GetSpiffeId(), m.GetEntryId())
+		} else {
+			fmt.Fprintf(w, "not %s (entry %s): lacks %s\n", m.GetSpiffeId(), m.GetEntryId(), strings.Join(m.GetMissing(), ", "))
+		}
+	}
+	if resp.GetReason() != "" {
+		fmt.Fprintf(w, "no identity: %s\nhint: %s\n", resp.GetReason(), resp.GetHint())
+	}
+	return nil
+}
+
+// decisionJSON is `merlon explain decision -o json`.
+type decisionJSON struct {
+	DecisionID       string     `json:"decision_id"`
+	DecidedAt        *time.Time `json:"decided_at"`
+	Allow            bool       `json:"allow"`
+	Reason           string     `json:"reason"`
+	RuleID           string     `json:"rule_id,omitempty"`
+	PolicyGeneration uint64     `json:"policy_generation"`
+	Source           string     `json:"source"`
+	Destination      string     `json:"destination"`
+	Protocol         string     `json:"protocol"`
+	Method           string     `json:"method,omitempty"`
+	Path             string     `json:"path,omitempty"`
+	Details          []string   `json:"details"`
+	Hint             string     `json:"hint,omitempty"`
+}
+
+func explainDecision(o *options) *cobra.Command {
+	return &cobra.Command{
+		Use:     "decision DECISION_ID",
+		Short:   "Show one of the agent's last 10 000 decisions and what it compared",
+		Example: "  merlon explain decision 5b2f0c6d1a7e4f3b9c8d7e6f",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return o.withAgent(func(agent agentpb.DebugClient) error {
+				resp, err := agent.ExplainDecision(cmd.Context(), &agentpb.ExplainDecisionRequest{DecisionId: args[0]})
+				if status.Code(err) == codes.NotFound {
+					return hintError{errors.New(status.Convert(err).Message()), "ask on the node of the called service, soon after the call: an agent keeps its last 10 000 decisions"}
+				}
+				if err != nil {
+					return err
+				}
+				return printDecision(cmd.OutOrStdout(), o, resp)
+			})
+		},
+	}
+}
+
+func printDecision(w io.Writer, o *options, resp *agentpb.ExplainDecisionResponse) error {
+	d, in := resp.GetDecision(), resp.GetInput()
+	if o.output == "json" {
+		details := resp.GetDetails()
+		if details == nil {
+			details = []string{}
+		}
+		return printJSON(w, decisionJSON{
+			d.GetDecisionId(), timeOf(resp.GetDecidedAt()), d.GetAllow(), d.GetReason(), d.GetRuleId(), d.GetPolicyGeneration(),
+			in.GetSource(), in.GetDestination(), in.GetProtocol(), in.GetMethod(), in.GetPath(), details, resp.GetHint(),
+		})
+	}
+	verdict := "denied"
+	if d.GetAllow() {
+		verdict = "allowed"
+	}
+	rule := ""
+	if d.GetRuleId() != "" {
+		rule = " by " + d.GetRuleId()
+	}
+	fmt.Fprintf(w, "%s %s: %s%s (policy generation %s)\n", formatTime(resp.GetDecidedAt()), verdict, d.GetReason(), rule,
+		strconv.FormatUint(d.GetPolicyGeneration(), 10))
+	fmt.Fprintf(w, "  %s -> %s, %s %s %s\n", in.GetSource(), in.GetDestination(), in.GetProtocol(), in.GetMethod(), in.GetPath())
+	for _, line := range resp.GetDetails() {
+		fmt.Fprintf(w, "  %s\n", line)
+	}
+	if resp.GetHint() != "" {
+		fmt.Fprintf(w, "hint: %s\n", resp.GetHint())
+	}
+	return nil
+}

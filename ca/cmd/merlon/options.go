@@ -1,0 +1,157 @@
+// What every command shares: output format, and the connection to a CA or an
+// agent.
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+
+	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/agent/agentpb"
+	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/svid"
+	"merlon.dev/sdk/unixsock"
+)
+
+const (
+	defaultCAAdmin    = "/run/merlon/ca/admin.sock"
+	defaultAgentAdmin = "/run/merlon/agent/admin/admin.sock"
+)
+
+// options are the flags of every command.
+type options struct {
+	output string
+	admin  string
+	ca     string
+}
+
+func (o *options) register(root *cobra.Command) {
+	f := root.PersistentFlags()
+	f.StringVarP(&o.output, "output", "o", "table", "output format: table or json")
+	f.StringVar(&o.admin, "admin", os.Getenv("MERLON_ADMIN"), "admin socket (default $MERLON_ADMIN, then "+defaultCAAdmin+")")
+	f.StringVar(&o.ca, "ca", "", "CA address host:port: administer over the network with the admin SVID from SPIFFE_ENDPOINT_SOCKET")
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
+		// `trust show` has formats of its own and checks them itself.
+		if cmd.Flags().Lookup("output") == root.PersistentFlags().Lookup("output") && o.output != "table" && o.output != "json" {
+			return usageError{fmt.Sprintf("unknown output format %q", o.output), "use -o table or -o json"}
+		}
+		return nil
+	}
+}
+
+// withCA calls do with a connection to the CA.
+func (o *options) withCA(ctx context.Context, do func(capb.AdminClient) error) error {
+	if o.ca != "" {
+		return o.withRemoteCA(ctx, do)
+	}
+	return o.withSocket(defaultCAAdmin, "merlon-ca", func(cc *grpc.ClientConn) error {
+		return do(capb.NewAdminClient(cc))
+	})
+}
+
+// withAgent calls do with a connection to this node's agent.
+func (o *options) withAgent(do func(agentpb.DebugClient) error) error {
+	return o.withSocket(defaultAgentAdmin, "merlon-agent", func(cc *grpc.ClientConn) error {
+		return do(agentpb.NewDebugClient(cc))
+	})
+}
+
+func (o *options) withSocket(path, daemon string, do func(*grpc.ClientConn) error) error {
+	if o.admin != "" {
+		path = o.admin
+	}
+	cc, err := grpc.NewClient("unix:"+path, grpc.WithTransportCredentials(unixsock.ClientCredentials(socketOwner(path)...)))
+	if err != nil {
+		return err
+	}
+	defer cc.Close()
+	err = do(cc)
+	switch status.Code(err) {
+	case codes.Unavailable:
+		return hintError{
+			fmt.Errorf("reach %s at %s: %s", daemon, path, status.Convert(err).Message()),
+			"is it running? name its admin socket with --admin PATH or MERLON_ADMIN; `merlon dev` starts a trust domain here",
+		}
+	case codes.Unimplemented:
+		return hintError{
+			fmt.Errorf("%s is not the admin socket of %s", path, daemon),
+			"name the right one with --admin PATH or MERLON_ADMIN",
+		}
+	}
+	return err
+}
+
+// socketOwner trusts, besides root and the own user, the owner of the
+// socket's directory: whoever reached an admin socket passed its 0700
+// directory, which nobody but that owner could have made.
+func socketOwner(path string) []uint32 {
+	if uid, ok := unixsock.DirOwner(path); ok {
+		return []uint32{uid}
+	}
+	return nil
+}
+
+// withRemoteCA administers over the network with an admin SVID.
+func (o *options) withRemoteCA(ctx context.Context, do func(capb.AdminClient) error) error {
+	if _, _, err := net.SplitHostPort(o.ca); err != nil {
+		return usageError{fmt.Sprintf("--ca %q is not host:port", o.ca), "for example --ca ca.example.org:8443"}
+	}
+	source, err := workloadapi.NewX509Source(ctx)
+	if err != nil {
+		return hintError{fmt.Errorf("get an SVID from the Workload API: %w", err), "set SPIFFE_ENDPOINT_SOCKET to the agent's socket"}
+	}
+	defer source.Close()
+	own, err := source.GetX509SVID()
+	if err != nil {
+		return fmt.Errorf("get an SVID from the Workload API: %w", err)
+	}
+	caID, err := spiffeid.FromSegments(own.ID.TrustDomain(), "ca")
+	if err != nil {
+		return err
+	}
+	config := svid.TLS{SVIDs: source, Bundles: source, Admit: func(p *svid.Peer) error {
+		if p.ID != caID {
+			return fmt.Errorf("%s is %s, not the CA %s", o.ca, p.ID, caID)
+		}
+		return nil
+	}}
+	cc, err := grpc.NewClient(o.ca, grpc.WithTransportCredentials(credentials.NewTLS(config.Client())))
+	if err != nil {
+		return err
+	}
+	defer cc.Close()
+	err = do(capb.NewAdminClient(cc))
+	if status.Code(err) == codes.PermissionDenied {
+		return hintError{err, fmt.Sprintf("%s is not an admin: merlon entry create --admin …, on the CA's host", own.ID)}
+	}
+	return err
+}
+
+var errNoAgent = errors.New("no agent is attested yet")
+
+// onlyAgent returns the SPIFFE ID of the only agent there is.
+func onlyAgent(ctx context.Context, ca capb.AdminClient) (string, error) {
+	resp, err := ca.ListAgents(ctx, &capb.ListAgentsRequest{})
+	if err != nil {
+		return "", err
+	}
+	switch agents := resp.GetAgents(); len(agents) {
+	case 0:
+		return "", hintError{errNoAgent, "merlon token create prints what a new agent needs"}
+	case 1:
+		return agents[0].GetSpiffeId(), nil
+	default:
+		return "", usageError{fmt.Sprintf("there are %d agents: say under which one with --parent", len(agents)), "merlon agent list shows them"}
+	}
+}

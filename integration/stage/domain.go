@@ -1,0 +1,173 @@
+// A whole trust domain on one machine: `merlon dev`, or a CA and an agent as
+// processes of their own.
+
+package stage
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// Domain is a running trust domain.
+type Domain struct {
+	TB          testing.TB
+	TrustDomain string `json:"trust_domain"`
+	WorkloadAPI string `json:"workload_api"` // unix:///…
+	Admin       string `json:"admin"`        // admin socket of the CA
+	AgentAdmin  string `json:"-"`            // admin socket of the agent
+	HTTPS       string `json:"https"`
+	CABundle    string `json:"ca"`
+	GRPC        string `json:"-"`
+
+	// CA and Agent are the processes; one and the same for Dev.
+	CA, Agent *Process
+	dir       string
+	agentID   string
+}
+
+// Dev starts `merlon dev`.
+func Dev(tb testing.TB, args ...string) *Domain {
+	tb.Helper()
+	d := &Domain{TB: tb, dir: Dir(tb)}
+	d.CA = Start(tb, "merlon", nil, append([]string{"dev", "--dir", filepath.Join(d.dir, "dev"), "-o", "json"}, args...)...)
+	d.Agent = d.CA
+	Eventually(tb, "merlon dev is ready", func() error {
+		if strings.HasSuffix(d.CA.Stdout(), "}\n") {
+			return nil
+		}
+		return errors.New("silent")
+	})
+	Decode(tb, d.CA.Stdout(), d)
+	d.AgentAdmin = d.Admin
+	return d
+}
+
+// Separate starts merlon-ca and, with a join token, merlon-agent.
+func Separate(tb testing.TB) *Domain {
+	tb.Helper()
+	dir := Dir(tb)
+	d := &Domain{TB: tb, dir: dir, TrustDomain: "shop.test", Admin: filepath.Join(dir, "ca", "admin.sock")}
+	d.StartCA()
+	token := d.Token()
+	d.StartAgent(token.Token, token.RootHash)
+	d.agentID = token.AgentID
+	return d
+}
+
+// StartCA writes a config file and starts merlon-ca on it.
+func (d *Domain) StartCA() {
+	d.TB.Helper()
+	d.GRPC = fmt.Sprintf("127.0.0.1:%d", FreePort(d.TB))
+	https := FreePort(d.TB)
+	d.HTTPS = fmt.Sprintf("https://localhost:%d", https)
+	config := filepath.Join(d.dir, "ca.yaml")
+	d.write(config, fmt.Sprintf(`trust_domain: %s
+data_dir: %s
+address: %s
+https_address: 127.0.0.1:%d
+health_address: 127.0.0.1:%d
+admin_socket: %s
+`, d.TrustDomain, filepath.Join(d.dir, "ca-data"), d.GRPC, https, FreePort(d.TB), d.Admin))
+	d.CA = Start(d.TB, "merlon-ca", nil, "-config", config)
+	Eventually(d.TB, "the CA answers", func() error {
+		_, _, err := d.Try("agent", "list")
+		return err
+	})
+}
+
+// StartAgent starts merlon-agent with a join token.
+func (d *Domain) StartAgent(token, rootHash string) {
+	d.TB.Helper()
+	config := filepath.Join(d.dir, "agent.yaml")
+	public := filepath.Join(d.dir, "agent", "public", "api.sock")
+	d.WorkloadAPI = "unix://" + public
+	d.AgentAdmin = filepath.Join(d.dir, "agent", "admin", "admin.sock")
+	d.write(config, fmt.Sprintf(`trust_domain: %s
+ca_address: %s
+ca_https_address: %s
+data_dir: %s
+public_socket: %s
+admin_socket: %s
+health_address: 127.0.0.1:%d
+join_token: %s
+root_hash: %s
+`, d.TrustDomain, d.GRPC, strings.TrimPrefix(d.HTTPS, "https://"), filepath.Join(d.dir, "agent-data"),
+		public, d.AgentAdmin, FreePort(d.TB), token, rootHash))
+	d.Agent = Start(d.TB, "merlon-agent", nil, "-config", config)
+}
+
+func (d *Domain) write(path, text string) {
+	d.TB.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		d.TB.Fatal(err)
+	}
+}
+
+// Try runs the CLI against the CA.
+func (d *Domain) Try(args ...string) (stdout, stderr string, err error) {
+	return Run(d.TB.Context(), d.TB, []string{"MERLON_ADMIN=" + d.Admin}, "merlon", args...)
+}
+
+// Merlon runs the CLI against the CA and fails the test if that fails.
+func (d *Domain) Merlon(args ...string) string {
+	d.TB.Helper()
+	stdout, stderr, err := d.Try(args...)
+	if err != nil {
+		d.TB.Fatalf("merlon %s: %v\n%s", strings.Join(args, " "), err, stderr)
+	}
+	return stdout
+}
+
+// Explain runs the CLI against the agent.
+func (d *Domain) Explain(args ...string) string {
+	d.TB.Helper()
+	stdout, stderr, err := Run(d.TB.Context(), d.TB, []string{"MERLON_ADMIN=" + d.AgentAdmin}, "merlon", append([]string{"explain"}, args...)...)
+	if err != nil {
+		d.TB.Fatalf("merlon explain %s: %v\n%s", strings.Join(args, " "), err, stderr)
+	}
+	return stdout
+}
+
+// JoinToken is what `merlon token create` prints.
+type JoinToken struct {
+	Token    string `json:"token"`
+	RootHash string `json:"root_hash"`
+	AgentID  string `json:"agent_id"`
+}
+
+// Token makes a join token.
+func (d *Domain) Token(args ...string) JoinToken {
+	d.TB.Helper()
+	var token JoinToken
+	Decode(d.TB, d.Merlon(append([]string{"token", "create", "-o", "json"}, args...)...), &token)
+	return token
+}
+
+// Entry registers path (under the trust domain) for this very process, and
+// whatever else has its executable, and returns the entry ID.
+func (d *Domain) Entry(path string, args ...string) string {
+	d.TB.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		d.TB.Fatal(err)
+	}
+	args = append([]string{"entry", "create", "-o", "json", "--spiffe-id", d.ID(path), "--selector", "unix:path:" + exe}, args...)
+	if d.agentID != "" {
+		args = append(args, "--parent", d.agentID)
+	}
+	var entry struct {
+		EntryID string `json:"entry_id"`
+	}
+	Decode(d.TB, d.Merlon(args...), &entry)
+	return entry.EntryID
+}
+
+// ID returns the SPIFFE ID of path in the trust domain.
+func (d *Domain) ID(path string) string { return "spiffe://" + d.TrustDomain + path }
+
+// SetDir makes d start its further processes in dir.
+func (d *Domain) SetDir(dir string) { d.dir = dir }

@@ -1,0 +1,194 @@
+// Package stage starts the real binaries for tests and benchmarks: a CA and
+// agents as separate processes, or `merlon dev`, each in a temporary folder, on
+// free loopback ports, and ended with the test. It can kill and restart them.
+package stage
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// build compiles the binaries once for the whole test process.
+var build = sync.OnceValues(func() (dir string, err error) {
+	if dir, err = os.MkdirTemp("", "merlon-bin"); err != nil {
+		return "", err
+	}
+	cmd := exec.Command("go", "build", "-o", dir+"/", "merlon.dev/ca/cmd/...", "merlon.dev/agent/cmd/...")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the binaries: %w\n%s", err, out)
+	}
+	return dir, nil
+})
+
+// Bin returns the path of a binary: merlon, merlon-ca or merlon-agent.
+func Bin(tb testing.TB, name string) string {
+	tb.Helper()
+	dir, err := build()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return filepath.Join(dir, name)
+}
+
+// RemoveBins removes the built binaries; for TestMain.
+func RemoveBins() {
+	if dir, err := build(); err == nil {
+		os.RemoveAll(dir)
+	}
+}
+
+// Dir is a temporary folder with a path short enough for a socket in it.
+func Dir(tb testing.TB) string {
+	tb.Helper()
+	dir, err := os.MkdirTemp("", "m") //nolint:usetesting // tb.TempDir is too long for a socket
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// Process is a started binary. Its methods are for one goroutine, but Log.
+type Process struct {
+	Name string
+	Args []string
+	Env  []string
+	tb   testing.TB
+	cmd  *exec.Cmd
+	log  Buffer
+	out  Buffer
+}
+
+// Start runs the binary; the process ends with the test.
+func Start(tb testing.TB, name string, env []string, args ...string) *Process {
+	tb.Helper()
+	p := &Process{Name: name, Args: args, Env: env, tb: tb}
+	p.start()
+	tb.Cleanup(func() {
+		p.Stop()
+		if tb.Failed() {
+			tb.Logf("log of %s:\n%s", name, p.Log())
+		}
+	})
+	return p
+}
+
+func (p *Process) start() {
+	p.tb.Helper()
+	p.cmd = exec.Command(Bin(p.tb, p.Name), p.Args...)
+	p.cmd.Env = append(os.Environ(), p.Env...)
+	p.cmd.Stderr, p.cmd.Stdout = &p.log, &p.out
+	if err := p.cmd.Start(); err != nil {
+		p.tb.Fatal(err)
+	}
+}
+
+// Log is everything that the process wrote to stderr so far.
+func (p *Process) Log() string { return p.log.String() }
+
+// Stdout is everything that the process wrote to stdout so far.
+func (p *Process) Stdout() string { return p.out.String() }
+
+// PID is that of the running process.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
+
+// Kill ends the process with SIGKILL and waits for it.
+func (p *Process) Kill() { p.end(syscall.SIGKILL) }
+
+// Stop ends the process with SIGTERM and waits for it; after 10 s with SIGKILL,
+// which fails the test.
+func (p *Process) Stop() { p.end(syscall.SIGTERM) }
+
+func (p *Process) end(sig syscall.Signal) {
+	if p.cmd == nil {
+		return
+	}
+	p.cmd.Process.Signal(sig)
+	late := time.AfterFunc(10*time.Second, func() {
+		p.tb.Errorf("%s did not end within 10 s of %s", p.Name, sig)
+		p.cmd.Process.Kill()
+	})
+	p.cmd.Wait()
+	late.Stop()
+	p.cmd = nil
+}
+
+// Restart starts the process again with the same arguments.
+func (p *Process) Restart() {
+	p.tb.Helper()
+	p.end(syscall.SIGTERM)
+	p.start()
+}
+
+// Run executes a binary to its end and returns its output.
+func Run(ctx context.Context, tb testing.TB, env []string, name string, args ...string) (stdout, stderr string, err error) {
+	tb.Helper()
+	cmd := exec.CommandContext(ctx, Bin(tb, name), args...)
+	cmd.Env = append(os.Environ(), env...)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err = cmd.Run()
+	return out.String(), errs.String(), err
+}
+
+// Eventually calls check until it returns nil, for at most 15 s.
+func Eventually(tb testing.TB, what string, check func() error) {
+	tb.Helper()
+	var err error
+	for deadline := time.Now().Add(15 * time.Second); time.Now().Before(deadline); {
+		if err = check(); err == nil {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	tb.Fatalf("%s: still %v after 15 s", what, err)
+}
+
+// FreePort returns a loopback port that was free a moment ago.
+func FreePort(tb testing.TB) int {
+	tb.Helper()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer lis.Close()
+	return lis.Addr().(*net.TCPAddr).Port
+}
+
+// Buffer collects what a process writes while tests read it. It is safe for
+// concurrent use.
+type Buffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *Buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *Buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+// Decode reads the JSON that a command printed.
+func Decode(tb testing.TB, text string, into any) {
+	tb.Helper()
+	if err := json.NewDecoder(strings.NewReader(text)).Decode(into); err != nil {
+		tb.Fatalf("decode %q: %v", text, err)
+	}
+}
