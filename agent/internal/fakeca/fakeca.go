@@ -332,12 +332,6 @@ func (ca *CA) Sync(stream capb.Node_SyncServer) error {
 			}
 		}
 	})
-	changes, listing := ca.subscribe(first.GetResumeRevision())
-	defer func() {
-		ca.mu.Lock()
-		defer ca.mu.Unlock()
-		delete(ca.streams, changes)
-	}()
 	for ca.holding() {
 		select {
 		case <-stream.Context().Done():
@@ -345,6 +339,12 @@ func (ca *CA) Sync(stream capb.Node_SyncServer) error {
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
+	changes, listing := ca.subscribe(first.GetResumeRevision())
+	defer func() {
+		ca.mu.Lock()
+		defer ca.mu.Unlock()
+		delete(ca.streams, changes)
+	}()
 	for _, m := range listing {
 		if err := stream.Send(m); err != nil {
 			return err

@@ -1,0 +1,117 @@
+// Settings: what is refused, and which source wins.
+
+package agent
+
+import (
+	"errors"
+	"flag"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func validConfig() Config {
+	return Config{TrustDomain: "example.test", CAAddress: "ca:8443", JoinToken: "t", RootHash: strings.Repeat("0a", 32)}
+}
+
+func TestValidateNamesTheField(t *testing.T) {
+	if err := validConfig().Validate(); err != nil {
+		t.Fatalf("Validate(a valid one) = %v", err)
+	}
+	tests := map[string]struct {
+		change func(*Config)
+		field  string
+	}{
+		"no trust domain":       {func(c *Config) { c.TrustDomain = "" }, "trust_domain"},
+		"a SPIFFE ID":           {func(c *Config) { c.TrustDomain = "spiffe://example.test" }, "trust_domain"},
+		"capitals":              {func(c *Config) { c.TrustDomain = "Example" }, "trust_domain"},
+		"no CA":                 {func(c *Config) { c.CAAddress = "" }, "ca_address"},
+		"no port":               {func(c *Config) { c.CAAddress = "ca" }, "ca_address"},
+		"HTTPS without port":    {func(c *Config) { c.CAHTTPSAddress = "ca" }, "ca_https_address"},
+		"relative data_dir":     {func(c *Config) { c.DataDir = "data" }, "data_dir"},
+		"long socket":           {func(c *Config) { c.PublicSocket = "/" + strings.Repeat("x", 107) }, "public_socket"},
+		"sockets side by side":  {func(c *Config) { c.AdminSocket = filepath.Dir(DefaultPublicSocket) + "/a.sock" }, "admin_socket"},
+		"two tokens":            {func(c *Config) { c.JoinTokenFile = "/t" }, "join_token_file"},
+		"token without hash":    {func(c *Config) { c.RootHash = "" }, "root_hash"},
+		"short hash":            {func(c *Config) { c.RootHash = "0a" }, "root_hash"},
+		"impatient":             {func(c *Config) { c.RevocationMaxAge = time.Second }, "revocation_max_age"},
+		"unknown on_stale":      {func(c *Config) { c.OnStale = "panic" }, "on_stale"},
+		"policy path":           {func(c *Config) { c.PolicyBundle = "../x" }, "policy_bundle"},
+		"unknown log level":     {func(c *Config) { c.LogLevel = "loud" }, "log_level"},
+		"unknown log format":    {func(c *Config) { c.LogFormat = "xml" }, "log_format"},
+		"health without a port": {func(c *Config) { c.HealthAddress = "localhost" }, "health_address"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			c := validConfig()
+			tt.change(&c)
+			if e, ok := errors.AsType[*InvalidError](c.Validate()); !ok || e.Field != tt.field || e.Reason == "" {
+				t.Errorf("Validate() = %v; want a reason for %s", c.Validate(), tt.field)
+			}
+		})
+	}
+}
+
+func TestUnknownKeyIsRefusedWithLineAndSuggestion(t *testing.T) {
+	_, err := parseConfig("agent.yaml", []byte("trust_domain: example.test\nca_adress: ca:8443\n"))
+	if err == nil || !strings.Contains(err.Error(), "agent.yaml:2") || !strings.Contains(err.Error(), "ca_address") {
+		t.Errorf("parseConfig() = %v; want line 2 and the right key", err)
+	}
+}
+
+func TestFlagsWinOverEnvironmentOverFileOverDefault(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "agent.yaml")
+	content := "trust_domain: file.test\nca_address: file:1\npolicy_bundle: file\n"
+	if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	env := map[string]string{
+		"MERLON_AGENT_CONFIG": file, "MERLON_AGENT_CA_ADDRESS": "env:2", "MERLON_AGENT_POLICY_BUNDLE": "env",
+		"MERLON_AGENT_JOIN_TOKEN": "secret", "MERLON_AGENT_ROOT_HASH": strings.Repeat("0a", 32),
+		"MERLON_AGENT_ADMIN_UIDS": "7, 8",
+	}
+	cl, err := ParseCommandLine([]string{"-policy-bundle", "flag", "-revocation-max-age", "1m", "-validate"},
+		func(k string) string { return env[k] }, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := cl.Config.withDefaults()
+	if c.TrustDomain != "file.test" || c.CAAddress != "env:2" || c.PolicyBundle != "flag" || c.JoinToken != "secret" ||
+		c.RevocationMaxAge != time.Minute || len(c.AdminUIDs) != 2 || !cl.ValidateOnly || c.CAHTTPSAddress != "env:8444" ||
+		c.DataDir != DefaultDataDir {
+		t.Errorf("ParseCommandLine() = %+v", c)
+	}
+}
+
+func TestCommandLineMistakes(t *testing.T) {
+	none := func(string) string { return "" }
+	if _, err := ParseCommandLine([]string{"-h"}, none, io.Discard); !errors.Is(err, flag.ErrHelp) {
+		t.Errorf("-h = %v; want ErrHelp", err)
+	}
+	for _, args := range [][]string{
+		{"-join-token", "x"}, // readable in the list of processes
+		{"-nonsense"},
+		{"extra"},
+		{"-config", "/does/not/exist"},
+		{"-admin-uids", "root"},
+		{"-revocation-max-age", "5"},
+		nil, // nothing is set
+	} {
+		if _, err := ParseCommandLine(args, none, io.Discard); err == nil {
+			t.Errorf("ParseCommandLine(%q) succeeded", args)
+		}
+	}
+}
+
+func FuzzConfig(f *testing.F) {
+	f.Add([]byte("trust_domain: example.test\nca_address: ca:8443\nadmin_uids: [1]\nrevocation_max_age: 5m\n"))
+	f.Add([]byte("a: &a [*a]"))
+	f.Fuzz(func(_ *testing.T, data []byte) {
+		if cfg, err := parseConfig("f", data); err == nil {
+			_ = cfg.Validate()
+		}
+	})
+}

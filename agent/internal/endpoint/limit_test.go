@@ -1,0 +1,85 @@
+// Shares per user.
+
+package endpoint
+
+import (
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"merlon.dev/sdk/unixsock"
+)
+
+func TestLimitIsPerUser(t *testing.T) {
+	l := NewLimit(2)
+	if !l.Take(1) || !l.Take(1) {
+		t.Fatal("a user did not get his share")
+	}
+	if l.Take(1) {
+		t.Error("a user got more than his share")
+	}
+	if !l.Take(2) {
+		t.Error("a user's share was taken by another")
+	}
+	l.Give(1)
+	if !l.Take(1) {
+		t.Error("what was given back cannot be taken")
+	}
+	for range 2 {
+		l.Give(1)
+	}
+	l.Give(2)
+	if len(l.used) != 0 {
+		t.Errorf("%d users are remembered; want none", len(l.used))
+	}
+}
+
+func TestConnectionsAreLimitedAndReleased(t *testing.T) {
+	dir, err := os.MkdirTemp("", "me")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	lis, err := net.Listen("unix", filepath.Join(dir, "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lis.Close()
+	creds := NewLimit(1).Credentials()
+	accept := func() (net.Conn, error) {
+		client, err := net.Dial("unix", lis.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { client.Close() })
+		server, err := lis.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, info, err := creds.ServerHandshake(server)
+		if err == nil {
+			if _, ok := info.(unixsock.AuthInfo); !ok {
+				t.Fatalf("auth info is %T", info)
+			}
+		}
+		return conn, err
+	}
+	first, err := accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := accept(); err == nil {
+		t.Error("a second connection was let in")
+	}
+	first.Close()
+	first.Close() // counts once
+	second, err := accept()
+	if err != nil {
+		t.Fatalf("after the first closed: %v", err)
+	}
+	if _, err := accept(); err == nil {
+		t.Error("closing twice counted twice")
+	}
+	second.Close()
+}
