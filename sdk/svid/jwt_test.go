@@ -60,6 +60,8 @@ func TestForgedTokensAreRefused(t *testing.T) {
 		"J2 cty":                        {head(forge.Fields{"cty": "JWT"}), "J2", true},
 		"J2 Alg in other case":          {head(forge.Fields{"Alg": "none"}), "J2", true},
 		"J3 none":                       {head(forge.Fields{"alg": "none"}), "J3", false},
+		"J3 none, before any key":       {head(forge.Fields{"alg": "none", "kid": "unknown"}), "J3", false},
+		"J1 bits behind the end":        {sound[:len(sound)-1] + loose(sound[len(sound)-1]), "J1", true},
 		"J3 None":                       {head(forge.Fields{"alg": "None"}), "J3", false},
 		"J3 HS256 with public key":      {ca.HMACToken(ca.Header(forge.Fields{"alg": "HS256"}), ca.Claims("/a", nil)), "J3", false},
 		"J3 EdDSA":                      {head(forge.Fields{"alg": "EdDSA"}), "J3", false},
@@ -134,6 +136,13 @@ func TestForgedTokensAreRefused(t *testing.T) {
 	}
 }
 
+// loose gives the base64url digit that differs in a bit which no byte uses. The 64
+// bytes of a signature leave four such bits in the last digit.
+func loose(digit byte) string {
+	const digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+	return string(digits[strings.IndexByte(digits, digit)^1])
+}
+
 func flip(part string) string {
 	raw, _ := base64.RawURLEncoding.DecodeString(part)
 	raw[0] ^= 1
@@ -173,7 +182,8 @@ func TestJ12OnlyKeysOfUseJWTSVIDValidate(t *testing.T) {
 	}
 	_, err = svid.VerifyJWT(token, nil, []string{"aud"}, time.Now())
 	checkRule(t, err, "J12")
-	_, err = svid.VerifyJWT(token, wrongJWTBundle{forge.New(t, "other.org").Bundle().JWTBundle()}, []string{"aud"}, time.Now())
+	others := jwtbundle.FromJWTAuthorities(spiffeid.RequireTrustDomainFromString("other.org"), ca.Bundle().JWTAuthorities())
+	_, err = svid.VerifyJWT(token, wrongJWTBundle{others}, []string{"aud"}, time.Now())
 	checkRule(t, err, "J12")
 }
 
@@ -242,6 +252,11 @@ func TestExpiredTokensSaySo(t *testing.T) {
 	checkRule(t, err, "J8")
 	if e, _ := errors.AsType[*svid.Error](err); !e.Expired() {
 		t.Errorf("Expired() = false for %v", err)
+	}
+	endless := ca.JWT(ca.Header(nil), ca.Claims("/a", forge.Fields{"exp": nil}))
+	_, err = svid.VerifyJWT(endless, ca.Bundle(), []string{"aud"}, time.Now())
+	if e, _ := errors.AsType[*svid.Error](err); e == nil || e.Expired() {
+		t.Errorf("without exp: Expired() = true for %v", err)
 	}
 	if _, err := svid.VerifyJWT(token, ca.Bundle(), []string{"aud"}, time.Now().Add(5*time.Minute)); err != nil {
 		t.Errorf("refused within the leeway: %v", err)

@@ -133,9 +133,6 @@ func checkLeaf(leaf *x509.Certificate, id spiffeid.ID, bundle *x509bundle.Bundle
 // checkChain holds the rules on a path that crypto/x509 found: leaf, issuers,
 // root. Signatures, times, path lengths and name constraints (X9) were checked.
 func checkChain(chain []*x509.Certificate) error {
-	if len(chain) < 2 {
-		return refuse("X7", "the leaf itself is in the trust bundle; a signing certificate authenticates nobody")
-	}
 	for _, authority := range chain[1:] {
 		if err := checkAuthority(authority); err != nil {
 			err.Reason = fmt.Sprintf("signing certificate of %q: %s", authority.Subject, err.Reason)
