@@ -1,0 +1,156 @@
+// Tokens and the records of agents, over the real store.
+
+package attest
+
+import (
+	"errors"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.uber.org/goleak"
+
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/store/badger"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+var td = spiffeid.RequireTrustDomainFromString("shop.test")
+
+func openStore(t *testing.T) store.Store {
+	t.Helper()
+	st, err := badger.Open(t.TempDir(), badger.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := st.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return st
+}
+
+func join(t *testing.T, st store.Store, name string) string {
+	t.Helper()
+	token, err := CreateJoinToken(t.Context(), st, name, time.Now().Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return token
+}
+
+func redeem(t *testing.T, st store.Store, token string, now time.Time) (*Agent, error) {
+	t.Helper()
+	return RedeemJoinToken(t.Context(), st, td, token, now, now.Add(time.Hour))
+}
+
+func TestOneOfManyRedeemsAToken(t *testing.T) {
+	st := openStore(t)
+	token := join(t, st, "n1")
+	var wins atomic.Int32
+	var wg sync.WaitGroup
+	for range 200 {
+		wg.Go(func() {
+			_, err := redeem(t, st, token, time.Now())
+			switch {
+			case err == nil:
+				wins.Add(1)
+			case !errors.Is(err, ErrUnknownToken):
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if wins.Load() != 1 {
+		t.Errorf("%d redeemed the token; want 1", wins.Load())
+	}
+}
+
+func TestNodeKeepsItsHandleWhenItAttestsAgain(t *testing.T) {
+	st := openStore(t)
+	first, err := redeem(t, st, join(t, st, "n1"), time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := redeem(t, st, join(t, st, "n1"), time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := redeem(t, st, join(t, st, "n2"), time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again.Handle != first.Handle || again.Revision <= first.Revision {
+		t.Errorf("second attestation: handle %x revision %d; first %x, %d", again.Handle, again.Revision, first.Handle, first.Revision)
+	}
+	if other.Handle == first.Handle || other.Handle == 0 || other.Handle >= 1<<48 {
+		t.Errorf("another node's handle is %x; the first has %x", other.Handle, first.Handle)
+	}
+}
+
+func TestTokenKindsDoNotMix(t *testing.T) {
+	st := openStore(t)
+	now := time.Now()
+	reader, err := CreateReaderToken(t.Context(), st, "main", now.Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := redeem(t, st, reader, now); !errors.Is(err, ErrUnknownToken) {
+		t.Errorf("a reader token as join token: %v", err)
+	}
+	swapped := strings.Replace(reader, readerKind, joinKind, 1)
+	if _, err := redeem(t, st, swapped, now); !errors.Is(err, ErrUnknownToken) {
+		t.Errorf("a reader token under the other name: %v", err)
+	}
+	for bundle, want := range map[string]error{"main": nil, "other": ErrTokenScope} {
+		if err := CheckReaderToken(t.Context(), st, reader, bundle, now); !errors.Is(err, want) {
+			t.Errorf("CheckReaderToken(%s) = %v; want %v", bundle, err, want)
+		}
+	}
+	if err := CheckReaderToken(t.Context(), st, reader, "main", now.Add(time.Hour)); !errors.Is(err, ErrExpiredToken) {
+		t.Errorf("at its end: %v", err)
+	}
+	if err := CheckReaderToken(t.Context(), st, join(t, st, "main"), "main", now); !errors.Is(err, ErrUnknownToken) {
+		t.Errorf("a join token as reader token: %v", err)
+	}
+}
+
+func TestExpiredJoinTokenLeavesNoAgent(t *testing.T) {
+	st := openStore(t)
+	token := join(t, st, "n1")
+	if _, err := redeem(t, st, token, time.Now().Add(time.Hour)); !errors.Is(err, ErrExpiredToken) {
+		t.Errorf("expired token: %v", err)
+	}
+	if _, _, err := st.Get(t.Context(), AgentPrefix+"n1"); !errors.Is(err, store.ErrNotFound) {
+		t.Errorf("the refused node has a record: %v", err)
+	}
+}
+
+func TestRenewedMovesTheEndOnly(t *testing.T) {
+	st := openStore(t)
+	a, err := redeem(t, st, join(t, st, "n1"), time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	end := time.Now().Add(5 * time.Hour).UTC()
+	if err := Renewed(t.Context(), st, a.ID, end); err != nil {
+		t.Fatal(err)
+	}
+	kv, _, err := st.Get(t.Context(), AgentPrefix+"n1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := DecodeAgent(kv)
+	if err != nil || !got.NotAfter.Equal(end) || got.Handle != a.Handle || !got.AttestedAt.Equal(a.AttestedAt) {
+		t.Errorf("record = %+v, %v; want the new end and all else as before", got, err)
+	}
+	unknown := spiffeid.RequireFromPath(td, "/agent/unknown")
+	if err := Renewed(t.Context(), st, unknown, end); !errors.Is(err, ErrUnknownAgent) {
+		t.Errorf("unknown agent: %v", err)
+	}
+}

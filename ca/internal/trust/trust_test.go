@@ -1,0 +1,116 @@
+// The sequence number of the trust bundle, over the real store.
+
+package trust
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/store/badger"
+)
+
+var td = spiffeid.RequireTrustDomainFromString("shop.test")
+
+func keys(t *testing.T, kids ...string) *spiffebundle.Bundle {
+	t.Helper()
+	b := spiffebundle.New(td)
+	for _, kid := range kids {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := b.AddJWTAuthority(kid, key.Public()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return b
+}
+
+func open(t *testing.T, dir string) store.Store {
+	t.Helper()
+	st, err := badger.Open(dir, badger.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return st
+}
+
+// SPIFFE Trust Domain and Bundle §4.1.1; SECURITY.md B2.
+func TestSequenceRisesWithContentAndNeverFalls(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "s")
+	st := open(t, dir)
+	one, two := keys(t, "one"), keys(t, "two")
+	for i, step := range []struct {
+		content *spiffebundle.Bundle
+		want    uint64
+	}{{one, 1}, {one, 1}, {two, 2}, {two, 2}, {one, 3}} {
+		got, err := Publish(t.Context(), st, step.content)
+		if err != nil || got.Sequence != step.want {
+			t.Fatalf("step %d: %+v, %v; want sequence %d", i, got, err, step.want)
+		}
+	}
+	if err := st.Close(); err != nil {
+		t.Fatal(err)
+	}
+	st = open(t, dir)
+	defer st.Close()
+	got, err := Publish(t.Context(), st, one)
+	if err != nil || got.Sequence != 3 {
+		t.Fatalf("after a restart: %+v, %v; want sequence 3", got, err)
+	}
+	parsed, err := spiffebundle.Parse(td, got.JWKS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if seq, ok := parsed.SequenceNumber(); !ok || seq != 3 {
+		t.Errorf("the document says sequence %d, %v; want 3", seq, ok)
+	}
+}
+
+func TestTwoPublishersNeverShareASequence(t *testing.T) {
+	st := open(t, t.TempDir())
+	defer st.Close()
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	seen := make(map[uint64]bool)
+	for range 8 {
+		content := keys(t, "k")
+		wg.Go(func() {
+			got, err := Publish(t.Context(), st, content)
+			mu.Lock()
+			defer mu.Unlock()
+			if err != nil || seen[got.Sequence] {
+				t.Errorf("%+v, %v; want a sequence of its own", got, err)
+				return
+			}
+			seen[got.Sequence] = true
+		})
+	}
+	wg.Wait()
+}
+
+func TestStoreOfAnotherTrustDomainIsRefused(t *testing.T) {
+	st := open(t, t.TempDir())
+	defer st.Close()
+	if _, err := Publish(t.Context(), st, keys(t, "k")); err != nil {
+		t.Fatal(err)
+	}
+	other := spiffebundle.New(spiffeid.RequireTrustDomainFromString("other.test"))
+	if _, err := Publish(t.Context(), st, other); err == nil || !strings.Contains(err.Error(), "shop.test") {
+		t.Errorf("Publish = %v; want it to name shop.test", err)
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	f.Add([]byte(`{"v":1,"trust_domain":"shop.test","sequence":1,"jwks":{"keys":[]}}`))
+	f.Fuzz(func(_ *testing.T, b []byte) { _, _ = Decode(store.KV{Value: b}) })
+}
