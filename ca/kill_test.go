@@ -4,24 +4,57 @@ package ca_test
 
 import (
 	"context"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
 
+	"go.uber.org/goleak"
 	"google.golang.org/grpc"
 
+	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
 	"merlon.dev/sdk/unixsock"
 )
 
+// runAsCA makes the test binary a merlon-ca: building the real one would take
+// longer than the test.
+const runAsCA = "MERLON_TEST_RUN_AS_CA"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(runAsCA) != "" {
+		os.Exit(runCA())
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// runCA is main of merlon-ca in short.
+func runCA() int {
+	cl, err := ca.ParseCommandLine(os.Args[1:], os.Getenv, os.Stderr)
+	if err != nil {
+		return 2
+	}
+	cl.Config.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	s, err := ca.New(cl.Config)
+	if err != nil {
+		return 2
+	}
+	if err := s.Run(context.Background()); err != nil {
+		slog.Error("run", slog.Any("err", err))
+		return 1
+	}
+	return 0
+}
+
 // startProcess runs merlon-ca and returns a client of its admin socket.
-func startProcess(t *testing.T, binary, dir string) (*exec.Cmd, capb.AdminClient) {
+func startProcess(t *testing.T, dir string) (*exec.Cmd, capb.AdminClient) {
 	t.Helper()
 	socket := filepath.Join(dir, "s", "a.sock")
-	cmd := exec.Command(binary, "-trust-domain", "shop.test", "-data-dir", filepath.Join(dir, "data"), "-admin-socket", socket,
+	cmd := exec.Command(os.Args[0], "-trust-domain", "shop.test", "-data-dir", filepath.Join(dir, "data"), "-admin-socket", socket,
 		"-address", "127.0.0.1:0", "-https-address", "127.0.0.1:0", "-health-address", "127.0.0.1:0", "-development", "-log-level", "warn")
+	cmd.Env = append(os.Environ(), runAsCA+"=1")
 	cmd.Stderr = t.Output()
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -48,16 +81,10 @@ func startProcess(t *testing.T, binary, dir string) (*exec.Cmd, capb.AdminClient
 
 func TestKilledCAComesBackWithAllItAcknowledged(t *testing.T) {
 	dir := tempDir(t)
-	binary := filepath.Join(dir, "merlon-ca")
-	build := exec.Command("go", "build", "-o", binary, "merlon.dev/ca/cmd/merlon-ca")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build: %v\n%s", err, out)
-	}
 	acknowledged := make(map[string]bool)
 	var generation uint64
 	for round := range 3 {
-		cmd, admin := startProcess(t, binary, dir)
+		cmd, admin := startProcess(t, dir)
 		list, err := admin.ListEntries(t.Context(), &capb.ListEntriesRequest{})
 		if err != nil {
 			t.Fatal(err)
