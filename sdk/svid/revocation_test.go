@@ -24,7 +24,7 @@ func peer(id string, agent, revision uint64, authorities ...string) *svid.Peer {
 func TestRevocationConcerns(t *testing.T) {
 	const web = "spiffe://td.test/web"
 	foreign := peer("spiffe://td.test/web", 0, 0)
-	foreign.OurSerial, foreign.Serial = false, svid.Serial{}
+	foreign.OurSerial, foreign.Serial.Revision = false, 1000
 	p := peer(web, 7, 100, "aa", "bb")
 	tests := map[string]struct {
 		rec  svid.Revocation
