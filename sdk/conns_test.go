@@ -228,6 +228,19 @@ func TestHandshakeRefusesStrangers(t *testing.T) {
 	}
 }
 
+func TestChangedConfigurationLetsNobodyIn(t *testing.T) {
+	td := sdktest.New(t)
+	cfg := td.Workload("orders").ServerTLS()
+	cfg.GetConfigForClient = nil
+	lis, err := tls.Listen("tcp", "127.0.0.1:0", cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := call(echo(t, lis), stranger(td.SVID("web"))); err == nil {
+		t.Error("let in by a configuration that cannot cut the connection")
+	}
+}
+
 func TestNothingIsLetInWithoutDecisions(t *testing.T) {
 	td := sdktest.New(t)
 	td.Allow("web", "orders")

@@ -518,7 +518,7 @@ func TestTransportSpeaksOnlyTLS(t *testing.T) {
 func TestOtherRefusalsStayResponses(t *testing.T) {
 	td := sdktest.New(t)
 	td.Allow("web", "orders")
-	const body = `{"type":"about:blank","title":"no"}`
+	const body = `{"type":"about:blank","title":"no","decision_id":"theirs"}`
 	url := start(t, td.Workload("orders"), http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/problem+json")
 		w.Header().Set("X-Decision-Id", "theirs")

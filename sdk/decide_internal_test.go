@@ -1,0 +1,127 @@
+// The second looks: at entry into the table, and at each call. From outside
+// they show only when a push and a handshake or call meet in time.
+
+package sdk
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"log/slog"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"merlon.dev/policy"
+	"merlon.dev/sdk/svid"
+)
+
+// bare is an identity that no agent serves, which trusts root "aa".
+func bare() *Identity {
+	log := slog.New(slog.DiscardHandler)
+	id := &Identity{log: log, conns: newConnTable(log)}
+	own := spiffeid.RequireFromString("spiffe://sdktest.test/orders")
+	id.current.Store(&current{
+		svid:     &x509svid.SVID{ID: own},
+		notAfter: time.Now().Add(time.Hour),
+		roots:    map[spiffeid.TrustDomain]map[string]bool{own.TrustDomain(): {"aa": true}},
+	})
+	return id
+}
+
+func peerUnder(authorities ...string) *svid.Peer {
+	return &svid.Peer{
+		ID:           spiffeid.RequireFromString("spiffe://sdktest.test/web"),
+		NotAfter:     time.Now().Add(time.Hour),
+		AuthorityIDs: authorities,
+	}
+}
+
+func TestPushDuringAHandshakeIsNotMissed(t *testing.T) {
+	for name, tc := range map[string]struct {
+		push func(*Identity, *trackedConn)
+		ok   bool
+	}{
+		"nothing": {func(*Identity, *trackedConn) {}, true},
+		"revocation": {func(id *Identity, _ *trackedConn) {
+			id.revocations.Store(svid.NewRevocations([]svid.Revocation{{SPIFFEID: "spiffe://sdktest.test/web"}}))
+		}, false},
+		"root removed": {func(id *Identity, _ *trackedConn) {
+			now := *id.current.Load()
+			now.roots = nil
+			id.current.Store(&now)
+		}, false},
+		"identity withdrawn": {func(id *Identity, _ *trackedConn) { id.current.Store(&current{err: errors.New("gone")}) }, false},
+		"identity closed":    {func(id *Identity, _ *trackedConn) { id.closed.Store(true) }, false},
+		"connection closed":  {func(_ *Identity, c *trackedConn) { c.closed.Store(true) }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			id, peer := bare(), peerUnder("bb", "aa")
+			if err := id.admit(peer); err != nil {
+				t.Fatal(err)
+			}
+			conn := &trackedConn{table: id.conns}
+			tc.push(id, conn) // between the first look and the entry
+			err := id.enter(new(*x509.Certificate), conn, peer, time.Now())
+			if (err == nil) != tc.ok {
+				t.Errorf("enter = %v; want success %v", err, tc.ok)
+			}
+			if size := id.conns.size.Load(); (size == 1) != tc.ok {
+				t.Errorf("%d connections in the table", size)
+			}
+		})
+	}
+}
+
+func TestEachCallLooksAtThePeerAgain(t *testing.T) {
+	expired := peerUnder("aa")
+	expired.NotAfter = time.Now()
+	for name, tc := range map[string]struct {
+		peer    *svid.Peer
+		revoked bool
+		in      *policy.Input
+		want    policy.Reason
+	}{
+		"no input":       {peerUnder("aa"), false, nil, policy.BadRequest},
+		"no peer":        {nil, false, &policy.Input{Source: "spiffe://sdktest.test/web", Protocol: policy.HTTP, Path: "/"}, policy.NoIdentity},
+		"expired":        {expired, false, &policy.Input{Protocol: policy.HTTP, Path: "/"}, policy.Expired},
+		"revoked":        {peerUnder("aa"), true, &policy.Input{Protocol: policy.HTTP, Path: "/"}, policy.Revoked},
+		"ambiguous path": {peerUnder("aa"), false, &policy.Input{Protocol: policy.HTTP, Path: "/a/../b"}, policy.BadRequest},
+		"path of gRPC":   {peerUnder("aa"), false, &policy.Input{Protocol: policy.GRPC, Path: "a/b"}, policy.BadRequest},
+		"no protocol":    {peerUnder("aa"), false, &policy.Input{}, policy.BadRequest},
+	} {
+		id := bare()
+		if tc.revoked {
+			id.revocations.Store(svid.NewRevocations([]svid.Revocation{{SPIFFEID: tc.peer.ID.String()}}))
+		}
+		d := id.decide(t.Context(), tc.peer, tc.in)
+		if d.Allow || d.Reason != tc.want || d.DecisionID == "" {
+			t.Errorf("%s: %+v; want a denial for %s", name, d, tc.want)
+		}
+	}
+}
+
+func TestDenialsAreLoggedWithoutFloodingTheLog(t *testing.T) {
+	var lines int
+	log := slog.New(countingHandler{&lines})
+	var l limitedLog
+	for range 10 * linesPerSecond {
+		l.log(t.Context(), log, "call denied")
+	}
+	if lines < linesPerSecond || lines > 2*linesPerSecond {
+		t.Errorf("%d lines; want %d, or twice that where a second ended", lines, linesPerSecond)
+	}
+}
+
+// countingHandler counts the lines of a log.
+type countingHandler struct{ lines *int }
+
+func (countingHandler) Enabled(context.Context, slog.Level) bool { return true }
+
+func (h countingHandler) Handle(context.Context, slog.Record) error { *h.lines++; return nil }
+
+func (h countingHandler) WithAttrs([]slog.Attr) slog.Handler { return h }
+
+func (h countingHandler) WithGroup(string) slog.Handler { return h }
