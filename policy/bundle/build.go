@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -108,9 +109,7 @@ func (f *Folder) add(name string, content []byte, grants *[]grant.File) error {
 // Contents is what a bundle of f contains, unsigned.
 func (f *Folder) Contents() *Contents {
 	c := &Contents{Modules: map[string]string{engine.ModuleName: engine.Module}, Data: map[string]any{"merlon": grant.Compile(f.Grants)}}
-	for name, source := range f.Modules {
-		c.Modules[name] = source
-	}
+	maps.Copy(c.Modules, f.Modules)
 	return c
 }
 

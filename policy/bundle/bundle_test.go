@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -161,9 +162,7 @@ func TestCheckRefuses(t *testing.T) {
 	}
 	without := func(change func(files)) files {
 		f := files{}
-		for name, content := range good {
-			f[name] = content
-		}
+		maps.Copy(f, good)
 		change(f)
 		return f
 	}

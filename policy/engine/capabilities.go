@@ -48,7 +48,7 @@ var builtins = sync.OnceValue(func() (b struct {
 },
 ) {
 	allowed := map[string]bool{}
-	for _, name := range strings.Fields(allowedBuiltins) {
+	for name := range strings.FieldsSeq(allowedBuiltins) {
 		allowed[name] = true
 	}
 	b.caps, b.refused = ast.CapabilitiesForThisVersion(), map[string]bool{}

@@ -14,34 +14,53 @@ import (
 	"merlon.dev/policy"
 )
 
-// index is the "index" and "depths" of grant.Compile, with its leaves as
-// syntax tree values, which evaluations share.
+// leaf has the compiled grants of one key, as syntax tree values, which
+// evaluations share.
+type leaf struct{ deny, allow, dryRun []*ast.Term }
+
+// index is the "index" of grant.Compile, by to, from and protocol.
 type index struct {
-	leaves               map[string]map[string]map[policy.Protocol]*ast.Term // to, from
+	leaves               map[string]map[string]map[policy.Protocol]*leaf
 	toDepths, fromDepths []int
 }
 
 func newIndex(data map[string]any) (index, error) {
-	x := index{leaves: map[string]map[string]map[policy.Protocol]*ast.Term{}}
+	x := index{leaves: map[string]map[string]map[policy.Protocol]*leaf{}}
 	byTo, _ := data["index"].(map[string]any)
 	for to, v := range byTo {
 		byFrom, _ := v.(map[string]any)
-		x.leaves[to] = make(map[string]map[policy.Protocol]*ast.Term, len(byFrom))
+		x.leaves[to] = make(map[string]map[policy.Protocol]*leaf, len(byFrom))
 		x.toDepths = addDepth(x.toDepths, to)
 		for from, v := range byFrom {
 			byProtocol, _ := v.(map[string]any)
-			x.leaves[to][from] = make(map[policy.Protocol]*ast.Term, len(byProtocol))
+			x.leaves[to][from] = make(map[policy.Protocol]*leaf, len(byProtocol))
 			x.fromDepths = addDepth(x.fromDepths, from)
-			for protocol, leaf := range byProtocol {
-				value, err := ast.InterfaceToValue(leaf)
+			for protocol, v := range byProtocol {
+				l, err := newLeaf(v)
 				if err != nil {
 					return index{}, fmt.Errorf("load policy: %v", err)
 				}
-				x.leaves[to][from][policy.Protocol(protocol)] = ast.NewTerm(value)
+				x.leaves[to][from][policy.Protocol(protocol)] = l
 			}
 		}
 	}
 	return x, nil
+}
+
+func newLeaf(v any) (*leaf, error) {
+	kinds, _ := v.(map[string]any)
+	var l leaf
+	for kind, terms := range map[string]*[]*ast.Term{"deny": &l.deny, "allow": &l.allow, "dry_run": &l.dryRun} {
+		grants, _ := kinds[kind].([]any)
+		for _, g := range grants {
+			value, err := ast.InterfaceToValue(g)
+			if err != nil {
+				return nil, err
+			}
+			*terms = append(*terms, ast.NewTerm(value))
+		}
+	}
+	return &l, nil
 }
 
 // addDepth notes how many slashes a "…/*" key has before its "*".
@@ -53,8 +72,7 @@ func addDepth(depths []int, key string) []int {
 	return depths
 }
 
-func (x *index) lookup(in *policy.Input) []*ast.Term {
-	var found []*ast.Term
+func (x *index) lookup(in *policy.Input) (found leaf) {
 	to, from := make([]string, 0, 8), make([]string, 0, 8)
 	to, from = candidates(to, in.Destination, x.toDepths), candidates(from, in.Source, x.fromDepths)
 	for _, t := range to {
@@ -63,8 +81,10 @@ func (x *index) lookup(in *policy.Input) []*ast.Term {
 			continue
 		}
 		for _, f := range from {
-			if leaf := byFrom[f][in.Protocol]; leaf != nil {
-				found = append(found, leaf)
+			if l := byFrom[f][in.Protocol]; l != nil {
+				found.deny = append(found.deny, l.deny...)
+				found.allow = append(found.allow, l.allow...)
+				found.dryRun = append(found.dryRun, l.dryRun...)
 			}
 		}
 	}

@@ -44,7 +44,9 @@ func (e *Engine) call(in *policy.Input) *ast.Term {
 	case policy.TCP:
 		path = text("")
 	}
-	return object(field{"leaves", ast.ArrayTerm(e.leaves.lookup(in)...)}, field{"path", path},
+	found := e.leaves.lookup(in)
+	return object(field{"deny", ast.ArrayTerm(found.deny...)}, field{"allow", ast.ArrayTerm(found.allow...)},
+		field{"dry_run", ast.ArrayTerm(found.dryRun...)}, field{"path", path},
 		field{"method", method}, field{"rego", ast.InternedTerm(e.ownRego)})
 }
 

@@ -17,7 +17,9 @@ decision := refusal("NO_IDENTITY") if {
 } else := refusal("BAD_REQUEST") if {
 	ambiguous
 } else := answer({
-	"leaves": leaves,
+	"deny": [grant | some leaf in leaves; some grant in leaf.deny],
+	"allow": [grant | some leaf in leaves; some grant in leaf.allow],
+	"dry_run": [grant | some leaf in leaves; some grant in leaf.dry_run],
 	"path": path,
 	"method": method,
 	"rego": true,
@@ -25,8 +27,9 @@ decision := refusal("NO_IDENTITY") if {
 
 refusal(reason) := {"allow": false, "reason": reason, "rule_id": "", "dry_run": []}
 
-# answer takes the grants for a source, destination and protocol (leaves), the
-# path and method (null where there is none), and whether there is own Rego.
+# answer takes the grants for a source, destination and protocol (deny, allow
+# and dry_run), the path and method (null where there is none), and whether
+# there is own Rego.
 answer(call) := {
 	"allow": reason == "ALLOWED",
 	"reason": reason,
@@ -39,7 +42,8 @@ answer(call) := {
 # The order says what wins: deny over allow over the default, which denies;
 # among denials by default the nearest miss.
 verdict(call) := ["DENY_RULE", min(denying)] if {
-	denying := [grant.id | some leaf in call.leaves; some grant in leaf.deny; matches(grant, call)]
+	count(call.deny) > 0
+	denying := [grant.id | some grant in call.deny; matches(grant, call)]
 	count(denying) > 0
 } else := ["ERROR", "rego:deny"] if {
 	call.rego
@@ -51,25 +55,24 @@ verdict(call) := ["DENY_RULE", min(denying)] if {
 	call.rego
 	malformed_allow
 } else := ["ALLOWED", min(allowing)] if {
-	allowing := [grant.id | some leaf in call.leaves; some grant in leaf.allow; matches(grant, call)]
+	allowing := [grant.id | some grant in call.allow; matches(grant, call)]
 	count(allowing) > 0
 } else := ["ALLOWED", "rego:allow"] if {
 	call.rego
 	rego_allows
 } else := ["METHOD", ""] if {
-	some leaf in call.leaves
-	some grant in leaf.allow
+	some grant in call.allow
 	path_fits(grant, call.path)
 	live(grant)
 } else := ["PATH", ""] if {
-	some leaf in call.leaves
-	some grant in leaf.allow
+	some grant in call.allow
 	live(grant)
 } else := ["NO_GRANT", ""]
 
-dry_run(call) := sort({grant.id |
-	some leaf in call.leaves
-	some grant in leaf.dry_run
+dry_run(call) := [] if {
+	call.dry_run == []
+} else := sort({grant.id |
+	some grant in call.dry_run
 	matches(grant, call)
 })
 

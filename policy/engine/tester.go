@@ -73,7 +73,7 @@ func (e *Engine) RunGrantTests(ctx context.Context, name string, data []byte) ([
 }
 
 func (c *testCase) input(file string) (*policy.Input, error) {
-	fail := func(key, format string, args ...any) error {
+	fail := func(key, format string, args ...any) *strictyaml.Error {
 		p := c.Where.Of(key)
 		return &strictyaml.Error{File: file, Line: p.Line, Column: p.Column, Field: key, Reason: fmt.Sprintf(format, args...)}
 	}
@@ -83,7 +83,7 @@ func (c *testCase) input(file string) (*policy.Input, error) {
 	case c.Want != "allow" && c.Want != "deny":
 		return nil, fail("want", "%q is neither allow nor deny", c.Want)
 	case c.Reason != "" && !slices.Contains(policy.Reasons(), policy.Reason(c.Reason)):
-		e := fail("reason", "%q is no reason", c.Reason).(*strictyaml.Error)
+		e := fail("reason", "%q is no reason", c.Reason)
 		e.Suggestion = strictyaml.Suggest(c.Reason, reasonNames())
 		return nil, e
 	}
