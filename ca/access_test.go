@@ -6,6 +6,7 @@ package ca_test
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -71,14 +72,7 @@ type caller struct {
 }
 
 func (c caller) in(kinds []capb.Caller) bool {
-	for _, have := range c.kinds {
-		for _, want := range kinds {
-			if have == want {
-				return true
-			}
-		}
-	}
-	return false
+	return slices.ContainsFunc(c.kinds, func(have capb.Caller) bool { return slices.Contains(kinds, have) })
 }
 
 func TestAccessMatrix(t *testing.T) {

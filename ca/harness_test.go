@@ -87,7 +87,7 @@ func startCA(t testing.TB, dir string, changes ...func(*ca.Config)) *testCA {
 // tempDir is short enough for a socket path.
 func tempDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "ca")
+	dir, err := os.MkdirTemp("", "ca") //nolint:usetesting // t.TempDir's names are too long
 	if err != nil {
 		t.Fatal(err)
 	}

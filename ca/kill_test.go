@@ -25,7 +25,7 @@ const runAsCA = "MERLON_TEST_RUN_AS_CA"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(runAsCA) != "" {
-		os.Exit(runCA())
+		os.Exit(runCA()) //nolint:forbidigo // as the main of merlon-ca does
 	}
 	goleak.VerifyTestMain(m)
 }
@@ -42,7 +42,7 @@ func runCA() int {
 		return 2
 	}
 	if err := s.Run(context.Background()); err != nil {
-		slog.Error("run", slog.Any("err", err))
+		cl.Config.Logger.Error("run", slog.Any("err", err))
 		return 1
 	}
 	return 0
