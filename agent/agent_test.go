@@ -5,6 +5,7 @@ package agent_test
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -30,7 +31,16 @@ import (
 	"merlon.dev/ca/capb"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// This binary is also a workload, for the tests of exec.
+func TestMain(m *testing.M) {
+	if socket := os.Getenv("MERLON_TEST_WORKLOAD"); socket != "" {
+		if err := actWorkload(socket, os.Getenv("MERLON_TEST_EXEC")); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 const td = "example.test"
 
@@ -47,8 +57,7 @@ type node struct {
 // newConfig is for an agent of ca in directories of its own.
 func newConfig(t *testing.T, ca *fakeca.CA) agent.Config {
 	t.Helper()
-	// t.TempDir is too long for a socket path.
-	dir, err := os.MkdirTemp("", "merlon")
+	dir, err := os.MkdirTemp("", "merlon") //nolint:usetesting // t.TempDir is too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -150,10 +150,12 @@ func (x *index) remove(e *Entry) {
 // match returns the entries that proved (sorted) satisfies, in their order.
 func (x *index) match(proved []string, now time.Time) []*Entry {
 	var found []*Entry
-	for i, s := range proved {
-		if i > 0 && s == proved[i-1] {
+	last := ""
+	for _, s := range proved {
+		if s == last {
 			continue
 		}
+		last = s
 		for _, e := range x.buckets[s] {
 			if !e.Expired(now) && e.MatchedBy(proved) {
 				found = append(found, e)

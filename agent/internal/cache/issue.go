@@ -314,7 +314,7 @@ func (w *want) makeKey() (csr []byte, err error) {
 // accept checks that the CA's answer is an SVID for what was asked: it would
 // otherwise reach a workload under another name, or without its key.
 func (c *Cache) accept(w *want, r *capb.SignResult) (*SVID, error) {
-	if code := codes.Code(r.GetCode()); code != codes.OK { //nolint:gosec // an unknown code prints as a number
+	if code := codes.Code(r.GetCode()); code != codes.OK {
 		return nil, status.Error(code, r.GetMessage())
 	}
 	trust := c.trust.Load()

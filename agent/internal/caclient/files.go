@@ -88,7 +88,7 @@ func ReadFile(dir, name string) ([]byte, error) {
 	if fi.Mode().Perm()&0o077 != 0 {
 		return nil, fmt.Errorf("read %s: mode %04o lets other users in; chmod it to 0600", path, fi.Mode().Perm())
 	}
-	return os.ReadFile(path) //nolint:gosec // dir is configured by the operator
+	return os.ReadFile(path)
 }
 
 // MakeDataDir makes dir for the agent's user only, or refuses one that others

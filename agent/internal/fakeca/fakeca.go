@@ -203,7 +203,7 @@ func (ca *CA) PutEntry(e *capb.Entry) {
 	e = proto.Clone(e).(*capb.Entry)
 	e.Revision = ca.revision
 	if e.CreatedAt == nil {
-		e.CreatedAt = timestamppb.New(time.Unix(int64(ca.revision), 0)) //nolint:gosec // small
+		e.CreatedAt = timestamppb.New(time.Unix(int64(ca.revision), 0))
 	}
 	ca.entries[e.EntryId] = e
 	delete(ca.removed, e.EntryId)

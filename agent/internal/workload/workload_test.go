@@ -30,34 +30,36 @@ import (
 // socket and then obeys lines on stdin.
 func TestMain(m *testing.M) {
 	if socket := os.Getenv("MERLON_TEST_WORKLOAD"); socket != "" {
-		actWorkload(socket)
+		if err := actWorkload(socket); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
 		return
 	}
 	goleak.VerifyTestMain(m)
 }
 
-func actWorkload(socket string) {
+func actWorkload(socket string) error {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0) // not close-on-exec
 	if err == nil {
 		err = unix.Connect(fd, &unix.SockaddrUnix{Name: socket})
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
+		return err
 	}
 	lines := bufio.NewScanner(os.Stdin)
 	for lines.Scan() {
 		switch line := lines.Text(); {
 		case strings.HasPrefix(line, "exec "):
-			_ = syscall.Exec(strings.TrimPrefix(line, "exec "), []string{"other", "100"}, nil)
+			return syscall.Exec(strings.TrimPrefix(line, "exec "), []string{"other", "100"}, nil)
 		case line == "drop":
 			_ = syscall.Setresgid(4242, 4242, 4242)
 			_ = syscall.Setresuid(4242, 4242, 4242)
 			fmt.Println("dropped")
 		default:
-			os.Exit(0)
+			return nil
 		}
 	}
+	return lines.Err()
 }
 
 // peerProcess is a process that has connected.
@@ -70,7 +72,7 @@ type peerProcess struct {
 
 func startPeer(t *testing.T, program string) *peerProcess {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "mw")
+	dir, err := os.MkdirTemp("", "mw") //nolint:usetesting // t.TempDir is too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -149,7 +151,7 @@ func copyOf(t *testing.T, dir, name string) string {
 		t.Fatal(err)
 	}
 	path := filepath.Join(dir, name)
-	if err := os.WriteFile(path, content, 0o700); err != nil { //nolint:gosec // a program
+	if err := os.WriteFile(path, content, 0o700); err != nil {
 		t.Fatal(err)
 	}
 	return path
@@ -350,7 +352,7 @@ func TestPathInAnotherMountNamespaceIsNotProved(t *testing.T) {
 	victim, forged := copyOf(t, dir, "victim"), copyOf(t, dir, "forged")
 	script := filepath.Join(dir, "run")
 	content := fmt.Sprintf("#!/bin/sh\nexec unshare -m sh -c 'mount --bind %s %s && exec %s'\n", forged, victim, victim)
-	if err := os.WriteFile(script, []byte(content), 0o700); err != nil { //nolint:gosec // a program
+	if err := os.WriteFile(script, []byte(content), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	if err := exec.Command("unshare", "-m", "true").Run(); err != nil {
