@@ -28,7 +28,7 @@ func Example() {
 			TLSConfig:         orders.ServerTLS(),
 			ReadHeaderTimeout: 10 * time.Second,
 		}
-		go srv.ServeTLS(lis, "", "") //nolint:errcheck // Close ends it
+		go srv.ServeTLS(lis, "", "")
 		t.Cleanup(func() { srv.Close() })
 
 		td.Revoke("web")
