@@ -191,6 +191,16 @@ func (r *readiness) init() {
 func (r *readiness) haveIdentity()    { r.identityOnce.Do(func() { close(r.identity) }) }
 func (r *readiness) haveRevocations() { r.revOnce.Do(func() { close(r.revocations) }) }
 
+// isReady says whether the revocation feed has brought its first message.
+func (r *readiness) isReady() bool {
+	select {
+	case <-r.revocations:
+		return true
+	default:
+		return false
+	}
+}
+
 func (r *readiness) fail(feed string, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -29,6 +29,9 @@ const (
 	maxDrain = 30 * time.Second
 )
 
+// closedByOwner is the reason of the cuts that Close makes.
+const closedByOwner = "the identity was closed"
+
 // connKey tells connections apart. TLS states of one connection share the
 // backing array of PeerCertificates, and no two connections do (the
 // certificates themselves are shared: crypto/tls keeps one copy of each).
@@ -118,7 +121,11 @@ func (t *connTable) cut(key connKey, c *liveConn, reason string) {
 		return
 	}
 	hangUp(c.raw)
-	t.log.LogAttrs(context.Background(), slog.LevelInfo, "connection cut",
+	level := slog.LevelInfo
+	if reason == closedByOwner {
+		level = slog.LevelDebug // what the program asked for is no news
+	}
+	t.log.LogAttrs(context.Background(), level, "connection cut",
 		slog.String("reason", reason),
 		slog.String("spiffe_id", c.peer.ID.String()),
 		slog.String("serial", c.peer.SerialHex),
@@ -145,7 +152,7 @@ func (t *connTable) run(done <-chan struct{}) {
 	for {
 		select {
 		case <-done:
-			t.cutWhere(func(*liveConn) string { return "the identity was closed" })
+			t.cutWhere(func(*liveConn) string { return closedByOwner })
 			return
 		case <-t.poke:
 		case <-timer.C:

@@ -194,7 +194,7 @@ func (id *Identity) followRevocations(ctx context.Context, progress func()) erro
 			return err
 		}
 		watchdog.Reset(silence)
-		if g := res.GetPolicyGeneration(); id.generation.Swap(g) != g {
+		if g := res.GetPolicyGeneration(); id.generation.Swap(g) != g && id.ready.isReady() {
 			id.log.LogAttrs(ctx, slog.LevelInfo, "policy changed", slog.Uint64("policy_revision", g))
 		}
 		id.revoke(ctx, res)
