@@ -161,14 +161,15 @@ func replay(t testing.TB, ch <-chan store.Batch, upTo uint64) []store.KV {
 	return kvs
 }
 
-func wantEnd(t testing.TB, ch <-chan store.Batch) {
+// wantEnd waits for the end of a watch and tells how many batches came before.
+func wantEnd(t testing.TB, ch <-chan store.Batch) (n int) {
 	t.Helper()
 	deadline := time.After(patience)
-	for {
+	for ; ; n++ {
 		select {
 		case _, open := <-ch:
 			if !open {
-				return
+				return n
 			}
 		case <-deadline:
 			t.Fatal("watch did not end")
@@ -187,13 +188,16 @@ func testWatchContext(t *testing.T, b Backend) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for range 50 {
+	const writes = 200
+	for range writes {
 		write(t, s, store.Put("a", nil))
 	}
-	next(t, idle, 50)
+	next(t, idle, writes)
 	cancel()
 	wantEnd(t, idle)
-	wantEnd(t, blocked)
+	if n := wantEnd(t, blocked); n == writes {
+		t.Error("watch that nobody read went on after its context had ended")
+	}
 }
 
 func testWatchClose(t *testing.T, b Backend) {
