@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -79,6 +80,18 @@ var anyInput = rapid.Custom(func(t *rapid.T) *policy.Input {
 	}
 })
 
+// ownRego stands for a policy's own modules where it decides nothing.
+var ownRego = map[string]string{"a.rego": "package authz\n\nallow if input.nothing\n\ndeny := false\n"}
+
+// Compilers of an OPA that knows nothing of Merlon's capabilities; made once,
+// because that takes longer than all the rest.
+var (
+	plainCompiler   = sync.OnceValue(func() *ast.Compiler { return ast.MustCompileModules(map[string]string{ModuleName: Module}) })
+	ownRegoCompiler = sync.OnceValue(func() *ast.Compiler {
+		return ast.MustCompileModules(map[string]string{ModuleName: Module, "a.rego": ownRego["a.rego"]})
+	})
+)
+
 func reference(grants []grant.Grant, in *policy.Input) grant.Outcome {
 	switch {
 	case in.Source == "":
@@ -101,7 +114,7 @@ func TestEngineAndOPAAgreeWithTheReference(t *testing.T) {
 		data := map[string]any{"merlon": grant.Compile(grants)}
 		var modules map[string]string
 		if rapid.Bool().Draw(rt, "own Rego") {
-			modules = map[string]string{"a.rego": "package authz\n\nallow if input.nothing\n\ndeny := false\n"}
+			modules = ownRego
 		}
 		e, err := New(context.Background(), Source{Modules: modules, Data: data})
 		if err != nil {
@@ -130,14 +143,11 @@ func compare(t *rapid.T, e *Engine, other func(*policy.Input) string, grants []g
 // otherOPA evaluates data.merlon.decision as an OPA does that knows nothing
 // of Merlon.
 func otherOPA(t *rapid.T, data map[string]any, modules map[string]string) func(*policy.Input) string {
-	options := []func(*rego.Rego){
-		rego.Query("data.merlon.decision"), rego.Module(ModuleName, Module),
-		rego.Store(inmem.NewFromObject(data)),
+	compiled := plainCompiler
+	if modules != nil {
+		compiled = ownRegoCompiler
 	}
-	for name, source := range modules {
-		options = append(options, rego.Module(name, source))
-	}
-	q, err := rego.New(options...).PrepareForEval(context.Background())
+	q, err := rego.New(rego.Query("data.merlon.decision"), rego.Compiler(compiled()), rego.Store(inmem.NewFromObject(data))).PrepareForEval(context.Background())
 	if err != nil {
 		t.Fatal(err)
 	}

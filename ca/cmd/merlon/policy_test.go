@@ -1,0 +1,107 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+const shopPolicy = "../../../examples/policies/shop"
+
+// runPolicy executes `merlon policy args…` with stdin.
+func runPolicy(t *testing.T, stdin string, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	root := rootCommand()
+	root.SetArgs(append([]string{"policy"}, args...))
+	root.SetIn(strings.NewReader(stdin))
+	root.SetOut(&out)
+	root.SetErr(&errs)
+	code = exitOK
+	if err := root.ExecuteContext(context.Background()); err != nil {
+		var message, hint string
+		code, message, hint = describe(err)
+		errs.WriteString(message + "\nhint: " + hint + "\n")
+	}
+	return code, out.String(), errs.String()
+}
+
+// policyDir writes a policy folder with one file.
+func policyDir(t *testing.T, name, content string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+func TestPolicyVerbs(t *testing.T) {
+	typo := policyDir(t, "grants.yaml", "grants:\n  - {id: a, form: [spiffe://a.test], tcp: {}}\n")
+	send := policyDir(t, "a.rego", "package authz\n\nallow if http.send({}).ok\n")
+	failing := policyDir(t, "grants.yaml", "grants:\n  - {id: a, tcp: {}}\n")
+	if err := os.WriteFile(filepath.Join(failing, "grants_test.yaml"),
+		[]byte("- {name: all may, source: spiffe://a.test/x, destination: spiffe://a.test/y, protocol: http, method: GET, path: /, want: allow}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tests := map[string]struct {
+		args           []string
+		code           int
+		stdout, stderr string
+	}{
+		"check":          {[]string{"check", shopPolicy}, exitOK, "ok: 8 grants, 1 Rego modules", ""},
+		"check as JSON":  {[]string{"check", shopPolicy, "-o", "json"}, exitOK, `"grants": 8`, ""},
+		"check, typo":    {[]string{"check", typo}, exitFailure, "", `grants.yaml:2:13: grants[0]: unknown key "form" (did you mean "from"?)`},
+		"check, send":    {[]string{"check", send}, exitFailure, "", "a.rego:3:10: http.send is not available"},
+		"check, absent":  {[]string{"check", "absent"}, exitFailure, "", "absent is not a folder"},
+		"check, no args": {[]string{"check"}, exitUsage, "", "hint: usage: merlon policy check FOLDER"},
+		"test":           {[]string{"test", shopPolicy}, exitOK, "17 passed, 0 failed", ""},
+		"test, failing":  {[]string{"test", failing}, exitFailure, "got deny NO_GRANT, want allow: no grant lets spiffe://a.test/x call", "1 of 1 policy tests failed"},
+		"test, none":     {[]string{"test", policyDir(t, "g.yaml", "grants: []\n")}, exitFailure, "0 passed", "has no tests"},
+		"build, no file": {[]string{"build", shopPolicy}, exitUsage, "", "-o bundle.tar.gz"},
+		"eval, native":   {[]string{"eval", shopPolicy, "--engine", "native"}, exitUsage, "", "use --engine auto or --engine opa"},
+		"eval, unknown":  {[]string{"eval", shopPolicy, "--engine", "wasm"}, exitUsage, "", `unknown engine "wasm"`},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			code, stdout, stderr := runPolicy(t, "", tt.args...)
+			if code != tt.code || !strings.Contains(stdout, tt.stdout) || !strings.Contains(stderr, tt.stderr) {
+				t.Errorf("exit %d; want %d\nstdout: %s\nstderr: %s", code, tt.code, stdout, stderr)
+			}
+		})
+	}
+}
+
+func TestPolicyBuildWritesTheBundle(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "b.tar.gz")
+	if code, _, stderr := runPolicy(t, "", "build", shopPolicy, "-o", file); code != exitOK {
+		t.Fatal(stderr)
+	}
+	raw, err := os.ReadFile(file)
+	if err != nil || !bytes.HasPrefix(raw, []byte{0x1f, 0x8b}) {
+		t.Errorf("%d bytes, %v", len(raw), err)
+	}
+}
+
+func TestPolicyEvalAnswersLineByLine(t *testing.T) {
+	const (
+		allowed = `{"source":"spiffe://shop.test/web","destination":"spiffe://shop.test/orders","protocol":"http","method":"GET","path":"/orders/1"}`
+		denied  = `{"attributes":{"source":{"principal":"spiffe://shop.test/web"},"destination":{"principal":"spiffe://shop.test/orders"},"request":{"http":{"method":"PUT","path":"/orders?x=1"}}}}`
+	)
+	code, stdout, stderr := runPolicy(t, allowed+"\r\n\n"+denied, "eval", shopPolicy, "--engine", "opa")
+	want := `{"allow":true,"reason":"ALLOWED","rule_id":"web-reads-orders","engine":"opa"}
+{"allow":false,"reason":"METHOD","rule_id":"","engine":"opa"}
+`
+	if code != exitOK || stdout != want || stderr != "" {
+		t.Errorf("exit %d\n%s%s\nwant\n%s", code, stdout, stderr, want)
+	}
+	long := `{"source":"` + strings.Repeat("x", 2<<20) + `"}`
+	code, stdout, stderr = runPolicy(t, "{\n"+long+"\n"+allowed+"\n", "eval", shopPolicy)
+	bad := `{"allow":false,"reason":"ERROR","rule_id":"","engine":"opa"}` + "\n"
+	if code != exitFailure || stdout != bad+bad+strings.SplitAfter(want, "\n")[0] || !strings.Contains(stderr, "2 of 3 lines could not be read") {
+		t.Errorf("exit %d\n%s%s", code, stdout, stderr)
+	}
+}
