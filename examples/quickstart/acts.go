@@ -105,21 +105,21 @@ func policyChange(ctx context.Context, t *theatre) error {
 	if err := os.WriteFile(filepath.Join(folder, "grants.yaml"), []byte(widened), 0o600); err != nil {
 		return err
 	}
+	asked := time.Now()
 	if _, err := t.merlon(ctx, "policy", "push", folder); err != nil {
 		return err
 	}
-	pushed := time.Now()
 	for {
 		out, err := t.call(ctx, "POST", "/orders/1")
 		if err != nil {
 			return err
 		}
 		if out.Status == 200 {
-			fmt.Printf("web: POST /orders/1 -> 200, %d ms after the push returned; nothing was restarted\n", time.Since(pushed).Milliseconds())
+			fmt.Printf("web: POST /orders/1 -> 200, %d ms after the command was started; nothing was restarted\n", time.Since(asked).Milliseconds())
 			return nil
 		}
-		if time.Since(pushed) > 5*time.Second {
-			return fmt.Errorf("still denied 5 s after the push: %+v", out)
+		if time.Since(asked) > 5*time.Second {
+			return fmt.Errorf("still denied 5 s after the command: %+v", out)
 		}
 		time.Sleep(5 * time.Millisecond)
 	}

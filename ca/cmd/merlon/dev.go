@@ -73,7 +73,7 @@ func (f devFlags) run(ctx context.Context, o *options, stdout, stderr io.Writer)
 		return err
 	}
 	defer folder.close()
-	d := &dev{folder: folder, trustDomain: f.trustDomain, debug: make(chan agentpb.DebugServer, 1)}
+	d := &dev{folder: folder, trustDomain: f.trustDomain, stderr: stderr, debug: make(chan agentpb.DebugServer, 1)}
 	d.log = slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 	return d.run(ctx, policy, func(ready devJSON) error {
 		if o.output == "json" {
@@ -139,6 +139,7 @@ type dev struct {
 	folder      devFolder
 	trustDomain string
 	log         *slog.Logger
+	stderr      io.Writer
 	// debug receives the agent's debug service once there is an agent.
 	debug chan agentpb.DebugServer
 }
@@ -233,7 +234,7 @@ func (d *dev) announce(ctx context.Context, admin *options, authority *ca.Server
 		if err := os.WriteFile(out.CA, roots, 0o600); err != nil {
 			return err
 		}
-		return pushAndWait(ctx, c, policy)
+		return pushPolicy(ctx, c, policy, d.stderr)
 	})
 	if err != nil {
 		return err
@@ -241,28 +242,16 @@ func (d *dev) announce(ctx context.Context, admin *options, authority *ca.Server
 	return ready(out)
 }
 
-// pushAndWait returns once the agent has acknowledged the policy.
-func pushAndWait(ctx context.Context, c capb.AdminClient, policy []byte) error {
+// pushPolicy returns once the agent decides by the policy, if there is one.
+func pushPolicy(ctx context.Context, c capb.AdminClient, policy []byte, stderr io.Writer) error {
 	if policy == nil {
 		return nil
 	}
-	pushed, err := c.PushPolicy(ctx, &capb.PushPolicyRequest{Name: "main", Bundle: policy})
+	pushed, err := c.PushPolicy(ctx, &capb.PushPolicyRequest{Name: defaultBundle, Bundle: policy})
 	if err != nil {
 		return err
 	}
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
-		agents, err := c.ListAgents(ctx, &capb.ListAgentsRequest{})
-		if err != nil {
-			return err
-		}
-		for _, a := range agents.GetAgents() {
-			if a.GetConnected() && a.GetAck().GetPolicyGeneration() >= pushed.GetGeneration() {
-				return nil
-			}
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
-	return fmt.Errorf("the agent did not take policy generation %d within 10 s: look at the log", pushed.GetGeneration())
+	return awaitPolicy(ctx, c, pushed.GetGeneration(), 10*time.Second, stderr)
 }
 
 // lateDebug is the agent's debug service on the CA's admin socket: the socket

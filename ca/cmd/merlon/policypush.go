@@ -3,9 +3,13 @@
 package main
 
 import (
+	"context"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"strconv"
+	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -21,6 +25,9 @@ func policyNoun(o *options) *cobra.Command {
 	return cmd
 }
 
+// defaultBundle is the policy bundle that agents follow unless told otherwise.
+const defaultBundle = "main"
+
 // pushedJSON is `merlon policy push -o json`.
 type pushedJSON struct {
 	Name       string `json:"name"`
@@ -30,9 +37,13 @@ type pushedJSON struct {
 
 func policyPush(o *options) *cobra.Command {
 	var name string
+	var wait time.Duration
 	cmd := &cobra.Command{
 		Use:   "push FOLDER",
 		Short: "Check a policy folder, have the CA sign it, and put it into force everywhere",
+		Long: `Check a policy folder, have the CA give it the next generation, sign it and
+send it to every agent. The command ends once each connected agent decides by
+it, or after --wait, and then names those that do not yet.`,
 		Example: `  merlon policy push ./policy
   merlon policy push ./policy --ca ca.example.org:8443`,
 		Args: cobra.ExactArgs(1),
@@ -46,6 +57,11 @@ func policyPush(o *options) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				if resp.GetName() == defaultBundle { // agents acknowledge the bundle that they follow
+					if err := awaitPolicy(cmd.Context(), ca, resp.GetGeneration(), wait, cmd.ErrOrStderr()); err != nil {
+						return err
+					}
+				}
 				if o.output == "json" {
 					return printJSON(cmd.OutOrStdout(), pushedJSON{resp.GetName(), resp.GetGeneration(), resp.GetEtag()})
 				}
@@ -53,8 +69,40 @@ func policyPush(o *options) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringVar(&name, "name", "main", "name of the policy bundle")
+	cmd.Flags().StringVar(&name, "name", defaultBundle, "name of the policy bundle")
+	cmd.Flags().DurationVar(&wait, "wait", 5*time.Second, "how long to wait for the agents; 0 does not wait")
 	return cmd
+}
+
+// awaitPolicy returns once every connected agent decides by generation, or
+// after wait, having said who lags. That the policy is stored is certain by
+// then, so a laggard is no error.
+func awaitPolicy(ctx context.Context, ca capb.AdminClient, generation uint64, wait time.Duration, stderr io.Writer) error {
+	deadline := time.Now().Add(wait)
+	for {
+		resp, err := ca.ListAgents(ctx, &capb.ListAgentsRequest{})
+		if err != nil {
+			return err
+		}
+		var lagging []string
+		for _, a := range resp.GetAgents() {
+			if a.GetConnected() && a.GetAck().GetPolicyGeneration() < generation {
+				lagging = append(lagging, a.GetSpiffeId())
+			}
+		}
+		if len(lagging) == 0 || wait == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			fmt.Fprintf(stderr, "warning: not yet in force after %s on %s\n", wait, strings.Join(lagging, ", "))
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
 }
 
 // policyKeyJSON is one key of `merlon policy key -o json`.
@@ -94,6 +142,6 @@ func policyKey(o *options) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringVar(&name, "name", "main", "name of the policy bundle")
+	cmd.Flags().StringVar(&name, "name", defaultBundle, "name of the policy bundle")
 	return cmd
 }
