@@ -55,7 +55,7 @@ type node struct {
 }
 
 // newConfig is for an agent of ca in directories of its own.
-func newConfig(t *testing.T, ca *fakeca.CA) agent.Config {
+func newConfig(t testing.TB, ca *fakeca.CA) agent.Config {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "merlon") //nolint:usetesting // t.TempDir is too long for a socket
 	if err != nil {
@@ -71,7 +71,7 @@ func newConfig(t *testing.T, ca *fakeca.CA) agent.Config {
 }
 
 // testLogger logs into the test until the test ends.
-func testLogger(t *testing.T) *slog.Logger {
+func testLogger(t testing.TB) *slog.Logger {
 	w := &testWriter{t: t}
 	t.Cleanup(w.close)
 	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -79,7 +79,7 @@ func testLogger(t *testing.T) *slog.Logger {
 
 type testWriter struct {
 	mu sync.Mutex
-	t  *testing.T
+	t  testing.TB
 }
 
 func (w *testWriter) Write(b []byte) (int, error) {
@@ -98,7 +98,7 @@ func (w *testWriter) close() {
 }
 
 // start runs an agent until the test ends or stop is called.
-func start(t *testing.T, cfg agent.Config) *node {
+func start(t testing.TB, cfg agent.Config) *node {
 	t.Helper()
 	a, err := agent.New(cfg)
 	if err != nil {
@@ -118,7 +118,7 @@ func start(t *testing.T, cfg agent.Config) *node {
 	return &node{Agent: a, cfg: cfg, socket: "unix://" + cfg.PublicSocket, stop: stop}
 }
 
-func (n *node) waitReady(t *testing.T) {
+func (n *node) waitReady(t testing.TB) {
 	t.Helper()
 	select {
 	case <-n.Ready():
@@ -127,7 +127,7 @@ func (n *node) waitReady(t *testing.T) {
 	}
 }
 
-func eventually(t *testing.T, what string, ok func() bool) {
+func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		if ok() {
@@ -140,7 +140,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 }
 
 // conn is a plain gRPC connection to a socket, with the security header.
-func conn(t *testing.T, socket string) (*grpc.ClientConn, context.Context) {
+func conn(t testing.TB, socket string) (*grpc.ClientConn, context.Context) {
 	t.Helper()
 	cc, err := grpc.NewClient(socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -152,7 +152,7 @@ func conn(t *testing.T, socket string) (*grpc.ClientConn, context.Context) {
 	return cc, metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true")
 }
 
-func (n *node) x509Stream(t *testing.T) workload.SpiffeWorkloadAPI_FetchX509SVIDClient {
+func (n *node) x509Stream(t testing.TB) workload.SpiffeWorkloadAPI_FetchX509SVIDClient {
 	t.Helper()
 	cc, ctx := conn(t, n.socket)
 	stream, err := workload.NewSpiffeWorkloadAPIClient(cc).FetchX509SVID(ctx, &workload.X509SVIDRequest{})
@@ -163,7 +163,7 @@ func (n *node) x509Stream(t *testing.T) workload.SpiffeWorkloadAPI_FetchX509SVID
 }
 
 // receive expects exactly these SPIFFE IDs, in this order.
-func receive(t *testing.T, stream workload.SpiffeWorkloadAPI_FetchX509SVIDClient, want ...string) *workload.X509SVIDResponse {
+func receive(t testing.TB, stream workload.SpiffeWorkloadAPI_FetchX509SVIDClient, want ...string) *workload.X509SVIDResponse {
 	t.Helper()
 	m, err := stream.Recv()
 	if err != nil {
@@ -211,7 +211,7 @@ func reason(err error) string {
 	return ""
 }
 
-func wantError(t *testing.T, err error, code codes.Code, why string) {
+func wantError(t testing.TB, err error, code codes.Code, why string) {
 	t.Helper()
 	if status.Code(err) != code || reason(err) != why {
 		t.Fatalf("error = %v (reason %q); want %v with reason %q", err, reason(err), code, why)
@@ -368,10 +368,17 @@ func TestAgentStartsBeforeCA(t *testing.T) {
 func TestWrongRootHashSendsNoEvidence(t *testing.T) {
 	ca, other := fakeca.New(t, td), fakeca.New(t, td)
 	elsewhere := fakeca.New(t, "elsewhere.test")
+	workloadOfCA := fakeca.New(t, td)
+	workloadOfCA.Stop()
+	workloadOfCA.OwnPath = "/web"
+	workloadOfCA.Start()
 	tests := map[string]func(*agent.Config){
 		"the hash of another CA": func(c *agent.Config) { c.RootHash = other.RootHash() },
 		"the CA is another":      func(c *agent.Config) { c.CAAddress = other.Address },
 		"another trust domain's": func(c *agent.Config) { c.CAAddress, c.RootHash = elsewhere.Address, elsewhere.RootHash() },
+		"a workload below the right root": func(c *agent.Config) {
+			c.CAAddress, c.RootHash = workloadOfCA.Address, workloadOfCA.RootHash()
+		},
 		"another digit at the end": func(c *agent.Config) {
 			last := "0"
 			if strings.HasSuffix(c.RootHash, "0") {
@@ -392,7 +399,7 @@ func TestWrongRootHashSendsNoEvidence(t *testing.T) {
 					break
 				}
 			}
-			for _, c := range []*fakeca.CA{ca, other, elsewhere} {
+			for _, c := range []*fakeca.CA{ca, other, elsewhere, workloadOfCA} {
 				if attests, _, _ := c.Counts(); attests != 0 {
 					t.Errorf("the CA got evidence %d times; want none", attests)
 				}
@@ -517,4 +524,84 @@ func TestSVIDIsRenewedAtHalfLifeOnOpenStream(t *testing.T) {
 	if took := time.Since(began); took < 1300*time.Millisecond || took > 2300*time.Millisecond { // NotAfter has whole seconds
 		t.Errorf("renewed after %v of 3 to 4 s; want half ± 10 %%", took)
 	}
+}
+
+func TestRequestsThatCannotBeAnswered(t *testing.T) {
+	ca := fakeca.New(t, td)
+	ca.PutEntry(ca.Entry("e1", "/web", uidSelector))
+	n := start(t, newConfig(t, ca))
+	n.waitReady(t)
+	cc, ctx := conn(t, n.socket)
+	client := workload.NewSpiffeWorkloadAPIClient(cc)
+	tests := map[string]struct {
+		req  *workload.JWTSVIDRequest
+		want codes.Code
+	}{
+		"no audience":       {&workload.JWTSVIDRequest{}, codes.InvalidArgument},
+		"empty audience":    {&workload.JWTSVIDRequest{Audience: []string{"a", ""}}, codes.InvalidArgument},
+		"too many":          {&workload.JWTSVIDRequest{Audience: make([]string, 17)}, codes.InvalidArgument},
+		"too long":          {&workload.JWTSVIDRequest{Audience: []string{strings.Repeat("a", 2049)}}, codes.InvalidArgument},
+		"no SPIFFE ID":      {&workload.JWTSVIDRequest{Audience: []string{"a"}, SpiffeId: "web"}, codes.InvalidArgument},
+		"another's":         {&workload.JWTSVIDRequest{Audience: []string{"a"}, SpiffeId: "spiffe://" + td + "/other"}, codes.PermissionDenied},
+		"the own, by name":  {&workload.JWTSVIDRequest{Audience: []string{"a"}, SpiffeId: "spiffe://" + td + "/web"}, codes.OK},
+		"all that are ours": {&workload.JWTSVIDRequest{Audience: []string{"a"}}, codes.OK},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			if m, err := client.FetchJWTSVID(ctx, tt.req); status.Code(err) != tt.want || err == nil && len(m.Svids) != 1 {
+				t.Errorf("FetchJWTSVID() = %v, %v; want %v", m, err, tt.want)
+			}
+		})
+	}
+	for _, req := range []*workload.ValidateJWTSVIDRequest{{Svid: "x"}, {Audience: "x"}, {Audience: "x", Svid: "x.y.z"}} {
+		if _, err := client.ValidateJWTSVID(ctx, req); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("ValidateJWTSVID(%v) = %v; want InvalidArgument", req, err)
+		}
+	}
+	wit, err := client.FetchWITSVID(ctx, &workload.WITSVIDRequest{})
+	if err == nil {
+		_, err = wit.Recv()
+	}
+	if status.Code(err) != codes.Unimplemented {
+		t.Errorf("FetchWITSVID() = %v; want Unimplemented", err)
+	}
+}
+
+func TestHintsAreUnique(t *testing.T) {
+	ca := fakeca.New(t, td)
+	for _, id := range []string{"e1", "e2"} {
+		e := ca.Entry(id, "/"+id, uidSelector)
+		e.Hint = "internal"
+		ca.PutEntry(e)
+	}
+	n := start(t, newConfig(t, ca))
+	m := receive(t, n.x509Stream(t), "/e1", "/e2")
+	if m.Svids[0].Hint != "internal" || m.Svids[1].Hint != "" {
+		t.Errorf("hints = %q, %q; want the first alone", m.Svids[0].Hint, m.Svids[1].Hint)
+	}
+}
+
+func TestOneUserCannotOpenStreamsWithoutEnd(t *testing.T) {
+	ca := fakeca.New(t, td)
+	ca.PutEntry(ca.Entry("e1", "/web", uidSelector))
+	n := start(t, newConfig(t, ca))
+	n.waitReady(t)
+	client := func() (workload.SpiffeWorkloadAPIClient, context.Context) {
+		cc, ctx := conn(t, n.socket)
+		return workload.NewSpiffeWorkloadAPIClient(cc), ctx
+	}
+	var refused error
+	for range 11 { // connections, because one holds at most 1000 streams
+		c, ctx := client()
+		for range 100 {
+			s, err := c.FetchX509Bundles(ctx, &workload.X509BundlesRequest{})
+			if err == nil {
+				_, err = s.Recv()
+			}
+			if err != nil {
+				refused = err
+			}
+		}
+	}
+	wantError(t, refused, codes.ResourceExhausted, "TOO_MANY_STREAMS")
 }

@@ -56,7 +56,7 @@ func TestValidateNamesTheField(t *testing.T) {
 }
 
 func TestUnknownKeyIsRefusedWithLineAndSuggestion(t *testing.T) {
-	_, err := parseConfig("agent.yaml", []byte("trust_domain: example.test\nca_addres: ca:8443\n"))
+	_, err := parseConfig("agent.yaml", []byte("trust_domain: example.test\nca_addrss: ca:8443\n"))
 	if err == nil || !strings.Contains(err.Error(), "agent.yaml:2") || !strings.Contains(err.Error(), "ca_address") {
 		t.Errorf("parseConfig() = %v; want line 2 and the right key", err)
 	}

@@ -4,9 +4,11 @@ package agent_test
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -22,7 +24,7 @@ import (
 )
 
 // startRealCA runs a CA and returns it with a client of its admin socket.
-func startRealCA(t *testing.T) (*ca.Server, capb.AdminClient) {
+func startRealCA(t testing.TB) (*ca.Server, capb.AdminClient) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "merlon") //nolint:usetesting // t.TempDir is too long for a socket
 	if err != nil {
@@ -60,11 +62,10 @@ func startRealCA(t *testing.T) (*ca.Server, capb.AdminClient) {
 	return srv, capb.NewAdminClient(cc)
 }
 
-func TestAgentOfTheRealCA(t *testing.T) {
-	srv, admin := startRealCA(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
-	defer cancel()
-	token, err := admin.CreateToken(ctx, &capb.CreateTokenRequest{Kind: capb.TokenKind_TOKEN_KIND_JOIN, AgentName: "n1"})
+// startRealNode runs an agent of the real CA.
+func startRealNode(t testing.TB, srv *ca.Server, admin capb.AdminClient, logger *slog.Logger) *node {
+	t.Helper()
+	token, err := admin.CreateToken(t.Context(), &capb.CreateTokenRequest{Kind: capb.TokenKind_TOKEN_KIND_JOIN, AgentName: "n1"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,20 +78,35 @@ func TestAgentOfTheRealCA(t *testing.T) {
 		TrustDomain: td, CAAddress: srv.Address().String(), CAHTTPSAddress: srv.HTTPSAddress().String(),
 		DataDir: filepath.Join(dir, "data"), HealthAddress: "off",
 		PublicSocket: filepath.Join(dir, "pub", "api.sock"), AdminSocket: filepath.Join(dir, "adm", "admin.sock"),
-		JoinToken: token.GetToken(), RootHash: token.GetRootHash(), Logger: testLogger(t),
+		JoinToken: token.GetToken(), RootHash: token.GetRootHash(), Logger: logger,
 	})
 	n.waitReady(t)
-	stream := n.x509Stream(t)
-	_, err = stream.Recv()
-	wantError(t, err, codes.PermissionDenied, "NO_MATCHING_ENTRY")
+	return n
+}
 
-	created, err := admin.CreateEntry(ctx, &capb.CreateEntryRequest{Entry: &capb.Entry{
-		SpiffeId: "spiffe://" + td + "/web", ParentId: "spiffe://" + td + "/agent/n1",
+// createEntry registers this process under a path.
+func createEntry(t testing.TB, admin capb.AdminClient, path string) (entryID string) {
+	t.Helper()
+	created, err := admin.CreateEntry(t.Context(), &capb.CreateEntryRequest{Entry: &capb.Entry{
+		SpiffeId: "spiffe://" + td + path, ParentId: "spiffe://" + td + "/agent/n1",
 		Selectors: []*capb.Selector{{Type: "unix", Value: uidSelector[len("unix:"):]}},
 	}})
 	if err != nil {
 		t.Fatal(err)
 	}
+	return created.GetEntry().GetEntryId()
+}
+
+func TestAgentOfTheRealCA(t *testing.T) {
+	srv, admin := startRealCA(t)
+	n := startRealNode(t, srv, admin, testLogger(t))
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	stream := n.x509Stream(t)
+	_, err := stream.Recv()
+	wantError(t, err, codes.PermissionDenied, "NO_MATCHING_ENTRY")
+
+	entryID := createEntry(t, admin, "/web")
 	client, err := workloadapi.New(ctx, workloadapi.WithAddr(n.socket))
 	if err != nil {
 		t.Fatal(err)
@@ -109,9 +125,43 @@ func TestAgentOfTheRealCA(t *testing.T) {
 	}
 	stream = n.x509Stream(t)
 	receive(t, stream, "/web")
-	if _, err := admin.DeleteEntry(ctx, &capb.DeleteEntryRequest{EntryId: created.GetEntry().GetEntryId()}); err != nil {
+	if _, err := admin.DeleteEntry(ctx, &capb.DeleteEntryRequest{EntryId: entryID}); err != nil {
 		t.Fatal(err)
 	}
 	_, err = stream.Recv()
 	wantError(t, err, codes.PermissionDenied, "NO_MATCHING_ENTRY")
+}
+
+// BenchmarkEntryToSVID measures from the request that creates an entry to the
+// SVID on a stream that is open, over the real CA.
+func BenchmarkEntryToSVID(b *testing.B) {
+	srv, admin := startRealCA(b)
+	n := startRealNode(b, srv, admin, slog.New(slog.DiscardHandler))
+	createEntry(b, admin, "/first")
+	stream := n.x509Stream(b)
+	if _, err := stream.Recv(); err != nil {
+		b.Fatal(err)
+	}
+	var took []time.Duration
+	for i := 0; b.Loop(); i++ {
+		began := time.Now()
+		id := createEntry(b, admin, fmt.Sprintf("/w%d", i))
+		m, err := stream.Recv()
+		if err != nil || len(m.Svids) != 2 {
+			b.Fatalf("Recv() = %v, %v; want two SVIDs", m, err)
+		}
+		took = append(took, time.Since(began))
+		if _, err := admin.DeleteEntry(b.Context(), &capb.DeleteEntryRequest{EntryId: id}); err != nil {
+			b.Fatal(err)
+		}
+		if m, err := stream.Recv(); err != nil || len(m.Svids) != 1 {
+			b.Fatalf("Recv() = %v, %v; want one SVID", m, err)
+		}
+	}
+	slices.Sort(took)
+	at := func(q float64) float64 { return float64(took[int(q*float64(len(took)-1))].Microseconds()) / 1000 }
+	b.ReportMetric(at(0.5), "p50-ms")
+	b.ReportMetric(at(0.9), "p90-ms")
+	b.ReportMetric(at(0.99), "p99-ms")
+	b.ReportMetric(at(1), "max-ms")
 }

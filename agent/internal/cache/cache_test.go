@@ -74,6 +74,7 @@ func (s *signer) Sign(_ context.Context, items []*capb.SignItem) ([]*capb.SignRe
 		template.NotAfter = time.Now().Add(s.ttl)
 		ski := sha256.Sum256(item.Csr)
 		template.SubjectKeyId = ski[:20]
+		template.PublicKey = nil // the template's own, unless change sets another
 		pub := csr.PublicKey
 		if s.change != nil {
 			s.change(template)

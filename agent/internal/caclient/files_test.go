@@ -50,7 +50,7 @@ func TestDataDirOpenToOthersIsRefused(t *testing.T) {
 	if err := MakeDataDir(dir); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Chmod(dir, 0o750); err != nil { //nolint:gosec // the mistake under test
+	if err := os.Chmod(dir, 0o750); err != nil {
 		t.Fatal(err)
 	}
 	if err := MakeDataDir(dir); err == nil {

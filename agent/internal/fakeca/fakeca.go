@@ -44,6 +44,9 @@ type CA struct {
 	Root *forge.Authority
 	// Address and HTTPSAddress stay the same over Stop and Start.
 	Address, HTTPSAddress string
+	// OwnPath is the path of the SPIFFE ID that it serves as after Start; that
+	// of a CA is /ca.
+	OwnPath string
 
 	tb    testing.TB
 	td    spiffeid.TrustDomain
@@ -81,7 +84,7 @@ func New(tb testing.TB, td string) *CA {
 		svidTTL: time.Hour, agentTTL: time.Hour, revision: 1, sequence: 1,
 		entries: map[string]*capb.Entry{}, removed: map[string]uint64{},
 		streams: map[chan *capb.SyncResponse]struct{}{},
-		Address: "127.0.0.1:0", HTTPSAddress: "127.0.0.1:0",
+		Address: "127.0.0.1:0", HTTPSAddress: "127.0.0.1:0", OwnPath: "/ca",
 	}
 	ca.Start()
 	tb.Cleanup(ca.Stop)
@@ -97,7 +100,7 @@ func (ca *CA) RootHash() string {
 // Start serves; again after Stop, with everything kept.
 func (ca *CA) Start() {
 	ca.tb.Helper()
-	own := ca.inter.Leaf("/ca")
+	own := ca.inter.Leaf(ca.OwnPath)
 	creds := svid.TLS{
 		SVIDs: own.X509SVID(), Bundles: ca.Root.Bundle(), Admit: func(*svid.Peer) error { return nil },
 		AnonymousPeers: true, IncludeRoot: true,

@@ -487,3 +487,14 @@ func TestWithoutPidfdTheStartTimeIsCompared(t *testing.T) {
 		t.Error("a process that started at another time passes for the same")
 	}
 }
+
+func TestBothLooksMustFindTheProcessAlive(t *testing.T) {
+	a := newAttestor(t)
+	for _, dead := range []int{1, 2} {
+		looks := 0
+		alive := func() bool { looks++; return looks != dead }
+		if got, err := a.read(t.Context(), int32(os.Getpid()), false, false, alive); !errors.Is(err, ErrGone) {
+			t.Errorf("read() = %v, %v where look %d finds it dead; want ErrGone", got, err, dead)
+		}
+	}
+}
