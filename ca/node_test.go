@@ -185,9 +185,9 @@ func TestAttestRefusesBadTokens(t *testing.T) {
 // entries.
 func TestAgentGetsNothingOfAnotherNode(t *testing.T) {
 	c := startCA(t, tempDir(t))
-	a, b := c.agent("a"), c.agent("b")
+	a := c.agent("a")
+	c.agent("b")
 	mine, theirs := c.entry("a", "mine"), c.entry("b", "theirs")
-	_ = b
 	_, csr := newCSR(t)
 	resp, err := a.node.Sign(t.Context(), &capb.SignRequest{Items: []*capb.SignItem{
 		{EntryId: theirs.GetEntryId(), Csr: csr},

@@ -3,6 +3,7 @@
 package attest
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"sync"
@@ -152,5 +153,34 @@ func TestRenewedMovesTheEndOnly(t *testing.T) {
 	unknown := spiffeid.RequireFromPath(td, "/agent/unknown")
 	if err := Renewed(t.Context(), st, unknown, end); !errors.Is(err, ErrUnknownAgent) {
 		t.Errorf("unknown agent: %v", err)
+	}
+}
+
+// interleaved runs between once, before the first read of an agent's record.
+type interleaved struct {
+	store.Store
+	once    sync.Once
+	between func()
+}
+
+func (i *interleaved) Get(ctx context.Context, key string) (store.KV, uint64, error) {
+	if strings.HasPrefix(key, AgentPrefix) {
+		i.once.Do(i.between)
+	}
+	return i.Store.Get(ctx, key)
+}
+
+// The worst moment: the token is read, then somebody else uses it up, then the
+// agent's record is read, which by then is there.
+func TestTokenUsedUpBetweenTheReadsIsRefused(t *testing.T) {
+	st := openStore(t)
+	token := join(t, st, "n1")
+	racing := &interleaved{Store: st, between: func() {
+		if _, err := redeem(t, st, token, time.Now()); err != nil {
+			t.Error(err)
+		}
+	}}
+	if _, err := redeem(t, racing, token, time.Now()); !errors.Is(err, ErrUnknownToken) {
+		t.Errorf("second use: %v; want ErrUnknownToken", err)
 	}
 }

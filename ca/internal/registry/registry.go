@@ -15,7 +15,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -438,17 +437,6 @@ func (r *Registry) Entry(id string) (*entry.Entry, bool) {
 	return e, ok
 }
 
-// EntriesOf returns the entries below parent, ordered by ID.
-func (r *Registry) EntriesOf(parent spiffeid.ID) []*entry.Entry {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
-	n := r.pic.nodes[parent]
-	if n == nil {
-		return nil
-	}
-	return sortedEntries(n.entries)
-}
-
 // EntriesAfter returns up to limit entries with an ID above after for which
 // match holds, ordered by ID, and whether there are more.
 func (r *Registry) EntriesAfter(after string, limit int, match func(*entry.Entry) bool) ([]*entry.Entry, bool) {
@@ -562,15 +550,6 @@ func (r *Registry) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bu
 		return nil, fmt.Errorf("no trust bundle for trust domain %s", td)
 	}
 	return b.Keys.X509Bundle(), nil
-}
-
-// GetJWTBundleForTrustDomain implements jwtbundle.Source likewise.
-func (r *Registry) GetJWTBundleForTrustDomain(td spiffeid.TrustDomain) (*jwtbundle.Bundle, error) {
-	b := r.Trust()
-	if b == nil || b.TrustDomain != td {
-		return nil, fmt.Errorf("no trust bundle for trust domain %s", td)
-	}
-	return b.Keys.JWTBundle(), nil
 }
 
 // Counts says how much there is, for metrics.

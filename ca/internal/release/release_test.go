@@ -48,7 +48,7 @@ func newPublisher(t *testing.T) (*Publisher, store.Store) {
 }
 
 func TestGenerationsRiseAndTheLastIsServed(t *testing.T) {
-	p, st := newPublisher(t)
+	p, _ := newPublisher(t)
 	ctx := t.Context()
 	if _, _, err := p.Current(ctx, "main"); !errors.Is(err, ErrNone) {
 		t.Fatalf("before the first push: %v; want ErrNone", err)
@@ -73,7 +73,6 @@ func TestGenerationsRiseAndTheLastIsServed(t *testing.T) {
 	if err != nil || len(blobs) != 3 {
 		t.Errorf("stored blobs %v, %v; want the last two of main and one of other", blobs, err)
 	}
-	_ = st
 }
 
 func TestRefusedBundleChangesNothing(t *testing.T) {

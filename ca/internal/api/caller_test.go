@@ -1,0 +1,142 @@
+// What an SVID is worth: the CA's own records must agree with its name.
+
+package api
+
+import (
+	"context"
+	"log/slog"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/store/badger"
+	"merlon.dev/sdk/svid"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+var td = spiffeid.RequireTrustDomainFromString("shop.test")
+
+// newService is a service over a real store with one agent, without keys.
+func newService(t *testing.T) (*Service, *attest.Agent) {
+	t.Helper()
+	dir := t.TempDir()
+	st, err := badger.Open(filepath.Join(dir, "store"), badger.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, err := audit.Open(filepath.Join(dir, "audit.jsonl"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	token, err := attest.CreateJoinToken(t.Context(), st, "n1", now.Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	agent, err := attest.RedeemJoinToken(t.Context(), st, td, token, now, now.Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	reg, err := registry.Open(t.Context(), st, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- reg.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		for _, err := range []error{<-done, log.Close(), st.Close()} {
+			if err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	return New(Options{TrustDomain: td, Store: st, Registry: reg, Audit: log, Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry()}), agent
+}
+
+func peerOf(t *testing.T, id string, handle, revision uint64) *svid.Peer {
+	t.Helper()
+	serial, err := svid.NewSerial(handle, revision)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &svid.Peer{
+		ID: spiffeid.RequireFromString(id), Serial: serial, OurSerial: true, SerialHex: serial.String(),
+		NotAfter: time.Now().Add(time.Hour),
+	}
+}
+
+// SECURITY.md T8.
+func TestNameAloneMakesNobodyAnAgent(t *testing.T) {
+	s, agent := newService(t)
+	good := peerOf(t, agent.ID.String(), agent.Handle, agent.Revision)
+	if c := s.PeerCaller(good); !c.Is(capb.Caller_CALLER_AGENT) || c.Agent.Handle != agent.Handle {
+		t.Fatalf("the live agent is %+v", c)
+	}
+	foreign := peerOf(t, agent.ID.String(), agent.Handle, agent.Revision)
+	foreign.OurSerial = false
+	expired := peerOf(t, agent.ID.String(), agent.Handle, agent.Revision)
+	expired.NotAfter = time.Now()
+	for name, p := range map[string]*svid.Peer{
+		"another handle":       peerOf(t, agent.ID.String(), agent.Handle^1, agent.Revision),
+		"foreign serial":       foreign,
+		"expired":              expired,
+		"no record":            peerOf(t, "spiffe://shop.test/agent/n2", agent.Handle, agent.Revision),
+		"below an agent":       peerOf(t, agent.ID.String()+"/x", agent.Handle, agent.Revision),
+		"a workload of agents": peerOf(t, "spiffe://shop.test/agents/n1", agent.Handle, agent.Revision),
+		"the CA":               peerOf(t, "spiffe://shop.test/ca", 0, agent.Revision),
+	} {
+		c := s.PeerCaller(p)
+		if c.Is(capb.Caller_CALLER_AGENT) || c.Is(capb.Caller_CALLER_ADMIN) || c.Agent != nil {
+			t.Errorf("%s: %+v; want nobody", name, c)
+		}
+	}
+}
+
+// The access table was asked before; a revocation that came since still counts
+// for what is issued.
+func TestIssuanceRestsOnAPictureWithoutRevocation(t *testing.T) {
+	s, agent := newService(t)
+	caller := s.PeerCaller(peerOf(t, agent.ID.String(), agent.Handle, agent.Revision))
+	if _, err := s.grounds(t.Context(), caller, "sign"); err != nil {
+		t.Fatal(err)
+	}
+	op, _, err := revocation.Put(svid.Revocation{AgentID: agent.ID.String(), AgentHandle: agent.Handle, ExpiresAt: time.Now().Add(time.Hour)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := s.opts.Store.Txn(t.Context(), nil, []store.Op{op}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.registry.Wait(t.Context(), res.Revision); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.grounds(t.Context(), caller, "sign"); status.Code(err) != codes.Unauthenticated {
+		t.Errorf("after the revocation: %v; want Unauthenticated", err)
+	}
+}
+
+func TestOnlyRootOwnUserAndConfiguredUIDsAdminister(t *testing.T) {
+	s, _ := newService(t)
+	s.opts.AdminUIDs = []uint32{4242}
+	for uid, want := range map[uint32]bool{0: true, 4242: true, 4243: false, 1<<32 - 1: false} {
+		if got := s.mayAdminister(uid); got != want {
+			t.Errorf("mayAdminister(%d) = %v; want %v", uid, got, want)
+		}
+	}
+}
