@@ -52,6 +52,22 @@ func TestStockOPALoadsThePolicyBundle(t *testing.T) {
 			answers.expect("DELETE", false, "METHOD"),
 		)
 	})
+	next := t.TempDir()
+	old, err := os.ReadFile(filepath.Join(quickstartPolicy, "grants.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	changed := bytes.Replace(old, []byte("[GET]"), []byte("[DELETE]"), 1)
+	if err := os.WriteFile(filepath.Join(next, "grants.yaml"), changed, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.Merlon("policy", "push", next)
+	stage.Eventually(t, "the stock OPA takes the next generation", func() error {
+		return errors.Join(
+			answers.expect("GET", false, "METHOD"),
+			answers.expect("DELETE", true, "ALLOWED"),
+		)
+	})
 }
 
 // The same OPA refuses a bundle of which one byte changed on the way.
@@ -93,7 +109,7 @@ func opaConfig(t *testing.T, d *stage.Domain, server, ca string) string {
 		"bundles": map[string]any{"main": map[string]any{
 			"service": "merlon", "resource": "bundles/main",
 			"signing": map[string]any{"keyid": keys[0].KID},
-			"polling": map[string]any{"min_delay_seconds": 1, "max_delay_seconds": 1},
+			"polling": map[string]any{"long_polling_timeout_seconds": 30},
 		}},
 	})
 	if err != nil {
