@@ -75,11 +75,14 @@ func waitFor(t *testing.T, path string) {
 func serveAs(path string) {
 	lis, err := net.Listen("unix", path)
 	if err != nil {
-		os.Exit(1)
+		panic(err)
 	}
 	srv := grpc.NewServer(grpc.Creds(unixsock.ServerCredentials()))
 	healthpb.RegisterHealthServer(srv, health.NewServer())
-	if os.Chmod(path, 0o777) != nil || srv.Serve(lis) != nil {
-		os.Exit(1)
+	if err := os.Chmod(path, 0o777); err != nil {
+		panic(err)
+	}
+	if err := srv.Serve(lis); err != nil {
+		panic(err)
 	}
 }

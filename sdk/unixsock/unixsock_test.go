@@ -25,7 +25,7 @@ import (
 // shortDir is a directory whose path leaves room for a socket name.
 func shortDir(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "us")
+	dir, err := os.MkdirTemp("", "us") //nolint:usetesting // t.TempDir is too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -134,6 +134,24 @@ func TestListenRefusesLongPath(t *testing.T) {
 	}
 }
 
+// DirOwner names a user only where nobody else could have put the socket.
+func TestDirOwner(t *testing.T) {
+	path := filepath.Join(shortDir(t), "api.sock")
+	uid, ok := unixsock.DirOwner(path)
+	if !ok || int(uid) != os.Geteuid() {
+		t.Errorf("DirOwner = %d, %v; want %d", uid, ok, os.Geteuid())
+	}
+	if err := os.Chmod(filepath.Dir(path), 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := unixsock.DirOwner(path); ok {
+		t.Error("a directory that others can write names an owner")
+	}
+	if _, ok := unixsock.DirOwner(filepath.Join(filepath.Dir(path), "none", "api.sock")); ok {
+		t.Error("a missing directory names an owner")
+	}
+}
+
 func TestListenReplacesDeadSocket(t *testing.T) {
 	path := filepath.Join(shortDir(t), "api.sock")
 	dead, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
@@ -195,7 +213,7 @@ func TestPeerDiesWithItsProcess(t *testing.T) {
 func connectAndWait() {
 	conn, err := net.Dial("unix", os.Getenv("UNIXSOCK_CONNECT"))
 	if err != nil {
-		os.Exit(1)
+		panic(err)
 	}
 	defer conn.Close()
 	time.Sleep(time.Minute)
