@@ -498,3 +498,23 @@ func TestBothLooksMustFindTheProcessAlive(t *testing.T) {
 		}
 	}
 }
+
+func TestExecWhileTheProcessIsReadProvesNothing(t *testing.T) {
+	other, err := filepath.EvalSymlinks("/bin/sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, p := newAttestor(t), startPeer(t, self(t))
+	a.afterRead = func() {
+		p.tell(t, "exec "+other)
+		link := fmt.Sprintf("/proc/%d/exe", p.peer.PID)
+		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
+			if path, err := os.Readlink(link); err == nil && path == other {
+				return
+			}
+		}
+	}
+	if got, err := a.Attest(t.Context(), p.peer, false); !errors.Is(err, ErrGone) {
+		t.Errorf("Attest() = %v, %v; want ErrGone", got, err)
+	}
+}
