@@ -189,7 +189,7 @@ func (a *Agent) serveSockets(ctx context.Context, group *errgroup.Group) error {
 		return fmt.Errorf("open the public socket: %w", err)
 	}
 	serve(ctx, group, a.publicServer(), public)
-	admin, err := unixsock.Listen(a.cfg.AdminSocket, unixsock.Private)
+	admin, err := unixsock.Listen(a.cfg.AdminSocket, adminAccess(a.cfg.AdminUIDs))
 	if err != nil {
 		return fmt.Errorf("open the admin socket: %w", err)
 	}
@@ -273,4 +273,13 @@ func (a *Agent) announceReady(ctx context.Context) {
 		case <-sub.Woken():
 		}
 	}
+}
+
+// adminAccess lets other users reach the admin socket only where some of them
+// are administrators; the server then asks each who it is.
+func adminAccess(uids []uint32) unixsock.Access {
+	if len(uids) > 0 {
+		return unixsock.Shared
+	}
+	return unixsock.Private
 }

@@ -58,11 +58,11 @@ type Config struct {
 	HealthAddress string `yaml:"health_address"`
 
 	// AdminSocket is the Unix socket for operators on this machine. Its
-	// directory gets mode 0700. Default: /run/merlon/ca/admin.sock.
+	// directory gets mode 0700, with admin_uids 0711. Default:
+	// /run/merlon/ca/admin.sock.
 	AdminSocket string `yaml:"admin_socket"`
 
 	// AdminUIDs may use the admin socket, beside root and the CA's own user.
-	// They also need access to its directory.
 	AdminUIDs []uint32 `yaml:"admin_uids"`
 
 	// DNSNames are put into the CA's own certificate for clients that check

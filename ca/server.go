@@ -263,7 +263,7 @@ func (s *Server) listen() (l *listeners, err error) {
 		}
 		*tcp.to = netutil.LimitListener(lis, maxConnections)
 	}
-	if l.admin, err = unixsock.Listen(s.cfg.AdminSocket, unixsock.Private); err != nil {
+	if l.admin, err = unixsock.Listen(s.cfg.AdminSocket, adminAccess(s.cfg.AdminUIDs)); err != nil {
 		return l, fmt.Errorf("admin_socket: %w", err)
 	}
 	s.address, s.httpsAddress, s.healthAddress = l.grpc.Addr(), l.https.Addr(), l.health.Addr()
@@ -341,4 +341,13 @@ func serveGRPC(ctx context.Context, g *errgroup.Group, p *parts, srv *grpc.Serve
 		srv.GracefulStop()
 		return nil
 	})
+}
+
+// adminAccess lets other users reach the admin socket only where some of them
+// are administrators; the server then asks each who it is.
+func adminAccess(uids []uint32) unixsock.Access {
+	if len(uids) > 0 {
+		return unixsock.Shared
+	}
+	return unixsock.Private
 }

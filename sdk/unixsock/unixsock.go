@@ -29,7 +29,19 @@ const (
 	// Public sockets are for every user of the node: directory 0755, socket
 	// 0777. Others can connect and cannot replace the socket.
 	Public
+	// Shared sockets are for some users, whom the server tells apart with
+	// PeerFromContext: directory 0711, socket 0666. Others can connect, and it
+	// is for the server to refuse them.
+	Shared
 )
+
+// modes are the modes of a socket and of its directory, and the bits that the
+// directory must not have.
+var modes = [...]struct{ dir, socket, forbidden fs.FileMode }{
+	Private: {0o700, 0o600, 0o077},
+	Public:  {0o755, 0o777, 0o022},
+	Shared:  {0o711, 0o666, 0o022},
+}
 
 // Listen binds a socket at path, making its directory when it is missing. A
 // socket left behind by a dead process is replaced. Listen refuses a path
@@ -40,15 +52,12 @@ func Listen(path string, access Access) (net.Listener, error) {
 	if len(path) > MaxPath {
 		return nil, fmt.Errorf("listen on %s: the path has %d bytes and a socket path at most %d; choose a shorter folder", path, len(path), MaxPath)
 	}
-	dirMode, sockMode := fs.FileMode(0o700), fs.FileMode(0o600)
-	if access == Public {
-		dirMode, sockMode = 0o755, 0o777
-	}
+	mode := modes[access]
 	dir := filepath.Dir(path)
-	if err := os.MkdirAll(dir, dirMode); err != nil {
+	if err := makeDir(dir, access); err != nil {
 		return nil, fmt.Errorf("make the socket's directory: %w", err)
 	}
-	if err := checkDir(dir, access); err != nil {
+	if err := checkDir(dir, mode.forbidden); err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
 	if err := removeStale(path); err != nil {
@@ -58,16 +67,41 @@ func Listen(path string, access Access) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := os.Chmod(path, sockMode); err != nil {
+	if err := os.Chmod(path, mode.socket); err != nil {
 		lis.Close()
 		return nil, fmt.Errorf("set the mode of %s: %w", path, err)
 	}
 	return lis, nil
 }
 
+// makeDir makes the directory if it is missing. One of ours that was private
+// until now is opened to passage for a shared socket.
+func makeDir(dir string, access Access) error {
+	if err := os.MkdirAll(dir, modes[access].dir); err != nil {
+		return err
+	}
+	fi, err := os.Lstat(dir)
+	if err != nil || access != Shared || fi.Mode() != fs.ModeDir|modes[Private].dir {
+		return err
+	}
+	if uid, ok := owner(fi); !ok || int(uid) != os.Geteuid() {
+		return nil // checkDir judges it
+	}
+	return os.Chmod(dir, modes[Shared].dir)
+}
+
+// owner is the user to whom a file belongs.
+func owner(fi fs.FileInfo) (uid uint32, ok bool) {
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return 0, false
+	}
+	return st.Uid, true
+}
+
 // checkDir refuses directories in which somebody else could replace the
 // socket (SECURITY.md T49).
-func checkDir(dir string, access Access) error {
+func checkDir(dir string, forbidden fs.FileMode) error {
 	fi, err := os.Lstat(dir)
 	if err != nil {
 		return err
@@ -75,16 +109,12 @@ func checkDir(dir string, access Access) error {
 	if !fi.IsDir() {
 		return fmt.Errorf("%s is not a directory", dir)
 	}
-	st, ok := fi.Sys().(*syscall.Stat_t)
+	has, ok := owner(fi)
 	if !ok {
 		return fmt.Errorf("cannot tell who owns %s", dir)
 	}
-	if uid := os.Geteuid(); int(st.Uid) != uid && st.Uid != 0 {
-		return fmt.Errorf("directory %s belongs to uid %d, not to uid %d or root", dir, st.Uid, uid)
-	}
-	forbidden := fs.FileMode(0o022)
-	if access == Private {
-		forbidden = 0o077
+	if uid := os.Geteuid(); int(has) != uid && has != 0 {
+		return fmt.Errorf("directory %s belongs to uid %d, not to uid %d or root", dir, has, uid)
 	}
 	if fi.Mode().Perm()&forbidden != 0 {
 		return fmt.Errorf("directory %s has mode %04o, which lets other users in: chmod it to %04o", dir, fi.Mode().Perm(), 0o777&^forbidden)
@@ -119,9 +149,5 @@ func DirOwner(path string) (uid uint32, ok bool) {
 	if err != nil || fi.Mode().Perm()&0o022 != 0 {
 		return 0, false
 	}
-	st, ok := fi.Sys().(*syscall.Stat_t)
-	if !ok {
-		return 0, false
-	}
-	return st.Uid, true
+	return owner(fi)
 }

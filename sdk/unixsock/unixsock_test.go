@@ -40,6 +40,7 @@ func TestListenSetsModes(t *testing.T) {
 	}{
 		"private": {unixsock.Private, 0o700, 0o600},
 		"public":  {unixsock.Public, 0o755, 0o777},
+		"shared":  {unixsock.Shared, 0o711, 0o666},
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := filepath.Join(shortDir(t), "new", "api.sock")
@@ -123,6 +124,25 @@ func TestPrivateSocketRefusesReadableDirectory(t *testing.T) {
 	}
 	if _, err := unixsock.Listen(filepath.Join(dir, "admin.sock"), unixsock.Private); err == nil {
 		t.Fatal("a directory that the group can enter was accepted")
+	}
+}
+
+func TestSharedSocketOpensItsPrivateDirectory(t *testing.T) {
+	dir := filepath.Join(shortDir(t), "admin")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	lis, err := unixsock.Listen(filepath.Join(dir, "admin.sock"), unixsock.Shared)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lis.Close()
+	fi, err := os.Stat(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := fi.Mode().Perm(); got != 0o711 {
+		t.Errorf("mode of the directory = %04o; want 0711", got)
 	}
 }
 
