@@ -30,8 +30,9 @@ check: lint test ## what CI runs before build and demo
 demo: ## see it work: two services, one policy, one revocation
 	go run ./examples/quickstart
 
-bench: ## benchmarks, ten runs each, for benchstat
-	go test -run '^$$' -bench . -count 10 ./integration/bench | tee bench.txt
+COUNT ?= 5
+bench: ## every benchmark COUNT times (default 5), into bench.txt for benchstat
+	go test -p 1 -run '^$$' -bench . -benchmem -count $(COUNT) ./... | grep -v 'no test files' | tee bench.txt
 
 FUZZTIME ?= 30s
 fuzz: ## every fuzz target for FUZZTIME (default 30s)

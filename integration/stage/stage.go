@@ -14,16 +14,21 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 )
+
+// built is where the binaries are, nil before build.
+var built atomic.Pointer[string]
 
 // build compiles the binaries once for the whole test process.
 var build = sync.OnceValues(func() (dir string, err error) {
 	if dir, err = os.MkdirTemp("", "merlon-bin"); err != nil {
 		return "", err
 	}
+	built.Store(&dir)
 	cmd := exec.Command("go", "build", "-o", dir+"/", "merlon.dev/ca/cmd/...", "merlon.dev/agent/cmd/...")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the binaries: %w\n%s", err, out)
@@ -41,10 +46,10 @@ func Bin(tb testing.TB, name string) string {
 	return filepath.Join(dir, name)
 }
 
-// RemoveBins removes the built binaries; for TestMain.
+// RemoveBins removes what was built, if anything; for TestMain.
 func RemoveBins() {
-	if dir, err := build(); err == nil {
-		os.RemoveAll(dir)
+	if dir := built.Load(); dir != nil {
+		os.RemoveAll(*dir)
 	}
 }
 
