@@ -14,6 +14,8 @@ build: ## compile the binaries into bin/
 	go build -o bin/ ./ca/cmd/... ./agent/cmd/...
 
 test: ## unit, property, script and integration tests with the race detector
+	@command -v "$$(go env CC)" >/dev/null || { echo 'the race detector needs a C compiler: apt-get install gcc libc6-dev'; exit 1; }
+	@command -v openssl >/dev/null || { echo 'the tests check certificates with openssl: apt-get install openssl'; exit 1; }
 	go test -race ./...
 
 lint: ## gofumpt, golangci-lint and buf
