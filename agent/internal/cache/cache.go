@@ -137,6 +137,9 @@ func (c *Cache) completed(revision uint64) {
 		}
 		c.replaceRevocations(l.revocations)
 		c.listing = nil
+		// Also when it is lower: a store that was set back writes these numbers
+		// anew, and to resume from the old one would skip what they bring.
+		c.revision = revision
 	}
 	c.revision = max(c.revision, revision)
 	if c.synced && c.connected {
@@ -190,7 +193,17 @@ func (c *Cache) WantsDigest() bool {
 func (c *Cache) Entitled(proved []string) (entries []*Entry, current bool) {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
-	return c.index.match(proved, time.Now()), c.synced && c.connected
+	return c.match(proved, time.Now()), c.synced && c.connected
+}
+
+// match returns the entries that proved (sorted) satisfies: none before the
+// first listing is complete, half of which could give a workload another
+// default identity, or one identity where it has two. c.mu is held.
+func (c *Cache) match(proved []string, now time.Time) []*Entry {
+	if !c.synced {
+		return nil
+	}
+	return c.index.match(proved, now)
 }
 
 // put adds or replaces an entry. c.mu is held.
@@ -256,8 +269,17 @@ func (c *Cache) watchExpiry(e *Entry) {
 		if c.entries[e.ID] != e || c.closed {
 			return
 		}
-		c.jwts.forgetEntry(e.ID)
-		c.dropSlot(e.ID)
-		c.notifyMatching(e)
+		c.expired(e)
 	})
+}
+
+// expired takes away what e gave. c.mu is held.
+func (c *Cache) expired(e *Entry) {
+	if t := c.expiries[e.ID]; t != nil {
+		t.Stop()
+		delete(c.expiries, e.ID)
+	}
+	c.jwts.forgetEntry(e.ID)
+	c.dropSlot(e.ID)
+	c.notifyMatching(e)
 }

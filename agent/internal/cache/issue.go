@@ -35,6 +35,11 @@ const (
 
 	firstRetry = 100 * time.Millisecond
 	lastRetry  = 15 * time.Second
+
+	// lookInterval is how often the wall clock is looked at. Timers follow
+	// another clock, which stands still while a machine sleeps and knows nothing
+	// of a corrected one (SECURITY.md T41); SVIDs expire by the wall clock.
+	lookInterval = 15 * time.Second
 )
 
 // SVID is one X509-SVID with its key. It is immutable.
@@ -198,7 +203,9 @@ func (c *Cache) retryAll() {
 func (c *Cache) Run(ctx context.Context) error {
 	var signing sync.WaitGroup
 	free := make(chan struct{}, maxSigning)
+	look := time.NewTicker(lookInterval)
 	defer func() {
+		look.Stop()
 		signing.Wait()
 		c.stop()
 	}()
@@ -206,6 +213,9 @@ func (c *Cache) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-look.C:
+			c.catchUp()
+			continue
 		case <-c.wake:
 		}
 		for {
@@ -224,6 +234,21 @@ func (c *Cache) Run(ctx context.Context) error {
 				defer func() { <-free }()
 				c.issue(ctx, batch)
 			})
+		}
+	}
+}
+
+// catchUp does what timers should have done by now.
+func (c *Cache) catchUp() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, sl := range c.slots {
+		c.turn(sl)
+	}
+	now := time.Now()
+	for id := range c.expiries {
+		if e := c.entries[id]; e.Expired(now) {
+			c.expired(e)
 		}
 	}
 }
@@ -332,9 +357,6 @@ func (c *Cache) accept(w *want, r *capb.SignResult) (*SVID, error) {
 	if pub, ok := peer.Leaf.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(&w.key.PublicKey) {
 		return nil, errors.New("the CA signed another key")
 	}
-	if r, revoked := c.revocations.Load().Concerning(peer); revoked {
-		return nil, fmt.Errorf("the CA signed an SVID that is revoked already: %s", r.Note)
-	}
 	made := &SVID{Entry: w.entry, Key: w.pkcs8, Peer: peer, renewAt: RenewAt(now, peer.NotAfter)}
 	for _, der := range r.GetX509Svid() {
 		made.Chain = append(made.Chain, der...)
@@ -342,13 +364,20 @@ func (c *Cache) accept(w *want, r *capb.SignResult) (*SVID, error) {
 	return made, nil
 }
 
+func (c *Cache) checkRevoked(made *SVID) error {
+	if r, revoked := c.revocations.Load().Concerning(made.Peer); revoked {
+		return fmt.Errorf("the CA signed an SVID that is revoked already: %s", r.Note)
+	}
+	return nil
+}
+
 // RenewAt is when to renew what was issued now and ends at notAfter: at half
 // of its life ± 10 %, so that those who started together drift apart. NotBefore
 // does not count: it is backdated, and with a short life half of that would be
-// at once.
+// at once. The answer is a time of the wall clock alone.
 func RenewAt(now, notAfter time.Time) time.Time {
 	half := float64(notAfter.Sub(now)) / 2
-	return now.Add(time.Duration(half * (0.9 + 0.2*mathrand.Float64()))) //nolint:gosec // jitter
+	return now.Add(time.Duration(half * (0.9 + 0.2*mathrand.Float64()))).Round(0) //nolint:gosec // jitter
 }
 
 func (c *Cache) settleAll(ctx context.Context, batch []want, err error) {
@@ -365,6 +394,11 @@ func (c *Cache) settle(ctx context.Context, w want, made *SVID, err error) {
 	sl.ordered = false
 	if c.slots[w.entry.ID] != sl || c.closed {
 		return
+	}
+	if made != nil {
+		// Under the lock: a revocation that came while the SVID was on its way
+		// found nothing in the slot to drop.
+		err = c.checkRevoked(made)
 	}
 	switch {
 	case sl.outdated:

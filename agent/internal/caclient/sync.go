@@ -24,6 +24,9 @@ const (
 	clockAlarm = 30 * time.Second
 	// ackPause keeps acknowledgements from following each other too closely.
 	ackPause = 20 * time.Millisecond
+	// lookInterval is how often keepRenewed looks at the wall clock, by which
+	// SVIDs expire: timers stand still while a machine sleeps.
+	lookInterval = 15 * time.Second
 )
 
 var (
@@ -147,7 +150,7 @@ func (c *Client) keepRenewed(ctx context.Context, picture *cache.Cache) {
 		wait := time.Second // no SVID yet, or an expired one: Run sees to it
 		own := c.own.Load()
 		if own != nil && own.valid(time.Now()) {
-			wait = max(time.Until(own.renewAt), 0)
+			wait = min(max(time.Until(own.renewAt), 0), lookInterval)
 		}
 		if failures > 0 {
 			wait = max(wait, retryIn(10+failures))
@@ -155,8 +158,12 @@ func (c *Client) keepRenewed(ctx context.Context, picture *cache.Cache) {
 		if pause(ctx, wait) != nil {
 			return
 		}
-		if now := c.own.Load(); now == nil || now != own || !now.valid(time.Now()) {
+		now := time.Now()
+		if held := c.own.Load(); held == nil || held != own || !held.valid(now) {
 			failures = 0
+			continue
+		}
+		if now.Before(own.renewAt) {
 			continue
 		}
 		if err := c.renew(ctx, picture); err != nil {

@@ -1,0 +1,110 @@
+// What comes at the wrong moment: half a listing, a revocation on the way, a
+// store that was set back, a clock that jumped.
+
+package cache
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"merlon.dev/ca/capb"
+)
+
+func TestNothingIsSaidBeforeTheFirstListingIsComplete(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		s := f.Subscribe()
+		defer s.Close()
+		proved := []string{"unix:uid:1"}
+		s.View(proved, true)
+		half := &capb.SyncResponse{Reset_: true, TrustBundle: f.trust(1), Entries: []*capb.Entry{newEntry("e2", "/second", "unix:uid:1")}}
+		f.ca.set(func(c *signer) { c.ids["e2"] = "spiffe://" + td + "/second" })
+		if err := f.Apply(t.Context(), half); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		if v := s.View(proved, true); len(v.Entries) != 0 || v.Current {
+			t.Errorf("View() = %+v with half a listing; want nothing, and not current", v)
+		}
+		if entries, current := f.Entitled(proved); len(entries) != 0 || current {
+			t.Errorf("Entitled() = %d entries, current=%t with half a listing; want none, false", len(entries), current)
+		}
+		f.apply(&capb.SyncResponse{Entries: []*capb.Entry{newEntry("e1", "/first", "unix:uid:1")}})
+		if v := take(t, s, proved...); paths(v) != "/first /second" {
+			t.Errorf("SVIDs = %q after the listing; want /first /second", paths(v))
+		}
+	})
+}
+
+func TestRevocationOvertakesAnSVIDOnItsWay(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		f.sync(newEntry("e1", "/a", "unix:uid:1"))
+		s := f.Subscribe()
+		defer s.Close()
+		s.View([]string{"unix:uid:1"}, true)
+		made := take(t, s, "unix:uid:1").SVIDs[0]
+
+		// The same answer again, accepted before the revocation, settled after.
+		f.mu.Lock()
+		sl := f.slots["e1"]
+		sl.withdraw()
+		sl.ordered, sl.outdated = true, false
+		f.mu.Unlock()
+		f.apply(&capb.SyncResponse{Revocations: []*capb.Revocation{{
+			Subject: &capb.Revocation_SpiffeId{SpiffeId: "spiffe://" + td + "/a"}, BeforeRevision: f.revision + 1,
+			ExpiresAt: timestamppb.New(time.Now().Add(time.Hour)),
+		}}})
+		f.ca.set(func(c *signer) { c.revision = f.revision + 1 })
+		f.settle(t.Context(), want{slot: sl, entry: made.Entry}, made, nil)
+		f.mu.Lock()
+		served := sl.svid
+		f.mu.Unlock()
+		if served == made {
+			t.Error("an SVID that was revoked on its way is served")
+		}
+	})
+}
+
+func TestStoreThatWasSetBackIsFollowedFromThere(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		f.revision = 100
+		f.sync(newEntry("e1", "/a", "unix:uid:1"))
+		f.Disconnected()
+		f.revision = 40
+		f.sync(newEntry("e1", "/a", "unix:uid:1"))
+		if got := f.State().Revision; got != f.revision {
+			t.Errorf("revision %d after a listing at %d; to resume there skips what is written up to it", got, f.revision)
+		}
+	})
+}
+
+// A machine that sleeps: the wall clock goes on, timers do not.
+func TestLateTimersAreCaughtUpWith(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		e := newEntry("e2", "/b", "unix:uid:2")
+		e.ExpiresAt = timestamppb.New(time.Now().Add(50 * time.Minute))
+		f.sync(newEntry("e1", "/a", "unix:uid:1"), e)
+		s, gone := f.Subscribe(), f.Subscribe()
+		defer s.Close()
+		defer gone.Close()
+		s.View([]string{"unix:uid:1"}, true)
+		take(t, s, "unix:uid:1")
+		gone.View([]string{"unix:uid:2"}, true)
+		take(t, gone, "unix:uid:2")
+		f.mu.Lock()
+		f.slots["e1"].stopTimer()
+		f.slots["e2"].stopTimer()
+		f.expiries["e2"].Stop()
+		f.mu.Unlock()
+		before := f.ca.count()
+		time.Sleep(50*time.Minute + lookInterval)
+		if v := take(t, s, "unix:uid:1"); f.ca.count() == before || len(v.SVIDs) != 1 {
+			t.Errorf("%d requests, %d SVIDs; want the one that is due", f.ca.count()-before, len(v.SVIDs))
+		}
+		if v := take(t, gone, "unix:uid:2"); len(v.Entries) != 0 {
+			t.Error("an expired entry stands because its timer is late")
+		}
+	})
+}
