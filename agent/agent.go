@@ -210,11 +210,11 @@ func (a *Agent) serveSockets(ctx context.Context, group *errgroup.Group) error {
 }
 
 func (a *Agent) publicServer() *grpc.Server {
-	streams := endpoint.NewLimit(maxStreamsPerUser)
 	s := grpc.NewServer(append(limits(),
 		grpc.Creds(endpoint.NewLimit(maxConnectionsPerUser).Credentials()),
-		grpc.ChainUnaryInterceptor(endpoint.UnaryHeader, streams.Unary),
-		grpc.ChainStreamInterceptor(endpoint.StreamHeader, streams.Stream),
+		grpc.InTapHandle(endpoint.NewLimit(maxStreamsPerUser).Tap),
+		grpc.ChainUnaryInterceptor(endpoint.UnaryHeader),
+		grpc.ChainStreamInterceptor(endpoint.StreamHeader),
 	)...)
 	workloadpb.RegisterSpiffeWorkloadAPIServer(s, a.api)
 	agentpb.RegisterLocalServer(s, a.local)
@@ -226,7 +226,9 @@ func (a *Agent) publicServer() *grpc.Server {
 func (a *Agent) adminServer() *grpc.Server {
 	unary, stream := endpoint.Admins(a.cfg.AdminUIDs)
 	s := grpc.NewServer(append(limits(),
-		grpc.Creds(unixsock.ServerCredentials()),
+		// Where admin_uids are set, others can connect and are refused call by call.
+		grpc.Creds(endpoint.NewLimit(maxConnectionsPerUser).Credentials()),
+		grpc.InTapHandle(endpoint.NewLimit(maxStreamsPerUser).Tap),
 		grpc.ChainUnaryInterceptor(unary), grpc.ChainStreamInterceptor(stream),
 	)...)
 	agentpb.RegisterDebugServer(s, a.local)

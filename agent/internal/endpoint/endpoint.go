@@ -133,6 +133,16 @@ func NoEntry(pid int32) error {
 		fmt.Sprintf("merlon explain identity --pid %d", pid))
 }
 
+// NotAmong says that the caller asked for another identity than his. While
+// changes from the CA do not arrive it may well be his: then the agent cannot
+// tell.
+func (c *Callers) NotAmong(message string) error {
+	if s := c.Cache.State(); !s.Synced || !s.Connected {
+		return Unsynced()
+	}
+	return Error(codes.PermissionDenied, NotEntitled, message, "")
+}
+
 // Unsynced says that the agent cannot tell.
 func Unsynced() error {
 	return Error(codes.Unavailable, NotSynced, "the agent is not in sync with the CA", "look at the agent's log and at its /ready")

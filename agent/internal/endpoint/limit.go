@@ -9,9 +9,9 @@ import (
 	"net"
 	"sync"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/tap"
 
 	"merlon.dev/sdk/unixsock"
 )
@@ -48,36 +48,20 @@ func (l *Limit) Give(uid uint32) {
 	}
 }
 
-// Stream is an interceptor that bounds the open streams of a user.
-func (l *Limit) Stream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-	done, err := l.call(stream.Context())
-	if err != nil {
-		return err
-	}
-	defer done()
-	return next(srv, stream)
-}
-
-// Unary is an interceptor that counts calls like streams.
-func (l *Limit) Unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
-	done, err := l.call(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer done()
-	return next(ctx, req)
-}
-
-func (l *Limit) call(ctx context.Context) (done func(), err error) {
+// Tap bounds the open calls of a user, from their first header on: a call
+// whose request never comes reaches no interceptor, and holds a goroutine all
+// the same.
+func (l *Limit) Tap(ctx context.Context, _ *tap.Info) (context.Context, error) {
 	peer, ok := unixsock.PeerFromContext(ctx)
 	if !ok {
-		return nil, Error(codes.Internal, ProcessGone, "the connection does not say who calls", "")
+		return ctx, Error(codes.Internal, ProcessGone, "the connection does not say who calls", "")
 	}
 	if !l.Take(peer.UID) {
-		return nil, Error(codes.ResourceExhausted, TooManyStreams,
+		return ctx, Error(codes.ResourceExhausted, TooManyStreams,
 			fmt.Sprintf("uid %d has %d calls open, which is all it may have", peer.UID, l.max), "close streams that are not read")
 	}
-	return func() { l.Give(peer.UID) }, nil
+	context.AfterFunc(ctx, func() { l.Give(peer.UID) }) // gRPC ends it with the call
+	return ctx, nil
 }
 
 // Credentials are unixsock's server credentials with at most l connections per

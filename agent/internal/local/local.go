@@ -13,7 +13,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -81,9 +80,9 @@ func (s *Server) Authorize(ctx context.Context, req *agentpb.AuthorizeRequest) (
 	if err != nil {
 		return nil, err
 	}
-	destination, err := pickDestination(entries, req.GetDestination())
-	if err != nil {
-		return nil, err
+	destination, ok := pickDestination(entries, req.GetDestination())
+	if !ok {
+		return nil, s.o.Callers.NotAmong("the caller is not entitled to the destination that it names")
 	}
 	in := inputOf(req, destination)
 	d := s.decide(ctx, in)
@@ -97,13 +96,13 @@ func (s *Server) Authorize(ctx context.Context, req *agentpb.AuthorizeRequest) (
 
 // pickDestination returns the named one of the caller's SPIFFE IDs, or the
 // first.
-func pickDestination(entries []*cache.Entry, named string) (string, error) {
+func pickDestination(entries []*cache.Entry, named string) (id string, ok bool) {
 	for _, e := range entries {
 		if id := e.SPIFFEID.String(); named == "" || named == id {
-			return id, nil
+			return id, true
 		}
 	}
-	return "", endpoint.Error(codes.PermissionDenied, endpoint.NotEntitled, "the caller is not entitled to the destination that it names", "")
+	return "", false
 }
 
 // decide asks what stands before any policy, and then the policy.

@@ -43,7 +43,7 @@ func (s *Server) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest)
 	}
 	entries = identities(entries, only)
 	if len(entries) == 0 {
-		return nil, endpoint.Error(codes.PermissionDenied, endpoint.NotEntitled, "the caller is not entitled to "+only.String(), "")
+		return nil, s.callers.NotAmong("the caller is not entitled to " + only.String())
 	}
 	m := &workload.JWTSVIDResponse{}
 	var hints uniqueHints
