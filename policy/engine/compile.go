@@ -11,6 +11,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/open-policy-agent/opa/v1/ast"
 )
@@ -55,8 +56,60 @@ func errorAt(loc *ast.Location, file, format string, args ...any) *Error {
 // that is not allowed, or a package that is Merlon's. Module is added where it
 // is absent.
 func CheckModules(modules map[string]string) error {
+	if module, present := modules[ModuleName]; !hasOwnRego(modules) && (!present || module == Module) {
+		_, err := grantsOnly()
+		return err
+	}
 	_, err := compile(modules, nil)
 	return err
+}
+
+// program is a compiled policy, with the two questions that are put to it.
+type program struct {
+	compiler *ast.Compiler
+	// decides has the decision, decidesAndRecords also the dry-run matches.
+	decides, decidesAndRecords query
+}
+
+type query struct {
+	body     ast.Body
+	compiler ast.QueryCompiler
+}
+
+// The variables that queries bind.
+const (
+	verdictVar = ast.Var("verdict")
+	dryRunVar  = ast.Var("dry_run")
+)
+
+// grantsOnly is the program of every policy without Rego of its own.
+var grantsOnly = sync.OnceValues(func() (*program, error) { return newProgram(nil, nil) })
+
+// newProgram compiles a policy's own Rego, if any, together with Module.
+func newProgram(own map[string]string, prepare func(*ast.Compiler)) (*program, error) {
+	compiler, err := compile(own, prepare)
+	if err != nil {
+		return nil, err
+	}
+	decides := "verdict = data.merlon.granted"
+	if len(own) > 0 {
+		decides = "verdict = data.merlon.verdict"
+	}
+	p := &program{compiler: compiler}
+	if p.decides, err = newQuery(compiler, decides); err != nil {
+		return nil, err
+	}
+	p.decidesAndRecords, err = newQuery(compiler, decides+"; dry_run = data.merlon.dry_run")
+	return p, err
+}
+
+func newQuery(c *ast.Compiler, text string) (query, error) {
+	q := query{compiler: c.QueryCompiler()}
+	var err error
+	if q.body, err = q.compiler.Compile(ast.MustParseBody(text)); err != nil {
+		return query{}, fmt.Errorf("load policy: %v", err)
+	}
+	return q, nil
 }
 
 // compile returns the compiled modules; prepare, if any, sets up the compiler.
@@ -69,29 +122,30 @@ func compile(modules map[string]string, prepare func(*ast.Compiler)) (*ast.Compi
 	if prepare != nil {
 		prepare(c)
 	}
-	if c.Compile(parsed); c.Failed() {
+	if c.Compile(parsed); c.Failed() { // it compiles copies
 		return nil, firstError(c.Errors)
 	}
 	return c, nil
 }
 
+// parsedModule is Module, which no compiler changes.
+var parsedModule = sync.OnceValues(func() (*ast.Module, error) { return parseModule(ModuleName, Module) })
+
 func parse(modules map[string]string) (map[string]*ast.Module, error) {
 	parsed := make(map[string]*ast.Module, len(modules)+1)
+	var err error
 	for _, name := range slices.Sorted(maps.Keys(modules)) {
-		m, err := parseModule(name, modules[name])
-		if err != nil {
+		if name == ModuleName && modules[name] == Module {
+			continue
+		}
+		if parsed[name], err = parseModule(name, modules[name]); err != nil {
 			return nil, err
 		}
-		parsed[name] = m
 	}
-	if _, present := parsed[ModuleName]; !present {
-		m, err := parseModule(ModuleName, Module)
-		if err != nil {
-			return nil, err
-		}
-		parsed[ModuleName] = m
+	if parsed[ModuleName] == nil {
+		parsed[ModuleName], err = parsedModule()
 	}
-	return parsed, nil
+	return parsed, err
 }
 
 func parseModule(name, source string) (*ast.Module, error) {

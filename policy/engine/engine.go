@@ -9,11 +9,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"sync/atomic"
 	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
-	"github.com/open-policy-agent/opa/v1/rego"
+	"github.com/open-policy-agent/opa/v1/metrics"
 	"github.com/open-policy-agent/opa/v1/storage"
 	"github.com/open-policy-agent/opa/v1/storage/inmem"
 	"github.com/open-policy-agent/opa/v1/topdown"
@@ -28,8 +29,8 @@ const EvaluationLimit = 50 * time.Millisecond
 
 // Source is one generation of a policy, as bundle.Contents has it.
 type Source struct {
-	// Modules are Rego files by name. ModuleName among them is the evaluator
-	// that the bundle came with; without it, this version's own is used.
+	// Modules are Rego files by name. What ModuleName has is for other OPAs:
+	// an engine evaluates grants by its own Module, which it is tested with.
 	Modules map[string]string
 	// Data has the compiled grants under "merlon" (grant.Compile). The engine
 	// keeps it; the caller must not change it afterwards.
@@ -46,7 +47,8 @@ type Source struct {
 // Engine decides by one generation of a policy. It is safe for concurrent use
 // and needs no closing.
 type Engine struct {
-	query      rego.PreparedEvalQuery
+	program    *program
+	store      storage.Store
 	txn        storage.Transaction // read only, open for the engine's life
 	grants     []grant.Grant
 	generation uint64
@@ -101,32 +103,27 @@ func hasOwnRego(modules map[string]string) bool {
 	return false
 }
 
-func (e *Engine) prepare(ctx context.Context, src Source) error {
-	store := inmem.NewFromObjectWithOpts(map[string]any{"merlon": src.Data["merlon"]},
-		inmem.OptRoundTripOnWrite(false))
-	txn, err := store.NewTransaction(ctx)
-	if err != nil {
+// prepare compiles what is to be evaluated. Grants alone are evaluated by
+// Module alone, which reads nothing but its input and is compiled once.
+func (e *Engine) prepare(ctx context.Context, src Source) (err error) {
+	data := map[string]any{}
+	if e.ownRego {
+		data["merlon"] = src.Data["merlon"]
+	}
+	e.store = inmem.NewFromObjectWithOpts(data, inmem.OptRoundTripOnWrite(false))
+	if e.txn, err = e.store.NewTransaction(ctx); err != nil {
 		return fmt.Errorf("load policy: %w", err)
 	}
-	e.txn = txn
-	compiler, err := compile(src.Modules, func(c *ast.Compiler) {
-		c.WithPathConflictsCheck(storage.NonEmpty(ctx, store, txn))
-	})
-	if err != nil {
+	if !e.ownRego {
+		e.program, err = grantsOnly()
 		return err
 	}
-	e.query, err = rego.New(
-		rego.Query("data.merlon.answer(input.merlon)"),
-		rego.Compiler(compiler),
-		rego.Store(store),
-		rego.Transaction(e.txn),
-		rego.StrictBuiltinErrors(true), // an error in a deny rule must not pass for "does not deny"
-		rego.GenerateJSON(func(t *ast.Term, _ *rego.EvalContext) (any, error) { return t.Value, nil }),
-	).PrepareForEval(ctx)
-	if err != nil {
-		return fmt.Errorf("load policy: %w", err)
-	}
-	return nil
+	modules := maps.Clone(src.Modules)
+	delete(modules, ModuleName)
+	e.program, err = newProgram(modules, func(c *ast.Compiler) {
+		c.WithPathConflictsCheck(storage.NonEmpty(ctx, e.store, e.txn))
+	})
+	return err
 }
 
 // Generation is the generation of the policy that e decides by.
@@ -197,40 +194,59 @@ func (e *Engine) evaluate(ctx context.Context, in *policy.Input, now time.Time, 
 	if ctx.Done() != nil {
 		defer context.AfterFunc(ctx, cancel.Cancel)()
 	}
-	results, err := e.query.Eval(ctx,
-		rego.EvalParsedInput(e.input(in)),
-		rego.EvalTime(now),
-		rego.EvalTransaction(e.txn),
-		rego.EvalExternalCancel(cancel))
+	call := e.lookUp(in, now)
+	q := &e.program.decides
+	if call.dryRun != nil {
+		q = &e.program.decidesAndRecords
+	}
+	var result topdown.QueryResult
+	err := topdown.NewQuery(q.body).
+		WithQueryCompiler(q.compiler).
+		WithCompiler(e.program.compiler).
+		WithStore(e.store).
+		WithTransaction(e.txn).
+		WithInput(e.input(in, &call)).
+		WithTime(now).
+		WithCancel(cancel).
+		WithMetrics(metrics.NoOp()).
+		WithStrictBuiltinErrors(true). // an error in a deny rule must not pass for "does not deny"
+		Iter(ctx, func(r topdown.QueryResult) error {
+			if result != nil {
+				return errors.New("more than one decision")
+			}
+			result = r
+			return nil
+		})
 	switch {
 	case topdown.IsCancel(err):
 		return answer{err: fmt.Errorf("evaluate policy: stopped after %v", e.limit)}
 	case err != nil:
 		return answer{err: fmt.Errorf("evaluate policy: %v", err)}
-	case len(results) != 1 || len(results[0].Expressions) != 1:
+	case result == nil:
 		return answer{err: errors.New("evaluate policy: no decision")}
 	}
-	return e.read(results[0].Expressions[0].Value, d)
+	return e.read(result, d)
 }
 
-// read takes d and the dry-run matches from the answer of Module.
-func (e *Engine) read(v any, d *policy.Decision) answer {
-	obj, ok := v.(ast.Object)
-	if !ok {
-		return answer{err: fmt.Errorf("evaluate policy: decision is %T", v)}
+// read takes d and the dry-run matches from what Module says.
+func (e *Engine) read(result topdown.QueryResult, d *policy.Decision) (a answer) {
+	verdict, ok := value[*ast.Array](result[verdictVar])
+	if !ok || verdict.Len() != 2 {
+		return answer{err: errors.New("evaluate policy: malformed decision")}
 	}
-	allow, ok1 := member[ast.Boolean](obj, allowKey)
-	reason, ok2 := member[ast.String](obj, reasonKey)
-	rule, ok3 := member[ast.String](obj, ruleKey)
-	dryRun, ok4 := member[*ast.Array](obj, dryRunKey)
-	if !ok1 || !ok2 || !ok3 || !ok4 {
+	reason, ok1 := value[ast.String](verdict.Elem(0))
+	rule, ok2 := value[ast.String](verdict.Elem(1))
+	dryRun, ok3 := value[*ast.Array](result[dryRunVar])
+	if !ok1 || !ok2 || !ok3 && result[dryRunVar] != nil {
 		return answer{err: errors.New("evaluate policy: malformed decision")}
 	}
 	d.Reason, d.RuleID = policy.Reason(reason), string(rule)
-	d.Allow = bool(allow) && d.Reason == policy.Allowed
-	var a answer
+	d.Allow = d.Reason == policy.Allowed
+	if dryRun == nil {
+		return answer{}
+	}
 	dryRun.Foreach(func(t *ast.Term) {
-		id, _ := t.Value.(ast.String)
+		id, _ := value[ast.String](t)
 		if n := e.dryRun[string(id)]; n != nil {
 			n.Add(1)
 		}
@@ -239,19 +255,9 @@ func (e *Engine) read(v any, d *policy.Decision) answer {
 	return a
 }
 
-var (
-	allowKey  = ast.StringTerm("allow")
-	reasonKey = ast.StringTerm("reason")
-	ruleKey   = ast.StringTerm("rule_id")
-	dryRunKey = ast.StringTerm("dry_run")
-)
-
-func member[T ast.Value](obj ast.Object, key *ast.Term) (T, bool) {
-	t := obj.Get(key)
-	if t == nil {
-		var zero T
-		return zero, false
+func value[T ast.Value](t *ast.Term) (v T, ok bool) {
+	if t != nil {
+		v, ok = t.Value.(T)
 	}
-	v, ok := t.Value.(T)
 	return v, ok
 }

@@ -96,6 +96,30 @@ func TestExpiryIsCheckedAtEachCall(t *testing.T) {
 	}
 }
 
+// A deny that never ends must not end because its year does not fit into
+// nanoseconds, nor an allow that has ended come back.
+func TestExpiryOfFarYears(t *testing.T) {
+	now := time.Date(2026, 12, 31, 0, 0, 0, 0, time.UTC)
+	for year, ended := range map[string]bool{"9999-12-31": false, "2262-04-12": false, "1970-01-01": true, "1500-01-01": true, "0001-01-01": true} {
+		e := load(t, parseGrants(t, "grants:\n  - {id: a, http: {}}\n  - {id: d, http: {}, effect: deny, expires: "+year+"T00:00:00Z}\n"), nil)
+		e.now = func() time.Time { return now }
+		if d := e.Authorize(t.Context(), get("/")); d.Allow != ended {
+			t.Errorf("deny until %s: %+v", year, d)
+		}
+	}
+}
+
+func TestGrantsAreEvaluatedByOwnModuleOnly(t *testing.T) {
+	always := "package merlon\n\ngranted := [\"ALLOWED\", \"x\"]\n\nverdict := granted\n\ndecision := {\"allow\": true}\n\ndry_run := []\n"
+	for name, modules := range map[string]map[string]string{"alone": {}, "with own Rego": {"a.rego": "package authz\n\ndeny := false\n"}} {
+		modules[ModuleName] = always
+		e := load(t, nil, modules)
+		if d := e.Authorize(t.Context(), get("/")); d.Allow || d.Reason != policy.NoGrant {
+			t.Errorf("%s: %+v", name, d)
+		}
+	}
+}
+
 func TestExplainSaysWhatWasNearest(t *testing.T) {
 	e := load(t, parseGrants(t, webReadsOrders+`
   - {id: tried, from: [spiffe://shop.test/web], http: {}, mode: dry-run}

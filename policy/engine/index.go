@@ -5,18 +5,40 @@ package engine
 // does the same in Rego, for other OPAs; here it is hash lookups.
 
 import (
+	"encoding/json"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
 
 	"merlon.dev/policy"
 )
 
-// leaf has the compiled grants of one key, as syntax tree values, which
-// evaluations share.
-type leaf struct{ deny, allow, dryRun []*ast.Term }
+// leaf has the compiled grants of one key.
+type leaf struct{ deny, allow, dryRun entries }
+
+// entries are the grants of one kind.
+type entries struct {
+	list []entry
+	all  *ast.Term // the array of them, if none expires
+}
+
+// entry is a compiled grant, in term as a syntax tree value, which evaluations
+// share.
+type entry struct {
+	id      string
+	term    *ast.Term
+	expires int64 // Unix time in nanoseconds; never: does not
+}
+
+const never = math.MaxInt64
+
+// found has the grants for one call, arrays in the order of their IDs; nil
+// where there are none.
+type found struct{ deny, allow, dryRun *ast.Term }
 
 // index is the "index" of grant.Compile, by to, from and protocol.
 type index struct {
@@ -50,17 +72,34 @@ func newIndex(data map[string]any) (index, error) {
 func newLeaf(v any) (*leaf, error) {
 	kinds, _ := v.(map[string]any)
 	var l leaf
-	for kind, terms := range map[string]*[]*ast.Term{"deny": &l.deny, "allow": &l.allow, "dry_run": &l.dryRun} {
+	for kind, into := range map[string]*entries{"deny": &l.deny, "allow": &l.allow, "dry_run": &l.dryRun} {
 		grants, _ := kinds[kind].([]any)
 		for _, g := range grants {
-			value, err := ast.InterfaceToValue(g)
+			e, err := newEntry(g)
 			if err != nil {
 				return nil, err
 			}
-			*terms = append(*terms, ast.NewTerm(value))
+			into.list = append(into.list, e)
+		}
+		if !slices.ContainsFunc(into.list, func(e entry) bool { return e.expires != never }) {
+			into.all = arrayOf(into.list, 0)
 		}
 	}
 	return &l, nil
+}
+
+func newEntry(g any) (e entry, err error) {
+	value, err := ast.InterfaceToValue(g)
+	if err != nil {
+		return entry{}, err
+	}
+	e.term, e.expires = ast.NewTerm(value), never
+	fields, _ := g.(map[string]any)
+	e.id, _ = fields["id"].(string)
+	if end, ok := fields["expires_ns"].(json.Number); ok {
+		e.expires, err = end.Int64()
+	}
+	return e, err
 }
 
 // addDepth notes how many slashes a "…/*" key has before its "*".
@@ -72,23 +111,69 @@ func addDepth(depths []int, key string) []int {
 	return depths
 }
 
-func (x *index) lookup(in *policy.Input) (found leaf) {
+// lookup finds the grants for in that have not expired at now.
+func (x *index) lookup(in *policy.Input, now time.Time) (f found) {
 	to, from := make([]string, 0, 8), make([]string, 0, 8)
 	to, from = candidates(to, in.Destination, x.toDepths), candidates(from, in.Source, x.fromDepths)
+	hits := make([]*leaf, 0, 8)
 	for _, t := range to {
 		byFrom := x.leaves[t]
 		if byFrom == nil {
 			continue
 		}
-		for _, f := range from {
-			if l := byFrom[f][in.Protocol]; l != nil {
-				found.deny = append(found.deny, l.deny...)
-				found.allow = append(found.allow, l.allow...)
-				found.dryRun = append(found.dryRun, l.dryRun...)
+		for _, s := range from {
+			if l := byFrom[s][in.Protocol]; l != nil {
+				hits = append(hits, l)
 			}
 		}
 	}
-	return found
+	at := now.UnixNano()
+	f.deny = live(hits, func(l *leaf) *entries { return &l.deny }, at)
+	f.allow = live(hits, func(l *leaf) *entries { return &l.allow }, at)
+	f.dryRun = live(hits, func(l *leaf) *entries { return &l.dryRun }, at)
+	return f
+}
+
+// live has the grants of one kind in leaves that have not expired.
+func live(leaves []*leaf, of func(*leaf) *entries, at int64) *ast.Term {
+	var only *entries
+	var several []entry
+	for _, l := range leaves {
+		switch found := of(l); {
+		case len(found.list) == 0:
+		case only == nil:
+			only = found
+		default:
+			if several == nil {
+				several = slices.Clone(only.list)
+			}
+			several = append(several, found.list...)
+		}
+	}
+	switch {
+	case only == nil:
+		return nil
+	case several != nil:
+		slices.SortFunc(several, func(a, b entry) int { return strings.Compare(a.id, b.id) })
+		return arrayOf(several, at)
+	case only.all != nil:
+		return only.all
+	}
+	return arrayOf(only.list, at)
+}
+
+// arrayOf has the grants of list that are live; nil for none.
+func arrayOf(list []entry, at int64) *ast.Term {
+	var terms []*ast.Term
+	for i := range list {
+		if end := list[i].expires; end == never || at < end {
+			terms = append(terms, list[i].term)
+		}
+	}
+	if terms == nil {
+		return nil
+	}
+	return ast.ArrayTerm(terms...)
 }
 
 // candidates appends the index keys that id can stand under: itself, its

@@ -7,10 +7,12 @@ package engine
 import (
 	"maps"
 	"net"
+	"net/http"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
 
@@ -22,32 +24,41 @@ import (
 // and for those who evaluate a bundle with another OPA.
 func Document(in *policy.Input) ast.Value { return object(envoyFields(in)...).Value }
 
-// input is what e evaluates: the call as Module's answer takes it, and beside
-// it the document for the policy's own Rego, if there is any.
-func (e *Engine) input(in *policy.Input) ast.Value {
-	call := field{"merlon", e.call(in)}
-	if !e.ownRego {
-		return object(call).Value
-	}
-	return object(append(envoyFields(in), call)...).Value
+// callTerms is a call as Module takes it under input.merlon.
+type callTerms struct {
+	found
+	path, method *ast.Term
 }
 
-func (e *Engine) call(in *policy.Input) *ast.Term {
-	path, method := ast.NullTerm(), ast.NullTerm()
+func (e *Engine) lookUp(in *policy.Input, now time.Time) callTerms {
+	c := callTerms{found: e.leaves.lookup(in, now), path: ast.InternedNullTerm, method: ast.InternedNullTerm}
 	switch in.Protocol {
 	case policy.HTTP:
-		path, method = text(in.Path), text(in.Method)
+		c.path, c.method = text(in.Path), ast.InternedTerm(in.Method)
 	case policy.GRPC:
 		if service, rpc, ok := grant.SplitRPC(in.Path); ok {
-			path, method = text(service), text(rpc)
+			c.path, c.method = text(service), text(rpc)
 		}
 	case policy.TCP:
-		path = text("")
+		c.path = ast.InternedEmptyString
 	}
-	found := e.leaves.lookup(in)
-	return object(field{"deny", ast.ArrayTerm(found.deny...)}, field{"allow", ast.ArrayTerm(found.allow...)},
-		field{"dry_run", ast.ArrayTerm(found.dryRun...)}, field{"path", path},
-		field{"method", method}, field{"rego", ast.InternedTerm(e.ownRego)})
+	return c
+}
+
+// input is what e evaluates: the call, and beside it the document for the
+// policy's own Rego, if there is any.
+func (e *Engine) input(in *policy.Input, c *callTerms) *ast.Term {
+	fields := append(make([]field, 0, 5), field{"path", c.path}, field{"method", c.method})
+	for _, kind := range [...]field{{"deny", c.deny}, {"allow", c.allow}, {"dry_run", c.dryRun}} {
+		if kind.value != nil {
+			fields = append(fields, kind)
+		}
+	}
+	call := field{"merlon", object(fields...)}
+	if !e.ownRego {
+		return object(call)
+	}
+	return object(append(envoyFields(in), call)...)
 }
 
 type field struct {
@@ -63,6 +74,15 @@ func object(fields ...field) *ast.Term {
 	return ast.ObjectTerm(pairs...)
 }
 
+// OPA keeps terms of these strings, so that a call does not make them anew.
+func init() {
+	ast.InternStringTerm("merlon", "deny", "allow", "dry_run", "path", "method",
+		"attributes", "source", "destination", "principal", "address", "socketAddress", "portValue",
+		"request", "host", "headers", "headers_all", "parsed_path", "parsed_query", "parsed_body", "truncated_body",
+		"spiffe", "id", "trust_domain", "service", "protocol", "http", "grpc", "tcp",
+		http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete, http.MethodOptions)
+}
+
 func text(s string) *ast.Term { return ast.StringTerm(s) }
 
 func envoyFields(in *policy.Input) []field {
@@ -73,7 +93,7 @@ func envoyFields(in *policy.Input) []field {
 	if in.Protocol == policy.HTTP || in.Protocol == policy.GRPC {
 		attributes = append(attributes, field{"request", object(field{"http", request(in)})})
 	}
-	return append(extras(in), field{"attributes", object(attributes...)}, field{"protocol", text(string(in.Protocol))})
+	return append(extras(in), field{"attributes", object(attributes...)}, field{"protocol", ast.InternedTerm(string(in.Protocol))})
 }
 
 func request(in *policy.Input) *ast.Term {
@@ -82,7 +102,7 @@ func request(in *policy.Input) *ast.Term {
 		path += "?" + in.Query
 	}
 	single, all := headers(in.Headers)
-	return object(field{"method", text(in.Method)}, field{"path", text(path)},
+	return object(field{"method", ast.InternedTerm(in.Method)}, field{"path", text(path)},
 		field{"host", text(in.Host)}, field{"headers", single}, field{"headers_all", all})
 }
 

@@ -9,103 +9,97 @@
 # is said in policy/grant, whose plain matcher is tested to agree.
 #
 # policy/engine checks identity and path by itself, looks the leaves of the
-# index up, and enters at answer.
+# index up, and enters with the call in input.merlon: at granted where there is
+# no own Rego, else at verdict, and at dry_run. decision enters there too, after
+# it has found the same in Rego. No function takes the call as an argument: OPA
+# would look it up in a cache each time.
 package merlon
 
 decision := refusal("NO_IDENTITY") if {
 	source == ""
 } else := refusal("BAD_REQUEST") if {
 	ambiguous
-} else := answer({
-	"deny": [grant | some leaf in leaves; some grant in leaf.deny],
-	"allow": [grant | some leaf in leaves; some grant in leaf.allow],
-	"dry_run": [grant | some leaf in leaves; some grant in leaf.dry_run],
-	"path": path,
-	"method": method,
-	"rego": true,
-})
+} else := decided if {
+	decided := answer with input.merlon as {
+		"deny": live("deny"),
+		"allow": live("allow"),
+		"dry_run": live("dry_run"),
+		"path": path,
+		"method": method,
+	}
+}
 
 refusal(reason) := {"allow": false, "reason": reason, "rule_id": "", "dry_run": []}
 
-# answer takes the grants for a source, destination and protocol (deny, allow
-# and dry_run), the path and method (null where there is none), and whether
-# there is own Rego.
-answer(call) := {
+answer := {
 	"allow": reason == "ALLOWED",
 	"reason": reason,
 	"rule_id": rule_id,
-	"dry_run": dry_run(call),
+	"dry_run": dry_run,
 } if {
-	[reason, rule_id] := verdict(call)
+	[reason, rule_id] := verdict
 }
 
+# input.merlon has the grants for the call's source, destination and protocol
+# that have not expired (deny, allow and dry_run, each in the order of their
+# IDs), and its path and method (null where there is none).
+#
 # The order says what wins: deny over allow over the default, which denies;
 # among denials by default the nearest miss.
-verdict(call) := ["DENY_RULE", min(denying)] if {
-	count(call.deny) > 0
-	denying := [grant.id | some grant in call.deny; matches(grant, call)]
-	count(denying) > 0
+verdict := ["DENY_RULE", denying[0]] if {
+	input.merlon.deny
 } else := ["ERROR", "rego:deny"] if {
-	call.rego
 	malformed_deny
 } else := ["DENY_RULE", "rego:deny"] if {
-	call.rego
 	rego_denies
 } else := ["ERROR", "rego:allow"] if {
-	call.rego
 	malformed_allow
-} else := ["ALLOWED", min(allowing)] if {
-	allowing := [grant.id | some grant in call.allow; matches(grant, call)]
-	count(allowing) > 0
+} else := ["ALLOWED", allowing[0]] if {
+	input.merlon.allow
 } else := ["ALLOWED", "rego:allow"] if {
-	call.rego
 	rego_allows
-} else := ["METHOD", ""] if {
-	some grant in call.allow
-	path_fits(grant, call.path)
-	live(grant)
-} else := ["PATH", ""] if {
-	some grant in call.allow
-	live(grant)
-} else := ["NO_GRANT", ""]
+} else := [nearest_miss, ""]
 
-dry_run(call) := [] if {
-	call.dry_run == []
-} else := sort({grant.id |
-	some grant in call.dry_run
-	matches(grant, call)
-})
+# granted is verdict without own Rego.
+granted := ["DENY_RULE", denying[0]] if {
+	input.merlon.deny
+} else := ["ALLOWED", allowing[0]] if {
+	input.merlon.allow
+} else := [nearest_miss, ""]
 
-matches(grant, call) if {
-	path_fits(grant, call.path)
-	method_fits(grant, call.method)
-	live(grant)
-}
+denying := [grant.id | some grant in input.merlon.deny; path_fits(grant); method_fits(grant)]
 
-live(grant) if not grant.expires_ns
+allowing := [grant.id | some grant in input.merlon.allow; path_fits(grant); method_fits(grant)]
 
-live(grant) if time.now_ns() < grant.expires_ns
+nearest_miss := "METHOD" if {
+	some grant in input.merlon.allow
+	path_fits(grant)
+} else := "PATH" if {
+	input.merlon.allow[0]
+} else := "NO_GRANT"
 
-method_fits(grant, _) if not grant.methods
+dry_run := sort({grant.id | some grant in input.merlon.dry_run; path_fits(grant); method_fits(grant)})
 
-method_fits(grant, method) if grant.methods[method]
+method_fits(grant) if grant.methods[input.merlon.method]
 
-path_fits(grant, path) if grant.exact[path]
+method_fits(grant) if not grant.methods
 
-path_fits(grant, path) if {
-	grant.any
-	path != null
-}
+path_fits(grant) if grant.exact[input.merlon.path]
 
-path_fits(grant, path) if {
+path_fits(grant) if {
 	some prefix in grant.below
-	startswith(path, prefix)
-	path != prefix
+	startswith(input.merlon.path, prefix)
+	input.merlon.path != prefix
 }
 
-path_fits(grant, path) if {
+path_fits(grant) if {
+	grant.any
+	input.merlon.path != null
+}
+
+path_fits(grant) if {
 	some template in grant.templates
-	parts := split(path, "/")
+	parts := split(input.merlon.path, "/")
 	length_fits(template, parts)
 	every pair in template.fixed { parts[pair[0]] == pair[1] }
 	every i in template.free { parts[i] != "" }
@@ -198,6 +192,11 @@ leaves := [leaf |
 	some from in candidates(source, data.merlon.depths.from)
 	leaf := data.merlon.index[to][from][protocol]
 ]
+
+# live has the grants of one kind in leaves that have not expired, by ID.
+live(kind) := [pair[1] | some pair in sort({[grant.id, grant] | some leaf in leaves; some grant in leaf[kind]; not expired(grant)})]
+
+expired(grant) if time.now_ns() >= grant.expires_ns
 
 # candidates lists the index keys that an ID can stand under: itself, its
 # trust domain, any, and "…/*" for each depth at which there are such patterns.

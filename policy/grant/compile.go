@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -102,7 +103,7 @@ func (g *Grant) kind() string {
 func (g *Grant) compile() map[string]any {
 	c := map[string]any{"id": g.ID}
 	if g.Expires != nil {
-		c["expires_ns"] = json.Number(strconv.FormatInt(g.Expires.UnixNano(), 10))
+		c["expires_ns"] = json.Number(strconv.FormatInt(unixNano(*g.Expires), 10))
 	}
 	if m := g.methods(); m != nil {
 		c["methods"] = set(m)
@@ -134,6 +135,18 @@ func (g *Grant) compile() map[string]any {
 		c["templates"] = templates
 	}
 	return c
+}
+
+// unixNano is t.UnixNano, which means nothing beyond the years 1678 to 2262:
+// who writes the year 9999 means never, and not 1816.
+func unixNano(t time.Time) int64 {
+	switch {
+	case t.Before(time.Unix(0, math.MinInt64)):
+		return math.MinInt64
+	case t.After(time.Unix(0, math.MaxInt64)):
+		return math.MaxInt64
+	}
+	return t.UnixNano()
 }
 
 // template is {parts: number of "/"-separated parts, more: whether more must
