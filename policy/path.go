@@ -8,6 +8,7 @@ package policy
 
 import (
 	"fmt"
+	"strings"
 	"unicode"
 	"unicode/utf8"
 )
@@ -66,6 +67,35 @@ func CheckPath(path string) error {
 		return checkUTF8(path)
 	}
 	return nil
+}
+
+// DecodePath gives path, which has passed CheckPath, as a server decodes it:
+// "/caf%C3%A9" and "/caf%c3%a9" are "/café", and "/a%3Ab" is "/a:b". Grants
+// compare paths in this form; else a deny could be walked around by encoding
+// a character that it names.
+func DecodePath(path string) string {
+	if strings.IndexByte(path, '%') < 0 {
+		return path
+	}
+	return string(decode(path))
+}
+
+// decode leaves alone what is no percent-encoding.
+func decode(path string) []byte {
+	decoded := make([]byte, 0, len(path))
+	for i := 0; i < len(path); i++ {
+		c := path[i]
+		if c == '%' && i+2 < len(path) {
+			high, ok1 := unhex(path[i+1])
+			low, ok2 := unhex(path[i+2])
+			if ok1 && ok2 {
+				c = high<<4 | low
+				i += 2
+			}
+		}
+		decoded = append(decoded, c)
+	}
+	return decoded
 }
 
 func checkSegment(s string, last bool) string {
@@ -139,15 +169,7 @@ func checkUTF8(path string) error {
 	if !utf8.ValidString(path) {
 		return &PathError{Path: path, Reason: "bad UTF-8"}
 	}
-	decoded := make([]byte, 0, len(path))
-	for i := 0; i < len(path); i++ {
-		c := path[i]
-		if c == '%' {
-			c, _ = decodeByte(path[i:])
-			i += 2
-		}
-		decoded = append(decoded, c)
-	}
+	decoded := decode(path)
 	for i := 0; i < len(decoded); {
 		r, n := utf8.DecodeRune(decoded[i:])
 		switch {

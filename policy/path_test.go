@@ -168,3 +168,20 @@ func BenchmarkCheckPath(b *testing.B) {
 		}
 	}
 }
+
+func TestDecodePath(t *testing.T) {
+	for in, want := range map[string]string{
+		"/": "/", "/a:b": "/a:b", "/a%3Ab": "/a:b", "/a%3ab": "/a:b", "/caf%C3%A9": "/café", "/a+b": "/a+b", "/%20": "/ ",
+		"/%": "/%", "/%4": "/%4", "/%zz": "/%zz", // not of CheckPath, but no reason to panic
+	} {
+		if got := DecodePath(in); got != want {
+			t.Errorf("DecodePath(%q) = %q; want %q", in, got, want)
+		}
+		if CheckPath(in) != nil {
+			continue
+		}
+		if u, err := url.ParseRequestURI(in); err != nil || u.Path != want {
+			t.Errorf("net/url reads %q as %v, %v; want %q", in, u, err, want)
+		}
+	}
+}

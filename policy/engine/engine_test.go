@@ -120,6 +120,21 @@ func TestGrantsAreEvaluatedByOwnModuleOnly(t *testing.T) {
 	}
 }
 
+// T14: a handler sees "/v1/x:delete" whichever way it was written.
+func TestT14DenyIsNotWalkedAroundByEncoding(t *testing.T) {
+	e := load(t, parseGrants(t, `grants:
+  - {id: all, http: {}}
+  - {id: no, http: {paths: ["/v1/x:delete", /caf%C3%A9/*, "/u/{id}/@me"]}, effect: deny}
+`), nil)
+	for _, path := range []string{
+		"/v1/x:delete", "/v1/x%3Adelete", "/v1/x%3adelete", "/café/x", "/caf%c3%a9/x", "/caf%C3%A9/x", "/u/1/@me", "/u/1/%40me",
+	} {
+		if d := e.Authorize(t.Context(), get(path)); d.Reason != policy.DenyRule {
+			t.Errorf("%s: %+v", path, d)
+		}
+	}
+}
+
 func TestExplainSaysWhatWasNearest(t *testing.T) {
 	e := load(t, parseGrants(t, webReadsOrders+`
   - {id: tried, from: [spiffe://shop.test/web], http: {}, mode: dry-run}

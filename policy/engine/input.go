@@ -34,7 +34,7 @@ func (e *Engine) lookUp(in *policy.Input, now time.Time) callTerms {
 	c := callTerms{found: e.leaves.lookup(in, now), path: ast.InternedNullTerm, method: ast.InternedNullTerm}
 	switch in.Protocol {
 	case policy.HTTP:
-		c.path, c.method = text(in.Path), ast.InternedTerm(in.Method)
+		c.path, c.method = text(policy.DecodePath(in.Path)), ast.InternedTerm(in.Method)
 	case policy.GRPC:
 		if service, rpc, ok := grant.SplitRPC(in.Path); ok {
 			c.path, c.method = text(service), text(rpc)

@@ -150,7 +150,8 @@ rpc := parts if {
 
 default path := null
 
-path := request_path if protocol == "http"
+# As servers decode it. In a query "+" would be a space.
+path := urlquery.decode(replace(request_path, "+", "%2B")) if protocol == "http"
 
 path := rpc[1] if protocol == "grpc"
 

@@ -29,11 +29,11 @@ var (
 	}
 	patterns = append([]string{"spiffe://a.test/*", "spiffe://a.test/ns/*", "spiffe://a.test/ns/x/*", "spiffe://b.test", "spiffe://b.test/*"}, ids...)
 	paths    = []string{
-		"/", "/orders", "/orders/", "/orders/1", "/orders/1/", "/orders/1/lines", "/orders/1/2/lines", "/orders-evil/1", "/Orders", "/%20", "/caf%C3%A9",
+		"/", "/orders", "/orders/", "/orders/1", "/orders/1/", "/orders/1/lines", "/orders/1/2/lines", "/orders-evil/1", "/Orders", "/%20", "/caf%C3%A9", "/caf%c3%a9", "/café", "/café/1", "/a:b", "/a%3Ab", "/a%3ab/1", "/a+b", "/a%2Bb", "/a b", "/{id}", "/%7Bid%7D", "/*", "/%2A",
 		"/a//b", "/a/../b", "/%61", "/a;b", "", "/shop.Orders/Get", "/shop.Orders/List", "/shop.Carts/Get", "/shop.Orders", "/shop.Orders/Get/x",
 	}
 	pathPatterns = []string{
-		"/", "/*", "/orders", "/orders/", "/orders/*", "/orders/{id}", "/orders/{id}/*", "/orders/{id}/lines", "/{a}/{b}", "/{a}/*", "/%20", "/caf%C3%A9",
+		"/", "/*", "/orders", "/orders/", "/orders/*", "/orders/{id}", "/orders/{id}/*", "/orders/{id}/lines", "/{a}/{b}", "/{a}/*", "/%20", "/caf%C3%A9", "/café/*", "/caf%c3%a9/{x}", "/a:b", "/a%3Ab/*", "/a+b", "/%7Bid%7D", "/%2A",
 		"/shop.Orders/Get", "/shop.Orders/*",
 	}
 	methods = []string{"GET", "POST", "get", "DELETE"}

@@ -16,6 +16,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"merlon.dev/policy"
 )
 
 // Compile returns the data document of grants, which have passed Check:
@@ -120,7 +122,9 @@ func (g *Grant) compile() map[string]any {
 		case g.HTTP != nil && strings.Contains(p, "{"):
 			templates = append(templates, template(base, prefix))
 		case g.HTTP != nil && prefix:
-			below = append(below, base+"/")
+			below = append(below, policy.DecodePath(base)+"/")
+		case g.HTTP != nil:
+			exact = append(exact, policy.DecodePath(p))
 		default:
 			exact = append(exact, p)
 		}
@@ -159,7 +163,7 @@ func template(base string, more bool) map[string]any {
 		if strings.HasPrefix(p, "{") {
 			free = append(free, n)
 		} else if i > 0 {
-			fixed = append(fixed, []any{n, p})
+			fixed = append(fixed, []any{n, policy.DecodePath(p)})
 		}
 	}
 	return map[string]any{"parts": json.Number(strconv.Itoa(len(parts))), "more": more, "fixed": orEmpty(fixed), "free": orEmpty(free)}

@@ -45,7 +45,8 @@ type HTTP struct {
 	// Methods are compared case-sensitively.
 	Methods []string `yaml:"methods"`
 	// Paths are exact, or end in "/*" (one or more segments), or have "{x}"
-	// for a segment (any one that is not empty).
+	// for a segment (any one that is not empty). What is percent-encoded is
+	// compared decoded, as servers do.
 	Paths []string `yaml:"paths"`
 	Where strictyaml.Position
 }

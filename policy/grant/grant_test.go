@@ -206,6 +206,12 @@ func TestMatchPath(t *testing.T) {
 		"/orders/{id}":       {[]string{"/orders/1"}, []string{"/orders", "/orders/", "/orders/1/2", "/orders/1/"}},
 		"/orders/{id}/lines": {[]string{"/orders/1/lines"}, []string{"/orders//lines", "/orders/1/linesX", "/orders/1/2/lines"}},
 		"/{a}/{b}":           {[]string{"/x/y"}, []string{"/x", "/x/", "/x/y/z"}},
+		"/v/x:delete":        {[]string{"/v/x:delete", "/v/x%3Adelete", "/v/x%3adelete"}, []string{"/v/x", "/v/x%2Bdelete"}},
+		"/v/x%3Adelete":      {[]string{"/v/x:delete", "/v/x%3adelete"}, []string{"/v/x"}},
+		"/caf%C3%A9/*":       {[]string{"/café/x", "/caf%c3%a9/x"}, []string{"/café", "/cafe/x"}},
+		"/{id}/café":         {[]string{"/1/caf%C3%A9"}, []string{"/1/cafe"}},
+		"/%7Bid%7D":          {[]string{"/{id}", "/%7bid%7d"}, []string{"/x"}},
+		"/a+b":               {[]string{"/a+b", "/a%2Bb"}, []string{"/a b", "/a%20b"}},
 		"/u/{id}/*":          {[]string{"/u/1/x", "/u/1/x/y"}, []string{"/u/1", "/u/1/", "/v/1/x"}},
 	}
 	for pattern, tt := range tests {

@@ -66,14 +66,17 @@ func MatchSPIFFEID(pattern, id string) bool {
 	return !strings.Contains(pattern[len("spiffe://"):], "/") && strings.HasPrefix(id, pattern+"/")
 }
 
-// MatchPath reports whether path is what pattern names.
+// MatchPath reports whether path is what pattern names. Both are compared
+// decoded (policy.DecodePath).
 func MatchPath(pattern, path string) bool {
+	path = policy.DecodePath(path)
 	below, prefix := strings.CutSuffix(pattern, "/*")
 	if !strings.Contains(below, "{") {
+		below = policy.DecodePath(below)
 		if prefix {
 			return len(path) > len(below)+1 && strings.HasPrefix(path, below+"/")
 		}
-		return pattern == path
+		return below == path
 	}
 	want, got := strings.Split(below, "/"), strings.Split(path, "/")
 	if len(got) < len(want) || !prefix && len(got) != len(want) {
@@ -83,7 +86,7 @@ func MatchPath(pattern, path string) bool {
 		return false
 	}
 	for i, w := range want {
-		if strings.HasPrefix(w, "{") && got[i] == "" || !strings.HasPrefix(w, "{") && got[i] != w {
+		if strings.HasPrefix(w, "{") && got[i] == "" || !strings.HasPrefix(w, "{") && got[i] != policy.DecodePath(w) {
 			return false
 		}
 	}
