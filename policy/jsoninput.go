@@ -12,6 +12,7 @@ import (
 	"net"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 )
 
 // MaxInputBytes is the longest JSON form of an Input that is read.
@@ -68,6 +69,9 @@ type envoyHTTP struct {
 func ParseInput(data []byte) (*Input, error) {
 	if len(data) > MaxInputBytes {
 		return nil, fmt.Errorf("input is longer than %d bytes", MaxInputBytes)
+	}
+	if !utf8.Valid(data) { // encoding/json would replace the bytes, and another path be decided
+		return nil, errors.New("input: is not valid UTF-8")
 	}
 	var top map[string]json.RawMessage
 	if err := decodeOne(data, &top, false); err != nil {

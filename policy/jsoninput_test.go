@@ -64,6 +64,7 @@ func TestParseInputRefusesBadLines(t *testing.T) {
 		`{"protocol":"tcp","headers":{"a":"b"}}`: "cannot unmarshal",
 		`{"protocol":"tcp","destination":"spiffe://SHOP/x"}`:                     "is not a SPIFFE ID",
 		`{"attributes":{"source":{"principal":"CN=web"}}}`:                       "is not a SPIFFE ID",
+		"{\"protocol\":\"http\",\"path\":\"/\xff\"}":                             "is not valid UTF-8",
 		`{"attributes":{},"protocol":"udp"}`:                                     "is none of",
 		`{"protocol":"tcp","path":"` + strings.Repeat("a", MaxInputBytes) + `"}`: "longer than",
 	} {
