@@ -1,5 +1,6 @@
-// What the CA does without being asked: renews its intermediate, removes what
-// has expired, and keeps in mind whether it could issue.
+// What the CA does without being asked: renews its intermediate and the
+// signatures of policy bundles, removes what has expired, and keeps in mind
+// whether it could issue.
 
 package ca
 
@@ -22,6 +23,9 @@ const (
 	upkeepInterval = time.Minute
 	probeInterval  = 5 * time.Second
 	probeTimeout   = 5 * time.Second
+	// choreTimeout keeps a store that hangs from holding up the probe, which
+	// is what notices.
+	choreTimeout = 30 * time.Second
 )
 
 // maintain runs until ctx ends.
@@ -85,9 +89,13 @@ func (p *parts) upkeep(ctx context.Context, now time.Time) {
 		"remove expired entries": p.removeEntries,
 		"remove old revocations": p.removeRevocations,
 		"remove expired tokens":  p.removeTokens,
+		"renew policy bundles":   p.renewPolicies,
 		"remove stray policies":  p.releases.Prune,
 	} {
-		if err := chore(ctx, now); err != nil && ctx.Err() == nil {
+		bounded, cancel := context.WithTimeout(ctx, choreTimeout)
+		err := chore(bounded, now)
+		cancel()
+		if err != nil && ctx.Err() == nil {
 			p.log.LogAttrs(ctx, slog.LevelError, "upkeep failed", slog.String("chore", name), slog.Any("err", err))
 		}
 	}
@@ -104,22 +112,35 @@ func (p *parts) renewIntermediate(ctx context.Context, now time.Time) error {
 	}))
 }
 
+// renewPolicies keeps policies from ending because nobody changes them.
+func (p *parts) renewPolicies(ctx context.Context, now time.Time) error {
+	renewed, err := p.releases.Renew(ctx, now)
+	errs := []error{err}
+	for _, h := range renewed {
+		errs = append(errs, p.audit.Append(ctx, audit.Record{
+			Time: now, Type: audit.Renew, Actor: "ca", NotAfter: h.NotAfter,
+			Detail: fmt.Sprintf("policy bundle %s, generation %d", h.Name, h.Generation),
+		}))
+	}
+	return errors.Join(errs...)
+}
+
 // removeEntries needs no revocations: no SVID outlives its entry.
 func (p *parts) removeEntries(ctx context.Context, now time.Time) error {
 	for _, e := range p.registry.ExpiredEntries(now) {
-		key := registry.EntryPrefix + e.ID
-		_, err := p.store.Txn(ctx, []store.Cmp{{Key: key, ModRevision: e.Revision}}, []store.Op{store.Delete(key)}, nil)
-		if err != nil {
-			return err
-		}
-		if err := p.auditExpiry(ctx, now, e); err != nil {
+		if err := p.removeEntry(ctx, now, e); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (p *parts) auditExpiry(ctx context.Context, now time.Time, e *entry.Entry) error {
+func (p *parts) removeEntry(ctx context.Context, now time.Time, e *entry.Entry) error {
+	key := registry.EntryPrefix + e.ID
+	res, err := p.store.Txn(ctx, []store.Cmp{{Key: key, ModRevision: e.Revision}}, []store.Op{store.Delete(key)}, nil)
+	if err != nil || !res.Succeeded { // an operator was faster
+		return err
+	}
 	return p.audit.Append(ctx, audit.Record{
 		Time: now, Type: audit.Admin, Actor: "ca", Detail: "entry expired", EntryID: e.ID, SPIFFEID: e.SPIFFEID.String(),
 	})

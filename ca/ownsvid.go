@@ -30,6 +30,9 @@ import (
 const (
 	ownTTL   = time.Hour
 	ownRetry = 10 * time.Second
+	// ownLook is how often the wall clock is looked at, by which the SVID ends:
+	// timers stand still while a machine sleeps.
+	ownLook = 15 * time.Second
 	// caHandle begins the serials of the CA's own SVIDs; no agent has it.
 	caHandle = 0
 )
@@ -97,7 +100,7 @@ func (o *ownSVID) renew(ctx context.Context, now time.Time) error {
 	o.current.Store(&issuedSVID{
 		svid:    &x509svid.SVID{ID: entry.CAID(o.td), Certificates: chain, PrivateKey: key},
 		peer:    peer,
-		renewAt: now.Add(peer.NotAfter.Sub(now) / 2),
+		renewAt: now.Add(peer.NotAfter.Sub(now) / 2).Round(0), // of the wall clock alone
 	})
 	return nil
 }
@@ -133,16 +136,20 @@ func (o *ownSVID) run(ctx context.Context, log *slog.Logger) error {
 
 // waitUntilDue returns at renewAt, or when a revocation concerns the SVID.
 func (o *ownSVID) waitUntilDue(ctx context.Context) {
-	current := o.current.Load()
-	ctx, cancel := context.WithDeadline(ctx, current.renewAt)
-	defer cancel()
-	for {
-		seen := o.registry.Revision()
-		if _, revoked := o.registry.Revoked(current.peer); revoked {
+	for ctx.Err() == nil {
+		seen := o.registry.Revision() // before the look: no revocation is missed
+		now := time.Now()
+		if o.due(now) {
 			return
 		}
-		if err := o.registry.Wait(ctx, seen+1); err != nil {
-			return
-		}
+		change, cancel := context.WithTimeout(ctx, min(ownLook, o.current.Load().renewAt.Sub(now)))
+		_ = o.registry.Wait(change, seen+1) // fails at the end of the wait only
+		cancel()
 	}
+}
+
+func (o *ownSVID) due(now time.Time) bool {
+	current := o.current.Load()
+	_, revoked := o.registry.Revoked(current.peer)
+	return revoked || !now.Before(current.renewAt)
 }

@@ -5,6 +5,7 @@ package ca
 
 import (
 	"context"
+	"crypto/ecdsa"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -126,8 +127,8 @@ func (p *parts) close() error {
 	return errors.Join(errs...)
 }
 
-func (s *Server) open(ctx context.Context) (p *parts, err error) {
-	p = &parts{log: s.log}
+func (s *Server) open(ctx context.Context) (_ *parts, err error) {
+	p := &parts{log: s.log} // no named result: the returns below would make it nil before close
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.close())
@@ -189,7 +190,11 @@ func openDataDir(dir string) error {
 
 func (s *Server) publisher(p *parts) (*release.Publisher, error) {
 	kid, signer := p.keys.Policy()
-	pkix, err := x509.MarshalPKIXPublicKey(signer.Public())
+	public, ok := signer.Public().(*ecdsa.PublicKey)
+	if !ok {
+		return nil, fmt.Errorf("the policy key is a %T, not ECDSA", signer.Public())
+	}
+	pkix, err := x509.MarshalPKIXPublicKey(public)
 	if err != nil {
 		return nil, fmt.Errorf("encode the policy key: %w", err)
 	}
@@ -204,6 +209,9 @@ func (s *Server) publisher(p *parts) (*release.Publisher, error) {
 			return bundle.Sign(unsigned, bundle.Metadata{
 				Name: seal.Name, TrustDomain: s.td.Name(), Generation: seal.Generation, IssuedAt: seal.IssuedAt, NotAfter: seal.NotAfter,
 			}, kid, signer)
+		},
+		Unsign: func(signed []byte, name string) ([]byte, error) {
+			return bundle.Unsign(signed, []bundle.Key{{KID: kid, PublicKey: public}}, bundle.Expect{Name: name, TrustDomain: s.td.Name()})
 		},
 	}), nil
 }

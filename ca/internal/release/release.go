@@ -33,11 +33,13 @@ const (
 	maxAttempts = 16
 	// validity is how long a signed generation holds. It bounds how long a
 	// server that is held back in time can freeze its clients on an old policy
-	// (SECURITY.md T28); a push starts it anew.
+	// (SECURITY.md T28); a push starts it anew, and so does Renew at its half.
 	validity = 366 * 24 * time.Hour
 	// orphanAge is how old a blob that no head names must be to be removed: a
 	// push that is under way has written its blob and not yet its head.
 	orphanAge = time.Hour
+	// maxNames bounds how many policy bundles upkeep looks at.
+	maxNames = 1000
 )
 
 // validName is what policy/bundle serves.
@@ -76,7 +78,10 @@ type Options struct {
 	Check func(unsigned []byte) error
 	// Sign signs a checked bundle.
 	Sign func(unsigned []byte, seal Seal) ([]byte, error)
-	Keys []Key
+	// Unsign gives back what Sign got, if the signature of signed is good and
+	// seals the bundle called name.
+	Unsign func(signed []byte, name string) (unsigned []byte, err error)
+	Keys   []Key
 	// MaxBytes bounds both the uploaded and the signed bundle.
 	MaxBytes int
 }
@@ -124,7 +129,7 @@ func (p *Publisher) Publish(ctx context.Context, name string, unsigned []byte) (
 		if err != nil && !errors.Is(err, ErrNone) {
 			return nil, err
 		}
-		next, err := p.publishAfter(ctx, before, name, unsigned)
+		next, err := p.publishAfter(ctx, before, newHead(name, time.Now()), unsigned)
 		if err != nil || next != nil {
 			return next, err
 		}
@@ -132,10 +137,52 @@ func (p *Publisher) Publish(ctx context.Context, name string, unsigned []byte) (
 	return nil, fmt.Errorf("publish policy bundle %s: others keep pushing", name)
 }
 
-// publishAfter returns nil when somebody else swapped the head first.
-func (p *Publisher) publishAfter(ctx context.Context, before *Head, name string, unsigned []byte) (*Head, error) {
-	now := time.Now().UTC().Truncate(time.Second)
-	next := &Head{Name: name, Generation: 1, IssuedAt: now, NotAfter: now.Add(validity)}
+// Renew signs each bundle again whose validity is half over at now, as a new
+// generation of the same content, and returns the new heads: otherwise a policy
+// that nobody has touched for a year would end, and with it every call.
+func (p *Publisher) Renew(ctx context.Context, now time.Time) ([]*Head, error) {
+	kvs, _, _, err := p.opts.Store.List(ctx, HeadPrefix, "", maxNames, 0)
+	if err != nil {
+		return nil, fmt.Errorf("list policy bundles: %w", err)
+	}
+	var renewed []*Head
+	var errs []error
+	for _, kv := range kvs {
+		h, err := DecodeHead(kv)
+		if err == nil && now.After(h.IssuedAt.Add(h.NotAfter.Sub(h.IssuedAt)/2)) {
+			if h, err = p.renew(ctx, h, now); h != nil {
+				renewed = append(renewed, h)
+			}
+		}
+		errs = append(errs, err) // the others are renewed all the same
+	}
+	return renewed, errors.Join(errs...)
+}
+
+// renew returns nil when somebody pushed meanwhile.
+func (p *Publisher) renew(ctx context.Context, before *Head, now time.Time) (*Head, error) {
+	signed, err := p.readBlob(ctx, before)
+	if err != nil {
+		return nil, err
+	}
+	// Only what this CA signed: who can write the store alone must not have
+	// his policy signed.
+	unsigned, err := p.opts.Unsign(signed, before.Name)
+	if err != nil {
+		return nil, fmt.Errorf("renew policy bundle %s: %w", before.Name, err)
+	}
+	return p.publishAfter(ctx, before, newHead(before.Name, now), unsigned)
+}
+
+func newHead(name string, now time.Time) *Head {
+	now = now.UTC().Truncate(time.Second)
+	return &Head{Name: name, Generation: 1, IssuedAt: now, NotAfter: now.Add(validity)}
+}
+
+// publishAfter makes next the head that follows before. It returns nil when
+// somebody else swapped the head first.
+func (p *Publisher) publishAfter(ctx context.Context, before, next *Head, unsigned []byte) (*Head, error) {
+	name := next.Name
 	swap := store.Cmp{Key: HeadPrefix + name}
 	if before != nil {
 		next.Generation, next.Previous, swap.ModRevision = before.Generation+1, before.Blob, before.Revision
@@ -265,7 +312,7 @@ func (p *Publisher) head(ctx context.Context, name string) (*Head, error) {
 // Prune removes blobs that a push left behind which never came to its head.
 func (p *Publisher) Prune(ctx context.Context, now time.Time) error {
 	named := make(map[string]bool)
-	heads, _, _, err := p.opts.Store.List(ctx, HeadPrefix, "", 1000, 0)
+	heads, _, _, err := p.opts.Store.List(ctx, HeadPrefix, "", maxNames, 0)
 	if err != nil {
 		return fmt.Errorf("list policy bundles: %w", err)
 	}
