@@ -139,7 +139,7 @@ func TestBuildNamesWhatIsWrong(t *testing.T) {
 
 func TestBuildLeavesTestsAndOtherFilesOut(t *testing.T) {
 	f, err := unpack(build(t, folder(t, map[string]string{
-		"g.yaml": "grants: []\n", "grants_test.yaml": "- x", "a_test.rego": "nonsense", ".git/x.rego": "nonsense", ".hidden.yaml": "nonsense", "notes.txt": "x", "lib/l.rego": "package lib\n",
+		"g.yaml": "grants: []\n", "grants_test.yaml": "- x", "a_test.rego": "nonsense", ".git/x.rego": "nonsense", ".hidden.yaml": "nonsense", "notes.txt": "x", "lib/l.rego": "package lib\n", "a.rego": "package authz\n",
 	})))
 	if err != nil {
 		t.Fatal(err)

@@ -60,8 +60,40 @@ func CheckModules(modules map[string]string) error {
 		_, err := grantsOnly()
 		return err
 	}
+	if err := checkAsked(modules); err != nil {
+		return err
+	}
 	_, err := compile(modules, nil)
 	return err
+}
+
+// checkAsked refuses Rego that is never asked: without a module in package
+// authz the author's rules would decide nothing, and nothing would say so.
+func checkAsked(modules map[string]string) error {
+	var stray *ast.Module
+	var file string
+	for _, name := range slices.Sorted(maps.Keys(modules)) {
+		if name == ModuleName {
+			continue
+		}
+		m, err := parseModule(name, modules[name])
+		if err != nil {
+			return err
+		}
+		if answers(m) {
+			return nil
+		}
+		if stray == nil {
+			stray, file = m, name
+		}
+	}
+	return errorAt(stray.Package.Location, file, "%s is never asked; put boolean rules allow and deny into package authz", stray.Package)
+}
+
+// answers says whether m is in a package whose allow and deny are asked.
+func answers(m *ast.Module) bool {
+	p := m.Package.Path.String()
+	return p == "data.authz" || p == "data.envoy.authz"
 }
 
 // program is a compiled policy, with the two questions that are put to it.
@@ -179,7 +211,7 @@ func checkPackage(name string, m *ast.Module) error {
 	if root == "merlon" || root == "system" {
 		return errorAt(m.Package.Location, name, "%s is reserved; policies are in package authz", m.Package)
 	}
-	if p := path.String(); p != "data.authz" && p != "data.envoy.authz" {
+	if !answers(m) {
 		return nil
 	}
 	for _, rule := range m.Rules {

@@ -98,6 +98,7 @@ func TestModulesThatAreRefused(t *testing.T) {
 		"asks the decision": {"package authz\n\nallow if data.merlon.decision.allow\n", "recursive"},
 		"all data":          {"package authz\n\nallow if data[input.x].decision\n", "recursive"},
 		"type":              {"package authz\n\nallow if count(1) == 1\n", "a.rego:3:10"},
+		"never asked":       {"package shop\n\ndeny if input.x\n", "a.rego:1:1: package shop is never asked"},
 		"empty":             {"", "is empty"},
 		"too long":          {"package authz\n" + strings.Repeat("#", maxModuleBytes), "is longer than"},
 	}
