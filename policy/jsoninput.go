@@ -65,27 +65,76 @@ type envoyHTTP struct {
 // its key "attributes"; there the protocol is http where a request is present
 // and tcp where not, unless a key "protocol" beside says otherwise. A path may
 // have a query, which is split off. An empty source is a caller without
-// identity; other sources and destinations must be SPIFFE IDs.
+// identity; other sources and destinations must be SPIFFE IDs. No object may
+// have a name twice, nor any string the character U+FFFD.
 func ParseInput(data []byte) (*Input, error) {
 	if len(data) > MaxInputBytes {
 		return nil, fmt.Errorf("input is longer than %d bytes", MaxInputBytes)
 	}
-	if !utf8.Valid(data) { // encoding/json would replace the bytes, and another path be decided
-		return nil, errors.New("input: is not valid UTF-8")
+	if err := checkJSON(data); err != nil {
+		return nil, fmt.Errorf("input: %v", err)
 	}
 	var top map[string]json.RawMessage
 	if err := decodeOne(data, &top, false); err != nil {
 		return nil, fmt.Errorf("input: %v", err)
 	}
 	parse := parseShort
-	if _, full := top["attributes"]; full {
-		parse = parseEnvoy
+	if attributes, full := top["attributes"]; full {
+		if parse = parseEnvoy; string(attributes) == "null" {
+			return nil, errors.New("input: attributes is null")
+		}
 	}
 	in, err := parse(data)
 	if err != nil {
 		return nil, fmt.Errorf("input: %v", err)
 	}
 	return in, in.check()
+}
+
+// checkJSON refuses what encoding/json passes over, so that no call is decided
+// as another one: bytes and escapes that are no Unicode, which it replaces by
+// U+FFFD, and names that an object has twice.
+func checkJSON(data []byte) error {
+	if !utf8.Valid(data) {
+		return errors.New("is not valid UTF-8")
+	}
+	dec := json.NewDecoder(bytes.NewReader(data))
+	var objects []map[string]bool // the names of each object that is open; nil for an array
+	name := false                 // a name comes next
+	for {
+		token, err := dec.Token()
+		if err != nil {
+			return nil //nolint:nilerr // the end, or bad syntax, which decoding explains
+		}
+		switch t := token.(type) {
+		case json.Delim:
+			switch t {
+			case '{':
+				objects = append(objects, map[string]bool{})
+			case '[':
+				objects = append(objects, nil)
+			default:
+				objects = objects[:len(objects)-1]
+			}
+		case string:
+			if strings.ContainsRune(t, utf8.RuneError) {
+				return fmt.Errorf("%.100q has U+FFFD, which stands for what is no Unicode", t)
+			}
+			if name {
+				key := t
+				if len(objects) == 1 { // decoding ignores the case of these
+					key = strings.ToLower(t)
+				}
+				if objects[len(objects)-1][key] {
+					return fmt.Errorf("%.100q occurs twice", t)
+				}
+				objects[len(objects)-1][key] = true
+				name = false
+				continue
+			}
+		}
+		name = len(objects) > 0 && objects[len(objects)-1] != nil
+	}
 }
 
 func decodeOne(data []byte, into any, strict bool) error {

@@ -65,6 +65,12 @@ func TestParseInputRefusesBadLines(t *testing.T) {
 		`{"protocol":"tcp","destination":"spiffe://SHOP/x"}`:                     "is not a SPIFFE ID",
 		`{"attributes":{"source":{"principal":"CN=web"}}}`:                       "is not a SPIFFE ID",
 		"{\"protocol\":\"http\",\"path\":\"/\xff\"}":                             "is not valid UTF-8",
+		`{"protocol":"tcp","source":"spiffe://a/b","source":"spiffe://a/c"}`:     `"source" occurs twice`,
+		`{"protocol":"tcp","source":"spiffe://a/b","Source":"spiffe://a/c"}`:     `"Source" occurs twice`,
+		`{"attributes":{"request":{"http":{"path":"/a","path":"/b"}}}}`:          `"path" occurs twice`,
+		`{"protocol":"http","headers":{"A":[],"b":["\ufffd"]}}`:                  `U+FFFD`,
+		`{"protocol":"http","path":"/\ud800"}`:                                   `U+FFFD`,
+		`{"attributes":null}`:                                                    "attributes is null",
 		`{"attributes":{},"protocol":"udp"}`:                                     "is none of",
 		`{"protocol":"tcp","path":"` + strings.Repeat("a", MaxInputBytes) + `"}`: "longer than",
 	} {
@@ -81,7 +87,7 @@ func TestMarshalledInputParsesBack(t *testing.T) {
 			Source: name.Draw(t, "source"), Destination: name.Draw(t, "destination"),
 			Protocol: rapid.SampledFrom([]Protocol{HTTP, GRPC, TCP}).Draw(t, "protocol"),
 			Method:   rapid.StringMatching(`[A-Z]{0,6}`).Draw(t, "method"),
-			Path:     rapid.StringMatching(`(/[^?\x00-\x1f]{0,4}){0,3}`).Draw(t, "path"), Query: rapid.StringMatching(`[a-z=?]{0,4}`).Draw(t, "query"),
+			Path:     rapid.StringMatching(`(/[^?\x00-\x1f\x{fffd}]{0,4}){0,3}`).Draw(t, "path"), Query: rapid.StringMatching(`[a-z=?]{0,4}`).Draw(t, "query"),
 		}
 		data, err := json.Marshal(want)
 		if err != nil {
