@@ -144,7 +144,7 @@ func TestBuildLeavesTestsAndOtherFilesOut(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{dataName, engine.ModuleName, "lib/l.rego"} {
+	for _, name := range []string{dataName, engine.ModuleName, "lib/l.rego", "a.rego"} {
 		if _, ok := f[name]; !ok {
 			t.Errorf("%s is missing", name)
 		}
