@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -165,6 +166,12 @@ func (c Config) withDefaults() Config {
 // Validate says what is wrong with the settings, as *InvalidError.
 func (c Config) Validate() error {
 	c = c.withDefaults()
+	switch {
+	case c.TrustDomain == "":
+		return &InvalidError{Field: "trust_domain", Reason: "is missing", Hint: "merlon-agent -trust-domain example.org, or trust_domain in the file of -config"}
+	case c.CAAddress == "":
+		return &InvalidError{Field: "ca_address", Reason: "is missing", Hint: "merlon-agent -ca-address ca.example.org:8443, or ca_address in the file of -config"}
+	}
 	if _, err := spiffeid.TrustDomainFromString(c.TrustDomain); err != nil || strings.Contains(c.TrustDomain, "/") {
 		return &InvalidError{Field: "trust_domain", Reason: fmt.Sprintf("%q is not a trust domain name such as example.org", c.TrustDomain)}
 	}
@@ -191,6 +198,9 @@ func checkAddress(field, value string) error {
 	host, port, err := net.SplitHostPort(value)
 	if err != nil || host == "" || port == "" {
 		return &InvalidError{Field: field, Reason: fmt.Sprintf("%q is not host:port", value)}
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return &InvalidError{Field: field, Reason: fmt.Sprintf("%q: the port is not a number between 0 and 65535", value)}
 	}
 	return nil
 }

@@ -29,6 +29,7 @@ func TestValidateNamesTheField(t *testing.T) {
 		"a SPIFFE ID":           {func(c *Config) { c.TrustDomain = "spiffe://example.test" }, "trust_domain"},
 		"capitals":              {func(c *Config) { c.TrustDomain = "Example" }, "trust_domain"},
 		"no CA":                 {func(c *Config) { c.CAAddress = "" }, "ca_address"},
+		"port too high":         {func(c *Config) { c.CAAddress = "ca:99999" }, "ca_address"},
 		"no port":               {func(c *Config) { c.CAAddress = "ca" }, "ca_address"},
 		"HTTPS without port":    {func(c *Config) { c.CAHTTPSAddress = "ca" }, "ca_https_address"},
 		"relative data_dir":     {func(c *Config) { c.DataDir = "data" }, "data_dir"},

@@ -8,8 +8,10 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -31,22 +33,22 @@ func text(field func(*Config) *string) func(*Config, string) error {
 }
 
 var settings = []setting{
-	{key: "trust_domain", usage: "trust domain `name` of the CA", set: text(func(c *Config) *string { return &c.TrustDomain })},
-	{key: "ca_address", usage: "the CA's gRPC port, `host:port`", set: text(func(c *Config) *string { return &c.CAAddress })},
-	{key: "ca_https_address", usage: "the CA's HTTPS port, `host:port`", set: text(func(c *Config) *string { return &c.CAHTTPSAddress })},
-	{key: "data_dir", usage: "`directory` of the agent's own SVID", set: text(func(c *Config) *string { return &c.DataDir })},
-	{key: "public_socket", usage: "`path` of the Workload API socket", set: text(func(c *Config) *string { return &c.PublicSocket })},
-	{key: "admin_socket", usage: "`path` of the admin socket", set: text(func(c *Config) *string { return &c.AdminSocket })},
+	{key: "trust_domain", usage: "trust domain `name` of the CA (required)", set: text(func(c *Config) *string { return &c.TrustDomain })},
+	{key: "ca_address", usage: "the CA's gRPC port, as `host:port` (required)", set: text(func(c *Config) *string { return &c.CAAddress })},
+	{key: "ca_https_address", usage: "the CA's HTTPS port, as `host:port` (default: port 8444 on the host of -ca-address)", set: text(func(c *Config) *string { return &c.CAHTTPSAddress })},
+	{key: "data_dir", usage: "`directory` of the agent's own SVID (default " + DefaultDataDir + ")", set: text(func(c *Config) *string { return &c.DataDir })},
+	{key: "public_socket", usage: "`path` of the Workload API socket (default " + DefaultPublicSocket + ")", set: text(func(c *Config) *string { return &c.PublicSocket })},
+	{key: "admin_socket", usage: "`path` of the admin socket (default " + DefaultAdminSocket + ")", set: text(func(c *Config) *string { return &c.AdminSocket })},
 	{key: "join_token", set: text(func(c *Config) *string { return &c.JoinToken }), secret: true},
 	{key: "join_token_file", usage: "`file` with the join token", set: text(func(c *Config) *string { return &c.JoinTokenFile })},
 	{key: "root_hash", usage: "`SHA-256` of the CA root's public key, in hex", set: text(func(c *Config) *string { return &c.RootHash })},
-	{key: "admin_uids", usage: "`uids` that may use the admin socket, separated by commas", set: setAdminUIDs},
-	{key: "health_address", usage: "`host:port` of /live, /ready and /metrics, or off", set: text(func(c *Config) *string { return &c.HealthAddress })},
-	{key: "revocation_max_age", usage: "`duration` of silence after which revocations are stale", set: setRevocationMaxAge},
-	{key: "on_stale", usage: "keep or deny: what happens to calls then", set: text(func(c *Config) *string { return &c.OnStale })},
-	{key: "policy_bundle", usage: "`name` of the policy bundle", set: text(func(c *Config) *string { return &c.PolicyBundle })},
-	{key: "log_level", usage: "debug, info, warn or error", set: text(func(c *Config) *string { return &c.LogLevel })},
-	{key: "log_format", usage: "text or json", set: text(func(c *Config) *string { return &c.LogFormat })},
+	{key: "admin_uids", usage: "`uids`, separated by commas, that may use the admin socket beside root and the agent's own", set: setAdminUIDs},
+	{key: "health_address", usage: "`host:port` of /live, /ready and /metrics, or off (default " + DefaultHealthAddress + ")", set: text(func(c *Config) *string { return &c.HealthAddress })},
+	{key: "revocation_max_age", usage: "`duration` of silence after which revocations are stale (default 5m)", set: setRevocationMaxAge},
+	{key: "on_stale", usage: "keep or deny: what happens to calls then (default keep)", set: text(func(c *Config) *string { return &c.OnStale })},
+	{key: "policy_bundle", usage: "`name` of the policy bundle (default " + DefaultPolicyBundle + ")", set: text(func(c *Config) *string { return &c.PolicyBundle })},
+	{key: "log_level", usage: "debug, info, warn or error (default info)", set: text(func(c *Config) *string { return &c.LogLevel })},
+	{key: "log_format", usage: "text or json (default text)", set: text(func(c *Config) *string { return &c.LogFormat })},
 }
 
 func setAdminUIDs(c *Config, value string) error {
@@ -76,24 +78,27 @@ type CommandLine struct {
 }
 
 // ParseCommandLine reads flags, then the environment, then the file that
-// either names, and checks the result. Mistakes in the flags themselves are
-// printed to usage, as is help; flag.ErrHelp asks for nothing more.
+// either names, and checks the result. flag.ErrHelp means that help was asked
+// for and printed to usage.
 func ParseCommandLine(args []string, getenv func(string) string, usage io.Writer) (*CommandLine, error) {
-	fs := flag.NewFlagSet("merlon-agent", flag.ContinueOnError)
-	fs.SetOutput(usage)
-	path := fs.String("config", getenv(envPrefix+"CONFIG"), "YAML `file` with the settings")
-	validate := fs.Bool("validate", false, "check the settings and exit")
+	set := flag.NewFlagSet("merlon-agent", flag.ContinueOnError)
+	set.SetOutput(io.Discard) // the caller reports mistakes, once
+	path := set.String("config", getenv(envPrefix+"CONFIG"), "YAML `file` with the settings")
+	validate := set.Bool("validate", false, "check the settings and exit")
 	given := map[string]string{}
 	for _, s := range settings {
 		if !s.secret {
-			fs.Func(strings.ReplaceAll(s.key, "_", "-"), s.usage, func(v string) error { given[s.key] = v; return nil })
+			set.Func(strings.ReplaceAll(s.key, "_", "-"), s.usage, func(v string) error { given[s.key] = v; return nil })
 		}
 	}
-	if err := fs.Parse(args); err != nil {
+	if err := set.Parse(args); errors.Is(err, flag.ErrHelp) {
+		printUsage(usage, set)
 		return nil, err
+	} else if err != nil {
+		return nil, &usageError{err.Error()}
 	}
-	if fs.NArg() > 0 {
-		return nil, fmt.Errorf("unexpected argument %q", fs.Arg(0))
+	if set.NArg() > 0 {
+		return nil, &usageError{fmt.Sprintf("unexpected argument %q", set.Arg(0))}
 	}
 	cl := &CommandLine{ValidateOnly: *validate}
 	if *path != "" {
@@ -117,11 +122,44 @@ func ParseCommandLine(args []string, getenv func(string) string, usage io.Writer
 	return cl, cl.Config.Validate()
 }
 
+func printUsage(w io.Writer, set *flag.FlagSet) {
+	fmt.Fprintf(w, `merlon-agent proves one node to the CA and serves the SPIFFE Workload API to the
+processes on it.
+
+Example:
+  merlon-agent -config /etc/merlon/agent.yaml
+
+Each setting can also come from %sNAME in the environment.
+
+Flags:
+`, envPrefix)
+	set.SetOutput(w)
+	set.PrintDefaults()
+}
+
+// usageError is a mistake in the command line itself.
+type usageError struct{ reason string }
+
+func (e *usageError) Error() string { return e.reason }
+
 // Hint returns what to do about an error of this package; empty if it says so
 // itself.
 func Hint(err error) string {
 	if e, ok := errors.AsType[*InvalidError](err); ok {
 		return e.Hint
+	}
+	if _, ok := errors.AsType[*usageError](err); ok {
+		return "merlon-agent -h shows every flag and an example"
+	}
+	switch text := err.Error(); {
+	case strings.Contains(text, "another process listens there"):
+		return "another merlon-agent serves this node: stop it, or choose other sockets with -public-socket and -admin-socket"
+	case errors.Is(err, syscall.EADDRINUSE):
+		return "another process has the port: choose another with -health-address"
+	case strings.HasPrefix(text, "read config: open"):
+		return "name the file with -config, or give the settings as flags: merlon-agent -h"
+	case errors.Is(err, fs.ErrPermission), strings.HasPrefix(text, "make the data directory"):
+		return "choose folders this user can write: -data-dir, -public-socket and -admin-socket"
 	}
 	return ""
 }

@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"strings"
 )
 
@@ -45,8 +46,9 @@ var usage = map[string]string{
 func ParseCommandLine(args []string, getenv func(string) string, out io.Writer) (*CommandLine, error) {
 	var cl CommandLine
 	set := flag.NewFlagSet("merlon-ca", flag.ContinueOnError)
-	set.SetOutput(out)
-	set.Usage = func() {
+	set.SetOutput(io.Discard) // the caller reports mistakes, once
+	help := func() {
+		set.SetOutput(out)
 		fmt.Fprintf(out, "merlon-ca is the certificate authority of a trust domain.\n\nExample:\n  merlon-ca -config /etc/merlon/ca.yaml\n\nEach setting can also come from %sNAME in the environment.\n\nFlags:\n", EnvPrefix)
 		set.PrintDefaults()
 	}
@@ -62,11 +64,17 @@ func ParseCommandLine(args []string, getenv func(string) string, out io.Writer) 
 			set.Func(name, usage[key], take)
 		}
 	}
-	if err := set.Parse(args); err != nil {
+	if err := set.Parse(args); errors.Is(err, flag.ErrHelp) {
+		help()
 		return nil, err
+	} else if err != nil {
+		return nil, &usageError{err.Error()}
 	}
 	if set.NArg() > 0 {
-		return nil, fmt.Errorf("unexpected argument %q", set.Arg(0))
+		return nil, &usageError{fmt.Sprintf("unexpected argument %q", set.Arg(0))}
+	}
+	if err := new(slog.Level).UnmarshalText([]byte(cl.LogLevel)); err != nil {
+		return nil, &usageError{fmt.Sprintf("log-level: %q is none of debug, info, warn, error", cl.LogLevel)}
 	}
 	if *file == "" {
 		*file = getenv(EnvPrefix + "CONFIG")
@@ -100,9 +108,17 @@ func (cl *CommandLine) load(file string, getenv func(string) string, given map[s
 	return nil
 }
 
+// usageError is a mistake in the command line itself.
+type usageError struct{ reason string }
+
+func (e *usageError) Error() string { return e.reason }
+
 // Hint says in a few words what the reader of err can do next, if that is
 // known.
 func Hint(err error) string {
+	if _, ok := errors.AsType[*usageError](err); ok {
+		return "merlon-ca -h shows every flag and an example"
+	}
 	switch text := err.Error(); {
 	case errors.Is(err, flag.ErrHelp):
 		return ""
@@ -112,7 +128,11 @@ func Hint(err error) string {
 		return "another process has the port: choose another with -address, -https-address or -health-address"
 	case strings.Contains(text, "data_dir in use"):
 		return "another merlon-ca runs on this data directory"
-	case strings.Contains(text, "permission denied"):
+	case strings.Contains(text, "another process listens there"):
+		return "another merlon-ca runs here: stop it, or choose another socket with -admin-socket"
+	case strings.HasPrefix(text, "read the configuration: open"):
+		return "name the file with -config, or give the settings as flags: merlon-ca -h"
+	case strings.Contains(text, "permission denied"), strings.Contains(text, "make data_dir"):
 		return "choose folders this user can write: -data-dir and -admin-socket"
 	}
 	return ""

@@ -21,7 +21,9 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
 
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/ca/capb"
@@ -54,6 +56,10 @@ func (c *Client) attest(ctx context.Context, picture *cache.Cache) error {
 	answer, err := capb.NewNodeClient(cc).Attest(ctx, &capb.AttestRequest{
 		Evidence: &capb.AttestRequest_JoinToken{JoinToken: token}, Csr: csr,
 	})
+	if status.Code(err) == codes.PermissionDenied {
+		// The log's reader can do something about this one.
+		return fmt.Errorf("attest the node: the CA refuses the join token: %s: run `merlon token create` and replace it", status.Convert(err).Message())
+	}
 	if err != nil {
 		return fmt.Errorf("attest the node: %w", err)
 	}
