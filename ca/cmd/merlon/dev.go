@@ -22,7 +22,6 @@ import (
 	"merlon.dev/agent/agentpb"
 	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
-	"merlon.dev/policy/bundle"
 	"merlon.dev/sdk/unixsock"
 )
 
@@ -64,8 +63,8 @@ func (f devFlags) run(ctx context.Context, o *options, stdout, stderr io.Writer)
 	var policy []byte
 	if f.policy != "" {
 		var err error
-		if policy, err = bundle.Build(f.policy); err != nil {
-			return hintError{err, "merlon policy check " + f.policy}
+		if policy, err = buildFolder(f.policy); err != nil {
+			return err
 		}
 	}
 	folder, err := openDevFolder(f.dir)
@@ -111,7 +110,7 @@ func openDevFolder(dir string) (devFolder, error) {
 	}
 	// The folder's mode keeps other users from the sockets and the keys.
 	if err := os.MkdirAll(path, 0o700); err != nil {
-		return devFolder{}, err
+		return devFolder{}, hintError{fmt.Errorf("make the folder: %w", err), "choose a folder that this user can write with --dir"}
 	}
 	return devFolder{path: path}, os.Chmod(path, 0o700) //nolint:gosec // a folder is entered by x
 }

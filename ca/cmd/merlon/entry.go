@@ -6,6 +6,8 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"path"
+	"slices"
 	"strings"
 	"time"
 
@@ -95,7 +97,7 @@ func entryCreate(o *options) *cobra.Command {
 				return err
 			}
 			return o.withCA(cmd.Context(), func(ca capb.AdminClient) error {
-				return createEntry(cmd.Context(), cmd.OutOrStdout(), o, ca, e)
+				return createEntry(cmd, o, ca, e)
 			})
 		},
 	}
@@ -108,7 +110,7 @@ func entryCreate(o *options) *cobra.Command {
 	fl.StringArrayVar(&f.dnsNames, "dns", nil, "DNS name to put into the X509-SVID (repeatable)")
 	fl.StringVar(&f.commonName, "cn", "", "common name of the subject, for software that cannot read URI SANs")
 	fl.StringVar(&f.hint, "hint", "", "hint by which a workload with several identities tells them apart")
-	fl.BoolVar(&f.admin, "admin", false, "the workload may administer the CA")
+	fl.BoolVar(&f.admin, "allow-admin", false, "the workload may administer the CA")
 	fl.StringVar(&f.expires, "expires", "", "end of the entry, RFC 3339")
 	return cmd
 }
@@ -148,7 +150,8 @@ func (f *entryFlags) entry() (*capb.Entry, error) {
 	return e, nil
 }
 
-func createEntry(ctx context.Context, w io.Writer, o *options, ca capb.AdminClient, e *capb.Entry) error {
+func createEntry(cmd *cobra.Command, o *options, ca capb.AdminClient, e *capb.Entry) error {
+	ctx := cmd.Context()
 	if e.GetParentId() == "" {
 		parent, err := onlyAgent(ctx, ca)
 		if err != nil {
@@ -160,7 +163,17 @@ func createEntry(ctx context.Context, w io.Writer, o *options, ca capb.AdminClie
 	if err != nil {
 		return err
 	}
-	return printEntry(w, o, resp.GetEntry())
+	warnAbsentAgent(ctx, cmd.ErrOrStderr(), ca, e.GetParentId())
+	return printEntry(cmd.OutOrStdout(), o, resp.GetEntry())
+}
+
+// warnAbsentAgent tells an entry made ahead of its agent from a typo.
+func warnAbsentAgent(ctx context.Context, stderr io.Writer, ca capb.AdminClient, parent string) {
+	resp, err := ca.ListAgents(ctx, &capb.ListAgentsRequest{})
+	if err != nil || slices.ContainsFunc(resp.GetAgents(), func(a *capb.Agent) bool { return a.GetSpiffeId() == parent }) {
+		return
+	}
+	fmt.Fprintf(stderr, "hint: the entry waits for %s, which has not joined yet: merlon token create --agent %s\n", parent, path.Base(parent))
 }
 
 func entryList(o *options) *cobra.Command {

@@ -40,11 +40,17 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	err := root.ExecuteContext(ctx)
+	cmd, err := root, checkText(args)
+	if err == nil {
+		cmd, err = root.ExecuteContextC(ctx)
+	}
 	if err == nil {
 		return exitOK
 	}
 	code, message, hint := describe(err)
+	if hint == "" && status.Code(err) == codes.InvalidArgument {
+		hint = cmd.CommandPath() + " -h shows every flag and an example; nothing was changed"
+	}
 	if message != "" {
 		fmt.Fprintln(stderr, "merlon: error:", message)
 	}

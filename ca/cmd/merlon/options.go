@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strings"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -50,6 +52,22 @@ func (o *options) register(root *cobra.Command) {
 	}
 }
 
+// checkText names the argument that no message can carry; gRPC would only say
+// that some field cannot be encoded.
+func checkText(args []string) error {
+	for i, arg := range args {
+		if utf8.ValidString(arg) {
+			continue
+		}
+		flag := "the argument"
+		if i > 0 && strings.HasPrefix(args[i-1], "-") {
+			flag = args[i-1]
+		}
+		return usageError{fmt.Sprintf("%s %q is not valid UTF-8", flag, arg), "merlon -h lists the commands; each shows its flags with -h"}
+	}
+	return nil
+}
+
 // withCA calls do with a connection to the CA.
 func (o *options) withCA(ctx context.Context, do func(capb.AdminClient) error) error {
 	if o.ca != "" {
@@ -80,7 +98,7 @@ func (o *options) withSocket(path, daemon string, do func(*grpc.ClientConn) erro
 	switch status.Code(err) {
 	case codes.Unavailable:
 		return hintError{
-			fmt.Errorf("reach %s at %s: %s", daemon, path, status.Convert(err).Message()),
+			fmt.Errorf("reach %s at %s: %s", daemon, path, plainReason(status.Convert(err).Message())),
 			"is it running? name its admin socket with --admin PATH or MERLON_ADMIN; `merlon dev` starts a trust domain here",
 		}
 	case codes.Unimplemented:
@@ -90,6 +108,16 @@ func (o *options) withSocket(path, daemon string, do func(*grpc.ClientConn) erro
 		}
 	}
 	return err
+}
+
+// plainReason is what the system said, out of gRPC's account of how it came to
+// ask: "connection error: desc = \"transport: … dial unix PATH: connect: no
+// such file or directory\"".
+func plainReason(message string) string {
+	if _, reason, ok := strings.Cut(message, "connect: "); ok {
+		return strings.TrimSuffix(reason, `"`)
+	}
+	return message
 }
 
 // socketOwner trusts, besides root and the own user, the owner of the
@@ -133,7 +161,7 @@ func (o *options) withRemoteCA(ctx context.Context, do func(capb.AdminClient) er
 	defer cc.Close()
 	err = do(capb.NewAdminClient(cc))
 	if status.Code(err) == codes.PermissionDenied {
-		return hintError{err, fmt.Sprintf("%s is not an admin: merlon entry create --admin …, on the CA's host", own.ID)}
+		return hintError{err, fmt.Sprintf("%s is not an admin: merlon entry create --allow-admin …, on the CA's host", own.ID)}
 	}
 	return err
 }

@@ -26,15 +26,21 @@ func policyCommand(o *options) *cobra.Command {
 
 // policyFolder reads a policy folder; what is wrong in it is reported with a
 // hint where to look.
-func policyFolder(dir string) (*bundle.Folder, error) {
+func policyFolder(dir string) (*bundle.Folder, error) { return fromFolder(dir, bundle.ReadFolder) }
+
+// buildFolder makes the unsigned policy bundle of a policy folder.
+func buildFolder(dir string) ([]byte, error) { return fromFolder(dir, bundle.Build) }
+
+func fromFolder[T any](dir string, read func(string) (T, error)) (T, error) {
+	var none T
 	if info, err := os.Stat(dir); err != nil || !info.IsDir() {
-		return nil, hintError{fmt.Errorf("%s is not a folder", dir), "give the folder that has the grants (*.yaml) and Rego (*.rego)"}
+		return none, hintError{fmt.Errorf("%s is not a folder", dir), "give the folder that has the grants (*.yaml) and Rego (*.rego)"}
 	}
-	f, err := bundle.ReadFolder(dir)
+	result, err := read(dir)
 	if err != nil {
-		return nil, hintError{err, "correct it and run merlon policy check " + dir + " again; the policy in force is unchanged"}
+		return none, hintError{err, "correct it and run merlon policy check " + dir + " again; the policy in force is unchanged"}
 	}
-	return f, nil
+	return result, nil
 }
 
 // loadFolder compiles the policy in dir as the enforcement points do.

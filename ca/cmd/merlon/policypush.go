@@ -14,7 +14,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"merlon.dev/ca/capb"
-	"merlon.dev/policy/bundle"
 )
 
 // policyNoun joins the verbs that work on a folder with those that need a CA.
@@ -48,9 +47,9 @@ it, or after --wait, and then names those that do not yet.`,
   merlon policy push ./policy --ca ca.example.org:8443`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			raw, err := bundle.Build(args[0])
+			raw, err := buildFolder(args[0])
 			if err != nil {
-				return hintError{err, "merlon policy check " + args[0]}
+				return err
 			}
 			return o.withCA(cmd.Context(), func(ca capb.AdminClient) error {
 				resp, err := ca.PushPolicy(cmd.Context(), &capb.PushPolicyRequest{Name: name, Bundle: raw})

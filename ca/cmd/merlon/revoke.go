@@ -75,7 +75,7 @@ SVID at once; to take its identity away, delete the entry.`,
 			return o.withCA(cmd.Context(), func(ca capb.AdminClient) error {
 				resp, err := ca.Revoke(cmd.Context(), req)
 				if err != nil {
-					return err
+					return listHint(err, "merlon agent list")
 				}
 				r := resp.GetRevocation()
 				if o.output == "json" {

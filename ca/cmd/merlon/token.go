@@ -28,6 +28,24 @@ var tokenKinds = map[string]capb.TokenKind{
 	"bundle-reader": capb.TokenKind_TOKEN_KIND_BUNDLE_READER,
 }
 
+// tokenUse says what to do with a fresh token.
+var tokenUse = map[string]string{
+	"join":          "put the token into a file on the node and name it there: merlon-agent -join-token-file FILE -root-hash ROOT_HASH",
+	"bundle-reader": "it is a bearer token: merlon trust show -o pem > ca.pem; curl --cacert ca.pem -H 'Authorization: Bearer TOKEN' https://CA:8444/v1/policy/bundles/main",
+}
+
+// checkTokenFlags refuses flags of the other kind of token, which would be
+// ignored.
+func checkTokenFlags(kind capb.TokenKind, cmd *cobra.Command) error {
+	if kind == capb.TokenKind_TOKEN_KIND_JOIN && cmd.Flags().Changed("bundle") {
+		return usageError{"--bundle is for tokens that read a policy bundle", "merlon token create --kind bundle-reader --bundle main"}
+	}
+	if kind == capb.TokenKind_TOKEN_KIND_BUNDLE_READER && cmd.Flags().Changed("agent") {
+		return usageError{"--agent is for join tokens", "merlon token create --agent node-1"}
+	}
+	return nil
+}
+
 func tokenCreate(o *options) *cobra.Command {
 	var kind string
 	var ttl time.Duration
@@ -47,6 +65,9 @@ the token only to a CA whose root has that hash.`,
 			if req.Kind, ok = tokenKinds[kind]; !ok {
 				return usageError{fmt.Sprintf("unknown kind of token %q", kind), "use --kind join or --kind bundle-reader"}
 			}
+			if err := checkTokenFlags(req.GetKind(), cmd); err != nil {
+				return err
+			}
 			if ttl < 0 || ttl%time.Second != 0 {
 				return usageError{"--ttl is a positive number of whole seconds", "for example --ttl 10m"}
 			}
@@ -59,8 +80,12 @@ the token only to a CA whose root has that hash.`,
 				if o.output == "json" {
 					return printJSON(cmd.OutOrStdout(), tokenJSON{resp.GetToken(), resp.GetRootHash(), resp.GetAgentId(), timeOf(resp.GetExpiresAt())})
 				}
-				return printFields(cmd.OutOrStdout(), "token", resp.GetToken(), "root_hash", resp.GetRootHash(),
-					"agent_id", resp.GetAgentId(), "expires_at", formatTime(resp.GetExpiresAt()))
+				if err := printFields(cmd.OutOrStdout(), "token", resp.GetToken(), "root_hash", resp.GetRootHash(),
+					"agent_id", resp.GetAgentId(), "expires_at", formatTime(resp.GetExpiresAt())); err != nil {
+					return err
+				}
+				_, err = fmt.Fprintln(cmd.ErrOrStderr(), "hint:", tokenUse[kind])
+				return err
 			})
 		},
 	}
