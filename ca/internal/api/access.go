@@ -27,7 +27,7 @@ import (
 )
 
 // access maps a full method name ("/merlon.ca.v1.Node/Sign") to the kinds of
-// caller that may call it. It is not changed once the server runs.
+// caller that may call it. It is not changed once a server runs.
 type access map[string][]capb.Caller
 
 // accessOf reads the annotations of every service in files.
@@ -145,14 +145,14 @@ func (s *Service) mayAdminister(uid uint32) bool {
 }
 
 // authorize says whether c may call method, as a status error.
-func (s *Service) authorize(c *Caller, method string) error {
-	if s.access.permits(method, c.Kinds) {
+func (t access) authorize(c *Caller, method string) error {
+	if t.permits(method, c.Kinds) {
 		return nil
 	}
 	if c.Fault != "" {
 		return status.Errorf(codes.Unauthenticated, "%s: %s", c.Name, c.Fault)
 	}
-	kinds := s.access[method]
+	kinds := t[method]
 	if len(kinds) == 0 {
 		return status.Errorf(codes.PermissionDenied, "%s is open to nobody", method)
 	}

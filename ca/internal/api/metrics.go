@@ -27,7 +27,7 @@ func newMetrics(to prometheus.Registerer, reg *registry.Registry) *metrics {
 			Name: "merlon_refused_calls_total", Help: "Calls whose caller was not let through, by gRPC code.",
 		}, []string{"code"}),
 		unrecorded: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "merlon_audit_unrecorded_refusals_total", Help: "Refusals of anonymous callers that were too many to be written to the audit log.",
+			Name: "merlon_audit_unrecorded_refusals_total", Help: "Refusals of callers without any right that were too many to be written to the audit log.",
 		}),
 	}
 	to.MustRegister(m.issued, m.attestation, m.refused, m.unrecorded)

@@ -41,14 +41,15 @@ const (
 	pingInterval    = 30 * time.Second
 	pingTimeout     = 10 * time.Second
 	minClientPing   = 10 * time.Second
+	maxIdle         = 5 * time.Minute // without a call: agents have their Sync
 )
 
-// Refusals of callers who prove nothing are written down at most so often;
-// beyond it only a metric counts them, or anyone who reaches the port could
-// fill the disk.
+// Refusals of callers without any right are written down at most so often;
+// beyond it only a metric counts them, or anyone who reaches the port, and any
+// workload, could fill the disk, after which nothing is issued.
 const (
-	anonymousRefusalsPerSecond = 20
-	anonymousRefusalsBurst     = 1000
+	refusalsPerSecond = 20
+	refusalsBurst     = 1000
 )
 
 // Keys is what the service needs of the CA's keys; *upstream.Keys has it. The
@@ -84,9 +85,11 @@ type Service struct {
 	opts     Options
 	registry *registry.Registry
 	log      *slog.Logger
-	access   access
 	metrics  *metrics
-	refusals *rate.Limiter
+	calls    calls
+	// refusals bounds how many of those who prove nothing are written down,
+	// powerless how many of those whose SVID gives them no right here.
+	refusals, powerless *rate.Limiter
 
 	auditFault atomic.Pointer[error] // why the audit log took no record, once
 	stopping   chan struct{}
@@ -97,10 +100,11 @@ type Service struct {
 func New(o Options) *Service {
 	return &Service{
 		opts: o, registry: o.Registry, log: o.Log,
-		access:   accessOf(capb.File_ca_capb_node_proto, capb.File_ca_capb_admin_proto),
-		metrics:  newMetrics(o.Metrics, o.Registry),
-		refusals: rate.NewLimiter(anonymousRefusalsPerSecond, anonymousRefusalsBurst),
-		stopping: make(chan struct{}),
+		metrics:   newMetrics(o.Metrics, o.Registry),
+		calls:     newCalls(),
+		refusals:  rate.NewLimiter(refusalsPerSecond, refusalsBurst),
+		powerless: rate.NewLimiter(refusalsPerSecond, refusalsBurst),
+		stopping:  make(chan struct{}),
 	}
 }
 
@@ -111,7 +115,7 @@ func (s *Service) StopStreams() { s.stop.Do(func() { close(s.stopping) }) }
 // TLSServer returns the server of the TLS port, on which agents and
 // administrators with an SVID call.
 func (s *Service) TLSServer(cfg *tls.Config) *grpc.Server {
-	srv := grpc.NewServer(append(s.serverOptions(), grpc.Creds(newServerCreds(cfg)))...)
+	srv := grpc.NewServer(append(s.serverOptions(accessTable()), grpc.Creds(newServerCreds(cfg)))...)
 	capb.RegisterNodeServer(srv, s)
 	capb.RegisterAdminServer(srv, s)
 	return srv
@@ -120,7 +124,8 @@ func (s *Service) TLSServer(cfg *tls.Config) *grpc.Server {
 // SocketServer returns the server of the admin socket. The services that
 // extra registers there are for administrators, all of their RPCs.
 func (s *Service) SocketServer(extra ...func(grpc.ServiceRegistrar)) *grpc.Server {
-	srv := grpc.NewServer(append(s.serverOptions(), grpc.Creds(unixsock.ServerCredentials()))...)
+	table := accessTable()
+	srv := grpc.NewServer(append(s.serverOptions(table), grpc.Creds(unixsock.ServerCredentials()))...)
 	capb.RegisterAdminServer(srv, s)
 	for _, register := range extra {
 		register(srv)
@@ -130,27 +135,40 @@ func (s *Service) SocketServer(extra ...func(grpc.ServiceRegistrar)) *grpc.Serve
 			continue
 		}
 		for _, m := range info.Methods {
-			s.access["/"+name+"/"+m.Name] = []capb.Caller{capb.Caller_CALLER_ADMIN}
+			table["/"+name+"/"+m.Name] = []capb.Caller{capb.Caller_CALLER_ADMIN}
 		}
 	}
 	return srv
 }
 
-func (s *Service) serverOptions() []grpc.ServerOption {
+// accessTable is a fresh one for each server, because one of them adds to it.
+func accessTable() access {
+	return accessOf(capb.File_ca_capb_node_proto, capb.File_ca_capb_admin_proto)
+}
+
+// door is what every call on one server passes.
+type door struct {
+	*Service
+	access access
+}
+
+func (s *Service) serverOptions(table access) []grpc.ServerOption {
+	d := door{s, table}
 	return []grpc.ServerOption{
 		grpc.ConnectionTimeout(svid.HandshakeTimeout),
 		grpc.MaxRecvMsgSize(maxMessageBytes),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
 		grpc.MaxConcurrentStreams(maxStreams),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingInterval, Timeout: pingTimeout}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingInterval, Timeout: pingTimeout, MaxConnectionIdle: maxIdle}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minClientPing, PermitWithoutStream: true}),
-		grpc.ChainUnaryInterceptor(s.unary),
-		grpc.ChainStreamInterceptor(s.stream),
+		grpc.InTapHandle(s.tap),
+		grpc.ChainUnaryInterceptor(d.unary),
+		grpc.ChainStreamInterceptor(d.stream),
 		grpc.WaitForHandlers(true),
 	}
 }
 
-func (s *Service) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+func (s door) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	ctx, err := s.admit(ctx, info.FullMethod)
 	if err != nil {
 		return nil, err
@@ -162,7 +180,7 @@ func (s *Service) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo
 	return resp, nil
 }
 
-func (s *Service) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+func (s door) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	ctx, err := s.admit(stream.Context(), info.FullMethod)
 	if err != nil {
 		return err
@@ -182,9 +200,9 @@ type admittedStream struct {
 func (a *admittedStream) Context() context.Context { return a.ctx }
 
 // admit lets the caller of ctx through to method, or refuses.
-func (s *Service) admit(ctx context.Context, method string) (context.Context, error) {
+func (s door) admit(ctx context.Context, method string) (context.Context, error) {
 	caller := s.callerOf(ctx)
-	if err := s.authorize(caller, method); err != nil {
+	if err := s.access.authorize(caller, method); err != nil {
 		return nil, s.refuse(ctx, caller, method, err)
 	}
 	return context.WithValue(ctx, callerKey{}, caller), nil
@@ -194,7 +212,11 @@ func (s *Service) admit(ctx context.Context, method string) (context.Context, er
 // returns cause.
 func (s *Service) refuse(ctx context.Context, caller *Caller, what string, cause error) error {
 	s.metrics.refused.WithLabelValues(status.Code(cause).String()).Inc()
-	if len(caller.Kinds) <= 1 && caller.Peer == nil && !s.refusals.Allow() {
+	limiter := s.refusals
+	if caller.Peer != nil {
+		limiter = s.powerless
+	}
+	if len(caller.Kinds) <= 1 && !limiter.Allow() {
 		s.metrics.unrecorded.Inc()
 		return cause
 	}
