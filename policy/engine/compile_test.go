@@ -30,6 +30,7 @@ func TestT30BuiltinsThatAreNotAllowed(t *testing.T) {
 		"in a comprehension":   {`allow if [x | x := http.send({})][0]`, "http.send is not available"},
 		"in a head":            {`allow := http.send({"method": "GET", "url": "http://evil.test"}).body`, "http.send is not available"},
 		"in a default":         {"default allow := false\nallow if { every x in [1] { http.send(x) } }", "http.send is not available"},
+		"bits.lsh":             {`allow if bits.lsh(1, to_number(input.parsed_query.n[0])) == 1`, "bits.lsh is not available"},
 		"unknown function":     {`allow if does.nothing(1)`, "undefined function does.nothing"},
 	}
 	for name, tt := range tests {
