@@ -87,6 +87,9 @@ func checkAsked(modules map[string]string) error {
 			stray, file = m, name
 		}
 	}
+	if stray == nil {
+		return nil // there is none
+	}
 	return errorAt(stray.Package.Location, file, "%s is never asked; put boolean rules allow and deny into package authz", stray.Package)
 }
 

@@ -61,6 +61,15 @@ func TestT30CapabilitiesHoldWithoutTheExplanation(t *testing.T) {
 	}
 }
 
+func TestForeignModuleAloneIsCompiled(t *testing.T) {
+	if err := CheckModules(map[string]string{ModuleName: "package merlon\n\nx := http.send({})\n"}); err == nil {
+		t.Error("no error")
+	}
+	if err := CheckModules(map[string]string{ModuleName: "package merlon\n\nx := 1\n"}); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestUsefulBuiltinsAreAllowed(t *testing.T) {
 	err := CheckModules(map[string]string{"authz.rego": `package authz
 
