@@ -91,7 +91,10 @@ func (r *Registry) readBack(ctx context.Context, from, to uint64) ([]removal, bo
 		if b.Revision > to {
 			return removals, true
 		}
-		removals = appendRemovals(removals, b)
+		var ok bool
+		if removals, ok = appendRemovals(removals, b); !ok {
+			return nil, false
+		}
 		if b.Revision == to {
 			return removals, true
 		}
@@ -99,15 +102,19 @@ func (r *Registry) readBack(ctx context.Context, from, to uint64) ([]removal, bo
 	return nil, false
 }
 
-func appendRemovals(to []removal, b store.Batch) []removal {
+// appendRemovals says no when it cannot tell whose entry was removed: were it
+// passed over, its agent would go on serving it.
+func appendRemovals(to []removal, b store.Batch) ([]removal, bool) {
 	for _, ev := range b.Events {
 		id, ok := strings.CutPrefix(ev.KV.Key, EntryPrefix)
-		if !ok || !ev.Delete || ev.Prev == nil {
+		if !ok || !ev.Delete || ev.Prev == nil { // nil: there was none to remove
 			continue
 		}
-		if e, err := entry.Decode(ev.Prev); err == nil {
-			to = append(to, removal{revision: b.Revision, parent: e.ParentID, id: id})
+		e, err := entry.Decode(ev.Prev)
+		if err != nil {
+			return nil, false
 		}
+		to = append(to, removal{revision: b.Revision, parent: e.ParentID, id: id})
 	}
-	return to
+	return to, true
 }
