@@ -21,6 +21,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/net/netutil"
 )
 
 // Limits of the HTTP side. A probe sends a few hundred bytes and no body;
@@ -31,6 +32,9 @@ const (
 	idleTimeout    = time.Minute
 	maxHeaderBytes = 8 << 10
 	drainTimeout   = 2 * time.Second
+	// maxConnections keeps any user of the machine from using up the files
+	// that the process may open.
+	maxConnections = 1000
 )
 
 // Server holds the readiness checks and the metrics of one process. Its
@@ -169,7 +173,7 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
 	done := make(chan error, 1)
-	go func() { done <- srv.Serve(lis) }()
+	go func() { done <- srv.Serve(netutil.LimitListener(lis, maxConnections)) }()
 	select {
 	case err := <-done:
 		s.Stop()

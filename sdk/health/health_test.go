@@ -145,6 +145,49 @@ func TestOnlyProbesAreServed(t *testing.T) {
 	}
 }
 
+// countingListener counts the connections that were accepted.
+type countingListener struct {
+	net.Listener
+	accepted atomic.Int64
+}
+
+func (l *countingListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err == nil {
+		l.accepted.Add(1)
+	}
+	return c, err
+}
+
+// The process may open so many files only, and others wait for some.
+func TestConnectionsAreBounded(t *testing.T) {
+	inner, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lis := &countingListener{Listener: inner}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- health.New(slog.New(slog.DiscardHandler)).Serve(ctx, lis) }()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}()
+	for range 1100 {
+		c, err := net.Dial("tcp", inner.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	time.Sleep(200 * time.Millisecond) // for what must not happen
+	if n := lis.accepted.Load(); n > 1000 {
+		t.Errorf("%d connections at the same time; want at most 1000", n)
+	}
+}
+
 // startGRPC serves the health service and returns a client of it.
 func startGRPC(t *testing.T, s *health.Server) healthgrpc.HealthClient {
 	t.Helper()
