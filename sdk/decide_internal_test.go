@@ -54,8 +54,18 @@ func TestPushDuringAHandshakeIsNotMissed(t *testing.T) {
 			id.current.Store(&now)
 		}, false},
 		"identity withdrawn": {func(id *Identity, _ *trackedConn) { id.current.Store(&current{err: errors.New("gone")}) }, false},
-		"identity closed":    {func(id *Identity, _ *trackedConn) { id.closed.Store(true) }, false},
-		"connection closed":  {func(_ *Identity, c *trackedConn) { c.closed.Store(true) }, false},
+		"identity renamed": {func(id *Identity, _ *trackedConn) {
+			now := *id.current.Load()
+			now.svid = &x509svid.SVID{ID: spiffeid.RequireFromString("spiffe://sdktest.test/other")}
+			id.current.Store(&now)
+		}, false},
+		"identity rotated": {func(id *Identity, _ *trackedConn) {
+			now := *id.current.Load()
+			now.notAfter = now.notAfter.Add(time.Hour)
+			id.current.Store(&now)
+		}, true},
+		"identity closed":   {func(id *Identity, _ *trackedConn) { id.closed.Store(true) }, false},
+		"connection closed": {func(_ *Identity, c *trackedConn) { c.closed.Store(true) }, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			id, peer := bare(), peerUnder("bb", "aa")
@@ -63,8 +73,9 @@ func TestPushDuringAHandshakeIsNotMissed(t *testing.T) {
 				t.Fatal(err)
 			}
 			conn := &trackedConn{table: id.conns}
+			own := id.current.Load()
 			tc.push(id, conn) // between the first look and the entry
-			err := id.enter(new(*x509.Certificate), conn, peer, time.Now())
+			err := id.enter(new(*x509.Certificate), conn, peer, own, time.Now())
 			if (err == nil) != tc.ok {
 				t.Errorf("enter = %v; want success %v", err, tc.ok)
 			}
@@ -72,6 +83,28 @@ func TestPushDuringAHandshakeIsNotMissed(t *testing.T) {
 				t.Errorf("%d connections in the table", size)
 			}
 		})
+	}
+}
+
+// A connection ends with the X509-SVID that it has shown, also where a later
+// one has come before the handshake was done.
+func TestConnectionEndsWithWhatItHasShown(t *testing.T) {
+	id, peer, key := bare(), peerUnder("aa"), new(*x509.Certificate)
+	peer.NotAfter = time.Now().Add(3 * time.Hour)
+	shown := id.snapshot()
+	later := *id.current.Load()
+	later.svid, later.notAfter = &x509svid.SVID{ID: later.svid.ID}, later.notAfter.Add(time.Hour)
+	id.current.Store(&later)
+	if got, err := shown.GetX509SVID(); err != nil || got != shown.svid {
+		t.Errorf("shows %v, %v", got, err)
+	}
+	conn := &trackedConn{table: id.conns}
+	if err := id.enter(key, conn, peer, shown.current, time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	v, _ := id.conns.conns.Load(key)
+	if c := v.(*liveConn); !c.end.Equal(shown.notAfter) {
+		t.Errorf("ends at %v; want %v", c.end, shown.notAfter)
 	}
 }
 

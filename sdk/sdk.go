@@ -132,7 +132,11 @@ func (id *Identity) ID() spiffeid.ID {
 // GetX509SVID gives the current X509-SVID, as x509svid.Source demands. It is
 // an error when the agent withdrew it or it expired.
 func (id *Identity) GetX509SVID() (*x509svid.SVID, error) {
-	now := id.current.Load()
+	return id.present(id.current.Load())
+}
+
+// present gives the X509-SVID of now, if it may still be shown.
+func (id *Identity) present(now *current) (*x509svid.SVID, error) {
 	switch {
 	case id.closed.Load():
 		return nil, errors.New("the identity is closed")

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"merlon.dev/policy"
 	"merlon.dev/sdk/svid"
@@ -40,7 +41,7 @@ func (id *Identity) ServerTLS(protocols ...string) *tls.Config {
 }
 
 func (id *Identity) serverTLS(also verdict, protocols []string) *tls.Config {
-	cfg := id.tlsBase(protocols).Server()
+	cfg := id.tlsBase(id, protocols).Server()
 	// Without GetConfigForClient, should somebody clear it, cfg still verifies;
 	// only its connections could not be cut, so it lets nobody in.
 	cfg.VerifyConnection = func(tls.ConnectionState) error {
@@ -51,8 +52,9 @@ func (id *Identity) serverTLS(also verdict, protocols []string) *tls.Config {
 			return nil, errors.New("the connection below TLS is not known")
 		}
 		limitHandshake(hello)
-		inner := id.tlsBase(protocols).Server()
-		inner.VerifyConnection = id.verify(hello.Context(), hello.Conn, also)
+		own := id.snapshot()
+		inner := id.tlsBase(own, protocols).Server()
+		inner.VerifyConnection = id.verify(hello.Context(), hello.Conn, own, also)
 		return inner, nil
 	}
 	return cfg
@@ -81,12 +83,12 @@ func limitHandshake(hello *tls.ClientHelloInfo) {
 // it alone are not cut from this side; the other side cuts them if it is
 // Merlon's. Prefer [Identity.DialTLS] where the client takes a dial function.
 func (id *Identity) ClientTLS(to Target, protocols ...string) *tls.Config {
-	return id.clientTLS(nil, to, protocols)
+	return id.clientTLS(nil, nil, id, to, protocols)
 }
 
-func (id *Identity) clientTLS(raw net.Conn, to Target, protocols []string) *tls.Config {
-	cfg := id.tlsBase(protocols).Client()
-	cfg.VerifyConnection = id.verify(context.Background(), raw, func(_ context.Context, p *svid.Peer) error {
+func (id *Identity) clientTLS(raw net.Conn, own *snapshot, svids x509svid.Source, to Target, protocols []string) *tls.Config {
+	cfg := id.tlsBase(svids, protocols).Client()
+	cfg.VerifyConnection = id.verify(context.Background(), raw, own, func(_ context.Context, p *svid.Peer) error {
 		own, err := id.GetX509SVID()
 		if err != nil {
 			return err
@@ -100,18 +102,30 @@ func (id *Identity) clientTLS(raw net.Conn, to Target, protocols []string) *tls.
 	return cfg
 }
 
+// snapshot is what one handshake presents, whatever the agent sends meanwhile:
+// the connection ends with that X509-SVID, and not with a later one.
+type snapshot struct {
+	id *Identity
+	*current
+}
+
+func (id *Identity) snapshot() *snapshot { return &snapshot{id, id.current.Load()} }
+
+// GetX509SVID implements x509svid.Source.
+func (s *snapshot) GetX509SVID() (*x509svid.SVID, error) { return s.id.present(s.current) }
+
 // tlsBase has no Admit, so a configuration whose VerifyConnection is not
 // replaced refuses everyone.
-func (id *Identity) tlsBase(protocols []string) svid.TLS {
+func (id *Identity) tlsBase(svids x509svid.Source, protocols []string) svid.TLS {
 	if len(protocols) == 0 {
 		protocols = httpProtocols
 	}
-	return svid.TLS{SVIDs: id, Bundles: id, NextProtos: protocols}
+	return svid.TLS{SVIDs: svids, Bundles: id, NextProtos: protocols}
 }
 
 // verify makes the VerifyConnection of one connection, or of all connections
 // of a client configuration, for which raw is nil.
-func (id *Identity) verify(ctx context.Context, raw net.Conn, also verdict) func(tls.ConnectionState) error {
+func (id *Identity) verify(ctx context.Context, raw net.Conn, own *snapshot, also verdict) func(tls.ConnectionState) error {
 	return func(cs tls.ConnectionState) error {
 		now := time.Now()
 		peer, err := svid.VerifyChain(cs.PeerCertificates, id, now)
@@ -122,7 +136,7 @@ func (id *Identity) verify(ctx context.Context, raw net.Conn, also verdict) func
 			err = also(ctx, peer)
 		}
 		if err == nil && raw != nil {
-			err = id.enter(&cs.PeerCertificates[0], raw, peer, now)
+			err = id.enter(&cs.PeerCertificates[0], raw, peer, own.current, now)
 		}
 		if err != nil {
 			id.logRefused(ctx, raw, err)
@@ -154,8 +168,8 @@ func (e *revokedError) Error() string {
 // enter puts the connection into the table and then looks at revocations and
 // trust again: a push between the first look and the entry would have missed
 // the connection.
-func (id *Identity) enter(key connKey, raw net.Conn, peer *svid.Peer, now time.Time) error {
-	own := id.current.Load()
+// own is what this side has presented.
+func (id *Identity) enter(key connKey, raw net.Conn, peer *svid.Peer, own *current, now time.Time) error {
 	if own.svid == nil {
 		return own.err
 	}
@@ -168,10 +182,14 @@ func (id *Identity) enter(key connKey, raw net.Conn, peer *svid.Peer, now time.T
 		tracked.key.Store(key)
 	}
 	id.conns.add(key, &liveConn{raw: raw, peer: peer, end: end}, now)
-	err := id.admit(peer)
+	err, latest := id.admit(peer), id.current.Load()
 	switch {
 	case err != nil:
-	case !id.current.Load().trusts(peer):
+	case latest.svid == nil:
+		err = latest.err
+	case latest.svid.ID != own.svid.ID:
+		err = fmt.Errorf("the own SPIFFE ID %s has changed", own.svid.ID)
+	case !latest.trusts(peer):
 		err = fmt.Errorf("the trust in the authority of %s was withdrawn", peer.ID)
 	case isTracked && tracked.closed.Load():
 		err = net.ErrClosed
@@ -196,7 +214,8 @@ func (id *Identity) ServerHandshake(ctx context.Context, raw net.Conn, protocols
 // it may be empty. On error raw is closed.
 func (id *Identity) ClientHandshake(ctx context.Context, raw net.Conn, to Target, serverName string, protocols ...string) (*tls.Conn, error) {
 	tracked := id.conns.track(raw)
-	cfg := id.clientTLS(tracked, to, protocols)
+	own := id.snapshot()
+	cfg := id.clientTLS(tracked, own, own, to, protocols)
 	cfg.ServerName = serverName
 	ctx, cancel := context.WithTimeout(ctx, svid.HandshakeTimeout)
 	defer cancel()
