@@ -5,6 +5,7 @@ package ca
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 
@@ -31,6 +32,12 @@ func (b bundles) handler(log *slog.Logger) http.Handler {
 
 func (b bundles) load(ctx context.Context, name string) (*bundle.Published, <-chan struct{}, error) {
 	changed := b.registry.HeadsChanged() // before the read: no change is missed
+	// Again for each load: the caller may have waited for minutes.
+	if c := web.CallerFrom(ctx); c != nil && c.Peer != nil {
+		if fault := b.service.PeerCaller(c.Peer).Fault; fault != "" {
+			return nil, nil, fmt.Errorf("%s: %s", c.Name, fault)
+		}
+	}
 	signed, head, err := b.releases.Current(ctx, name)
 	if errors.Is(err, release.ErrNone) {
 		return nil, changed, bundle.ErrNotFound

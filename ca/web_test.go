@@ -221,3 +221,55 @@ func TestHealthSaysReady(t *testing.T) {
 		}
 	}
 }
+
+// A poll that waits outlives what let it in.
+func TestRevokedAgentGetsNothingFromAPollThatWaits(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	pushPolicy(t, c)
+	a := c.agent("n1")
+	url := "https://" + c.srv.HTTPSAddress().String() + "/v1/policy/bundles/main"
+	client := httpClient(t, a.key, a.chain)
+	first, err := client.Do(newGet(t, url))
+	if err != nil {
+		t.Fatal(err)
+	}
+	first.Body.Close()
+	poll := newGet(t, url)
+	poll.Header.Set("If-None-Match", first.Header.Get("ETag"))
+	poll.Header.Set("Prefer", "modes=snapshot;wait=15")
+	type answer struct {
+		resp *http.Response
+		err  error
+	}
+	answers := make(chan answer, 1)
+	go func() {
+		resp, err := client.Do(poll) //nolint:bodyclose // closed below
+		answers <- answer{resp, err}
+	}()
+	select {
+	case got := <-answers:
+		t.Fatalf("the poll did not wait: %v, %v", got.resp, got.err)
+	case <-time.After(300 * time.Millisecond):
+	}
+	if _, err := c.admin.Revoke(t.Context(), &capb.RevokeRequest{Subject: &capb.RevokeRequest_AgentId{AgentId: a.id}}); err != nil {
+		t.Fatal(err)
+	}
+	pushPolicy(t, c)
+	got := <-answers
+	if got.err != nil {
+		t.Fatal(got.err)
+	}
+	defer got.resp.Body.Close()
+	if got.resp.StatusCode != http.StatusServiceUnavailable {
+		t.Errorf("after the revocation: %s; want 503", got.resp.Status)
+	}
+}
+
+func newGet(t *testing.T, url string) *http.Request {
+	t.Helper()
+	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}

@@ -146,8 +146,8 @@ func (s *Server) policyBundle(w http.ResponseWriter, r *http.Request, name strin
 
 type callerKey struct{}
 
-// CallerFrom returns who was let through to Options.Bundles; nil for the
-// holder of a bundle-reader token.
+// CallerFrom returns who was let through to Options.Bundles: an anonymous
+// caller for the holder of a bundle-reader token.
 func CallerFrom(ctx context.Context) *api.Caller {
 	c, _ := ctx.Value(callerKey{}).(*api.Caller)
 	return c
