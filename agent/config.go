@@ -124,7 +124,7 @@ func (e *InvalidError) Error() string { return e.Field + ": " + e.Reason }
 
 // ReadConfig reads a YAML file. Unknown keys are errors.
 func ReadConfig(path string) (Config, error) {
-	data, err := os.ReadFile(path)
+	data, err := strictyaml.ReadFile(path)
 	if err != nil {
 		return Config{}, fmt.Errorf("read config: %w", err)
 	}

@@ -8,7 +8,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"log/slog"
 	"strings"
 )
 
@@ -21,8 +20,6 @@ type CommandLine struct {
 	Config Config
 	// ValidateOnly: look at the settings and leave.
 	ValidateOnly bool
-	// LogLevel is "debug", "info", "warn" or "error".
-	LogLevel string
 }
 
 var usage = map[string]string{
@@ -38,6 +35,8 @@ var usage = map[string]string{
 	"jwt_svid_ttl":   "life of JWT-SVIDs whose entry does not say (default 5m)",
 	"agent_svid_ttl": "life of the agents' X509-SVIDs (default 1h)",
 	"development":    "mark the root as a development root",
+	"log_level":      "debug, info, warn or error (default info)",
+	"log_format":     "text or json (default text)",
 }
 
 // ParseCommandLine reads args (without the program's name), the environment
@@ -54,7 +53,6 @@ func ParseCommandLine(args []string, getenv func(string) string, out io.Writer) 
 	}
 	file := set.String("config", "", "YAML file with the settings")
 	set.BoolVar(&cl.ValidateOnly, "validate", false, "look at the settings and leave")
-	set.StringVar(&cl.LogLevel, "log-level", "info", "debug, info, warn or error")
 	given := make(map[string]string)
 	for _, key := range Keys() {
 		take := func(text string) error { given[key] = text; return nil }
@@ -72,9 +70,6 @@ func ParseCommandLine(args []string, getenv func(string) string, out io.Writer) 
 	}
 	if set.NArg() > 0 {
 		return nil, &usageError{fmt.Sprintf("unexpected argument %q", set.Arg(0))}
-	}
-	if err := new(slog.Level).UnmarshalText([]byte(cl.LogLevel)); err != nil {
-		return nil, &usageError{fmt.Sprintf("log-level: %q is none of debug, info, warn, error", cl.LogLevel)}
 	}
 	if *file == "" {
 		*file = getenv(EnvPrefix + "CONFIG")

@@ -7,9 +7,9 @@ package ca
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
-	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -85,7 +85,14 @@ type Config struct {
 	// Development marks the root as one that nobody should trust.
 	Development bool `yaml:"development"`
 
-	// Logger takes the log; nil discards it.
+	// LogLevel is debug, info, warn or error. Default: info.
+	LogLevel string `yaml:"log_level"`
+
+	// LogFormat is text or json. Default: text.
+	LogFormat string `yaml:"log_format"`
+
+	// Logger takes the log; nil discards it. merlon-ca makes it by LogLevel and
+	// LogFormat, as NewLogger does.
 	Logger *slog.Logger `yaml:"-"`
 
 	// AdminServices register further services on the admin socket. All of their
@@ -95,7 +102,7 @@ type Config struct {
 
 // ReadConfig reads a YAML file. Unknown keys are errors.
 func ReadConfig(path string) (Config, error) {
-	data, err := os.ReadFile(path)
+	data, err := strictyaml.ReadFile(path)
 	if err != nil {
 		return Config{}, fmt.Errorf("read the configuration: %w", err)
 	}
@@ -116,6 +123,7 @@ func Keys() []string {
 	return []string{
 		"trust_domain", "data_dir", "address", "https_address", "health_address", "admin_socket", "admin_uids",
 		"dns_names", "x509_svid_ttl", "jwt_svid_ttl", "agent_svid_ttl", "development",
+		"log_level", "log_format",
 	}
 }
 
@@ -148,6 +156,10 @@ func (c *Config) Set(key, text string) error {
 		c.AgentSVIDTTL, err = time.ParseDuration(text)
 	case "development":
 		c.Development, err = strconv.ParseBool(text)
+	case "log_level":
+		c.LogLevel = text
+	case "log_format":
+		c.LogFormat = text
 	default:
 		err = errors.New("no such setting")
 	}
@@ -201,7 +213,34 @@ func (c Config) Validate() error {
 			return err
 		}
 	}
+	if _, err := parseLevel(c.LogLevel); err != nil {
+		return err
+	}
+	if c.LogFormat != "text" && c.LogFormat != "json" {
+		return fmt.Errorf("log_format: %q is neither text nor json", c.LogFormat)
+	}
 	return c.checkTTLs()
+}
+
+func parseLevel(name string) (level slog.Level, err error) {
+	if err := level.UnmarshalText([]byte(name)); err != nil || strings.ContainsAny(name, "+-") {
+		return 0, fmt.Errorf("log_level: %q is none of debug, info, warn, error", name)
+	}
+	return level, nil
+}
+
+// NewLogger is the log that LogLevel and LogFormat ask for, on w.
+func (c Config) NewLogger(w io.Writer) (*slog.Logger, error) {
+	c = c.withDefaults()
+	level, err := parseLevel(c.LogLevel)
+	if err != nil {
+		return nil, err
+	}
+	options := &slog.HandlerOptions{Level: level}
+	if c.LogFormat == "json" {
+		return slog.New(slog.NewJSONHandler(w, options)), nil
+	}
+	return slog.New(slog.NewTextHandler(w, options)), nil
 }
 
 func (c Config) checkTTLs() error {
@@ -241,6 +280,8 @@ func (c Config) withDefaults() Config {
 		{&c.HTTPSAddress, DefaultHTTPSAddress},
 		{&c.HealthAddress, DefaultHealthAddress},
 		{&c.AdminSocket, DefaultAdminSocket},
+		{&c.LogLevel, "info"},
+		{&c.LogFormat, "text"},
 	} {
 		if *s.field == "" {
 			*s.field = s.def

@@ -28,6 +28,8 @@ func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 		"DNS name":        {"trust_domain: a.test\ndns_names: ['*.a.test']\n", "dns_names: "},
 		"long TTL":        {"trust_domain: a.test\nx509_svid_ttl: 48h\n", "x509_svid_ttl: "},
 		"negative TTL":    {"trust_domain: a.test\nagent_svid_ttl: -1h\n", "agent_svid_ttl: "},
+		"log level":       {"trust_domain: a.test\nlog_level: loud\n", "log_level: "},
+		"log format":      {"trust_domain: a.test\nlog_format: xml\n", "log_format: "},
 		"bare TTL":        {"trust_domain: a.test\njwt_svid_ttl: 5\n", "ca.yaml:2:"},
 	} {
 		c, err := ParseConfig("ca.yaml", []byte(test.yaml))

@@ -8,6 +8,8 @@ package strictyaml
 import (
 	"errors"
 	"fmt"
+	"io"
+	"os"
 	"unicode/utf8"
 
 	"github.com/goccy/go-yaml"
@@ -66,6 +68,17 @@ func Decode(name string, data []byte, into any) error {
 	}
 	d := decoder{file: name}
 	return d.decodeRoot(root, into)
+}
+
+// ReadFile reads a file for Decode: at most one byte more than Decode takes,
+// which then says so, however much there is.
+func ReadFile(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, MaxBytes+1))
 }
 
 func parse(name string, data []byte) (ast.Node, error) {

@@ -157,3 +157,14 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
+
+// A config that is named by mistake may be endless.
+func TestReadFileStopsWhereDecodeRefuses(t *testing.T) {
+	data, err := ReadFile("/dev/zero")
+	if err != nil || len(data) != MaxBytes+1 {
+		t.Fatalf("ReadFile(/dev/zero) = %d bytes, %v; want %d", len(data), err, MaxBytes+1)
+	}
+	if err := Decode("zero", data, &struct{}{}); err == nil || !strings.Contains(err.Error(), "is longer than") {
+		t.Errorf("Decode = %v; want a refusal of the length", err)
+	}
+}

@@ -9,7 +9,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"os/signal"
 	"syscall"
@@ -38,15 +37,15 @@ func main1() int {
 }
 
 func run(ctx context.Context, cl *ca.CommandLine, out io.Writer) error {
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(cl.LogLevel)); err != nil {
-		return fmt.Errorf("log-level: %w", err)
-	}
 	if cl.ValidateOnly {
 		_, err := fmt.Fprintln(out, "the settings are valid")
 		return err
 	}
-	cl.Config.Logger = slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	log, err := cl.Config.NewLogger(os.Stderr)
+	if err != nil {
+		return err
+	}
+	cl.Config.Logger = log
 	s, err := ca.New(cl.Config)
 	if err != nil {
 		return err
