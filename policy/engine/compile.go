@@ -57,8 +57,7 @@ func errorAt(loc *ast.Location, file, format string, args ...any) *Error {
 // is absent.
 func CheckModules(modules map[string]string) error {
 	if module, present := modules[ModuleName]; !hasOwnRego(modules) && (!present || module == Module) {
-		_, err := grantsOnly()
-		return err
+		return nil // tests compile Module
 	}
 	if err := checkAsked(modules); err != nil {
 		return err

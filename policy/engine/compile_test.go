@@ -61,6 +61,12 @@ func TestT30CapabilitiesHoldWithoutTheExplanation(t *testing.T) {
 	}
 }
 
+func TestModuleCompiles(t *testing.T) {
+	if _, err := compile(map[string]string{ModuleName: Module}, nil); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestForeignModuleAloneIsCompiled(t *testing.T) {
 	if err := CheckModules(map[string]string{ModuleName: "package merlon\n\nx := http.send({})\n"}); err == nil {
 		t.Error("no error")
