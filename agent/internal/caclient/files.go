@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -38,7 +39,7 @@ type storedTrust struct {
 // WriteFile replaces name in dir in one step, readable by the agent's user
 // only: after a crash there is the old content or the new.
 func WriteFile(dir, name string, content []byte) error {
-	tmp, err := os.CreateTemp(dir, "."+name+"-*") // mode 0600
+	tmp, err := os.CreateTemp(dir, unfinished+name+"-*") // mode 0600
 	if err != nil {
 		return fmt.Errorf("write %s: %w", name, err)
 	}
@@ -103,6 +104,26 @@ func MakeDataDir(dir string) error {
 	}
 	if !fi.IsDir() || fi.Mode().Perm()&0o077 != 0 {
 		return fmt.Errorf("data directory %s has mode %04o, which lets other users in; chmod it to 0700", dir, fi.Mode().Perm())
+	}
+	return removeUnfinished(dir)
+}
+
+// unfinished is how the names of files begin that WriteFile has not renamed
+// yet; none that it writes begins so.
+const unfinished = ".new-"
+
+// removeUnfinished removes what a crash left of WriteFile: it may hold a key.
+func removeUnfinished(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("read the data directory: %w", err)
+	}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), unfinished) {
+			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
+				return fmt.Errorf("remove an unfinished file: %w", err)
+			}
+		}
 	}
 	return nil
 }

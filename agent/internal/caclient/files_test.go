@@ -72,3 +72,24 @@ func TestRetriesGrowWithTheOutage(t *testing.T) {
 		away += wait
 	}
 }
+
+// A crash between write and rename leaves a copy of the agent's key.
+func TestUnfinishedFilesAreRemoved(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	if err := MakeDataDir(dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := WriteFile(dir, svidFile, []byte("kept")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, unfinished+svidFile+"-1"), []byte("key"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := MakeDataDir(dir); err != nil {
+		t.Fatal(err)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 1 || entries[0].Name() != svidFile {
+		t.Errorf("the data directory holds %v, %v; want %s alone", entries, err, svidFile)
+	}
+}
