@@ -112,6 +112,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 	}
 }
 
+// T19: a connection is not a permission.
 func TestEachCallOnOneConnectionIsDecided(t *testing.T) {
 	td := sdktest.New(t)
 	td.Allow("web", "orders")
@@ -176,6 +177,7 @@ func TestDenialIsAnErrorInfoOnTheWire(t *testing.T) {
 	}
 }
 
+// T15.
 func TestPathTricksReachNoHandler(t *testing.T) {
 	td := sdktest.New(t)
 	td.Decide(func(in *policy.Input) policy.Decision {
@@ -264,6 +266,7 @@ func rawCall(t *testing.T, address string, td *sdktest.TD, path string) string {
 	}
 }
 
+// T13, T16.
 func TestPolicySeesMetadataAndHandlersNoForgedIdentity(t *testing.T) {
 	td := sdktest.New(t)
 	seen := make(chan *policy.Input, 1)

@@ -134,6 +134,7 @@ func TestDenialExplainsItself(t *testing.T) {
 	}
 }
 
+// T19: a connection is not a permission.
 func TestEachRequestOnOneConnectionIsDecided(t *testing.T) {
 	for _, protocol := range []string{"h2", "http/1.1"} {
 		t.Run(protocol, func(t *testing.T) {
@@ -211,6 +212,7 @@ var ambiguous = []string{
 	"*", "orders", "http://orders/orders", "https://orders/orders", "?x", "/orders?x#y",
 }
 
+// T14, T17, T18.
 func TestAmbiguousPathsReachNoHandlerOverHTTP1(t *testing.T) {
 	td := sdktest.New(t)
 	td.Decide(func(*policy.Input) policy.Decision { return policy.Decision{Allow: true, Reason: policy.Allowed} })
@@ -250,6 +252,7 @@ func TestAmbiguousPathsReachNoHandlerOverHTTP1(t *testing.T) {
 	}
 }
 
+// T14, T17, T18.
 func TestAmbiguousPathsReachNoHandlerOverHTTP2(t *testing.T) {
 	td := sdktest.New(t)
 	td.Decide(func(*policy.Input) policy.Decision { return policy.Decision{Allow: true, Reason: policy.Allowed} })
@@ -311,6 +314,7 @@ func frames(t *testing.T, conn net.Conn, fields []hpack.HeaderField) string {
 	}
 }
 
+// T14, T16: and every value of a header.
 func TestPolicySeesTheExactBytes(t *testing.T) {
 	td := sdktest.New(t)
 	seen := make(chan *policy.Input, 1)
@@ -334,6 +338,7 @@ func TestPolicySeesTheExactBytes(t *testing.T) {
 	}
 }
 
+// T13: also by trailers, Connection and underscores.
 func TestForgedIdentityHeadersDoNotReachTheHandler(t *testing.T) {
 	td := sdktest.New(t)
 	td.Allow("web", "orders")
