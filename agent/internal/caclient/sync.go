@@ -16,9 +16,9 @@ import (
 )
 
 const (
-	// silence is how long a stream may say nothing; the CA speaks at least
-	// every 15 s.
-	silence = 45 * time.Second
+	// silence is how long a stream may say nothing: the CA speaks at least
+	// every 15 s, so two words are missing by then.
+	silence = 35 * time.Second
 	// clockAlarm is how far the CA's clock may be off before the log says so
 	// (SECURITY.md T41).
 	clockAlarm = 30 * time.Second
@@ -31,7 +31,7 @@ const (
 
 var (
 	errRenewed = errors.New("the agent has a new SVID")
-	errSilent  = errors.New("the CA has said nothing for 45 s")
+	errSilent  = fmt.Errorf("the CA has said nothing for %v", silence)
 )
 
 // follow applies one Sync stream to picture until it ends, the CA falls silent

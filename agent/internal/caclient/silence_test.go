@@ -1,0 +1,79 @@
+// A CA that is frozen, or cut off without a word, is given up.
+
+package caclient
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"merlon.dev/agent/internal/cache"
+	"merlon.dev/ca/capb"
+)
+
+// scriptedNode answers Sync with messages at the given times, and then with
+// silence.
+type scriptedNode struct {
+	capb.NodeClient
+	words []time.Duration
+}
+
+func (n *scriptedNode) Sync(ctx context.Context, _ ...grpc.CallOption) (grpc.BidiStreamingClient[capb.SyncRequest, capb.SyncResponse], error) {
+	return &scriptedStream{ctx: ctx, words: n.words}, nil
+}
+
+type scriptedStream struct {
+	grpc.ClientStream
+	ctx   context.Context
+	words []time.Duration
+}
+
+func (s *scriptedStream) Send(*capb.SyncRequest) error { return nil }
+
+func (s *scriptedStream) Recv() (*capb.SyncResponse, error) {
+	if len(s.words) == 0 {
+		<-s.ctx.Done()
+		return nil, s.ctx.Err()
+	}
+	time.Sleep(s.words[0])
+	s.words = s.words[1:]
+	return &capb.SyncResponse{Revision: 1, SentAt: timestamppb.Now()}, nil
+}
+
+func TestSilentCAIsGivenUp(t *testing.T) {
+	for name, tc := range map[string]struct {
+		words []time.Duration
+		want  time.Duration
+	}{
+		"never says a word":        {nil, silence},
+		"speaks in time, then not": {[]time.Duration{15 * time.Second, 15 * time.Second, 30 * time.Second}, 60*time.Second + silence},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				log := slog.New(slog.DiscardHandler)
+				c := &Client{
+					cfg:      Config{Logger: log, PolicyGeneration: func() uint64 { return 0 }},
+					ackAgain: make(chan struct{}, 1),
+					connects: prometheus.NewCounter(prometheus.CounterOpts{Name: "connects"}),
+				}
+				picture := cache.New(cache.Options{TrustDomain: spiffeid.RequireTrustDomainFromString("shop.test"), Logger: log, Registerer: prometheus.NewRegistry()})
+				begun := time.Now()
+				_, err := c.follow(t.Context(), picture, &scriptedNode{words: tc.words})
+				if !errors.Is(err, errSilent) {
+					t.Errorf("error = %v; want %v", err, errSilent)
+				}
+				if took := time.Since(begun); took != tc.want {
+					t.Errorf("given up after %v; want %v", took, tc.want)
+				}
+			})
+		})
+	}
+}
