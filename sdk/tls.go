@@ -16,7 +16,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
-	"merlon.dev/policy"
 	"merlon.dev/sdk/svid"
 )
 
@@ -37,10 +36,6 @@ type verdict func(context.Context, *svid.Peer) error
 // peer is revoked or expires. The listener below has to hand out connections
 // as the net package makes them; see [Identity.Listener] for others.
 func (id *Identity) ServerTLS(protocols ...string) *tls.Config {
-	return id.serverTLS(nil, protocols)
-}
-
-func (id *Identity) serverTLS(also verdict, protocols []string) *tls.Config {
 	cfg := id.tlsBase(id, protocols).Server()
 	// Without GetConfigForClient, should somebody clear it, cfg still verifies;
 	// only its connections could not be cut, so it lets nobody in.
@@ -54,7 +49,7 @@ func (id *Identity) serverTLS(also verdict, protocols []string) *tls.Config {
 		limitHandshake(hello)
 		own := id.snapshot()
 		inner := id.tlsBase(own, protocols).Server()
-		inner.VerifyConnection = id.verify(hello.Context(), hello.Conn, own, also)
+		inner.VerifyConnection = id.verify(hello.Context(), hello.Conn, own, nil)
 		return inner, nil
 	}
 	return cfg
@@ -205,7 +200,7 @@ func (id *Identity) enter(key connKey, raw net.Conn, peer *svid.Peer, own *curre
 // protocols that handshake themselves, as gRPC does. On error raw is closed.
 func (id *Identity) ServerHandshake(ctx context.Context, raw net.Conn, protocols ...string) (*tls.Conn, error) {
 	tracked := id.conns.track(raw)
-	return handshake(ctx, tls.Server(tracked, id.serverTLS(nil, protocols)))
+	return handshake(ctx, tls.Server(tracked, id.ServerTLS(protocols...)))
 }
 
 // ClientHandshake does the client's side of a handshake on raw with exactly
@@ -253,45 +248,6 @@ func (id *Identity) DialTLS(to Target, protocols ...string) func(ctx context.Con
 		}
 		return conn, nil
 	}
-}
-
-// Listener makes a listener of mutual TLS connections out of inner, for
-// protocols which are neither HTTP nor gRPC. Each connection needs a decision
-// by the policy for protocol tcp before its handshake is done, which the first
-// Read or Write does. The connections are *tls.Conn and are cut when the peer
-// is revoked or expires; [Identity.Peer] says who they are. protocols are the
-// ALPN protocols; clients that send none are let in.
-func (id *Identity) Listener(inner net.Listener, protocols ...string) net.Listener {
-	return &listener{Listener: inner, id: id, protocols: protocols}
-}
-
-type listener struct {
-	net.Listener
-	id        *Identity
-	protocols []string
-}
-
-// Accept implements net.Listener.
-func (l *listener) Accept() (net.Conn, error) {
-	raw, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	tracked := l.id.conns.track(raw)
-	cfg := l.id.serverTLS(func(ctx context.Context, peer *svid.Peer) error {
-		decision := l.id.Authorize(ctx, &policy.Input{
-			Source:             peer.ID.String(),
-			SourceSerial:       peer.SerialHex,
-			Protocol:           policy.TCP,
-			SourceAddress:      addrString(raw.RemoteAddr()),
-			DestinationAddress: addrString(raw.LocalAddr()),
-		})
-		if !decision.Allow {
-			return DeniedBy(decision)
-		}
-		return nil
-	}, l.protocols)
-	return tls.Server(tracked, cfg), nil
 }
 
 // Peer says who is at the other end of a live connection that this identity

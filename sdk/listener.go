@@ -1,0 +1,137 @@
+// A listener for protocols that are neither HTTP nor gRPC: what it hands out is
+// through with the handshake and with the decision.
+
+package sdk
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"sync"
+
+	"merlon.dev/policy"
+)
+
+// maxHandshakes is how many handshakes of one listener are under way at most;
+// more connections wait in the kernel.
+const maxHandshakes = 256
+
+// Listener makes a listener of mutual TLS connections out of inner, for
+// protocols which are neither HTTP nor gRPC. Accept gives only connections
+// whose handshake is done and which the policy allows for protocol tcp; all
+// others are closed and logged. Up to 256 handshakes run beside each other, so
+// a slow client holds up nobody. The connections are *tls.Conn and are cut when
+// the peer is revoked or expires; [Identity.Peer] says who they are. protocols
+// are the ALPN protocols; clients that send none are let in.
+func (id *Identity) Listener(inner net.Listener, protocols ...string) net.Listener {
+	ctx, cancel := context.WithCancel(context.Background())
+	return &listener{
+		inner: inner, id: id, protocols: protocols,
+		ctx: ctx, cancel: cancel,
+		results: make(chan accepted), slots: make(chan struct{}, maxHandshakes),
+	}
+}
+
+type listener struct {
+	inner     net.Listener
+	id        *Identity
+	protocols []string
+
+	ctx        context.Context // ends with Close
+	cancel     context.CancelFunc
+	start      sync.Once
+	goroutines sync.WaitGroup
+	results    chan accepted
+	slots      chan struct{}
+}
+
+// accepted is what one Accept returns.
+type accepted struct {
+	conn net.Conn
+	err  error
+}
+
+// Accept implements net.Listener.
+func (l *listener) Accept() (net.Conn, error) {
+	l.start.Do(func() { l.goroutines.Go(l.run) })
+	select {
+	case a := <-l.results:
+		return a.conn, a.err
+	case <-l.ctx.Done():
+		return nil, net.ErrClosed
+	}
+}
+
+// Addr implements net.Listener.
+func (l *listener) Addr() net.Addr { return l.inner.Addr() }
+
+// Close implements net.Listener. It waits for the handshakes under way, which
+// it ends.
+func (l *listener) Close() error {
+	l.start.Do(func() {}) // from now on there is nothing to run
+	l.cancel()
+	err := l.inner.Close()
+	l.goroutines.Wait()
+	return err
+}
+
+// run accepts until the inner listener is closed.
+func (l *listener) run() {
+	for {
+		select {
+		case l.slots <- struct{}{}:
+		case <-l.ctx.Done():
+			return
+		}
+		raw, err := l.inner.Accept()
+		if err != nil {
+			<-l.slots
+			l.deliver(accepted{err: err})
+			if l.ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+				l.cancel()
+				return
+			}
+			continue
+		}
+		l.goroutines.Go(func() {
+			conn, ok := l.admit(raw)
+			<-l.slots
+			if ok {
+				l.deliver(accepted{conn: conn})
+			}
+		})
+	}
+}
+
+// admit does the handshake and then asks the policy. The order matters: until
+// the handshake is done the peer has shown a chain, which is public, and not
+// that it holds the key, so nothing may be decided or recorded in its name.
+func (l *listener) admit(raw net.Conn) (*tls.Conn, bool) {
+	conn, err := l.id.ServerHandshake(l.ctx, raw, l.protocols...)
+	if err != nil {
+		return nil, false // logged where the peer was refused
+	}
+	cs := conn.ConnectionState()
+	_, decision := l.id.Decide(l.ctx, &cs, &policy.Input{
+		Protocol:           policy.TCP,
+		SourceAddress:      addrString(raw.RemoteAddr()),
+		DestinationAddress: addrString(raw.LocalAddr()),
+	})
+	if !decision.Allow {
+		_ = conn.Close() // the peer learns no more than that
+		return nil, false
+	}
+	return conn, true
+}
+
+// deliver hands a result to Accept, or closes the connection with the listener.
+func (l *listener) deliver(a accepted) {
+	select {
+	case l.results <- a:
+	case <-l.ctx.Done():
+		if a.conn != nil {
+			_ = a.conn.Close() // nobody wants it any more
+		}
+	}
+}
