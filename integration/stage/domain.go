@@ -169,5 +169,8 @@ func (d *Domain) Entry(path string, args ...string) string {
 // ID returns the SPIFFE ID of path in the trust domain.
 func (d *Domain) ID(path string) string { return "spiffe://" + d.TrustDomain + path }
 
+// AgentID is the SPIFFE ID of the agent of Separate.
+func (d *Domain) AgentID() string { return d.agentID }
+
 // SetDir makes d start its further processes in dir.
 func (d *Domain) SetDir(dir string) { d.dir = dir }

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/spf13/cobra"
@@ -130,25 +131,40 @@ func socketOwner(path string) []uint32 {
 	return nil
 }
 
+// fetchTimeout is how long the agent may take to name an identity. It answers
+// at once, but while its own first sync with the CA is pending.
+const fetchTimeout = 10 * time.Second
+
+// fetchOwn asks the agent once who this process is.
+func fetchOwn(ctx context.Context) (*workloadapi.X509Context, error) {
+	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
+	defer cancel()
+	own, err := workloadapi.FetchX509Context(ctx)
+	if err == nil {
+		return own, nil
+	}
+	hint := "set SPIFFE_ENDPOINT_SOCKET to the agent's socket"
+	if status.Code(err) == codes.PermissionDenied {
+		hint = "this program has no registration entry: merlon entry create --allow-admin --selector unix:path:…, on the CA's host"
+	}
+	return nil, hintError{fmt.Errorf("get an SVID from the Workload API: %s", plainReason(status.Convert(err).Message())), hint}
+}
+
 // withRemoteCA administers over the network with an admin SVID.
 func (o *options) withRemoteCA(ctx context.Context, do func(capb.AdminClient) error) error {
 	if _, _, err := net.SplitHostPort(o.ca); err != nil {
 		return usageError{fmt.Sprintf("--ca %q is not host:port", o.ca), "for example --ca ca.example.org:8443"}
 	}
-	source, err := workloadapi.NewX509Source(ctx)
-	if err != nil {
-		return hintError{fmt.Errorf("get an SVID from the Workload API: %w", err), "set SPIFFE_ENDPOINT_SOCKET to the agent's socket"}
-	}
-	defer source.Close()
-	own, err := source.GetX509SVID()
-	if err != nil {
-		return fmt.Errorf("get an SVID from the Workload API: %w", err)
-	}
-	caID, err := spiffeid.FromSegments(own.ID.TrustDomain(), "ca")
+	own, err := fetchOwn(ctx)
 	if err != nil {
 		return err
 	}
-	config := svid.TLS{SVIDs: source, Bundles: source, Admit: func(p *svid.Peer) error {
+	defaultSVID := own.DefaultSVID()
+	caID, err := spiffeid.FromSegments(defaultSVID.ID.TrustDomain(), "ca")
+	if err != nil {
+		return err
+	}
+	config := svid.TLS{SVIDs: defaultSVID, Bundles: own.Bundles, Admit: func(p *svid.Peer) error {
 		if p.ID != caID {
 			return fmt.Errorf("%s is %s, not the CA %s", o.ca, p.ID, caID)
 		}
@@ -161,7 +177,7 @@ func (o *options) withRemoteCA(ctx context.Context, do func(capb.AdminClient) er
 	defer cc.Close()
 	err = do(capb.NewAdminClient(cc))
 	if status.Code(err) == codes.PermissionDenied {
-		return hintError{err, fmt.Sprintf("%s is not an admin: merlon entry create --allow-admin …, on the CA's host", own.ID)}
+		return hintError{err, fmt.Sprintf("%s is not an admin: merlon entry create --allow-admin …, on the CA's host", defaultSVID.ID)}
 	}
 	return err
 }

@@ -83,7 +83,7 @@ func policyCheck(o *options) *cobra.Command {
 			if o.output == "json" {
 				return printJSON(cmd.OutOrStdout(), checkedJSON{len(f.Grants), len(f.Modules), len(raw)})
 			}
-			_, err = fmt.Fprintf(cmd.OutOrStdout(), "ok: %d grants, %d Rego modules, %d bytes as a bundle\n", len(f.Grants), len(f.Modules), len(raw))
+			_, err = fmt.Fprintf(cmd.OutOrStdout(), "ok: grants: %d, Rego modules: %d, bytes as a bundle: %d\n", len(f.Grants), len(f.Modules), len(raw))
 			return err
 		},
 	}

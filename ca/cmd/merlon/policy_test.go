@@ -52,7 +52,7 @@ func TestPolicyVerbs(t *testing.T) {
 		code           int
 		stdout, stderr string
 	}{
-		"check":          {[]string{"check", shopPolicy}, exitOK, "ok: 8 grants, 1 Rego modules", ""},
+		"check":          {[]string{"check", shopPolicy}, exitOK, "ok: grants: 8, Rego modules: 1", ""},
 		"check as JSON":  {[]string{"check", shopPolicy, "-o", "json"}, exitOK, `"grants": 8`, ""},
 		"check, typo":    {[]string{"check", typo}, exitFailure, "", `grants.yaml:2:13: grants[0]: unknown key "form" (did you mean "from"?)`},
 		"check, send":    {[]string{"check", send}, exitFailure, "", "a.rego:3:10: http.send is not available"},
