@@ -8,6 +8,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"fmt"
@@ -59,9 +60,10 @@ func (td *TD) mint(id spiffeid.ID) *x509svid.SVID {
 		td.t.Fatalf("sdktest: %v", err)
 	}
 	now := time.Now()
+	key := td.newKey()
 	template := &x509.Certificate{
 		SerialNumber:          serial.Big(),
-		Subject:               pkix.Name{Organization: []string{"Merlon sdktest"}},
+		SubjectKeyId:          keyID(key),
 		URIs:                  []*url.URL{id.URL()},
 		NotBefore:             now.Add(-backdate),
 		NotAfter:              now.Add(td.ttl),
@@ -69,9 +71,18 @@ func (td *TD) mint(id spiffeid.ID) *x509svid.SVID {
 		KeyUsage:              x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
-	key := td.newKey()
 	leaf := td.sign(template, td.root.cert, key.Public(), td.root.key)
 	return &x509svid.SVID{ID: id, Certificates: []*x509.Certificate{leaf}, PrivateKey: key}
+}
+
+// keyID is RFC 7093's first method: 160 bits of the SHA-256 of the key.
+func keyID(key *ecdsa.PrivateKey) []byte {
+	point, err := key.PublicKey.Bytes()
+	if err != nil {
+		panic("sdktest: " + err.Error()) // not a key of newKey
+	}
+	sum := sha256.Sum256(point)
+	return sum[:20]
 }
 
 func (td *TD) newKey() *ecdsa.PrivateKey {
