@@ -36,13 +36,19 @@ func me(b *testing.B) (*stage.Domain, capb.AdminClient, *sdk.Identity) {
 	return d, admin, id
 }
 
-// built is an unsigned policy bundle with one grant for /me.
-func built(b *testing.B, d *stage.Domain, rule string) []byte {
+// built is an unsigned policy bundle with one grant for /me, and rego if it is
+// not empty.
+func built(b *testing.B, d *stage.Domain, rule, rego string) []byte {
 	b.Helper()
 	dir := b.TempDir()
 	text := fmt.Sprintf("grants:\n  - id: me\n    from: [%[1]s]\n    to: [%[1]s]\n    %s\n", d.ID("/me"), rule)
 	if err := os.WriteFile(filepath.Join(dir, "grants.yaml"), []byte(text), 0o600); err != nil {
 		b.Fatal(err)
+	}
+	if rego != "" {
+		if err := os.WriteFile(filepath.Join(dir, "own.rego"), []byte(rego), 0o600); err != nil {
+			b.Fatal(err)
+		}
 	}
 	raw, err := bundle.Build(dir)
 	if err != nil {
@@ -59,26 +65,33 @@ func push(b *testing.B, admin capb.AdminClient, raw []byte) {
 }
 
 func BenchmarkPolicyReachesCall(b *testing.B) {
-	d, admin, id := me(b)
-	policies := [][]byte{built(b, d, "http: {methods: [GET]}"), built(b, d, "http: {methods: [POST]}")}
-	call := &policy.Input{Source: d.ID("/me"), Destination: d.ID("/me"), Protocol: policy.HTTP, Method: "GET", Path: "/"}
-	var took []time.Duration
-	for i := 0; b.Loop(); i++ {
-		begun := time.Now()
-		push(b, admin, policies[i%2])
-		for id.Authorize(b.Context(), call).Allow != (i%2 == 0) {
-			if time.Since(begun) > 30*time.Second {
-				b.Fatal("the policy did not take effect within 30 s")
+	for name, rego := range map[string]string{
+		"grants":  "",
+		"ownrego": "package authz\n\ndeny if input.attributes.request.http.method == \"TRACE\"\n",
+	} {
+		b.Run(name, func(b *testing.B) {
+			d, admin, id := me(b)
+			policies := [][]byte{built(b, d, "http: {methods: [GET]}", rego), built(b, d, "http: {methods: [POST]}", rego)}
+			call := &policy.Input{Source: d.ID("/me"), Destination: d.ID("/me"), Protocol: policy.HTTP, Method: "GET", Path: "/"}
+			var took []time.Duration
+			for i := 0; b.Loop(); i++ {
+				begun := time.Now()
+				push(b, admin, policies[i%2])
+				for id.Authorize(b.Context(), call).Allow != (i%2 == 0) {
+					if time.Since(begun) > 30*time.Second {
+						b.Fatal("the policy did not take effect within 30 s")
+					}
+				}
+				took = append(took, time.Since(begun))
 			}
-		}
-		took = append(took, time.Since(begun))
+			report(b, "decided", took)
+		})
 	}
-	report(b, "decided", took)
 }
 
 func BenchmarkRevocationCutsConnection(b *testing.B) {
 	d, admin, id := me(b)
-	push(b, admin, built(b, d, "tcp: {}"))
+	push(b, admin, built(b, d, "tcp: {}", ""))
 	inner, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		b.Fatal(err)
