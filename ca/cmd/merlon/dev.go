@@ -6,6 +6,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -75,11 +76,11 @@ func (f devFlags) run(ctx context.Context, o *options, stdout, stderr io.Writer)
 	d := &dev{folder: folder, trustDomain: f.trustDomain, stderr: stderr, debug: make(chan agentpb.DebugServer, 1)}
 	d.log = slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 	return d.run(ctx, policy, func(ready devJSON) error {
-		if o.output == "json" {
-			return printJSON(stdout, ready)
+		if o.output == "json" { // on one line: there is no end of output to wait for
+			return json.NewEncoder(stdout).Encode(ready)
 		}
-		_, err := fmt.Fprintf(stdout, "%s is ready. In another terminal:\n  export SPIFFE_ENDPOINT_SOCKET=%s MERLON_ADMIN=%s\n",
-			ready.TrustDomain, ready.WorkloadAPI, ready.Admin)
+		fmt.Fprintf(stderr, "%s is ready. In another terminal:\n", ready.TrustDomain)
+		_, err := fmt.Fprintf(stdout, "export SPIFFE_ENDPOINT_SOCKET=%s MERLON_ADMIN=%s\n", ready.WorkloadAPI, ready.Admin)
 		return err
 	})
 }
