@@ -60,6 +60,9 @@ func explainIdentity(o *options) *cobra.Command {
 			}
 			return o.withAgent(func(agent agentpb.DebugClient) error {
 				resp, err := agent.ExplainIdentity(cmd.Context(), &agentpb.ExplainIdentityRequest{Pid: pid})
+				if status.Code(err) == codes.NotFound {
+					return hintError{errors.New(status.Convert(err).Message()), "ask while the process runs, on its own node: merlon explain identity --pid $(pidof web)"}
+				}
 				if err != nil {
 					return err
 				}
@@ -73,7 +76,8 @@ func explainIdentity(o *options) *cobra.Command {
 
 func printIdentity(w io.Writer, o *options, pid int32, resp *agentpb.ExplainIdentityResponse) error {
 	if o.output == "json" {
-		out := identityJSON{pid, resp.GetAgentId(), resp.GetSynced(), resp.GetSelectors(), []matchJSON{}, resp.GetReason(), resp.GetHint()}
+		selectors := append([]string{}, resp.GetSelectors()...) // none is [], not null
+		out := identityJSON{pid, resp.GetAgentId(), resp.GetSynced(), selectors, []matchJSON{}, resp.GetReason(), resp.GetHint()}
 		for _, m := range resp.GetEntries() {
 			out.Entries = append(out.Entries, matchJSON{m.GetEntryId(), m.GetSpiffeId(), m.GetMatches(), m.GetMissing()})
 		}
