@@ -9,13 +9,16 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -532,6 +535,28 @@ func TestTrustBundleHoldsRootAndJWTKey(t *testing.T) {
 	}
 	if _, has := bundle.SequenceNumber(); has {
 		t.Error("the bundle has a sequence number, which is not ours to give")
+	}
+}
+
+// X15: the entry of a root has its use, no kid and one certificate.
+func TestX15RootsInTheTrustBundle(t *testing.T) {
+	k := open(t, config(t))
+	bundle, err := k.TrustBundle()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := bundle.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var jwks struct{ Keys []map[string]any }
+	if err := json.Unmarshal(raw, &jwks); err != nil {
+		t.Fatal(err)
+	}
+	roots := slices.DeleteFunc(jwks.Keys, func(key map[string]any) bool { return key["use"] != "x509-svid" })
+	want := []any{base64.StdEncoding.EncodeToString(k.X509().Root.Raw)}
+	if len(roots) != 1 || roots[0]["kid"] != nil || !reflect.DeepEqual(roots[0]["x5c"], any(want)) {
+		t.Errorf("%s", raw)
 	}
 }
 
