@@ -4,6 +4,7 @@ package main
 
 import (
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -43,6 +44,12 @@ func revocationSubject(r *capb.Revocation) (kind, value string) {
 	}
 }
 
+// plainHex is the hex number that openssl prints in upper case, in pairs of
+// digits or with colons.
+func plainHex(s string) string {
+	return strings.TrimLeft(strings.ToLower(strings.ReplaceAll(s, ":", "")), "0")
+}
+
 func revokeCommand(o *options) *cobra.Command {
 	var spiffeID, agentID, authorityID, serial, note string
 	cmd := &cobra.Command{
@@ -58,15 +65,18 @@ SVID at once; to take its identity away, delete the entry.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			req := &capb.RevokeRequest{Note: note}
 			given := 0
-			for value, set := range map[string]func(){
-				spiffeID:    func() { req.Subject = &capb.RevokeRequest_SpiffeId{SpiffeId: spiffeID} },
-				agentID:     func() { req.Subject = &capb.RevokeRequest_AgentId{AgentId: agentID} },
-				authorityID: func() { req.Subject = &capb.RevokeRequest_AuthorityId{AuthorityId: authorityID} },
-				serial:      func() { req.Subject = &capb.RevokeRequest_Serial{Serial: serial} },
+			for _, flag := range []struct {
+				value string
+				set   func()
+			}{
+				{spiffeID, func() { req.Subject = &capb.RevokeRequest_SpiffeId{SpiffeId: spiffeID} }},
+				{agentID, func() { req.Subject = &capb.RevokeRequest_AgentId{AgentId: agentID} }},
+				{authorityID, func() { req.Subject = &capb.RevokeRequest_AuthorityId{AuthorityId: authorityID} }},
+				{serial, func() { req.Subject = &capb.RevokeRequest_Serial{Serial: plainHex(serial)} }},
 			} {
-				if value != "" {
+				if flag.value != "" {
 					given++
-					set()
+					flag.set()
 				}
 			}
 			if given != 1 {
