@@ -1,3 +1,5 @@
+// The CA's own SVID: when a new one is due.
+
 package ca
 
 import (

@@ -1,9 +1,12 @@
+// Calls as JSON: both shapes, and what is refused.
+
 package policy
 
 import (
 	"encoding/json"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -82,12 +85,14 @@ func TestParseInputRefusesBadLines(t *testing.T) {
 
 func TestMarshalledInputParsesBack(t *testing.T) {
 	name := rapid.StringMatching(`spiffe://[a-z0-9.-]{1,8}(/[a-zA-Z0-9_-]{1,5}){0,3}`)
+	// A surrogate drawn as a rune becomes U+FFFD in a Go string.
+	path := rapid.StringMatching(`(/[^?\x00-\x1f\x{fffd}]{0,4}){0,3}`).Filter(func(s string) bool { return !strings.ContainsRune(s, utf8.RuneError) })
 	rapid.Check(t, func(t *rapid.T) {
 		want := &Input{
 			Source: name.Draw(t, "source"), Destination: name.Draw(t, "destination"),
 			Protocol: rapid.SampledFrom([]Protocol{HTTP, GRPC, TCP}).Draw(t, "protocol"),
 			Method:   rapid.StringMatching(`[A-Z]{0,6}`).Draw(t, "method"),
-			Path:     rapid.StringMatching(`(/[^?\x00-\x1f\x{fffd}]{0,4}){0,3}`).Draw(t, "path"), Query: rapid.StringMatching(`[a-z=?]{0,4}`).Draw(t, "query"),
+			Path:     path.Draw(t, "path"), Query: rapid.StringMatching(`[a-z=?]{0,4}`).Draw(t, "query"),
 		}
 		data, err := json.Marshal(want)
 		if err != nil {

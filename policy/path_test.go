@@ -1,3 +1,5 @@
+// Which paths are too ambiguous to decide about (SECURITY.md T14).
+
 package policy
 
 import (

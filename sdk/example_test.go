@@ -1,3 +1,5 @@
+// The SDK as its users write it.
+
 package sdk_test
 
 import (

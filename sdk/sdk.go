@@ -1,3 +1,5 @@
+// The handle: an identity, opened once, kept current, closed.
+
 package sdk
 
 import (

@@ -1,3 +1,6 @@
+// Policy bundles from folder to decision, and the ways to tamper with one
+// (SECURITY.md T26, T27, T29).
+
 package bundle
 
 import (

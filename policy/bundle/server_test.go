@@ -1,3 +1,5 @@
+// The server's and the client's side of OPA's bundle protocol.
+
 package bundle
 
 import (

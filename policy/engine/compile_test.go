@@ -1,3 +1,5 @@
+// What Rego a policy may bring, and what it may call (SECURITY.md T30).
+
 package engine
 
 import (

@@ -1,3 +1,5 @@
+// Decisions of grants and of own Rego, their reasons and their limits.
+
 package engine
 
 import (

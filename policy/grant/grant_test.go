@@ -1,3 +1,5 @@
+// Which grants are well formed, and what they mean.
+
 package grant
 
 import (

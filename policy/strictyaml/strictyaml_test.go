@@ -1,3 +1,5 @@
+// What YAML is refused, where, and with which suggestion.
+
 package strictyaml
 
 import (

@@ -1,3 +1,5 @@
+// What a decided gRPC call costs.
+
 package grpcauth_test
 
 import (

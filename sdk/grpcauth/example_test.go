@@ -1,3 +1,5 @@
+// A gRPC server and client, as their users write them.
+
 package grpcauth_test
 
 import (

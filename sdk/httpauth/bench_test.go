@@ -1,3 +1,5 @@
+// What a decided HTTP call costs, on an open and on a new connection.
+
 package httpauth_test
 
 import (

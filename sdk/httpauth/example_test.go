@@ -1,3 +1,5 @@
+// An HTTP server and client, as their users write them.
+
 package httpauth_test
 
 import (

@@ -1,3 +1,5 @@
+// A user's test with a trust domain in memory.
+
 package sdktest_test
 
 import (

@@ -1,3 +1,5 @@
+// The trust domain of a test: who is in it, what is allowed, what changes.
+
 package sdktest
 
 import (

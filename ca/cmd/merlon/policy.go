@@ -159,13 +159,13 @@ func (o *options) printTests(w io.Writer, results []engine.TestResult) (failed i
 func policyBuild() *cobra.Command {
 	var file string
 	cmd := &cobra.Command{
-		Use:     "build FOLDER -o FILE",
+		Use:     "build FOLDER --file FILE",
 		Short:   "Build the unsigned policy bundle of a folder, to be sent to a CA elsewhere",
-		Example: `  merlon policy build ./policy -o bundle.tar.gz`,
+		Example: `  merlon policy build ./policy --file bundle.tar.gz`,
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if file == "" {
-				return usageError{"no file to write to", "merlon policy build " + args[0] + " -o bundle.tar.gz"}
+				return usageError{"no file to write to", "merlon policy build " + args[0] + " --file bundle.tar.gz"}
 			}
 			if _, err := policyFolder(args[0]); err != nil {
 				return err
@@ -181,7 +181,7 @@ func policyBuild() *cobra.Command {
 			return os.WriteFile(file, raw, 0o644) //nolint:gosec // a policy bundle is no secret
 		},
 	}
-	cmd.Flags().StringVarP(&file, "output", "o", "", `file to write; "-" is standard output`)
+	cmd.Flags().StringVar(&file, "file", "", `file to write; "-" is standard output`)
 	return cmd
 }
 

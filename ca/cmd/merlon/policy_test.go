@@ -1,3 +1,5 @@
+// The policy verbs that need no CA: their output, exit codes and hints.
+
 package main
 
 import (
@@ -61,7 +63,7 @@ func TestPolicyVerbs(t *testing.T) {
 		"test":           {[]string{"test", shopPolicy}, exitOK, "17 passed, 0 failed", ""},
 		"test, failing":  {[]string{"test", failing}, exitFailure, "got deny NO_GRANT, want allow: no grant lets spiffe://a.test/x call", "1 of 1 policy tests failed"},
 		"test, none":     {[]string{"test", policyDir(t, "g.yaml", "grants: []\n")}, exitFailure, "0 passed", "has no tests"},
-		"build, no file": {[]string{"build", shopPolicy}, exitUsage, "", "-o bundle.tar.gz"},
+		"build, no file": {[]string{"build", shopPolicy}, exitUsage, "", "--file bundle.tar.gz"},
 		"eval, native":   {[]string{"eval", shopPolicy, "--engine", "native"}, exitUsage, "", "use --engine auto or --engine opa"},
 		"eval, unknown":  {[]string{"eval", shopPolicy, "--engine", "wasm"}, exitUsage, "", `unknown engine "wasm"`},
 	}
@@ -77,7 +79,7 @@ func TestPolicyVerbs(t *testing.T) {
 
 func TestPolicyBuildWritesTheBundle(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "b.tar.gz")
-	if code, _, stderr := runPolicy(t, "", "build", shopPolicy, "-o", file); code != exitOK {
+	if code, _, stderr := runPolicy(t, "", "build", shopPolicy, "--file", file); code != exitOK {
 		t.Fatal(stderr)
 	}
 	raw, err := os.ReadFile(file)

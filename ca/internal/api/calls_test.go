@@ -1,3 +1,5 @@
+// Bounds on open calls and on the records of callers that may do nothing.
+
 package api
 
 import (

@@ -1,3 +1,6 @@
+// The chain on disk: what survives a torn line, what a changed byte is
+// noticed by, and that nothing is acknowledged after a failed sync.
+
 package audit
 
 import (

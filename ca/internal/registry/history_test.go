@@ -1,3 +1,5 @@
+// What a resuming stream reads back, and what it must not pass over.
+
 package registry
 
 import (

@@ -1,3 +1,5 @@
+// What a commit costs, how soon a watcher sees it, and a read.
+
 package badger_test
 
 import (

@@ -1,3 +1,5 @@
+// Records on disk: they come back as written, and damage is an error.
+
 package badger
 
 import (
