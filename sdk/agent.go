@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"net"
+	"os"
 	"sync"
 	"syscall"
 	"time"
@@ -266,7 +267,7 @@ func (id *Identity) notReady() *NotReadyError {
 		}
 		switch st.Code() {
 		case codes.PermissionDenied:
-			return &NotReadyError{NoMatchingEntry, fmt.Sprintf("create a registration entry for this process; merlon explain identity --pid %d says what it lacks", pid()), err}
+			return &NotReadyError{NoMatchingEntry, fmt.Sprintf("create a registration entry for this process; merlon explain identity --pid %d says what it lacks", os.Getpid()), err}
 		case codes.Unimplemented, codes.InvalidArgument:
 			return &NotReadyError{BadAnswer, "what listens there is no Merlon agent, or a very old one", err}
 		}

@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -31,8 +30,6 @@ const silence = 45 * time.Second
 
 // errBadAnswer marks messages of the agent that are discarded.
 var errBadAnswer = errors.New("the agent's answer is malformed")
-
-func pid() int { return os.Getpid() }
 
 // followSVIDs is one stream of X509-SVIDs.
 func (id *Identity) followSVIDs(ctx context.Context, progress func()) error {

@@ -22,9 +22,6 @@ import (
 // httpProtocols is the ALPN list where the caller names none.
 var httpProtocols = []string{"h2", "http/1.1"}
 
-// verdict judges a verified peer further; an error ends the handshake.
-type verdict func(context.Context, *svid.Peer) error
-
 // ServerTLS is the configuration for the accepting side, for an http.Server or
 // any other TLS listener. It lets in every workload whose X509-SVID verifies
 // and is not revoked, of the own and of federated trust domains: what the peer
@@ -83,7 +80,7 @@ func (id *Identity) ClientTLS(to Target, protocols ...string) *tls.Config {
 
 func (id *Identity) clientTLS(raw net.Conn, own *snapshot, svids x509svid.Source, to Target, protocols []string) *tls.Config {
 	cfg := id.tlsBase(svids, protocols).Client()
-	cfg.VerifyConnection = id.verify(context.Background(), raw, own, func(_ context.Context, p *svid.Peer) error {
+	cfg.VerifyConnection = id.verify(context.Background(), raw, own, func(p *svid.Peer) error {
 		own, err := id.GetX509SVID()
 		if err != nil {
 			return err
@@ -119,8 +116,9 @@ func (id *Identity) tlsBase(svids x509svid.Source, protocols []string) svid.TLS 
 }
 
 // verify makes the VerifyConnection of one connection, or of all connections
-// of a client configuration, for which raw is nil.
-func (id *Identity) verify(ctx context.Context, raw net.Conn, own *snapshot, also verdict) func(tls.ConnectionState) error {
+// of a client configuration, for which raw is nil. also, unless nil, judges a
+// verified peer further.
+func (id *Identity) verify(ctx context.Context, raw net.Conn, own *snapshot, also func(*svid.Peer) error) func(tls.ConnectionState) error {
 	return func(cs tls.ConnectionState) error {
 		now := time.Now()
 		peer, err := svid.VerifyChain(cs.PeerCertificates, id, now)
@@ -128,7 +126,7 @@ func (id *Identity) verify(ctx context.Context, raw net.Conn, own *snapshot, als
 			err = id.admit(peer)
 		}
 		if err == nil && also != nil {
-			err = also(ctx, peer)
+			err = also(peer)
 		}
 		if err == nil && raw != nil {
 			err = id.enter(&cs.PeerCertificates[0], raw, peer, own.current, now)
