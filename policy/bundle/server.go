@@ -7,8 +7,6 @@ package bundle
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -26,12 +24,6 @@ type Published struct {
 	Raw        []byte
 	ETag       string // quoted, strong
 	Generation uint64
-}
-
-// NewPublished makes raw, of generation, ready to be served.
-func NewPublished(raw []byte, generation uint64) *Published {
-	sum := sha256.Sum256(raw)
-	return &Published{Raw: raw, ETag: `"` + strconv.FormatUint(generation, 10) + "-" + hex.EncodeToString(sum[:12]) + `"`, Generation: generation}
 }
 
 // Source is where a server has its bundles from. The functions are safe for

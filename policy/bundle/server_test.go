@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"net/http"
@@ -59,7 +60,7 @@ func do(t testing.TB, h http.Handler, method, path string, header http.Header) *
 }
 
 func TestServerSpeaksTheBundleProtocol(t *testing.T) {
-	p := NewPublished([]byte("bundle"), 7)
+	p := published([]byte("bundle"), 7)
 	h := NewServer(Source{Load: newShelf(p).load})
 	tests := map[string]struct {
 		method, path string
@@ -112,7 +113,7 @@ func TestServerHidesWhyItCannotLoad(t *testing.T) {
 }
 
 func TestLongPollWakesOnANewGeneration(t *testing.T) {
-	first, second := NewPublished([]byte("one"), 1), NewPublished([]byte("two"), 2)
+	first, second := published([]byte("one"), 1), published([]byte("two"), 2)
 	s := newShelf(first)
 	s.loads = make(chan struct{}, 8)
 	h := NewServer(Source{Load: s.load})
@@ -130,7 +131,7 @@ func TestLongPollWakesOnANewGeneration(t *testing.T) {
 }
 
 func TestLongPollEndsWith304AndWithItsClient(t *testing.T) {
-	p := NewPublished([]byte("one"), 1)
+	p := published([]byte("one"), 1)
 	h := NewServer(Source{Load: newShelf(p).load, MaxWait: 20 * time.Millisecond})
 	header := http.Header{"If-None-Match": {p.ETag}, "Prefer": {"wait=3600"}}
 	if resp := do(t, h, "GET", bundleURL, header); resp.StatusCode != http.StatusNotModified {
@@ -197,7 +198,7 @@ func TestPut(t *testing.T) {
 }
 
 func TestFetch(t *testing.T) {
-	p := NewPublished([]byte("bundle"), 7)
+	p := published([]byte("bundle"), 7)
 	good := NewServer(Source{Load: newShelf(p).load})
 	plain := func(status int, contentType string, body []byte) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -241,4 +242,9 @@ func TestFetch(t *testing.T) {
 			}
 		})
 	}
+}
+
+// published is raw as a source gives it.
+func published(raw []byte, generation uint64) *Published {
+	return &Published{Raw: raw, ETag: fmt.Sprintf(`"%d"`, generation), Generation: generation}
 }

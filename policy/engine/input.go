@@ -20,10 +20,6 @@ import (
 	"merlon.dev/policy/grant"
 )
 
-// Document is the input of in as policies see it, for `merlon policy test`
-// and for those who evaluate a bundle with another OPA.
-func Document(in *policy.Input) ast.Value { return object(envoyFields(in)...).Value }
-
 // callTerms is a call as Module takes it under input.merlon.
 type callTerms struct {
 	found

@@ -152,7 +152,7 @@ func otherOPA(t *rapid.T, data map[string]any, modules map[string]string) func(*
 		t.Fatal(err)
 	}
 	return func(in *policy.Input) string {
-		rs, err := q.Eval(context.Background(), rego.EvalParsedInput(Document(in)), rego.EvalTime(instant))
+		rs, err := q.Eval(context.Background(), rego.EvalParsedInput(document(in)), rego.EvalTime(instant))
 		if err != nil || len(rs) != 1 {
 			t.Fatalf("other OPA: %v %v", rs, err)
 		}
@@ -177,7 +177,7 @@ func TestModuleKnowsAmbiguousPaths(t *testing.T) {
 		if policy.CheckPath(path) != nil {
 			want = "BAD_REQUEST"
 		}
-		rs, err := q.Eval(context.Background(), rego.EvalParsedInput(Document(get(path))))
+		rs, err := q.Eval(context.Background(), rego.EvalParsedInput(document(get(path))))
 		if err != nil || rs[0].Expressions[0].Value != want {
 			t.Fatalf("%q: %v %v; want %s", path, rs, err, want)
 		}
@@ -199,7 +199,7 @@ func TestDocumentHasTheShapeOfOPAEnvoyPlugin(t *testing.T) {
 	in := get("/orders/caf%C3%A9")
 	in.Query, in.Host, in.SourceAddress = "a=1&a=2", "orders", "10.0.0.1:4711"
 	in.Headers = map[string][]string{"accept": {"*/*"}, "x": {"1", "2"}}
-	got, err := ast.JSON(Document(in))
+	got, err := ast.JSON(document(in))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,3 +221,6 @@ func TestDocumentHasTheShapeOfOPAEnvoyPlugin(t *testing.T) {
 		t.Errorf("got  %v\nwant %v", text, parsed)
 	}
 }
+
+// document is the input as another OPA would get it.
+func document(in *policy.Input) ast.Value { return object(envoyFields(in)...).Value }

@@ -253,7 +253,7 @@ func (ca *CA) PublishPolicy(raw []byte, pb *capb.PolicyBundle) {
 	ca.mu.Lock()
 	defer ca.mu.Unlock()
 	ca.revision++
-	ca.published = bundle.NewPublished(raw, pb.Generation)
+	ca.published = &bundle.Published{Raw: raw, ETag: fmt.Sprintf(`"%d"`, pb.Generation), Generation: pb.Generation}
 	ca.policy = pb
 	ca.push(&capb.SyncResponse{PolicyBundle: pb})
 }
