@@ -77,6 +77,9 @@ it, or after --wait, and then names those that do not yet.`,
 // after wait, having said who lags. That the policy is stored is certain by
 // then, so a laggard is no error.
 func awaitPolicy(ctx context.Context, ca capb.AdminClient, generation uint64, wait time.Duration, stderr io.Writer) error {
+	if wait == 0 {
+		return nil
+	}
 	deadline := time.Now().Add(wait)
 	for {
 		resp, err := ca.ListAgents(ctx, &capb.ListAgentsRequest{})
@@ -89,7 +92,7 @@ func awaitPolicy(ctx context.Context, ca capb.AdminClient, generation uint64, wa
 				lagging = append(lagging, a.GetSpiffeId())
 			}
 		}
-		if len(lagging) == 0 || wait == 0 {
+		if len(lagging) == 0 {
 			return nil
 		}
 		if time.Now().After(deadline) {
