@@ -46,6 +46,51 @@ type Config struct {
 	// 0700. Default: /var/lib/merlon/ca.
 	DataDir string `yaml:"data_dir"`
 
+	// Store says where registrations are kept: "badger", in data_dir, or "etcd",
+	// for a CA of more than one replica. Default: badger.
+	Store string `yaml:"store"`
+
+	// DiskReserveMiB is how much of the disk below data_dir stays free: with
+	// less, the CA writes nothing but what issuance has set aside, until there
+	// is space again. Default: 256.
+	DiskReserveMiB int `yaml:"disk_reserve_mib"`
+
+	// EtcdEndpoints are the client URLs of etcd's members,
+	// https://host:2379. Required with store: etcd. Plain http is for loopback
+	// only.
+	EtcdEndpoints []string `yaml:"etcd_endpoints"`
+
+	// EtcdCAFile, EtcdCertFile and EtcdKeyFile are PEM files of mutual TLS to
+	// etcd: the CA of its members, and our certificate with its key.
+	EtcdCAFile   string `yaml:"etcd_ca_file"`
+	EtcdCertFile string `yaml:"etcd_cert_file"`
+	EtcdKeyFile  string `yaml:"etcd_key_file"`
+
+	// EtcdPrefix begins all keys in etcd. Default: /merlon/.
+	EtcdPrefix string `yaml:"etcd_prefix"`
+
+	// ReplicaName is this replica's name among the CA's replicas. It is fixed
+	// when the replica joins. Default: "ca" on the replica that makes the root,
+	// and the name in the join token on others.
+	ReplicaName string `yaml:"replica_name"`
+
+	// JoinAddress is the gRPC address of the replica that holds the root key,
+	// host:port. It makes this CA a replica of that one: it has its
+	// intermediate signed there, now and before each ends, and makes no root of
+	// its own. Needs store: etcd.
+	JoinAddress string `yaml:"join_address"`
+
+	// JoinToken admits this replica once, as `merlon token create --kind
+	// replica` printed it. It is a secret: prefer join_token_file.
+	JoinToken string `yaml:"join_token"`
+
+	// JoinTokenFile is a file with the join token.
+	JoinTokenFile string `yaml:"join_token_file"`
+
+	// RootHash is the SHA-256 of the root's public key in hex, printed with the
+	// token: the token goes to no CA without this root. Required with a token.
+	RootHash string `yaml:"root_hash"`
+
 	// Address is where agents and administrators connect by gRPC, host:port.
 	// Default: :8443.
 	Address string `yaml:"address"`
@@ -90,6 +135,11 @@ type Config struct {
 
 	// LogFormat is text or json. Default: text.
 	LogFormat string `yaml:"log_format"`
+
+	// AcceptOlderStore is the revision of a store that is known to have lost its
+	// latest writes, such as one from a backup: the CA opens it as it is and
+	// goes on in the next epoch. 0: such a store is refused.
+	AcceptOlderStore uint64 `yaml:"-"`
 
 	// Logger takes the log; nil discards it. merlon-ca makes it by LogLevel and
 	// LogFormat, as NewLogger does.

@@ -28,7 +28,6 @@ import (
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/store"
-	"merlon.dev/ca/internal/store/badger"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/ca/internal/upstream"
 	"merlon.dev/ca/internal/web"
@@ -137,7 +136,7 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	if err := openDataDir(s.cfg.DataDir); err != nil {
 		return nil, err
 	}
-	if p.store, err = openStore(filepath.Join(s.cfg.DataDir, "store"), s.log); err != nil {
+	if p.store, err = openStore(ctx, s.cfg); err != nil {
 		return nil, err
 	}
 	if p.audit, err = audit.Open(filepath.Join(s.cfg.DataDir, "audit.jsonl"), s.log); err != nil {
@@ -161,15 +160,6 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 		return nil, err
 	}
 	return p, s.assemble(ctx, p)
-}
-
-// openStore avoids an interface that holds a nil *badger.Store.
-func openStore(dir string, log *slog.Logger) (store.Store, error) {
-	st, err := badger.Open(dir, badger.Options{Logger: log})
-	if err != nil {
-		return nil, err
-	}
-	return st, nil
 }
 
 // openDataDir makes the folder of the keys, and refuses one that others can

@@ -39,6 +39,9 @@ const (
 	// An administrator: on the admin socket by uid, or by the X509-SVID of an
 	// admin registration entry.
 	Caller_CALLER_ADMIN Caller = 3
+	// A replica of the CA: the SPIFFE ID spiffe://td/ca, under an authority that
+	// the record of a replica names.
+	Caller_CALLER_REPLICA Caller = 4
 )
 
 // Enum value maps for Caller.
@@ -48,12 +51,14 @@ var (
 		1: "CALLER_ANONYMOUS",
 		2: "CALLER_AGENT",
 		3: "CALLER_ADMIN",
+		4: "CALLER_REPLICA",
 	}
 	Caller_value = map[string]int32{
 		"CALLER_UNSPECIFIED": 0,
 		"CALLER_ANONYMOUS":   1,
 		"CALLER_AGENT":       2,
 		"CALLER_ADMIN":       3,
+		"CALLER_REPLICA":     4,
 	}
 )
 
@@ -152,12 +157,13 @@ const file_ca_capb_access_proto_rawDesc = "" +
 	"\n" +
 	"\x14ca/capb/access.proto\x12\fmerlon.ca.v1\x1a google/protobuf/descriptor.proto\"8\n" +
 	"\x06Access\x12.\n" +
-	"\acallers\x18\x01 \x03(\x0e2\x14.merlon.ca.v1.CallerR\acallers*Z\n" +
+	"\acallers\x18\x01 \x03(\x0e2\x14.merlon.ca.v1.CallerR\acallers*n\n" +
 	"\x06Caller\x12\x16\n" +
 	"\x12CALLER_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10CALLER_ANONYMOUS\x10\x01\x12\x10\n" +
 	"\fCALLER_AGENT\x10\x02\x12\x10\n" +
-	"\fCALLER_ADMIN\x10\x03:N\n" +
+	"\fCALLER_ADMIN\x10\x03\x12\x12\n" +
+	"\x0eCALLER_REPLICA\x10\x04:N\n" +
 	"\x06access\x12\x1e.google.protobuf.MethodOptions\x18Ս\x03 \x01(\v2\x14.merlon.ca.v1.AccessR\x06accessB\x14Z\x12merlon.dev/ca/capbb\x06proto3"
 
 var (

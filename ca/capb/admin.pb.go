@@ -30,6 +30,7 @@ const (
 	TokenKind_TOKEN_KIND_UNSPECIFIED   TokenKind = 0
 	TokenKind_TOKEN_KIND_JOIN          TokenKind = 1
 	TokenKind_TOKEN_KIND_BUNDLE_READER TokenKind = 2
+	TokenKind_TOKEN_KIND_REPLICA       TokenKind = 3
 )
 
 // Enum value maps for TokenKind.
@@ -38,11 +39,13 @@ var (
 		0: "TOKEN_KIND_UNSPECIFIED",
 		1: "TOKEN_KIND_JOIN",
 		2: "TOKEN_KIND_BUNDLE_READER",
+		3: "TOKEN_KIND_REPLICA",
 	}
 	TokenKind_value = map[string]int32{
 		"TOKEN_KIND_UNSPECIFIED":   0,
 		"TOKEN_KIND_JOIN":          1,
 		"TOKEN_KIND_BUNDLE_READER": 2,
+		"TOKEN_KIND_REPLICA":       3,
 	}
 )
 
@@ -479,7 +482,9 @@ type CreateTokenRequest struct {
 	// Seconds; 0 means 600 for a join token, 90 days for a bundle reader.
 	TtlSeconds int64 `protobuf:"varint,3,opt,name=ttl_seconds,json=ttlSeconds,proto3" json:"ttl_seconds,omitempty"`
 	// Bundle reader: the policy bundle it may read; empty means "main".
-	PolicyBundle  string `protobuf:"bytes,4,opt,name=policy_bundle,json=policyBundle,proto3" json:"policy_bundle,omitempty"`
+	PolicyBundle string `protobuf:"bytes,4,opt,name=policy_bundle,json=policyBundle,proto3" json:"policy_bundle,omitempty"`
+	// Replica: the name that it will have. Required for that kind.
+	ReplicaName   string `protobuf:"bytes,5,opt,name=replica_name,json=replicaName,proto3" json:"replica_name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -538,6 +543,13 @@ func (x *CreateTokenRequest) GetTtlSeconds() int64 {
 func (x *CreateTokenRequest) GetPolicyBundle() string {
 	if x != nil {
 		return x.PolicyBundle
+	}
+	return ""
+}
+
+func (x *CreateTokenRequest) GetReplicaName() string {
+	if x != nil {
+		return x.ReplicaName
 	}
 	return ""
 }
@@ -1328,6 +1340,366 @@ func (x *GetPolicyResponse) GetEtag() string {
 	return ""
 }
 
+type ListReplicasRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListReplicasRequest) Reset() {
+	*x = ListReplicasRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListReplicasRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListReplicasRequest) ProtoMessage() {}
+
+func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListReplicasRequest.ProtoReflect.Descriptor instead.
+func (*ListReplicasRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{23}
+}
+
+type ListReplicasResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Replicas      []*CAReplica           `protobuf:"bytes,1,rep,name=replicas,proto3" json:"replicas,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListReplicasResponse) Reset() {
+	*x = ListReplicasResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListReplicasResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListReplicasResponse) ProtoMessage() {}
+
+func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListReplicasResponse.ProtoReflect.Descriptor instead.
+func (*ListReplicasResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ListReplicasResponse) GetReplicas() []*CAReplica {
+	if x != nil {
+		return x.Replicas
+	}
+	return nil
+}
+
+// CAReplica is one process of the CA.
+type CAReplica struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// It holds the root key and signs the others' intermediates.
+	RootHolder bool                   `protobuf:"varint,2,opt,name=root_holder,json=rootHolder,proto3" json:"root_holder,omitempty"`
+	JoinedAt   *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=joined_at,json=joinedAt,proto3" json:"joined_at,omitempty"`
+	// Authority ID of its current intermediate, and its end.
+	AuthorityId string                 `protobuf:"bytes,4,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	NotAfter    *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	JwtKeyId    string                 `protobuf:"bytes,6,opt,name=jwt_key_id,json=jwtKeyId,proto3" json:"jwt_key_id,omitempty"`
+	PolicyKeyId string                 `protobuf:"bytes,7,opt,name=policy_key_id,json=policyKeyId,proto3" json:"policy_key_id,omitempty"`
+	// It is the one that answers.
+	Self          bool `protobuf:"varint,8,opt,name=self,proto3" json:"self,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CAReplica) Reset() {
+	*x = CAReplica{}
+	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CAReplica) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CAReplica) ProtoMessage() {}
+
+func (x *CAReplica) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CAReplica.ProtoReflect.Descriptor instead.
+func (*CAReplica) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *CAReplica) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CAReplica) GetRootHolder() bool {
+	if x != nil {
+		return x.RootHolder
+	}
+	return false
+}
+
+func (x *CAReplica) GetJoinedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.JoinedAt
+	}
+	return nil
+}
+
+func (x *CAReplica) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *CAReplica) GetNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotAfter
+	}
+	return nil
+}
+
+func (x *CAReplica) GetJwtKeyId() string {
+	if x != nil {
+		return x.JwtKeyId
+	}
+	return ""
+}
+
+func (x *CAReplica) GetPolicyKeyId() string {
+	if x != nil {
+		return x.PolicyKeyId
+	}
+	return ""
+}
+
+func (x *CAReplica) GetSelf() bool {
+	if x != nil {
+		return x.Self
+	}
+	return false
+}
+
+type EvictReplicaRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EvictReplicaRequest) Reset() {
+	*x = EvictReplicaRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EvictReplicaRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EvictReplicaRequest) ProtoMessage() {}
+
+func (x *EvictReplicaRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EvictReplicaRequest.ProtoReflect.Descriptor instead.
+func (*EvictReplicaRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *EvictReplicaRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type EvictReplicaResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Replica       *CAReplica             `protobuf:"bytes,1,opt,name=replica,proto3" json:"replica,omitempty"`
+	Revocations   []*Revocation          `protobuf:"bytes,2,rep,name=revocations,proto3" json:"revocations,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EvictReplicaResponse) Reset() {
+	*x = EvictReplicaResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EvictReplicaResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EvictReplicaResponse) ProtoMessage() {}
+
+func (x *EvictReplicaResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EvictReplicaResponse.ProtoReflect.Descriptor instead.
+func (*EvictReplicaResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *EvictReplicaResponse) GetReplica() *CAReplica {
+	if x != nil {
+		return x.Replica
+	}
+	return nil
+}
+
+func (x *EvictReplicaResponse) GetRevocations() []*Revocation {
+	if x != nil {
+		return x.Revocations
+	}
+	return nil
+}
+
+type BackupStoreRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupStoreRequest) Reset() {
+	*x = BackupStoreRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupStoreRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupStoreRequest) ProtoMessage() {}
+
+func (x *BackupStoreRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupStoreRequest.ProtoReflect.Descriptor instead.
+func (*BackupStoreRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{28}
+}
+
+type BackupStoreResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupStoreResponse) Reset() {
+	*x = BackupStoreResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupStoreResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupStoreResponse) ProtoMessage() {}
+
+func (x *BackupStoreResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupStoreResponse.ProtoReflect.Descriptor instead.
+func (*BackupStoreResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *BackupStoreResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 var File_ca_capb_admin_proto protoreflect.FileDescriptor
 
 const file_ca_capb_admin_proto_rawDesc = "" +
@@ -1356,14 +1728,15 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x05entry\x18\x01 \x01(\v2\x13.merlon.ca.v1.EntryR\x05entry\x128\n" +
 	"\n" +
 	"revocation\x18\x02 \x01(\v2\x18.merlon.ca.v1.RevocationR\n" +
-	"revocation\"\xa6\x01\n" +
+	"revocation\"\xc9\x01\n" +
 	"\x12CreateTokenRequest\x12+\n" +
 	"\x04kind\x18\x01 \x01(\x0e2\x17.merlon.ca.v1.TokenKindR\x04kind\x12\x1d\n" +
 	"\n" +
 	"agent_name\x18\x02 \x01(\tR\tagentName\x12\x1f\n" +
 	"\vttl_seconds\x18\x03 \x01(\x03R\n" +
 	"ttlSeconds\x12#\n" +
-	"\rpolicy_bundle\x18\x04 \x01(\tR\fpolicyBundle\"\x9e\x01\n" +
+	"\rpolicy_bundle\x18\x04 \x01(\tR\fpolicyBundle\x12!\n" +
+	"\freplica_name\x18\x05 \x01(\tR\vreplicaName\"\x9e\x01\n" +
 	"\x13CreateTokenResponse\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x1b\n" +
 	"\troot_hash\x18\x02 \x01(\tR\brootHash\x12\x19\n" +
@@ -1413,11 +1786,35 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"h\n" +
 	"\x11GetPolicyResponse\x12?\n" +
 	"\rpolicy_bundle\x18\x01 \x01(\v2\x1a.merlon.ca.v1.PolicyBundleR\fpolicyBundle\x12\x12\n" +
-	"\x04etag\x18\x02 \x01(\tR\x04etag*Z\n" +
+	"\x04etag\x18\x02 \x01(\tR\x04etag\"\x15\n" +
+	"\x13ListReplicasRequest\"K\n" +
+	"\x14ListReplicasResponse\x123\n" +
+	"\breplicas\x18\x01 \x03(\v2\x17.merlon.ca.v1.CAReplicaR\breplicas\"\xab\x02\n" +
+	"\tCAReplica\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n" +
+	"\vroot_holder\x18\x02 \x01(\bR\n" +
+	"rootHolder\x127\n" +
+	"\tjoined_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\bjoinedAt\x12!\n" +
+	"\fauthority_id\x18\x04 \x01(\tR\vauthorityId\x127\n" +
+	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12\x1c\n" +
+	"\n" +
+	"jwt_key_id\x18\x06 \x01(\tR\bjwtKeyId\x12\"\n" +
+	"\rpolicy_key_id\x18\a \x01(\tR\vpolicyKeyId\x12\x12\n" +
+	"\x04self\x18\b \x01(\bR\x04self\")\n" +
+	"\x13EvictReplicaRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x85\x01\n" +
+	"\x14EvictReplicaResponse\x121\n" +
+	"\areplica\x18\x01 \x01(\v2\x17.merlon.ca.v1.CAReplicaR\areplica\x12:\n" +
+	"\vrevocations\x18\x02 \x03(\v2\x18.merlon.ca.v1.RevocationR\vrevocations\"\x14\n" +
+	"\x12BackupStoreRequest\")\n" +
+	"\x13BackupStoreResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data*r\n" +
 	"\tTokenKind\x12\x1a\n" +
 	"\x16TOKEN_KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fTOKEN_KIND_JOIN\x10\x01\x12\x1c\n" +
-	"\x18TOKEN_KIND_BUNDLE_READER\x10\x022\xf7\a\n" +
+	"\x18TOKEN_KIND_BUNDLE_READER\x10\x02\x12\x16\n" +
+	"\x12TOKEN_KIND_REPLICA\x10\x032\x96\n" +
+	"\n" +
 	"\x05Admin\x12[\n" +
 	"\vCreateEntry\x12 .merlon.ca.v1.CreateEntryRequest\x1a!.merlon.ca.v1.CreateEntryResponse\"\a\xaa\xed\x18\x03\n" +
 	"\x01\x03\x12[\n" +
@@ -1440,7 +1837,13 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x01\x03\x12X\n" +
 	"\n" +
 	"PushPolicy\x12\x1f.merlon.ca.v1.PushPolicyRequest\x1a .merlon.ca.v1.PushPolicyResponse\"\a\xaa\xed\x18\x03\n" +
-	"\x01\x03\x12U\n" +
+	"\x01\x03\x12^\n" +
+	"\fListReplicas\x12!.merlon.ca.v1.ListReplicasRequest\x1a\".merlon.ca.v1.ListReplicasResponse\"\a\xaa\xed\x18\x03\n" +
+	"\x01\x03\x12^\n" +
+	"\fEvictReplica\x12!.merlon.ca.v1.EvictReplicaRequest\x1a\".merlon.ca.v1.EvictReplicaResponse\"\a\xaa\xed\x18\x03\n" +
+	"\x01\x03\x12]\n" +
+	"\vBackupStore\x12 .merlon.ca.v1.BackupStoreRequest\x1a!.merlon.ca.v1.BackupStoreResponse\"\a\xaa\xed\x18\x03\n" +
+	"\x01\x030\x01\x12U\n" +
 	"\tGetPolicy\x12\x1e.merlon.ca.v1.GetPolicyRequest\x1a\x1f.merlon.ca.v1.GetPolicyResponse\"\a\xaa\xed\x18\x03\n" +
 	"\x01\x03B\x14Z\x12merlon.dev/ca/capbb\x06proto3"
 
@@ -1457,7 +1860,7 @@ func file_ca_capb_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_ca_capb_admin_proto_goTypes = []any{
 	(TokenKind)(0),                  // 0: merlon.ca.v1.TokenKind
 	(*CreateEntryRequest)(nil),      // 1: merlon.ca.v1.CreateEntryRequest
@@ -1483,57 +1886,75 @@ var file_ca_capb_admin_proto_goTypes = []any{
 	(*PushPolicyResponse)(nil),      // 21: merlon.ca.v1.PushPolicyResponse
 	(*GetPolicyRequest)(nil),        // 22: merlon.ca.v1.GetPolicyRequest
 	(*GetPolicyResponse)(nil),       // 23: merlon.ca.v1.GetPolicyResponse
-	(*Entry)(nil),                   // 24: merlon.ca.v1.Entry
-	(*Revocation)(nil),              // 25: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil),   // 26: google.protobuf.Timestamp
-	(*SyncAck)(nil),                 // 27: merlon.ca.v1.SyncAck
-	(*TrustBundle)(nil),             // 28: merlon.ca.v1.TrustBundle
-	(*PolicyBundle)(nil),            // 29: merlon.ca.v1.PolicyBundle
+	(*ListReplicasRequest)(nil),     // 24: merlon.ca.v1.ListReplicasRequest
+	(*ListReplicasResponse)(nil),    // 25: merlon.ca.v1.ListReplicasResponse
+	(*CAReplica)(nil),               // 26: merlon.ca.v1.CAReplica
+	(*EvictReplicaRequest)(nil),     // 27: merlon.ca.v1.EvictReplicaRequest
+	(*EvictReplicaResponse)(nil),    // 28: merlon.ca.v1.EvictReplicaResponse
+	(*BackupStoreRequest)(nil),      // 29: merlon.ca.v1.BackupStoreRequest
+	(*BackupStoreResponse)(nil),     // 30: merlon.ca.v1.BackupStoreResponse
+	(*Entry)(nil),                   // 31: merlon.ca.v1.Entry
+	(*Revocation)(nil),              // 32: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil),   // 33: google.protobuf.Timestamp
+	(*SyncAck)(nil),                 // 34: merlon.ca.v1.SyncAck
+	(*TrustBundle)(nil),             // 35: merlon.ca.v1.TrustBundle
+	(*PolicyBundle)(nil),            // 36: merlon.ca.v1.PolicyBundle
 }
 var file_ca_capb_admin_proto_depIdxs = []int32{
-	24, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
-	24, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	24, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
-	24, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	24, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	25, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	31, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
+	31, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	31, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
+	31, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	31, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	32, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	0,  // 6: merlon.ca.v1.CreateTokenRequest.kind:type_name -> merlon.ca.v1.TokenKind
-	26, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	33, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
 	13, // 8: merlon.ca.v1.ListAgentsResponse.agents:type_name -> merlon.ca.v1.Agent
-	26, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
-	26, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
-	27, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
-	28, // 12: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	25, // 13: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
-	25, // 14: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	29, // 15: merlon.ca.v1.GetPolicyResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	1,  // 16: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
-	3,  // 17: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
-	5,  // 18: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
-	7,  // 19: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
-	9,  // 20: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
-	11, // 21: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
-	14, // 22: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
-	16, // 23: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
-	18, // 24: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
-	20, // 25: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
-	22, // 26: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
-	2,  // 27: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
-	4,  // 28: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
-	6,  // 29: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
-	8,  // 30: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
-	10, // 31: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
-	12, // 32: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
-	15, // 33: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
-	17, // 34: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
-	19, // 35: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
-	21, // 36: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
-	23, // 37: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
-	27, // [27:38] is the sub-list for method output_type
-	16, // [16:27] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	33, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
+	33, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
+	34, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
+	35, // 12: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	32, // 13: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	32, // 14: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	36, // 15: merlon.ca.v1.GetPolicyResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	26, // 16: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
+	33, // 17: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
+	33, // 18: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
+	26, // 19: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
+	32, // 20: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	1,  // 21: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
+	3,  // 22: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
+	5,  // 23: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
+	7,  // 24: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
+	9,  // 25: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
+	11, // 26: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
+	14, // 27: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
+	16, // 28: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
+	18, // 29: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
+	20, // 30: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
+	24, // 31: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
+	27, // 32: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
+	29, // 33: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
+	22, // 34: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
+	2,  // 35: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
+	4,  // 36: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
+	6,  // 37: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
+	8,  // 38: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
+	10, // 39: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
+	12, // 40: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
+	15, // 41: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
+	17, // 42: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
+	19, // 43: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
+	21, // 44: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
+	25, // 45: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
+	28, // 46: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
+	30, // 47: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
+	23, // 48: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
+	35, // [35:49] is the sub-list for method output_type
+	21, // [21:35] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_admin_proto_init() }
@@ -1555,7 +1976,7 @@ func file_ca_capb_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_admin_proto_rawDesc), len(file_ca_capb_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   23,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

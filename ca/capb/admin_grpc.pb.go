@@ -31,6 +31,9 @@ const (
 	Admin_Revoke_FullMethodName          = "/merlon.ca.v1.Admin/Revoke"
 	Admin_ListRevocations_FullMethodName = "/merlon.ca.v1.Admin/ListRevocations"
 	Admin_PushPolicy_FullMethodName      = "/merlon.ca.v1.Admin/PushPolicy"
+	Admin_ListReplicas_FullMethodName    = "/merlon.ca.v1.Admin/ListReplicas"
+	Admin_EvictReplica_FullMethodName    = "/merlon.ca.v1.Admin/EvictReplica"
+	Admin_BackupStore_FullMethodName     = "/merlon.ca.v1.Admin/BackupStore"
 	Admin_GetPolicy_FullMethodName       = "/merlon.ca.v1.Admin/GetPolicy"
 )
 
@@ -57,6 +60,13 @@ type AdminClient interface {
 	// PushPolicy checks an unsigned policy bundle, gives it the next
 	// generation, signs and stores it.
 	PushPolicy(ctx context.Context, in *PushPolicyRequest, opts ...grpc.CallOption) (*PushPolicyResponse, error)
+	ListReplicas(ctx context.Context, in *ListReplicasRequest, opts ...grpc.CallOption) (*ListReplicasResponse, error)
+	// EvictReplica withdraws what a replica was given: its authorities are
+	// revoked, its JWT key leaves the trust bundle, its policy key is forgotten.
+	EvictReplica(ctx context.Context, in *EvictReplicaRequest, opts ...grpc.CallOption) (*EvictReplicaResponse, error)
+	// BackupStore streams a backup of the store as of one revision: the bytes of
+	// a backup file. No key is in it.
+	BackupStore(ctx context.Context, in *BackupStoreRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupStoreResponse], error)
 	// GetPolicy names the current generation and the keys that sign it.
 	GetPolicy(ctx context.Context, in *GetPolicyRequest, opts ...grpc.CallOption) (*GetPolicyResponse, error)
 }
@@ -169,6 +179,45 @@ func (c *adminClient) PushPolicy(ctx context.Context, in *PushPolicyRequest, opt
 	return out, nil
 }
 
+func (c *adminClient) ListReplicas(ctx context.Context, in *ListReplicasRequest, opts ...grpc.CallOption) (*ListReplicasResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListReplicasResponse)
+	err := c.cc.Invoke(ctx, Admin_ListReplicas_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) EvictReplica(ctx context.Context, in *EvictReplicaRequest, opts ...grpc.CallOption) (*EvictReplicaResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EvictReplicaResponse)
+	err := c.cc.Invoke(ctx, Admin_EvictReplica_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) BackupStore(ctx context.Context, in *BackupStoreRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupStoreResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[0], Admin_BackupStore_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[BackupStoreRequest, BackupStoreResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_BackupStoreClient = grpc.ServerStreamingClient[BackupStoreResponse]
+
 func (c *adminClient) GetPolicy(ctx context.Context, in *GetPolicyRequest, opts ...grpc.CallOption) (*GetPolicyResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetPolicyResponse)
@@ -202,6 +251,13 @@ type AdminServer interface {
 	// PushPolicy checks an unsigned policy bundle, gives it the next
 	// generation, signs and stores it.
 	PushPolicy(context.Context, *PushPolicyRequest) (*PushPolicyResponse, error)
+	ListReplicas(context.Context, *ListReplicasRequest) (*ListReplicasResponse, error)
+	// EvictReplica withdraws what a replica was given: its authorities are
+	// revoked, its JWT key leaves the trust bundle, its policy key is forgotten.
+	EvictReplica(context.Context, *EvictReplicaRequest) (*EvictReplicaResponse, error)
+	// BackupStore streams a backup of the store as of one revision: the bytes of
+	// a backup file. No key is in it.
+	BackupStore(*BackupStoreRequest, grpc.ServerStreamingServer[BackupStoreResponse]) error
 	// GetPolicy names the current generation and the keys that sign it.
 	GetPolicy(context.Context, *GetPolicyRequest) (*GetPolicyResponse, error)
 	mustEmbedUnimplementedAdminServer()
@@ -243,6 +299,15 @@ func (UnimplementedAdminServer) ListRevocations(context.Context, *ListRevocation
 }
 func (UnimplementedAdminServer) PushPolicy(context.Context, *PushPolicyRequest) (*PushPolicyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method PushPolicy not implemented")
+}
+func (UnimplementedAdminServer) ListReplicas(context.Context, *ListReplicasRequest) (*ListReplicasResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListReplicas not implemented")
+}
+func (UnimplementedAdminServer) EvictReplica(context.Context, *EvictReplicaRequest) (*EvictReplicaResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method EvictReplica not implemented")
+}
+func (UnimplementedAdminServer) BackupStore(*BackupStoreRequest, grpc.ServerStreamingServer[BackupStoreResponse]) error {
+	return status.Error(codes.Unimplemented, "method BackupStore not implemented")
 }
 func (UnimplementedAdminServer) GetPolicy(context.Context, *GetPolicyRequest) (*GetPolicyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetPolicy not implemented")
@@ -448,6 +513,53 @@ func _Admin_PushPolicy_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ListReplicas_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListReplicasRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListReplicas(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListReplicas_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListReplicas(ctx, req.(*ListReplicasRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_EvictReplica_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EvictReplicaRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).EvictReplica(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_EvictReplica_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).EvictReplica(ctx, req.(*EvictReplicaRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_BackupStore_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(BackupStoreRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).BackupStore(m, &grpc.GenericServerStream[BackupStoreRequest, BackupStoreResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_BackupStoreServer = grpc.ServerStreamingServer[BackupStoreResponse]
+
 func _Admin_GetPolicy_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(GetPolicyRequest)
 	if err := dec(in); err != nil {
@@ -514,10 +626,24 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Admin_PushPolicy_Handler,
 		},
 		{
+			MethodName: "ListReplicas",
+			Handler:    _Admin_ListReplicas_Handler,
+		},
+		{
+			MethodName: "EvictReplica",
+			Handler:    _Admin_EvictReplica_Handler,
+		},
+		{
 			MethodName: "GetPolicy",
 			Handler:    _Admin_GetPolicy_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "BackupStore",
+			Handler:       _Admin_BackupStore_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "ca/capb/admin.proto",
 }

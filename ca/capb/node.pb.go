@@ -262,7 +262,11 @@ type SyncRequest struct {
 	// everything, 0 for nothing. Ignored later.
 	ResumeRevision uint64 `protobuf:"varint,1,opt,name=resume_revision,json=resumeRevision,proto3" json:"resume_revision,omitempty"`
 	// What the agent serves by now. In the first message and whenever it grows.
-	Ack           *SyncAck `protobuf:"bytes,2,opt,name=ack,proto3" json:"ack,omitempty"`
+	Ack *SyncAck `protobuf:"bytes,2,opt,name=ack,proto3" json:"ack,omitempty"`
+	// In the first message: the highest that the agent has ever seen, also
+	// before it was restarted. A CA that has less was restored from an older
+	// backup and answers FAILED_PRECONDITION.
+	Seen          *Seen `protobuf:"bytes,3,opt,name=seen,proto3" json:"seen,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -311,6 +315,74 @@ func (x *SyncRequest) GetAck() *SyncAck {
 	return nil
 }
 
+func (x *SyncRequest) GetSeen() *Seen {
+	if x != nil {
+		return x.Seen
+	}
+	return nil
+}
+
+// Seen holds the highest numbers that an agent remembers; 0 for none.
+type Seen struct {
+	state               protoimpl.MessageState `protogen:"open.v1"`
+	Revision            uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	TrustBundleSequence uint64                 `protobuf:"varint,2,opt,name=trust_bundle_sequence,json=trustBundleSequence,proto3" json:"trust_bundle_sequence,omitempty"`
+	PolicyGeneration    uint64                 `protobuf:"varint,3,opt,name=policy_generation,json=policyGeneration,proto3" json:"policy_generation,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *Seen) Reset() {
+	*x = Seen{}
+	mi := &file_ca_capb_node_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Seen) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Seen) ProtoMessage() {}
+
+func (x *Seen) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_node_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Seen.ProtoReflect.Descriptor instead.
+func (*Seen) Descriptor() ([]byte, []int) {
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Seen) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *Seen) GetTrustBundleSequence() uint64 {
+	if x != nil {
+		return x.TrustBundleSequence
+	}
+	return 0
+}
+
+func (x *Seen) GetPolicyGeneration() uint64 {
+	if x != nil {
+		return x.PolicyGeneration
+	}
+	return 0
+}
+
 // SyncAck says what the agent has written to all its open workload streams.
 type SyncAck struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
@@ -325,7 +397,7 @@ type SyncAck struct {
 
 func (x *SyncAck) Reset() {
 	*x = SyncAck{}
-	mi := &file_ca_capb_node_proto_msgTypes[5]
+	mi := &file_ca_capb_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -337,7 +409,7 @@ func (x *SyncAck) String() string {
 func (*SyncAck) ProtoMessage() {}
 
 func (x *SyncAck) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[5]
+	mi := &file_ca_capb_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -350,7 +422,7 @@ func (x *SyncAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncAck.ProtoReflect.Descriptor instead.
 func (*SyncAck) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{5}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SyncAck) GetRevision() uint64 {
@@ -393,14 +465,18 @@ type SyncResponse struct {
 	PolicyBundle *PolicyBundle `protobuf:"bytes,8,opt,name=policy_bundle,json=policyBundle,proto3" json:"policy_bundle,omitempty"`
 	// The CA's clock when it sent this message. Sent at least every 15 s, also
 	// without a change, so that the agent knows how fresh its picture is.
-	SentAt        *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=sent_at,json=sentAt,proto3" json:"sent_at,omitempty"`
+	SentAt *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=sent_at,json=sentAt,proto3" json:"sent_at,omitempty"`
+	// The CA cannot reach its store: what it sends may be out of date, and this
+	// message does not make the agent's picture any fresher. An agent that knows
+	// other CA addresses tries them.
+	Stale         bool `protobuf:"varint,10,opt,name=stale,proto3" json:"stale,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[6]
+	mi := &file_ca_capb_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -412,7 +488,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[6]
+	mi := &file_ca_capb_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -425,7 +501,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{6}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *SyncResponse) GetRevision() uint64 {
@@ -491,6 +567,13 @@ func (x *SyncResponse) GetSentAt() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *SyncResponse) GetStale() bool {
+	if x != nil {
+		return x.Stale
+	}
+	return false
+}
+
 type SignRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Items         []*SignItem            `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
@@ -500,7 +583,7 @@ type SignRequest struct {
 
 func (x *SignRequest) Reset() {
 	*x = SignRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[7]
+	mi := &file_ca_capb_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -512,7 +595,7 @@ func (x *SignRequest) String() string {
 func (*SignRequest) ProtoMessage() {}
 
 func (x *SignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[7]
+	mi := &file_ca_capb_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -525,7 +608,7 @@ func (x *SignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignRequest.ProtoReflect.Descriptor instead.
 func (*SignRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{7}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SignRequest) GetItems() []*SignItem {
@@ -546,7 +629,7 @@ type SignItem struct {
 
 func (x *SignItem) Reset() {
 	*x = SignItem{}
-	mi := &file_ca_capb_node_proto_msgTypes[8]
+	mi := &file_ca_capb_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -558,7 +641,7 @@ func (x *SignItem) String() string {
 func (*SignItem) ProtoMessage() {}
 
 func (x *SignItem) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[8]
+	mi := &file_ca_capb_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -571,7 +654,7 @@ func (x *SignItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignItem.ProtoReflect.Descriptor instead.
 func (*SignItem) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{8}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SignItem) GetEntryId() string {
@@ -597,7 +680,7 @@ type SignResponse struct {
 
 func (x *SignResponse) Reset() {
 	*x = SignResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[9]
+	mi := &file_ca_capb_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -609,7 +692,7 @@ func (x *SignResponse) String() string {
 func (*SignResponse) ProtoMessage() {}
 
 func (x *SignResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[9]
+	mi := &file_ca_capb_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -622,7 +705,7 @@ func (x *SignResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResponse.ProtoReflect.Descriptor instead.
 func (*SignResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{9}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SignResponse) GetResults() []*SignResult {
@@ -645,7 +728,7 @@ type SignResult struct {
 
 func (x *SignResult) Reset() {
 	*x = SignResult{}
-	mi := &file_ca_capb_node_proto_msgTypes[10]
+	mi := &file_ca_capb_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -657,7 +740,7 @@ func (x *SignResult) String() string {
 func (*SignResult) ProtoMessage() {}
 
 func (x *SignResult) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[10]
+	mi := &file_ca_capb_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -670,7 +753,7 @@ func (x *SignResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResult.ProtoReflect.Descriptor instead.
 func (*SignResult) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{10}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SignResult) GetX509Svid() [][]byte {
@@ -705,7 +788,7 @@ type SignJWTRequest struct {
 
 func (x *SignJWTRequest) Reset() {
 	*x = SignJWTRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[11]
+	mi := &file_ca_capb_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -717,7 +800,7 @@ func (x *SignJWTRequest) String() string {
 func (*SignJWTRequest) ProtoMessage() {}
 
 func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[11]
+	mi := &file_ca_capb_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -730,7 +813,7 @@ func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
 func (*SignJWTRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{11}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SignJWTRequest) GetEntryId() string {
@@ -759,7 +842,7 @@ type SignJWTResponse struct {
 
 func (x *SignJWTResponse) Reset() {
 	*x = SignJWTResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[12]
+	mi := &file_ca_capb_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -771,7 +854,7 @@ func (x *SignJWTResponse) String() string {
 func (*SignJWTResponse) ProtoMessage() {}
 
 func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[12]
+	mi := &file_ca_capb_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -784,7 +867,7 @@ func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
 func (*SignJWTResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{12}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SignJWTResponse) GetToken() string {
@@ -837,7 +920,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_ca_capb_node_proto_msgTypes[13]
+	mi := &file_ca_capb_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -849,7 +932,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[13]
+	mi := &file_ca_capb_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -862,7 +945,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{13}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Entry) GetEntryId() string {
@@ -969,7 +1052,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_ca_capb_node_proto_msgTypes[14]
+	mi := &file_ca_capb_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -981,7 +1064,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[14]
+	mi := &file_ca_capb_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -994,7 +1077,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{14}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Selector) GetType() string {
@@ -1025,7 +1108,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[15]
+	mi := &file_ca_capb_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1037,7 +1120,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[15]
+	mi := &file_ca_capb_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1050,7 +1133,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{15}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -1089,7 +1172,7 @@ type PolicyBundle struct {
 
 func (x *PolicyBundle) Reset() {
 	*x = PolicyBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[16]
+	mi := &file_ca_capb_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1101,7 +1184,7 @@ func (x *PolicyBundle) String() string {
 func (*PolicyBundle) ProtoMessage() {}
 
 func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[16]
+	mi := &file_ca_capb_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1114,7 +1197,7 @@ func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyBundle.ProtoReflect.Descriptor instead.
 func (*PolicyBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PolicyBundle) GetName() string {
@@ -1149,7 +1232,7 @@ type PolicyKey struct {
 
 func (x *PolicyKey) Reset() {
 	*x = PolicyKey{}
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1161,7 +1244,7 @@ func (x *PolicyKey) String() string {
 func (*PolicyKey) ProtoMessage() {}
 
 func (x *PolicyKey) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1174,7 +1257,7 @@ func (x *PolicyKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyKey.ProtoReflect.Descriptor instead.
 func (*PolicyKey) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *PolicyKey) GetKid() string {
@@ -1218,7 +1301,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1230,7 +1313,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1243,7 +1326,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -1368,14 +1451,19 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\"j\n" +
 	"\rRenewResponse\x12\x1b\n" +
 	"\tx509_svid\x18\x01 \x03(\fR\bx509Svid\x12<\n" +
-	"\ftrust_bundle\x18\x02 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\"_\n" +
+	"\ftrust_bundle\x18\x02 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\"\x87\x01\n" +
 	"\vSyncRequest\x12'\n" +
 	"\x0fresume_revision\x18\x01 \x01(\x04R\x0eresumeRevision\x12'\n" +
-	"\x03ack\x18\x02 \x01(\v2\x15.merlon.ca.v1.SyncAckR\x03ack\"\x86\x01\n" +
+	"\x03ack\x18\x02 \x01(\v2\x15.merlon.ca.v1.SyncAckR\x03ack\x12&\n" +
+	"\x04seen\x18\x03 \x01(\v2\x12.merlon.ca.v1.SeenR\x04seen\"\x83\x01\n" +
+	"\x04Seen\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
+	"\x15trust_bundle_sequence\x18\x02 \x01(\x04R\x13trustBundleSequence\x12+\n" +
+	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\x86\x01\n" +
 	"\aSyncAck\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
 	"\x15trust_bundle_sequence\x18\x02 \x01(\x04R\x13trustBundleSequence\x12+\n" +
-	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\xa3\x03\n" +
+	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\xb9\x03\n" +
 	"\fSyncResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
 	"\x05reset\x18\x02 \x01(\bR\x05reset\x12\x16\n" +
@@ -1385,7 +1473,9 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\ftrust_bundle\x18\x06 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\x12:\n" +
 	"\vrevocations\x18\a \x03(\v2\x18.merlon.ca.v1.RevocationR\vrevocations\x12?\n" +
 	"\rpolicy_bundle\x18\b \x01(\v2\x1a.merlon.ca.v1.PolicyBundleR\fpolicyBundle\x123\n" +
-	"\asent_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x06sentAt\";\n" +
+	"\asent_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x06sentAt\x12\x14\n" +
+	"\x05stale\x18\n" +
+	" \x01(\bR\x05stale\";\n" +
 	"\vSignRequest\x12,\n" +
 	"\x05items\x18\x01 \x03(\v2\x16.merlon.ca.v1.SignItemR\x05items\"7\n" +
 	"\bSignItem\x12\x19\n" +
@@ -1477,62 +1567,64 @@ func file_ca_capb_node_proto_rawDescGZIP() []byte {
 	return file_ca_capb_node_proto_rawDescData
 }
 
-var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_ca_capb_node_proto_goTypes = []any{
 	(*AttestRequest)(nil),         // 0: merlon.ca.v1.AttestRequest
 	(*AttestResponse)(nil),        // 1: merlon.ca.v1.AttestResponse
 	(*RenewRequest)(nil),          // 2: merlon.ca.v1.RenewRequest
 	(*RenewResponse)(nil),         // 3: merlon.ca.v1.RenewResponse
 	(*SyncRequest)(nil),           // 4: merlon.ca.v1.SyncRequest
-	(*SyncAck)(nil),               // 5: merlon.ca.v1.SyncAck
-	(*SyncResponse)(nil),          // 6: merlon.ca.v1.SyncResponse
-	(*SignRequest)(nil),           // 7: merlon.ca.v1.SignRequest
-	(*SignItem)(nil),              // 8: merlon.ca.v1.SignItem
-	(*SignResponse)(nil),          // 9: merlon.ca.v1.SignResponse
-	(*SignResult)(nil),            // 10: merlon.ca.v1.SignResult
-	(*SignJWTRequest)(nil),        // 11: merlon.ca.v1.SignJWTRequest
-	(*SignJWTResponse)(nil),       // 12: merlon.ca.v1.SignJWTResponse
-	(*Entry)(nil),                 // 13: merlon.ca.v1.Entry
-	(*Selector)(nil),              // 14: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),           // 15: merlon.ca.v1.TrustBundle
-	(*PolicyBundle)(nil),          // 16: merlon.ca.v1.PolicyBundle
-	(*PolicyKey)(nil),             // 17: merlon.ca.v1.PolicyKey
-	(*Revocation)(nil),            // 18: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil), // 19: google.protobuf.Timestamp
+	(*Seen)(nil),                  // 5: merlon.ca.v1.Seen
+	(*SyncAck)(nil),               // 6: merlon.ca.v1.SyncAck
+	(*SyncResponse)(nil),          // 7: merlon.ca.v1.SyncResponse
+	(*SignRequest)(nil),           // 8: merlon.ca.v1.SignRequest
+	(*SignItem)(nil),              // 9: merlon.ca.v1.SignItem
+	(*SignResponse)(nil),          // 10: merlon.ca.v1.SignResponse
+	(*SignResult)(nil),            // 11: merlon.ca.v1.SignResult
+	(*SignJWTRequest)(nil),        // 12: merlon.ca.v1.SignJWTRequest
+	(*SignJWTResponse)(nil),       // 13: merlon.ca.v1.SignJWTResponse
+	(*Entry)(nil),                 // 14: merlon.ca.v1.Entry
+	(*Selector)(nil),              // 15: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),           // 16: merlon.ca.v1.TrustBundle
+	(*PolicyBundle)(nil),          // 17: merlon.ca.v1.PolicyBundle
+	(*PolicyKey)(nil),             // 18: merlon.ca.v1.PolicyKey
+	(*Revocation)(nil),            // 19: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
 }
 var file_ca_capb_node_proto_depIdxs = []int32{
-	15, // 0: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	15, // 1: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	5,  // 2: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
-	13, // 3: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
-	15, // 4: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	18, // 5: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	16, // 6: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	19, // 7: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
-	8,  // 8: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
-	10, // 9: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
-	19, // 10: merlon.ca.v1.SignJWTResponse.issued_at:type_name -> google.protobuf.Timestamp
-	19, // 11: merlon.ca.v1.SignJWTResponse.expires_at:type_name -> google.protobuf.Timestamp
-	14, // 12: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
-	19, // 13: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	19, // 14: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	17, // 15: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
-	19, // 16: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	0,  // 17: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
-	2,  // 18: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
-	4,  // 19: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
-	7,  // 20: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
-	11, // 21: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
-	1,  // 22: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
-	3,  // 23: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
-	6,  // 24: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
-	9,  // 25: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
-	12, // 26: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
-	22, // [22:27] is the sub-list for method output_type
-	17, // [17:22] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	16, // 0: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	16, // 1: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	6,  // 2: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
+	5,  // 3: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
+	14, // 4: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
+	16, // 5: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	19, // 6: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	17, // 7: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	20, // 8: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
+	9,  // 9: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
+	11, // 10: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
+	20, // 11: merlon.ca.v1.SignJWTResponse.issued_at:type_name -> google.protobuf.Timestamp
+	20, // 12: merlon.ca.v1.SignJWTResponse.expires_at:type_name -> google.protobuf.Timestamp
+	15, // 13: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
+	20, // 14: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	20, // 15: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	18, // 16: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
+	20, // 17: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	0,  // 18: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
+	2,  // 19: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
+	4,  // 20: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
+	8,  // 21: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
+	12, // 22: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
+	1,  // 23: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
+	3,  // 24: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
+	7,  // 25: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
+	10, // 26: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
+	13, // 27: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
+	23, // [23:28] is the sub-list for method output_type
+	18, // [18:23] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_node_proto_init() }
@@ -1544,7 +1636,7 @@ func file_ca_capb_node_proto_init() {
 	file_ca_capb_node_proto_msgTypes[0].OneofWrappers = []any{
 		(*AttestRequest_JoinToken)(nil),
 	}
-	file_ca_capb_node_proto_msgTypes[18].OneofWrappers = []any{
+	file_ca_capb_node_proto_msgTypes[19].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -1556,7 +1648,7 @@ func file_ca_capb_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_node_proto_rawDesc), len(file_ca_capb_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   19,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

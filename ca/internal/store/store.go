@@ -22,9 +22,13 @@ var (
 	// ErrTooLarge is returned by Txn for keys, values and transactions above
 	// the limits below; nothing was written.
 	ErrTooLarge = errors.New("too large for the store")
-	// ErrReadOnly is returned by Txn when the store can no longer promise that
-	// a write is durable, e.g. after a sync has failed. Reads go on.
+	// ErrReadOnly is returned by Txn when the store cannot promise that a write
+	// is durable: its disk or its quota is used up, or a sync has failed. The
+	// error says which. Nothing was written unless a sync failed. Reads go on.
 	ErrReadOnly = errors.New("store is read-only")
+	// ErrUnavailable is returned when the store cannot be reached, e.g. an etcd
+	// without a quorum. What a Txn did that fails so is unknown.
+	ErrUnavailable = errors.New("store unavailable")
 	// ErrClosed is returned once the store has been closed.
 	ErrClosed = errors.New("store closed")
 )
@@ -83,16 +87,24 @@ type Batch struct {
 	Events   []Event
 }
 
+// LeaderPrefix begins the keys that campaigns write: leader/NAME.
+const LeaderPrefix = "leader/"
+
 // Leadership is a held campaign.
 type Leadership interface {
-	// Lost is closed when the leadership has been lost.
+	// Lost is closed when the leadership has been lost, at the latest when
+	// another may lead. A process that was paused learns of it late: what a
+	// leader writes carries Fence.
 	Lost() <-chan struct{}
+	// Fence is a comparison that holds as long as nobody else has led since.
+	Fence() Cmp
 	// Resign gives it up.
 	Resign(ctx context.Context) error
 }
 
 // Store is safe for concurrent use. A write that returned without an error is
-// durable. The revision of a new store is 1.
+// durable. The revision of a new store is at least 1; it rises with every
+// write, not always by one.
 type Store interface {
 	// Get returns the latest committed value (linearizable) and the store's
 	// revision.
@@ -115,7 +127,8 @@ type Store interface {
 	// closed while ctx lives, and lists again. Watching from 0 gives all of a
 	// history that has never been compacted.
 	Watch(ctx context.Context, prefix string, afterRevision uint64) (<-chan Batch, error)
-	// Campaign blocks until this process leads name (or ctx ends).
+	// Campaign blocks until this process leads name (or ctx ends). A leader
+	// that is gone is replaced after ttl.
 	Campaign(ctx context.Context, name string, ttl time.Duration) (Leadership, error)
 	// Revision returns the latest committed revision.
 	Revision(ctx context.Context) (uint64, error)

@@ -1,10 +1,12 @@
 package badger
 
 // Leadership. One process has the store open (Badger's directory lock), so who
-// leads is settled among its goroutines.
+// leads is settled among its goroutines; each writes its key, which is what
+// its fence compares.
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"time"
 
@@ -47,16 +49,22 @@ func (s *Store) Campaign(ctx context.Context, name string, _ time.Duration) (sto
 	case <-s.stop:
 		return nil, store.ErrClosed
 	}
-	return s.lead(slot)
+	return s.lead(ctx, name, slot)
 }
 
-func (s *Store) lead(slot chan struct{}) (store.Leadership, error) {
+func (s *Store) lead(ctx context.Context, name string, slot chan struct{}) (store.Leadership, error) {
+	key := store.LeaderPrefix + name
+	res, err := s.Txn(ctx, nil, []store.Op{store.Put(key, nil)}, nil)
+	if err != nil {
+		<-slot
+		return nil, fmt.Errorf("lead %s: %w", name, err)
+	}
 	if err := s.enter(); err != nil {
 		<-slot
 		return nil, err
 	}
 	defer s.leave()
-	l := &leadership{slot: slot, lost: make(chan struct{}), resigned: make(chan struct{})}
+	l := &leadership{fence: store.Cmp{Key: key, ModRevision: res.Revision}, slot: slot, lost: make(chan struct{}), resigned: make(chan struct{})}
 	s.running.Go(func() {
 		select {
 		case <-s.stop:
@@ -68,6 +76,7 @@ func (s *Store) lead(slot chan struct{}) (store.Leadership, error) {
 }
 
 type leadership struct {
+	fence          store.Cmp
 	slot           chan struct{}
 	lost, resigned chan struct{}
 	once           sync.Once
@@ -75,6 +84,9 @@ type leadership struct {
 
 // Lost implements store.Leadership.
 func (l *leadership) Lost() <-chan struct{} { return l.lost }
+
+// Fence implements store.Leadership.
+func (l *leadership) Fence() store.Cmp { return l.fence }
 
 // Resign implements store.Leadership. It returns once Lost is closed; then the
 // next one leads.

@@ -115,12 +115,17 @@ func (s *Store) commitLoop() {
 		if waiting, next = s.gather(next); len(waiting) == 0 {
 			return
 		}
-		if failed == nil {
+		refused := failed
+		if refused == nil {
+			refused = s.room()
+		}
+		if refused == nil {
 			failed = s.commit(waiting)
+			refused = failed
 		}
 		for _, r := range waiting {
-			if failed != nil {
-				r.result, r.err = store.TxnResult{}, failed
+			if refused != nil {
+				r.result, r.err = store.TxnResult{}, refused
 			}
 			close(r.done)
 		}

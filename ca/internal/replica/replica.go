@@ -1,0 +1,128 @@
+// Package replica keeps the records of the CA's replicas: who may issue beside
+// the root holder, under which authorities, and with which keys it signs
+// JWT-SVIDs and policy bundles. The root holder writes a record when it
+// certifies a replica; whoever can write the store alone gains nothing by one,
+// since what counts in it is signed under the root.
+package replica
+
+import (
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"slices"
+	"time"
+
+	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/store"
+)
+
+// Prefix is where the store keeps records of replicas, by name.
+const Prefix = "replica/"
+
+const (
+	encodingVersion = 1
+	// maxAuthorities is how many intermediates of a replica are remembered: SVIDs
+	// live for at most a day, and intermediates are renewed at half of theirs.
+	maxAuthorities = 16
+)
+
+var validName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
+
+// Record is one replica. It is immutable.
+type Record struct {
+	Name string
+	// RootHolder: it has the root key.
+	RootHolder bool
+	JoinedAt   time.Time
+	// Authorities are its intermediates, the current one last.
+	Authorities []Authority
+	// JWTKeyID names its key in the trust bundle.
+	JWTKeyID string
+	// PolicyCertificate is its policy key under the root, DER.
+	PolicyCertificate []byte
+	// Revision is that of the transaction that wrote the record.
+	Revision uint64
+}
+
+// Authority is one intermediate of a replica.
+type Authority struct {
+	// ID is the hex subject key ID, as in revocations.
+	ID       string    `json:"id"`
+	NotAfter time.Time `json:"not_after"`
+}
+
+type stored struct {
+	Version           int         `json:"v"`
+	Name              string      `json:"name"`
+	RootHolder        bool        `json:"root_holder,omitempty"`
+	JoinedAt          time.Time   `json:"joined_at"`
+	Authorities       []Authority `json:"authorities"`
+	JWTKeyID          string      `json:"jwt_key_id"`
+	PolicyCertificate []byte      `json:"policy_certificate"`
+}
+
+// CheckName says why name cannot name a replica, as an *entry.InvalidError.
+func CheckName(name string) error {
+	if !validName.MatchString(name) {
+		return &entry.InvalidError{Field: "replica_name", Reason: fmt.Sprintf("%.80q: want 1 to 63 of a-z, 0-9 and hyphen, beginning with a letter or digit", name)}
+	}
+	return nil
+}
+
+// Decode reads a stored record.
+func Decode(kv store.KV) (*Record, error) {
+	var s stored
+	if err := json.Unmarshal(kv.Value, &s); err != nil {
+		return nil, fmt.Errorf("decode %s: %w", kv.Key, err)
+	}
+	if s.Version != encodingVersion {
+		return nil, fmt.Errorf("decode %s: version %d is not known", kv.Key, s.Version)
+	}
+	if kv.Key != Prefix+s.Name || len(s.Authorities) == 0 {
+		return nil, fmt.Errorf("decode %s: it is incomplete", kv.Key)
+	}
+	return &Record{
+		Name: s.Name, RootHolder: s.RootHolder, JoinedAt: s.JoinedAt, Authorities: s.Authorities,
+		JWTKeyID: s.JWTKeyID, PolicyCertificate: s.PolicyCertificate, Revision: kv.ModRevision,
+	}, nil
+}
+
+// Put returns the write that stores r.
+func (r *Record) Put() (store.Op, error) {
+	b, err := json.Marshal(stored{
+		Version: encodingVersion, Name: r.Name, RootHolder: r.RootHolder, JoinedAt: r.JoinedAt.UTC(), Authorities: r.Authorities,
+		JWTKeyID: r.JWTKeyID, PolicyCertificate: r.PolicyCertificate,
+	})
+	if err != nil {
+		return store.Op{}, fmt.Errorf("encode the record of replica %s: %w", r.Name, err)
+	}
+	return store.Put(Prefix+r.Name, b), nil
+}
+
+// Cmp holds while the stored record is r.
+func (r *Record) Cmp() store.Cmp { return store.Cmp{Key: Prefix + r.Name, ModRevision: r.Revision} }
+
+// Current is the replica's newest intermediate.
+func (r *Record) Current() Authority { return r.Authorities[len(r.Authorities)-1] }
+
+// Holds says whether the replica issues, or has issued, under authority id.
+func (r *Record) Holds(id string) bool {
+	return slices.ContainsFunc(r.Authorities, func(a Authority) bool { return a.ID == id })
+}
+
+// WithAuthority returns a copy whose current intermediate is a; those that
+// ended before now are left out.
+func (r *Record) WithAuthority(a Authority, now time.Time) *Record {
+	next := *r
+	next.Authorities = nil
+	for _, old := range r.Authorities {
+		if old.ID != a.ID && now.Before(old.NotAfter) {
+			next.Authorities = append(next.Authorities, old)
+		}
+	}
+	next.Authorities = append(next.Authorities, a)
+	if extra := len(next.Authorities) - maxAuthorities; extra > 0 {
+		next.Authorities = next.Authorities[extra:]
+	}
+	return &next
+}

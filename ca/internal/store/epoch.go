@@ -1,0 +1,21 @@
+package store
+
+// Epochs. A store that was restored from a backup has lost its latest
+// revisions, and others remember them: serial numbers carry them, agents have
+// seen what was written at them. It therefore goes on in the next epoch, above
+// every revision that the lost one can have given out.
+
+// epochBits is how many revisions an epoch has; a serial number keeps 47 bits
+// of a revision, so there are 32 768 epochs.
+const epochBits = 32
+
+// Epoch tells how often the store at revision was restored.
+func Epoch(revision uint64) uint64 { return revision >> epochBits }
+
+// NextEpoch returns the first revision of the epoch after that of revision.
+func NextEpoch(revision uint64) uint64 { return (Epoch(revision) + 1) << epochBits }
+
+// InEpoch returns the number after last that says it was made in the epoch of
+// revision: numbers that rise by one, such as the sequence number of a trust
+// bundle, jump with the epoch.
+func InEpoch(revision, last uint64) uint64 { return max(last+1, Epoch(revision)<<epochBits) }

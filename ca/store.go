@@ -1,0 +1,40 @@
+// Which store the CA keeps its records in. Here alone does the CA know that
+// there are two.
+
+package ca
+
+import (
+	"context"
+	"path/filepath"
+
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/store/badger"
+	"merlon.dev/ca/internal/store/etcd"
+)
+
+// The kinds of stores.
+const (
+	storeBadger = "badger"
+	storeEtcd   = "etcd"
+)
+
+// openStore avoids an interface that holds a nil *badger.Store.
+func openStore(ctx context.Context, cfg Config) (store.Store, error) {
+	if cfg.Store == storeEtcd {
+		return etcd.Open(ctx, cfg.etcd())
+	}
+	st, err := badger.Open(cfg.storeDir(), badger.Options{Logger: cfg.Logger})
+	if err != nil {
+		return nil, err
+	}
+	return st, nil
+}
+
+func (c Config) storeDir() string { return filepath.Join(c.DataDir, "store") }
+
+func (c Config) etcd() etcd.Config {
+	return etcd.Config{
+		Endpoints: c.EtcdEndpoints, CAFile: c.EtcdCAFile, CertFile: c.EtcdCertFile, KeyFile: c.EtcdKeyFile,
+		Prefix: c.EtcdPrefix, Logger: c.Logger,
+	}
+}
