@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"strings"
+
+	"merlon.dev/ca/internal/store/etcd"
 )
 
 // EnvPrefix begins the environment variable of each setting, as in
@@ -23,20 +25,31 @@ type CommandLine struct {
 }
 
 var usage = map[string]string{
-	"trust_domain":   "name under which every SPIFFE ID is issued, such as example.org (required)",
-	"data_dir":       "folder of the store, the keys and the audit log (default " + DefaultDataDir + ")",
-	"address":        "host:port of gRPC (default " + DefaultAddress + ")",
-	"https_address":  "host:port of HTTPS (default " + DefaultHTTPSAddress + ")",
-	"health_address": "host:port of health and metrics (default " + DefaultHealthAddress + ")",
-	"admin_socket":   "path of the admin socket (default " + DefaultAdminSocket + ")",
-	"admin_uids":     "uids, separated by commas, that may use the admin socket beside root and the CA's own",
-	"dns_names":      "DNS names, separated by commas, in the CA's own certificate beside localhost",
-	"x509_svid_ttl":  "life of X509-SVIDs whose entry does not say (default 1h)",
-	"jwt_svid_ttl":   "life of JWT-SVIDs whose entry does not say (default 5m)",
-	"agent_svid_ttl": "life of the agents' X509-SVIDs (default 1h)",
-	"development":    "mark the root as a development root",
-	"log_level":      "debug, info, warn or error (default info)",
-	"log_format":     "text or json (default text)",
+	"trust_domain":     "name under which every SPIFFE ID is issued, such as example.org (required)",
+	"data_dir":         "folder of the store, the keys and the audit log (default " + DefaultDataDir + ")",
+	"store":            "badger, in data_dir, or etcd (default badger)",
+	"disk_reserve_mib": "MiB of disk that stay free; with less, nothing is written (default 256)",
+	"etcd_endpoints":   "client URLs of etcd's members, separated by commas (store etcd)",
+	"etcd_ca_file":     "PEM file with the CA of etcd's members",
+	"etcd_cert_file":   "PEM file with our certificate for etcd",
+	"etcd_key_file":    "PEM file with the key of etcd_cert_file",
+	"etcd_prefix":      "beginning of all keys in etcd (default " + etcd.DefaultPrefix + ")",
+	"replica_name":     "name among the CA's replicas (default: " + DefaultReplicaName + " with the root, otherwise that in the join token)",
+	"join_address":     "host:port of the replica that holds the root key, to become a replica of it (store etcd)",
+	"join_token_file":  "file with the replica's join token",
+	"root_hash":        "SHA-256 of the root's public key in hex, as printed with the token",
+	"address":          "host:port of gRPC (default " + DefaultAddress + ")",
+	"https_address":    "host:port of HTTPS (default " + DefaultHTTPSAddress + ")",
+	"health_address":   "host:port of health and metrics (default " + DefaultHealthAddress + ")",
+	"admin_socket":     "path of the admin socket (default " + DefaultAdminSocket + ")",
+	"admin_uids":       "uids, separated by commas, that may use the admin socket beside root and the CA's own",
+	"dns_names":        "DNS names, separated by commas, in the CA's own certificate beside localhost",
+	"x509_svid_ttl":    "life of X509-SVIDs whose entry does not say (default 1h)",
+	"jwt_svid_ttl":     "life of JWT-SVIDs whose entry does not say (default 5m)",
+	"agent_svid_ttl":   "life of the agents' X509-SVIDs (default 1h)",
+	"development":      "mark the root as a development root",
+	"log_level":        "debug, info, warn or error (default info)",
+	"log_format":       "text or json (default text)",
 }
 
 // ParseCommandLine reads args (without the program's name), the environment
@@ -53,8 +66,12 @@ func ParseCommandLine(args []string, getenv func(string) string, out io.Writer) 
 	}
 	file := set.String("config", "", "YAML file with the settings")
 	set.BoolVar(&cl.ValidateOnly, "validate", false, "look at the settings and leave")
+	older := set.Uint64("accept-older-store", 0, "`revision` of a store that is known to have lost its latest writes, such as one from a backup: open it all the same")
 	given := make(map[string]string)
 	for _, key := range Keys() {
+		if key == "join_token" {
+			continue // a command line is not secret
+		}
 		take := func(text string) error { given[key] = text; return nil }
 		if name := strings.ReplaceAll(key, "_", "-"); key == "development" {
 			set.BoolFunc(name, usage[key], take)
@@ -77,6 +94,7 @@ func ParseCommandLine(args []string, getenv func(string) string, out io.Writer) 
 	if err := cl.load(*file, getenv, given); err != nil {
 		return nil, err
 	}
+	cl.Config.AcceptOlderStore = *older
 	return &cl, cl.Config.Validate()
 }
 

@@ -28,10 +28,13 @@ const (
 	DefaultAddress       = ":8443"
 	DefaultHTTPSAddress  = ":8444"
 	DefaultHealthAddress = "127.0.0.1:9443"
+	DefaultReplicaName   = "ca"
 	DefaultAdminSocket   = "/run/merlon/ca/admin.sock"
 	DefaultX509SVIDTTL   = time.Hour
 	DefaultJWTSVIDTTL    = 5 * time.Minute
 	DefaultAgentSVIDTTL  = time.Hour
+	// DefaultDiskReserveMiB is in MiB.
+	DefaultDiskReserveMiB = 256
 )
 
 // Config is what the CA reads at start. The zero value of every optional field
@@ -171,8 +174,11 @@ func ParseConfig(name string, data []byte) (Config, error) {
 // Keys are the names of the settings that Set takes: those of the file.
 func Keys() []string {
 	return []string{
-		"trust_domain", "data_dir", "address", "https_address", "health_address", "admin_socket", "admin_uids",
-		"dns_names", "x509_svid_ttl", "jwt_svid_ttl", "agent_svid_ttl", "development",
+		"trust_domain", "data_dir", "store", "disk_reserve_mib",
+		"etcd_endpoints", "etcd_ca_file", "etcd_cert_file", "etcd_key_file", "etcd_prefix",
+		"replica_name", "join_address", "join_token", "join_token_file", "root_hash",
+		"address", "https_address", "health_address", "admin_socket", "admin_uids", "dns_names",
+		"x509_svid_ttl", "jwt_svid_ttl", "agent_svid_ttl", "development",
 		"log_level", "log_format",
 	}
 }
@@ -180,20 +186,16 @@ func Keys() []string {
 // Set overrides one setting with text from a flag or the environment. Lists
 // are separated by commas.
 func (c *Config) Set(key, text string) error {
+	if field := c.text(key); field != nil {
+		*field = text
+		return nil
+	}
 	var err error
 	switch key {
-	case "trust_domain":
-		c.TrustDomain = text
-	case "data_dir":
-		c.DataDir = text
-	case "address":
-		c.Address = text
-	case "https_address":
-		c.HTTPSAddress = text
-	case "health_address":
-		c.HealthAddress = text
-	case "admin_socket":
-		c.AdminSocket = text
+	case "disk_reserve_mib":
+		c.DiskReserveMiB, err = strconv.Atoi(text)
+	case "etcd_endpoints":
+		c.EtcdEndpoints = splitList(text)
 	case "admin_uids":
 		c.AdminUIDs, err = parseUIDs(text)
 	case "dns_names":
@@ -206,10 +208,6 @@ func (c *Config) Set(key, text string) error {
 		c.AgentSVIDTTL, err = time.ParseDuration(text)
 	case "development":
 		c.Development, err = strconv.ParseBool(text)
-	case "log_level":
-		c.LogLevel = text
-	case "log_format":
-		c.LogFormat = text
 	default:
 		err = errors.New("no such setting")
 	}
@@ -217,6 +215,18 @@ func (c *Config) Set(key, text string) error {
 		return fmt.Errorf("%s: %q: %w", key, text, err)
 	}
 	return nil
+}
+
+// text is the setting called key, where that is plain text; otherwise nil.
+func (c *Config) text(key string) *string {
+	return map[string]*string{
+		"trust_domain": &c.TrustDomain, "data_dir": &c.DataDir, "store": &c.Store,
+		"etcd_ca_file": &c.EtcdCAFile, "etcd_cert_file": &c.EtcdCertFile, "etcd_key_file": &c.EtcdKeyFile, "etcd_prefix": &c.EtcdPrefix,
+		"replica_name": &c.ReplicaName, "join_address": &c.JoinAddress, "join_token": &c.JoinToken,
+		"join_token_file": &c.JoinTokenFile, "root_hash": &c.RootHash,
+		"address": &c.Address, "https_address": &c.HTTPSAddress, "health_address": &c.HealthAddress,
+		"admin_socket": &c.AdminSocket, "log_level": &c.LogLevel, "log_format": &c.LogFormat,
+	}[key]
 }
 
 func splitList(text string) []string {
@@ -262,6 +272,12 @@ func (c Config) Validate() error {
 		if err := entry.CheckDNSName(name); err != nil {
 			return err
 		}
+	}
+	if err := c.checkStore(); err != nil {
+		return err
+	}
+	if err := c.checkJoin(); err != nil {
+		return err
 	}
 	if _, err := parseLevel(c.LogLevel); err != nil {
 		return err
@@ -326,6 +342,7 @@ func (c Config) withDefaults() Config {
 		def   string
 	}{
 		{&c.DataDir, DefaultDataDir},
+		{&c.Store, storeBadger},
 		{&c.Address, DefaultAddress},
 		{&c.HTTPSAddress, DefaultHTTPSAddress},
 		{&c.HealthAddress, DefaultHealthAddress},
@@ -348,6 +365,9 @@ func (c Config) withDefaults() Config {
 		if *d.field == 0 {
 			*d.field = d.def
 		}
+	}
+	if c.DiskReserveMiB == 0 {
+		c.DiskReserveMiB = DefaultDiskReserveMiB
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

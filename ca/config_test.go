@@ -14,6 +14,10 @@ import (
 	"time"
 )
 
+const localEtcd = "etcd_endpoints: ['http://127.0.0.1:2379']\n"
+
+func etcdYAML(more string) string { return "trust_domain: a.test\nstore: etcd\n" + more }
+
 func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 	for name, test := range map[string]struct{ yaml, want string }{
 		"unknown key":     {"trust_domian: a.test\n", `ca.yaml:1:1: `},
@@ -30,6 +34,20 @@ func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 		"negative TTL":    {"trust_domain: a.test\nagent_svid_ttl: -1h\n", "agent_svid_ttl: "},
 		"log level":       {"trust_domain: a.test\nlog_level: loud\n", "log_level: "},
 		"log format":      {"trust_domain: a.test\nlog_format: xml\n", "log_format: "},
+		"store":           {"trust_domain: a.test\nstore: redis\n", "store: "},
+		"reserve":         {"trust_domain: a.test\ndisk_reserve_mib: -1\n", "disk_reserve_mib: "},
+		"etcd unused":     {"trust_domain: a.test\netcd_endpoints: ['https://e:2379']\n", "etcd_endpoints: "},
+		"etcd nowhere":    {etcdYAML(""), "etcd_endpoints: "},
+		"etcd in clear":   {etcdYAML("etcd_endpoints: ['http://etcd-1:2379']\n"), "etcd_endpoints: "},
+		"etcd no port":    {etcdYAML("etcd_endpoints: ['https://etcd-1']\n"), "etcd_endpoints: "},
+		"etcd no keys":    {etcdYAML("etcd_endpoints: ['https://etcd-1:2379']\n"), "etcd_ca_file"},
+		"replica name":    {"trust_domain: a.test\nreplica_name: A/B\n", "replica_name: "},
+		"join on badger":  {"trust_domain: a.test\njoin_address: ca:8443\n", "join_address: "},
+		"join nowhere":    {etcdYAML(localEtcd + "join_address: ':8443'\n"), "join_address: "},
+		"token alone":     {"trust_domain: a.test\njoin_token: t\n", "join_address: "},
+		"two tokens":      {etcdYAML(localEtcd + "join_address: ca:8443\njoin_token: t\njoin_token_file: /t\n"), "join_token_file: "},
+		"no hash":         {etcdYAML(localEtcd + "join_address: ca:8443\njoin_token: t\n"), "root_hash: "},
+		"short hash":      {etcdYAML(localEtcd + "join_address: ca:8443\njoin_token: t\nroot_hash: 0a0a\n"), "root_hash: "},
 		"bare TTL":        {"trust_domain: a.test\njwt_svid_ttl: 5\n", "ca.yaml:2:"},
 	} {
 		c, err := ParseConfig("ca.yaml", []byte(test.yaml))
@@ -38,6 +56,19 @@ func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 		}
 		if err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%s: %v; want %q in it", name, err, test.want)
+		}
+	}
+	for name, yaml := range map[string]string{
+		"badger":       "trust_domain: a.test\nstore: badger\n",
+		"etcd":         etcdYAML(localEtcd),
+		"etcd by TLS":  etcdYAML("etcd_endpoints: ['https://etcd-1:2379']\netcd_ca_file: /c\netcd_cert_file: /d\netcd_key_file: /e\n"),
+		"join":         etcdYAML(localEtcd + "join_address: ca:8443\njoin_token: t\nroot_hash: " + strings.Repeat("0a", 32) + "\n"),
+		"joined":       etcdYAML(localEtcd + "join_address: ca:8443\n"),
+		"with a name":  "trust_domain: a.test\nreplica_name: ca-1\n",
+		"small budget": "trust_domain: a.test\ndisk_reserve_mib: 1\n",
+	} {
+		if c, err := ParseConfig("ca.yaml", []byte(yaml)); err != nil || c.Validate() != nil {
+			t.Errorf("%s: %v, %v", name, err, c.Validate())
 		}
 	}
 	if _, err := New(Config{}); err == nil {
@@ -91,11 +122,11 @@ func TestCommandLineRefusals(t *testing.T) {
 // Every setting of the file can also be set by flag and environment.
 func TestEverySettingHasAFlag(t *testing.T) {
 	for _, key := range Keys() {
-		if usage[key] == "" {
+		if usage[key] == "" && key != "join_token" { // a secret is no flag
 			t.Errorf("%s has no help", key)
 		}
 		var c Config
-		if err := c.Set(key, map[string]string{"development": "true", "admin_uids": "1", "x509_svid_ttl": "1h", "jwt_svid_ttl": "1m", "agent_svid_ttl": "1h"}[key]); err != nil {
+		if err := c.Set(key, map[string]string{"development": "true", "admin_uids": "1", "x509_svid_ttl": "1h", "jwt_svid_ttl": "1m", "agent_svid_ttl": "1h", "disk_reserve_mib": "1"}[key]); err != nil {
 			t.Errorf("Set(%s): %v", key, err)
 		}
 	}

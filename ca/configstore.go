@@ -1,0 +1,110 @@
+// The settings of the store and of replicas: which of them go together.
+
+package ca
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"strings"
+
+	"merlon.dev/ca/internal/replica"
+)
+
+// maxTokenFile bounds what is read of join_token_file.
+const maxTokenFile = 1 << 10
+
+func (c Config) checkStore() error {
+	if c.DiskReserveMiB < 0 {
+		return fmt.Errorf("disk_reserve_mib: %d is negative", c.DiskReserveMiB)
+	}
+	switch c.Store {
+	case storeBadger:
+		if len(c.EtcdEndpoints) > 0 {
+			return errors.New("etcd_endpoints: are given, but store is badger")
+		}
+		return nil
+	case storeEtcd:
+		return c.checkEtcd()
+	default:
+		return fmt.Errorf("store: %q is neither badger nor etcd", c.Store)
+	}
+}
+
+func (c Config) checkEtcd() error {
+	if len(c.EtcdEndpoints) == 0 {
+		return errors.New("etcd_endpoints: is missing, and store is etcd")
+	}
+	for _, endpoint := range c.EtcdEndpoints {
+		u, err := url.Parse(endpoint)
+		if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Port() == "" || u.User != nil || strings.Trim(u.Path, "/")+u.RawQuery+u.Fragment != "" {
+			return fmt.Errorf("etcd_endpoints: %q: want https://host:port", endpoint)
+		}
+		if u.Scheme == "http" && !loopback(u.Hostname()) {
+			return fmt.Errorf("etcd_endpoints: %q: whoever is between us and etcd could write the store: https, but for loopback", endpoint)
+		}
+		if u.Scheme == "https" && (c.EtcdCAFile == "" || c.EtcdCertFile == "" || c.EtcdKeyFile == "") {
+			return errors.New("etcd_ca_file, etcd_cert_file, etcd_key_file: https needs all three")
+		}
+	}
+	return nil
+}
+
+func loopback(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.IsLoopback()
+}
+
+func (c Config) checkJoin() error {
+	if c.ReplicaName != "" {
+		if err := replica.CheckName(c.ReplicaName); err != nil {
+			return err
+		}
+	}
+	token := c.JoinToken != "" || c.JoinTokenFile != ""
+	if c.JoinAddress == "" {
+		if token {
+			return errors.New("join_address: is missing, and there is a join token")
+		}
+		return nil
+	}
+	if c.Store != storeEtcd {
+		return errors.New("join_address: replicas share a store, so store must be etcd")
+	}
+	if host, _, err := net.SplitHostPort(c.JoinAddress); err != nil || host == "" || checkAddress(c.JoinAddress) != nil {
+		return fmt.Errorf("join_address: %q: want host:port", c.JoinAddress)
+	}
+	if c.JoinToken != "" && c.JoinTokenFile != "" {
+		return errors.New("join_token_file: join_token is set too; set one of them")
+	}
+	if token && c.RootHash == "" {
+		return errors.New("root_hash: is needed with a join token, to tell the right CA from any other")
+	}
+	if c.RootHash != "" {
+		if b, err := hex.DecodeString(c.RootHash); err != nil || len(b) != sha256.Size {
+			return errors.New("root_hash: is not a SHA-256 in hex (64 digits)")
+		}
+	}
+	return nil
+}
+
+// joinToken is the token by which this replica joins; empty where none is
+// configured. The file is read when the token is needed.
+func (c Config) joinToken() (string, error) {
+	if c.JoinTokenFile == "" {
+		return c.JoinToken, nil
+	}
+	data, err := os.ReadFile(c.JoinTokenFile)
+	if err != nil {
+		return "", fmt.Errorf("read the join token: %w", err)
+	}
+	if len(data) > maxTokenFile {
+		return "", fmt.Errorf("read the join token: %s has more than %d bytes", c.JoinTokenFile, maxTokenFile)
+	}
+	return strings.TrimSpace(string(data)), nil
+}
