@@ -16,6 +16,7 @@ import (
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/store"
 )
 
@@ -115,6 +116,21 @@ func (p *parts) renewIntermediate(ctx context.Context, now time.Time) error {
 // renewPolicies keeps policies from ending because nobody changes them.
 func (p *parts) renewPolicies(ctx context.Context, now time.Time) error {
 	renewed, err := p.releases.Renew(ctx, now)
+	return p.recordRenewed(ctx, now, renewed, err)
+}
+
+// enterEpoch lets agents take the policy of a store that was restored. A bundle
+// that cannot be signed again is no reason not to serve: upkeep comes by it
+// again, and a push helps.
+func (p *parts) enterEpoch(ctx context.Context, now time.Time) {
+	renewed, err := p.releases.EnterEpoch(ctx, now)
+	if err := p.recordRenewed(ctx, now, renewed, err); err != nil {
+		p.log.LogAttrs(ctx, slog.LevelError, "policy bundles not renewed after a restore", slog.Any("err", err))
+	}
+}
+
+// recordRenewed takes over what Renew returns.
+func (p *parts) recordRenewed(ctx context.Context, now time.Time, renewed []*release.Head, err error) error {
 	errs := []error{err}
 	for _, h := range renewed {
 		errs = append(errs, p.audit.Append(ctx, audit.Record{

@@ -153,10 +153,11 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	if _, err := trust.Publish(ctx, p.store, keys); err != nil {
 		return nil, err
 	}
-	if p.registry, err = registry.Open(ctx, p.store, s.log); err != nil {
+	if p.releases, err = s.publisher(p); err != nil {
 		return nil, err
 	}
-	if p.releases, err = s.publisher(p); err != nil {
+	p.enterEpoch(ctx, time.Now())
+	if p.registry, err = registry.Open(ctx, p.store, s.log); err != nil {
 		return nil, err
 	}
 	return p, s.assemble(ctx, p)

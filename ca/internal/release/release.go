@@ -139,9 +139,25 @@ func (p *Publisher) Publish(ctx context.Context, name string, unsigned []byte) (
 
 // Renew signs each bundle again whose validity is half over at now, as a new
 // generation of the same content, and returns the new heads: otherwise a policy
-// that nobody has touched for a year would end, and with it every call.
+// that nobody has touched for a year would end, and with it every call. So it
+// does with what EnterEpoch has left over.
 func (p *Publisher) Renew(ctx context.Context, now time.Time) ([]*Head, error) {
-	kvs, _, _, err := p.opts.Store.List(ctx, HeadPrefix, "", maxNames, 0)
+	return p.renewWhere(ctx, now, func(h *Head, revision uint64) bool {
+		return now.After(h.IssuedAt.Add(h.NotAfter.Sub(h.IssuedAt)/2)) || store.BeforeEpoch(revision, h.Generation)
+	})
+}
+
+// EnterEpoch gives each bundle of a store that was restored (store.Epoch) a
+// generation above all that the lost revisions can have had, with the same
+// content, and returns the new heads. Elsewhere it does nothing. The CA calls
+// it before it serves.
+func (p *Publisher) EnterEpoch(ctx context.Context, now time.Time) ([]*Head, error) {
+	return p.renewWhere(ctx, now, func(h *Head, revision uint64) bool { return store.BeforeEpoch(revision, h.Generation) })
+}
+
+// renewWhere renews the bundles that are due in a store at revision.
+func (p *Publisher) renewWhere(ctx context.Context, now time.Time, due func(h *Head, revision uint64) bool) ([]*Head, error) {
+	kvs, revision, _, err := p.opts.Store.List(ctx, HeadPrefix, "", maxNames, 0)
 	if err != nil {
 		return nil, fmt.Errorf("list policy bundles: %w", err)
 	}
@@ -149,7 +165,7 @@ func (p *Publisher) Renew(ctx context.Context, now time.Time) ([]*Head, error) {
 	var errs []error
 	for _, kv := range kvs {
 		h, err := DecodeHead(kv)
-		if err == nil && now.After(h.IssuedAt.Add(h.NotAfter.Sub(h.IssuedAt)/2)) {
+		if err == nil && due(h, revision) {
 			if h, err = p.renew(ctx, h, now); h != nil {
 				renewed = append(renewed, h)
 			}
@@ -176,7 +192,7 @@ func (p *Publisher) renew(ctx context.Context, before *Head, now time.Time) (*He
 
 func newHead(name string, now time.Time) *Head {
 	now = now.UTC().Truncate(time.Second)
-	return &Head{Name: name, Generation: 1, IssuedAt: now, NotAfter: now.Add(validity)}
+	return &Head{Name: name, IssuedAt: now, NotAfter: now.Add(validity)}
 }
 
 // publishAfter makes next the head that follows before. It returns nil when
@@ -184,9 +200,15 @@ func newHead(name string, now time.Time) *Head {
 func (p *Publisher) publishAfter(ctx context.Context, before, next *Head, unsigned []byte) (*Head, error) {
 	name := next.Name
 	swap := store.Cmp{Key: HeadPrefix + name}
+	var last uint64
 	if before != nil {
-		next.Generation, next.Previous, swap.ModRevision = before.Generation+1, before.Blob, before.Revision
+		last, next.Previous, swap.ModRevision = before.Generation, before.Blob, before.Revision
 	}
+	revision, err := p.opts.Store.Revision(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("number policy bundle %s: %w", name, err)
+	}
+	next.Generation = store.InEpoch(revision, last)
 	signed, err := p.opts.Sign(unsigned, Seal{Name: name, Generation: next.Generation, IssuedAt: next.IssuedAt, NotAfter: next.NotAfter})
 	if err != nil {
 		return nil, fmt.Errorf("sign policy bundle %s: %w", name, err)

@@ -44,7 +44,63 @@ func newPublisher(t *testing.T) (*Publisher, store.Store) {
 		Sign: func(unsigned []byte, seal Seal) ([]byte, error) {
 			return append(fmt.Appendf(nil, "%s %d\n", seal.Name, seal.Generation), unsigned...), nil
 		},
+		Unsign: func(signed []byte, name string) ([]byte, error) {
+			seal, unsigned, ok := bytes.Cut(signed, []byte("\n"))
+			if !ok || !bytes.HasPrefix(seal, []byte(name+" ")) {
+				return nil, errors.New("not signed")
+			}
+			return unsigned, nil
+		},
 	}), st
+}
+
+// restored is a store as it goes on after a loss.
+type restored struct{ store.Store }
+
+func (r restored) Revision(ctx context.Context) (uint64, error) {
+	revision, err := r.Store.Revision(ctx)
+	return store.NextEpoch(revision) + 7, err
+}
+
+func (r restored) List(ctx context.Context, prefix, after string, limit int, at uint64) ([]store.KV, uint64, bool, error) {
+	kvs, revision, more, err := r.Store.List(ctx, prefix, after, limit, at)
+	return kvs, store.NextEpoch(revision) + 7, more, err
+}
+
+// Agents take no lower generation, and do not know which one is lost.
+func TestRestoredStoreGivesEachBundleAGenerationOfItsEpoch(t *testing.T) {
+	p, st := newPublisher(t)
+	ctx, now := t.Context(), time.Now()
+	for _, name := range []string{"main", "main", "other"} {
+		if _, err := p.Publish(ctx, name, []byte("content of "+name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if renewed, err := p.EnterEpoch(ctx, now); err != nil || len(renewed) != 0 {
+		t.Fatalf("in a store that lost nothing: %d renewed, %v", len(renewed), err)
+	}
+	opts, epoch := p.opts, store.NextEpoch(1)
+	opts.Store = restored{st}
+	p = New(opts)
+	for round, want := range []int{2, 0} {
+		if renewed, err := p.EnterEpoch(ctx, now); err != nil || len(renewed) != want {
+			t.Fatalf("round %d: %d renewed, %v; want %d", round, len(renewed), err, want)
+		}
+	}
+	if renewed, err := p.Renew(ctx, now); err != nil || len(renewed) != 0 {
+		t.Errorf("Renew: %d renewed, %v; want nothing left", len(renewed), err)
+	}
+	for _, name := range []string{"main", "other"} {
+		signed, head, err := New(opts).Current(ctx, name)
+		if err != nil || head.Generation != epoch || string(signed) != fmt.Sprintf("%s %d\ncontent of %s", name, epoch, name) {
+			t.Errorf("%s: %+v, %q, %v; want its content as generation %d", name, head, signed, err, epoch)
+		}
+	}
+	for name, want := range map[string]uint64{"main": epoch + 1, "new": epoch} {
+		if head, err := p.Publish(ctx, name, []byte("x")); err != nil || head.Generation != want {
+			t.Errorf("the next push of %s: %+v, %v; want generation %d", name, head, err, want)
+		}
+	}
 }
 
 func TestGenerationsRiseAndTheLastIsServed(t *testing.T) {

@@ -19,3 +19,7 @@ func NextEpoch(revision uint64) uint64 { return (Epoch(revision) + 1) << epochBi
 // revision: numbers that rise by one, such as the sequence number of a trust
 // bundle, jump with the epoch.
 func InEpoch(revision, last uint64) uint64 { return max(last+1, Epoch(revision)<<epochBits) }
+
+// BeforeEpoch says whether number was made in an earlier epoch than that of
+// revision: whoever remembers what came after it must not find it again.
+func BeforeEpoch(revision, number uint64) bool { return Epoch(number) < Epoch(revision) }

@@ -51,7 +51,8 @@ type stored struct {
 // Publish makes keys the published content and returns what is published then.
 // Content that is published already keeps its sequence number; other content
 // gets the next one, by compare-and-swap, so that two replicas never give one
-// number to two contents.
+// number to two contents. In a store that was restored (store.Epoch) the same
+// content gets a number too: others may have seen a later one that is lost.
 func Publish(ctx context.Context, st store.Store, keys *spiffebundle.Bundle) (*Bundle, error) {
 	for range maxAttempts {
 		current, err := Current(ctx, st)
@@ -61,10 +62,14 @@ func Publish(ctx context.Context, st store.Store, keys *spiffebundle.Bundle) (*B
 		if current != nil && current.TrustDomain != keys.TrustDomain() {
 			return nil, fmt.Errorf("the store belongs to trust domain %s, and this CA is configured for %s", current.TrustDomain, keys.TrustDomain())
 		}
-		if current != nil && sameKeys(current.Keys, keys) {
+		revision, err := st.Revision(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("publish the trust bundle: %w", err)
+		}
+		if current != nil && !store.BeforeEpoch(revision, current.Sequence) && sameKeys(current.Keys, keys) {
 			return current, nil
 		}
-		next, err := successor(current, keys)
+		next, err := successor(current, keys, revision)
 		if err != nil {
 			return nil, err
 		}
@@ -114,11 +119,13 @@ func sameKeys(a, b *spiffebundle.Bundle) bool {
 	return a.Equal(b)
 }
 
-func successor(current *Bundle, keys *spiffebundle.Bundle) (*Bundle, error) {
-	next := &Bundle{TrustDomain: keys.TrustDomain(), Sequence: 1, Keys: keys.Clone()}
+// successor gives keys the number after current's in the epoch of revision.
+func successor(current *Bundle, keys *spiffebundle.Bundle, revision uint64) (*Bundle, error) {
+	var last uint64
 	if current != nil {
-		next.Sequence = current.Sequence + 1
+		last = current.Sequence
 	}
+	next := &Bundle{TrustDomain: keys.TrustDomain(), Sequence: store.InEpoch(revision, last), Keys: keys.Clone()}
 	next.Keys.SetSequenceNumber(next.Sequence)
 	next.Keys.SetRefreshHint(RefreshHint)
 	var err error

@@ -3,6 +3,7 @@
 package trust
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -73,6 +74,34 @@ func TestSequenceRisesWithContentAndNeverFalls(t *testing.T) {
 	}
 	if seq, ok := parsed.SequenceNumber(); !ok || seq != 3 {
 		t.Errorf("the document says sequence %d, %v; want 3", seq, ok)
+	}
+}
+
+// restored is a store as it goes on after a loss.
+type restored struct{ store.Store }
+
+func (r restored) Revision(ctx context.Context) (uint64, error) {
+	revision, err := r.Store.Revision(ctx)
+	return store.NextEpoch(revision) + 7, err
+}
+
+// Agents take no lower number, and do not know which one is lost.
+func TestRestoredStorePublishesTheSameKeysAnew(t *testing.T) {
+	st := open(t, t.TempDir())
+	defer st.Close()
+	one := keys(t, "one")
+	if _, err := Publish(t.Context(), st, one); err != nil {
+		t.Fatal(err)
+	}
+	epoch := store.NextEpoch(1)
+	for i, step := range []struct {
+		content *spiffebundle.Bundle
+		want    uint64
+	}{{one, epoch}, {one, epoch}, {keys(t, "two"), epoch + 1}} {
+		got, err := Publish(t.Context(), restored{st}, step.content)
+		if err != nil || got.Sequence != step.want || !sameKeys(got.Keys, step.content) {
+			t.Fatalf("step %d: %+v, %v; want sequence %d", i, got, err, step.want)
+		}
 	}
 }
 
