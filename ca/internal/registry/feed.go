@@ -47,7 +47,7 @@ type Update struct {
 	Removed     []string
 	Trust       *trust.Bundle // nil: unchanged
 	Revocations []*revocation.Record
-	Heads       []*release.Head // changed policy bundles
+	Heads       []*release.Head // policy bundles that changed, or whose keys did
 }
 
 // Feed belongs to one Sync stream.
@@ -135,7 +135,7 @@ func (f *Feed) Take(now time.Time) Update {
 		u.Trust = r.pic.trust
 	}
 	for _, h := range r.pic.heads {
-		if h.Revision > since {
+		if max(h.Revision, r.pic.replicas.keysAt) > since {
 			u.Heads = append(u.Heads, h)
 		}
 	}

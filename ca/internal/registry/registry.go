@@ -21,6 +21,7 @@ import (
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/release"
+	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/revocation"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
@@ -64,6 +65,7 @@ type picture struct {
 	revocations revocation.Set
 	trust       *trust.Bundle
 	heads       map[string]*release.Head
+	replicas    replicas
 }
 
 // node is what hangs below one agent.
@@ -164,7 +166,7 @@ func list(ctx context.Context, st store.Store) (picture, error) {
 
 func tryList(ctx context.Context, st store.Store) (picture, error) {
 	pic := newPicture()
-	for _, prefix := range []string{EntryPrefix, attest.AgentPrefix, revocation.Prefix, trust.Key, release.HeadPrefix} {
+	for _, prefix := range []string{EntryPrefix, attest.AgentPrefix, revocation.Prefix, trust.Key, release.HeadPrefix, replica.Prefix, replica.MarkKey} {
 		for after, more := "", true; more; {
 			var kvs []store.KV
 			var err error
@@ -189,7 +191,7 @@ func newPicture() picture {
 	return picture{
 		entries: make(map[string]*entry.Entry), nodes: make(map[spiffeid.ID]*node),
 		admins: make(map[spiffeid.ID]map[string]*entry.Entry), agents: make(map[spiffeid.ID]*attest.Agent),
-		heads: make(map[string]*release.Head),
+		heads: make(map[string]*release.Head), replicas: replicas{byName: make(map[string]*replica.Record)},
 	}
 }
 
@@ -305,6 +307,8 @@ func (p *picture) put(kv store.KV) (forAll bool, err error) {
 		}
 		p.heads[h.Name] = h
 		return true, nil
+	case strings.HasPrefix(kv.Key, replica.Prefix), kv.Key == replica.MarkKey:
+		return kv.Key == replica.MarkKey, p.putReplica(kv)
 	}
 	return false, nil // tokens, handles, policy chunks: read when needed
 }
@@ -348,6 +352,9 @@ func (p *picture) remove(key string) {
 	}
 	if name, ok := strings.CutPrefix(key, release.HeadPrefix); ok {
 		delete(p.heads, name)
+	}
+	if name, ok := strings.CutPrefix(key, replica.Prefix); ok {
+		delete(p.replicas.byName, name)
 	}
 	if key == trust.Key {
 		p.trust = nil

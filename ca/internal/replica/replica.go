@@ -19,6 +19,10 @@ import (
 // Prefix is where the store keeps records of replicas, by name.
 const Prefix = "replica/"
 
+// MarkKey is written whenever a replica comes or goes, so that everyone hears
+// that the set of policy keys is another.
+const MarkKey = "policy/keys"
+
 const (
 	encodingVersion = 1
 	// maxAuthorities is how many intermediates of a replica are remembered: SVIDs
@@ -98,6 +102,9 @@ func (r *Record) Put() (store.Op, error) {
 	}
 	return store.Put(Prefix+r.Name, b), nil
 }
+
+// Mark returns the write that says that a replica came or went.
+func Mark() store.Op { return store.Put(MarkKey, nil) }
 
 // Cmp holds while the stored record is r.
 func (r *Record) Cmp() store.Cmp { return store.Cmp{Key: Prefix + r.Name, ModRevision: r.Revision} }

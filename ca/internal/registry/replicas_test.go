@@ -1,0 +1,51 @@
+// Replicas come and go, and every stream hears of their policy keys.
+
+package registry
+
+import (
+	"testing"
+	"time"
+
+	"merlon.dev/ca/internal/release"
+	"merlon.dev/ca/internal/replica"
+	"merlon.dev/ca/internal/store"
+)
+
+func TestReplicasAndTheirKeysAreFollowed(t *testing.T) {
+	st := openStore(t)
+	r := start(t, st)
+	write(t, st, r, store.Put(release.HeadPrefix+"main", []byte(`{"v":1,"generation":1}`)))
+	feed := r.Subscribe(t.Context(), nodeA, 0)
+	defer feed.Close()
+	feed.Take(time.Now())
+
+	rec := &replica.Record{Name: "b", Authorities: []replica.Authority{{ID: "0a", NotAfter: time.Now().Add(time.Hour)}}}
+	put, err := rec.Put()
+	if err != nil {
+		t.Fatal(err)
+	}
+	joined := write(t, st, r, put, replica.Mark())
+	if u := feed.Take(time.Now()); len(u.Heads) != 1 {
+		t.Errorf("a replica joined: %d policy bundles in the update; want 1, for its keys", len(u.Heads))
+	}
+	if got, ok := r.ReplicaOf("0a"); !ok || got.Name != "b" || got.Revision != joined {
+		t.Errorf("ReplicaOf = %+v, %t; want b", got, ok)
+	}
+	if _, ok := r.ReplicaOf("0b"); ok {
+		t.Error("ReplicaOf knows an authority that nobody has")
+	}
+	write(t, st, r, put) // a new intermediate, say: no other keys
+	if u := feed.Take(time.Now()); len(u.Heads) != 0 {
+		t.Errorf("nothing came or went: %d policy bundles in the update", len(u.Heads))
+	}
+	write(t, st, r, store.Delete(replica.Prefix+"b"), replica.Mark())
+	if u := feed.Take(time.Now()); len(u.Heads) != 1 || len(r.Replicas()) != 0 {
+		t.Errorf("it went: %d policy bundles in the update, %d replicas; want 1 and none", len(u.Heads), len(r.Replicas()))
+	}
+	// One that was away meanwhile, also over a restart of the CA.
+	again := start(t, st).Subscribe(t.Context(), nodeA, joined)
+	defer again.Close()
+	if u := again.Take(time.Now()); len(u.Heads) != 1 {
+		t.Errorf("resumed from before it went: %d policy bundles in the update; want 1", len(u.Heads))
+	}
+}
