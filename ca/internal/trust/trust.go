@@ -48,36 +48,99 @@ type stored struct {
 	JWKS        json.RawMessage `json:"jwks"`
 }
 
-// Publish makes keys the published content and returns what is published then.
-// Content that is published already keeps its sequence number; other content
-// gets the next one, by compare-and-swap, so that two replicas never give one
-// number to two contents. In a store that was restored (store.Epoch) the same
-// content gets a number too: others may have seen a later one that is lost.
+// ErrOtherRoot is returned where a CA wants to publish keys under a root that
+// the published trust bundle does not hold.
+var ErrOtherRoot = errors.New("the store belongs to a CA with another root")
+
+// Publish adds keys to the published content and returns what is published
+// then. Only eviction takes a key away (Plan): replicas publish side by side,
+// each its own. The first ever brings the root with it; later ones must have
+// that root, or get ErrOtherRoot.
 func Publish(ctx context.Context, st store.Store, keys *spiffebundle.Bundle) (*Bundle, error) {
 	for range maxAttempts {
-		current, err := Current(ctx, st)
-		if err != nil && !errors.Is(err, store.ErrNotFound) {
-			return nil, err
-		}
-		if current != nil && current.TrustDomain != keys.TrustDomain() {
-			return nil, fmt.Errorf("the store belongs to trust domain %s, and this CA is configured for %s", current.TrustDomain, keys.TrustDomain())
-		}
-		revision, err := st.Revision(ctx)
-		if err != nil {
-			return nil, fmt.Errorf("publish the trust bundle: %w", err)
-		}
-		if current != nil && !store.BeforeEpoch(revision, current.Sequence) && sameKeys(current.Keys, keys) {
-			return current, nil
-		}
-		next, err := successor(current, keys, revision)
+		change, err := Plan(ctx, st, keys.TrustDomain(), func(published *spiffebundle.Bundle) error { return Add(published, keys) })
 		if err != nil {
 			return nil, err
 		}
-		if written, err := next.write(ctx, st, current); err != nil || written {
-			return next, err
+		if len(change.Ops) == 0 {
+			return change.Bundle, nil
+		}
+		res, err := st.Txn(ctx, []store.Cmp{change.Cmp}, change.Ops, nil)
+		if err != nil {
+			return nil, fmt.Errorf("write the trust bundle: %w", err)
+		}
+		if res.Succeeded {
+			change.Bundle.Revision = res.Revision
+			return change.Bundle, nil
 		}
 	}
 	return nil, errors.New("publish the trust bundle: others keep changing it")
+}
+
+// Add puts keys into published, an editable copy of what is published.
+func Add(published, keys *spiffebundle.Bundle) error {
+	for _, root := range keys.X509Authorities() {
+		if !published.HasX509Authority(root) && !published.Empty() {
+			return ErrOtherRoot
+		}
+		published.AddX509Authority(root)
+	}
+	for kid, key := range keys.JWTAuthorities() {
+		if err := published.AddJWTAuthority(kid, key); err != nil {
+			return fmt.Errorf("add a JWT key to the trust bundle: %w", err)
+		}
+	}
+	return nil
+}
+
+// Change is the next trust bundle as a part of a transaction.
+type Change struct {
+	// Bundle is what is published after it; where that is new, Revision is not
+	// known yet.
+	Bundle *Bundle
+	// Cmp holds while nobody else changes the trust bundle.
+	Cmp store.Cmp
+	// Ops write it; none where the content stays as it is.
+	Ops []store.Op
+}
+
+// Plan prepares the change that edit makes to what is published, an empty
+// bundle at first. Content that is published already keeps its sequence number;
+// other content gets the next one, and Cmp sees to it that two replicas never
+// give one number to two contents. In a store that was restored (store.Epoch)
+// the same content gets a number too: others may have seen a later one that is
+// lost.
+func Plan(ctx context.Context, st store.Store, td spiffeid.TrustDomain, edit func(published *spiffebundle.Bundle) error) (*Change, error) {
+	current, err := Current(ctx, st)
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return nil, err
+	}
+	change := &Change{Cmp: store.Cmp{Key: Key}}
+	keys := spiffebundle.New(td)
+	if current != nil {
+		if current.TrustDomain != td {
+			return nil, fmt.Errorf("the store belongs to trust domain %s, and this CA is configured for %s", current.TrustDomain, td)
+		}
+		change.Cmp.ModRevision = current.Revision
+		keys = current.Keys.Clone()
+	}
+	if err := edit(keys); err != nil {
+		return nil, err
+	}
+	revision, err := st.Revision(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("publish the trust bundle: %w", err)
+	}
+	if current != nil && !store.BeforeEpoch(revision, current.Sequence) && sameKeys(current.Keys, keys) {
+		change.Bundle = current
+		return change, nil
+	}
+	if change.Bundle, err = successor(current, keys, revision); err != nil {
+		return nil, err
+	}
+	op, err := change.Bundle.put()
+	change.Ops = []store.Op{op}
+	return change, err
 }
 
 // Current reads the published trust bundle; store.ErrNotFound before the first.
@@ -135,19 +198,10 @@ func successor(current *Bundle, keys *spiffebundle.Bundle, revision uint64) (*Bu
 	return next, nil
 }
 
-func (b *Bundle) write(ctx context.Context, st store.Store, current *Bundle) (bool, error) {
+func (b *Bundle) put() (store.Op, error) {
 	value, err := json.Marshal(stored{Version: encodingVersion, TrustDomain: b.TrustDomain.Name(), Sequence: b.Sequence, JWKS: b.JWKS})
 	if err != nil {
-		return false, fmt.Errorf("encode the trust bundle: %w", err)
+		return store.Op{}, fmt.Errorf("encode the trust bundle: %w", err)
 	}
-	cmp := store.Cmp{Key: Key}
-	if current != nil {
-		cmp.ModRevision = current.Revision
-	}
-	res, err := st.Txn(ctx, []store.Cmp{cmp}, []store.Op{store.Put(Key, value)}, nil)
-	if err != nil {
-		return false, fmt.Errorf("write the trust bundle: %w", err)
-	}
-	b.Revision = res.Revision
-	return res.Succeeded, nil
+	return store.Put(Key, value), nil
 }

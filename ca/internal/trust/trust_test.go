@@ -7,6 +7,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"errors"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -17,6 +18,7 @@ import (
 
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
+	"merlon.dev/sdk/svid/forge"
 )
 
 var td = spiffeid.RequireTrustDomainFromString("shop.test")
@@ -53,11 +55,18 @@ func TestSequenceRisesWithContentAndNeverFalls(t *testing.T) {
 	for i, step := range []struct {
 		content *spiffebundle.Bundle
 		want    uint64
-	}{{one, 1}, {one, 1}, {two, 2}, {two, 2}, {one, 3}} {
+	}{{one, 1}, {one, 1}, {two, 2}, {two, 2}, {one, 2}} {
 		got, err := Publish(t.Context(), st, step.content)
 		if err != nil || got.Sequence != step.want {
 			t.Fatalf("step %d: %+v, %v; want sequence %d", i, got, err, step.want)
 		}
+	}
+	gone, err := Plan(t.Context(), st, td, func(b *spiffebundle.Bundle) error { b.RemoveJWTAuthority("two"); return nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res, err := st.Txn(t.Context(), []store.Cmp{gone.Cmp}, gone.Ops, nil); err != nil || !res.Succeeded {
+		t.Fatalf("take a key away: %+v, %v", res, err)
 	}
 	if err := st.Close(); err != nil {
 		t.Fatal(err)
@@ -65,7 +74,7 @@ func TestSequenceRisesWithContentAndNeverFalls(t *testing.T) {
 	st = open(t, dir)
 	defer st.Close()
 	got, err := Publish(t.Context(), st, one)
-	if err != nil || got.Sequence != 3 {
+	if err != nil || got.Sequence != 3 || got.Keys.HasJWTAuthority("two") {
 		t.Fatalf("after a restart: %+v, %v; want sequence 3", got, err)
 	}
 	parsed, err := spiffebundle.Parse(td, got.JWKS)
@@ -99,9 +108,41 @@ func TestRestoredStorePublishesTheSameKeysAnew(t *testing.T) {
 		want    uint64
 	}{{one, epoch}, {one, epoch}, {keys(t, "two"), epoch + 1}} {
 		got, err := Publish(t.Context(), restored{st}, step.content)
-		if err != nil || got.Sequence != step.want || !sameKeys(got.Keys, step.content) {
+		if err != nil || got.Sequence != step.want || !holds(got.Keys, step.content) {
 			t.Fatalf("step %d: %+v, %v; want sequence %d", i, got, err, step.want)
 		}
+	}
+}
+
+func holds(published, keys *spiffebundle.Bundle) bool {
+	for kid := range keys.JWTAuthorities() {
+		if !published.HasJWTAuthority(kid) {
+			return false
+		}
+	}
+	return true
+}
+
+// Replicas publish side by side; a CA with another root does not.
+func TestPublishAddsAndKeepsToOneRoot(t *testing.T) {
+	st := open(t, t.TempDir())
+	defer st.Close()
+	root := forge.New(t, td.Name()).Bundle().X509Authorities()[0]
+	for _, kid := range []string{"one", "two"} {
+		content := keys(t, kid)
+		content.AddX509Authority(root)
+		if _, err := Publish(t.Context(), st, content); err != nil {
+			t.Fatal(err)
+		}
+	}
+	other := keys(t, "three")
+	other.AddX509Authority(forge.New(t, td.Name()).Bundle().X509Authorities()[0])
+	if _, err := Publish(t.Context(), st, other); !errors.Is(err, ErrOtherRoot) {
+		t.Errorf("another root: %v; want ErrOtherRoot", err)
+	}
+	got, err := Current(t.Context(), st)
+	if err != nil || len(got.Keys.JWTAuthorities()) != 2 || len(got.Keys.X509Authorities()) != 1 || got.Sequence != 2 {
+		t.Errorf("published: %+v, %v; want both keys, one root, sequence 2", got, err)
 	}
 }
 
