@@ -70,7 +70,7 @@ func (d *decoder) decode(n ast.Node, v reflect.Value, field string) error {
 	if v.Type() == durationType {
 		return d.decodeDuration(n, v, field)
 	}
-	if reflect.PointerTo(v.Type()).Implements(unmarshalerType) {
+	if reflect.PointerTo(v.Type()).Implements(unmarshalerType) && !isListOf(n, v) {
 		return d.decodeText(n, v, field)
 	}
 	switch v.Kind() {
@@ -86,6 +86,13 @@ func (d *decoder) decode(n ast.Node, v reflect.Value, field string) error {
 	default:
 		return d.decodeScalar(n, v, field)
 	}
+}
+
+// isListOf says that n is a list for a slice that can be written as text too:
+// "one value, or several".
+func isListOf(n ast.Node, v reflect.Value) bool {
+	_, ok := n.(*ast.SequenceNode)
+	return ok && v.Kind() == reflect.Slice
 }
 
 func (d *decoder) decodeScalar(n ast.Node, v reflect.Value, field string) error {

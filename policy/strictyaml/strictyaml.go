@@ -58,9 +58,10 @@ func (e *Error) Error() string {
 // Keys are the names in `yaml:"name"` tags (the lower-case field name without
 // one; "-" hides a field). Fields may be strings, booleans, numbers,
 // time.Duration ("1h"), encoding.TextUnmarshaler (so time.Time in RFC 3339),
-// structs, slices, maps with string keys and pointers to these. A field of
-// type Position is no key: it receives the place of its struct. An empty document leaves into as it is, which lets the
-// caller keep defaults. On error into may be partly written.
+// structs, slices, maps with string keys and pointers to these. A slice that is
+// a TextUnmarshaler may be written as text or as a list. A field of type
+// Position is no key: it receives the place of its struct. An empty document
+// leaves into as it is, which lets the caller keep defaults. On error into may be partly written.
 func Decode(name string, data []byte, into any) error {
 	root, err := parse(name, data)
 	if err != nil || root == nil {

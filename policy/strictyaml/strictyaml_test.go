@@ -17,6 +17,14 @@ type inner struct {
 	Paths   []string `yaml:"paths"`
 }
 
+// words are written as text, or as a list.
+type words []string
+
+func (w *words) UnmarshalText(text []byte) error {
+	*w = strings.Fields(string(text))
+	return nil
+}
+
 type document struct {
 	TrustDomain string            `yaml:"trust_domain"`
 	TTL         time.Duration     `yaml:"ttl"`
@@ -28,6 +36,7 @@ type document struct {
 	Labels      map[string]string `yaml:"labels"`
 	HTTP        *inner            `yaml:"http"`
 	List        []inner           `yaml:"list"`
+	Words       words             `yaml:"words"`
 	Hidden      string            `yaml:"-"`
 	Plain       string
 	Where       Position
@@ -76,6 +85,21 @@ plain: x
 	}
 }
 
+func TestTextOrList(t *testing.T) {
+	for doc, want := range map[string]words{
+		"words: a":      {"a"},
+		"words: a b":    {"a", "b"},
+		"words: [a, b]": {"a", "b"},
+		"words: [a b]":  {"a b"},
+		"words: []":     {},
+	} {
+		var got document
+		if err := Decode("c.yaml", []byte(doc), &got); err != nil || !cmp.Equal(got.Words, want) {
+			t.Errorf("Decode(%q) = %q, %v; want %q", doc, got.Words, err, want)
+		}
+	}
+}
+
 func TestDecodeLeavesDefaultsWhereTheDocumentIsEmpty(t *testing.T) {
 	for _, doc := range []string{"", "\n", "# only a comment\n", "---\n"} {
 		got := document{Workers: 7}
@@ -101,6 +125,7 @@ func TestDecodeRefuses(t *testing.T) {
 		"negative for unsigned": {"small: -1", `-1 is out of range`},
 		"list for string":       {"trust_domain: [a]", `must be a string, is a list`},
 		"string for list":       {"http: {methods: GET}", `http.methods: must be a list, is a string`},
+		"number among texts":    {"words: [a, 5]", `words[1]: must be a string`},
 		"element type":          {"http: {methods: [GET, 5]}", `http.methods[1]: must be a string`},
 		"scalar for mapping":    {"http: GET", `must be a mapping`},
 		"number for duration":   {"ttl: 60", `ttl: must be a duration such as "1h"`},
