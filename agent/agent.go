@@ -98,7 +98,7 @@ func New(cfg Config) (*Agent, error) {
 // openClient makes the connection to the CA and the picture that it feeds.
 func (a *Agent) openClient() (err error) {
 	a.client, err = caclient.New(caclient.Config{
-		TrustDomain: a.td, Address: a.cfg.CAAddress, DataDir: a.cfg.DataDir,
+		TrustDomain: a.td, Address: a.cfg.CAAddress[0], DataDir: a.cfg.DataDir,
 		JoinToken: a.cfg.joinToken, RootHash: a.cfg.RootHash,
 		OnPolicyBundle:   func(pb *capb.PolicyBundle) { a.policy.Announce(pb) },
 		PolicyGeneration: func() uint64 { return a.policy.Generation() },
@@ -117,7 +117,7 @@ func (a *Agent) openPolicy() (err error) {
 	a.policy, err = policyfeed.New(context.Background(), policyfeed.Config{
 		Name: a.cfg.PolicyBundle, TrustDomain: a.td.Name(), DataDir: a.cfg.DataDir,
 		URL: (&url.URL{
-			Scheme: "https", Host: a.cfg.CAHTTPSAddress, Path: "/v1/policy/bundles/" + a.cfg.PolicyBundle,
+			Scheme: "https", Host: a.cfg.CAHTTPSAddress[0], Path: "/v1/policy/bundles/" + a.cfg.PolicyBundle,
 		}).String(),
 		HTTP: &http.Client{
 			Transport: &http.Transport{

@@ -63,7 +63,7 @@ func newConfig(t testing.TB, ca *fakeca.CA) agent.Config {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	return agent.Config{
-		TrustDomain: td, CAAddress: ca.Address, CAHTTPSAddress: ca.HTTPSAddress,
+		TrustDomain: td, CAAddress: agent.Addresses{ca.Address}, CAHTTPSAddress: agent.Addresses{ca.HTTPSAddress},
 		DataDir: filepath.Join(dir, "data"), HealthAddress: "127.0.0.1:0",
 		PublicSocket: filepath.Join(dir, "pub", "api.sock"), AdminSocket: filepath.Join(dir, "adm", "admin.sock"),
 		JoinToken: fakeca.Token, RootHash: ca.RootHash(), Logger: testLogger(t),
@@ -374,10 +374,12 @@ func TestWrongRootHashSendsNoEvidence(t *testing.T) {
 	workloadOfCA.Start()
 	tests := map[string]func(*agent.Config){
 		"the hash of another CA": func(c *agent.Config) { c.RootHash = other.RootHash() },
-		"the CA is another":      func(c *agent.Config) { c.CAAddress = other.Address },
-		"another trust domain's": func(c *agent.Config) { c.CAAddress, c.RootHash = elsewhere.Address, elsewhere.RootHash() },
+		"the CA is another":      func(c *agent.Config) { c.CAAddress = agent.Addresses{other.Address} },
+		"another trust domain's": func(c *agent.Config) {
+			c.CAAddress, c.RootHash = agent.Addresses{elsewhere.Address}, elsewhere.RootHash()
+		},
 		"a workload below the right root": func(c *agent.Config) {
-			c.CAAddress, c.RootHash = workloadOfCA.Address, workloadOfCA.RootHash()
+			c.CAAddress, c.RootHash = agent.Addresses{workloadOfCA.Address}, workloadOfCA.RootHash()
 		},
 		"another digit at the end": func(c *agent.Config) {
 			last := "0"

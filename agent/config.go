@@ -7,10 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 
@@ -26,12 +24,15 @@ type Config struct {
 	// TrustDomain is the trust domain of the CA, e.g. "example.org". Required.
 	TrustDomain string `yaml:"trust_domain"`
 
-	// CAAddress is the CA's gRPC port, e.g. "ca.example.org:8443". Required.
-	CAAddress string `yaml:"ca_address"`
+	// CAAddress is the CA's gRPC port, e.g. "ca.example.org:8443", or that of
+	// each of its replicas: the agent follows one of them, chosen at random,
+	// and goes to another when that one fails. Required.
+	CAAddress Addresses `yaml:"ca_address"`
 
-	// CAHTTPSAddress is the CA's HTTPS port, from which policy bundles come.
-	// Empty means the host of ca_address and port 8444.
-	CAHTTPSAddress string `yaml:"ca_https_address"`
+	// CAHTTPSAddress is the CA's HTTPS port, from which policy bundles come:
+	// one for each address of ca_address in the same order, or one for all.
+	// Empty means the hosts of ca_address and port 8444.
+	CAHTTPSAddress Addresses `yaml:"ca_https_address"`
 
 	// DataDir keeps the agent's own SVID with its key, the trust bundle and
 	// the policy bundle across restarts. It belongs to the agent's user alone
@@ -154,8 +155,8 @@ func (c Config) withDefaults() Config {
 	set(&c.OnStale, onKeep)
 	set(&c.LogLevel, "info")
 	set(&c.LogFormat, "text")
-	if host, _, err := net.SplitHostPort(c.CAAddress); err == nil {
-		set(&c.CAHTTPSAddress, net.JoinHostPort(host, defaultHTTPSPort))
+	if len(c.CAHTTPSAddress) == 0 {
+		c.CAHTTPSAddress = c.CAAddress.onPort(defaultHTTPSPort)
 	}
 	if c.RevocationMaxAge == 0 {
 		c.RevocationMaxAge = defaultRevocationMaxAge
@@ -169,18 +170,17 @@ func (c Config) Validate() error {
 	switch {
 	case c.TrustDomain == "":
 		return &InvalidError{Field: "trust_domain", Reason: "is missing", Hint: "merlon-agent -trust-domain example.org, or trust_domain in the file of -config"}
-	case c.CAAddress == "":
+	case len(c.CAAddress) == 0 || len(c.CAAddress) == 1 && c.CAAddress[0] == "":
 		return &InvalidError{Field: "ca_address", Reason: "is missing", Hint: "merlon-agent -ca-address ca.example.org:8443, or ca_address in the file of -config"}
 	}
 	if _, err := spiffeid.TrustDomainFromString(c.TrustDomain); err != nil || strings.Contains(c.TrustDomain, "/") {
 		return &InvalidError{Field: "trust_domain", Reason: fmt.Sprintf("%q is not a trust domain name such as example.org", c.TrustDomain)}
 	}
-	for _, f := range []struct{ field, value string }{
-		{"ca_address", c.CAAddress}, {"ca_https_address", c.CAHTTPSAddress}, {"health_address", c.HealthAddress},
-	} {
-		if err := checkAddress(f.field, f.value); err != nil {
-			return err
-		}
+	if err := c.checkAddresses(); err != nil {
+		return err
+	}
+	if err := checkAddress("health_address", c.HealthAddress); err != nil {
+		return err
 	}
 	if err := c.checkPlaces(); err != nil {
 		return err
@@ -189,20 +189,6 @@ func (c Config) Validate() error {
 		return err
 	}
 	return c.checkChoices()
-}
-
-func checkAddress(field, value string) error {
-	if field == "health_address" && value == healthOff {
-		return nil
-	}
-	host, port, err := net.SplitHostPort(value)
-	if err != nil || host == "" || port == "" {
-		return &InvalidError{Field: field, Reason: fmt.Sprintf("%q is not host:port", value)}
-	}
-	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
-		return &InvalidError{Field: field, Reason: fmt.Sprintf("%q: the port is not a number between 0 and 65535", value)}
-	}
-	return nil
 }
 
 func (c Config) checkPlaces() error {

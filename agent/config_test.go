@@ -5,6 +5,7 @@ package agent
 import (
 	"errors"
 	"flag"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -14,7 +15,7 @@ import (
 )
 
 func validConfig() Config {
-	return Config{TrustDomain: "example.test", CAAddress: "ca:8443", JoinToken: "t", RootHash: strings.Repeat("0a", 32)}
+	return Config{TrustDomain: "example.test", CAAddress: Addresses{"ca:8443"}, JoinToken: "t", RootHash: strings.Repeat("0a", 32)}
 }
 
 func TestValidateNamesTheField(t *testing.T) {
@@ -25,13 +26,20 @@ func TestValidateNamesTheField(t *testing.T) {
 		change func(*Config)
 		field  string
 	}{
-		"no trust domain":       {func(c *Config) { c.TrustDomain = "" }, "trust_domain"},
-		"a SPIFFE ID":           {func(c *Config) { c.TrustDomain = "spiffe://example.test" }, "trust_domain"},
-		"capitals":              {func(c *Config) { c.TrustDomain = "Example" }, "trust_domain"},
-		"no CA":                 {func(c *Config) { c.CAAddress = "" }, "ca_address"},
-		"port too high":         {func(c *Config) { c.CAAddress = "ca:99999" }, "ca_address"},
-		"no port":               {func(c *Config) { c.CAAddress = "ca" }, "ca_address"},
-		"HTTPS without port":    {func(c *Config) { c.CAHTTPSAddress = "ca" }, "ca_https_address"},
+		"no trust domain":    {func(c *Config) { c.TrustDomain = "" }, "trust_domain"},
+		"a SPIFFE ID":        {func(c *Config) { c.TrustDomain = "spiffe://example.test" }, "trust_domain"},
+		"capitals":           {func(c *Config) { c.TrustDomain = "Example" }, "trust_domain"},
+		"no CA":              {func(c *Config) { c.CAAddress = Addresses{""} }, "ca_address"},
+		"port too high":      {func(c *Config) { c.CAAddress = Addresses{"ca:99999"} }, "ca_address"},
+		"no port":            {func(c *Config) { c.CAAddress = Addresses{"ca"} }, "ca_address"},
+		"HTTPS without port": {func(c *Config) { c.CAHTTPSAddress = Addresses{"ca"} }, "ca_https_address"},
+		"an empty address":   {func(c *Config) { c.CAAddress = Addresses{"ca:8443", ""} }, "ca_address"},
+		"an address twice":   {func(c *Config) { c.CAAddress = Addresses{"ca:8443", "ca:8443"} }, "ca_address"},
+		"too many addresses": {func(c *Config) { c.CAAddress = many(maxAddresses + 1) }, "ca_address"},
+		"one HTTPS too many": {func(c *Config) { c.CAHTTPSAddress = many(2) }, "ca_https_address"},
+		"HTTPS for two of three": {func(c *Config) {
+			c.CAAddress, c.CAHTTPSAddress = many(3), many(2)
+		}, "ca_https_address"},
 		"relative data_dir":     {func(c *Config) { c.DataDir = "data" }, "data_dir"},
 		"long socket":           {func(c *Config) { c.PublicSocket = "/" + strings.Repeat("x", 107) }, "public_socket"},
 		"sockets side by side":  {func(c *Config) { c.AdminSocket = filepath.Dir(DefaultPublicSocket) + "/a.sock" }, "admin_socket"},
@@ -56,6 +64,35 @@ func TestValidateNamesTheField(t *testing.T) {
 	}
 }
 
+func many(n int) (out Addresses) {
+	for i := range n {
+		out = append(out, fmt.Sprintf("ca%d:8443", i))
+	}
+	return out
+}
+
+func TestAddressesAreOneOrAList(t *testing.T) {
+	for name, tt := range map[string]struct{ text, address, https string }{
+		"one":            {"ca_address: a:1", "a:1", "a:8444"},
+		"a list":         {"ca_address: [a:1, 'b:2']", "a:1, b:2", "a:8444, b:8444"},
+		"commas":         {"ca_address: a:1,b:2", "a:1, b:2", "a:8444, b:8444"},
+		"both":           {"ca_address: [a:1, b:2]\nca_https_address: [a:3, b:4]", "a:1, b:2", "a:3, b:4"},
+		"HTTPS for both": {"ca_address: [a:1, b:2]\nca_https_address: lb:3", "a:1, b:2", "lb:3"},
+	} {
+		c, err := parseConfig("agent.yaml", []byte("trust_domain: example.test\n"+tt.text))
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if err := c.Validate(); err != nil {
+			t.Errorf("%s: Validate() = %v", name, err)
+		}
+		if c = c.withDefaults(); c.CAAddress.String() != tt.address || c.CAHTTPSAddress.String() != tt.https {
+			t.Errorf("%s: addresses %q and %q; want %q and %q", name, c.CAAddress, c.CAHTTPSAddress, tt.address, tt.https)
+		}
+	}
+}
+
 func TestUnknownKeyIsRefusedWithLineAndSuggestion(t *testing.T) {
 	_, err := parseConfig("agent.yaml", []byte("trust_domain: example.test\nca_addrss: ca:8443\n"))
 	if err == nil || !strings.Contains(err.Error(), "agent.yaml:2") || !strings.Contains(err.Error(), "ca_address") {
@@ -70,7 +107,7 @@ func TestFlagsWinOverEnvironmentOverFileOverDefault(t *testing.T) {
 		t.Fatal(err)
 	}
 	env := map[string]string{
-		"MERLON_AGENT_CONFIG": file, "MERLON_AGENT_CA_ADDRESS": "env:2", "MERLON_AGENT_POLICY_BUNDLE": "env",
+		"MERLON_AGENT_CONFIG": file, "MERLON_AGENT_CA_ADDRESS": "env:2, env2:2", "MERLON_AGENT_POLICY_BUNDLE": "env",
 		"MERLON_AGENT_JOIN_TOKEN": "secret", "MERLON_AGENT_ROOT_HASH": strings.Repeat("0a", 32),
 		"MERLON_AGENT_ADMIN_UIDS": "7, 8",
 	}
@@ -80,8 +117,8 @@ func TestFlagsWinOverEnvironmentOverFileOverDefault(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := cl.Config.withDefaults()
-	if c.TrustDomain != "file.test" || c.CAAddress != "env:2" || c.PolicyBundle != "flag" || c.JoinToken != "secret" ||
-		c.RevocationMaxAge != time.Minute || len(c.AdminUIDs) != 2 || !cl.ValidateOnly || c.CAHTTPSAddress != "env:8444" ||
+	if c.TrustDomain != "file.test" || c.CAAddress.String() != "env:2, env2:2" || c.PolicyBundle != "flag" || c.JoinToken != "secret" ||
+		c.RevocationMaxAge != time.Minute || len(c.AdminUIDs) != 2 || !cl.ValidateOnly || c.CAHTTPSAddress.String() != "env:8444, env2:8444" ||
 		c.DataDir != DefaultDataDir {
 		t.Errorf("ParseCommandLine() = %+v", c)
 	}

@@ -32,10 +32,14 @@ func text(field func(*Config) *string) func(*Config, string) error {
 	return func(c *Config, v string) error { *field(c) = v; return nil }
 }
 
+func addresses(field func(*Config) *Addresses) func(*Config, string) error {
+	return func(c *Config, v string) error { return field(c).UnmarshalText([]byte(v)) }
+}
+
 var settings = []setting{
 	{key: "trust_domain", usage: "trust domain `name` of the CA (required)", set: text(func(c *Config) *string { return &c.TrustDomain })},
-	{key: "ca_address", usage: "the CA's gRPC port, as `host:port` (required)", set: text(func(c *Config) *string { return &c.CAAddress })},
-	{key: "ca_https_address", usage: "the CA's HTTPS port, as `host:port` (default: port 8444 on the host of -ca-address)", set: text(func(c *Config) *string { return &c.CAHTTPSAddress })},
+	{key: "ca_address", usage: "the CA's gRPC port, as `host:port`; those of its replicas separated by commas (required)", set: addresses(func(c *Config) *Addresses { return &c.CAAddress })},
+	{key: "ca_https_address", usage: "the CA's HTTPS port, as `host:port`; for replicas as -ca-address (default: port 8444 on the hosts of -ca-address)", set: addresses(func(c *Config) *Addresses { return &c.CAHTTPSAddress })},
 	{key: "data_dir", usage: "`directory` of the agent's own SVID (default " + DefaultDataDir + ")", set: text(func(c *Config) *string { return &c.DataDir })},
 	{key: "public_socket", usage: "`path` of the Workload API socket (default " + DefaultPublicSocket + ")", set: text(func(c *Config) *string { return &c.PublicSocket })},
 	{key: "admin_socket", usage: "`path` of the admin socket (default " + DefaultAdminSocket + ")", set: text(func(c *Config) *string { return &c.AdminSocket })},

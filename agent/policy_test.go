@@ -21,6 +21,7 @@ import (
 	healthgrpc "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 
+	"merlon.dev/agent"
 	"merlon.dev/agent/agentpb"
 	"merlon.dev/agent/internal/fakeca"
 	"merlon.dev/ca/capb"
@@ -197,13 +198,13 @@ func TestBadOrOlderPolicyLeavesTheLastGoodOne(t *testing.T) {
 	// below which nothing is taken.
 	n.stop()
 	ca.PublishPolicy(key.bundle(grants, 4), key.announcement(4))
-	cfg.CAHTTPSAddress = "127.0.0.1:1"
+	cfg.CAHTTPSAddress = agent.Addresses{"127.0.0.1:1"}
 	cfg.Logger = testLogger(t)
 	n = start(t, cfg)
 	n.waitReady(t)
 	n.policyIs(t, 5)
 	n.stop()
-	cfg.CAHTTPSAddress = ca.HTTPSAddress
+	cfg.CAHTTPSAddress = agent.Addresses{ca.HTTPSAddress}
 	cfg.Logger = testLogger(t)
 	n = start(t, cfg)
 	n.waitReady(t)

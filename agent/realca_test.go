@@ -75,7 +75,7 @@ func startRealNode(t testing.TB, srv *ca.Server, admin capb.AdminClient, logger 
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	n := start(t, agent.Config{
-		TrustDomain: td, CAAddress: srv.Address().String(), CAHTTPSAddress: srv.HTTPSAddress().String(),
+		TrustDomain: td, CAAddress: agent.Addresses{srv.Address().String()}, CAHTTPSAddress: agent.Addresses{srv.HTTPSAddress().String()},
 		DataDir: filepath.Join(dir, "data"), HealthAddress: "off",
 		PublicSocket: filepath.Join(dir, "pub", "api.sock"), AdminSocket: filepath.Join(dir, "adm", "admin.sock"),
 		JoinToken: token.GetToken(), RootHash: token.GetRootHash(), Logger: logger,

@@ -186,7 +186,7 @@ func (d *dev) runAgent(ctx context.Context, authority *ca.Server, policy []byte,
 		return err
 	}
 	node, err := agent.New(agent.Config{
-		TrustDomain: d.trustDomain, CAAddress: authority.Address().String(), CAHTTPSAddress: authority.HTTPSAddress().String(),
+		TrustDomain: d.trustDomain, CAAddress: agent.Addresses{authority.Address().String()}, CAHTTPSAddress: agent.Addresses{authority.HTTPSAddress().String()},
 		DataDir: d.folder.join("agent"), PublicSocket: d.folder.join("public/api.sock"), AdminSocket: d.folder.join(longest),
 		JoinToken: token.GetToken(), RootHash: token.GetRootHash(), HealthAddress: "127.0.0.1:0", Logger: d.log,
 	})
