@@ -211,7 +211,7 @@ func (s *Server) publisher(p *parts) (*release.Publisher, error) {
 func (s *Server) assemble(ctx context.Context, p *parts) error {
 	p.health = health.New(s.log)
 	p.service = api.New(api.Options{
-		TrustDomain: s.td, Store: p.store, Registry: p.registry, Keys: p.keys, Releases: p.releases, Audit: p.audit,
+		TrustDomain: s.td, Store: p.store, StoreKind: s.cfg.Store, Registry: p.registry, Keys: p.keys, Releases: p.releases, Audit: p.audit,
 		Log: s.log, Metrics: p.health.Registry(), AdminUIDs: s.cfg.AdminUIDs,
 		X509SVIDTTL: s.cfg.X509SVIDTTL, JWTSVIDTTL: s.cfg.JWTSVIDTTL, AgentSVIDTTL: s.cfg.AgentSVIDTTL,
 	})

@@ -13,6 +13,7 @@ type metrics struct {
 	attestation *prometheus.CounterVec // reason
 	refused     *prometheus.CounterVec // code
 	unrecorded  prometheus.Counter
+	rollback    prometheus.Counter
 }
 
 func newMetrics(to prometheus.Registerer, reg *registry.Registry) *metrics {
@@ -29,8 +30,11 @@ func newMetrics(to prometheus.Registerer, reg *registry.Registry) *metrics {
 		unrecorded: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "merlon_audit_unrecorded_refusals_total", Help: "Refusals of callers without any right that were too many to be written to the audit log.",
 		}),
+		rollback: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "merlon_ca_rollback_evidence_total", Help: "Sync calls of agents that have seen more than the store holds: it was put back to an earlier state.",
+		}),
 	}
-	to.MustRegister(m.issued, m.attestation, m.refused, m.unrecorded)
+	to.MustRegister(m.issued, m.attestation, m.refused, m.unrecorded, m.rollback)
 	counts := []string{"registration_entries", "agents", "revocations", "sync_streams"}
 	help := []string{"Registration entries.", "Attested agents.", "Revocation records.", "Open Sync streams."}
 	for i, name := range counts {

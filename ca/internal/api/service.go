@@ -63,6 +63,7 @@ type Keys interface {
 type Options struct {
 	TrustDomain spiffeid.TrustDomain
 	Store       store.Store
+	StoreKind   string // "badger" or "etcd", for backups
 	Registry    *registry.Registry
 	Keys        Keys
 	Releases    *release.Publisher
@@ -90,6 +91,8 @@ type Service struct {
 	// refusals bounds how many of those who prove nothing are written down,
 	// powerless how many of those whose SVID gives them no right here.
 	refusals, powerless *rate.Limiter
+	// evidence bounds how often the log says that the store was put back.
+	evidence *rate.Sometimes
 
 	auditFault atomic.Pointer[error] // why the audit log took no record, once
 	stopping   chan struct{}
@@ -104,6 +107,7 @@ func New(o Options) *Service {
 		calls:     newCalls(),
 		refusals:  rate.NewLimiter(refusalsPerSecond, refusalsBurst),
 		powerless: rate.NewLimiter(refusalsPerSecond, refusalsBurst),
+		evidence:  evidenceLog(),
 		stopping:  make(chan struct{}),
 	}
 }

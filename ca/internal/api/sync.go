@@ -34,6 +34,9 @@ func (s *Service) Sync(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.Sy
 	if err != nil {
 		return err
 	}
+	if err := s.checkSeen(ctx, caller, first.GetSeen()); err != nil {
+		return err
+	}
 	feed := s.registry.Subscribe(ctx, caller.Agent.ID, first.GetResumeRevision())
 	defer feed.Close()
 	noteAck(feed, first)

@@ -1,0 +1,18 @@
+// The numbers by which others tell an old picture from a new one.
+
+package registry
+
+// Numbers are those of one picture: its revision, the sequence number of the
+// trust bundle, and the highest generation of any policy bundle; 0 where there
+// is none.
+func (r *Registry) Numbers() (revision, trustSequence, generation uint64) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	if r.pic.trust != nil {
+		trustSequence = r.pic.trust.Sequence
+	}
+	for _, h := range r.pic.heads {
+		generation = max(generation, h.Generation)
+	}
+	return r.pic.revision, trustSequence, generation
+}
