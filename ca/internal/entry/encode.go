@@ -4,6 +4,7 @@ package entry
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"time"
 
@@ -11,6 +12,9 @@ import (
 )
 
 const encodingVersion = 1
+
+// ErrNewer says that a record was written by a Merlon that knows more.
+var ErrNewer = errors.New("written by a newer Merlon than this one")
 
 type stored struct {
 	Version     int         `json:"v"`
@@ -44,30 +48,4 @@ func Encode(e *Entry) ([]byte, error) {
 		return nil, fmt.Errorf("encode registration entry %s: %w", e.ID, err)
 	}
 	return b, nil
-}
-
-// Decode reads what Encode wrote. Bytes of a newer version are an error: what
-// an unknown field would have narrowed must not be widened by ignoring it.
-func Decode(b []byte) (*Entry, error) {
-	var s stored
-	if err := json.Unmarshal(b, &s); err != nil {
-		return nil, fmt.Errorf("decode registration entry: %w", err)
-	}
-	if s.Version != encodingVersion {
-		return nil, fmt.Errorf("decode registration entry %q: version %d is not known; this Merlon writes %d", s.ID, s.Version, encodingVersion)
-	}
-	e := &Entry{
-		ID: s.ID, SPIFFEID: s.SPIFFEID, ParentID: s.ParentID,
-		X509SVIDTTL: time.Duration(s.X509SVIDTTL), JWTSVIDTTL: time.Duration(s.JWTSVIDTTL),
-		DNSNames: s.DNSNames, CommonName: s.CommonName, Hint: s.Hint, Admin: s.Admin,
-		ExpiresAt: s.ExpiresAt, CreatedAt: s.CreatedAt,
-	}
-	for _, text := range s.Selectors {
-		sel, err := ParseSelector(text)
-		if err != nil {
-			return nil, fmt.Errorf("decode registration entry %s: %w", s.ID, err)
-		}
-		e.Selectors = append(e.Selectors, sel)
-	}
-	return e, nil
 }

@@ -70,7 +70,7 @@ func checkSelectors(selectors []Selector) *InvalidError {
 }
 
 func checkSelector(sel Selector) *InvalidError {
-	if n := len(sel.String()); n > maxSelectorBytes {
+	if n := len(sel.Type) + 1 + len(sel.Value); n > maxSelectorBytes {
 		return invalid("selectors", "one has %d bytes; at most %d", n, maxSelectorBytes)
 	}
 	keys, ok := attestors[sel.Type]
