@@ -33,9 +33,18 @@ func TestAuthorityProfilesAreTheGoldenOnes(t *testing.T) {
 		"leaf":                 leaf,
 		"development_root":     open(t, dev).X509().Root,
 		"address_intermediate": open(t, address).X509().Chain[0],
+		"policy":               k.policy.cert,
 	} {
 		golden(t, name, forge.Dump(cert))
 	}
+}
+
+// What the root holder signs for a replica is of the profile of its own.
+func TestReplicaProfilesAreTheGoldenOnes(t *testing.T) {
+	holder := open(t, config(t))
+	r := open(t, replicaConfig(t, holder, "ca-2"))
+	golden(t, "intermediate", forge.Dump(r.X509().Chain[0]))
+	golden(t, "replica_policy", forge.Dump(r.policy.cert))
 }
 
 func golden(t *testing.T, name, got string) {

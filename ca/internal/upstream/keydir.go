@@ -1,5 +1,6 @@
-// Keys on disk. A generation is a folder KIND-NUMBER with key.pem and, for
-// certificate authorities, cert.pem. It is written under another name, synced,
+// Keys on disk. A generation is a folder KIND-NUMBER with key.pem and, but for
+// the JWT key, cert.pem; of its root a replica has the certificate alone, as
+// "anchor". It is written under another name, synced,
 // and renamed: a crash leaves all of it or nothing that counts, and two processes
 // cannot make the same generation.
 
@@ -30,6 +31,7 @@ const (
 	kindIntermediate kind = "intermediate"
 	kindJWT          kind = "jwt"
 	kindPolicy       kind = "policy"
+	kindAnchor       kind = "anchor"
 )
 
 const (
@@ -40,12 +42,12 @@ const (
 	maxPEM     = 64 << 10
 )
 
-// generation is one key, and its certificate for root and intermediate.
+// generation is one key with its certificate.
 type generation struct {
 	kind   kind
 	number int
-	signer crypto.Signer
-	cert   *x509.Certificate // nil for jwt and policy
+	signer crypto.Signer     // nil for an anchor
+	cert   *x509.Certificate // nil for jwt, and for policy until it is certified
 }
 
 // keyDir is the folder. It is not safe for concurrent use.
@@ -98,7 +100,7 @@ func parseGeneration(name string) (kind, int, bool) {
 		return "", 0, false
 	}
 	switch k := kind(what); k {
-	case kindRoot, kindIntermediate, kindJWT, kindPolicy:
+	case kindRoot, kindIntermediate, kindJWT, kindPolicy, kindAnchor:
 		return k, number, true
 	}
 	return "", 0, false
@@ -126,23 +128,26 @@ func (d *keyDir) load(what kind, number int) (*generation, error) {
 	if err := checkMode(folder, fs.ModeDir, 0o700); err != nil {
 		return nil, err
 	}
-	keyPEM, err := readPrivate(filepath.Join(folder, keyFile))
-	if err != nil {
-		return nil, err
-	}
-	signer, err := d.keys.CreateSigner(&kmsapi.CreateSignerRequest{SigningKeyPEM: keyPEM})
-	if err != nil {
-		return nil, fmt.Errorf("load %s: %w", filepath.Join(folder, keyFile), err)
-	}
-	gen := &generation{kind: what, number: number, signer: signer}
-	if what == kindRoot || what == kindIntermediate {
-		if gen.cert, err = loadCert(filepath.Join(folder, certFile), signer); err != nil {
+	gen := &generation{kind: what, number: number}
+	if what != kindAnchor {
+		keyPEM, err := readPrivate(filepath.Join(folder, keyFile))
+		if err != nil {
 			return nil, err
 		}
+		if gen.signer, err = d.keys.CreateSigner(&kmsapi.CreateSignerRequest{SigningKeyPEM: keyPEM}); err != nil {
+			return nil, fmt.Errorf("load %s: %w", filepath.Join(folder, keyFile), err)
+		}
 	}
+	cert, err := loadCert(filepath.Join(folder, certFile), gen.signer)
+	uncertified := errors.Is(err, fs.ErrNotExist) && (what == kindJWT || what == kindPolicy)
+	if err != nil && !uncertified {
+		return nil, err
+	}
+	gen.cert = cert
 	return gen, nil
 }
 
+// loadCert reads the certificate of signer; nil: of somebody else.
 func loadCert(path string, signer crypto.Signer) (*x509.Certificate, error) {
 	text, err := readPrivate(path)
 	if err != nil {
@@ -156,17 +161,20 @@ func loadCert(path string, signer crypto.Signer) (*x509.Certificate, error) {
 	if err != nil {
 		return nil, fmt.Errorf("load %s: %w", path, err)
 	}
+	if signer == nil {
+		return cert, nil
+	}
 	if key, ok := signer.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !key.Equal(cert.PublicKey) {
 		return nil, fmt.Errorf("load %s: the certificate and the key beside it do not belong together", path)
 	}
 	return cert, nil
 }
 
-// add puts a key away as the next generation of its kind. When it returns without
-// error, the key survives a crash.
+// add puts a key away as the next generation of its kind; an anchor has none. When
+// it returns without error, the key survives a crash.
 func (d *keyDir) add(what kind, key crypto.PrivateKey, cert *x509.Certificate) (*generation, error) {
 	signer, ok := key.(crypto.Signer)
-	if !ok {
+	if !ok && what != kindAnchor {
 		return nil, fmt.Errorf("put a %s key away: type %T does not sign", what, key)
 	}
 	number := 1
@@ -190,12 +198,14 @@ func (d *keyDir) write(what kind, number int, key crypto.PrivateKey, cert *x509.
 			err = errors.Join(err, os.RemoveAll(temp))
 		}
 	}()
-	der, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return err
-	}
-	if err := writeSynced(filepath.Join(temp, keyFile), "PRIVATE KEY", der); err != nil {
-		return err
+	if key != nil {
+		der, err := x509.MarshalPKCS8PrivateKey(key)
+		if err != nil {
+			return err
+		}
+		if err := writeSynced(filepath.Join(temp, keyFile), "PRIVATE KEY", der); err != nil {
+			return err
+		}
 	}
 	if cert != nil {
 		if err := writeSynced(filepath.Join(temp, certFile), "CERTIFICATE", cert.Raw); err != nil {
@@ -211,6 +221,24 @@ func (d *keyDir) write(what kind, number int, key crypto.PrivateKey, cert *x509.
 		return err
 	}
 	return syncDir(d.path)
+}
+
+// certify puts a certificate beside the key of gen, which had none. A crash leaves
+// all of it or nothing that counts.
+func (d *keyDir) certify(gen *generation, cert *x509.Certificate) error {
+	folder := d.folder(gen.kind, gen.number)
+	temp := filepath.Join(folder, unfinished+certFile)
+	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("put the certificate of %s away: %w", folder, err)
+	}
+	if err := writeSynced(temp, "CERTIFICATE", cert.Raw); err != nil {
+		return fmt.Errorf("put the certificate of %s away: %w", folder, err)
+	}
+	if err := os.Rename(temp, filepath.Join(folder, certFile)); err != nil {
+		return fmt.Errorf("put the certificate of %s away: %w", folder, err)
+	}
+	gen.cert = cert
+	return syncDir(folder)
 }
 
 // removeOlder removes the generations before gen of its kind.

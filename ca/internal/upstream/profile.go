@@ -48,6 +48,21 @@ func (k *Keys) makeRoot(now time.Time) (*generation, error) {
 }
 
 func (k *Keys) makeIntermediate(now time.Time) (*generation, error) {
+	template, err := k.intermediateTemplate(now)
+	if err != nil {
+		return nil, err
+	}
+	return k.makeAuthority(kindIntermediate, &apiv1.CreateCertificateAuthorityRequest{
+		Type:      apiv1.IntermediateCA,
+		Template:  template,
+		Lifetime:  k.cfg.IntermediateTTL,
+		CreateKey: &kmsapi.CreateKeyRequest{SignatureAlgorithm: kmsapi.ECDSAWithSHA256},
+		Parent:    &apiv1.CreateCertificateAuthorityResponse{Certificate: k.root.cert, Signer: k.root.signer},
+	})
+}
+
+// intermediateTemplate is the profile of every replica's intermediate.
+func (k *Keys) intermediateTemplate(now time.Time) (*x509.Certificate, error) {
 	root := k.root.cert
 	if !now.Before(root.NotAfter) {
 		return nil, fmt.Errorf("the root ended at %s", root.NotAfter.Format(time.RFC3339))
@@ -67,13 +82,7 @@ func (k *Keys) makeIntermediate(now time.Time) (*generation, error) {
 		template.PermittedURIDomains = []string{td.Name()}
 		template.PermittedDNSDomainsCritical = true // despite its name, of the whole extension
 	}
-	return k.makeAuthority(kindIntermediate, &apiv1.CreateCertificateAuthorityRequest{
-		Type:      apiv1.IntermediateCA,
-		Template:  template,
-		Lifetime:  k.cfg.IntermediateTTL,
-		CreateKey: &kmsapi.CreateKeyRequest{SignatureAlgorithm: kmsapi.ECDSAWithSHA256},
-		Parent:    &apiv1.CreateCertificateAuthorityResponse{Certificate: root, Signer: k.root.signer},
-	})
+	return template, nil
 }
 
 // makeAuthority has the certificate made and puts it away with its key.

@@ -1,10 +1,12 @@
 // Package upstream holds the CA's own keys: the root, the issuing intermediate,
-// the JWT key and the key that signs policy bundles. Certificates are made by
+// the JWT key and the key that signs policy bundles. A replica has all but the
+// root, whose holder certifies them. Certificates are made by
 // smallstep's softcas and keys by go.step.sm/crypto/kms, in a folder that only the
 // CA's user can read.
 package upstream
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -33,6 +35,7 @@ import (
 const (
 	DefaultRootTTL         = 365 * 24 * time.Hour
 	DefaultIntermediateTTL = 24 * time.Hour
+	DefaultName            = "ca"
 )
 
 // Config says where keys are and how long authorities live.
@@ -43,6 +46,14 @@ type Config struct {
 	// Development marks the root as one that nobody should trust. A folder keeps
 	// to what it was made for: opening it the other way is an error.
 	Development bool
+	// Name is the name of this replica, once and for all. Empty on the root
+	// holder: DefaultName; on others: whatever the root holder says.
+	Name string
+	// ExistingRoot says that there is a root already, so that none may be made.
+	ExistingRoot bool
+	// RootHolder makes this a replica of the CA that holds the root. Nil: the
+	// root is here.
+	RootHolder RootHolder
 	// RootTTL and IntermediateTTL apply to authorities made from now on. Zero means
 	// the defaults.
 	RootTTL, IntermediateTTL time.Duration
@@ -53,9 +64,10 @@ type Keys struct {
 	cfg    Config
 	keys   kmsapi.KeyManager
 	cas    apiv1.CertificateAuthorityCreator
-	root   *generation
+	root   *generation // without a signer on a replica
 	jwt    *authority.JWTAuthority
 	policy *generation
+	name   string
 
 	x509 atomic.Pointer[authority.X509Authority]
 
@@ -102,10 +114,38 @@ func (k *Keys) open(ctx context.Context) error {
 		return err
 	}
 	now := time.Now()
+	if k.cfg.RootHolder != nil {
+		err = k.openReplica(ctx, now)
+	} else {
+		err = k.openRootHolder(ctx, now)
+	}
+	if err == nil && k.cfg.Name != "" && k.cfg.Name != k.name {
+		err = fmt.Errorf("the keys here are those of replica %s, not %s", k.name, k.cfg.Name)
+	}
+	return err
+}
+
+func (k *Keys) openRootHolder(ctx context.Context, now time.Time) error {
 	if err := k.openRoot(now); err != nil {
 		return err
 	}
 	if err := k.openPlainKeys(); err != nil {
+		return err
+	}
+	if k.policy.cert == nil {
+		name := k.cfg.Name
+		if name == "" {
+			name = DefaultName
+		}
+		cert, err := k.CertifyPolicyKey(name, k.policy.signer.Public(), now)
+		if err != nil {
+			return err
+		}
+		if err := k.dir.certify(k.policy, cert); err != nil {
+			return err
+		}
+	}
+	if err := k.checkOwnPolicy(now); err != nil {
 		return err
 	}
 	return k.openIntermediate(ctx, now)
@@ -116,9 +156,13 @@ func (k *Keys) openRoot(now time.Time) error {
 	switch {
 	case err != nil:
 		return err
+	case k.dir.holds(kindAnchor):
+		return ErrIsReplica
 	case root != nil:
 		k.root = root
 		return k.checkRoot(root.cert, now)
+	case k.cfg.ExistingRoot:
+		return ErrNoKeys
 	case k.dir.holds(kindIntermediate, kindJWT, kindPolicy):
 		return errors.New("the root is missing while other keys are there; restore it from a backup, or remove all of them to begin a new trust domain")
 	}
@@ -208,6 +252,12 @@ func (k *Keys) Policy() (kid string, signer crypto.Signer) {
 	return kid, k.policy.signer
 }
 
+// Name is the name of this replica, as its policy certificate says.
+func (k *Keys) Name() string { return k.name }
+
+// PolicyCertificate is the DER certificate of the policy key.
+func (k *Keys) PolicyCertificate() []byte { return bytes.Clone(k.policy.cert.Raw) }
+
 // RootKeyHash is the hex SHA-256 of the root's SubjectPublicKeyInfo, which an
 // agent pins at first contact.
 func (k *Keys) RootKeyHash() string {
@@ -228,6 +278,7 @@ func (k *Keys) TrustBundle() (*spiffebundle.Bundle, error) {
 
 // RenewIntermediate replaces the intermediate by a new generation, with another
 // subject and key, once half of its life is over. The old one's key is removed.
+// A replica asks the root holder.
 func (k *Keys) RenewIntermediate(ctx context.Context, now time.Time) (renewed bool, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -236,6 +287,12 @@ func (k *Keys) RenewIntermediate(ctx context.Context, now time.Time) (renewed bo
 	}
 	if current := k.x509.Load(); current != nil && !pastHalf(current.Chain[0], now) {
 		return false, nil
+	}
+	if !k.HoldsRoot() {
+		if err := k.recertify(ctx, now); err != nil {
+			return false, fmt.Errorf("renew the intermediate: %w", err)
+		}
+		return true, nil
 	}
 	gen, err := k.makeIntermediate(now)
 	if err != nil {

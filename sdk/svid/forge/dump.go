@@ -25,7 +25,9 @@ var usageNames = []string{
 	"keyCertSign", "cRLSign", "encipherOnly", "decipherOnly",
 }
 
-var ekuNames = map[x509.ExtKeyUsage]string{x509.ExtKeyUsageServerAuth: "serverAuth", x509.ExtKeyUsageClientAuth: "clientAuth"}
+var ekuNames = map[x509.ExtKeyUsage]string{
+	x509.ExtKeyUsageServerAuth: "serverAuth", x509.ExtKeyUsageClientAuth: "clientAuth", x509.ExtKeyUsageCodeSigning: "codeSigning",
+}
 
 // Dump writes everything that a profile decides, in the order of the certificate.
 func Dump(c *x509.Certificate) string {

@@ -1,0 +1,194 @@
+// The keys of a replica that does not hold the root: made here, certified there.
+
+package upstream
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"time"
+
+	kmsapi "go.step.sm/crypto/kms/apiv1"
+)
+
+// Errors by which a caller can tell the operator what to do.
+var (
+	// ErrNoKeys: no keys here, and the store belongs to a root already.
+	ErrNoKeys = errors.New("the store belongs to a root, and its key is not here: this CA can only be a replica")
+	// ErrIsReplica: the keys here are those of a replica, and nobody is named
+	// that holds the root.
+	ErrIsReplica = errors.New("the keys here are a replica's")
+	// ErrIsRootHolder: the root's key is here, and somebody else is named who
+	// should hold it.
+	ErrIsRootHolder = errors.New("the root key is here: this CA is no replica of another")
+	// ErrEnded: the replica was away for longer than its intermediate lived.
+	ErrEnded = errors.New("the replica's intermediate has ended")
+)
+
+// KeyRequests are the public keys of a replica, each as PKCS #10, DER.
+type KeyRequests struct{ Intermediate, Policy, JWT []byte }
+
+// Certificates are what the root holder makes of them.
+type Certificates struct {
+	Intermediate, Policy, Root *x509.Certificate
+}
+
+// RootHolder is the way to the replica that holds the root key.
+type RootHolder interface {
+	// Join is called once, by a replica that has no certificates. The root that
+	// it returns is the one that the operator named.
+	Join(ctx context.Context, keys KeyRequests) (*Certificates, error)
+	// Certify asks for a new intermediate.
+	Certify(ctx context.Context, keys KeyRequests) (*Certificates, error)
+}
+
+// openReplica loads a replica's keys, or makes them and joins.
+func (k *Keys) openReplica(ctx context.Context, now time.Time) error {
+	if k.dir.holds(kindRoot) {
+		return ErrIsRootHolder
+	}
+	if err := k.openPlainKeys(); err != nil {
+		return err
+	}
+	anchor, err := k.dir.newest(kindAnchor)
+	if err != nil {
+		return err
+	}
+	if anchor == nil {
+		return k.join(ctx, now)
+	}
+	k.root = anchor
+	if err := k.checkRoot(anchor.cert, now); err != nil {
+		return err
+	}
+	if err := k.checkOwnPolicy(now); err != nil {
+		return err
+	}
+	gen, err := k.dir.newest(kindIntermediate)
+	switch {
+	case err != nil:
+		return err
+	case gen == nil:
+		return errors.New("the intermediate is missing")
+	case gen.cert.CheckSignatureFrom(anchor.cert) != nil:
+		return errors.New("the intermediate is not the root's")
+	case !now.Before(gen.cert.NotAfter):
+		return fmt.Errorf("%w: at %s", ErrEnded, gen.cert.NotAfter.Format(time.RFC3339))
+	}
+	k.x509.Store(k.authorityOf(gen))
+	return nil
+}
+
+// checkOwnPolicy: the certificate beside the policy key is the root's for it.
+func (k *Keys) checkOwnPolicy(now time.Time) error {
+	if k.policy.cert == nil {
+		return errors.New("the policy key has no certificate")
+	}
+	name, _, err := VerifyPolicyCertificate(k.policy.cert.Raw, k.root.cert, now)
+	k.name = name
+	return err
+}
+
+// join has the keys certified for the first time. The root is put away last: it
+// is what makes the folder a replica's.
+func (k *Keys) join(ctx context.Context, now time.Time) error {
+	signer, requests, err := k.requests()
+	if err != nil {
+		return err
+	}
+	got, err := k.cfg.RootHolder.Join(ctx, requests)
+	if err != nil {
+		return err
+	}
+	k.root = &generation{kind: kindAnchor, cert: got.Root}
+	if err := k.checkRoot(got.Root, now); err != nil {
+		return err
+	}
+	if err := k.takeOver(got, signer, now); err != nil {
+		return err
+	}
+	if err := k.checkOwnPolicy(now); err != nil {
+		return err
+	}
+	_, err = k.dir.add(kindAnchor, nil, got.Root)
+	return err
+}
+
+// requests makes a key for a new intermediate, and asks for all three.
+func (k *Keys) requests() (crypto.Signer, KeyRequests, error) {
+	key, err := k.keys.CreateKey(&kmsapi.CreateKeyRequest{SignatureAlgorithm: kmsapi.ECDSAWithSHA256})
+	if err != nil {
+		return nil, KeyRequests{}, fmt.Errorf("make a key: %w", err)
+	}
+	signer, ok := key.PrivateKey.(crypto.Signer)
+	if !ok {
+		return nil, KeyRequests{}, fmt.Errorf("make a key: type %T does not sign", key.PrivateKey)
+	}
+	var r KeyRequests
+	for _, request := range []struct {
+		to   *[]byte
+		with crypto.Signer
+	}{{&r.Intermediate, signer}, {&r.Policy, k.policy.signer}, {&r.JWT, k.jwt.Signer}} {
+		if *request.to, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, request.with); err != nil {
+			return nil, KeyRequests{}, fmt.Errorf("make a CSR: %w", err)
+		}
+	}
+	return signer, r, nil
+}
+
+// takeOver checks what the root holder made, and puts it away.
+func (k *Keys) takeOver(got *Certificates, signer crypto.Signer, now time.Time) error {
+	want, err := k.intermediateTemplate(now)
+	if err != nil {
+		return err
+	}
+	want.NotAfter = k.root.cert.NotAfter // how long it lives is the root holder's matter
+	key, ok := signer.Public().(*ecdsa.PublicKey)
+	if !ok {
+		return fmt.Errorf("the intermediate's key is a %T", signer.Public())
+	}
+	if err := k.checkIntermediate(got.Intermediate, want, key); err != nil {
+		return fmt.Errorf("the intermediate that the root holder made: %w", err)
+	}
+	_, policyKey, err := VerifyPolicyCertificate(got.Policy.Raw, k.root.cert, now)
+	if err != nil {
+		return err
+	}
+	if !policyKey.Equal(k.policy.signer.Public()) {
+		return errors.New("the policy certificate that the root holder made has another key")
+	}
+	if k.policy.cert == nil || !k.policy.cert.Equal(got.Policy) {
+		if err := k.dir.certify(k.policy, got.Policy); err != nil {
+			return err
+		}
+	}
+	gen, err := k.dir.add(kindIntermediate, signer, got.Intermediate)
+	if err != nil {
+		return err
+	}
+	k.x509.Store(k.authorityOf(gen))
+	if err := k.dir.removeOlder(gen); err != nil {
+		return fmt.Errorf("remove old intermediates: %w", err)
+	}
+	return nil
+}
+
+// recertify asks the root holder for the next intermediate. k.mu is held.
+func (k *Keys) recertify(ctx context.Context, now time.Time) error {
+	signer, requests, err := k.requests()
+	if err != nil {
+		return err
+	}
+	got, err := k.cfg.RootHolder.Certify(ctx, requests)
+	if err != nil {
+		return fmt.Errorf("ask the root holder: %w", err)
+	}
+	if !got.Root.Equal(k.root.cert) {
+		return errors.New("the root holder answers with another root")
+	}
+	return k.takeOver(got, signer, now)
+}
