@@ -1,6 +1,5 @@
-// What join tokens and bundle-reader tokens have in common: 160 random bits
-// that are shown once and stored only as a hash, so that who reads the store
-// can use none of them.
+// What tokens of all kinds have in common: 160 random bits that are shown once
+// and stored only as a hash, so that who reads the store can use none of them.
 
 package attest
 
@@ -42,20 +41,34 @@ const (
 
 type storedToken struct {
 	Version   int       `json:"v"`
-	Subject   string    `json:"subject"` // agent name or policy bundle
+	Subject   string    `json:"subject"` // agent name, policy bundle, or replica
 	ExpiresAt time.Time `json:"expires_at"`
+	Seal      []byte    `json:"seal,omitempty"` // replica: the root's
 }
 
 // createToken stores the hash of a fresh secret and returns the secret.
 func createToken(ctx context.Context, st store.Store, kind, subject string, expires time.Time) (string, error) {
+	return storeToken(ctx, st, kind, storedToken{Subject: subject, ExpiresAt: expires.UTC()}, nil)
+}
+
+// storeToken stores t under the hash of a fresh secret, with seal's seal if
+// that is given, and returns the secret.
+func storeToken(ctx context.Context, st store.Store, kind string, t storedToken, seal func(statement []byte) ([]byte, error)) (string, error) {
 	var b [secretBytes]byte
 	rand.Read(b[:]) // never fails, see crypto/rand
 	token := kind + "-" + strings.ToLower(secretEncoding.EncodeToString(b[:]))
-	value, err := json.Marshal(storedToken{Version: encodingVersion, Subject: subject, ExpiresAt: expires.UTC()})
+	key := tokenKey(kind, token)
+	t.Version = encodingVersion
+	if seal != nil {
+		var err error
+		if t.Seal, err = seal(t.statement(key)); err != nil {
+			return "", err
+		}
+	}
+	value, err := json.Marshal(t)
 	if err != nil {
 		return "", fmt.Errorf("encode a token: %w", err)
 	}
-	key := tokenKey(kind, token)
 	res, err := st.Txn(ctx, []store.Cmp{{Key: key}}, []store.Op{store.Put(key, value)}, nil)
 	if err != nil {
 		return "", fmt.Errorf("store a token: %w", err)
