@@ -1,15 +1,15 @@
 package badger
 
-// How transactions become durable. One goroutine takes all that wait, runs
-// them in order against a shared overlay, and writes them as one Badger
-// transaction with one sync. Only then does any of them learn its outcome:
-// also one that wrote nothing may have compared against a neighbour's write.
+// How transactions become durable. One goroutine, the committer, takes all that
+// wait, runs them in order against a shared overlay, and writes them as one
+// Badger transaction with one sync. A second one (publish.go) then syncs the
+// head, while the committer is busy with the next batch, on top of what nobody
+// else sees yet. Only then does any of them learn its outcome: also one that
+// wrote nothing may have compared against a neighbour's write.
 
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"log/slog"
 	"runtime"
@@ -26,6 +26,8 @@ const (
 	maxBatchTxns  = 512
 	maxBatchOps   = 4_096
 	maxBatchBytes = store.MaxTxnBytes // each is written twice
+	// maxCommitted batches wait for the head at most; the committer waits then.
+	maxCommitted = 4
 )
 
 // request is a transaction on its way through the committer.
@@ -106,29 +108,37 @@ func (s *Store) enqueue(ctx context.Context, r *request) error {
 
 // commitLoop runs until requests is closed and drained.
 func (s *Store) commitLoop() {
-	var (
-		failed error    // once set, no write is ever acknowledged again
-		next   *request // did not fit the last batch
-	)
+	defer close(s.committed)
+	var next *request // did not fit the last batch
 	for {
 		var waiting []*request
 		if waiting, next = s.gather(next); len(waiting) == 0 {
 			return
 		}
-		refused := failed
-		if refused == nil {
-			refused = s.room()
+		done := committed{requests: waiting}
+		if done.refused = s.refusal(); done.refused == nil {
+			s.commit(&done)
 		}
-		if refused == nil {
-			failed = s.commit(waiting)
-			refused = failed
-		}
-		for _, r := range waiting {
-			if refused != nil {
-				r.result, r.err = store.TxnResult{}, refused
-			}
-			close(r.done)
-		}
+		s.committed <- done
+	}
+}
+
+// refusal says why nothing may be written now.
+func (s *Store) refusal() error {
+	if failed := s.failed.Load(); failed != nil {
+		return *failed
+	}
+	return s.room()
+}
+
+// stopWrites ends all writes for good: once a sync has failed, what it left in the
+// page cache may or may not be there after a restart, so nothing can be
+// promised from then on.
+func (s *Store) stopWrites(revision uint64, cause error) {
+	err := fmt.Errorf("commit revision %d: %w: %w", revision, store.ErrReadOnly, cause)
+	if s.failed.CompareAndSwap(nil, &err) {
+		s.log.LogAttrs(context.Background(), slog.LevelError, "store commit failed, writes stop until restart",
+			slog.Any("err", cause))
 	}
 }
 
@@ -164,29 +174,34 @@ func (s *Store) gather(first *request) (batch []*request, next *request) {
 	return batch, nil
 }
 
-// commit runs a batch and publishes it. An error means that its outcome is
-// unknown: what a failed sync left in the page cache may or may not be there
-// after a restart, so nothing can be promised from then on.
-func (s *Store) commit(waiting []*request) error {
-	b := newBatch(s.db, s.history.latest())
+// committed is what the committer hands on: transactions that have run, and
+// what they have written to Badger, which is synced but not yet acknowledged.
+type committed struct {
+	requests  []*request
+	refused   error    // nothing may be acknowledged
+	records   []record // none: nothing was written
+	tip       point    // after them
+	compacted uint64   // the compaction point
+}
+
+// commit runs a batch and writes it to Badger.
+func (s *Store) commit(done *committed) {
+	b := newBatch(s.db, s.tip.revision)
 	defer b.view.Discard()
-	for _, r := range waiting {
+	for _, r := range done.requests {
 		if r.err = r.ctx.Err(); r.err == nil {
 			r.result, r.err = b.run(r)
 		}
 	}
 	if len(b.records) == 0 {
-		return nil
+		return
 	}
-	compacted, err := s.write(b)
-	if err != nil {
-		s.log.LogAttrs(context.Background(), slog.LevelError, "store commit failed, writes stop until restart",
-			slog.Any("err", err))
-		return fmt.Errorf("commit revision %d: %w: %w", b.revision, store.ErrReadOnly, err)
+	if err := s.write(b); err != nil {
+		s.stopWrites(b.revision, err)
+		done.refused = *s.failed.Load()
+		return
 	}
-	s.history.publish(b.records, compacted)
-	s.db.SetDiscardTs(compacted) // after publish: readers below it must notice
-	return nil
+	done.records, done.tip, done.compacted = b.records, s.tip, s.compacted.revision
 }
 
 // batch is the state that the transactions of one commit see.
@@ -217,12 +232,8 @@ func (b *batch) run(r *request) (store.TxnResult, error) {
 	if !holds {
 		ops = r.otherwise
 	}
-	events, err := b.events(ops)
-	if err != nil {
+	if err := b.apply(ops); err != nil {
 		return store.TxnResult{}, err
-	}
-	if len(events) > 0 {
-		b.apply(events)
 	}
 	return store.TxnResult{Succeeded: holds, Revision: b.revision}, nil
 }
@@ -244,109 +255,108 @@ func (b *batch) lookup(key string) (state, error) {
 	return readState(b.view, key)
 }
 
-// events turns writes into what they change at the next revision.
-func (b *batch) events(ops []store.Op) ([]store.Event, error) {
-	events := make([]store.Event, 0, len(ops))
+// apply makes one record of the writes, unless they change nothing.
+func (b *batch) apply(ops []store.Op) error {
+	r := record{revision: b.revision + 1, first: b.first, events: make([]store.Event, 0, len(ops))}
+	states := make([]state, 0, len(ops)) // after each event
 	for _, op := range ops {
 		before, err := b.lookup(op.Key)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if op.Delete && before.revision == 0 {
 			continue
 		}
 		e := store.Event{Delete: op.Delete, Prev: before.value}
-		e.KV = store.KV{Key: op.Key, ModRevision: b.revision + 1}
+		e.KV = store.KV{Key: op.Key, ModRevision: r.revision}
+		var after state
 		if !op.Delete {
-			e.KV.Value = op.Value
+			after = newState(op.Key, op.Value, r.revision)
+			e.KV.Value = after.value
 		}
-		events = append(events, e)
+		r.events, states = append(r.events, e), append(states, after)
+		r.change.replace(before, after)
 	}
-	return events, nil
+	if len(r.events) == 0 {
+		return nil
+	}
+	for i, e := range r.events {
+		b.overlay[e.KV.Key] = states[i]
+	}
+	b.revision = r.revision
+	b.records = append(b.records, r)
+	return nil
 }
 
-func (b *batch) apply(events []store.Event) {
-	b.revision++
-	for _, e := range events {
-		var st state
-		if !e.Delete {
-			st = state{value: e.KV.Value, revision: b.revision}
-		}
-		b.overlay[e.KV.Key] = st
-	}
-	b.records = append(b.records, record{revision: b.revision, first: b.first, events: events})
-}
-
-// write commits the batch, with a step of compaction, and returns the new
-// compaction point.
-func (s *Store) write(b *batch) (compacted uint64, err error) {
+// write commits the batch, with a step of compaction, and moves tip and
+// compacted on. On an error the outcome is unknown.
+func (s *Store) write(b *batch) error {
 	txn := s.db.NewTransactionAt(b.first-1, true)
 	defer txn.Discard()
 	for key, st := range b.overlay {
+		var err error
 		if st.revision == 0 {
 			err = txn.Delete(dataKey(key))
 		} else {
-			err = txn.Set(dataKey(key), encodeValue(st))
+			err = txn.Set(dataKey(key), st.stored)
 		}
 		if err != nil {
-			return 0, err
+			return err
 		}
 	}
+	tip := s.tip
 	for i := range b.records {
-		if err := txn.Set(logKey(b.records[i].revision), b.records[i].encode()); err != nil {
-			return 0, err
+		r := &b.records[i]
+		r.last = b.revision
+		encoded := r.encode()
+		tip = tip.next(r.revision, encoded, r.change)
+		if err := txn.Set(logKey(r.revision), tip.appendLink(encoded)); err != nil {
+			return err
 		}
 	}
-	if compacted, err = s.compact(txn, b); err != nil {
-		return 0, err
+	compacted, err := s.compact(txn, b)
+	if err != nil {
+		return err
 	}
-	return compacted, s.commitAt(txn, b.revision)
+	if err := s.commitAt(txn, b.revision); err != nil {
+		return err
+	}
+	s.tip, s.compacted = tip, compacted
+	return nil
 }
 
 // compact adds the removal of records beyond KeepRevisions to a commit: the
 // work is bounded, needs no sync of its own, and costs in proportion to what
 // is written. The compaction point is always the end of a batch, since the
 // values before a batch are read from the snapshot below it.
-func (s *Store) compact(txn *bdg.Txn, b *batch) (uint64, error) {
-	from := s.history.compactedTo()
-	if b.revision <= from+s.opts.KeepRevisions {
+func (s *Store) compact(txn *bdg.Txn, b *batch) (point, error) {
+	from := s.compacted
+	if b.revision <= from.revision+s.opts.KeepRevisions {
 		return from, nil
 	}
 	// Twice a full batch: there is the end of a batch in it, and a log that
-	// has grown too long (KeepRevisions was lowered) shrinks.
-	to := min(b.revision-s.opts.KeepRevisions, from+2*maxBatchTxns, b.first-1)
-	if to < b.first-1 {
-		next, err := readRecord(b.view, to+1)
-		if err != nil {
-			return 0, err
-		}
-		to = next.first - 1
-	}
-	if to <= from {
+	// has grown too long (KeepRevisions was lowered) shrinks. Nothing above the
+	// head: it must find its own point in the log.
+	to := min(b.revision-s.opts.KeepRevisions, from.revision+2*maxBatchTxns, s.history.latest())
+	if to <= from.revision {
 		return from, nil
 	}
-	for revision := from + 1; revision <= to; revision++ {
-		if err := txn.Delete(logKey(revision)); err != nil {
-			return 0, err
+	r, point, err := readRecord(b.view, to)
+	if err == nil && r.last != to {
+		if to = r.first - 1; to <= from.revision {
+			return from, nil
 		}
-	}
-	return to, txn.Set(compactedKey, binary.BigEndian.AppendUint64(nil, to))
-}
-
-// readRecord returns one record without the values before.
-func readRecord(view *bdg.Txn, revision uint64) (r record, err error) {
-	item, err := view.Get(logKey(revision))
-	if errors.Is(err, bdg.ErrKeyNotFound) {
-		return record{}, fmt.Errorf("revision log: record %d is missing", revision)
+		_, point, err = readRecord(b.view, to)
 	}
 	if err != nil {
-		return record{}, fmt.Errorf("revision log: record %d: %w", revision, err)
+		return from, err
 	}
-	err = item.Value(func(b []byte) error {
-		r, err = decodeRecord(revision, b)
-		return err
-	})
-	return r, err
+	for revision := from.revision + 1; revision <= to; revision++ {
+		if err := txn.Delete(logKey(revision)); err != nil {
+			return from, err
+		}
+	}
+	return point, txn.Set(compactedKey, encodeCompacted(point))
 }
 
 // cloneEvent gives a receiver its own bytes.

@@ -122,7 +122,7 @@ func (s *Store) readLog(revision uint64) ([]record, error) {
 func readRecords(db *bdg.DB, revision, last uint64) ([]record, error) {
 	view := db.NewTransactionAt(last, false)
 	defer view.Discard()
-	next, err := readRecord(view, revision+1)
+	next, _, err := readRecord(view, revision+1)
 	if err != nil {
 		return nil, err
 	}
@@ -133,7 +133,7 @@ func readRecords(db *bdg.DB, revision, last uint64) ([]record, error) {
 	)
 	defer prev.close()
 	for at := next.first; at <= last && len(records) < maxStepRecords && size < maxStepBytes; at++ {
-		r, err := readRecord(view, at)
+		r, _, err := readRecord(view, at)
 		if err != nil {
 			return nil, err
 		}
@@ -196,26 +196,4 @@ func (p *previous) close() {
 		p.view.Discard()
 		p.view = nil
 	}
-}
-
-// checkLog walks the keys of the log and returns the last revision. A gap
-// means that acknowledged writes are lost, so the store must not start.
-func checkLog(view *bdg.Txn, compacted uint64) (last uint64, err error) {
-	opts := bdg.DefaultIteratorOptions
-	opts.PrefetchValues = false
-	opts.Prefix = logPrefix
-	it := view.NewIterator(opts)
-	defer it.Close()
-	last = compacted
-	for it.Seek(logKey(compacted + 1)); it.Valid(); it.Next() {
-		revision, err := revisionOfLogKey(it.Item().Key())
-		if err != nil {
-			return 0, err
-		}
-		if revision != last+1 {
-			return 0, fmt.Errorf("damaged: the revision log goes on at %d after %d; those between are lost", revision, last)
-		}
-		last = revision
-	}
-	return last, nil
 }

@@ -216,69 +216,6 @@ func TestTransactionWhoseCallerLeftBeforehandIsNotRun(t *testing.T) {
 	}
 }
 
-func TestOpenRefusesWhatItCannotTrust(t *testing.T) {
-	for name, test := range map[string]struct {
-		change func(txn *bdg.Txn) error
-		at     uint64
-		want   string
-	}{
-		"newer format": {
-			func(txn *bdg.Txn) error { return txn.Set(formatKey, []byte("2")) }, 6,
-			`format version "2", but this merlon-ca knows only "1": a newer one wrote it`,
-		},
-		"no format": {
-			func(txn *bdg.Txn) error { return txn.Delete(formatKey) }, 6,
-			"not a Merlon store",
-		},
-		"gap in the log": {
-			func(txn *bdg.Txn) error { return txn.Delete(logKey(3)) }, 6,
-			"damaged: the revision log goes on at 4 after 2; those between are lost",
-		},
-		"data above the log": {
-			func(txn *bdg.Txn) error { return txn.Set(dataKey("x"), make([]byte, 9)) }, 9,
-			"damaged: data of revision 9, but the revision log ends at 6",
-		},
-		"foreign key in the log": {
-			func(txn *bdg.Txn) error { return txn.Set([]byte("r/12345678x"), nil) }, 6,
-			"is not a revision",
-		},
-		"bad compaction point": {
-			func(txn *bdg.Txn) error { return txn.Set(compactedKey, []byte("x")) }, 6,
-			"damaged: compaction point of 1 bytes",
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			dir := t.TempDir()
-			s := openStore(t, dir, Options{})
-			for range 5 {
-				txn(t, s, store.Put("a", nil))
-			}
-			if err := s.Close(); err != nil {
-				t.Fatal(err)
-			}
-			changeDB(t, dir, test.at, test.change)
-			for range 2 { // a refusal leaves nothing open
-				if _, err := Open(dir, Options{}); err == nil || !strings.Contains(err.Error(), test.want) {
-					t.Fatalf("Open = %v; want %q", err, test.want)
-				}
-			}
-		})
-	}
-}
-
-// changeDB writes past the store.
-func changeDB(t *testing.T, dir string, at uint64, change func(*bdg.Txn) error) {
-	t.Helper()
-	db, err := bdg.OpenManaged(badgerOptions(dir, slog.New(slog.DiscardHandler)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	txn := db.NewTransactionAt(math.MaxUint64, true)
-	if err := errors.Join(change(txn), txn.CommitAt(at, nil), db.Close()); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // TestHistoryOnDiskIsBounded writes one key again and again: the log keeps its
 // length, and Badger drops the versions below it.
 func TestHistoryOnDiskIsBounded(t *testing.T) {

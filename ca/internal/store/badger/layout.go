@@ -1,27 +1,33 @@
 package badger
 
-// The layout on disk, format version 1. Integers are big-endian where they
-// order keys, unsigned varints elsewhere.
+// The layout on disk, format version 2. Integers are big-endian, in records
+// unsigned varints.
 //
-//	k/KEY        revision (8 bytes), value
-//	r/REVISION   one record of the revision log (REVISION: 8 bytes)
+//	k/KEY        checksum (4 bytes), revision (8), value
+//	r/REVISION   one record of the revision log (REVISION: 8 bytes), and its
+//	             link: hash (32), number of keys (8), their sum (8)
 //	m/format     version of this layout
-//	m/compacted  highest revision whose record is gone (8 bytes)
+//	m/compacted  the point up to which records are gone (point.go)
+//	HEAD         a file beside Badger's: the point that is acknowledged (head.go)
 //
-// A record names what its revision changed. It holds the new values; the
-// values before are those of the Badger snapshot below the record's batch, so
-// a value is written twice and never three times.
+// Badger checks its blocks when it opens a table and its log when it replays
+// one, but what it cannot read there it drops. So everything of ours says by
+// itself whether it is whole: a value carries the CRC-32C of key, revision and
+// value; a record the hash of all before it; and each point how many keys
+// there were and what their checksums add up to.
 
 import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"slices"
 
 	bdg "github.com/dgraph-io/badger/v4"
-
-	"merlon.dev/ca/internal/store"
 )
+
+// format is the version of the layout.
+const format = "2"
 
 var (
 	dataPrefix   = []byte("k/")
@@ -29,6 +35,8 @@ var (
 	formatKey    = []byte("m/format")
 	compactedKey = []byte("m/compacted")
 )
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 func dataKey(key string) []byte { return append(slices.Clone(dataPrefix), key...) }
 
@@ -44,15 +52,39 @@ func revisionOfLogKey(key []byte) (uint64, error) {
 	return binary.BigEndian.Uint64(key[len(logPrefix):]), nil
 }
 
-func encodeValue(v state) []byte {
-	b := make([]byte, 0, 8+len(v.value))
-	return append(binary.BigEndian.AppendUint64(b, v.revision), v.value...)
+// valueHeaderBytes stand before each value.
+const valueHeaderBytes = 4 + 8
+
+// checksum covers the stored key, the revision and the value.
+func checksum(storedKey, revisionAndValue []byte) uint32 {
+	return crc32.Update(crc32.Checksum(storedKey, castagnoli), castagnoli, revisionAndValue)
 }
 
 // state is a key as some revision left it; revision 0: it does not exist.
 type state struct {
 	value    []byte
 	revision uint64
+	sum      uint64 // what it adds to the sum of a point
+	stored   []byte // the value as it is to be stored; nil if it was read
+}
+
+// newState encodes a value that is about to be written.
+func newState(key string, value []byte, revision uint64) state {
+	b := make([]byte, 4, valueHeaderBytes+len(value))
+	b = binary.BigEndian.AppendUint64(b, revision)
+	b = append(b, value...)
+	crc := checksum(dataKey(key), b[4:])
+	binary.BigEndian.PutUint32(b, crc)
+	return state{value: b[valueHeaderBytes:], revision: revision, sum: fingerprint(crc, revision), stored: b}
+}
+
+// fingerprint spreads checksum and revision of a value over 64 bits, so that
+// sums of different sets of values differ.
+func fingerprint(crc uint32, revision uint64) uint64 {
+	x := revision*0x9e3779b97f4a7c15 ^ uint64(crc)<<32 ^ uint64(crc)
+	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
+	x = (x ^ x>>27) * 0x94d049bb133111eb
+	return x ^ x>>31
 }
 
 // readState copies the key out of the snapshot.
@@ -67,16 +99,35 @@ func readState(view *bdg.Txn, key string) (state, error) {
 	return itemState(item)
 }
 
+// itemState copies a value and checks it.
 func itemState(item *bdg.Item) (st state, err error) {
 	err = item.Value(func(b []byte) error {
-		if len(b) < 8 {
-			return fmt.Errorf("read key %q: value without a revision", item.Key())
-		}
+		st, err = decodeValue(item.Key(), b)
 		// Never nil: an empty value is a value.
-		st = state{revision: binary.BigEndian.Uint64(b), value: append([]byte{}, b[8:]...)}
-		return nil
+		st.value = append([]byte{}, st.value...)
+		return err
 	})
 	return st, err
+}
+
+// decodeValue reads what newState encoded; the value is part of b.
+func decodeValue(storedKey, b []byte) (state, error) {
+	if len(b) < valueHeaderBytes || !slices.Equal(storedKey[:min(len(dataPrefix), len(storedKey))], dataPrefix) {
+		return state{}, fmt.Errorf("read key %q: damaged: %d bytes are no value", trimDataPrefix(storedKey), len(b))
+	}
+	crc := binary.BigEndian.Uint32(b)
+	if checksum(storedKey, b[4:]) != crc {
+		return state{}, fmt.Errorf("read key %q: damaged: its checksum does not match", trimDataPrefix(storedKey))
+	}
+	revision := binary.BigEndian.Uint64(b[4:])
+	if revision == 0 {
+		return state{}, fmt.Errorf("read key %q: damaged: revision 0", trimDataPrefix(storedKey))
+	}
+	return state{value: b[valueHeaderBytes:], revision: revision, sum: fingerprint(crc, revision)}, nil
+}
+
+func trimDataPrefix(storedKey []byte) []byte {
+	return storedKey[min(len(dataPrefix), len(storedKey)):]
 }
 
 // readMeta returns the value of a key of our own.
@@ -86,132 +137,4 @@ func readMeta(view *bdg.Txn, key []byte) ([]byte, error) {
 		return nil, err
 	}
 	return item.ValueCopy(nil)
-}
-
-func readCompacted(view *bdg.Txn) (uint64, error) {
-	b, err := readMeta(view, compactedKey)
-	switch {
-	case errors.Is(err, bdg.ErrKeyNotFound):
-		return 0, nil
-	case err != nil:
-		return 0, fmt.Errorf("read compaction point: %w", err)
-	case len(b) != 8:
-		return 0, fmt.Errorf("damaged: compaction point of %d bytes", len(b))
-	}
-	return binary.BigEndian.Uint64(b), nil
-}
-
-// record is one revision: what changed, and in which batch.
-type record struct {
-	revision uint64
-	first    uint64 // lowest revision of the batch; the values before are at first-1
-	events   []store.Event
-}
-
-// size estimates the memory that the record holds.
-func (r *record) size() int {
-	n := 64
-	for _, e := range r.events {
-		n += 96 + len(e.KV.Key) + len(e.KV.Value) + len(e.Prev)
-	}
-	return n
-}
-
-// Flags of an event in a record.
-const (
-	flagDelete  = 1 << iota
-	flagExisted // Prev is to be found below the batch, or earlier in it
-	knownFlags  = flagDelete | flagExisted
-)
-
-func (r *record) encode() []byte {
-	b := make([]byte, 0, 16+r.size())
-	b = binary.AppendUvarint(b, r.revision-r.first)
-	b = binary.AppendUvarint(b, uint64(len(r.events)))
-	for _, e := range r.events {
-		var flags byte
-		if e.Delete {
-			flags |= flagDelete
-		}
-		if e.Prev != nil {
-			flags |= flagExisted
-		}
-		b = append(b, flags)
-		b = appendBytes(b, e.KV.Key)
-		if !e.Delete {
-			b = appendBytes(b, e.KV.Value)
-		}
-	}
-	return b
-}
-
-func appendBytes[T ~string | ~[]byte](b []byte, v T) []byte {
-	return append(binary.AppendUvarint(b, uint64(len(v))), v...)
-}
-
-// decodeRecord is the inverse of encode, but for Prev: it is an empty slice
-// where there was a value, which readLog then fills in.
-func decodeRecord(revision uint64, b []byte) (record, error) {
-	d := decoder{b: b}
-	distance, count := d.uvarint(), d.uvarint()
-	if d.bad || distance >= revision || count > store.MaxTxnOps {
-		return record{}, fmt.Errorf("revision log: record %d is damaged", revision)
-	}
-	r := record{revision: revision, first: revision - distance}
-	for range count {
-		flags := d.byte()
-		e := store.Event{Delete: flags&flagDelete != 0}
-		e.KV = store.KV{Key: string(d.bytes()), ModRevision: revision}
-		if !e.Delete {
-			e.KV.Value = append([]byte{}, d.bytes()...)
-		}
-		if flags&flagExisted != 0 {
-			e.Prev = []byte{}
-		}
-		if d.bad || flags&^byte(knownFlags) != 0 {
-			return record{}, fmt.Errorf("revision log: record %d is damaged", revision)
-		}
-		r.events = append(r.events, e)
-	}
-	if len(d.b) > 0 {
-		return record{}, fmt.Errorf("revision log: record %d is damaged", revision)
-	}
-	return r, nil
-}
-
-// decoder takes values off the front of b; bad sticks.
-type decoder struct {
-	b   []byte
-	bad bool
-}
-
-func (d *decoder) uvarint() uint64 {
-	v, n := binary.Uvarint(d.b)
-	if n <= 0 {
-		d.b, d.bad = nil, true
-		return 0
-	}
-	d.b = d.b[n:]
-	return v
-}
-
-func (d *decoder) byte() byte {
-	if len(d.b) == 0 {
-		d.bad = true
-		return 0
-	}
-	v := d.b[0]
-	d.b = d.b[1:]
-	return v
-}
-
-func (d *decoder) bytes() []byte {
-	n := d.uvarint()
-	if n > uint64(len(d.b)) {
-		d.b, d.bad = nil, true
-		return nil
-	}
-	v := d.b[:n]
-	d.b = d.b[n:]
-	return v
 }

@@ -4,6 +4,7 @@ package badger
 
 import (
 	"bytes"
+	"math"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -28,6 +29,7 @@ func TestRecordComesBackAsEncoded(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		want := record{revision: rapid.Uint64Min(1).Draw(t, "revision")}
 		want.first = rapid.Uint64Range(1, want.revision).Draw(t, "first")
+		want.last = want.revision + min(rapid.Uint64Max(maxBatchTxns-1).Draw(t, "behind"), math.MaxUint64-want.revision)
 		for _, e := range rapid.SliceOfN(events, 0, 5).Draw(t, "events") {
 			e.KV.ModRevision = want.revision
 			want.events = append(want.events, e)
@@ -37,7 +39,7 @@ func TestRecordComesBackAsEncoded(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if diff := cmp.Diff(want, got, cmp.AllowUnexported(record{})); diff != "" {
+		if diff := cmp.Diff(want, got, cmp.AllowUnexported(record{}, change{})); diff != "" {
 			t.Fatal(diff)
 		}
 		short := b[:rapid.IntRange(0, len(b)-1).Draw(t, "cut")]
@@ -48,16 +50,16 @@ func TestRecordComesBackAsEncoded(t *testing.T) {
 }
 
 func FuzzDecodeRecord(f *testing.F) {
-	r := record{revision: 9, first: 7, events: []store.Event{
+	r := record{revision: 9, first: 7, last: 11, events: []store.Event{
 		{KV: store.KV{Key: "a", Value: []byte("v")}},
 		{KV: store.KV{Key: "b"}, Delete: true, Prev: []byte{}},
 	}}
 	f.Add(uint64(9), r.encode())
-	f.Add(uint64(1), []byte{0, 0})
+	f.Add(uint64(1), []byte{0, 0, 0})
 	f.Add(uint64(1), bytes.Repeat([]byte{0xff}, 20))
 	f.Fuzz(func(t *testing.T, revision uint64, b []byte) {
 		r, err := decodeRecord(revision, b)
-		if err == nil && (r.first == 0 || r.first > revision || r.revision != revision) {
+		if err == nil && (r.first == 0 || r.first > revision || r.last < revision || r.revision != revision) {
 			t.Fatalf("decodeRecord(%d, %x) = %+v", revision, b, r)
 		}
 	})

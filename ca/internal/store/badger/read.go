@@ -91,11 +91,14 @@ func (s *Store) listable(revision uint64) error {
 	}
 	view := s.db.NewTransactionAt(latest, false)
 	defer view.Discard()
-	next, err := readRecord(view, revision+1)
-	if compactErr := s.history.resumable(revision); compactErr != nil {
+	at, _, err := readRecord(view, revision)
+	switch compactErr := s.history.resumable(revision); {
+	case compactErr != nil:
 		return compactErr
+	case s.history.compactedTo() == revision:
+		return nil // the record is gone, and it was the end of a batch
 	}
-	if err == nil && next.first != revision+1 {
+	if err == nil && at.last != revision {
 		return fmt.Errorf("revision %d is not one that a listing returned: %w", revision, store.ErrCompacted)
 	}
 	return err
