@@ -23,7 +23,7 @@ func openStore(ctx context.Context, cfg Config) (store.Store, error) {
 	if cfg.Store == storeEtcd {
 		return etcd.Open(ctx, cfg.etcd())
 	}
-	st, err := badger.Open(cfg.storeDir(), badger.Options{Logger: cfg.Logger})
+	st, err := badger.Open(cfg.storeDir(), badger.Options{Logger: cfg.Logger, AcceptOlder: cfg.AcceptOlderStore})
 	if err != nil {
 		return nil, err
 	}

@@ -207,9 +207,13 @@ func (f *inspection) checkData(db *bdg.DB) {
 			err = fmt.Errorf("the data at revision %d is not what the revision log says", f.tip.revision)
 		}
 	}
-	if err == nil {
-		return
+	if err != nil {
+		f.fault(err)
 	}
+}
+
+// fault notes that the data is not what it should be.
+func (f *inspection) fault(err error) {
 	if f.reason != "" {
 		f.reason += "; "
 	} else {

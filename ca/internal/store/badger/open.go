@@ -69,9 +69,6 @@ func openLocked(dir string, lock *dirLock, opts Options) (*Store, error) {
 // examine inspects the store in dir without changing it. A folder without one
 // is begun.
 func examine(dir string, opts Options) (*inspection, error) {
-	if err := dropEmptyLogs(dir); err != nil {
-		return nil, err
-	}
 	head, headErr := readHead(dir)
 	if headErr != nil && !errors.Is(headErr, errNoHead) {
 		return nil, headErr
@@ -155,6 +152,9 @@ func syncDir(dir string) error {
 // openWhole opens a store that was found whole, or one that is yet to be laid
 // out, and starts it.
 func openWhole(dir string, lock *dirLock, opts Options, found *inspection) (*Store, error) {
+	if err := dropEmptyLogs(dir); err != nil {
+		return nil, err
+	}
 	db, err := openDB(badgerOptions(dir, opts.Logger))
 	if err != nil {
 		return nil, err

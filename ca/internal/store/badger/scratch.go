@@ -46,6 +46,9 @@ func withScratch(dir string, opts bdg.Options, look func(db *bdg.DB) error) (err
 	// and a link would be emptied with it.
 	opts.NumCompactors = 0
 	opts.SyncWrites = false
+	if err := dropEmptyLogs(scratch); err != nil {
+		return err
+	}
 	db, err := openDB(opts)
 	if err != nil {
 		return &openError{err}
