@@ -20,15 +20,24 @@ import (
 	"time"
 )
 
-// built is where the binaries are, nil before build.
+// built is where the binaries are, nil before binDir.
 var built atomic.Pointer[string]
 
+// binDir makes the folder for what is built, once for the whole test process.
+var binDir = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "merlon-bin")
+	if err == nil {
+		built.Store(&dir)
+	}
+	return dir, err
+})
+
 // build compiles the binaries once for the whole test process.
-var build = sync.OnceValues(func() (dir string, err error) {
-	if dir, err = os.MkdirTemp("", "merlon-bin"); err != nil {
+var build = sync.OnceValues(func() (string, error) {
+	dir, err := binDir()
+	if err != nil {
 		return "", err
 	}
-	built.Store(&dir)
 	cmd := exec.Command("go", "build", "-o", dir+"/", "merlon.dev/ca/cmd/...", "merlon.dev/agent/cmd/...")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the binaries: %w\n%s", err, out)

@@ -1,41 +1,142 @@
 // Package etcd keeps the store in an etcd v3 cluster, for CAs of more than one
-// replica.
+// replica. Revisions, transactions and watches are etcd's own; the store's
+// revision is etcd's plus a base that is fixed when the store is laid out, so
+// that one that was imported goes on above its past.
 package etcd
 
 import (
 	"context"
-	"errors"
-	"iter"
+	"fmt"
 	"log/slog"
+	"sync"
+	"time"
 
 	"merlon.dev/ca/internal/store"
 )
 
-// DefaultPrefix begins all keys in etcd.
-const DefaultPrefix = "/merlon/"
+// Store is safe for concurrent use.
+type Store struct {
+	cfg     Config
+	log     *slog.Logger
+	keys    keys
+	members *members
+	layout  layout
+	leases  leases
 
-// Config says where etcd is.
-type Config struct {
-	// Endpoints are the members' client URLs, https://host:2379 or, for tests
-	// on loopback, http://.
-	Endpoints []string
-	// CAFile, CertFile and KeyFile are PEM files of mutual TLS; they are needed
-	// unless all endpoints are on loopback.
-	CAFile, CertFile, KeyFile string
-	// Prefix begins all keys; empty means DefaultPrefix.
-	Prefix string
-	// Logger takes what the store has to say. Nil discards it.
-	Logger *slog.Logger
+	stop    chan struct{} // closed by Close
+	running sync.WaitGroup
+
+	mu      sync.Mutex
+	closed  bool           // guarded by mu
+	entered sync.WaitGroup // calls under way; grows under mu only
 }
 
-var errNotBuilt = errors.New("the etcd store is not built yet")
+// openTimeout bounds how long Open waits for etcd, in requests.
+const openTries = 3
 
-// Open connects to the store in etcd, laying it out on first use.
-func Open(ctx context.Context, cfg Config) (store.Store, error) { return nil, errNotBuilt }
+// Open connects to the store in etcd, laying it out on first use. It waits for
+// etcd as long as three requests may take.
+func Open(ctx context.Context, cfg Config) (store.Store, error) {
+	s, err := open(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
 
-// Import fills an empty store in etcd with pairs, which keep their
-// ModRevision; the store goes on above revision at. A store that is there
-// already, or an import that was broken off, is an error.
-func Import(ctx context.Context, cfg Config, at uint64, pairs iter.Seq2[store.KV, error]) error {
-	return errNotBuilt
+func open(ctx context.Context, cfg Config) (*Store, error) {
+	s, err := connect(cfg)
+	if err != nil {
+		return nil, err
+	}
+	if s.layout, err = s.openLayout(ctx); err != nil {
+		s.disconnect()
+		return nil, fmt.Errorf("open the store in etcd: %w", err)
+	}
+	s.running.Go(s.compactInTurns)
+	return s, nil
+}
+
+// connect makes a store that knows nothing yet of what is in etcd.
+func connect(cfg Config) (*Store, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	cfg = cfg.withDefaults()
+	keys := keys{prefix: cfg.Prefix}
+	members, err := newMembers(cfg, keys.layout())
+	if err != nil {
+		return nil, err
+	}
+	return &Store{cfg: cfg, log: cfg.Logger, keys: keys, members: members, stop: make(chan struct{})}, nil
+}
+
+func (s *Store) disconnect() {
+	close(s.stop)
+	s.members.close()
+}
+
+// Close implements store.Store. Watches and campaigns end; what is led passes
+// to others at once, where etcd can be reached within a second.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed = true
+	s.mu.Unlock()
+	close(s.stop)
+	s.entered.Wait()
+	s.running.Wait()
+	s.leases.revoke(s)
+	s.members.close()
+	return nil
+}
+
+// enter begins a call that Close waits for.
+func (s *Store) enter() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return store.ErrClosed
+	}
+	s.entered.Add(1)
+	return nil
+}
+
+func (s *Store) leave() { s.entered.Done() }
+
+// untilClosed returns a context that ends with the store, too.
+func (s *Store) untilClosed(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(ctx)
+	go func() {
+		select {
+		case <-s.stop:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, cancel
+}
+
+func (s *Store) isClosed() bool {
+	select {
+	case <-s.stop:
+		return true
+	default:
+		return false
+	}
+}
+
+// sleep waits; false: ctx has ended.
+func sleep(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }

@@ -156,7 +156,8 @@ type model struct {
 	revision uint64
 }
 
-func (m *model) txn(cmps []store.Cmp, then, otherwise []store.Op) store.TxnResult {
+// txn runs a transaction that took the revision took, if it changed anything.
+func (m *model) txn(cmps []store.Cmp, then, otherwise []store.Op, took uint64) store.TxnResult {
 	holds := true
 	for _, c := range cmps {
 		holds = holds && m.kvs[c.Key].ModRevision == c.ModRevision
@@ -170,7 +171,7 @@ func (m *model) txn(cmps []store.Cmp, then, otherwise []store.Op) store.TxnResul
 		_, exists := m.kvs[op.Key]
 		switch {
 		case !op.Delete:
-			m.kvs[op.Key] = store.KV{Key: op.Key, Value: append([]byte{}, op.Value...), ModRevision: m.revision + 1}
+			m.kvs[op.Key] = store.KV{Key: op.Key, Value: append([]byte{}, op.Value...), ModRevision: took}
 		case exists:
 			delete(m.kvs, op.Key)
 		default:
@@ -179,7 +180,7 @@ func (m *model) txn(cmps []store.Cmp, then, otherwise []store.Op) store.TxnResul
 		changed = true
 	}
 	if changed {
-		m.revision++
+		m.revision = took
 	}
 	return store.TxnResult{Succeeded: holds, Revision: m.revision}
 }
@@ -207,7 +208,7 @@ var (
 // the model. One store serves all examples: opening one costs more than a case.
 func testModel(t *testing.T, b Backend) {
 	s := open(t, b)
-	m := &model{kvs: make(map[string]store.KV), revision: 1}
+	m := &model{kvs: make(map[string]store.KV), revision: revisionOf(t, s)}
 	rapid.Check(t, func(rt *rapid.T) {
 		rt.Repeat(map[string]func(*rapid.T){
 			"txn": func(rt *rapid.T) {
@@ -224,7 +225,8 @@ func testModel(t *testing.T, b Backend) {
 				if err != nil {
 					rt.Fatal(err)
 				}
-				wantDiff(t, "Txn", got, m.txn(cmps, then, otherwise))
+				before := m.revision
+				wantDiff(t, "Txn", got, m.txn(cmps, then, otherwise, max(got.Revision, before+1)))
 			},
 			"get": func(rt *rapid.T) {
 				key := keys.Draw(rt, "key")

@@ -134,7 +134,7 @@ func listingIsOneRevision(t *testing.T, s store.Store, keys int) bool {
 
 func testListCompacted(t *testing.T, b Backend) {
 	s := open(t, b)
-	write(t, s, store.Put("a/1", nil), store.Put("a/2", nil))
+	written := write(t, s, store.Put("a/1", nil), store.Put("a/2", nil))
 	page, revision, more, err := s.List(within(t), "a/", "", 1, 0)
 	if err != nil || len(page) != 1 || !more {
 		t.Fatalf("List = %v, more %v, %v", page, more, err)
@@ -145,5 +145,5 @@ func testListCompacted(t *testing.T, b Backend) {
 	_, _, _, err = s.List(within(t), "a/", "a/1", 1, revision)
 	wantError(t, "List of a compacted revision", err, store.ErrCompacted)
 	kvs, _ := listAll(t, s, "a/")
-	wantDiff(t, "new listing", kvs, []store.KV{kv("a/1", "", 2), kv("a/2", "", 2)})
+	wantDiff(t, "new listing", kvs, []store.KV{kv("a/1", "", written), kv("a/2", "", written)})
 }

@@ -1,0 +1,75 @@
+package etcd
+
+// What etcd's and gRPC's errors mean to the store's callers.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/ca/internal/store"
+)
+
+// fault sorts what can go wrong with a request.
+type fault int
+
+const (
+	permanent  fault = iota // the answer; asking again does not help
+	unknown                 // no answer: it may have been carried out
+	notCarried              // refused before it was carried out: ask again
+)
+
+func faultOf(err error) fault {
+	code := status.Code(err)
+	if etcd, ok := errors.AsType[rpctypes.EtcdError](rpctypes.Error(err)); ok {
+		code = etcd.Code()
+	}
+	switch rpctypes.Error(err) {
+	case rpctypes.ErrNoLeader, rpctypes.ErrTooManyRequests:
+		return notCarried
+	case rpctypes.ErrNoSpace, rpctypes.ErrRequestTooLarge, rpctypes.ErrTooManyOps:
+		return permanent
+	}
+	switch code {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
+		return unknown
+	}
+	if errors.Is(err, errNotConnected) {
+		return notCarried
+	}
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		return unknown
+	}
+	return permanent
+}
+
+// explain makes an error of the store out of one of etcd's; ctx is the
+// caller's.
+func explain(ctx context.Context, what string, err error) error {
+	switch rpctypes.Error(err) {
+	case rpctypes.ErrCompacted, rpctypes.ErrFutureRev:
+		return fmt.Errorf("%s: %w", what, store.ErrCompacted)
+	case rpctypes.ErrNoSpace:
+		return fmt.Errorf("%s: %w: etcd has used up its quota; compact and defragment it or raise quota-backend-bytes, then: etcdctl alarm disarm", what, store.ErrReadOnly)
+	case rpctypes.ErrCorrupt:
+		return fmt.Errorf("%s: etcd says that a member's data is corrupt; replace that member (etcdctl alarm list): %v", what, err)
+	case rpctypes.ErrRequestTooLarge, rpctypes.ErrTooManyOps:
+		return fmt.Errorf("%s: %w: etcd must allow max-request-bytes 1572864 and max-txn-ops 128, its defaults: %v", what, store.ErrTooLarge, err)
+	case rpctypes.ErrPermissionDenied, rpctypes.ErrUserEmpty, rpctypes.ErrInvalidAuthToken:
+		return fmt.Errorf("%s: etcd does not let this client certificate in; grant its common name a role over the prefix: %v", what, err)
+	}
+	if errors.Is(err, rpctypes.ErrLeaseNotFound) {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("%s: %w", what, ctx.Err())
+	}
+	if faultOf(err) != permanent {
+		return fmt.Errorf("%s: %w: %v", what, store.ErrUnavailable, err)
+	}
+	return fmt.Errorf("%s: %v", what, err)
+}

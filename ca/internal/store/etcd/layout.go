@@ -1,0 +1,139 @@
+package etcd
+
+// The layout of the store in etcd: k/KEY are the store's keys, m/… is about
+// the store itself. m/layout is written once; it says which format the store
+// has, and from where its revisions count.
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"strings"
+
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"merlon.dev/ca/internal/store"
+)
+
+// format is that of the whole layout.
+const format = 1
+
+// keys makes etcd's keys.
+type keys struct{ prefix string }
+
+func (k keys) data(key string) string  { return k.prefix + "k/" + key }
+func (k keys) layout() string          { return k.prefix + "m/layout" }
+func (k keys) importing() string       { return k.prefix + "m/import" }
+func (k keys) strip(key []byte) string { return strings.TrimPrefix(string(key), k.data("")) }
+
+// under returns the range of etcd's keys that begin with k/prefix.
+func (k keys) under(prefix string) (from, end string) {
+	from = k.data(prefix)
+	return from, clientv3.GetPrefixRangeEnd(from)
+}
+
+// layoutRecord is the JSON in m/layout.
+type layoutRecord struct {
+	Format int `json:"format"`
+	// Base is what the store's revisions have above etcd's.
+	Base uint64 `json:"base"`
+	// Imported says that the store was filled by Import, so that it has keys
+	// with revisions from before, and no history of them.
+	Imported bool `json:"imported,omitempty"`
+}
+
+// layout is where revisions count from.
+type layout struct {
+	layoutRecord
+	// first is the store's revision when it was laid out: all that it has
+	// written by itself lies above.
+	first uint64
+}
+
+// revision returns the store's revision at one of etcd's.
+func (l layout) revision(etcd int64) uint64 { return uint64(etcd) + l.Base }
+
+// native returns etcd's revision; 0 where there is none.
+func (l layout) native(revision uint64) int64 {
+	if revision < l.first || revision-l.Base > math.MaxInt64 {
+		return 0
+	}
+	return int64(revision - l.Base)
+}
+
+// openLayout reads the layout, and writes it into an empty prefix.
+func (s *Store) openLayout(ctx context.Context) (l layout, err error) {
+	for range openTries {
+		if l, err = s.tryLayout(ctx); !errors.Is(err, store.ErrUnavailable) {
+			break
+		}
+	}
+	return l, err
+}
+
+func (s *Store) tryLayout(ctx context.Context) (layout, error) {
+	for {
+		l, found, err := s.readLayout(ctx)
+		if found || err != nil {
+			return l, err
+		}
+		value, err := json.Marshal(layoutRecord{Format: format})
+		if err != nil {
+			return layout{}, err
+		}
+		key := s.keys.layout()
+		// Whoever else does the same at the same time writes the same.
+		res, err := s.commit(ctx, s.nothingUnderPrefix(), []clientv3.Op{clientv3.OpPut(key, encodeRecord(key, 0, value))}, nil)
+		switch {
+		case err != nil:
+			return layout{}, err
+		case res.Succeeded:
+			continue
+		}
+		if l, found, err = s.readLayout(ctx); found || err != nil {
+			return l, err
+		}
+		return layout{}, fmt.Errorf("there are keys under %s that are not a store's; give the CA a prefix of its own", s.keys.prefix)
+	}
+}
+
+func (s *Store) nothingUnderPrefix() []clientv3.Cmp {
+	return []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(s.keys.prefix).WithPrefix(), "=", 0)}
+}
+
+// readLayout says found where there is a store that can be opened.
+func (s *Store) readLayout(ctx context.Context) (l layout, found bool, err error) {
+	var res *clientv3.TxnResponse
+	err = s.read(ctx, "read the layout", func(ctx context.Context, c *clientv3.Client) error {
+		res, err = c.Txn(ctx).Then(clientv3.OpGet(s.keys.layout()), clientv3.OpGet(s.keys.importing())).Commit()
+		return err
+	})
+	if err != nil {
+		return layout{}, false, err
+	}
+	laid, importing := rangeOf(res.Responses[0]), rangeOf(res.Responses[1])
+	if len(importing.Kvs) > 0 {
+		return layout{}, false, fmt.Errorf("an import into %s has not ended; run it again if it was broken off", s.keys.prefix)
+	}
+	if len(laid.Kvs) == 0 {
+		return layout{}, false, nil
+	}
+	kv := laid.Kvs[0]
+	value, _, err := decodeRecord(string(kv.Key), kv.Value)
+	if err != nil {
+		return layout{}, false, err
+	}
+	if err := json.Unmarshal(value, &l.layoutRecord); err != nil {
+		return layout{}, false, fmt.Errorf("read %s: %v", kv.Key, err)
+	}
+	if l.Format != format {
+		return layout{}, false, fmt.Errorf("the store under %s has format %d, this version reads format %d", s.keys.prefix, l.Format, format)
+	}
+	l.first = l.revision(kv.CreateRevision)
+	return l, true, nil
+}
+
+func rangeOf(op *pb.ResponseOp) *pb.RangeResponse { return op.GetResponseRange() }

@@ -1,0 +1,277 @@
+package etcd
+
+// The members of the cluster, with a connection each. All requests go to one
+// member that is known to work; a member that stops answering, or has lost the
+// others, is left within seconds.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+const (
+	probeEvery   = time.Second
+	probeTimeout = 2 * time.Second
+	// keepAlive* make gRPC notice a dead connection; 10 s is the least that it
+	// allows. The timeout is also that of unacknowledged bytes in TCP.
+	keepAliveTime    = 10 * time.Second
+	keepAliveTimeout = 3 * time.Second
+)
+
+// errNotConnected is why a member was not asked.
+var errNotConnected = errors.New("not connected")
+
+// members is safe for concurrent use.
+type members struct {
+	all     []*member
+	log     *slog.Logger
+	key     string // what probes read
+	stop    context.CancelFunc
+	probing sync.WaitGroup
+
+	mu      sync.Mutex
+	current int // guarded by mu; the member that is asked
+}
+
+// member is safe for concurrent use.
+type member struct {
+	url    string
+	client *clientv3.Client
+	nudge  chan struct{} // asks for a probe now
+
+	mu      sync.Mutex
+	err     error              // guarded by mu; of the last probe
+	ejected context.Context    // guarded by mu; ends when requests must leave
+	eject   context.CancelFunc // guarded by mu
+}
+
+func newMembers(cfg Config, key string) (*members, error) {
+	p := &members{log: cfg.Logger, key: key, current: rand.IntN(len(cfg.Endpoints))} //nolint:gosec // spreads load
+	var files *fileCredentials
+	for _, url := range cfg.Endpoints {
+		u, err := checkEndpoint(url)
+		if err != nil {
+			return nil, err
+		}
+		creds := grpc.WithTransportCredentials(insecure.NewCredentials())
+		if u.Scheme == "https" {
+			if files == nil {
+				if files, err = newFileCredentials(cfg); err != nil {
+					p.closeClients()
+					return nil, err
+				}
+			}
+			creds = grpc.WithTransportCredentials(files)
+		}
+		client, err := dial(url, creds)
+		if err != nil {
+			p.closeClients()
+			return nil, fmt.Errorf("etcd: endpoint %s: %v", url, err)
+		}
+		m := &member{url: url, client: client, nudge: make(chan struct{}, 1)}
+		m.ejected, m.eject = context.WithCancel(context.Background())
+		p.all = append(p.all, m)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	p.stop = stop
+	for _, m := range p.all {
+		p.probing.Go(func() { p.probe(ctx, m) })
+	}
+	return p, nil
+}
+
+func dial(url string, creds grpc.DialOption) (*clientv3.Client, error) {
+	return clientv3.New(clientv3.Config{
+		Endpoints:            []string{url},
+		DialKeepAliveTime:    keepAliveTime,
+		DialKeepAliveTimeout: keepAliveTimeout,
+		MaxUnaryRetries:      1, // which requests are safe to repeat is decided here
+		Logger:               zap.NewNop(),
+		DialOptions: []grpc.DialOption{creds, grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+			MinConnectTimeout: 2 * time.Second,
+		})},
+	})
+}
+
+func (p *members) close() {
+	p.stop()
+	p.probing.Wait()
+	p.closeClients()
+}
+
+func (p *members) closeClients() {
+	for _, m := range p.all {
+		m.eject()
+		m.client.Close()
+	}
+}
+
+// pick returns the member to ask.
+func (p *members) pick() *member {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.all[p.current]
+}
+
+// leave moves on from m, to one that works if there is one, and has m probed.
+func (p *members) leave(m *member) {
+	m.probeNow()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.all[p.current] != m {
+		return // somebody was quicker
+	}
+	next := p.current
+	for i := 1; i < len(p.all); i++ {
+		next = (p.current + i) % len(p.all)
+		if p.all[next].fault() == nil {
+			break
+		}
+	}
+	p.current = next
+}
+
+func (m *member) probeNow() {
+	select {
+	case m.nudge <- struct{}{}:
+	default:
+	}
+}
+
+// probe asks a member from time to time for something that it can answer only
+// together with the leader.
+func (p *members) probe(ctx context.Context, m *member) {
+	for {
+		err := p.probeOnce(ctx, m)
+		if ctx.Err() != nil {
+			return
+		}
+		p.probed(ctx, m, err)
+		select {
+		case <-time.After(probeEvery):
+		case <-m.nudge:
+			time.Sleep(10 * time.Millisecond) // bounds what a storm of failures asks
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (p *members) probeOnce(ctx context.Context, m *member) error {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	if err := m.connected(ctx); err != nil {
+		// Ask nevertheless: the answer says why there is no connection.
+		if _, because := m.client.Get(ctx, p.key, clientv3.WithCountOnly()); because != nil {
+			err = because
+		}
+		return err
+	}
+	_, err := m.client.Get(ctx, p.key, clientv3.WithCountOnly())
+	if err != nil && faultOf(err) == permanent {
+		return nil // an answer, if not a nice one
+	}
+	return err
+}
+
+// probed takes the result of a probe over. While no member works, requests
+// stay where they are: there is nothing to move to.
+func (p *members) probed(ctx context.Context, m *member, err error) {
+	before := m.setFault(err)
+	if (before == nil) != (err == nil) {
+		level := slog.LevelInfo
+		if err != nil {
+			level = slog.LevelWarn
+		}
+		p.log.LogAttrs(ctx, level, "etcd member changed", slog.String("endpoint", m.url), slog.Bool("works", err == nil), slog.Any("err", err))
+	}
+	works := -1
+	for i, other := range p.all {
+		if other.fault() == nil {
+			works = i
+		}
+	}
+	if works < 0 {
+		return
+	}
+	p.mu.Lock()
+	if p.all[p.current].fault() != nil {
+		p.current = works
+	}
+	p.mu.Unlock()
+	for _, other := range p.all {
+		if other.fault() != nil {
+			other.ejectAll()
+		}
+	}
+}
+
+func (m *member) fault() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.err
+}
+
+// setFault returns the fault before.
+func (m *member) setFault(err error) (before error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	before, m.err = m.err, err
+	return before
+}
+
+// ejectAll ends the requests that wait for the member.
+func (m *member) ejectAll() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.eject()
+	m.ejected, m.eject = context.WithCancel(context.Background())
+}
+
+// while returns a context that ends when the member must be left, too.
+func (m *member) while(ctx context.Context) (context.Context, context.CancelFunc) {
+	m.mu.Lock()
+	ejected := m.ejected
+	m.mu.Unlock()
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(ejected, cancel)
+	return ctx, func() {
+		stop()
+		cancel()
+	}
+}
+
+// connected waits for the connection; it fails as soon as an attempt has.
+func (m *member) connected(ctx context.Context) error {
+	conn := m.client.ActiveConnection()
+	for {
+		state := conn.GetState()
+		switch state {
+		case connectivity.Ready:
+			return nil
+		case connectivity.TransientFailure, connectivity.Shutdown:
+			if err := m.fault(); err != nil {
+				return fmt.Errorf("%s: %w: %v", m.url, errNotConnected, err)
+			}
+			return fmt.Errorf("%s: %w", m.url, errNotConnected)
+		case connectivity.Idle:
+			conn.Connect()
+		}
+		if !conn.WaitForStateChange(ctx, state) {
+			return fmt.Errorf("%s: %w: %v", m.url, errNotConnected, ctx.Err())
+		}
+	}
+}
