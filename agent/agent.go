@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 	"time"
 
@@ -98,10 +99,11 @@ func New(cfg Config) (*Agent, error) {
 // openClient makes the connection to the CA and the picture that it feeds.
 func (a *Agent) openClient() (err error) {
 	a.client, err = caclient.New(caclient.Config{
-		TrustDomain: a.td, Address: a.cfg.CAAddress[0], DataDir: a.cfg.DataDir,
+		TrustDomain: a.td, Addresses: a.cfg.CAAddress, DataDir: a.cfg.DataDir,
 		JoinToken: a.cfg.joinToken, RootHash: a.cfg.RootHash,
 		OnPolicyBundle:   func(pb *capb.PolicyBundle) { a.policy.Announce(pb) },
 		PolicyGeneration: func() uint64 { return a.policy.Generation() },
+		PolicySeen:       func() uint64 { return a.policy.Seen() },
 		Logger:           a.log, Registerer: a.health.Registry(),
 	})
 	if err != nil {
@@ -116,21 +118,35 @@ func (a *Agent) openClient() (err error) {
 func (a *Agent) openPolicy() (err error) {
 	a.policy, err = policyfeed.New(context.Background(), policyfeed.Config{
 		Name: a.cfg.PolicyBundle, TrustDomain: a.td.Name(), DataDir: a.cfg.DataDir,
-		URL: (&url.URL{
-			Scheme: "https", Host: a.cfg.CAHTTPSAddress[0], Path: "/v1/policy/bundles/" + a.cfg.PolicyBundle,
-		}).String(),
+		URLs: a.policyURLs,
 		HTTP: &http.Client{
 			Transport: &http.Transport{
 				TLSClientConfig:     a.client.TLS(a.cache, "h2", "http/1.1").Client(),
+				DialContext:         (&net.Dialer{Timeout: svid.HandshakeTimeout}).DialContext,
 				TLSHandshakeTimeout: svid.HandshakeTimeout,
 				ForceAttemptHTTP2:   true,
-				IdleConnTimeout:     30 * time.Second, // a new SVID is soon in use here too
+				// A replica that is gone without a word is left for another.
+				HTTP2:           &http.HTTP2Config{SendPingTimeout: 5 * time.Second, PingTimeout: 3 * time.Second},
+				IdleConnTimeout: 30 * time.Second, // a new SVID is soon in use here too
 			},
 		},
 		OnChange: func() { a.client.AckAgain() },
 		Logger:   a.log, Registerer: a.health.Registry(),
 	})
 	return err
+}
+
+// policyURLs are where the policy bundle is: first at the replica that the
+// agent follows, because it is the one that announced it.
+func (a *Agent) policyURLs() []string {
+	urls := make([]string, 0, len(a.cfg.CAHTTPSAddress))
+	for _, host := range a.cfg.CAHTTPSAddress {
+		urls = append(urls, (&url.URL{Scheme: "https", Host: host, Path: "/v1/policy/bundles/" + a.cfg.PolicyBundle}).String())
+	}
+	if i := slices.Index(a.cfg.CAAddress, a.client.Address()); i > 0 && i < len(urls) {
+		urls[0], urls[i] = urls[i], urls[0]
+	}
+	return urls
 }
 
 func (a *Agent) buildServices() {
@@ -142,12 +158,7 @@ func (a *Agent) buildServices() {
 		Logger: a.log, Registerer: a.health.Registry(),
 	})
 	a.health.Check("identity", a.client.Ready)
-	a.health.Check("sync", func() error {
-		if s := a.cache.State(); !s.Synced || !s.Connected {
-			return fmt.Errorf("no changes arrive from the CA at %s", a.cfg.CAAddress)
-		}
-		return nil
-	})
+	a.health.Check("sync", func() error { return a.client.Following(a.cache) })
 }
 
 // Ready returns a channel that is closed once the agent can issue: its sockets

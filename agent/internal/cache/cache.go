@@ -60,20 +60,15 @@ type Cache struct {
 	slots     map[string]*slot
 	queue     []*slot
 	feed      feed
-	listing   *listing // a full listing that is not complete yet
-	revision  uint64   // everything up to here is held
-	synced    bool     // a full listing was completed, ever
-	connected bool     // the CA's stream is open and has said synced
+	coming    update // what is not complete yet
+	revision  uint64 // everything up to here is held
+	seen      uint64 // the highest revision ever, also before a restart
+	relist    bool   // what is held cannot be resumed from
+	synced    bool   // a full listing was completed, ever
+	connected bool   // the CA's stream is open and has said synced
+	stale     bool   // … by a replica that cannot reach its store
 	expiries  map[string]*time.Timer
 	closed    bool
-}
-
-// listing is a full listing from the CA in progress. What it does not repeat
-// is forgotten at its end and not before, so that nobody loses an identity
-// halfway.
-type listing struct {
-	entries     map[string]struct{}
-	revocations []svid.Revocation
 }
 
 // New returns an empty Cache.
@@ -91,80 +86,13 @@ func New(o Options) *Cache {
 	return c
 }
 
-// Apply takes one message of the Sync stream. Messages must come in order, by
-// one goroutine. An entry that makes no sense is logged and left out.
-func (c *Cache) Apply(ctx context.Context, m *capb.SyncResponse) error {
-	now := time.Now()
-	trust, err := c.parseTrust(m.GetTrustBundle())
-	if err != nil {
-		return err
-	}
-	revocations := c.parseRevocations(ctx, m.GetRevocations())
-
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.heard.Store(&now)
-	c.swapTrust(ctx, trust)
-	if m.GetReset_() {
-		c.listing = &listing{entries: map[string]struct{}{}}
-	}
-	for _, pb := range m.GetEntries() {
-		c.put(ctx, pb)
-	}
-	for _, id := range m.GetRemovedEntryIds() {
-		c.remove(id)
-		if c.listing != nil {
-			delete(c.listing.entries, id)
-		}
-	}
-	if c.listing != nil {
-		c.listing.revocations = append(c.listing.revocations, revocations...)
-	}
-	c.revoke(revocations)
-	if m.GetSynced() {
-		c.completed(m.GetRevision())
-	}
-	return nil
-}
-
-// completed ends a listing or a change. c.mu is held.
-func (c *Cache) completed(revision uint64) {
-	if l := c.listing; l != nil {
-		for id := range c.entries {
-			if _, ok := l.entries[id]; !ok {
-				c.remove(id)
-			}
-		}
-		c.replaceRevocations(l.revocations)
-		c.listing = nil
-		// Also when it is lower: a store that was set back writes these numbers
-		// anew, and to resume from the old one would skip what they bring.
-		c.revision = revision
-	}
-	c.revision = max(c.revision, revision)
-	if c.synced && c.connected {
-		return
-	}
-	c.synced, c.connected = true, true
-	c.retryAll()
-	c.notifyAll()
-}
-
-// Disconnected says that the Sync stream ended. What is held stays; that a
-// workload has no identity is not certain any more.
-func (c *Cache) Disconnected() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.connected = false
-	c.listing = nil
-}
-
 // State is how well the picture is known to agree with the CA's.
 type State struct {
 	Synced    bool      // everything was received at least once
-	Connected bool      // and changes arrive now
+	Connected bool      // and the CA's stream is open
+	Stale     bool      // but the CA cannot reach its store: no changes arrive
 	Revision  uint64    // everything up to this store revision is held
-	Heard     time.Time // when the CA last said something; zero for never
+	Heard     time.Time // when this was everything that the CA knew; zero for never
 	Entries   int
 	Streams   int
 }
@@ -174,7 +102,7 @@ func (c *Cache) State() State {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
 	return State{
-		Synced: c.synced, Connected: c.connected, Revision: c.revision, Heard: c.Heard(),
+		Synced: c.synced, Connected: c.connected, Stale: c.stale, Revision: c.revision, Heard: c.Heard(),
 		Entries: len(c.entries), Streams: len(c.subs),
 	}
 }
@@ -193,7 +121,7 @@ func (c *Cache) WantsDigest() bool {
 func (c *Cache) Entitled(proved []string) (entries []*Entry, current bool) {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
-	return c.match(proved, time.Now()), c.synced && c.connected
+	return c.match(proved, time.Now()), c.current()
 }
 
 // match returns the entries that proved (sorted) satisfies: none before the
@@ -206,23 +134,20 @@ func (c *Cache) match(proved []string, now time.Time) []*Entry {
 	return c.index.match(proved, now)
 }
 
-// put adds or replaces an entry. c.mu is held.
-func (c *Cache) put(ctx context.Context, pb *capb.Entry) {
+// put adds or replaces an entry, and says whether it holds. c.mu is held.
+func (c *Cache) put(ctx context.Context, pb *capb.Entry) bool {
 	e, err := parseEntry(pb, c.td)
 	if err != nil {
 		c.log.LogAttrs(ctx, slog.LevelError, "entry from the CA refused",
 			slog.String("entry_id", pb.GetEntryId()), slog.Any("err", err))
 		// What was held under this ID is not valid any more either.
 		c.remove(pb.GetEntryId())
-		return
-	}
-	if c.listing != nil {
-		c.listing.entries[e.ID] = struct{}{}
+		return false
 	}
 	old := c.entries[e.ID]
 	if old != nil {
 		if old.Revision == e.Revision && e.Revision != 0 {
-			return // repeated by a listing
+			return true // repeated by a listing
 		}
 		c.index.remove(old)
 	}
@@ -235,6 +160,7 @@ func (c *Cache) put(ctx context.Context, pb *capb.Entry) {
 		c.notifyMatching(old)
 	}
 	c.notifyMatching(e)
+	return true
 }
 
 // remove forgets an entry and its SVIDs. c.mu is held.

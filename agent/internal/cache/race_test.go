@@ -1,5 +1,5 @@
 // What comes at the wrong moment: half a listing, a revocation on the way, a
-// store that was set back, a clock that jumped.
+// clock that jumped.
 
 package cache
 
@@ -63,19 +63,6 @@ func TestRevocationOvertakesAnSVIDOnItsWay(t *testing.T) {
 		f.mu.Unlock()
 		if served == made {
 			t.Error("an SVID that was revoked on its way is served")
-		}
-	})
-}
-
-func TestStoreThatWasSetBackIsFollowedFromThere(t *testing.T) {
-	run(t, func(t *testing.T, f *fixture) {
-		f.revision = 100
-		f.sync(newEntry("e1", "/a", "unix:uid:1"))
-		f.Disconnected()
-		f.revision = 40
-		f.sync(newEntry("e1", "/a", "unix:uid:1"))
-		if got := f.State().Revision; got != f.revision {
-			t.Errorf("revision %d after a listing at %d; to resume there skips what is written up to it", got, f.revision)
 		}
 	})
 }

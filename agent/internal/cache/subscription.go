@@ -55,7 +55,7 @@ func (s *Subscription) View(proved []string, wantSVIDs bool) View {
 	defer c.mu.Unlock()
 	s.register(proved)
 	now := time.Now()
-	v := View{Current: c.synced && c.connected, Entries: c.match(proved, now), Trust: c.trust.Load()}
+	v := View{Current: c.current(), Entries: c.match(proved, now), Trust: c.trust.Load()}
 	if !wantSVIDs {
 		return v
 	}

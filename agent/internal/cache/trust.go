@@ -207,7 +207,8 @@ func (c *Cache) RevocationsSince(cur Cursor) (records []svid.Revocation, reset b
 	return c.feed.records[cur.read:], false, next, c.feed.changed
 }
 
-// Heard returns when the CA last said something; zero for never.
+// Heard returns when the node last held everything that the CA knew, by a
+// message of a CA that reaches its store; zero for never.
 func (c *Cache) Heard() time.Time {
 	if t := c.heard.Load(); t != nil {
 		return *t

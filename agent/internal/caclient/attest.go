@@ -30,19 +30,22 @@ import (
 	"merlon.dev/sdk/svid"
 )
 
-// errNoEvidence says that the agent has nothing to prove the node with.
-var errNoEvidence = errors.New("the agent has no valid SVID of its own and no join token: run `merlon token create` and set join_token or join_token_file")
+// errEvidence says that the node cannot prove itself. Every replica of the CA
+// would say so.
+var errEvidence = errors.New("attest the node")
 
-// attest trades the join token for the agent's own SVID.
-func (c *Client) attest(ctx context.Context, picture *cache.Cache) error {
+// attest trades the join token for the agent's own SVID. The token counts as
+// used once a CA took it, also if its answer is lost: a second try is refused,
+// by every replica, and the log says to make another token.
+func (c *Client) attest(ctx context.Context, picture *cache.Cache, address string) error {
 	token, err := c.cfg.JoinToken()
 	if err != nil {
 		return fmt.Errorf("attest the node: %w", err)
 	}
 	if token == "" {
-		return errNoEvidence
+		return fmt.Errorf("%w: the agent has no valid SVID of its own and no join token: run `merlon token create` and set join_token or join_token_file", errEvidence)
 	}
-	cc, err := c.dial(credentials.NewTLS(c.firstContact(picture)))
+	cc, err := dial(address, credentials.NewTLS(c.firstContact(picture)))
 	if err != nil {
 		return fmt.Errorf("attest the node: %w", err)
 	}
@@ -58,7 +61,7 @@ func (c *Client) attest(ctx context.Context, picture *cache.Cache) error {
 	})
 	if status.Code(err) == codes.PermissionDenied {
 		// The log's reader can do something about this one.
-		return fmt.Errorf("attest the node: the CA refuses the join token: %s: run `merlon token create` and replace it", status.Convert(err).Message())
+		return fmt.Errorf("%w: the CA refuses the join token: %s: run `merlon token create` and replace it", errEvidence, status.Convert(err).Message())
 	}
 	if err != nil {
 		return fmt.Errorf("attest the node: %w", err)
@@ -71,6 +74,11 @@ func (c *Client) adopt(ctx context.Context, picture *cache.Cache, chain [][]byte
 	trust, err := cache.ParseTrust(bundle, c.cfg.TrustDomain.Name())
 	if err != nil {
 		return fmt.Errorf("the CA's answer: %w", err)
+	}
+	// A replica that is behind may not know the newest bundle: what was
+	// distrusted meanwhile stays so, also after a restart.
+	if held := picture.Trust(); held != nil && held.Sequence > trust.Sequence {
+		trust = held
 	}
 	peer, err := svid.VerifyRawChain(chain, trust.Bundle, time.Now())
 	if err != nil {

@@ -1,15 +1,15 @@
 // Package caclient is the agent's side of its connection to the CA: it proves
 // the node, keeps the agent's own SVID fresh and on disk, receives what the CA
-// pushes, and carries requests to sign. It looks for the CA as long as it runs
-// and never gives up; what the node holds stays in use meanwhile.
+// pushes, and carries requests to sign. Of several replicas of the CA it
+// follows one, and goes to another when that one fails or cannot reach its
+// store. It looks for the CA as long as it runs and never gives up; what the
+// node holds stays in use meanwhile.
 package caclient
 
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,34 +18,20 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/status"
 
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/ca/capb"
 	"merlon.dev/sdk/svid"
 )
 
-const (
-	// callTimeout bounds one unary call.
-	callTimeout = 15 * time.Second
-	// maxMessageBytes bounds one message from the CA; a listing comes in
-	// several.
-	maxMessageBytes = 16 << 20
-
-	firstRetry = 50 * time.Millisecond
-	lastRetry  = 10 * time.Second
-)
-
 // Config is what a Client needs. All fields are required but those that say
 // otherwise.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
-	// Address is the CA's gRPC port, "host:port".
-	Address string
+	// Addresses are the gRPC ports of the CA's replicas, "host:port"; at least
+	// one.
+	Addresses []string
 	// DataDir exists and belongs to the agent alone.
 	DataDir string
 	// JoinToken returns the join token, or "" for none. It is asked again at
@@ -57,10 +43,11 @@ type Config struct {
 	// OnPolicyBundle is told which policy bundle is to be active. It must not
 	// block. Optional.
 	OnPolicyBundle func(*capb.PolicyBundle)
-	// PolicyGeneration is that of the active policy bundle. Optional.
-	PolicyGeneration func() uint64
-	Logger           *slog.Logger
-	Registerer       prometheus.Registerer
+	// PolicyGeneration is that of the active policy bundle, and PolicySeen the
+	// highest that ever was active. Optional.
+	PolicyGeneration, PolicySeen func() uint64
+	Logger                       *slog.Logger
+	Registerer                   prometheus.Registerer
 }
 
 // Client is safe for concurrent use. Use New, then Run.
@@ -70,13 +57,18 @@ type Client struct {
 
 	own      atomic.Pointer[ownSVID]
 	trust    *cache.Trust // from the disk, for Run
+	revision uint64       // likewise: the highest seen
 	gotOwn   chan struct{}
 	ackAgain chan struct{}
-	connects prometheus.Counter
+	sawMore  chan struct{}
+	links    *links
+	standing *standing
+	// lookAgain is about how often an agent of a stale replica looks for
+	// another that is not.
+	lookAgain time.Duration
 
-	retiring sync.WaitGroup
-	mu       sync.Mutex
-	link     *link // guarded by mu; nil: not connected
+	saving sync.Mutex
+	saved  uint64 // sequence number of the trust bundle on disk, guarded by saving
 }
 
 // ownSVID is the agent's own SVID.
@@ -98,12 +90,6 @@ func (o *ownSVID) notAfter() time.Time {
 	return end
 }
 
-// link is one connection, with the calls that are on it.
-type link struct {
-	cc    *grpc.ClientConn
-	calls sync.WaitGroup
-}
-
 // New reads what an earlier run left in the data directory.
 func New(cfg Config) (*Client, error) {
 	caID, err := spiffeid.FromPath(cfg.TrustDomain, "/ca")
@@ -116,8 +102,20 @@ func New(cfg Config) (*Client, error) {
 	if cfg.PolicyGeneration == nil {
 		cfg.PolicyGeneration = func() uint64 { return 0 }
 	}
-	c := &Client{cfg: cfg, caID: caID, gotOwn: make(chan struct{}, 1), ackAgain: make(chan struct{}, 1)}
+	if cfg.PolicySeen == nil {
+		cfg.PolicySeen = cfg.PolicyGeneration
+	}
+	c := &Client{
+		cfg: cfg, caID: caID, lookAgain: lookForFresh, links: newLinks(),
+		gotOwn: make(chan struct{}, 1), ackAgain: make(chan struct{}, 1), sawMore: make(chan struct{}, 1),
+	}
 	if c.trust, err = c.loadTrust(); err != nil {
+		return nil, err
+	}
+	if c.trust != nil {
+		c.saved = c.trust.Sequence
+	}
+	if c.revision, err = c.loadSeen(); err != nil {
 		return nil, err
 	}
 	held, err := c.loadSVID()
@@ -127,10 +125,8 @@ func New(cfg Config) (*Client, error) {
 	if held != nil && c.trust != nil {
 		c.setOwn(held, held.Certificates[0].NotBefore)
 	}
-	c.connects = prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "merlon_agent_sync_connects_total", Help: "Sync streams opened to the CA.",
-	})
-	cfg.Registerer.MustRegister(c.connects, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+	c.standing = newStanding(cfg.Addresses, cfg.Logger, cfg.Registerer)
+	cfg.Registerer.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "merlon_agent_own_svid_expiry_timestamp_seconds", Help: "When the agent's own SVID ends, in Unix time; 0 without one.",
 	}, func() float64 {
 		if own := c.own.Load(); own != nil {
@@ -168,6 +164,17 @@ func (c *Client) Ready() error {
 	return nil
 }
 
+// Following says why no changes arrive from the CA, nil if they do.
+func (c *Client) Following(picture *cache.Cache) error { return c.standing.fault(picture.State()) }
+
+// Address is that of the replica that calls go to; "" while there is none.
+func (c *Client) Address() string {
+	if l := c.links.current(); l != nil {
+		return l.address
+	}
+	return ""
+}
+
 // GetX509SVID implements x509svid.Source: the agent's own SVID.
 func (c *Client) GetX509SVID() (*x509svid.SVID, error) {
 	own := c.own.Load()
@@ -201,141 +208,67 @@ func (c *Client) Run(ctx context.Context, picture *cache.Cache) error {
 	if c.trust != nil {
 		picture.SetTrust(ctx, c.trust)
 	}
-	var renewing sync.WaitGroup
-	defer c.retiring.Wait()
-	defer c.setLink(nil)
-	defer renewing.Wait()
-	renewing.Go(func() { c.keepRenewed(ctx, picture) })
-	failures := 0
+	picture.Remember(c.revision)
+	var aside sync.WaitGroup
+	defer c.links.retiring.Wait()
+	defer c.links.use(nil)
+	aside.Go(func() { c.keepRenewed(ctx, picture) })
+	aside.Go(func() { c.keepSeen(ctx, picture, c.revision) })
+	defer aside.Wait()
+	t := newTour(c.cfg.Addresses)
 	for ctx.Err() == nil {
-		heard, err := c.session(ctx, picture)
+		joined, err := c.session(ctx, picture, t.address(), t.patient())
 		if ctx.Err() != nil {
 			break
 		}
-		if errors.Is(err, errRenewed) {
-			failures = 0
+		address, failures := t.address(), t.failures
+		wait := t.next(joined, err)
+		if !onGoodTerms(err) {
+			c.standing.parted(ctx, address, err, failures, wait)
+		}
+		if wait == 0 {
 			continue
 		}
-		c.setLink(nil)
-		if heard {
-			failures = 0
-		}
-		wait := retryIn(failures)
-		level := slog.LevelWarn
-		if failures > 0 && failures%20 != 0 {
-			level = slog.LevelDebug // said already
-		}
-		failures++
-		c.cfg.Logger.LogAttrs(ctx, level, "no connection to the CA",
-			slog.String("address", c.cfg.Address), slog.Duration("retry_in", wait), slog.Any("err", err))
+		c.links.rest()
 		if pause(ctx, wait) != nil {
 			break
 		}
+		c.links.seek()
 	}
 	return nil
 }
 
+// onGoodTerms says that a session ended although its connection is good: calls
+// stay on it until there is another.
+func onGoodTerms(err error) bool {
+	return errors.Is(err, errRenewed) || errors.Is(err, errStale) || errors.Is(err, errLook)
+}
+
 // session attests the node if need be and then follows one Sync stream to its
-// end. heard says that the CA answered.
-func (c *Client) session(ctx context.Context, picture *cache.Cache) (heard bool, err error) {
+// end. joined says that the CA answered and was in order.
+func (c *Client) session(ctx context.Context, picture *cache.Cache, address string, patient bool) (joined bool, err error) {
 	if own := c.own.Load(); own == nil || !own.valid(time.Now()) {
-		if err := c.attest(ctx, picture); err != nil {
+		if err := c.attest(ctx, picture, address); err != nil {
 			return false, err
 		}
 	}
-	cc, err := c.dial(credentials.NewTLS(c.TLS(picture).Client()))
+	cc, err := dial(address, credentials.NewTLS(c.TLS(picture).Client()))
 	if err != nil {
 		return false, err
 	}
-	l := &link{cc: cc}
-	c.setLink(l)
+	l := &link{cc: cc, address: address}
 	// The stream belongs to this SVID; a newer one opens its own.
 	drain(c.gotOwn)
-	return c.follow(ctx, picture, capb.NewNodeClient(cc))
-}
-
-// dial returns a connection that is opened by the first call on it. A call
-// fails as soon as connecting fails; when to try again is decided by Run.
-func (c *Client) dial(creds credentials.TransportCredentials) (*grpc.ClientConn, error) {
-	cc, err := grpc.NewClient("passthrough:///"+c.cfg.Address,
-		grpc.WithTransportCredentials(creds),
-		grpc.WithDisableServiceConfig(),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: firstRetry, Multiplier: 1.3, Jitter: 0.3, MaxDelay: lastRetry},
-			MinConnectTimeout: svid.HandshakeTimeout,
-		}),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessageBytes)),
-	)
-	if err != nil {
-		return nil, fmt.Errorf("connect to the CA at %s: %w", c.cfg.Address, err)
+	st := stream{Client: c, picture: picture, node: capb.NewNodeClient(cc), link: l, patient: patient}
+	err = st.follow(ctx)
+	st.stopLooking()
+	switch {
+	case !st.joined:
+		cc.Close()
+	case !onGoodTerms(err):
+		c.links.use(nil)
 	}
-	return cc, nil
-}
-
-// setLink makes l the connection that calls use. The one before is closed when
-// its last call has ended; all calls are bounded.
-func (c *Client) setLink(l *link) {
-	c.mu.Lock()
-	old := c.link
-	c.link = l
-	c.mu.Unlock()
-	if old == nil {
-		return
-	}
-	c.retiring.Go(func() {
-		old.calls.Wait()
-		old.cc.Close()
-	})
-}
-
-// call runs f on the current connection.
-func (c *Client) call(ctx context.Context, f func(context.Context, capb.NodeClient) error) error {
-	c.mu.Lock()
-	l := c.link
-	if l == nil {
-		c.mu.Unlock()
-		return status.Error(codes.Unavailable, "the agent is not connected to the CA")
-	}
-	l.calls.Add(1)
-	c.mu.Unlock()
-	defer l.calls.Done()
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	return f(ctx, capb.NewNodeClient(l.cc))
-}
-
-// Sign implements cache.Authority.
-func (c *Client) Sign(ctx context.Context, items []*capb.SignItem) (results []*capb.SignResult, err error) {
-	err = c.call(ctx, func(ctx context.Context, node capb.NodeClient) error {
-		answer, err := node.Sign(ctx, &capb.SignRequest{Items: items})
-		results = answer.GetResults()
-		return err
-	})
-	return results, err
-}
-
-// SignJWT implements cache.Authority.
-func (c *Client) SignJWT(ctx context.Context, entryID string, audience []string) (token string, err error) {
-	err = c.call(ctx, func(ctx context.Context, node capb.NodeClient) error {
-		answer, err := node.SignJWT(ctx, &capb.SignJWTRequest{EntryId: entryID, Audience: audience})
-		token = answer.GetToken()
-		return err
-	})
-	return token, err
-}
-
-// retryIn is how long to wait after so many failures in a row: about a third of
-// the time that the CA has been away, so that one that restarts is found soon
-// and one that is down is left alone.
-func retryIn(failures int) time.Duration {
-	d := firstRetry
-	for range failures {
-		if d = d * 13 / 10; d >= lastRetry {
-			d = lastRetry
-			break
-		}
-	}
-	return time.Duration(float64(d) * (0.7 + 0.6*rand.Float64())) //nolint:gosec // jitter
+	return st.joined, err
 }
 
 func pause(ctx context.Context, d time.Duration) error {

@@ -1,4 +1,5 @@
-// What the agent keeps on disk: its own SVID with key, and the trust bundle.
+// What the agent keeps on disk: its own SVID with key, and the trust bundle
+// (and what it has seen, seen.go).
 
 package caclient
 
@@ -157,12 +158,22 @@ func (c *Client) loadSVID() (*x509svid.SVID, error) {
 	return own, nil
 }
 
+// saveTrust writes t down unless a newer one is there.
 func (c *Client) saveTrust(t *cache.Trust) error {
+	c.saving.Lock()
+	defer c.saving.Unlock()
+	if t.Sequence < c.saved {
+		return nil
+	}
 	content, err := json.Marshal(storedTrust{TrustDomain: c.cfg.TrustDomain.Name(), Sequence: t.Sequence, JWKS: t.Document})
 	if err != nil {
 		return fmt.Errorf("encode the trust bundle: %w", err)
 	}
-	return WriteFile(c.cfg.DataDir, trustFile, content)
+	if err := WriteFile(c.cfg.DataDir, trustFile, content); err != nil {
+		return err
+	}
+	c.saved = t.Sequence
+	return nil
 }
 
 // loadTrust returns the trust bundle from the disk, nil when there is none.

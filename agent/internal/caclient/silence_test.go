@@ -59,14 +59,16 @@ func TestSilentCAIsGivenUp(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				log := slog.New(slog.DiscardHandler)
+				none := func() uint64 { return 0 }
 				c := &Client{
-					cfg:      Config{Logger: log, PolicyGeneration: func() uint64 { return 0 }},
-					ackAgain: make(chan struct{}, 1),
-					connects: prometheus.NewCounter(prometheus.CounterOpts{Name: "connects"}),
+					cfg:      Config{Logger: log, Addresses: []string{"ca:1"}, PolicyGeneration: none, PolicySeen: none},
+					ackAgain: make(chan struct{}, 1), sawMore: make(chan struct{}, 1),
+					standing: newStanding([]string{"ca:1"}, log, prometheus.NewRegistry()), links: newLinks(),
 				}
 				picture := cache.New(cache.Options{TrustDomain: spiffeid.RequireTrustDomainFromString("shop.test"), Logger: log, Registerer: prometheus.NewRegistry()})
 				begun := time.Now()
-				_, err := c.follow(t.Context(), picture, &scriptedNode{words: tc.words})
+				st := stream{Client: c, picture: picture, node: &scriptedNode{words: tc.words}, link: &link{address: "ca:1"}, patient: true}
+				err := st.follow(t.Context())
 				if !errors.Is(err, errSilent) {
 					t.Errorf("error = %v; want %v", err, errSilent)
 				}

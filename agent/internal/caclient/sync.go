@@ -1,14 +1,12 @@
 // The Sync stream: what the CA pushes comes in, acknowledgements go out, and
-// silence is noticed. And the renewal of the agent's own SVID.
+// silence is noticed, as is a replica that cannot reach its store.
 
 package caclient
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
-	"sync"
 	"time"
 
 	"merlon.dev/agent/internal/cache"
@@ -19,86 +17,155 @@ const (
 	// silence is how long a stream may say nothing: the CA speaks at least
 	// every 15 s, so two words are missing by then.
 	silence = 35 * time.Second
+	// firstWord is how long a replica may take to say something, where there
+	// are others.
+	firstWord = 15 * time.Second
+	// lookForFresh is how often an agent of a replica that cannot reach its
+	// store looks for one that can.
+	lookForFresh = 10 * time.Second
 	// clockAlarm is how far the CA's clock may be off before the log says so
 	// (SECURITY.md T41).
 	clockAlarm = 30 * time.Second
 	// ackPause keeps acknowledgements from following each other too closely.
 	ackPause = 20 * time.Millisecond
-	// lookInterval is how often keepRenewed looks at the wall clock, by which
-	// SVIDs expire: timers stand still while a machine sleeps.
-	lookInterval = 15 * time.Second
 )
 
 var (
-	errRenewed = errors.New("the agent has a new SVID")
-	errSilent  = fmt.Errorf("the CA has said nothing for %v", silence)
+	errSilent = fmt.Errorf("the CA has said nothing for %v", silence)
+	errNoWord = fmt.Errorf("the CA has said nothing for %v, and there are others", firstWord)
 )
 
-// follow applies one Sync stream to picture until it ends, the CA falls silent
-// or the agent has a new SVID to connect with.
-func (c *Client) follow(ctx context.Context, picture *cache.Cache, node capb.NodeClient) (heard bool, err error) {
+// stream is one Sync stream and what came on it.
+type stream struct {
+	*Client
+	picture *cache.Cache
+	node    capb.NodeClient
+	link    *link
+	// patient: the replica is followed also if it cannot reach its store,
+	// because no other can; look says for how long.
+	patient bool
+	look    *time.Timer
+
+	joined    bool
+	announced []*capb.PolicyBundle // by the update that is not complete yet
+}
+
+// follow applies the stream to the picture until it ends, the CA falls silent,
+// the agent has a new SVID to connect with, or the replica cannot reach its
+// store and others are to be tried.
+func (s *stream) follow(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	stop := s.watch(cancel)
+	defer stop()
 	watchdog := time.AfterFunc(silence, func() { cancel(errSilent) })
 	defer watchdog.Stop()
-	stream, err := node.Sync(ctx)
+	sync, err := s.node.Sync(ctx)
 	if err != nil {
-		return false, fmt.Errorf("open the Sync stream: %w", err)
+		return fmt.Errorf("open the Sync stream: %w", causeOr(ctx, err))
 	}
-	first := c.ack(picture)
-	resume := uint64(0)
-	if state := picture.State(); state.Synced {
-		resume = state.Revision
-	}
-	if err := stream.Send(&capb.SyncRequest{ResumeRevision: resume, Ack: first}); err != nil {
+	first := s.ack(s.picture)
+	if err := sync.Send(&capb.SyncRequest{ResumeRevision: s.picture.Resume(), Ack: first, Seen: s.seen(s.picture)}); err != nil {
 		// io.EOF; Recv says why.
-		_, err = stream.Recv()
-		return false, fmt.Errorf("open the Sync stream: %w", err)
+		_, err = sync.Recv()
+		return fmt.Errorf("open the Sync stream: %w", causeOr(ctx, err))
 	}
-	defer picture.Disconnected()
-	var sending sync.WaitGroup
-	defer sending.Wait()
+	defer s.picture.Disconnected()
+	sent := make(chan struct{})
+	defer func() { <-sent }()
 	defer cancel(nil)
-	sending.Go(func() { c.sendAcks(ctx, cancel, picture, stream, first) })
+	go func() {
+		defer close(sent)
+		s.sendAcks(ctx, cancel, s.picture, sync, first)
+	}()
 	for {
-		m, err := stream.Recv()
+		m, err := sync.Recv()
 		if err != nil {
-			if cause := context.Cause(ctx); cause != nil {
-				err = cause
-			}
-			return heard, fmt.Errorf("follow the Sync stream: %w", err)
+			return fmt.Errorf("follow the Sync stream: %w", causeOr(ctx, err))
 		}
+		stop()
 		watchdog.Reset(silence)
-		if !heard {
-			heard = true
-			c.connects.Inc()
-			c.cfg.Logger.LogAttrs(ctx, slog.LevelInfo, "connected to the CA", slog.String("address", c.cfg.Address))
-			c.checkClock(ctx, m)
+		if err := s.take(ctx, m); err != nil {
+			return err
 		}
-		if err := c.apply(ctx, picture, m); err != nil {
-			return heard, fmt.Errorf("apply what the CA sent: %w", err)
+	}
+}
+
+// watch ends the stream when it is time to try another replica: this one does
+// not answer, or cannot reach its store. Stop is for when it has answered.
+func (s *stream) watch(cancel context.CancelCauseFunc) (stop func()) {
+	if len(s.cfg.Addresses) == 1 {
+		return func() {}
+	}
+	word := time.AfterFunc(firstWord, func() { cancel(errNoWord) })
+	if s.patient {
+		s.look = time.AfterFunc(jittered(s.lookAgain), func() { cancel(errLook) })
+	}
+	return func() { word.Stop() }
+}
+
+func causeOr(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	return err
+}
+
+// take applies one message. Calls go to the CA, and its policy counts, once it
+// has shown that it does not know less than this node.
+func (s *stream) take(ctx context.Context, m *capb.SyncResponse) error {
+	if m.GetStale() && !s.patient {
+		s.standing.spoke(ctx, s.link.address, true)
+		return errStale
+	}
+	before := s.picture.State().Revision
+	if err := s.apply(ctx, s.picture, m); err != nil {
+		return fmt.Errorf("apply what the CA sent: %w", err)
+	}
+	if pb := m.GetPolicyBundle(); pb != nil {
+		s.announced = append(s.announced, pb)
+	}
+	if !m.GetSynced() {
+		return nil
+	}
+	if !s.joined {
+		s.joined = true
+		s.links.use(s.link)
+		s.standing.joined(ctx, s.link.address, m.GetStale())
+		s.checkClock(ctx, m)
+	}
+	s.standing.spoke(ctx, s.link.address, m.GetStale())
+	if !m.GetStale() && len(s.cfg.Addresses) > 1 {
+		s.patient = false
+		s.stopLooking()
+	}
+	for _, pb := range s.announced {
+		if m.GetRevision() >= before { // or else a newer one is known
+			s.cfg.OnPolicyBundle(pb)
 		}
+	}
+	s.announced = nil
+	signal(s.ackAgain)
+	signal(s.sawMore)
+	return nil
+}
+
+func (s *stream) stopLooking() {
+	if s.look != nil {
+		s.look.Stop()
 	}
 }
 
 func (c *Client) apply(ctx context.Context, picture *cache.Cache, m *capb.SyncResponse) error {
 	before := picture.Trust()
-	if err := picture.Apply(ctx, m); err != nil {
-		return err
-	}
+	err := picture.Apply(ctx, m)
 	if trust := picture.Trust(); trust != before {
 		if err := c.saveTrust(trust); err != nil {
 			// It is in use; only a restart would not have it.
 			c.cfg.Logger.LogAttrs(ctx, slog.LevelError, "trust bundle not saved", slog.Any("err", err))
 		}
 	}
-	if pb := m.GetPolicyBundle(); pb != nil {
-		c.cfg.OnPolicyBundle(pb)
-	}
-	if m.GetSynced() {
-		signal(c.ackAgain)
-	}
-	return nil
+	return err
 }
 
 func (c *Client) checkClock(ctx context.Context, m *capb.SyncResponse) {
@@ -140,55 +207,4 @@ func (c *Client) sendAcks(ctx context.Context, cancel context.CancelCauseFunc, p
 			return
 		}
 	}
-}
-
-// keepRenewed renews the agent's own SVID at half of its life, and tries again
-// until it has expired.
-func (c *Client) keepRenewed(ctx context.Context, picture *cache.Cache) {
-	failures := 0
-	for {
-		wait := time.Second // no SVID yet, or an expired one: Run sees to it
-		own := c.own.Load()
-		if own != nil && own.valid(time.Now()) {
-			wait = min(max(time.Until(own.renewAt), 0), lookInterval)
-		}
-		if failures > 0 {
-			wait = max(wait, retryIn(10+failures))
-		}
-		if pause(ctx, wait) != nil {
-			return
-		}
-		now := time.Now()
-		if held := c.own.Load(); held == nil || held != own || !held.valid(now) {
-			failures = 0
-			continue
-		}
-		if now.Before(own.renewAt) {
-			continue
-		}
-		if err := c.renew(ctx, picture); err != nil {
-			failures++
-			c.cfg.Logger.LogAttrs(ctx, slog.LevelWarn, "agent's SVID not renewed",
-				slog.Time("not_after", own.notAfter()), slog.Any("err", err))
-			continue
-		}
-		failures = 0
-	}
-}
-
-// renew obtains a new SVID for the agent with a new key.
-func (c *Client) renew(ctx context.Context, picture *cache.Cache) error {
-	key, csr, err := newKey()
-	if err != nil {
-		return err
-	}
-	var answer *capb.RenewResponse
-	err = c.call(ctx, func(ctx context.Context, node capb.NodeClient) error {
-		answer, err = node.Renew(ctx, &capb.RenewRequest{Csr: csr})
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("renew: %w", err)
-	}
-	return c.adopt(ctx, picture, answer.GetX509Svid(), answer.GetTrustBundle(), key)
 }

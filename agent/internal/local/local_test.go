@@ -52,7 +52,13 @@ func TestStaleRevocations(t *testing.T) {
 		want(s, policy.NoBundle)
 		time.Sleep(time.Second)
 		want(s, policy.StaleRevocations)
-		if err := c.Apply(t.Context(), &capb.SyncResponse{}); err != nil { // a heartbeat
+		// The heartbeat of a replica that cannot reach its store, and that of one
+		// that can.
+		if err := c.Apply(t.Context(), &capb.SyncResponse{Synced: true, Stale: true}); err != nil {
+			t.Fatal(err)
+		}
+		want(s, policy.StaleRevocations)
+		if err := c.Apply(t.Context(), &capb.SyncResponse{Synced: true}); err != nil {
 			t.Fatal(err)
 		}
 		want(s, policy.NoBundle)

@@ -24,6 +24,7 @@ import (
 )
 
 const (
+	// fetchTimeout bounds one fetch from one replica.
 	fetchTimeout = 30 * time.Second
 	firstRetry   = 200 * time.Millisecond
 	lastRetry    = 30 * time.Second
@@ -34,8 +35,9 @@ type Config struct {
 	// Name is the bundle to follow, and TrustDomain that for which it must be
 	// signed.
 	Name, TrustDomain string
-	// URL is where its bytes are.
-	URL string
+	// URLs returns where its bytes are, at the replica to be asked first in
+	// front; at least one.
+	URLs func() []string
 	// HTTP speaks to the CA and to nobody else.
 	HTTP *http.Client
 	// DataDir is where the last good bundle is kept.
@@ -59,9 +61,8 @@ type Feed struct {
 	keys    []bundle.Key // that may sign
 	changed chan struct{}
 
-	// of the goroutine that loads: New, then Run
-	highest uint64 // generation that was active, ever
-	etag    string
+	highest atomic.Uint64 // generation that was active, ever
+	etag    string        // of the goroutine that loads: New, then Run
 }
 
 // New takes up the bundle that an earlier run left on disk, so that a restart
@@ -92,6 +93,9 @@ func (f *Feed) Generation() uint64 {
 	}
 	return 0
 }
+
+// Seen is the highest generation that was ever active, also before a restart.
+func (f *Feed) Seen() uint64 { return f.highest.Load() }
 
 // Changed returns a channel that is closed at the next change of the active
 // policy.
@@ -172,14 +176,28 @@ func (f *Feed) load(ctx context.Context) error {
 	switch {
 	case want == 0 || want == f.Generation():
 		return nil
-	case want < f.highest:
-		return fmt.Errorf("generation %d is announced, but generation %d was active before: the CA's store was set back, or somebody replays an old policy", want, f.highest)
+	case want < f.Seen():
+		return fmt.Errorf("generation %d is announced, but generation %d was active before: the CA's store was set back, or somebody replays an old policy", want, f.Seen())
 	}
+	var failed []error
+	for _, url := range f.cfg.URLs() {
+		err := f.loadFrom(ctx, url, want, keys)
+		if err == nil {
+			return nil
+		}
+		failed = append(failed, err)
+	}
+	return errors.Join(failed...)
+}
+
+// loadFrom fetches and activates the bundle of one replica, which may not have
+// the announced generation yet.
+func (f *Feed) loadFrom(ctx context.Context, url string, want uint64, keys []bundle.Key) error {
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
-	raw, etag, err := bundle.Fetch(ctx, f.cfg.HTTP, f.cfg.URL, f.etag)
+	raw, etag, err := bundle.Fetch(ctx, f.cfg.HTTP, url, f.etag)
 	if errors.Is(err, bundle.ErrNotModified) {
-		return fmt.Errorf("generation %d is announced, but the CA still serves %d", want, f.Generation())
+		return fmt.Errorf("generation %d is announced, but the CA still serves %d at %s", want, f.Generation(), url)
 	}
 	if err != nil {
 		return fmt.Errorf("fetch policy bundle %s: %w", f.cfg.Name, err)
@@ -188,6 +206,9 @@ func (f *Feed) load(ctx context.Context) error {
 		return err
 	}
 	f.etag = etag
+	if got := f.Generation(); got < want {
+		return fmt.Errorf("generation %d is announced, but the CA still serves %d at %s", want, got, url)
+	}
 	f.loads.WithLabelValues("ok").Inc()
 	return nil
 }
@@ -195,7 +216,7 @@ func (f *Feed) load(ctx context.Context) error {
 // activate verifies, compiles, keeps and swaps, in that order.
 func (f *Feed) activate(ctx context.Context, raw []byte, keys []bundle.Key, keep bool) error {
 	contents, err := bundle.Verify(raw, keys, bundle.Expect{
-		Name: f.cfg.Name, TrustDomain: f.cfg.TrustDomain, MinGeneration: f.highest,
+		Name: f.cfg.Name, TrustDomain: f.cfg.TrustDomain, MinGeneration: f.Seen(),
 	})
 	if err != nil {
 		return fmt.Errorf("verify policy bundle %s: %w", f.cfg.Name, err)
@@ -215,7 +236,7 @@ func (f *Feed) activate(ctx context.Context, raw []byte, keys []bundle.Key, keep
 			return err
 		}
 	}
-	f.highest = md.Generation
+	f.highest.Store(md.Generation)
 	f.active.Store(compiled)
 	f.mu.Lock()
 	close(f.changed)

@@ -72,7 +72,7 @@ func (f *Feed) restore(ctx context.Context) error {
 	if st.Name != f.cfg.Name {
 		return nil // another bundle is configured now
 	}
-	f.highest = st.Generation
+	f.highest.Store(st.Generation)
 	pbs := make([]*capb.PolicyKey, 0, len(st.Keys))
 	for _, k := range st.Keys {
 		pbs = append(pbs, &capb.PolicyKey{Kid: k.KID, PublicKey: k.PublicKey})

@@ -1,0 +1,197 @@
+// What the CA sends becomes the node's picture: one whole update at a time,
+// and never an older one in the place of a newer.
+
+package cache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/svid"
+)
+
+// epochBits is how many revisions an epoch has: a store that was restored from
+// a backup goes on in the next epoch, and nothing that was known of the one
+// before can be resumed from.
+const epochBits = 32
+
+func epoch(revision uint64) uint64 { return revision >> epochBits }
+
+// ErrNewEpoch says that the CA's store was restored since the last listing;
+// the next Resume asks for a full one.
+var ErrNewEpoch = errors.New("the CA's store was restored from a backup: asking for a full listing")
+
+// OlderError is the refusal of a CA that knows less than the node has seen: its
+// store was set back, or somebody replays an old one.
+type OlderError struct {
+	Revision uint64 // of the CA
+	Seen     uint64 // by this node
+}
+
+// Error says what that means.
+func (e *OlderError) Error() string {
+	return fmt.Sprintf("the CA is at store revision %d, but this node has seen revision %d: its store was restored from an older backup, or set back; what is held stays in use", e.Revision, e.Seen)
+}
+
+// update is what the stream has sent since it last said synced. It takes
+// effect as a whole: half a listing could give a workload another identity,
+// and only the end says whether it is older than what is held.
+type update struct {
+	listing     bool // it is everything: what it does not repeat is gone
+	messages    []*capb.SyncResponse
+	revocations []svid.Revocation
+}
+
+// Apply takes one message of the Sync stream. Messages must come in order, by
+// one goroutine. An entry that makes no sense is logged and left out. Trust
+// bundles and revocations count at once, all else when the CA says synced. On
+// error the stream is of no use any more, and nothing that is held was given
+// up; *OlderError and ErrNewEpoch say why.
+func (c *Cache) Apply(ctx context.Context, m *capb.SyncResponse) error {
+	now := time.Now()
+	trust, err := c.parseTrust(m.GetTrustBundle())
+	if err != nil {
+		return err
+	}
+	revocations := c.parseRevocations(ctx, m.GetRevocations())
+
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.swapTrust(ctx, trust)
+	c.revoke(revocations)
+	if m.GetReset_() {
+		c.coming = update{listing: true}
+	}
+	u := &c.coming
+	u.messages = append(u.messages, m)
+	u.revocations = append(u.revocations, revocations...)
+	if !m.GetSynced() {
+		return nil
+	}
+	whole := *u
+	c.coming = update{}
+	return c.complete(ctx, whole, m.GetRevision(), m.GetStale(), now)
+}
+
+// complete lets a whole update take effect. c.mu is held.
+func (c *Cache) complete(ctx context.Context, u update, revision uint64, stale bool, now time.Time) error {
+	news, err := c.weigh(ctx, u, revision, stale)
+	if err != nil {
+		return err
+	}
+	if news {
+		c.take(ctx, u)
+		c.revision, c.relist = revision, false
+		c.seen = max(c.seen, revision)
+	}
+	// A replica that is cut off from its store, or behind, does not know what
+	// was revoked since.
+	if news && !stale {
+		c.heard.Store(&now)
+	}
+	before := c.current()
+	first := !c.synced
+	c.synced, c.connected, c.stale = true, true, stale
+	if first || c.current() && !before {
+		c.retryAll()
+		c.notifyAll()
+	}
+	return nil
+}
+
+// weigh says whether an update is news, or else what is held is newer. c.mu is
+// held.
+func (c *Cache) weigh(ctx context.Context, u update, revision uint64, stale bool) (news bool, err error) {
+	switch {
+	case u.listing && revision >= c.seen:
+		return true, nil
+	case u.listing && stale && c.synced:
+		// A replica that is cut off from its store: it can sign meanwhile.
+		return false, nil
+	case u.listing && stale:
+		// This node was restarted and holds nothing: an old picture, which does
+		// not count as fresh, is better than none.
+		c.log.LogAttrs(ctx, slog.LevelWarn, "older picture taken from a CA that cannot reach its store",
+			slog.Uint64("revision", revision), slog.Uint64("seen", c.seen))
+		return true, nil
+	case u.listing:
+		return false, &OlderError{Revision: revision, Seen: c.seen}
+	case epoch(revision) > epoch(c.revision) && c.synced:
+		c.relist = true
+		return false, ErrNewEpoch
+	case epoch(revision) < epoch(c.revision):
+		return false, &OlderError{Revision: revision, Seen: c.seen}
+	default:
+		// Below what is held is a replica that has not caught up: everything in
+		// it is known here, and may have been deleted again.
+		return revision >= c.revision, nil
+	}
+}
+
+// take changes entries and revocations. c.mu is held.
+func (c *Cache) take(ctx context.Context, u update) {
+	listed := map[string]struct{}{}
+	for _, m := range u.messages {
+		for _, pb := range m.GetEntries() {
+			if c.put(ctx, pb) {
+				listed[pb.GetEntryId()] = struct{}{}
+			}
+		}
+		for _, id := range m.GetRemovedEntryIds() {
+			c.remove(id)
+			delete(listed, id)
+		}
+	}
+	if !u.listing {
+		return
+	}
+	for id := range c.entries {
+		if _, ok := listed[id]; !ok {
+			c.remove(id)
+		}
+	}
+	c.replaceRevocations(u.revocations)
+}
+
+// current says whether what is held is everything that the CA knows, so that
+// none means that there is none. c.mu is held.
+func (c *Cache) current() bool { return c.synced && c.connected && !c.stale }
+
+// Resume is the revision that a new stream goes on from; 0 asks for a full
+// listing.
+func (c *Cache) Resume() uint64 {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	if !c.synced || c.relist {
+		return 0
+	}
+	return c.revision
+}
+
+// Remember tells the highest revision that this node saw before it was
+// restarted.
+func (c *Cache) Remember(seen uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.seen = max(c.seen, seen)
+}
+
+// Seen is the highest revision that this node has ever seen.
+func (c *Cache) Seen() uint64 {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	return c.seen
+}
+
+// Disconnected says that the Sync stream ended. What is held stays; that a
+// workload has no identity is not certain any more.
+func (c *Cache) Disconnected() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.connected, c.stale = false, false
+	c.coming = update{}
+}
