@@ -71,7 +71,7 @@ func (s *Service) refuseAdmin(ctx context.Context, what string, err error) error
 }
 
 // ListEntries implements capb.AdminServer. The page token is the last ID.
-func (s *Service) ListEntries(ctx context.Context, req *capb.ListEntriesRequest) (*capb.ListEntriesResponse, error) {
+func (s *Service) ListEntries(_ context.Context, req *capb.ListEntriesRequest) (*capb.ListEntriesResponse, error) {
 	size := int(req.GetPageSize())
 	if size < 0 || size > maxPageSize {
 		return nil, &entry.InvalidError{Field: "page_size", Reason: fmt.Sprintf("%d is not between 0 and %d", size, maxPageSize)}
@@ -82,10 +82,8 @@ func (s *Service) ListEntries(ctx context.Context, req *capb.ListEntriesRequest)
 	if t := req.GetPageToken(); t != "" && !entry.ValidID(t) {
 		return nil, &entry.InvalidError{Field: "page_token", Reason: "was not given out by this CA"}
 	}
-	page, more, err := s.entriesPage(ctx, req, size)
-	if err != nil {
-		return nil, err
-	}
+	filter := registry.Filter{ParentID: req.GetParentId(), SPIFFEID: req.GetSpiffeId()}
+	page, more := s.registry.Entries(filter, req.GetPageToken(), size)
 	resp := &capb.ListEntriesResponse{}
 	for _, e := range page {
 		resp.Entries = append(resp.Entries, entryToProto(e))
@@ -94,37 +92,6 @@ func (s *Service) ListEntries(ctx context.Context, req *capb.ListEntriesRequest)
 		resp.NextPageToken = page[len(page)-1].ID
 	}
 	return resp, nil
-}
-
-func (s *Service) entriesPage(ctx context.Context, req *capb.ListEntriesRequest, size int) ([]*entry.Entry, bool, error) {
-	if req.GetParentId() == "" && req.GetSpiffeId() == "" {
-		return s.storedPage(ctx, req.GetPageToken(), size)
-	}
-	page, more := s.registry.EntriesAfter(req.GetPageToken(), size, func(e *entry.Entry) bool {
-		return (req.GetParentId() == "" || e.ParentID.String() == req.GetParentId()) &&
-			(req.GetSpiffeId() == "" || e.SPIFFEID.String() == req.GetSpiffeId())
-	})
-	return page, more, nil
-}
-
-// storedPage reads a page of all entries in the store's own order, which costs
-// the same however many there are.
-func (s *Service) storedPage(ctx context.Context, after string, size int) ([]*entry.Entry, bool, error) {
-	if after != "" {
-		after = registry.EntryPrefix + after
-	}
-	kvs, _, more, err := s.opts.Store.List(ctx, registry.EntryPrefix, after, size, 0)
-	if err != nil {
-		return nil, false, fmt.Errorf("list registration entries: %w", err)
-	}
-	page := make([]*entry.Entry, len(kvs))
-	for i, kv := range kvs {
-		if page[i], err = entry.Decode(kv.Value); err != nil {
-			return nil, false, err
-		}
-		page[i].Revision = kv.ModRevision
-	}
-	return page, more, nil
 }
 
 // GetEntry implements capb.AdminServer.

@@ -37,7 +37,12 @@ func (s *Service) Sync(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.Sy
 	if err := s.checkSeen(ctx, caller, first.GetSeen()); err != nil {
 		return err
 	}
-	feed := s.registry.Subscribe(ctx, caller.Agent.ID, first.GetResumeRevision())
+	waiting, cancel := context.WithTimeout(ctx, catchUpTimeout)
+	feed, err := s.registry.Subscribe(waiting, caller.Agent.ID, first.GetResumeRevision())
+	cancel()
+	if err != nil {
+		return s.behind(err)
+	}
 	defer feed.Close()
 	noteAck(feed, first)
 	ended := make(chan struct{})

@@ -8,6 +8,8 @@ package registry
 import (
 	"cmp"
 	"context"
+	"fmt"
+	"iter"
 	"slices"
 	"strings"
 	"time"
@@ -16,8 +18,10 @@ import (
 
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/index"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
 )
 
@@ -65,45 +69,72 @@ type Feed struct {
 // Subscribe opens a feed for the agent's node, beginning after resume, the
 // revision up to which the agent holds everything. The feed is due at once.
 // Close it.
-func (r *Registry) Subscribe(ctx context.Context, agent spiffeid.ID, resume uint64) *Feed {
-	historyKnown := resume != 0 && r.knowHistory(ctx, resume)
+//
+// An agent may come from a replica that was ahead: Subscribe then waits for the
+// picture, for a listing of an older state would take back what the agent
+// knows. It fails only when ctx ends first.
+func (r *Registry) Subscribe(ctx context.Context, agent spiffeid.ID, resume uint64) (*Feed, error) {
+	if err := r.Wait(ctx, resume); err != nil {
+		return nil, fmt.Errorf("wait for revision %d, at which the agent is: %w", resume, err)
+	}
+	known := resume != 0 && r.knowHistory(ctx, resume)
 	f := &Feed{registry: r, agent: agent, signal: make(chan struct{}, 1), last: resume, pending: make(map[string]struct{})}
 	r.mu.Lock()
-	defer r.mu.Unlock()
-	// An agent that is ahead of the store has seen a future that is lost (an
-	// older backup was restored): what it holds cannot be resumed from.
-	if !historyKnown || resume > r.pic.revision || resume < r.history.known {
-		f.relist()
-	} else {
-		r.catchUp(f)
+	if r.feeds[agent] == nil {
+		r.feeds[agent] = make(map[*Feed]struct{})
 	}
-	r.feeds[f] = struct{}{}
-	r.pic.node(agent).feeds[f] = struct{}{}
+	r.feeds[agent][f] = struct{}{}
+	pic := r.pic.Load()
+	var gone []removal
+	// What was lost with an epoch, nobody can tell.
+	if known && resume >= r.history.known && store.Epoch(resume) == store.Epoch(pic.revision) {
+		gone = r.history.after(resume)
+	} else {
+		f.relist()
+	}
+	r.mu.Unlock()
+	f.catchUp(pic, gone)
 	f.wake()
-	return f
+	return f, nil
 }
 
-// catchUp marks what changed for f's node after f.last.
-func (r *Registry) catchUp(f *Feed) {
-	for id, e := range r.pic.node(f.agent).entries {
-		if e.Revision > f.last {
-			f.mark(id)
+// catchUp marks what changed for f's node after f.last, up to pic; later
+// changes are marked as they come.
+func (f *Feed) catchUp(pic *picture, gone []removal) {
+	r := f.registry
+	r.mu.Lock()
+	since, reset := f.last, f.reset
+	r.mu.Unlock()
+	if reset {
+		return
+	}
+	var changed []string
+	for e := range pic.entries.below(f.agent) {
+		if e.Revision > since {
+			changed = append(changed, e.ID)
 		}
 	}
-	for _, gone := range r.history.after(f.last) {
-		if gone.parent == f.agent {
-			f.mark(gone.id)
+	for _, g := range gone {
+		if g.parent == f.agent {
+			changed = append(changed, g.id)
 		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, id := range changed {
+		f.mark(id)
 	}
 }
 
 // Close ends the feed.
 func (f *Feed) Close() {
-	f.registry.mu.Lock()
-	defer f.registry.mu.Unlock()
-	delete(f.registry.feeds, f)
-	delete(f.registry.pic.node(f.agent).feeds, f)
-	f.registry.pic.tidy(f.agent)
+	r := f.registry
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.feeds[f.agent], f)
+	if len(r.feeds[f.agent]) == 0 {
+		delete(r.feeds, f.agent)
+	}
 }
 
 // Due receives when there is something to take.
@@ -119,42 +150,66 @@ func (f *Feed) Ack(a Ack) {
 // Take returns what the stream must be told to be at the current revision; the
 // next Take begins there.
 func (f *Feed) Take(now time.Time) Update {
-	r := f.registry
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	u := Update{Revision: r.pic.revision, Reset: f.reset}
-	since := f.last
-	if f.reset {
-		since = 0
-		u.Entries = sortedEntries(r.pic.node(f.agent).entries)
+	pic, since, reset, pending := f.begin()
+	u := Update{Revision: pic.revision, Reset: reset}
+	if reset {
+		u.Entries = slices.Collect(pic.entries.below(f.agent))
 	} else {
-		u.Entries, u.Removed = f.takePending()
+		u.Entries, u.Removed = pic.entries.now(f.agent, pending)
 	}
-	u.Revocations = r.pic.revocations.After(since, now)
-	if r.pic.trust != nil && r.pic.trust.Revision > since {
-		u.Trust = r.pic.trust
+	u.Revocations = pic.revocations.After(since, now)
+	if pic.trust != nil && pic.trust.Revision > since {
+		u.Trust = pic.trust
 	}
-	for _, h := range r.pic.heads {
-		if max(h.Revision, r.pic.replicas.keysAt) > since {
+	for _, h := range pic.heads {
+		if max(h.Revision, pic.replicas.keysAt) > since {
 			u.Heads = append(u.Heads, h)
 		}
 	}
 	slices.SortFunc(u.Heads, func(a, b *release.Head) int { return strings.Compare(a.Name, b.Name) })
-	f.last, f.reset = u.Revision, false
-	clear(f.pending)
 	return u
 }
 
-func (f *Feed) takePending() (changed []*entry.Entry, removed []string) {
-	held := f.registry.pic.node(f.agent).entries
-	for id := range f.pending {
-		if e := held[id]; e != nil {
+// begin hands over what is due as of one picture; nobody is held up while it
+// is looked up there.
+func (f *Feed) begin() (pic *picture, since uint64, reset bool, pending map[string]struct{}) {
+	r := f.registry
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	pic, since, reset = r.pic.Load(), f.last, f.reset
+	if reset {
+		since = 0
+	}
+	if len(f.pending) > 0 {
+		pending, f.pending = f.pending, make(map[string]struct{})
+	}
+	f.last, f.reset = pic.revision, false
+	return pic, since, reset, pending
+}
+
+// below goes over what hangs below an agent, ordered by ID.
+func (s *entries) below(agent spiffeid.ID) iter.Seq[*entry.Entry] {
+	return func(yield func(*entry.Entry) bool) {
+		for e := range s.byParent.Group(index.Hash(agent.String())) {
+			if e.ParentID == agent && !yield(e) {
+				return
+			}
+		}
+	}
+}
+
+// now divides ids into what hangs below the agent and what does not any more.
+func (s *entries) now(agent spiffeid.ID, ids map[string]struct{}) (changed []*entry.Entry, removed []string) {
+	for id := range ids {
+		if e := s.get(id); e != nil && e.ParentID == agent {
 			changed = append(changed, e)
 		} else {
 			removed = append(removed, id)
 		}
 	}
-	slices.SortFunc(changed, func(a, b *entry.Entry) int { return cmp.Compare(a.Revision, b.Revision) })
+	slices.SortFunc(changed, func(a, b *entry.Entry) int {
+		return cmp.Or(cmp.Compare(a.Revision, b.Revision), strings.Compare(a.ID, b.ID))
+	})
 	slices.Sort(removed)
 	return changed, removed
 }
@@ -189,14 +244,14 @@ func (f *Feed) wake() {
 
 // Agents returns every live agent, ordered by ID.
 func (r *Registry) Agents() []AgentState {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
-	states := make([]AgentState, 0, len(r.pic.agents))
-	for id, a := range r.pic.agents {
-		ack, acked := r.acks[id]
-		n := r.pic.nodes[id]
-		states = append(states, AgentState{Agent: a, Connected: n != nil && len(n.feeds) > 0, Ack: ack, Acked: acked})
+	pic := r.pic.Load()
+	states := make([]AgentState, 0, pic.agents.Len())
+	r.mu.Lock()
+	for _, a := range pic.agents.All() {
+		ack, acked := r.acks[a.ID]
+		states = append(states, AgentState{Agent: a, Connected: len(r.feeds[a.ID]) > 0, Ack: ack, Acked: acked})
 	}
+	r.mu.Unlock()
 	slices.SortFunc(states, func(a, b AgentState) int { return strings.Compare(a.ID.String(), b.ID.String()) })
 	return states
 }

@@ -35,6 +35,8 @@ type removal struct {
 type history struct {
 	known    uint64
 	removals []removal
+	// lost: up to here the store's history could not be read back.
+	lost uint64
 }
 
 func (h *history) add(r removal) {
@@ -54,28 +56,38 @@ func (h *history) after(revision uint64) []removal {
 // knowHistory says whether every removal after revision is known, reading the
 // store's history back if need be.
 func (r *Registry) knowHistory(ctx context.Context, revision uint64) bool {
-	r.mu.RLock()
-	known := r.history.known
-	r.mu.RUnlock()
-	if revision >= known {
-		return true
+	if known, lost := r.historyKnown(); revision >= known || revision <= lost || known-revision > maxReadBack {
+		return revision >= known
 	}
-	if known-revision > maxReadBack {
+	// After a start every agent comes at once: one reads, the others find it read.
+	select {
+	case r.reading <- struct{}{}:
+		defer func() { <-r.reading }()
+	case <-ctx.Done():
 		return false
+	}
+	known, lost := r.historyKnown()
+	if revision >= known || revision <= lost {
+		return revision >= known
 	}
 	earlier, ok := r.readBack(ctx, revision, known)
-	if !ok {
-		return false
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	// Another stream may have read further back meanwhile, and many removals
-	// may have moved the limit up again.
-	if r.history.known == known {
+	switch {
+	case r.history.known != known: // many removals, or a new listing, moved it up
+	case ok:
 		r.history.removals = slices.Concat(earlier, r.history.removals)
 		r.history.known = revision
+	case ctx.Err() == nil:
+		r.history.lost = revision
 	}
 	return r.history.known <= revision
+}
+
+func (r *Registry) historyKnown() (known, lost uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.history.known, r.history.lost
 }
 
 // readBack returns the removals above from, up to and including to.
@@ -105,16 +117,22 @@ func (r *Registry) readBack(ctx context.Context, from, to uint64) ([]removal, bo
 // appendRemovals says no when it cannot tell whose entry was removed: were it
 // passed over, its agent would go on serving it.
 func appendRemovals(to []removal, b store.Batch) ([]removal, bool) {
+	var dec entry.Decoder
 	for _, ev := range b.Events {
 		id, ok := strings.CutPrefix(ev.KV.Key, EntryPrefix)
-		if !ok || !ev.Delete || ev.Prev == nil { // nil: there was none to remove
+		if !ok || ev.Prev == nil { // nil: there was none to remove
 			continue
 		}
-		e, err := entry.Decode(ev.Prev)
+		before, err := dec.Decode(ev.Prev)
 		if err != nil {
 			return nil, false
 		}
-		to = append(to, removal{revision: b.Revision, parent: e.ParentID, id: id})
+		if !ev.Delete {
+			if e, err := decodeEntry(ev.KV, &dec); err == nil && e.ParentID == before.ParentID {
+				continue
+			}
+		}
+		to = append(to, removal{revision: b.Revision, parent: before.ParentID, id: id})
 	}
 	return to, true
 }

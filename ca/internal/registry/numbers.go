@@ -6,13 +6,12 @@ package registry
 // trust bundle, and the highest generation of any policy bundle; 0 where there
 // is none.
 func (r *Registry) Numbers() (revision, trustSequence, generation uint64) {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
-	if r.pic.trust != nil {
-		trustSequence = r.pic.trust.Sequence
+	pic := r.pic.Load()
+	if pic.trust != nil {
+		trustSequence = pic.trust.Sequence
 	}
-	for _, h := range r.pic.heads {
+	for _, h := range pic.heads {
 		generation = max(generation, h.Generation)
 	}
-	return r.pic.revision, trustSequence, generation
+	return pic.revision, trustSequence, generation
 }

@@ -93,6 +93,16 @@ func write(t testing.TB, st store.Store, r *Registry, ops ...store.Op) uint64 {
 	return res.Revision
 }
 
+func subscribe(t testing.TB, r *Registry, agent spiffeid.ID, resume uint64) *Feed {
+	t.Helper()
+	f, err := r.Subscribe(t.Context(), agent, resume)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(f.Close)
+	return f
+}
+
 func ids(entries []*entry.Entry) []string {
 	var out []string
 	for _, e := range entries {
@@ -106,8 +116,7 @@ func TestFeedTellsItsNodeOnly(t *testing.T) {
 	st := openStore(t)
 	r := start(t, st)
 	first := put(t, st, r, nodeA)
-	f := r.Subscribe(t.Context(), nodeA, 0)
-	defer f.Close()
+	f := subscribe(t, r, nodeA, 0)
 	<-f.Due()
 	if u := f.Take(time.Now()); !u.Reset || !slices.Equal(ids(u.Entries), []string{first.ID}) {
 		t.Fatalf("first update = %+v; want a reset with one entry", u)
@@ -133,8 +142,7 @@ func TestFeedTellsItsNodeOnly(t *testing.T) {
 func TestSlowFeedCoalesces(t *testing.T) {
 	st := openStore(t)
 	r := start(t, st)
-	f := r.Subscribe(t.Context(), nodeA, 0)
-	defer f.Close()
+	f := subscribe(t, r, nodeA, 0)
 	f.Take(time.Now())
 	stays := put(t, st, r, nodeA)
 	for range 20 {
@@ -150,8 +158,7 @@ func TestOverflowingFeedListsAnew(t *testing.T) {
 	st := openStore(t)
 	r := start(t, st)
 	e := put(t, st, r, nodeA)
-	f := r.Subscribe(t.Context(), nodeA, 0)
-	defer f.Close()
+	f := subscribe(t, r, nodeA, 0)
 	f.Take(time.Now())
 	r.mu.Lock()
 	for i := range maxPending + 1 {
@@ -177,8 +184,7 @@ func TestResumptionReadsHistoryBack(t *testing.T) {
 	})
 	r := start(t, st)
 	fresh := put(t, st, r, nodeA)
-	f := r.Subscribe(t.Context(), nodeA, resume)
-	defer f.Close()
+	f := subscribe(t, r, nodeA, resume)
 	u := f.Take(time.Now())
 	if u.Reset || !slices.Equal(u.Removed, []string{gone.ID}) || !slices.Equal(ids(u.Entries), []string{fresh.ID}) {
 		t.Errorf("update = %+v; want the removal of %s and entry %s", u, gone.ID, fresh.ID)
@@ -200,8 +206,7 @@ func TestResumptionFromACompactedRevisionListsAnew(t *testing.T) {
 		}
 	})
 	r := start(t, st)
-	f := r.Subscribe(t.Context(), nodeA, resume)
-	defer f.Close()
+	f := subscribe(t, r, nodeA, resume)
 	if u := f.Take(time.Now()); !u.Reset || len(u.Entries) != 0 {
 		t.Errorf("update = %+v; want an empty full listing", u)
 	}
@@ -278,38 +283,5 @@ func TestWaitEndsWithItsContext(t *testing.T) {
 	cancel()
 	if err := r.Wait(ctx, r.Revision()+1); !errors.Is(err, context.Canceled) {
 		t.Errorf("Wait = %v; want context.Canceled", err)
-	}
-}
-
-// The cost of one change must not depend on how many entries there are.
-func BenchmarkApplyOneChange(b *testing.B) {
-	for _, n := range []int{1_000, 100_000} {
-		b.Run(fmt.Sprintf("entries=%d", n), func(b *testing.B) {
-			r := &Registry{pic: newPicture(), changed: make(chan struct{}), heads: make(chan struct{}), feeds: make(map[*Feed]struct{})}
-			for i := range n {
-				applyPut(b, r, uint64(i+1), fmt.Sprintf("%032x", i))
-			}
-			b.ReportAllocs()
-			b.ResetTimer()
-			for i := 0; b.Loop(); i++ {
-				applyPut(b, r, uint64(n+i+1), fmt.Sprintf("%032x", i%n))
-			}
-		})
-	}
-}
-
-func applyPut(b *testing.B, r *Registry, revision uint64, id string) {
-	b.Helper()
-	e := &entry.Entry{
-		ID: id, SPIFFEID: spiffeid.RequireFromPath(td, "/w/"+id), ParentID: nodeA,
-		Selectors: []entry.Selector{{Type: "unix", Value: "uid:1"}},
-	}
-	value, err := entry.Encode(e)
-	if err != nil {
-		b.Fatal(err)
-	}
-	kv := store.KV{Key: EntryPrefix + id, Value: value, ModRevision: revision}
-	if err := r.apply(store.Batch{Revision: revision, Events: []store.Event{{KV: kv}}}); err != nil {
-		b.Fatal(err)
 	}
 }

@@ -15,8 +15,7 @@ func TestReplicasAndTheirKeysAreFollowed(t *testing.T) {
 	st := openStore(t)
 	r := start(t, st)
 	write(t, st, r, store.Put(release.HeadPrefix+"main", []byte(`{"v":1,"generation":1}`)))
-	feed := r.Subscribe(t.Context(), nodeA, 0)
-	defer feed.Close()
+	feed := subscribe(t, r, nodeA, 0)
 	feed.Take(time.Now())
 
 	rec := &replica.Record{Name: "b", Authorities: []replica.Authority{{ID: "0a", NotAfter: time.Now().Add(time.Hour)}}}
@@ -43,8 +42,7 @@ func TestReplicasAndTheirKeysAreFollowed(t *testing.T) {
 		t.Errorf("it went: %d policy bundles in the update, %d replicas; want 1 and none", len(u.Heads), len(r.Replicas()))
 	}
 	// One that was away meanwhile, also over a restart of the CA.
-	again := start(t, st).Subscribe(t.Context(), nodeA, joined)
-	defer again.Close()
+	again := subscribe(t, start(t, st), nodeA, joined)
 	if u := again.Take(time.Now()); len(u.Heads) != 1 {
 		t.Errorf("resumed from before it went: %d policy bundles in the update; want 1", len(u.Heads))
 	}

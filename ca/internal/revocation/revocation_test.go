@@ -3,6 +3,7 @@
 package revocation
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -93,14 +94,16 @@ func TestSetFindsWhatConcernsAPeer(t *testing.T) {
 		"- the agent, as it was": written(t, svid.Revocation{AgentID: "spiffe://shop.test/agent/n1", AgentHandle: 7, ExpiresAt: end}, 9),
 	}
 	for name, r := range records {
-		var s Set
-		s.Add(r)
+		s := Set{}.With(r)
 		if _, got := s.Concerning(p); got == strings.HasPrefix(name, "-") {
 			t.Errorf("%s: concerned=%t", name, got)
 		}
-		s.Remove(map[string]bool{r.Key: true})
+		if s = s.With(r); s.Len() != 1 {
+			t.Errorf("%s: the set holds it %d times", name, s.Len())
+		}
+		s = s.Without(r.Key)
 		if _, got := s.Concerning(p); got || s.Len() != 0 {
-			t.Errorf("%s: concerned=%t by %d records after Remove", name, got, s.Len())
+			t.Errorf("%s: concerned=%t by %d records after Without", name, got, s.Len())
 		}
 	}
 	agent := peer(t, "spiffe://shop.test/agent/n1", 7, 10)
@@ -119,14 +122,17 @@ func TestSetIsItsRecords(t *testing.T) {
 			expires := end.Add(time.Duration(rapid.IntRange(-1, 1).Draw(rt, "expires")) * time.Hour)
 			all = append(all, written(t, svid.Revocation{SPIFFEID: rapid.SampledFrom(ids).Draw(rt, "id"), ExpiresAt: expires}, uint64(i+1)))
 		}
-		s := NewSet(rapid.Permutation(all).Draw(rt, "order"))
-		gone := map[string]bool{}
+		whole := NewSet(rapid.Permutation(all).Draw(rt, "order"))
+		s, gone := whole, map[string]bool{}
 		for _, r := range all {
 			if rapid.Bool().Draw(rt, "remove") {
 				gone[r.Key] = true
+				s = s.Without(r.Key)
 			}
 		}
-		s.Remove(gone)
+		if got := whole.After(0, time.Time{}); len(got) != len(all) {
+			rt.Errorf("the older set has changed: %d records; want %d", len(got), len(all))
+		}
 		after := rapid.Uint64Range(0, 13).Draw(rt, "after")
 		var want []*Record
 		var expired []string
@@ -143,11 +149,36 @@ func TestSetIsItsRecords(t *testing.T) {
 		if got := s.After(after, end); !slices.Equal(got, want) {
 			rt.Errorf("After(%d) = %d records; want %d", after, len(got), len(want))
 		}
-		if got := s.Expired(end); !slices.Equal(got, expired) {
+		if got := s.Expired(end); !slices.Equal(slices.Sorted(slices.Values(got)), slices.Sorted(slices.Values(expired))) {
 			rt.Errorf("Expired() = %v; want %v", got, expired)
 		}
 		if s.Len() != len(all)-len(gone) {
 			rt.Errorf("Len() = %d; want %d", s.Len(), len(all)-len(gone))
 		}
 	})
+}
+
+// The cost of one record must not depend on how many there are.
+func BenchmarkAddRecord(b *testing.B) {
+	for _, n := range []int{1_000, 100_000} {
+		b.Run(fmt.Sprintf("records=%d", n), func(b *testing.B) {
+			var s Set
+			record := func(i int) *Record {
+				id := fmt.Sprintf("spiffe://shop.test/w/%d", i)
+				return written(b, svid.Revocation{SPIFFEID: id, ExpiresAt: end.Add(time.Duration(i) * time.Millisecond)}, uint64(i+1))
+			}
+			for i := range n {
+				s = s.With(record(i))
+			}
+			fresh := make([]*Record, 1_000)
+			for i := range fresh {
+				fresh[i] = record(n + i)
+			}
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				r := fresh[i%len(fresh)]
+				s = s.Without(r.Key).With(r)
+			}
+		})
+	}
 }

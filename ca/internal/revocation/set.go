@@ -1,62 +1,81 @@
-// The live records, indexed by what they name: adding one costs the same
-// however many there are.
+// The live records, indexed by what they name, by revision and by expiry:
+// adding or dropping one costs next to the same however many there are.
 
 package revocation
 
 import (
-	"cmp"
 	"fmt"
-	"slices"
 	"time"
 
+	"merlon.dev/ca/internal/index"
 	"merlon.dev/sdk/svid"
 )
 
-// Set holds records in order of revision. The zero value is empty. It is not
-// safe for concurrent use.
+// Set holds records. It is immutable and safe for concurrent use; the zero
+// value is empty.
 type Set struct {
-	records   []*Record
-	bySubject map[string][]*Record
+	byKey, byRevision, byExpiry, bySubject index.Tree[*Record]
 }
 
-// Add adds r, whose revision is not below that of any record in the set.
-func (s *Set) Add(r *Record) {
-	if s.bySubject == nil {
-		s.bySubject = make(map[string][]*Record)
-	}
-	s.records = append(s.records, r)
+// With returns the set with r, in place of a record with the same key.
+func (s Set) With(r *Record) Set {
+	s = s.Without(r.Key)
+	s.byKey = s.byKey.With(index.ID(0, r.id()), r)
+	s.byRevision = s.byRevision.With(index.ID(r.Revision, r.id()), r)
+	s.byExpiry = s.byExpiry.With(index.ID(index.Time(r.ExpiresAt), r.id()), r)
 	for _, subject := range subjectsOf(r.Revocation) {
-		s.bySubject[subject] = append(s.bySubject[subject], r)
-	}
-}
-
-// Remove drops the records with the given keys.
-func (s *Set) Remove(keys map[string]bool) {
-	kept := slices.DeleteFunc(slices.Clone(s.records), func(r *Record) bool { return keys[r.Key] })
-	*s = NewSet(kept)
-}
-
-// NewSet makes a set of records in any order.
-func NewSet(records []*Record) Set {
-	records = slices.Clone(records)
-	slices.SortFunc(records, func(a, b *Record) int { return cmp.Compare(a.Revision, b.Revision) })
-	var s Set
-	for _, r := range records {
-		s.Add(r)
+		s.bySubject = s.bySubject.With(index.ID(index.Hash(subject), r.id()), r)
 	}
 	return s
 }
 
-// After returns the records above revision that live at now, in order.
-func (s *Set) After(revision uint64, now time.Time) []*Record {
-	i, _ := slices.BinarySearchFunc(s.records, revision+1, func(r *Record, rev uint64) int { return cmp.Compare(r.Revision, rev) })
-	return slices.DeleteFunc(slices.Clone(s.records[i:]), func(r *Record) bool { return r.Expired(now) })
+// Without returns the set without the record of the given key, if it is there.
+func (s Set) Without(key string) Set {
+	r, ok := s.byKey.Get(index.ID(0, (&Record{Key: key}).id()))
+	if !ok {
+		return s
+	}
+	s.byKey = s.byKey.Without(index.ID(0, r.id()))
+	s.byRevision = s.byRevision.Without(index.ID(r.Revision, r.id()))
+	s.byExpiry = s.byExpiry.Without(index.ID(index.Time(r.ExpiresAt), r.id()))
+	for _, subject := range subjectsOf(r.Revocation) {
+		s.bySubject = s.bySubject.Without(index.ID(index.Hash(subject), r.id()))
+	}
+	return s
 }
 
-// Expired returns the keys of the records that concern nobody any more.
-func (s *Set) Expired(now time.Time) []string {
+// id is what is the record's own in its key.
+func (r *Record) id() string { return r.Key[min(len(Prefix), len(r.Key)):] }
+
+// NewSet makes a set of records in any order.
+func NewSet(records []*Record) Set {
+	var s Set
+	for _, r := range records {
+		s = s.With(r)
+	}
+	return s
+}
+
+// After returns the records above revision that live at now, in order of
+// revision.
+func (s Set) After(revision uint64, now time.Time) []*Record {
+	var records []*Record
+	for _, r := range s.byRevision.From(index.Key{revision + 1}) {
+		if !r.Expired(now) {
+			records = append(records, r)
+		}
+	}
+	return records
+}
+
+// Expired returns the keys of the records that concern nobody any more; it
+// looks at no others.
+func (s Set) Expired(now time.Time) []string {
 	var keys []string
-	for _, r := range s.records {
+	for k, r := range s.byExpiry.All() {
+		if k[0] > index.Time(now) {
+			break
+		}
 		if r.Expired(now) {
 			keys = append(keys, r.Key)
 		}
@@ -65,10 +84,13 @@ func (s *Set) Expired(now time.Time) []string {
 }
 
 // Concerning returns a record that withdraws the peer's SVID.
-func (s *Set) Concerning(p *svid.Peer) (svid.Revocation, bool) {
+func (s Set) Concerning(p *svid.Peer) (svid.Revocation, bool) {
+	if s.Len() == 0 {
+		return svid.Revocation{}, false
+	}
 	var candidates []svid.Revocation
 	for _, subject := range subjectsOfPeer(p) {
-		for _, r := range s.bySubject[subject] {
+		for r := range s.bySubject.Group(index.Hash(subject)) {
 			candidates = append(candidates, r.Revocation)
 		}
 	}
@@ -79,7 +101,7 @@ func (s *Set) Concerning(p *svid.Peer) (svid.Revocation, bool) {
 }
 
 // Len is the number of records, expired ones included.
-func (s *Set) Len() int { return len(s.records) }
+func (s Set) Len() int { return s.byKey.Len() }
 
 func subjectsOf(r svid.Revocation) []string {
 	switch {

@@ -1,0 +1,179 @@
+// Following the store: each batch of the watch makes the next picture. A store
+// that is away leaves the picture as it is; whoever asks Fault learns that.
+
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"merlon.dev/ca/internal/store"
+)
+
+const (
+	// retryDelay keeps a store that cannot be watched from being asked in a busy
+	// loop; it doubles up to maxRetryDelay.
+	retryDelay    = 100 * time.Millisecond
+	maxRetryDelay = 2 * time.Second
+)
+
+// errBackwards ends Run: who follows a store into its past takes revocations
+// back.
+var errBackwards = errors.New("the store went back to an earlier state, as after a restore: start the CA again")
+
+// Run keeps the picture current until ctx ends. While the store is away it
+// keeps the last picture and goes on trying. It returns early only with a
+// record that it must not overlook (see put) and with a store that went back.
+func (r *Registry) Run(ctx context.Context) error {
+	delay := retryDelay
+	for {
+		before := r.Revision()
+		err := r.follow(ctx)
+		if errors.Is(err, store.ErrCompacted) {
+			err = r.relist(ctx)
+		}
+		switch {
+		case ctx.Err() != nil || errors.Is(err, store.ErrClosed):
+			return nil
+		case err != nil && !errors.Is(err, store.ErrUnavailable):
+			return err
+		case r.Revision() != before:
+			delay = retryDelay
+		}
+		if err != nil {
+			r.setFault(ctx, err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(delay):
+		}
+		delay = min(2*delay, maxRetryDelay)
+	}
+}
+
+// follow applies batches until the watch ends; that it ended says nothing about
+// why: to watch again does.
+func (r *Registry) follow(ctx context.Context) error {
+	batches, err := r.store.Watch(ctx, "", r.Revision())
+	if err != nil {
+		return fmt.Errorf("watch the store: %w", err)
+	}
+	r.setFault(ctx, nil)
+	for b := range batches {
+		if err := r.apply(ctx, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Fault says why the picture may be out of date; nil while it follows the
+// store.
+func (r *Registry) Fault() error {
+	if err := r.fault.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// setFault logs when it begins and when it ends.
+func (r *Registry) setFault(ctx context.Context, err error) {
+	before := r.Fault()
+	switch {
+	case err != nil && before == nil:
+		r.log.LogAttrs(ctx, slog.LevelWarn, "store cannot be followed, the CA keeps its last picture of it",
+			slog.Uint64("revision", r.Revision()), slog.Any("err", err))
+	case err == nil && before != nil:
+		r.log.LogAttrs(ctx, slog.LevelInfo, "store is followed again", slog.Uint64("revision", r.Revision()))
+	}
+	if err == nil {
+		r.fault.Store(nil)
+		return
+	}
+	r.fault.Store(&err)
+}
+
+// apply makes the next picture and tells the streams concerned. Only Run calls
+// it.
+func (r *Registry) apply(ctx context.Context, b store.Batch) error {
+	next := *r.pic.Load()
+	c, err := next.apply(b, &r.decoder)
+	if err != nil {
+		return err
+	}
+	r.logLeftOut(ctx, c.leftOut)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.publish(&next)
+	for _, gone := range c.gone {
+		r.history.add(gone)
+	}
+	for _, id := range c.lost {
+		delete(r.acks, id)
+	}
+	for _, t := range c.touched {
+		for f := range r.feeds[t.node] {
+			f.mark(t.id)
+		}
+	}
+	if c.forAll {
+		r.eachFeed((*Feed).wake)
+	}
+	if c.heads {
+		r.newHeads()
+	}
+	return nil
+}
+
+func (r *Registry) logLeftOut(ctx context.Context, records []error) {
+	for _, err := range records {
+		r.log.LogAttrs(ctx, slog.LevelError, "record cannot be read and is left out", slog.Any("err", err))
+	}
+}
+
+// relist replaces the picture; every stream gets a full listing.
+func (r *Registry) relist(ctx context.Context) error {
+	r.log.LogAttrs(ctx, slog.LevelWarn, "registry fell behind the store and lists it again")
+	pic, c, err := list(ctx, r.store)
+	if err != nil {
+		return err
+	}
+	if now := r.Revision(); pic.revision < now {
+		return fmt.Errorf("revision %d after %d: %w", pic.revision, now, errBackwards)
+	}
+	r.logLeftOut(ctx, c.leftOut)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.publish(pic)
+	r.history = history{known: pic.revision}
+	r.eachFeed((*Feed).relist)
+	r.newHeads()
+	return nil
+}
+
+// publish makes pic the picture and wakes those who wait for its revision.
+// r.mu is held.
+func (r *Registry) publish(pic *picture) {
+	r.pic.Store(pic)
+	close(r.changed)
+	r.changed = make(chan struct{})
+}
+
+// newHeads wakes those who wait for a policy bundle. r.mu is held.
+func (r *Registry) newHeads() {
+	close(r.heads)
+	r.heads = make(chan struct{})
+}
+
+// eachFeed calls do for every open stream. r.mu is held.
+func (r *Registry) eachFeed(do func(*Feed)) {
+	for _, feeds := range r.feeds {
+		for f := range feeds {
+			do(f)
+		}
+	}
+}
