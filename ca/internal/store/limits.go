@@ -16,8 +16,8 @@ const (
 	// MaxValueBytes keeps every value in the tree of the Badger store, never in
 	// its value log. Larger things are stored in parts.
 	MaxValueBytes = 512 << 10
-	// MaxTxnBytes bounds the keys and values that one branch of a transaction
-	// writes, together.
+	// MaxTxnBytes bounds the keys and values that a transaction writes, both
+	// branches together: etcd is sent both, in a request of 1.5 MiB at most.
 	MaxTxnBytes = 1_000 << 10
 	// MaxTxnOps bounds the writes and the comparisons of one transaction.
 	MaxTxnOps = 128
@@ -34,35 +34,40 @@ func CheckTxn(cmps []Cmp, then, otherwise []Op) error {
 			return err
 		}
 	}
-	if err := checkOps(then); err != nil {
-		return err
-	}
-	return checkOps(otherwise)
-}
-
-func checkOps(ops []Op) error {
-	if len(ops) > MaxTxnOps {
-		return fmt.Errorf("transaction with %d writes, at most %d: %w", len(ops), MaxTxnOps, ErrTooLarge)
-	}
-	var total int
-	keys := make(map[string]struct{}, len(ops))
-	for _, op := range ops {
-		if err := checkKey(op.Key); err != nil {
+	total := 0
+	for _, branch := range [][]Op{then, otherwise} {
+		n, err := checkOps(branch)
+		if err != nil {
 			return err
 		}
-		if _, twice := keys[op.Key]; twice {
-			return fmt.Errorf("transaction writes key %q twice", op.Key)
-		}
-		keys[op.Key] = struct{}{}
-		if len(op.Value) > MaxValueBytes {
-			return fmt.Errorf("value of key %q has %d bytes, at most %d: %w", op.Key, len(op.Value), MaxValueBytes, ErrTooLarge)
-		}
-		total += len(op.Key) + len(op.Value)
+		total += n
 	}
 	if total > MaxTxnBytes {
 		return fmt.Errorf("transaction writes %d bytes, at most %d: %w", total, MaxTxnBytes, ErrTooLarge)
 	}
 	return nil
+}
+
+// checkOps returns the bytes of one branch.
+func checkOps(ops []Op) (total int, err error) {
+	if len(ops) > MaxTxnOps {
+		return 0, fmt.Errorf("transaction with %d writes, at most %d: %w", len(ops), MaxTxnOps, ErrTooLarge)
+	}
+	keys := make(map[string]struct{}, len(ops))
+	for _, op := range ops {
+		if err := checkKey(op.Key); err != nil {
+			return 0, err
+		}
+		if _, twice := keys[op.Key]; twice {
+			return 0, fmt.Errorf("transaction writes key %q twice", op.Key)
+		}
+		keys[op.Key] = struct{}{}
+		if len(op.Value) > MaxValueBytes {
+			return 0, fmt.Errorf("value of key %q has %d bytes, at most %d: %w", op.Key, len(op.Value), MaxValueBytes, ErrTooLarge)
+		}
+		total += len(op.Key) + len(op.Value)
+	}
+	return total, nil
 }
 
 func checkKey(key string) error {

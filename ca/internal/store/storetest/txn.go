@@ -152,6 +152,8 @@ func testLimits(t *testing.T, b Backend) {
 		_, err = s.Txn(within(t), nil, nil, ops)
 		wantError(t, "Txn with otherwise too large "+name, err, store.ErrTooLarge)
 	}
+	_, err := s.Txn(within(t), nil, []store.Op{store.Put("k1", big)}, []store.Op{store.Put("k1", big)})
+	wantError(t, "Txn whose branches are too large together", err, store.ErrTooLarge)
 	for name, ops := range map[string][]store.Op{
 		"empty key": {store.Put("", nil)},
 		"key twice": {store.Put("k", nil), store.Delete("k")},
@@ -221,7 +223,7 @@ func testOneWinner(t *testing.T, b Backend) {
 
 func testCounter(t *testing.T, b Backend) {
 	s := open(t, b)
-	const writers, each = 20, 10
+	const writers, each = 12, 8
 	var wg sync.WaitGroup
 	for range writers {
 		wg.Go(func() {
