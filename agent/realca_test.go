@@ -112,10 +112,10 @@ func TestAgentOfTheRealCA(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	svids, err := client.FetchX509Context(ctx)
-	if err != nil || svids.DefaultSVID().ID.Path() != "/web" {
-		t.Fatalf("FetchX509Context() = %v, %v; want /web", svids, err)
-	}
+	eventually(t, "the entry arrives", func() bool {
+		svids, err := client.FetchX509Context(ctx)
+		return err == nil && svids.DefaultSVID().ID.Path() == "/web"
+	})
 	jwt, err := client.FetchJWTSVID(ctx, jwtsvid.Params{Audience: "db"})
 	if err != nil {
 		t.Fatal(err)

@@ -9,11 +9,8 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/sha256"
-	"crypto/subtle"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -122,39 +119,13 @@ func (c *Client) firstContact(picture *cache.Cache) *tls.Config {
 		if trust := picture.Trust(); trust != nil {
 			return c.checkCA(cs.PeerCertificates, trust.Bundle)
 		}
-		return c.checkPinned(cs.PeerCertificates)
+		peer, err := svid.VerifyPinned(cs.PeerCertificates, c.cfg.TrustDomain, c.cfg.RootHash, time.Now())
+		if err != nil {
+			return err
+		}
+		return svid.AdmitID(c.caID)(peer)
 	}
 	return cfg
-}
-
-// checkPinned verifies the CA's chain up to the root that it presents, which
-// must be the pinned one.
-func (c *Client) checkPinned(presented []*x509.Certificate) error {
-	if len(presented) < 2 || len(presented) > svid.MaxChainCerts {
-		return fmt.Errorf("the CA presents %d certificates, expected its chain up to the root", len(presented))
-	}
-	root := presented[len(presented)-1]
-	if err := c.checkRootHash(root); err != nil {
-		return err
-	}
-	// No bundle yet to say so: only a certificate that is an authority, and
-	// names this trust domain, may vouch for it.
-	if !root.IsCA || len(root.URIs) != 1 || root.URIs[0].String() != c.cfg.TrustDomain.IDString() {
-		return fmt.Errorf("the pinned root is not an authority of trust domain %s", c.cfg.TrustDomain.Name())
-	}
-	return c.checkCA(presented[:len(presented)-1], x509bundle.FromX509Authorities(c.cfg.TrustDomain, []*x509.Certificate{root}))
-}
-
-func (c *Client) checkRootHash(root *x509.Certificate) error {
-	want, err := hex.DecodeString(c.cfg.RootHash)
-	if err != nil || len(want) != sha256.Size {
-		return errors.New("root_hash is not set to the hash that `merlon token create` printed: it is what tells the right CA from any other")
-	}
-	got := sha256.Sum256(root.RawSubjectPublicKeyInfo)
-	if subtle.ConstantTimeCompare(got[:], want) != 1 {
-		return fmt.Errorf("the CA's root has the hash %x, not the configured root_hash %x: it is not the CA that printed the token", got, want)
-	}
-	return nil
 }
 
 func (c *Client) checkCA(chain []*x509.Certificate, bundle x509bundle.Source) error {

@@ -37,9 +37,11 @@ import (
 // Token is the join token that works, once.
 const Token = "the-token"
 
-// CA is safe for concurrent use.
+// CA is one replica of a CA; those made by Replica share everything that a
+// store would hold. It is safe for concurrent use.
 type CA struct {
 	capb.UnimplementedNodeServer
+	*shared
 
 	Root *forge.Authority
 	// Address and HTTPSAddress stay the same over Stop and Start.
@@ -52,6 +54,25 @@ type CA struct {
 	td    spiffeid.TrustDomain
 	inter *forge.Authority
 
+	// guarded by shared.mu
+	streams       map[chan *capb.SyncResponse]struct{}
+	signs, signed int
+	signErr       error
+	acks          []*capb.SyncAck
+	resumes       []uint64
+	seen          []*capb.Seen
+	holdSync      bool
+	refusal       error  // of Sync
+	cutOff        bool   // from the store; then
+	frozen        uint64 // is the revision that it knows
+	server        *grpc.Server
+	https         *http.Server
+	fetches       int
+	serving       sync.WaitGroup
+}
+
+// shared is what the replicas have in common.
+type shared struct {
 	mu sync.Mutex
 	// guarded by mu
 	svidTTL, agentTTL time.Duration
@@ -62,30 +83,39 @@ type CA struct {
 	revocations       []*capb.Revocation
 	policy            *capb.PolicyBundle
 	published         *bundle.Published
-	streams           map[chan *capb.SyncResponse]struct{}
 	tokenUsed         bool
-	attests, signs    int
-	signed            int
-	signErr           error
-	acks              []*capb.SyncAck
-	resumes           []uint64
-	holdSync          bool
-	server            *grpc.Server
-	https             *http.Server
-	serving           sync.WaitGroup
+	attests           int
+	loseAttest        bool
+	replicas          []*CA
 }
 
 // New starts a CA for a trust domain. It stops with the test.
 func New(tb testing.TB, td string) *CA {
 	tb.Helper()
 	root := forge.New(tb, td)
-	ca := &CA{
-		Root: root, inter: root.Intermediate(), tb: tb, td: root.TrustDomain,
+	return start(tb, root, &shared{
 		svidTTL: time.Hour, agentTTL: time.Hour, revision: 1, sequence: 1,
 		entries: map[string]*capb.Entry{}, removed: map[string]uint64{},
+	})
+}
+
+// Replica starts another replica, with an intermediate of its own. It stops
+// with the test.
+func (ca *CA) Replica() *CA {
+	ca.tb.Helper()
+	return start(ca.tb, ca.Root, ca.shared)
+}
+
+func start(tb testing.TB, root *forge.Authority, common *shared) *CA {
+	tb.Helper()
+	ca := &CA{
+		shared: common, Root: root, inter: root.Intermediate(), tb: tb, td: root.TrustDomain,
 		streams: map[chan *capb.SyncResponse]struct{}{},
 		Address: "127.0.0.1:0", HTTPSAddress: "127.0.0.1:0", OwnPath: "/ca",
 	}
+	common.mu.Lock()
+	common.replicas = append(common.replicas, ca)
+	common.mu.Unlock()
 	ca.Start()
 	tb.Cleanup(ca.Stop)
 	return ca
@@ -145,6 +175,7 @@ func (ca *CA) policyHandler() http.Handler {
 	return bundle.NewServer(bundle.Source{Load: func(context.Context, string) (*bundle.Published, <-chan struct{}, error) {
 		ca.mu.Lock()
 		defer ca.mu.Unlock()
+		ca.fetches++
 		if ca.published == nil {
 			return nil, nil, bundle.ErrNotFound
 		}
@@ -268,11 +299,17 @@ func (ca *CA) RaiseTrust() uint64 {
 	return ca.sequence
 }
 
-// push sends a change to all streams. ca.mu is held.
+// push sends a change to the streams of all replicas that would hear of it.
+// mu is held.
 func (ca *CA) push(m *capb.SyncResponse) {
 	m.Revision, m.Synced, m.SentAt = ca.revision, true, timestamppb.Now()
-	for ch := range ca.streams {
-		ch <- m
+	for _, replica := range ca.replicas {
+		if replica.cutOff {
+			continue
+		}
+		for ch := range replica.streams {
+			ch <- m
+		}
 	}
 }
 
@@ -293,6 +330,9 @@ func (ca *CA) Attest(_ context.Context, req *capb.AttestRequest) (*capb.AttestRe
 		return nil, status.Error(codes.PermissionDenied, "the join token is unknown or was used")
 	}
 	ca.tokenUsed = true
+	if ca.loseAttest {
+		return nil, status.Error(codes.Unavailable, "killed between consume and reply")
+	}
 	chain, err := ca.sign(req.GetCsr(), ca.td.IDString()+"/agent/n1", ca.agentTTL)
 	if err != nil {
 		return nil, err
@@ -321,6 +361,9 @@ func (ca *CA) Sync(stream capb.Node_SyncServer) error {
 	}
 	first, err := stream.Recv()
 	if err != nil {
+		return err
+	}
+	if err := ca.look(first.GetSeen()); err != nil {
 		return err
 	}
 	var receiving sync.WaitGroup
@@ -365,6 +408,14 @@ func (ca *CA) Sync(stream capb.Node_SyncServer) error {
 	}
 }
 
+// look notes what an agent has seen, and answers as it was told.
+func (ca *CA) look(seen *capb.Seen) error {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.seen = append(ca.seen, seen)
+	return ca.refusal
+}
+
 func (ca *CA) holding() bool {
 	ca.mu.Lock()
 	defer ca.mu.Unlock()
@@ -379,24 +430,40 @@ func (ca *CA) subscribe(resume uint64) (chan *capb.SyncResponse, []*capb.SyncRes
 	ca.resumes = append(ca.resumes, resume)
 	changes := make(chan *capb.SyncResponse, 1000)
 	ca.streams[changes] = struct{}{}
+	revision := ca.revision
+	if ca.cutOff {
+		revision = ca.frozen
+	}
+	return changes, ca.messages(resume, revision)
+}
+
+// messages says what changed between two revisions; everything from 0. mu is
+// held.
+func (ca *CA) messages(resume, revision uint64) []*capb.SyncResponse {
 	out := []*capb.SyncResponse{{
-		Reset_: resume == 0, TrustBundle: ca.trustBundle(), PolicyBundle: ca.policy, SentAt: timestamppb.Now(),
+		Reset_: resume == 0 || resume > revision, TrustBundle: ca.trustBundle(), PolicyBundle: ca.policy,
+		SentAt: timestamppb.Now(), Stale: ca.cutOff,
 	}}
+	if out[0].Reset_ {
+		resume = 0
+	}
 	for _, e := range ca.entries {
-		if e.Revision > resume {
-			out = append(out, &capb.SyncResponse{Entries: []*capb.Entry{e}})
+		if e.Revision > resume && e.Revision <= revision {
+			out = append(out, &capb.SyncResponse{Entries: []*capb.Entry{e}, Stale: ca.cutOff})
 		}
 	}
-	last := &capb.SyncResponse{Revision: ca.revision, Synced: true, SentAt: timestamppb.Now()}
-	if resume == 0 {
-		last.Revocations = ca.revocations
+	last := &capb.SyncResponse{Revision: revision, Synced: true, SentAt: timestamppb.Now(), Stale: ca.cutOff}
+	for _, r := range ca.revocations {
+		if r.BeforeRevision > resume && r.BeforeRevision <= revision {
+			last.Revocations = append(last.Revocations, r)
+		}
 	}
-	for id, revision := range ca.removed {
-		if resume > 0 && revision > resume {
+	for id, removed := range ca.removed {
+		if resume > 0 && removed > resume && removed <= revision {
 			last.RemovedEntryIds = append(last.RemovedEntryIds, id)
 		}
 	}
-	return changes, append(out, last)
+	return append(out, last)
 }
 
 // Sign implements capb.NodeServer.
