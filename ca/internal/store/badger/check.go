@@ -47,10 +47,14 @@ func inspect(db *bdg.DB, head headSlot, headErr error) (*inspection, error) {
 		f.empty()
 		return f, nil
 	}
-	if err := checkFormat(view); err != nil {
+	err := checkFormat(view)
+	if errors.Is(err, errNoFormat) && head.tip.revision > 0 {
+		f.empty()
+		return f, nil
+	}
+	if err != nil {
 		return nil, err
 	}
-	var err error
 	if f.compacted, err = readCompacted(view); err != nil {
 		f.reason, f.noData = err.Error(), true
 		return f, nil
@@ -72,17 +76,19 @@ func (f *inspection) empty() {
 	case f.headErr != nil:
 		f.reason = f.headErr.Error()
 	case f.head.tip.revision > 0:
-		f.reason = "everything is gone"
+		f.reason = "nothing of it is left"
 		f.first, f.last = 1, f.head.tip.revision
 	}
 	f.noData = true
 }
 
+var errNoFormat = errors.New("a Badger database, but not a Merlon store")
+
 func checkFormat(view *bdg.Txn) error {
 	found, err := readMeta(view, formatKey)
 	switch {
 	case errors.Is(err, bdg.ErrKeyNotFound):
-		return errors.New("a Badger database, but not a Merlon store")
+		return errNoFormat
 	case err != nil:
 		return fmt.Errorf("read format version: %w", err)
 	case string(found) == "1":
@@ -132,7 +138,8 @@ func (f *inspection) walkLog(view *bdg.Txn) {
 func (f *inspection) broken(revision uint64, err error) {
 	f.reason = err.Error()
 	f.highest = max(f.highest, revision)
-	f.first, f.last = f.tip.revision+1, f.highest
+	f.first = f.tip.revision + 1
+	f.last = max(f.first, f.highest)
 }
 
 // chainWalk is a walk over records in order.
@@ -169,9 +176,10 @@ func (w *chainWalk) step(revision uint64, b []byte) error {
 	return nil
 }
 
-// meet compares the head with the point that has been reached.
+// meet compares the head with the point that has been reached. A head at 0 says
+// nothing.
 func (w *chainWalk) meet() {
-	if w.at.revision == w.head.revision && w.at != w.head {
+	if w.head.revision != 0 && w.at.revision == w.head.revision && w.at != w.head {
 		w.differs = true
 	}
 }

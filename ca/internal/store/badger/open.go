@@ -152,7 +152,7 @@ func syncDir(dir string) error {
 // openWhole opens a store that was found whole, or one that is yet to be laid
 // out, and starts it.
 func openWhole(dir string, lock *dirLock, opts Options, found *inspection) (*Store, error) {
-	if err := dropEmptyLogs(dir); err != nil {
+	if err := dropUseless(dir); err != nil {
 		return nil, err
 	}
 	db, err := openDB(badgerOptions(dir, opts.Logger))

@@ -38,7 +38,10 @@ func withScratch(dir string, opts bdg.Options, look func(db *bdg.DB) error) (err
 	if err := copyStore(dir, scratch); err != nil {
 		return fmt.Errorf("copy to inspect: %w", err)
 	}
-	if err := checkTables(scratch, opts); err != nil {
+	if err := dropUseless(scratch); err != nil {
+		return err
+	}
+	if err := errors.Join(checkTables(scratch, opts), checkLogs(scratch)); err != nil {
 		return &openError{err}
 	}
 	opts.Dir, opts.ValueDir = scratch, scratch
@@ -46,9 +49,6 @@ func withScratch(dir string, opts bdg.Options, look func(db *bdg.DB) error) (err
 	// and a link would be emptied with it.
 	opts.NumCompactors = 0
 	opts.SyncWrites = false
-	if err := dropEmptyLogs(scratch); err != nil {
-		return err
-	}
 	db, err := openDB(opts)
 	if err != nil {
 		return &openError{err}
@@ -87,7 +87,7 @@ func copyStore(from, to string) error {
 	}
 	for _, file := range files {
 		name := file.Name()
-		if !file.Type().IsRegular() || name == lockName || name == headName {
+		if !file.Type().IsRegular() || name == lockName || name == headName || holdsNothing(name) {
 			continue
 		}
 		target := filepath.Join(to, name)
@@ -106,7 +106,7 @@ func copyStore(from, to string) error {
 func roomToCopy(dir string, files []os.DirEntry) error {
 	var need int64
 	for _, file := range files {
-		if strings.HasSuffix(file.Name(), tableExt) {
+		if strings.HasSuffix(file.Name(), tableExt) || holdsNothing(file.Name()) {
 			continue
 		}
 		if info, err := file.Info(); err == nil && info.Mode().IsRegular() {
@@ -167,21 +167,34 @@ func copySparse(from, to string) error {
 	}
 }
 
-// dropEmptyLogs removes logs of no bytes: Badger empties a log before it
-// deletes it, and does not open again if it was killed in between.
-func dropEmptyLogs(dir string) error {
-	logs, err := filepath.Glob(filepath.Join(dir, "*"+memExt))
+// dropUseless removes what holds nothing of ours and may keep Badger from
+// opening: logs of no bytes (Badger empties a log before it deletes it, and may
+// have been killed in between), the value log, which stays empty, statistics
+// over it, and the registry of encryption keys that we do not use.
+func dropUseless(dir string) error {
+	files, err := os.ReadDir(dir)
 	if err != nil {
 		return err
 	}
-	for _, path := range logs {
-		info, err := os.Stat(path)
-		if err == nil && info.Size() == 0 {
-			err = os.Remove(path)
+	for _, file := range files {
+		useless := holdsNothing(file.Name())
+		if strings.HasSuffix(file.Name(), memExt) {
+			info, err := file.Info()
+			if err != nil {
+				return err
+			}
+			useless = info.Size() == 0
 		}
-		if err != nil {
+		if !useless {
+			continue
+		}
+		if err := os.Remove(filepath.Join(dir, file.Name())); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+func holdsNothing(name string) bool {
+	return name == bdg.KeyRegistryFileName || name == "DISCARD" || strings.HasSuffix(name, ".vlog")
 }
