@@ -27,11 +27,14 @@ var buildEtcd = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
+	bin := filepath.Join(dir, "etcdmember")
+	if exists(bin) {
+		return bin, nil
+	}
 	root, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "merlon.dev").Output()
 	if err != nil {
 		return "", fmt.Errorf("find the module: %w", err)
 	}
-	bin := filepath.Join(dir, "etcdmember")
 	cmd := exec.Command("go", "build", "-C", filepath.Join(strings.TrimSpace(string(root)), "integration", "etcdmember"), "-o", bin, ".")
 	cmd.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=")
 	if out, err := cmd.CombinedOutput(); err != nil {

@@ -23,8 +23,14 @@ import (
 // built is where the binaries are, nil before binDir.
 var built atomic.Pointer[string]
 
+// binDirEnv names the folder of a test process to one that it starts.
+const binDirEnv = "MERLON_TEST_BINS"
+
 // binDir makes the folder for what is built, once for the whole test process.
 var binDir = sync.OnceValues(func() (string, error) {
+	if dir := os.Getenv(binDirEnv); dir != "" {
+		return dir, nil
+	}
 	dir, err := os.MkdirTemp("", "merlon-bin")
 	if err == nil {
 		built.Store(&dir)
@@ -38,12 +44,20 @@ var build = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
+	if exists(filepath.Join(dir, "merlon-ca")) {
+		return dir, nil
+	}
 	cmd := exec.Command("go", "build", "-o", dir+"/", "merlon.dev/ca/cmd/...", "merlon.dev/agent/cmd/...")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the binaries: %w\n%s", err, out)
 	}
 	return dir, nil
 })
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
 
 // Bin returns the path of a binary: merlon, merlon-ca or merlon-agent.
 func Bin(tb testing.TB, name string) string {
@@ -78,16 +92,24 @@ type Process struct {
 	Name string
 	Args []string
 	Env  []string
-	tb   testing.TB
-	cmd  *exec.Cmd
-	log  Buffer
-	out  Buffer
+	// Space is the machine that it runs on; nil: the test's own.
+	Space *Namespace
+	tb    testing.TB
+	cmd   *exec.Cmd
+	log   Buffer
+	out   Buffer
 }
 
 // Start runs the binary; the process ends with the test.
 func Start(tb testing.TB, name string, env []string, args ...string) *Process {
 	tb.Helper()
-	p := &Process{Name: name, Args: args, Env: env, tb: tb}
+	return StartOn(tb, nil, name, env, args...)
+}
+
+// StartOn is Start on another machine.
+func StartOn(tb testing.TB, space *Namespace, name string, env []string, args ...string) *Process {
+	tb.Helper()
+	p := &Process{Name: name, Args: args, Env: env, Space: space, tb: tb}
 	p.start()
 	tb.Cleanup(func() {
 		p.Stop()
@@ -100,7 +122,7 @@ func Start(tb testing.TB, name string, env []string, args ...string) *Process {
 
 func (p *Process) start() {
 	p.tb.Helper()
-	p.cmd = exec.Command(Bin(p.tb, p.Name), p.Args...)
+	p.cmd = p.Space.command(Bin(p.tb, p.Name), p.Args...)
 	p.cmd.Env = append(os.Environ(), p.Env...)
 	p.cmd.Stderr, p.cmd.Stdout = &p.log, &p.out
 	if err := p.cmd.Start(); err != nil {

@@ -11,7 +11,6 @@ import (
 	"sync"
 	"time"
 
-	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"merlon.dev/ca/internal/store"
@@ -181,4 +180,4 @@ func (l *leadership) vacate(ctx context.Context) error {
 }
 
 // errLeaseGone is etcd's answer to a write under a lease that it does not know.
-var errLeaseGone = rpctypes.ErrLeaseNotFound
+var errLeaseGone = errors.New("the lease has run out")

@@ -24,7 +24,7 @@ const (
 // Config says where etcd is.
 type Config struct {
 	// Endpoints are the members' client URLs, https://host:2379 or, on
-	// loopback, http://.
+	// loopback, http://. The first is asked as long as it works.
 	Endpoints []string
 	// CAFile, CertFile and KeyFile are PEM files of mutual TLS; they are needed
 	// unless all endpoints are http:// on loopback. They are read again for

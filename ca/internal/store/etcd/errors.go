@@ -28,47 +28,48 @@ func faultOf(err error) fault {
 	if etcd, ok := errors.AsType[rpctypes.EtcdError](rpctypes.Error(err)); ok {
 		code = etcd.Code()
 	}
-	switch rpctypes.Error(err) {
-	case rpctypes.ErrNoLeader, rpctypes.ErrTooManyRequests:
+	switch {
+	case isAny(err, rpctypes.ErrNoLeader, rpctypes.ErrTooManyRequests, errNotConnected):
 		return notCarried
-	case rpctypes.ErrNoSpace, rpctypes.ErrRequestTooLarge, rpctypes.ErrTooManyOps:
+	case isAny(err, rpctypes.ErrNoSpace, rpctypes.ErrRequestTooLarge, rpctypes.ErrTooManyOps):
 		return permanent
-	}
-	switch code {
-	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled:
-		return unknown
-	}
-	if errors.Is(err, errNotConnected) {
-		return notCarried
-	}
-	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+	case code == codes.Unavailable, code == codes.DeadlineExceeded, code == codes.Canceled,
+		isAny(err, context.DeadlineExceeded, context.Canceled):
 		return unknown
 	}
 	return permanent
 }
 
+// isAny also knows etcd's errors as gRPC brings them.
+func isAny(err error, targets ...error) bool {
+	etcd := rpctypes.Error(err)
+	for _, target := range targets {
+		if errors.Is(err, target) || errors.Is(etcd, target) {
+			return true
+		}
+	}
+	return false
+}
+
 // explain makes an error of the store out of one of etcd's; ctx is the
 // caller's.
 func explain(ctx context.Context, what string, err error) error {
-	switch rpctypes.Error(err) {
-	case rpctypes.ErrCompacted, rpctypes.ErrFutureRev:
+	switch {
+	case isAny(err, rpctypes.ErrCompacted, rpctypes.ErrFutureRev):
 		return fmt.Errorf("%s: %w", what, store.ErrCompacted)
-	case rpctypes.ErrNoSpace:
+	case isAny(err, rpctypes.ErrNoSpace):
 		return fmt.Errorf("%s: %w: etcd has used up its quota; compact and defragment it or raise quota-backend-bytes, then: etcdctl alarm disarm", what, store.ErrReadOnly)
-	case rpctypes.ErrCorrupt:
+	case isAny(err, rpctypes.ErrCorrupt):
 		return fmt.Errorf("%s: etcd says that a member's data is corrupt; replace that member (etcdctl alarm list): %v", what, err)
-	case rpctypes.ErrRequestTooLarge, rpctypes.ErrTooManyOps:
+	case isAny(err, rpctypes.ErrRequestTooLarge, rpctypes.ErrTooManyOps):
 		return fmt.Errorf("%s: %w: etcd must allow max-request-bytes 1572864 and max-txn-ops 128, its defaults: %v", what, store.ErrTooLarge, err)
-	case rpctypes.ErrPermissionDenied, rpctypes.ErrUserEmpty, rpctypes.ErrInvalidAuthToken:
+	case isAny(err, rpctypes.ErrPermissionDenied, rpctypes.ErrUserEmpty, rpctypes.ErrInvalidAuthToken):
 		return fmt.Errorf("%s: etcd does not let this client certificate in; grant its common name a role over the prefix: %v", what, err)
-	}
-	if errors.Is(err, rpctypes.ErrLeaseNotFound) {
-		return fmt.Errorf("%s: %w", what, err)
-	}
-	if ctx.Err() != nil {
+	case isAny(err, rpctypes.ErrLeaseNotFound):
+		return fmt.Errorf("%s: %w", what, errLeaseGone)
+	case ctx.Err() != nil:
 		return fmt.Errorf("%s: %w", what, ctx.Err())
-	}
-	if faultOf(err) != permanent {
+	case faultOf(err) != permanent:
 		return fmt.Errorf("%s: %w: %v", what, store.ErrUnavailable, err)
 	}
 	return fmt.Errorf("%s: %v", what, err)

@@ -4,8 +4,8 @@ package etcd_test
 
 import (
 	"context"
+	"flag"
 	"fmt"
-	"os"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -19,15 +19,17 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	code := m.Run()
-	stage.RemoveBins()
-	if code == 0 {
-		if err := goleak.Find(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = 1
-		}
-	}
-	os.Exit(code)
+	flag.Parse()
+	flag.Set("rapid.checks", "25") // each step goes to disk and back
+	goleak.VerifyTestMain(tidy{m})
+}
+
+// tidy removes what was built for the tests.
+type tidy struct{ m *testing.M }
+
+func (t tidy) Run() int {
+	defer stage.RemoveBins()
+	return t.m.Run()
 }
 
 func TestConformance(t *testing.T) {

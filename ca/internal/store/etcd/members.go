@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -58,7 +57,7 @@ type member struct {
 }
 
 func newMembers(cfg Config, key string) (*members, error) {
-	p := &members{log: cfg.Logger, key: key, current: rand.IntN(len(cfg.Endpoints))} //nolint:gosec // spreads load
+	p := &members{log: cfg.Logger, key: key}
 	var files *fileCredentials
 	for _, url := range cfg.Endpoints {
 		u, err := checkEndpoint(url)
