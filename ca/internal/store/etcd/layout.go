@@ -1,8 +1,8 @@
 package etcd
 
 // The layout of the store in etcd: k/KEY are the store's keys, m/… is about
-// the store itself. m/layout is written once; it says which format the store
-// has, and from where its revisions count.
+// the store itself. m/layout is written once, and again for a new epoch; it
+// says which format the store has, and from where its revisions count.
 
 import (
 	"context"
@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"merlon.dev/ca/internal/store"
@@ -40,9 +41,17 @@ type layoutRecord struct {
 	Format int `json:"format"`
 	// Base is what the store's revisions have above etcd's.
 	Base uint64 `json:"base"`
+	// Past are the bases of earlier epochs, oldest first.
+	Past []pastBase `json:"past,omitempty"`
 	// Imported says that the store was filled by Import, so that it has keys
 	// with revisions from before, and no history of them.
 	Imported bool `json:"imported,omitempty"`
+}
+
+// pastBase was the base up to and including etcd's revision Until.
+type pastBase struct {
+	Base  uint64 `json:"base"`
+	Until int64  `json:"until"`
 }
 
 // layout is where revisions count from.
@@ -54,14 +63,37 @@ type layout struct {
 }
 
 // revision returns the store's revision at one of etcd's.
-func (l layout) revision(etcd int64) uint64 { return uint64(etcd) + l.Base }
+func (l layout) revision(etcd int64) uint64 {
+	for _, p := range l.Past {
+		if etcd <= p.Until {
+			return uint64(etcd) + p.Base
+		}
+	}
+	return uint64(etcd) + l.Base
+}
 
 // native returns etcd's revision; 0 where there is none.
 func (l layout) native(revision uint64) int64 {
-	if revision < l.first || revision-l.Base > math.MaxInt64 {
+	if revision < l.first {
 		return 0
 	}
-	return int64(revision - l.Base)
+	var after int64 // etcd's last revision of the epoch before
+	for _, p := range l.Past {
+		if revision <= uint64(p.Until)+p.Base {
+			return nativeIn(revision, p.Base, after)
+		}
+		after = p.Until
+	}
+	return nativeIn(revision, l.Base, after)
+}
+
+// nativeIn returns etcd's revision under a base; 0 where that is not above
+// after.
+func nativeIn(revision, base uint64, after int64) int64 {
+	if revision <= uint64(after)+base || revision-base > math.MaxInt64 {
+		return 0
+	}
+	return int64(revision - base)
 }
 
 // openLayout reads the layout, and writes it into an empty prefix.
@@ -121,19 +153,23 @@ func (s *Store) readLayout(ctx context.Context) (l layout, found bool, err error
 	if len(laid.Kvs) == 0 {
 		return layout{}, false, nil
 	}
-	kv := laid.Kvs[0]
+	l, err = s.decodeLayout(laid.Kvs[0])
+	return l, err == nil, err
+}
+
+func (s *Store) decodeLayout(kv *mvccpb.KeyValue) (l layout, err error) {
 	value, _, err := decodeRecord(string(kv.Key), kv.Value)
 	if err != nil {
-		return layout{}, false, err
+		return layout{}, err
 	}
 	if err := json.Unmarshal(value, &l.layoutRecord); err != nil {
-		return layout{}, false, fmt.Errorf("read %s: %v", kv.Key, err)
+		return layout{}, fmt.Errorf("read %s: %v", kv.Key, err)
 	}
 	if l.Format != format {
-		return layout{}, false, fmt.Errorf("the store under %s has format %d, this version reads format %d", s.keys.prefix, l.Format, format)
+		return layout{}, fmt.Errorf("the store under %s has format %d, this version reads format %d", s.keys.prefix, l.Format, format)
 	}
 	l.first = l.revision(kv.CreateRevision)
-	return l, true, nil
+	return l, nil
 }
 
 func rangeOf(op *pb.ResponseOp) *pb.RangeResponse { return op.GetResponseRange() }

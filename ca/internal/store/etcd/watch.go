@@ -53,6 +53,9 @@ func (s *Store) resumable(ctx context.Context, prefix string, after uint64) (int
 		after = s.layout.first // nothing is below
 	}
 	cursor := s.layout.native(after)
+	if cursor == 0 {
+		return 0, fmt.Errorf("%s: it was lost when the store was put back: %w", what, store.ErrCompacted)
+	}
 	err := s.read(ctx, what, func(ctx context.Context, c *clientv3.Client) error {
 		_, err := c.Get(ctx, s.keys.layout(), clientv3.WithCountOnly(), clientv3.WithRev(cursor))
 		return err

@@ -1,0 +1,100 @@
+package etcd
+
+// A store that was put back to an earlier state goes on in the next epoch: from
+// one of etcd's revisions on, another base is added.
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"merlon.dev/ca/internal/store"
+)
+
+// Exists says whether there is a store that can be opened, or one of a kind
+// that cannot; what an import left is none.
+func Exists(ctx context.Context, cfg Config) (there bool, err error) {
+	s, err := connect(cfg)
+	if err != nil {
+		return false, err
+	}
+	defer s.disconnect()
+	err = s.read(ctx, "look for a store", func(ctx context.Context, c *clientv3.Client) error {
+		res, err := c.Txn(ctx).Then(clientv3.OpGet(s.keys.layout()), clientv3.OpGet(s.keys.importing())).Commit()
+		if err == nil {
+			there = len(rangeOf(res.Responses[0]).Kvs) > 0 && len(rangeOf(res.Responses[1]).Kvs) == 0
+		}
+		return err
+	})
+	return there, err
+}
+
+// NextEpoch makes the store, which nobody may use and which must be at
+// revision, go on in the next epoch; every ModRevision stays. A store that is
+// in a later epoch than revision already is left alone.
+func NextEpoch(ctx context.Context, cfg Config, revision uint64) error {
+	s, err := connect(cfg)
+	if err != nil {
+		return err
+	}
+	defer s.disconnect()
+	if err := s.nextEpoch(ctx, revision); err != nil {
+		return fmt.Errorf("accept revision %d of the store in etcd: %w", revision, err)
+	}
+	return nil
+}
+
+func (s *Store) nextEpoch(ctx context.Context, revision uint64) error {
+	var res *clientv3.GetResponse
+	err := s.read(ctx, "read the layout", func(ctx context.Context, c *clientv3.Client) (err error) {
+		res, err = c.Get(ctx, s.keys.layout())
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if len(res.Kvs) == 0 {
+		return fmt.Errorf("there is no store under %s", s.keys.prefix)
+	}
+	before, now := res.Kvs[0], res.Header.Revision
+	l, err := s.decodeLayout(before)
+	if err != nil {
+		return err
+	}
+	at := l.revision(now)
+	switch {
+	case store.Epoch(at) > store.Epoch(revision):
+		return nil
+	case at != revision:
+		return fmt.Errorf("it is at revision %d; nothing was changed", at)
+	}
+	next := l.layoutRecord
+	next.Past = append(slices.Clone(l.Past), pastBase{Base: l.Base, Until: now})
+	next.Base = store.NextEpoch(at) - uint64(now)
+	value, err := json.Marshal(next)
+	if err != nil {
+		return err
+	}
+	return s.writeEpoch(ctx, before.ModRevision, now, value)
+}
+
+// writeEpoch replaces the layout, if nobody has written since etcd's revision
+// now, and nobody leads.
+func (s *Store) writeEpoch(ctx context.Context, before, now int64, value []byte) error {
+	key, lead := s.keys.layout(), s.keys.data(store.LeaderPrefix)
+	res, err := s.commit(ctx, []clientv3.Cmp{
+		compare(key, before),
+		clientv3.Compare(clientv3.ModRevision(s.keys.prefix), "<", now+1).WithPrefix(),
+		clientv3.Compare(clientv3.CreateRevision(lead), "=", 0).WithPrefix(),
+	}, []clientv3.Op{clientv3.OpPut(key, encodeRecord(key, 0, value))}, nil)
+	if err != nil {
+		return err
+	}
+	if !res.Succeeded {
+		return fmt.Errorf("a CA replica uses it: stop merlon-ca on every machine, and wait for half a minute where it was killed")
+	}
+	return nil
+}
