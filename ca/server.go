@@ -142,6 +142,9 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	if p.audit, err = audit.Open(filepath.Join(s.cfg.DataDir, "audit.jsonl"), s.log); err != nil {
 		return nil, err
 	}
+	if err := p.settleEpoch(ctx, s.cfg); err != nil {
+		return nil, err
+	}
 	p.keys, err = upstream.Open(ctx, upstream.Config{TrustDomain: s.td, Dir: filepath.Join(s.cfg.DataDir, "keys"), Development: s.cfg.Development})
 	if err != nil {
 		return nil, err

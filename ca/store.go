@@ -21,6 +21,11 @@ const (
 // openStore avoids an interface that holds a nil *badger.Store.
 func openStore(ctx context.Context, cfg Config) (store.Store, error) {
 	if cfg.Store == storeEtcd {
+		if cfg.AcceptOlderStore != 0 {
+			if err := etcd.NextEpoch(ctx, cfg.etcd(), cfg.AcceptOlderStore); err != nil {
+				return nil, err
+			}
+		}
 		return etcd.Open(ctx, cfg.etcd())
 	}
 	st, err := badger.Open(cfg.storeDir(), badger.Options{Logger: cfg.Logger, AcceptOlder: cfg.AcceptOlderStore})

@@ -49,8 +49,10 @@ type Options struct {
 	// DefaultRecentRevisions.
 	RecentRevisions int
 	// AcceptOlder is the last good revision of a store that is known to be
-	// damaged (DamagedError): Open goes on from there, in the next epoch, and
-	// gives up what is missing. It does nothing to a store that is whole.
+	// damaged (DamagedError), or the revision of one that is whole and known to
+	// be older than what others have seen of it: Open goes on from there, in
+	// the next epoch, and gives up what is missing. Any other revision does
+	// nothing to a store that is whole.
 	AcceptOlder uint64
 	// Logger takes what Badger reports, at debug and warn. Nil discards it.
 	Logger *slog.Logger

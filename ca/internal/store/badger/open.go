@@ -60,6 +60,12 @@ func openLocked(dir string, lock *dirLock, opts Options) (*Store, error) {
 		}
 		found, err = examine(dir, opts)
 	}
+	if err == nil && opts.AcceptOlder != 0 && opts.AcceptOlder == found.tip.revision {
+		if err := goOn(dir, opts); err != nil {
+			return nil, fmt.Errorf("accept revision %d: %w", opts.AcceptOlder, err)
+		}
+		found, err = examine(dir, opts)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -219,9 +225,17 @@ func (s *Store) create() error {
 	return txn.CommitAt(1, nil)
 }
 
-// acceptOlder replaces a damaged store by what of it is whole. It goes on in an
-// epoch above all that the lost revisions can have given out.
+// acceptOlder replaces a damaged store by what of it is whole.
 func acceptOlder(dir string, opts Options, damaged *DamagedError) error {
+	opts.Logger.LogAttrs(context.Background(), slog.LevelError, "damaged store goes on without what is missing, as it was told to",
+		slog.Uint64("last_good_revision", damaged.LastGood), slog.Uint64("first_missing", damaged.First),
+		slog.Uint64("last_missing", damaged.Last), slog.String("reason", damaged.Reason))
+	return goOn(dir, opts)
+}
+
+// goOn replaces a store by what of it is whole, in an epoch above all that the
+// revisions that are missing can have given out. What was there is kept aside.
+func goOn(dir string, opts Options) error {
 	head, headErr := readHead(dir)
 	_, err := examineCopy(dir, badgerOptions(dir, opts.Logger), head, headErr, func(db *bdg.DB, f *inspection) error {
 		return stage(dir, opts, store.NextEpoch(f.highest), snapshot(db, f.tip.revision))
@@ -229,8 +243,5 @@ func acceptOlder(dir string, opts Options, damaged *DamagedError) error {
 	if _, ok := errors.AsType[*DamagedError](err); err != nil && !ok {
 		return err
 	}
-	opts.Logger.LogAttrs(context.Background(), slog.LevelError, "damaged store goes on without what is missing, as it was told to",
-		slog.Uint64("last_good_revision", damaged.LastGood), slog.Uint64("first_missing", damaged.First),
-		slog.Uint64("last_missing", damaged.Last), slog.String("reason", damaged.Reason))
 	return install(dir)
 }

@@ -1,0 +1,81 @@
+// Going on with a store that is known to be older than what others have seen
+// of it: -accept-older-store. It is only on the command line, so that it does
+// not outlive the one start that it is for.
+
+package ca
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/store"
+)
+
+// settleEpoch says whether the store has been accepted, where it was to be, and
+// remembers its epoch.
+func (p *parts) settleEpoch(ctx context.Context, cfg Config) error {
+	revision, err := p.store.Revision(ctx)
+	if err != nil {
+		return fmt.Errorf("read the store's revision: %w", err)
+	}
+	if accepted := cfg.AcceptOlderStore; accepted != 0 {
+		if store.Epoch(revision) <= store.Epoch(accepted) {
+			return fmt.Errorf("-accept-older-store=%d: the store is whole, at revision %d; nothing was changed. If it is older than it should be: -accept-older-store=%d", accepted, revision, revision)
+		}
+		p.log.LogAttrs(ctx, slog.LevelWarn, "older store accepted, what was written since is lost: start without -accept-older-store from now on",
+			slog.Uint64("accepted_revision", accepted), slog.Uint64("revision", revision))
+		if err := p.audit.Append(ctx, audit.Record{
+			Time: time.Now(), Type: audit.Admin, Actor: "ca",
+			Detail: fmt.Sprintf("accept the store of revision %d without what was written since, to go on above revision %d", accepted, store.Epoch(revision)<<32),
+		}); err != nil {
+			return err
+		}
+	}
+	return rememberEpoch(cfg, revision)
+}
+
+// epochFile remembers, outside of the store, the highest epoch that this
+// data_dir has seen: to restore one backup twice takes two epochs.
+const epochFile = "epoch"
+
+// lastEpoch is a revision of that epoch; 0 where there is none.
+func lastEpoch(cfg Config) (uint64, error) {
+	path := filepath.Join(cfg.DataDir, epochFile)
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("read the last epoch: %w", err)
+	}
+	revision, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("read the last epoch: %s: %w", path, err)
+	}
+	return revision, nil
+}
+
+// rememberEpoch notes that the store is at revision, where its epoch is a new
+// one.
+func rememberEpoch(cfg Config, revision uint64) error {
+	last, err := lastEpoch(cfg)
+	if err != nil || store.Epoch(revision) <= store.Epoch(last) {
+		return err
+	}
+	path := filepath.Join(cfg.DataDir, epochFile)
+	if err := os.WriteFile(path+".new", fmt.Appendf(nil, "%d\n", revision), 0o600); err != nil {
+		return fmt.Errorf("remember the epoch: %w", err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		return fmt.Errorf("remember the epoch: %w", err)
+	}
+	return nil
+}
