@@ -63,9 +63,10 @@ type Client struct {
 	sawMore  chan struct{}
 	links    *links
 	standing *standing
-	// lookAgain is about how often an agent of a stale replica looks for
-	// another that is not.
-	lookAgain time.Duration
+	// firstWord is how long a replica may take to say something, where there
+	// are others; lookAgain is about how often an agent of a stale replica looks
+	// for another that is not.
+	firstWord, lookAgain time.Duration
 
 	saving sync.Mutex
 	saved  uint64 // sequence number of the trust bundle on disk, guarded by saving
@@ -106,7 +107,7 @@ func New(cfg Config) (*Client, error) {
 		cfg.PolicySeen = cfg.PolicyGeneration
 	}
 	c := &Client{
-		cfg: cfg, caID: caID, lookAgain: lookForFresh, links: newLinks(),
+		cfg: cfg, caID: caID, firstWord: firstWord, lookAgain: lookForFresh, links: newLinks(),
 		gotOwn: make(chan struct{}, 1), ackAgain: make(chan struct{}, 1), sawMore: make(chan struct{}, 1),
 	}
 	if c.trust, err = c.loadTrust(); err != nil {
@@ -221,19 +222,21 @@ func (c *Client) Run(ctx context.Context, picture *cache.Cache) error {
 		if ctx.Err() != nil {
 			break
 		}
-		address, failures := t.address(), t.failures
+		address := t.address()
 		wait := t.next(joined, err)
+		failures := max(t.failures-1, 0) // before this one
 		if !onGoodTerms(err) {
 			c.standing.parted(ctx, address, err, failures, wait)
 		}
 		if wait == 0 {
 			continue
 		}
-		c.links.rest()
+		if failures > 0 {
+			c.links.rest() // it takes longer: calls need not wait for it
+		}
 		if pause(ctx, wait) != nil {
 			break
 		}
-		c.links.seek()
 	}
 	return nil
 }

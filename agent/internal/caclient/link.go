@@ -38,6 +38,8 @@ const (
 	// noticeTimeout is how long a call whose connection has failed waits for
 	// Run to see the same.
 	noticeTimeout = 500 * time.Millisecond
+	// maxTries is how often one call is made.
+	maxTries = 4
 )
 
 // probes ask the CA's machine, below gRPC: a path that swallows packets is
@@ -56,7 +58,7 @@ type links struct {
 	mu sync.Mutex
 	// guarded by mu
 	now     *link         // nil: not connected
-	seeking bool          // the next one is being looked for without a pause
+	seeking bool          // the next one is being looked for, and near
 	changed chan struct{} // closed when any of this changes
 
 	retiring sync.WaitGroup
@@ -88,13 +90,6 @@ func (s *links) rest() {
 	defer s.mu.Unlock()
 	s.seeking = false
 	s.wake()
-}
-
-// seek says that a connection is being looked for again.
-func (s *links) seek() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.seeking = s.now == nil
 }
 
 func (s *links) wake() {
@@ -152,19 +147,19 @@ func (s *links) gone(ctx context.Context, failed *link) bool {
 	}
 }
 
-// call runs f on the current connection, and once more on the next one if that
+// call runs f on the current connection, and again on the next one if that
 // connection dies: everything that an agent calls may be done twice.
 func (s *links) call(ctx context.Context, f func(context.Context, capb.NodeClient) error) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	for again := true; ; again = false {
+	for tries := 1; ; tries++ {
 		l := s.take(ctx)
 		if l == nil {
 			return status.Error(codes.Unavailable, "the agent is not connected to the CA")
 		}
 		err := f(ctx, capb.NewNodeClient(l.cc))
 		l.calls.Done()
-		if status.Code(err) != codes.Unavailable || !again || !s.gone(ctx, l) {
+		if status.Code(err) != codes.Unavailable || tries == maxTries || !s.gone(ctx, l) {
 			return err
 		}
 	}

@@ -5,6 +5,7 @@ package caclient
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"time"
@@ -32,7 +33,7 @@ const (
 
 var (
 	errSilent = fmt.Errorf("the CA has said nothing for %v", silence)
-	errNoWord = fmt.Errorf("the CA has said nothing for %v, and there are others", firstWord)
+	errNoWord = errors.New("the CA does not say anything, and there are others")
 )
 
 // stream is one Sync stream and what came on it.
@@ -97,7 +98,7 @@ func (s *stream) watch(cancel context.CancelCauseFunc) (stop func()) {
 	if len(s.cfg.Addresses) == 1 {
 		return func() {}
 	}
-	word := time.AfterFunc(firstWord, func() { cancel(errNoWord) })
+	word := time.AfterFunc(s.firstWord, func() { cancel(errNoWord) })
 	if s.patient {
 		s.look = time.AfterFunc(jittered(s.lookAgain), func() { cancel(errLook) })
 	}

@@ -65,8 +65,8 @@ func (t *tour) next(joined bool, err error) time.Duration {
 		if t.fallback < 0 {
 			t.fallback = t.at
 		}
-		if errors.Is(err, errLook) {
-			t.tried = 0
+		if joined {
+			t.tried = 0 // all others are to be tried anew
 		}
 	case errors.Is(err, errEvidence):
 		// What one replica says of the node's evidence all of them say.

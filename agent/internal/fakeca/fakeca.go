@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -136,7 +137,9 @@ func (ca *CA) Start() {
 		AnonymousPeers: true, IncludeRoot: true,
 	}
 	lis := ca.listen(&ca.Address)
-	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(creds.Server())))
+	s := grpc.NewServer(grpc.Creds(credentials.NewTLS(creds.Server())),
+		// That of a CA.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}))
 	capb.RegisterNodeServer(s, ca)
 	creds.AnonymousPeers, creds.NextProtos = false, []string{"h2", "http/1.1"}
 	httpsLis := ca.listen(&ca.HTTPSAddress)

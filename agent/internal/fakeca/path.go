@@ -3,6 +3,7 @@
 package fakeca
 
 import (
+	"errors"
 	"io"
 	"net"
 	"sync"
@@ -99,7 +100,7 @@ func (p *Path) carry(from, to net.Conn) {
 			}
 		}
 		if err != nil {
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				to.Close()
 			}
 			from.Close()

@@ -90,3 +90,18 @@ func (ca *CA) Revision() uint64 {
 	defer ca.mu.Unlock()
 	return ca.revision
 }
+
+// SetSequence sets that of the trust bundle, as a replica that is behind has
+// it.
+func (ca *CA) SetSequence(sequence uint64) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.sequence = sequence
+}
+
+// RenewToken makes Token work once more.
+func (ca *CA) RenewToken() {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.tokenUsed = false
+}
