@@ -1,0 +1,83 @@
+// Moving a store from one kind to the other. Nothing is lost on the way: keys,
+// values and revisions stay, so that no agent notices.
+
+package ca
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/store/snapshot"
+)
+
+// Migrated says what was moved, or would be.
+type Migrated struct {
+	From, To string
+	Keys     uint64
+	Revision uint64
+	// Done is false where only the plan was asked for.
+	Done bool
+}
+
+// MigrateStore copies the store of from, which nobody may use, into the empty
+// one of to, and compares the two. from is left as it is. With plan it only
+// looks whether it could.
+func MigrateStore(ctx context.Context, from, to Config, plan bool) (Migrated, error) {
+	m := Migrated{From: from.place(), To: to.place()}
+	if m.From == m.To {
+		return m, &StoreError{fmt.Errorf("both configurations name %s", m.From), "name the one that is in use with --from, and the one that is to be with --to"}
+	}
+	if err := checkEmpty(ctx, to); err != nil {
+		return m, err
+	}
+	source, err := openIdle(ctx, from)
+	if err != nil {
+		return m, err
+	}
+	err = m.run(ctx, source, to, plan)
+	return m, errors.Join(err, source.Close())
+}
+
+func (m *Migrated) run(ctx context.Context, source store.Store, to Config, plan bool) error {
+	pages := snapshot.NewPages(source)
+	for _, err := range sameTrustDomain(to, pages.All(ctx)) {
+		if err != nil {
+			return fmt.Errorf("read %s: %w", m.From, err)
+		}
+		m.Keys++
+	}
+	m.Revision = pages.Revision()
+	if plan {
+		return nil
+	}
+	if err := importStore(ctx, to, m.Revision, snapshot.NewPages(source).All(ctx)); err != nil {
+		return fmt.Errorf("copy %s: %w", m.From, err)
+	}
+	target, err := openStore(ctx, to)
+	if err != nil {
+		return fmt.Errorf("look at the copy: %w", err)
+	}
+	if err := errors.Join(m.compare(ctx, source, target), target.Close()); err != nil {
+		return &StoreError{fmt.Errorf("the copy is not the store: %w", err), "remove the copy, " + m.To + ", and migrate again"}
+	}
+	m.Done = true
+	return nil
+}
+
+// compare reads both stores.
+func (m *Migrated) compare(ctx context.Context, source, target store.Store) error {
+	from, copied := snapshot.NewPages(source), snapshot.NewPages(target)
+	keys, err := snapshot.Compare(from.All(ctx), copied.All(ctx))
+	if err != nil {
+		return err
+	}
+	if keys != m.Keys || from.Revision() != m.Revision {
+		return fmt.Errorf("%s was written meanwhile: it went from revision %d to %d", m.From, m.Revision, from.Revision())
+	}
+	if copied.Revision() < m.Revision {
+		return fmt.Errorf("the copy is at revision %d, and should be at %d", copied.Revision(), m.Revision)
+	}
+	return nil
+}

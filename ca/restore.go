@@ -1,0 +1,310 @@
+// Restoring a store from a backup. What was written after the backup is lost,
+// and so is the knowledge of what was: the store goes on in the next epoch
+// (store.NextEpoch), above every number that others can have seen, and without
+// the records that would be dangerous to bring back.
+
+package ca
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/replica"
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/store/badger"
+	"merlon.dev/ca/internal/store/etcd"
+	"merlon.dev/ca/internal/store/snapshot"
+	"merlon.dev/ca/internal/trust"
+)
+
+// RestoreOptions say what a restore may do.
+type RestoreOptions struct {
+	// AcceptLoss: go on without what was written after the backup.
+	AcceptLoss bool
+	// Replaces is the folder of the Badger store that the backup replaces,
+	// moved out of the way. If it ends at the backup's revision, nothing is
+	// lost.
+	Replaces string
+}
+
+// Restored says what a restore did.
+type Restored struct {
+	// Backup is what was restored, Place where to.
+	Backup StoreReport
+	Place  string
+	// Lossless: nothing was written after the backup.
+	Lossless bool
+	// Keys were restored; Tokens and Replicas were left out, being dangerous to
+	// bring back.
+	Keys             uint64
+	Tokens, Replicas []string
+	// Revision is the one that the store goes on above.
+	Revision uint64
+	// Since is what the audit log says was done after the backup.
+	Since []Act
+}
+
+// Act is an administrator's act that a restore takes back.
+type Act struct {
+	Time             time.Time
+	Actor, What, Who string
+}
+
+// LossError says what a restore would lose.
+type LossError struct {
+	Backup StoreReport
+	// Head is the last revision of the store that is replaced; 0 where it is
+	// not known.
+	Head uint64
+	// Since is what the audit log says was done after the backup.
+	Since []Act
+}
+
+// Error implements error.
+func (e *LossError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "everything written after revision %d of %s would be lost", e.Backup.Revision, e.Backup.CreatedAt.Format(time.RFC3339))
+	if e.Head != 0 {
+		fmt.Fprintf(&b, " (the store ended at revision %d)", e.Head)
+	}
+	b.WriteString(": entries and agents made since are gone, entries deleted since are back, and revocations made since are forgotten")
+	return b.String()
+}
+
+// RestoreStore fills the empty store of cfg, whose CA must not run, from a
+// backup file. Without AcceptLoss a *LossError says what would be lost, unless
+// nothing would.
+func RestoreStore(ctx context.Context, cfg Config, path string, o RestoreOptions) (Restored, error) {
+	backup, err := VerifyBackup(path)
+	if err != nil {
+		return Restored{}, err
+	}
+	if backup.Problem != "" {
+		return Restored{}, &StoreError{fmt.Errorf("%s: %s", path, backup.Problem), "use another backup; nothing was changed"}
+	}
+	r := Restored{Backup: backup, Place: cfg.place(), Revision: backup.Revision, Since: actsSince(cfg, backup.CreatedAt)}
+	if err := checkEmpty(ctx, cfg); err != nil {
+		return r, err
+	}
+	head, err := lostHead(o.Replaces)
+	if err != nil {
+		return r, err
+	}
+	if r.Lossless = head == backup.Revision; !r.Lossless {
+		if !o.AcceptLoss {
+			return r, &LossError{backup, head, r.Since}
+		}
+		if r.Revision, err = nextEpoch(cfg, max(backup.Revision, head)); err != nil {
+			return r, err
+		}
+	}
+	if err := r.fill(ctx, cfg, path); err != nil {
+		return r, err
+	}
+	return r, errors.Join(rememberEpoch(cfg, r.Revision), r.record(ctx, cfg))
+}
+
+// checkEmpty refuses a store that is there.
+func checkEmpty(ctx context.Context, cfg Config) error {
+	if err := checkStopped(cfg); err != nil {
+		return err
+	}
+	if cfg.Store == storeEtcd {
+		there, err := etcd.Exists(ctx, cfg.etcd())
+		if err != nil || !there {
+			return err
+		}
+		return &StoreError{
+			fmt.Errorf("there is a store already: %s", cfg.place()),
+			"choose another etcd_prefix, or back it up and remove it: etcdctl del --prefix " + strings.Fields(cfg.place())[0],
+		}
+	}
+	empty, err := emptyDir(cfg.storeDir())
+	if err != nil {
+		return err
+	}
+	if !empty {
+		dir := cfg.storeDir()
+		return &StoreError{fmt.Errorf("there is a store already: %s", dir), fmt.Sprintf("move it away and name it: mv %s %s.old, then --replaces %s.old", dir, dir, dir)}
+	}
+	return checkOwner(cfg.storeDir())
+}
+
+// lostHead is the last revision that the store in dir has acknowledged, also
+// where it is damaged; 0 if that is not known.
+func lostHead(dir string) (uint64, error) {
+	if dir == "" {
+		return 0, nil
+	}
+	if _, err := os.Stat(dir); err != nil {
+		return 0, fmt.Errorf("look at the store that is replaced: %w", err)
+	}
+	r, err := badger.Verify(dir)
+	if err != nil {
+		return 0, fmt.Errorf("look at the store that is replaced: %w", err)
+	}
+	return r.Acknowledged, nil
+}
+
+// fill imports the backup and compares what is there then with what should be.
+func (r *Restored) fill(ctx context.Context, cfg Config, path string) error {
+	if err := r.eachPair(cfg, path, func(pairs iter.Seq2[store.KV, error]) error {
+		return importStore(ctx, cfg, r.Revision, pairs)
+	}); err != nil {
+		return fmt.Errorf("restore: %w", err)
+	}
+	tokens, replicas := r.Tokens, r.Replicas
+	defer func() { r.Tokens, r.Replicas = tokens, replicas }()
+	st, err := openStore(ctx, cfg)
+	if err != nil {
+		return fmt.Errorf("look at what was restored: %w", err)
+	}
+	err = r.eachPair(cfg, path, func(pairs iter.Seq2[store.KV, error]) (err error) {
+		r.Keys, err = snapshot.Compare(pairs, snapshot.NewPages(st).All(ctx))
+		return err
+	})
+	if err = errors.Join(err, st.Close()); err != nil {
+		return fmt.Errorf("what was restored is not what was backed up: %w", err)
+	}
+	return nil
+}
+
+// eachPair calls do with what of the backup is restored.
+func (r *Restored) eachPair(cfg Config, path string, do func(iter.Seq2[store.KV, error]) error) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	backup, err := snapshot.NewReader(f)
+	if err != nil {
+		return err
+	}
+	if backup.Header().Revision != r.Backup.Revision {
+		return errors.New("the backup was changed meanwhile")
+	}
+	r.Tokens, r.Replicas = nil, nil
+	return do(sameTrustDomain(cfg, r.kept(backup.All())))
+}
+
+func importStore(ctx context.Context, cfg Config, at uint64, pairs iter.Seq2[store.KV, error]) error {
+	if cfg.Store == storeEtcd {
+		return etcd.Import(ctx, cfg.etcd(), at, pairs)
+	}
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return fmt.Errorf("make data_dir: %w", err)
+	}
+	return badger.Import(cfg.storeDir(), badger.Options{Logger: cfg.Logger}, at, pairs)
+}
+
+// sameTrustDomain passes pairs on, and refuses the store of another trust
+// domain.
+func sameTrustDomain(cfg Config, pairs iter.Seq2[store.KV, error]) iter.Seq2[store.KV, error] {
+	return mapPairs(pairs, func(kv store.KV) (store.KV, bool, error) {
+		if kv.Key != trust.Key || cfg.TrustDomain == "" {
+			return kv, true, nil
+		}
+		b, err := trust.Decode(kv)
+		if err == nil && b.TrustDomain.Name() != cfg.TrustDomain {
+			err = fmt.Errorf("it is of trust domain %s, and this CA is configured for %s", b.TrustDomain, cfg.TrustDomain)
+		}
+		return kv, true, err
+	})
+}
+
+// kept leaves out what is dangerous to bring back when later records are lost:
+// a token that was used since would work again; a replica that was evicted
+// since would be one again, and its JWT key trusted.
+func (r *Restored) kept(pairs iter.Seq2[store.KV, error]) iter.Seq2[store.KV, error] {
+	if r.Lossless {
+		return pairs
+	}
+	var keyIDs []string
+	return mapPairs(pairs, func(kv store.KV) (store.KV, bool, error) {
+		switch {
+		case attest.SingleUse(kv.Key):
+			r.Tokens = append(r.Tokens, kv.Key)
+			return kv, false, nil
+		case strings.HasPrefix(kv.Key, replica.Prefix):
+			rec, err := replica.Decode(kv)
+			if err != nil || rec.RootHolder {
+				return kv, true, err
+			}
+			r.Replicas = append(r.Replicas, rec.Name)
+			keyIDs = append(keyIDs, rec.JWTKeyID)
+			return kv, false, nil
+		case kv.Key == trust.Key && len(keyIDs) > 0: // after replica/ in order of keys
+			kv, err := trust.Without(kv, keyIDs...)
+			return kv, true, err
+		}
+		return kv, true, nil
+	})
+}
+
+// mapPairs calls each for every pair, which says what becomes of it and
+// whether it stays.
+func mapPairs(pairs iter.Seq2[store.KV, error], each func(store.KV) (store.KV, bool, error)) iter.Seq2[store.KV, error] {
+	return func(yield func(store.KV, error) bool) {
+		for kv, err := range pairs {
+			keep := true
+			if err == nil {
+				kv, keep, err = each(kv)
+			}
+			if keep && !yield(kv, err) || err != nil {
+				return
+			}
+		}
+	}
+}
+
+// record writes down that the store was replaced.
+func (r *Restored) record(ctx context.Context, cfg Config) error {
+	log, err := audit.Open(filepath.Join(cfg.DataDir, "audit.jsonl"), cfg.Logger)
+	if err != nil {
+		return fmt.Errorf("the store is restored, and that is not recorded: %w", err)
+	}
+	err = log.Append(ctx, audit.Record{
+		Type: audit.Admin, Actor: fmt.Sprintf("uid:%d", os.Geteuid()),
+		Detail: fmt.Sprintf("restore the store from a backup of revision %d, to go on above revision %d", r.Backup.Revision, r.Revision),
+	})
+	return errors.Join(err, log.Close())
+}
+
+// nextEpoch is the first revision of an epoch that this data_dir has not seen.
+func nextEpoch(cfg Config, revision uint64) (uint64, error) {
+	last, err := lastEpoch(cfg)
+	return store.NextEpoch(max(revision, last)), err
+}
+
+// maxActs bounds how much of the audit log is held.
+const maxActs = 1000
+
+// actsSince reads in the audit log, as far as there is one, what administrators
+// did after t.
+func actsSince(cfg Config, t time.Time) (acts []Act) {
+	f, err := os.Open(filepath.Join(cfg.DataDir, "audit.jsonl"))
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	lines := bufio.NewScanner(f)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() && len(acts) < maxActs {
+		var r audit.Record
+		if json.Unmarshal(lines.Bytes(), &r) != nil || r.Type != audit.Admin || r.Time.Before(t) {
+			continue
+		}
+		acts = append(acts, Act{r.Time, r.Actor, r.Detail, r.SPIFFEID})
+	}
+	return acts
+}

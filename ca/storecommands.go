@@ -1,0 +1,279 @@
+// What `merlon store` does with a store that no CA has open: back it up and
+// look whether it is whole. Restoring and moving are in restore.go and
+// migrate.go.
+
+package ca
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/store/badger"
+	"merlon.dev/ca/internal/store/etcd"
+	"merlon.dev/ca/internal/store/snapshot"
+)
+
+// StoreReport says what is in a store or a backup, and whether it is whole.
+type StoreReport struct {
+	// Kind is "backup", "badger" or "etcd"; Place is the file, the folder or
+	// the prefix.
+	Kind, Place string
+	// Problem says what is damaged; empty: it is whole.
+	Problem string
+	// Revision is the last one that is there; that of a damaged store is the
+	// last good one, 0 for none.
+	Revision uint64
+	// MissingFirst and MissingLast are the revisions that a damaged store should
+	// have; 0 where that is not known.
+	MissingFirst, MissingLast uint64
+	Keys                      uint64
+	// CreatedAt, SHA256 and Bytes are those of a backup.
+	CreatedAt time.Time
+	SHA256    string
+	Bytes     int64
+}
+
+// StoreError is a reason why a store cannot be backed up, restored or moved,
+// with what to do about it.
+type StoreError struct {
+	Err  error
+	Hint string
+}
+
+// Error implements error.
+func (e *StoreError) Error() string { return e.Err.Error() }
+
+// Unwrap returns the reason.
+func (e *StoreError) Unwrap() error { return e.Err }
+
+// ReadStoreConfig reads the settings that say where a store is: from the file
+// of merlon-ca and its environment, or, where file is empty, the Badger store
+// in dataDir.
+func ReadStoreConfig(file, dataDir string, getenv func(string) string) (Config, error) {
+	if file == "" {
+		return Config{DataDir: dataDir}.withDefaults(), nil
+	}
+	cl, err := ParseCommandLine([]string{"-config", file}, getenv, io.Discard)
+	if err != nil {
+		return Config{}, err
+	}
+	return cl.Config.withDefaults(), nil
+}
+
+// BackupStore writes a backup of the store of cfg, which no CA may have open,
+// to w.
+func BackupStore(ctx context.Context, cfg Config, w io.Writer) (StoreReport, error) {
+	st, err := openIdle(ctx, cfg)
+	if err != nil {
+		return StoreReport{}, err
+	}
+	s, err := snapshot.Write(ctx, w, st, cfg.Store, time.Now())
+	return reportOf(s, ""), errors.Join(err, st.Close())
+}
+
+// VerifyBackup reads a whole backup file. A file that is no backup, or not
+// whole, has a Problem; the error is for one that cannot be read.
+func VerifyBackup(path string) (StoreReport, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return StoreReport{}, err
+	}
+	defer f.Close()
+	s, err := snapshot.Verify(f)
+	report := reportOf(s, path)
+	if damaged, ok := errors.AsType[*snapshot.DamagedError](err); ok {
+		report.Problem = damaged.Error()
+		report.SHA256, report.Bytes, report.Revision = "", 0, 0
+		return report, nil
+	}
+	return report, err
+}
+
+func reportOf(s snapshot.Summary, path string) StoreReport {
+	return StoreReport{
+		Kind: "backup", Place: path, Revision: s.Revision, Keys: s.Keys,
+		CreatedAt: s.CreatedAt, SHA256: hex.EncodeToString(s.SHA256[:]), Bytes: s.Bytes,
+	}
+}
+
+// VerifyStore looks whether the store of cfg is whole. A Badger store must not
+// be open; of etcd every record is read, while others may go on.
+func VerifyStore(ctx context.Context, cfg Config) (StoreReport, error) {
+	if cfg.Store != storeEtcd {
+		return VerifyStoreDir(cfg.storeDir())
+	}
+	st, err := etcd.Open(ctx, cfg.etcd())
+	if err != nil {
+		return StoreReport{}, err
+	}
+	report := StoreReport{Kind: storeEtcd, Place: cfg.place()}
+	pages := snapshot.NewPages(st)
+	for _, err := range pages.All(ctx) {
+		if err != nil {
+			report.Problem = err.Error()
+			break
+		}
+		report.Keys++
+	}
+	report.Revision = pages.Revision()
+	return report, st.Close()
+}
+
+// VerifyStoreDir looks whether the Badger store in dir is whole.
+func VerifyStoreDir(dir string) (StoreReport, error) {
+	if _, err := os.Stat(dir); err != nil {
+		return StoreReport{}, fmt.Errorf("verify the store: %w", err)
+	}
+	r, err := badger.Verify(dir)
+	if err != nil {
+		return StoreReport{}, err
+	}
+	report := StoreReport{Kind: storeBadger, Place: dir, Revision: r.Revision, Keys: r.Keys}
+	if r.Damage != nil {
+		report.Problem, report.Revision = r.Damage.Error(), r.Damage.LastGood
+		report.MissingFirst, report.MissingLast = r.Damage.First, r.Damage.Last
+	}
+	return report, nil
+}
+
+// place names where the store is.
+func (c Config) place() string {
+	if c.Store == storeEtcd {
+		prefix := c.EtcdPrefix
+		if prefix == "" {
+			prefix = etcd.DefaultPrefix
+		}
+		return prefix + " in etcd at " + strings.Join(c.EtcdEndpoints, ", ")
+	}
+	return c.storeDir()
+}
+
+// openIdle opens a store that is there already and that nobody else uses.
+func openIdle(ctx context.Context, cfg Config) (store.Store, error) {
+	if err := checkStopped(cfg); err != nil {
+		return nil, err
+	}
+	if cfg.Store != storeEtcd {
+		return openIdleBadger(ctx, cfg)
+	}
+	there, err := etcd.Exists(ctx, cfg.etcd())
+	if err != nil {
+		return nil, err
+	}
+	if !there {
+		return nil, noStore(cfg)
+	}
+	st, err := openStore(ctx, cfg)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkUnled(ctx, st, cfg); err != nil {
+		return nil, errors.Join(err, st.Close())
+	}
+	return st, nil
+}
+
+func openIdleBadger(ctx context.Context, cfg Config) (store.Store, error) {
+	if empty, err := emptyDir(cfg.storeDir()); err != nil {
+		return nil, err
+	} else if empty {
+		return nil, noStore(cfg)
+	}
+	if err := checkOwner(cfg.storeDir()); err != nil {
+		return nil, err
+	}
+	st, err := openStore(ctx, cfg)
+	if err != nil && strings.Contains(err.Error(), "data_dir in use") {
+		return nil, &StoreError{err, "stop the CA; a backup of one that runs is taken through its admin socket: merlon store backup FILE"}
+	}
+	return st, err
+}
+
+func noStore(cfg Config) error {
+	return &StoreError{fmt.Errorf("there is no store in %s", cfg.place()), "name the CA's configuration with --config, or its data_dir with --data-dir"}
+}
+
+// emptyDir says whether dir is not there or has nothing in it.
+func emptyDir(dir string) (bool, error) {
+	f, err := os.Open(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	_, err = f.Readdirnames(1)
+	if errors.Is(err, io.EOF) {
+		return true, nil
+	}
+	return false, err
+}
+
+// checkStopped refuses while a CA answers on the admin socket of cfg.
+func checkStopped(cfg Config) error {
+	conn, err := net.DialTimeout("unix", cfg.AdminSocket, time.Second)
+	if err != nil {
+		return nil
+	}
+	defer conn.Close()
+	return &StoreError{fmt.Errorf("a CA runs on %s", cfg.AdminSocket), "stop it first: it must not write while its store is copied or replaced"}
+}
+
+// checkOwner refuses to write as root into what belongs to the CA's own user,
+// who could not read it any more.
+func checkOwner(path string) error {
+	for ; ; path = filepath.Dir(path) {
+		fi, err := os.Stat(path)
+		if errors.Is(err, os.ErrNotExist) && path != filepath.Dir(path) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		owner := fi.Sys().(*syscall.Stat_t).Uid // always so on Unix
+		if int(owner) == os.Geteuid() {
+			return nil
+		}
+		return &StoreError{fmt.Errorf("%s belongs to uid %d, and this is uid %d", path, owner, os.Geteuid()), "run it as the CA's user: sudo -u … merlon store …"}
+	}
+}
+
+// Campaigns of live replicas end with their leases; a store that is not used
+// stays at its revision.
+const idleTime = 2 * time.Second
+
+// checkUnled refuses a store in etcd that replicas use.
+func checkUnled(ctx context.Context, st store.Store, cfg Config) error {
+	kvs, before, _, err := st.List(ctx, store.LeaderPrefix, "", 1, 0)
+	if err != nil {
+		return err
+	}
+	inUse := "stop merlon-ca on every machine, and wait for half a minute where it was killed"
+	if len(kvs) > 0 {
+		return &StoreError{fmt.Errorf("a CA replica uses %s: it leads %s", cfg.place(), strings.TrimPrefix(kvs[0].Key, store.LeaderPrefix)), inUse}
+	}
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(idleTime):
+	}
+	after, err := st.Revision(ctx)
+	if err != nil {
+		return err
+	}
+	if after != before {
+		return &StoreError{fmt.Errorf("%s is being written: it went from revision %d to %d", cfg.place(), before, after), inUse}
+	}
+	return nil
+}
