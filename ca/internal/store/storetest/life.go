@@ -130,6 +130,53 @@ func testCampaign(t *testing.T, b Backend) {
 	wantError(t, "Campaign for what is led", err, context.DeadlineExceeded)
 }
 
+// testFence lets one leader follow another: what the first one still wants to
+// write, as a process does that slept through its end, is not written.
+func testFence(t *testing.T, b Backend) {
+	s := open(t, b)
+	lead := func(name string) store.Leadership {
+		t.Helper()
+		l, err := s.Campaign(within(t), name, time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	writes := func(l store.Leadership, value string) bool {
+		t.Helper()
+		res, err := s.Txn(within(t), []store.Cmp{l.Fence()}, []store.Op{store.Put("fenced", []byte(value))}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return res.Succeeded
+	}
+	first, other := lead("rotation"), lead("another name")
+	if f := first.Fence(); f.ModRevision == 0 {
+		t.Fatalf("Fence() = %+v, which holds for a key that does not exist", f)
+	}
+	for range 2 {
+		if !writes(first, "first") {
+			t.Fatal("the leader's fence does not hold")
+		}
+	}
+	if err := first.Resign(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	second := lead("rotation")
+	if writes(first, "first, late") {
+		t.Error("the fence of a former leader holds while another leads")
+	}
+	if !writes(second, "second") || !writes(other, "other") {
+		t.Error("the fence of a leader does not hold")
+	}
+	if err := second.Resign(within(t)); err != nil {
+		t.Fatal(err)
+	}
+	if writes(first, "first, later still") {
+		t.Error("the fence of a former leader holds after another has led")
+	}
+}
+
 func testCampaignClose(t *testing.T, b Backend) {
 	s := open(t, b)
 	l, err := s.Campaign(within(t), "rotation", time.Minute)

@@ -55,6 +55,7 @@ func Run(t *testing.T, b Backend) {
 		"AcknowledgedWritesSurviveReopening":    testReopen,
 		"ClosedStoreRefusesEverything":          testClosed,
 		"CampaignHasOneLeader":                  testCampaign,
+		"FenceHoldsWhileNobodyElseHasLed":       testFence,
 		"CampaignEndsWithTheStore":              testCampaignClose,
 		"BehavesLikeAMap":                       testModel,
 	} {
