@@ -54,6 +54,9 @@ type Options struct {
 	// the next epoch, and gives up what is missing. Any other revision does
 	// nothing to a store that is whole.
 	AcceptOlder uint64
+	// ReserveBytes is how much of the disk stays free: below it Txn answers
+	// ErrReadOnly. Zero means DefaultReserveBytes.
+	ReserveBytes uint64
 	// Logger takes what Badger reports, at debug and warn. Nil discards it.
 	Logger *slog.Logger
 }
@@ -73,12 +76,13 @@ func (o Options) withDefaults() Options {
 
 // Store implements store.Store.
 type Store struct {
-	dir  string
-	lock *dirLock
-	db   *bdg.DB
-	head *head
-	log  *slog.Logger
-	opts Options
+	dir   string
+	lock  *dirLock
+	db    *bdg.DB
+	guard *guard
+	head  *head
+	log   *slog.Logger
+	opts  Options
 	// commitAt makes a batch durable; a field only so that a test can let a
 	// sync fail.
 	commitAt func(txn *bdg.Txn, revision uint64) error
@@ -113,7 +117,7 @@ func badgerOptions(dir string, log *slog.Logger) bdg.Options {
 		WithLogger(logger{log}).
 		WithMetricsEnabled(false). // Badger's are global expvars
 		WithDetectConflicts(false).
-		WithMemTableSize(16 << 20). // a batch may be 15 % of it: see limits.go
+		WithMemTableSize(memTableBytes). // a batch may be 15 % of it: see limits.go
 		WithNumMemtables(2).
 		WithNumCompactors(2).
 		WithNumGoroutines(1).
@@ -148,9 +152,12 @@ func (s *Store) Close() error {
 }
 
 // shut releases everything. The head says that it was done in order only if
-// nothing has failed before.
+// nothing has failed before. Where Badger cannot be closed it keeps the lock.
 func (s *Store) shut() error {
-	err := s.db.Close()
+	err := s.closeDB()
+	if errors.Is(err, errLeftOpen) {
+		return err
+	}
 	if err == nil && s.failed.Load() == nil {
 		err = s.head.write(s.tip, true)
 	}

@@ -15,7 +15,8 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	runChild() // does not return in a child process
+	runChild() // these do not return in a child process
+	runDiskChild()
 	goleak.VerifyTestMain(m)
 }
 

@@ -69,8 +69,14 @@ type child struct {
 
 func startChild(t testing.TB, dir string) *child {
 	t.Helper()
+	return startChildWith(t, childDir+"="+dir)
+}
+
+// startChildWith starts the child that env, NAME=VALUE, asks for.
+func startChildWith(t testing.TB, env string) *child {
+	t.Helper()
 	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), childDir+"="+dir)
+	cmd.Env = append(os.Environ(), env)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {

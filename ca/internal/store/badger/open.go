@@ -30,8 +30,15 @@ func Open(dir string, opts Options) (*Store, error) {
 		return nil, fmt.Errorf("open store %s: %w", dir, err)
 	}
 	lock.sign()
-	s, err := openLocked(dir, lock, opts.withDefaults())
+	opts = opts.withDefaults()
+	guard, err := newGuard(dir, opts.ReserveBytes, opts.Logger)
 	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open store: %w", err), lock.release())
+	}
+	guard.watch()
+	s, err := openLocked(dir, lock, guard, opts)
+	if err != nil {
+		guard.unwatch()
 		return nil, errors.Join(fmt.Errorf("open store %s: %w", dir, err), lock.release())
 	}
 	return s, nil
@@ -45,7 +52,7 @@ func makePrivate(dir string) error {
 	return os.Chmod(dir, 0o700) //nolint:gosec // a directory needs its x
 }
 
-func openLocked(dir string, lock *dirLock, opts Options) (*Store, error) {
+func openLocked(dir string, lock *dirLock, guard *guard, opts Options) (*Store, error) {
 	if err := finishInstall(dir); err != nil {
 		return nil, err
 	}
@@ -69,7 +76,7 @@ func openLocked(dir string, lock *dirLock, opts Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	return openWhole(dir, lock, opts, found)
+	return openWhole(dir, lock, guard, opts, found)
 }
 
 // examine inspects the store in dir without changing it. A folder without one
@@ -157,15 +164,16 @@ func syncDir(dir string) error {
 
 // openWhole opens a store that was found whole, or one that is yet to be laid
 // out, and starts it.
-func openWhole(dir string, lock *dirLock, opts Options, found *inspection) (*Store, error) {
+func openWhole(dir string, lock *dirLock, guard *guard, opts Options, found *inspection) (*Store, error) {
 	if err := dropUseless(dir); err != nil {
 		return nil, err
 	}
-	db, err := openDB(badgerOptions(dir, opts.Logger))
+	db, err := openDB(badgerOptions(dir, opts.Logger).WithLogger(gate{logger{opts.Logger}, guard}))
 	if err != nil {
 		return nil, err
 	}
 	s := newStore(dir, lock, db, opts)
+	s.guard = guard
 	if err := s.load(found); err != nil {
 		return nil, errors.Join(err, db.Close())
 	}

@@ -109,7 +109,16 @@ func roomToCopy(dir string, files []os.DirEntry) error {
 		if strings.HasSuffix(file.Name(), tableExt) || holdsNothing(file.Name()) {
 			continue
 		}
-		if info, err := file.Info(); err == nil && info.Mode().IsRegular() {
+		info, err := file.Info()
+		switch {
+		case err != nil || !info.Mode().IsRegular():
+		case strings.HasSuffix(file.Name(), memExt): // more is allocated than written
+			written, err := writtenBytes(filepath.Join(dir, file.Name()))
+			if err != nil {
+				return err
+			}
+			need += written
+		default:
 			need += allocated(info)
 		}
 	}
@@ -122,6 +131,28 @@ func roomToCopy(dir string, files []os.DirEntry) error {
 		return fmt.Errorf("%d bytes are free, it needs %d: make room on the disk", free, need)
 	}
 	return nil
+}
+
+// writtenBytes is what copySparse will write of a file.
+func writtenBytes(path string) (n int64, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	var buf [len(zeroes)]byte
+	for {
+		m, err := io.ReadFull(f, buf[:])
+		if !bytes.Equal(buf[:m], zeroes[:m]) {
+			n += int64(m)
+		}
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return n, nil
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
 }
 
 // allocated is what a file takes on the disk.
