@@ -5,7 +5,7 @@ LINT := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint generate check demo bench fuzz
+.PHONY: help build test lint generate check demo bench bench-store fuzz
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -35,6 +35,10 @@ demo: ## see it work: two services, one policy, one revocation
 COUNT ?= 5
 bench: ## every benchmark COUNT times (default 5), into bench.txt for benchstat
 	go test -p 1 -run '^$$' -bench . -benchmem -count $(COUNT) ./... | grep -v 'no test files' | tee bench.txt
+
+ENTRIES ?= 1000000
+bench-store: ## the embedded store with ENTRIES entries (default 1000000); takes minutes
+	MERLON_BENCH_LARGE=$(ENTRIES) go test -timeout 60m -run '^$$' -bench 'Import|Load|Open|Change' -benchtime 3x ./ca/internal/store/badger
 
 FUZZTIME ?= 30s
 fuzz: ## every fuzz target for FUZZTIME (default 30s)
