@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"time"
 
 	"merlon.dev/ca/capb"
@@ -24,6 +23,10 @@ func epoch(revision uint64) uint64 { return revision >> epochBits }
 // ErrNewEpoch says that the CA's store was restored since the last listing;
 // the next Resume asks for a full one.
 var ErrNewEpoch = errors.New("the CA's store was restored from a backup: asking for a full listing")
+
+// ErrBehind says that the CA is of no use now, without a fault of its own: it
+// would say the same of itself.
+var ErrBehind = errors.New("the CA cannot reach its store, and what it knows is older than what this node has seen")
 
 // OlderError is the refusal of a CA that knows less than the node has seen: its
 // store was set back, or somebody replays an old one.
@@ -79,7 +82,7 @@ func (c *Cache) Apply(ctx context.Context, m *capb.SyncResponse) error {
 
 // complete lets a whole update take effect. c.mu is held.
 func (c *Cache) complete(ctx context.Context, u update, revision uint64, stale bool, now time.Time) error {
-	news, err := c.weigh(ctx, u, revision, stale)
+	news, err := c.weigh(u, revision, stale)
 	if err != nil {
 		return err
 	}
@@ -105,19 +108,12 @@ func (c *Cache) complete(ctx context.Context, u update, revision uint64, stale b
 
 // weigh says whether an update is news, or else what is held is newer. c.mu is
 // held.
-func (c *Cache) weigh(ctx context.Context, u update, revision uint64, stale bool) (news bool, err error) {
+func (c *Cache) weigh(u update, revision uint64, stale bool) (news bool, err error) {
 	switch {
 	case u.listing && revision >= c.seen:
 		return true, nil
-	case u.listing && stale && c.synced:
-		// A replica that is cut off from its store: it can sign meanwhile.
-		return false, nil
 	case u.listing && stale:
-		// This node was restarted and holds nothing: an old picture, which does
-		// not count as fresh, is better than none.
-		c.log.LogAttrs(ctx, slog.LevelWarn, "older picture taken from a CA that cannot reach its store",
-			slog.Uint64("revision", revision), slog.Uint64("seen", c.seen))
-		return true, nil
+		return false, ErrBehind
 	case u.listing:
 		return false, &OlderError{Revision: revision, Seen: c.seen}
 	case epoch(revision) > epoch(c.revision) && c.synced:

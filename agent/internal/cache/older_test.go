@@ -81,14 +81,13 @@ func TestOlderListingIsRefusedAfterARestart(t *testing.T) {
 		if _, ok := errors.AsType[*OlderError](f.Apply(t.Context(), m)); !ok || f.State().Synced || f.held() != "" || !f.Heard().IsZero() {
 			t.Errorf("an older listing was taken: %+v", f.State())
 		}
-		// A replica that cannot reach its store does not know better. Better an
-		// old picture than none, but a fresh one it is not.
+		// A replica that cannot reach its store is not to blame, and no better.
 		m.Stale = true
-		if err := f.Apply(t.Context(), m); err != nil || f.held() != "/a" || !f.Heard().IsZero() {
-			t.Errorf("Apply(an older listing of a stale CA) = %v, entries %s, heard %v; want /a, never", err, f.held(), f.Heard())
+		if err := f.Apply(t.Context(), m); !errors.Is(err, ErrBehind) || f.State().Synced || f.held() != "" {
+			t.Errorf("Apply(an older listing of a stale CA) = %v, %+v; want ErrBehind", err, f.State())
 		}
-		if f.Seen() != 101 || f.Resume() != 100 {
-			t.Errorf("seen %d, resume %d; want 101, 100", f.Seen(), f.Resume())
+		if f.Seen() != 101 || f.Resume() != 0 {
+			t.Errorf("seen %d, resume %d; want 101, 0", f.Seen(), f.Resume())
 		}
 	})
 }
@@ -96,8 +95,12 @@ func TestOlderListingIsRefusedAfterARestart(t *testing.T) {
 func TestStaleCADoesNotMakeThePictureFresher(t *testing.T) {
 	at100(t, func(t *testing.T, f *fixture, say func(*capb.SyncResponse) error) {
 		heard := f.Heard()
+		older := &capb.SyncResponse{Reset_: true, Synced: true, Stale: true, Revision: 90, Entries: []*capb.Entry{newEntry("e1", "/old", "unix:uid:1")}}
+		if err := say(older); !errors.Is(err, ErrBehind) {
+			t.Errorf("Apply(an older listing) = %v; want ErrBehind", err)
+		}
+		f.unchanged(t, heard)
 		for _, m := range []*capb.SyncResponse{
-			{Reset_: true, Synced: true, Stale: true, Revision: 90, Entries: []*capb.Entry{newEntry("e1", "/old", "unix:uid:1")}},
 			{Synced: true, Stale: true, Revision: 90},
 			{Synced: true, Stale: true, Revision: 101},
 		} {
