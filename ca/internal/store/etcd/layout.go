@@ -146,6 +146,9 @@ func (s *Store) readLayout(ctx context.Context) (l layout, found bool, err error
 	if err != nil {
 		return layout{}, false, err
 	}
+	if err := s.members.sameCluster(res.Header.ClusterId); err != nil {
+		return layout{}, false, fmt.Errorf("etcd endpoints: %v", err)
+	}
 	laid, importing := rangeOf(res.Responses[0]), rangeOf(res.Responses[1])
 	if len(importing.Kvs) > 0 {
 		return layout{}, false, fmt.Errorf("an import into %s has not ended; run it again if it was broken off", s.keys.prefix)

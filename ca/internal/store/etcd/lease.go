@@ -41,7 +41,7 @@ func (s *Store) lease(ctx context.Context, ttl time.Duration) (*lease, error) {
 	ttl = max(ttl.Truncate(time.Second), minTTL)
 	s.leases.mu.Lock()
 	defer s.leases.mu.Unlock()
-	if l := s.leases.byTTL[ttl]; l != nil {
+	if l := s.leases.byTTL[ttl]; l != nil && !l.isLost() {
 		return l, nil
 	}
 	var asked time.Time
@@ -64,6 +64,15 @@ func (s *Store) lease(ctx context.Context, ttl time.Duration) (*lease, error) {
 	return l, nil
 }
 
+func (l *lease) isLost() bool {
+	select {
+	case <-l.lost:
+		return true
+	default:
+		return false
+	}
+}
+
 // trusted is how long a lease of so many seconds is relied on: a tenth is for
 // clocks that run at different speeds.
 func (l *lease) trusted(seconds int64) time.Duration {
@@ -74,17 +83,13 @@ func (l *lease) trusted(seconds int64) time.Duration {
 func (s *Store) keep(l *lease, until time.Time) {
 	ctx, cancel := s.untilClosed(context.Background())
 	defer cancel()
-	for s.renew(ctx, l, &until) {
-		pause := min(l.ttl/4, time.Until(until))
-		if !sleep(ctx, pause) {
-			break
-		}
+	for sleep(ctx, min(l.ttl/4, time.Until(until))) && s.renew(ctx, l, &until) {
 	}
-	s.leases.forget(l)
 	close(l.lost)
 	if ctx.Err() != nil {
 		return // Close revokes it
 	}
+	s.leases.forget(l)
 	s.log.LogAttrs(ctx, slog.LevelWarn, "lease in etcd lost, and what was led under it", slog.Duration("ttl", l.ttl))
 	s.revoke(ctx, l)
 }

@@ -29,8 +29,11 @@ const (
 	keepAliveTimeout = 3 * time.Second
 )
 
-// errNotConnected is why a member was not asked.
-var errNotConnected = errors.New("not connected")
+var (
+	// errNotConnected is why a member was not asked.
+	errNotConnected = errors.New("not connected")
+	errNotProbed    = errors.New("not probed yet")
+)
 
 // members is safe for concurrent use.
 type members struct {
@@ -41,7 +44,8 @@ type members struct {
 	probing sync.WaitGroup
 
 	mu      sync.Mutex
-	current int // guarded by mu; the member that is asked
+	current int    // guarded by mu; the member that is asked
+	cluster uint64 // guarded by mu; what all must belong to; 0: not known yet
 }
 
 // member is safe for concurrent use.
@@ -51,7 +55,7 @@ type member struct {
 	nudge  chan struct{} // asks for a probe now
 
 	mu      sync.Mutex
-	err     error              // guarded by mu; of the last probe
+	err     error              // guarded by mu; of the last probe, errNotProbed before
 	ejected context.Context    // guarded by mu; ends when requests must leave
 	eject   context.CancelFunc // guarded by mu
 }
@@ -79,7 +83,7 @@ func newMembers(cfg Config, key string) (*members, error) {
 			p.closeClients()
 			return nil, fmt.Errorf("etcd: endpoint %s: %v", url, err)
 		}
-		m := &member{url: url, client: client, nudge: make(chan struct{}, 1)}
+		m := &member{url: url, client: client, nudge: make(chan struct{}, 1), err: errNotProbed}
 		m.ejected, m.eject = context.WithCancel(context.Background())
 		p.all = append(p.all, m)
 	}
@@ -133,14 +137,17 @@ func (p *members) leave(m *member) {
 	if p.all[p.current] != m {
 		return // somebody was quicker
 	}
-	next := p.current
+	here := p.current
 	for i := 1; i < len(p.all); i++ {
-		next = (p.current + i) % len(p.all)
-		if p.all[next].fault() == nil {
-			break
+		next := (here + i) % len(p.all)
+		switch err := p.all[next].fault(); {
+		case err == nil:
+			p.current = next
+			return
+		case errors.Is(err, errNotProbed): // the best so far
+			p.current = next
 		}
 	}
-	p.current = next
 }
 
 func (m *member) probeNow() {
@@ -179,23 +186,40 @@ func (p *members) probeOnce(ctx context.Context, m *member) error {
 		}
 		return err
 	}
-	_, err := m.client.Get(ctx, p.key, clientv3.WithCountOnly())
-	if err != nil && faultOf(err) == permanent {
+	res, err := m.client.Get(ctx, p.key, clientv3.WithCountOnly())
+	switch {
+	case err == nil:
+		return p.sameCluster(res.Header.ClusterId)
+	case faultOf(err) == permanent:
 		return nil // an answer, if not a nice one
 	}
 	return err
+}
+
+// sameCluster refuses a member of another cluster than the first that
+// answered.
+func (p *members) sameCluster(id uint64) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.cluster == 0 {
+		p.cluster = id
+	}
+	if p.cluster != id {
+		return fmt.Errorf("it belongs to cluster %x, others to %x", id, p.cluster)
+	}
+	return nil
 }
 
 // probed takes the result of a probe over. While no member works, requests
 // stay where they are: there is nothing to move to.
 func (p *members) probed(ctx context.Context, m *member, err error) {
 	before := m.setFault(err)
-	if (before == nil) != (err == nil) {
-		level := slog.LevelInfo
-		if err != nil {
-			level = slog.LevelWarn
-		}
-		p.log.LogAttrs(ctx, level, "etcd member changed", slog.String("endpoint", m.url), slog.Bool("works", err == nil), slog.Any("err", err))
+	notProbed := errors.Is(before, errNotProbed)
+	switch {
+	case err != nil && (before == nil || notProbed):
+		p.log.LogAttrs(ctx, slog.LevelWarn, "etcd member does not work", slog.String("endpoint", m.url), slog.Any("err", err))
+	case err == nil && before != nil && !notProbed:
+		p.log.LogAttrs(ctx, slog.LevelInfo, "etcd member works again", slog.String("endpoint", m.url))
 	}
 	works := -1
 	for i, other := range p.all {
@@ -207,15 +231,21 @@ func (p *members) probed(ctx context.Context, m *member, err error) {
 		return
 	}
 	p.mu.Lock()
-	if p.all[p.current].fault() != nil {
+	if p.all[p.current].broken() {
 		p.current = works
 	}
 	p.mu.Unlock()
 	for _, other := range p.all {
-		if other.fault() != nil {
+		if other.broken() {
 			other.ejectAll()
 		}
 	}
+}
+
+// broken says that a probe has failed.
+func (m *member) broken() bool {
+	err := m.fault()
+	return err != nil && !errors.Is(err, errNotProbed)
 }
 
 func (m *member) fault() error {
