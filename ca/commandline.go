@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"merlon.dev/ca/internal/store/etcd"
+	"merlon.dev/ca/internal/trust"
 )
 
 // EnvPrefix begins the environment variable of each setting, as in
@@ -139,6 +140,8 @@ func Hint(err error) string {
 		return "merlon-ca -trust-domain example.org, or trust_domain in the file of -config"
 	case strings.Contains(text, "address already in use"):
 		return "another process has the port: choose another with -address, -https-address or -health-address"
+	case errors.Is(err, trust.ErrOtherRoot):
+		return "a store is of no use without its keys: put the keys folder of the CA that it is from into data_dir"
 	case strings.Contains(text, "data_dir in use"):
 		return "another merlon-ca runs on this data directory"
 	case strings.Contains(text, "another process listens there"):

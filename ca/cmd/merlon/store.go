@@ -31,12 +31,16 @@ type storeFlags struct{ config, dataDir string }
 func (f *storeFlags) register(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.config, "config", "", "the configuration file of a CA that is stopped")
 	cmd.Flags().StringVar(&f.dataDir, "data-dir", "", "the data_dir of a CA that is stopped, for its Badger store")
-	cmd.MarkFlagsMutuallyExclusive("config", "data-dir")
 }
 
 func (f *storeFlags) given() bool { return f.config != "" || f.dataDir != "" }
 
-func (f *storeFlags) read() (ca.Config, error) { return readStoreConfig(f.config, f.dataDir) }
+func (f *storeFlags) read() (ca.Config, error) {
+	if f.config != "" && f.dataDir != "" {
+		return ca.Config{}, usageError{"--config and --data-dir each name a store", "give one of them"}
+	}
+	return readStoreConfig(f.config, f.dataDir)
+}
 
 func readStoreConfig(config, dataDir string) (ca.Config, error) {
 	cfg, err := ca.ReadStoreConfig(config, dataDir, os.Getenv)
