@@ -72,10 +72,13 @@ type Feed struct {
 //
 // An agent may come from a replica that was ahead: Subscribe then waits for the
 // picture, for a listing of an older state would take back what the agent
-// knows. It fails only when ctx ends first.
+// knows. It fails only when ctx ends first. An agent from another epoch gets a
+// full listing: what it holds may never have been here.
 func (r *Registry) Subscribe(ctx context.Context, agent spiffeid.ID, resume uint64) (*Feed, error) {
-	if err := r.Wait(ctx, resume); err != nil {
-		return nil, fmt.Errorf("wait for revision %d, at which the agent is: %w", resume, err)
+	if store.Epoch(resume) == store.Epoch(r.Revision()) {
+		if err := r.Wait(ctx, resume); err != nil {
+			return nil, fmt.Errorf("wait for revision %d, at which the agent is: %w", resume, err)
+		}
 	}
 	known := resume != 0 && r.knowHistory(ctx, resume)
 	f := &Feed{registry: r, agent: agent, signal: make(chan struct{}, 1), last: resume, pending: make(map[string]struct{})}
@@ -86,7 +89,6 @@ func (r *Registry) Subscribe(ctx context.Context, agent spiffeid.ID, resume uint
 	r.feeds[agent][f] = struct{}{}
 	pic := r.pic.Load()
 	var gone []removal
-	// What was lost with an epoch, nobody can tell.
 	if known && resume >= r.history.known && store.Epoch(resume) == store.Epoch(pic.revision) {
 		gone = r.history.after(resume)
 	} else {

@@ -50,6 +50,13 @@ func start(t testing.TB, st store.Store) *Registry {
 	if err != nil {
 		t.Fatal(err)
 	}
+	run(t, r)
+	return r
+}
+
+// run keeps r current until the test ends.
+func run(t testing.TB, r *Registry) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- r.Run(ctx) }()
@@ -59,7 +66,6 @@ func start(t testing.TB, st store.Store) *Registry {
 			t.Errorf("Run: %v", err)
 		}
 	})
-	return r
 }
 
 func put(t testing.TB, st store.Store, r *Registry, parent spiffeid.ID) *entry.Entry {
@@ -248,7 +254,7 @@ func TestRevocationRevisionDividesOldFromNew(t *testing.T) {
 	}
 }
 
-func peerAt(t *testing.T, id spiffeid.ID, revision uint64) *svid.Peer {
+func peerAt(t testing.TB, id spiffeid.ID, revision uint64) *svid.Peer {
 	t.Helper()
 	serial, err := svid.NewSerial(1, revision)
 	if err != nil {
