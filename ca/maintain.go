@@ -97,7 +97,11 @@ func (p *parts) upkeep(ctx context.Context, now time.Time) {
 		err := chore(bounded, now)
 		cancel()
 		if err != nil && ctx.Err() == nil {
-			p.log.LogAttrs(ctx, slog.LevelError, "upkeep failed", slog.String("chore", name), slog.Any("err", err))
+			level := slog.LevelError
+			if errors.Is(err, store.ErrReadOnly) || errors.Is(err, store.ErrUnavailable) {
+				level = slog.LevelDebug // /ready says so, and the chore comes again
+			}
+			p.log.LogAttrs(ctx, level, "upkeep failed", slog.String("chore", name), slog.Any("err", err))
 		}
 	}
 }

@@ -269,7 +269,7 @@ func mapPairs(pairs iter.Seq2[store.KV, error], each func(store.KV) (store.KV, b
 
 // record writes down that the store was replaced.
 func (r *Restored) record(ctx context.Context, cfg Config) error {
-	log, err := audit.Open(filepath.Join(cfg.DataDir, "audit.jsonl"), cfg.Logger)
+	log, err := audit.Open(filepath.Join(cfg.DataDir, "audit.jsonl"), audit.Options{ReserveBytes: cfg.diskReserve(), Logger: cfg.Logger})
 	if err != nil {
 		return fmt.Errorf("the store is restored, and that is not recorded: %w", err)
 	}

@@ -139,7 +139,7 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	if p.store, err = openStore(ctx, s.cfg); err != nil {
 		return nil, err
 	}
-	if p.audit, err = audit.Open(filepath.Join(s.cfg.DataDir, "audit.jsonl"), s.log); err != nil {
+	if p.audit, err = audit.Open(filepath.Join(s.cfg.DataDir, "audit.jsonl"), audit.Options{ReserveBytes: s.cfg.diskReserve(), Logger: s.log}); err != nil {
 		return nil, err
 	}
 	if err := p.settleEpoch(ctx, s.cfg); err != nil {

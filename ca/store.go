@@ -28,12 +28,17 @@ func openStore(ctx context.Context, cfg Config) (store.Store, error) {
 		}
 		return etcd.Open(ctx, cfg.etcd())
 	}
-	st, err := badger.Open(cfg.storeDir(), badger.Options{Logger: cfg.Logger, AcceptOlder: cfg.AcceptOlderStore})
+	st, err := badger.Open(cfg.storeDir(), badger.Options{
+		Logger: cfg.Logger, AcceptOlder: cfg.AcceptOlderStore, ReserveBytes: cfg.diskReserve(),
+	})
 	if err != nil {
 		return nil, err
 	}
 	return st, nil
 }
+
+// diskReserve is disk_reserve_mib in bytes.
+func (c Config) diskReserve() uint64 { return uint64(max(c.DiskReserveMiB, 0)) << 20 } //nolint:gosec // not negative
 
 func (c Config) storeDir() string { return filepath.Join(c.DataDir, "store") }
 

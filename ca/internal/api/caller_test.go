@@ -37,7 +37,7 @@ func newService(t *testing.T) (*Service, *attest.Agent) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	log, err := audit.Open(filepath.Join(dir, "audit.jsonl"), nil)
+	log, err := audit.Open(filepath.Join(dir, "audit.jsonl"), audit.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -28,7 +28,7 @@ func newMetrics(to prometheus.Registerer, reg *registry.Registry) *metrics {
 			Name: "merlon_refused_calls_total", Help: "Calls whose caller was not let through, by gRPC code.",
 		}, []string{"code"}),
 		unrecorded: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "merlon_audit_unrecorded_refusals_total", Help: "Refusals of callers without any right that were too many to be written to the audit log.",
+			Name: "merlon_audit_unrecorded_refusals_total", Help: "Refusals of callers without any right that were too many for the audit log, and refusals that it had no room for.",
 		}),
 		rollback: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "merlon_ca_rollback_evidence_total", Help: "Sync calls of agents that have seen more than the store holds: it was put back to an earlier state.",

@@ -6,8 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -17,6 +19,7 @@ import (
 	"merlon.dev/ca/internal/authority"
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/store"
 	"merlon.dev/sdk/svid"
 )
 
@@ -24,6 +27,9 @@ const (
 	// maxSignItems bounds the work of one call, and its answer: about 1 MiB.
 	maxSignItems     = 500
 	maxAudienceBytes = 1024
+	// renewedTimeout is how long a renewal waits for the store: agents wait
+	// for the renewal.
+	renewedTimeout = 3 * time.Second
 )
 
 // Attest implements capb.NodeServer. The CSR is judged before the evidence, so
@@ -92,10 +98,27 @@ func (s *Service) Renew(ctx context.Context, req *capb.RenewRequest) (*capb.Rene
 	if err != nil {
 		return nil, err
 	}
-	if err := attest.Renewed(ctx, s.opts.Store, g.Agent.ID, leaf.NotAfter); err != nil {
+	if err := s.renewed(ctx, g.Agent.ID, leaf.NotAfter); err != nil {
 		return nil, err
 	}
 	return &capb.RenewResponse{X509Svid: chainOf(ca, leaf), TrustBundle: trustToProto(s.registry.Trust())}, nil
+}
+
+// renewed notes the end of an agent's newest SVID, for operators to see. A
+// store that takes no writes, or is away, does not stop the renewal: nothing
+// hangs on that time, and a revocation concerns whatever was issued from an
+// older picture for as long as that can live (recordLife).
+func (s *Service) renewed(ctx context.Context, id spiffeid.ID, notAfter time.Time) error {
+	bounded, cancel := context.WithTimeout(ctx, renewedTimeout)
+	defer cancel()
+	err := attest.Renewed(bounded, s.opts.Store, id, notAfter)
+	away := errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil
+	if away || errors.Is(err, store.ErrReadOnly) || errors.Is(err, store.ErrUnavailable) {
+		s.log.LogAttrs(ctx, slog.LevelWarn, "renewal of an agent is not noted in the store",
+			slog.String("spiffe_id", id.String()), slog.Any("err", err))
+		return nil
+	}
+	return err
 }
 
 // signAgent issues an agent's own X509-SVID and records it.

@@ -9,8 +9,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -94,9 +94,8 @@ type Service struct {
 	// evidence bounds how often the log says that the store was put back.
 	evidence *rate.Sometimes
 
-	auditFault atomic.Pointer[error] // why the audit log took no record, once
-	stopping   chan struct{}
-	stop       sync.Once
+	stopping chan struct{}
+	stop     sync.Once
 }
 
 // New makes a service.
@@ -235,23 +234,27 @@ func (s *Service) Refused(ctx context.Context, caller *Caller, what, reason stri
 }
 
 // audit appends records, also when the caller is gone by now: what was done
-// was done.
+// was done. On a full disk refusals are only counted.
 func (s *Service) audit(ctx context.Context, records ...audit.Record) error {
-	err := s.opts.Audit.Append(context.WithoutCancel(ctx), records...)
-	if err != nil {
-		s.auditFault.Store(&err)
+	ctx = context.WithoutCancel(ctx)
+	err := s.opts.Audit.Append(ctx, records...)
+	if !errors.Is(err, audit.ErrFull) {
+		return err
 	}
-	return err
+	acts := slices.DeleteFunc(slices.Clone(records), func(r audit.Record) bool { return r.Type == audit.Refuse })
+	if len(acts) == len(records) {
+		return err
+	}
+	s.metrics.unrecorded.Add(float64(len(records) - len(acts)))
+	if len(acts) == 0 {
+		return nil
+	}
+	return s.opts.Audit.Append(ctx, acts...)
 }
 
 // AuditFault says why the audit log takes no records; without them nothing is
 // issued.
-func (s *Service) AuditFault() error {
-	if err := s.auditFault.Load(); err != nil {
-		return *err
-	}
-	return nil
-}
+func (s *Service) AuditFault() error { return s.opts.Audit.Fault() }
 
 // record writes an audit record that nothing hangs on: that of a refusal,
 // which stands also when it cannot be written down.
@@ -271,6 +274,14 @@ func (s *Service) admin(ctx context.Context, r audit.Record) error {
 		return fmt.Errorf("%s was done and not recorded: %w", r.Detail, err)
 	}
 	return nil
+}
+
+// shortage says what there is too little of: all of it to those who are known.
+func shortage(ctx context.Context, err error) string {
+	if c, ok := ctx.Value(callerKey{}).(*Caller); ok && len(c.Kinds) > 1 {
+		return err.Error()
+	}
+	return "the CA takes no writes now"
 }
 
 // toStatus is the one place where errors become gRPC statuses.
@@ -296,13 +307,16 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 		{attest.ErrUnknownAgent, codes.NotFound},
 		{attest.ErrUnknownToken, codes.PermissionDenied},
 		{attest.ErrExpiredToken, codes.PermissionDenied},
-		{store.ErrReadOnly, codes.ResourceExhausted},
 		{store.ErrTooLarge, codes.InvalidArgument},
+		{store.ErrUnavailable, codes.Unavailable},
 		{store.ErrClosed, codes.Unavailable},
 	} {
 		if errors.Is(err, known.is) {
 			return status.Error(known.code, known.is.Error())
 		}
+	}
+	if errors.Is(err, store.ErrReadOnly) || errors.Is(err, audit.ErrFull) {
+		return status.Error(codes.ResourceExhausted, shortage(ctx, err))
 	}
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
 		return status.FromContextError(err).Err()

@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -71,7 +72,11 @@ type Log struct {
 	file *os.File
 	log  *slog.Logger
 	// sync is file.Sync; a field only so that a test can let it fail.
-	sync func() error
+	sync    func() error
+	reserve uint64
+
+	// fault is why the last group was not written, nil if it was.
+	fault atomic.Pointer[error]
 
 	waiting chan *pending
 	written sync.WaitGroup // the writer
@@ -82,16 +87,27 @@ type Log struct {
 
 // pending is one Append on its way to the disk.
 type pending struct {
-	bodies [][]byte // each record's own JSON
-	size   int      // of all
-	done   chan error
+	bodies  [][]byte // each record's own JSON
+	refusal bool     // one of them is
+	size    int      // of all
+	done    chan error
+}
+
+// Options of Open; the zero value is the default.
+type Options struct {
+	// ReserveBytes is how much of the disk stays free for others; a sixteenth
+	// of it is set aside for the log. Zero means DefaultReserveBytes.
+	ReserveBytes uint64
+	// Logger takes what happens to the log itself. Nil discards it.
+	Logger *slog.Logger
 }
 
 // Open opens the log at path, creating it (0600) on first use, and goes on
 // with its chain. It cuts off a last line without its end, which was never
-// acknowledged, and says so to log (nil: to nobody). It refuses a log whose
+// acknowledged, and says so to the logger. It refuses a log whose
 // last records do not verify, and one that is open already. Close it.
-func Open(path string, log *slog.Logger) (*Log, error) {
+func Open(path string, opts Options) (*Log, error) {
+	log := opts.Logger
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
@@ -103,8 +119,13 @@ func Open(path string, log *slog.Logger) (*Log, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open audit log %s: %w", path, err), file.Close())
 	}
-	l := &Log{file: file, log: log, sync: file.Sync, waiting: make(chan *pending, maxGroup)}
-	l.written.Go(func() { l.write(end) })
+	info, err := file.Stat()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open audit log %s: %w", path, err), file.Close())
+	}
+	ahead := newStretch(file, info.Size(), opts.ReserveBytes, log)
+	l := &Log{file: file, log: log, sync: file.Sync, reserve: ahead.reserve, waiting: make(chan *pending, maxGroup)}
+	l.written.Go(func() { l.write(end, ahead) })
 	return l, nil
 }
 
@@ -138,8 +159,10 @@ func lockFile(file *os.File) error {
 }
 
 // Append writes the records, next to each other and in this order, and returns
-// once they are on disk. After any failed write or sync it fails for good: what
-// a failed sync lost is not known. When ctx ends first, they may still be
+// once they are on disk. On a full disk it answers ErrFull, and nothing was
+// written; while the disk is low, that is also the answer to records of which
+// one is a refusal. After any other failed write or sync it fails for good:
+// what a failed sync lost is not known. When ctx ends first, they may still be
 // written.
 func (l *Log) Append(ctx context.Context, records ...Record) error {
 	p := &pending{bodies: make([][]byte, 0, len(records)), done: make(chan error, 1)}
@@ -150,6 +173,7 @@ func (l *Log) Append(ctx context.Context, records ...Record) error {
 			return fmt.Errorf("append audit record: %w", err)
 		}
 		p.bodies, p.size = append(p.bodies, body), p.size+len(body)
+		p.refusal = p.refusal || r.Type == Refuse
 	}
 	if err := l.enqueue(ctx, p); err != nil {
 		return err
@@ -197,8 +221,17 @@ func (l *Log) Close() error {
 	return nil
 }
 
+// Fault says why the log takes no records, nil if it does or may again.
+func (l *Log) Fault() error {
+	fault := l.fault.Load()
+	if fault == nil || errors.Is(*fault, ErrFull) && short(filepath.Dir(l.file.Name()), l.reserve) == nil {
+		return nil
+	}
+	return *fault
+}
+
 // write is the only writer; it ends when waiting is closed and drained.
-func (l *Log) write(end link) {
+func (l *Log) write(end link, ahead *stretch) {
 	var failed error
 	var buf bytes.Buffer
 	for {
@@ -207,7 +240,9 @@ func (l *Log) write(end link) {
 			return
 		}
 		if failed == nil {
-			if failed = l.flush(&buf, group, &end); failed != nil {
+			group, failed = l.flush(&buf, group, &end, ahead)
+			if failed != nil {
+				l.fault.Store(&failed)
 				l.log.LogAttrs(context.Background(), slog.LevelError, "audit log stopped until restart",
 					slog.Any("err", failed))
 			}
@@ -240,18 +275,62 @@ func (l *Log) gather() []*pending {
 	return group
 }
 
-func (l *Log) flush(buf *bytes.Buffer, group []*pending, end *link) error {
-	buf.Reset()
-	for _, p := range group {
-		for _, body := range p.bodies {
-			*end = end.append(buf, body)
-		}
+// flush writes those of the group that there is room for, and returns them; the
+// others have been answered. An error is the end of the log.
+func (l *Log) flush(buf *bytes.Buffer, group []*pending, end *link, ahead *stretch) ([]*pending, error) {
+	low := ahead.room()
+	fitting, next := l.compose(buf, group, *end, ahead, low)
+	if len(fitting) == 0 {
+		return nil, nil
 	}
-	if _, err := l.file.Write(buf.Bytes()); err != nil {
-		return fmt.Errorf("write audit log: %w", err)
+	n, err := l.file.Write(buf.Bytes())
+	if isFull(err) {
+		if err := ahead.cutBack(n); err != nil {
+			return fitting, fmt.Errorf("cut off half a write to the audit log: %w", err)
+		}
+		l.refuse(fitting, err)
+		return nil, nil
+	}
+	if err != nil {
+		return fitting, fmt.Errorf("write audit log: %w", err)
 	}
 	if err := l.sync(); err != nil {
-		return fmt.Errorf("sync audit log: %w", err)
+		return fitting, fmt.Errorf("sync audit log: %w", err)
 	}
-	return nil
+	*end, ahead.end = next, ahead.end+int64(n)
+	l.fault.Store(nil)
+	return fitting, nil
+}
+
+// compose puts the lines of those that there is room for into buf, and answers
+// the others.
+func (l *Log) compose(buf *bytes.Buffer, group []*pending, end link, ahead *stretch, low error) (fitting []*pending, _ link) {
+	buf.Reset()
+	for _, p := range group {
+		if low != nil && p.refusal {
+			p.done <- fmt.Errorf("%w: what is set aside is not for refusals: %v", ErrFull, low)
+			continue
+		}
+		before, length := end, buf.Len()
+		for _, body := range p.bodies {
+			end = end.append(buf, body)
+		}
+		if low != nil && ahead.end+int64(buf.Len()) > ahead.until {
+			end = before
+			buf.Truncate(length)
+			l.refuse([]*pending{p}, low)
+			continue
+		}
+		fitting = append(fitting, p)
+	}
+	return fitting, end
+}
+
+// refuse answers those for which there is no room.
+func (l *Log) refuse(group []*pending, reason error) {
+	err := fmt.Errorf("%w: %v", ErrFull, reason)
+	l.fault.Store(&err)
+	for _, p := range group {
+		p.done <- err
+	}
 }

@@ -28,7 +28,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func openLog(t testing.TB, path string) *Log {
 	t.Helper()
-	l, err := Open(path, nil)
+	l, err := Open(path, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -194,7 +194,7 @@ func TestFileIsPrivate(t *testing.T) {
 func TestSecondWriterIsRefused(t *testing.T) {
 	path := written(t, 1)
 	openLog(t, path)
-	if _, err := Open(path, nil); err == nil || !strings.Contains(err.Error(), "in use by another process") {
+	if _, err := Open(path, Options{}); err == nil || !strings.Contains(err.Error(), "in use by another process") {
 		t.Fatalf("second Open = %v", err)
 	}
 }
@@ -216,7 +216,7 @@ func TestTornLastLineIsCutWithAWarning(t *testing.T) {
 				t.Error("Verify took a torn line")
 			}
 			var warned bytes.Buffer
-			l, err := Open(path, slog.New(slog.NewTextHandler(&warned, nil)))
+			l, err := Open(path, Options{Logger: slog.New(slog.NewTextHandler(&warned, nil))})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -334,7 +334,7 @@ func TestTamperingIsFound(t *testing.T) {
 			if !ok || *bad != test.want || n != test.want.Line-1 {
 				t.Fatalf("Verify = %d, %v; want %v", n, err, &test.want)
 			}
-			l, err := Open(path, nil)
+			l, err := Open(path, Options{})
 			if err == nil {
 				closeLog(t, l)
 			}
@@ -371,11 +371,22 @@ func TestFailedSyncStopsTheLogForGood(t *testing.T) {
 }
 
 func TestFailedWriteStopsTheLogForGood(t *testing.T) {
-	l := openLog(t, "/dev/full")
+	path := filepath.Join(t.TempDir(), "audit.log")
+	l, err := Open(path, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close() // its file is closed already
+	if err := l.file.Close(); err != nil {
+		t.Fatal(err)
+	}
 	for range 2 {
-		if err := l.Append(t.Context(), Record{Type: Issue}); err == nil || !strings.Contains(err.Error(), "no space left") {
-			t.Fatalf("Append to a full disk = %v", err)
+		if err := l.Append(t.Context(), Record{Type: Issue}); !errors.Is(err, os.ErrClosed) || errors.Is(err, ErrFull) {
+			t.Fatalf("Append to a broken file = %v", err)
 		}
+	}
+	if l.Fault() == nil {
+		t.Error("a log that has stopped reports no fault")
 	}
 }
 

@@ -43,7 +43,7 @@ func newServer(t *testing.T, publish bool) *Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	log, err := audit.Open(filepath.Join(dir, "audit.jsonl"), nil)
+	log, err := audit.Open(filepath.Join(dir, "audit.jsonl"), audit.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
