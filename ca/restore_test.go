@@ -1,0 +1,231 @@
+// What of a backup is brought back when something is lost, and what is not.
+
+package ca
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
+	"math/big"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/replica"
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/store/badger"
+	"merlon.dev/ca/internal/store/snapshot"
+	"merlon.dev/ca/internal/trust"
+)
+
+var restoreTD = spiffeid.RequireTrustDomainFromString("shop.test")
+
+// haStore fills a store as a CA of three replicas does, and returns its
+// configuration.
+func haStore(t *testing.T) Config {
+	t.Helper()
+	cfg := Config{TrustDomain: "shop.test", DataDir: filepath.Join(t.TempDir(), "a"), AdminSocket: filepath.Join(t.TempDir(), "none.sock")}.withDefaults()
+	st, err := badger.Open(cfg.storeDir(), badger.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys := spiffebundle.New(restoreTD)
+	keys.AddX509Authority(someRoot(t))
+	var ops []store.Op
+	for _, r := range []*replica.Record{
+		{Name: "ca", RootHolder: true, JWTKeyID: "key-ca"}, {Name: "east", JWTKeyID: "key-east"}, {Name: "west", JWTKeyID: "key-west"},
+	} {
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := keys.AddJWTAuthority(r.JWTKeyID, key.Public()); err != nil {
+			t.Fatal(err)
+		}
+		r.Authorities = []replica.Authority{{ID: "id-" + r.Name, NotAfter: time.Now().Add(time.Hour)}}
+		op, err := r.Put()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ops = append(ops, op)
+	}
+	ops = append(ops, store.Put("entry/1", []byte("e")), store.Put("revocation/1", []byte("r")), store.Put("agent/n1", []byte("a")),
+		store.Put("token/mrt/1", []byte("replica")), store.Put("token/new/1", []byte("of a kind to come")))
+	if _, err := st.Txn(t.Context(), nil, ops, nil); err != nil {
+		t.Fatal(err)
+	}
+	expires := time.Now().Add(time.Hour)
+	if _, err := attest.CreateJoinToken(t.Context(), st, "n1", expires); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := attest.CreateReaderToken(t.Context(), st, "main", expires); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := trust.Publish(t.Context(), st, keys); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
+func someRoot(t *testing.T) *x509.Certificate {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return root
+}
+
+func backupFile(t *testing.T, cfg Config) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "backup")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := BackupStore(t.Context(), cfg, f); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// stored lists the kinds of keys in a store, and its trust bundle.
+func stored(t *testing.T, cfg Config) (keys []string, published *trust.Bundle) {
+	t.Helper()
+	st, err := badger.Open(cfg.storeDir(), badger.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.Close()
+	for kv, err := range snapshot.NewPages(st).All(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		key := kv.Key
+		if strings.HasPrefix(key, "token/m") {
+			key = key[:len("token/mjt")]
+		}
+		keys = append(keys, key)
+		if kv.Key == trust.Key {
+			if published, err = trust.Decode(kv); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return keys, published
+}
+
+// A token that was used since, and a replica that was evicted since, must not
+// come back; SECURITY.md T6.
+func TestRestoreWithALossLeavesOutWhatIsDangerous(t *testing.T) {
+	from := haStore(t)
+	file := backupFile(t, from)
+	to := from
+	to.DataDir = filepath.Join(t.TempDir(), "b")
+
+	_, err := RestoreStore(t.Context(), to, file, RestoreOptions{})
+	if _, ok := errors.AsType[*LossError](err); !ok {
+		t.Fatalf("without AcceptLoss: %v; want a LossError", err)
+	}
+	r, err := RestoreStore(t.Context(), to, file, RestoreOptions{AcceptLoss: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, published := stored(t, to)
+	want := []string{"agent/n1", "entry/1", "replica/ca", "revocation/1", "token/mbr", trust.Key}
+	if !slices.Equal(keys, want) {
+		t.Errorf("restored %q; want %q", keys, want)
+	}
+	if len(r.Tokens) != 3 || !slices.Equal(r.Replicas, []string{"east", "west"}) || r.Keys != uint64(len(want)) || r.Revision != store.NextEpoch(1) {
+		t.Errorf("it says %+v", r)
+	}
+	var kids []string
+	for kid := range published.Keys.JWTAuthorities() {
+		kids = append(kids, kid)
+	}
+	if !slices.Equal(kids, []string{"key-ca"}) || len(published.Keys.X509Authorities()) != 1 {
+		t.Errorf("trust bundle with the JWT keys %q and %d roots; want the root holder's alone", kids, len(published.Keys.X509Authorities()))
+	}
+}
+
+func TestRestoreWithoutALossBringsEverythingBack(t *testing.T) {
+	from := haStore(t)
+	file := backupFile(t, from)
+	before, _ := stored(t, from)
+	to := from
+	to.DataDir = filepath.Join(t.TempDir(), "b")
+	r, err := RestoreStore(t.Context(), to, file, RestoreOptions{Replaces: from.storeDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if after, _ := stored(t, to); !slices.Equal(after, before) || !r.Lossless || r.Revision != r.Backup.Revision {
+		t.Errorf("restored %q, %+v; want %q", after, r, before)
+	}
+}
+
+// A store that was put back, or another one, shows nothing.
+func TestOlderStoreDoesNotShowThatNothingIsLost(t *testing.T) {
+	from := haStore(t)
+	older := filepath.Join(t.TempDir(), "older")
+	if err := os.CopyFS(older, os.DirFS(from.storeDir())); err != nil {
+		t.Fatal(err)
+	}
+	st, err := badger.Open(from.storeDir(), badger.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := st.Txn(t.Context(), nil, []store.Op{store.Put("entry/2", nil)}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Close(); err != nil {
+		t.Fatal(err)
+	}
+	file := backupFile(t, from)
+	to := from
+	to.DataDir = filepath.Join(t.TempDir(), "b")
+	_, err = RestoreStore(t.Context(), to, file, RestoreOptions{Replaces: older})
+	if loss, ok := errors.AsType[*LossError](err); !ok || loss.Head == 0 || loss.Head >= loss.Backup.Revision {
+		t.Errorf("RestoreStore = %v; want a LossError", err)
+	}
+}
+
+// Two restores of one backup never give out one revision twice.
+func TestEveryRestoreTakesAnEpochOfItsOwn(t *testing.T) {
+	from := haStore(t)
+	file := backupFile(t, from)
+	to := from
+	to.DataDir = filepath.Join(t.TempDir(), "b")
+	for i := range uint64(3) {
+		r, err := RestoreStore(t.Context(), to, file, RestoreOptions{AcceptLoss: true})
+		if err != nil || store.Epoch(r.Revision) != i+1 {
+			t.Fatalf("restore %d: revision %d, %v; want epoch %d", i, r.Revision, err, i+1)
+		}
+		if err := os.RemoveAll(to.storeDir()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
