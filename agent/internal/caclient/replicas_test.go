@@ -22,6 +22,7 @@ import (
 
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/fakeca"
+	"merlon.dev/ca/capb"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -305,6 +306,10 @@ func TestWhatWasSeenIsToldAlsoAfterARestart(t *testing.T) {
 	dir := newDir(t)
 	a := run(t, dir, ca, ca.Address)
 	a.follows()
+	eventually(t, "the first revision is on disk", func() bool { got, err := a.loadSeen(); return err == nil && got > 0 })
+	// Too soon for the next write, but for the end.
+	ca.PutEntry(ca.Entry("e2", "/more", "unix:uid:1"))
+	eventually(t, "the change arrives", func() bool { return a.picture.Seen() == ca.Revision() })
 	a.stop()
 	a = run(t, dir, ca, ca.Address)
 	a.follows()
@@ -447,6 +452,40 @@ func TestOlderTrustBundleWithARenewalIsNotKept(t *testing.T) {
 	stored, err := a.loadTrust()
 	if err != nil || stored.Sequence != old+3 || a.picture.Trust().Sequence != old+3 {
 		t.Errorf("after a renewal with an older trust bundle: on disk %v, %v; want %d", stored.Sequence, err, old+3)
+	}
+}
+
+func TestSVIDUnderARootThatWasRemovedIsRefused(t *testing.T) {
+	old, now := fakeca.New(t, td), fakeca.New(t, td)
+	old.SetSequence(4)
+	jwks, err := now.Root.Bundle().Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	held, err := cache.ParseTrust(&capb.TrustBundle{TrustDomain: td, Sequence: 5, Jwks: jwks}, td)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	c, err := New(Config{
+		TrustDomain: spiffeid.RequireTrustDomainFromString(td), Addresses: []string{"ca:1"}, DataDir: newDir(t),
+		Logger: log, Registerer: prometheus.NewRegistry(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	picture := cache.New(cache.Options{TrustDomain: c.cfg.TrustDomain, Authority: c, Logger: log, Registerer: prometheus.NewRegistry()})
+	picture.SetTrust(t.Context(), held)
+	key, csr, err := newKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer, err := old.Attest(t.Context(), &capb.AttestRequest{Evidence: &capb.AttestRequest_JoinToken{JoinToken: fakeca.Token}, Csr: csr})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.adopt(t.Context(), picture, answer.GetX509Svid(), answer.GetTrustBundle(), key); err == nil || !c.ID().IsZero() {
+		t.Errorf("adopt() = %v; want the SVID to be judged by the newer trust bundle", err)
 	}
 }
 
