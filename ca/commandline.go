@@ -10,8 +10,10 @@ import (
 	"io"
 	"strings"
 
+	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/etcd"
 	"merlon.dev/ca/internal/trust"
+	"merlon.dev/ca/internal/upstream"
 )
 
 // EnvPrefix begins the environment variable of each setting, as in
@@ -133,6 +135,9 @@ func Hint(err error) string {
 	if _, ok := errors.AsType[*usageError](err); ok {
 		return "merlon-ca -h shows every flag and an example"
 	}
+	if hint := replicaHint(err); hint != "" {
+		return hint
+	}
 	switch text := err.Error(); {
 	case errors.Is(err, flag.ErrHelp):
 		return ""
@@ -153,3 +158,30 @@ func Hint(err error) string {
 	}
 	return ""
 }
+
+// replicaHint is Hint for CAs of more than one replica.
+func replicaHint(err error) string {
+	const create = "merlon token create --kind replica --name NAME"
+	for _, known := range []struct {
+		is   error
+		hint string
+	}{
+		{upstream.ErrNoKeys, "to add a replica, run `" + create + "` on the CA that holds the root key and set join_address, join_token_file and root_hash; to be that CA itself, put its keys folder back into data_dir"},
+		{upstream.ErrIsReplica, "set join_address to the CA that holds the root key"},
+		{upstream.ErrIsRootHolder, "remove join_address, or use another data_dir for the replica"},
+		{upstream.ErrEnded, rejoin},
+		{errEvicted, rejoin},
+		{trust.ErrOtherRoot, "check the store's address and prefix: all replicas share one store, and one root"},
+		{errNoJoinToken, "run `" + create + "` on the CA that holds the root key, then set join_token_file and root_hash"},
+		{errJoinRefused, "a token works once and for a short time: run `" + create + "` again"},
+		{store.ErrUnavailable, "look at etcd and at etcd_endpoints: etcdctl endpoint health"},
+	} {
+		if errors.Is(err, known.is) {
+			return known.hint
+		}
+	}
+	return ""
+}
+
+// rejoin is how a replica comes back that is none any more.
+const rejoin = "to come back: `merlon replica evict NAME` on another replica, move data_dir/keys away here, and join with a new token (merlon token create --kind replica)"

@@ -16,6 +16,7 @@ import (
 
 	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
+	"merlon.dev/integration/stage"
 	"merlon.dev/sdk/unixsock"
 )
 
@@ -27,7 +28,10 @@ func TestMain(m *testing.M) {
 	if os.Getenv(runAsCA) != "" {
 		os.Exit(runCA()) //nolint:forbidigo // as the main of merlon-ca does
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		stage.RemoveBins()
+		os.Exit(code) //nolint:forbidigo // in place of goleak
+	}))
 }
 
 // runCA is main of merlon-ca in short.

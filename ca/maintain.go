@@ -1,6 +1,7 @@
 // What the CA does without being asked: renews its intermediate and the
 // signatures of policy bundles, removes what has expired, and keeps in mind
-// whether it could issue.
+// whether it could issue. Each replica looks after itself; what concerns all is
+// done by one of them, the leader.
 
 package ca
 
@@ -22,15 +23,22 @@ import (
 
 const (
 	upkeepInterval = time.Minute
-	probeInterval  = 5 * time.Second
-	probeTimeout   = 5 * time.Second
-	// choreTimeout keeps a store that hangs from holding up the probe, which
-	// is what notices.
-	choreTimeout = 30 * time.Second
+	// A replica that is cut off from its store says so within probeInterval and
+	// probeTimeout.
+	probeInterval = 2 * time.Second
+	probeTimeout  = 3 * time.Second
+	choreTimeout  = 30 * time.Second
+	// Chores that are done once for all replicas: a leader that is gone is
+	// replaced after leaderTTL.
+	upkeepLeader  = "upkeep"
+	leaderTTL     = 15 * time.Second
+	leaderRetry   = 5 * time.Second
+	resignTimeout = time.Second
 )
 
-// maintain runs until ctx ends.
-func (p *parts) maintain(ctx context.Context) error {
+// watchStore keeps in mind whether the store can be reached and written, until
+// ctx ends, and tells the agents.
+func (p *parts) watchStore(ctx context.Context) error {
 	var storeState atomic.Pointer[error]
 	p.health.Check("store", func() error {
 		if err := storeState.Load(); err != nil {
@@ -38,23 +46,30 @@ func (p *parts) maintain(ctx context.Context) error {
 		}
 		return nil
 	})
+	p.health.Check("picture", p.registry.Fault)
 	p.health.Check("authority", func() error { return p.checkAuthority(time.Now()) })
 	p.health.Check("audit", p.service.AuditFault)
-	probe, upkeep := time.NewTicker(probeInterval), time.NewTicker(upkeepInterval)
+	p.health.Check("replica", p.service.Standing)
+	probe := time.NewTicker(probeInterval)
 	defer probe.Stop()
-	defer upkeep.Stop()
-	p.upkeep(ctx, time.Now())
 	for {
 		err := p.probeStore(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
 		storeState.Store(&err)
+		p.service.SetStale(unreachable(err) || p.registry.Fault() != nil)
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-probe.C:
-		case now := <-upkeep.C:
-			p.upkeep(ctx, now)
 		}
 	}
+}
+
+// unreachable tells a store that is away from one that refuses.
+func unreachable(err error) bool {
+	return errors.Is(err, store.ErrUnavailable) || errors.Is(err, context.DeadlineExceeded)
 }
 
 // probeStore asks the committer for an empty transaction, which writes nothing
@@ -62,10 +77,72 @@ func (p *parts) maintain(ctx context.Context) error {
 func (p *parts) probeStore(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
-	if _, err := p.store.Txn(ctx, nil, nil, nil); err != nil {
+	_, err := p.store.Txn(ctx, nil, nil, nil)
+	switch {
+	case unreachable(err):
+		return fmt.Errorf("the store cannot be reached, so this CA refuses changes and issues from what it knew last: %w", err)
+	case err != nil:
 		return fmt.Errorf("the store takes no writes: %w", err)
 	}
 	return nil
+}
+
+// errNotLeading ends the chores of one who has led.
+var errNotLeading = errors.New("another replica leads now")
+
+// maintain does this replica's own chores until ctx ends.
+func (p *parts) maintain(ctx context.Context) error {
+	upkeep := time.NewTicker(upkeepInterval)
+	defer upkeep.Stop()
+	for now := time.Now(); ; {
+		p.upkeep(ctx, now)
+		select {
+		case <-ctx.Done():
+			return nil
+		case now = <-upkeep.C:
+		}
+	}
+}
+
+// lead does the chores of all replicas whenever this one leads, until ctx ends.
+func (p *parts) lead(ctx context.Context) error {
+	for ctx.Err() == nil && p.service.Standing() == nil {
+		l, err := p.store.Campaign(ctx, upkeepLeader, leaderTTL)
+		if err == nil {
+			p.leadUntilLost(ctx, l)
+			continue
+		}
+		if ctx.Err() != nil || errors.Is(err, store.ErrClosed) {
+			return nil
+		}
+		p.log.LogAttrs(ctx, slog.LevelWarn, "upkeep not led", slog.Any("err", err))
+		select {
+		case <-ctx.Done():
+		case <-time.After(leaderRetry):
+		}
+	}
+	return nil
+}
+
+func (p *parts) leadUntilLost(ctx context.Context, l store.Leadership) {
+	upkeep := time.NewTicker(upkeepInterval)
+	defer upkeep.Stop()
+	for now := time.Now(); p.service.Standing() == nil; {
+		p.chores(ctx, now, l.Fence())
+		select {
+		case <-l.Lost():
+			return
+		case <-ctx.Done():
+		case now = <-upkeep.C:
+			continue
+		}
+		break
+	}
+	resigning, cancel := context.WithTimeout(context.WithoutCancel(ctx), resignTimeout)
+	defer cancel()
+	if err := l.Resign(resigning); err != nil {
+		p.log.LogAttrs(ctx, slog.LevelWarn, "upkeep not handed over", slog.Any("err", err))
+	}
 }
 
 // checkAuthority says why the CA could not issue.
@@ -74,8 +151,14 @@ func (p *parts) checkAuthority(now time.Time) error {
 	if ca == nil {
 		return errors.New("no X.509 authority")
 	}
-	if !now.Before(ca.NotAfter()) {
-		return fmt.Errorf("the issuing chain ended at %s", ca.NotAfter().Format(time.RFC3339))
+	end := ca.NotAfter()
+	if !now.Before(end) {
+		return fmt.Errorf("the issuing chain ended at %s", end.Format(time.RFC3339))
+	}
+	// It was to be renewed at half of its life. From here on what is issued would
+	// be cut: another replica does better.
+	if life := end.Sub(ca.Chain[0].NotBefore); end.Sub(now) < min(p.x509SVIDTTL, life/4) {
+		return fmt.Errorf("the issuing chain ends at %s and could not be renewed", end.Format(time.RFC3339))
 	}
 	if p.registry.Trust() == nil {
 		return errors.New("no trust bundle is published")
@@ -83,18 +166,30 @@ func (p *parts) checkAuthority(now time.Time) error {
 	return nil
 }
 
-// upkeep does each chore; one that fails comes again a minute later.
+// upkeep does what each replica does for itself; what fails comes again a
+// minute later.
 func (p *parts) upkeep(ctx context.Context, now time.Time) {
-	for name, chore := range map[string]func(context.Context, time.Time) error{
-		"renew the intermediate": p.renewIntermediate,
-		"remove expired entries": p.removeEntries,
-		"remove old revocations": p.removeRevocations,
-		"remove expired tokens":  p.removeTokens,
-		"renew policy bundles":   p.renewPolicies,
-		"remove stray policies":  p.releases.Prune,
-	} {
+	p.each(ctx, map[string]func(context.Context) error{
+		"renew the intermediate": func(ctx context.Context) error { return p.renewIntermediate(ctx, now) },
+	})
+}
+
+// chores does what one does for all replicas. Each write holds only while fence
+// does: nobody else has led since.
+func (p *parts) chores(ctx context.Context, now time.Time, fence store.Cmp) {
+	p.each(ctx, map[string]func(context.Context) error{
+		"remove expired entries": func(ctx context.Context) error { return p.removeEntries(ctx, now, fence) },
+		"remove old revocations": func(ctx context.Context) error { return p.remove(ctx, p.registry.ExpiredRevocations(now), fence) },
+		"remove expired tokens":  func(ctx context.Context) error { return p.removeTokens(ctx, now, fence) },
+		"renew policy bundles":   func(ctx context.Context) error { return p.renewPolicies(ctx, now, fence) },
+		"remove stray policies":  func(ctx context.Context) error { return p.releases.Prune(ctx, now, fence) },
+	})
+}
+
+func (p *parts) each(ctx context.Context, chores map[string]func(context.Context) error) {
+	for name, chore := range chores {
 		bounded, cancel := context.WithTimeout(ctx, choreTimeout)
-		err := chore(bounded, now)
+		err := chore(bounded)
 		cancel()
 		if err != nil && ctx.Err() == nil {
 			level := slog.LevelError
@@ -107,7 +202,13 @@ func (p *parts) upkeep(ctx context.Context, now time.Time) {
 }
 
 func (p *parts) renewIntermediate(ctx context.Context, now time.Time) error {
+	if err := p.service.Standing(); err != nil {
+		return err
+	}
 	renewed, err := p.keys.RenewIntermediate(ctx, now)
+	if p.keys.HoldsRoot() {
+		err = errors.Join(err, p.register(ctx, now)) // also what somebody removed
+	}
 	if !renewed {
 		return err
 	}
@@ -118,8 +219,8 @@ func (p *parts) renewIntermediate(ctx context.Context, now time.Time) error {
 }
 
 // renewPolicies keeps policies from ending because nobody changes them.
-func (p *parts) renewPolicies(ctx context.Context, now time.Time) error {
-	renewed, err := p.releases.Renew(ctx, now)
+func (p *parts) renewPolicies(ctx context.Context, now time.Time, fence ...store.Cmp) error {
+	renewed, err := p.releases.Renew(ctx, now, fence...)
 	return p.recordRenewed(ctx, now, renewed, err)
 }
 
@@ -146,19 +247,19 @@ func (p *parts) recordRenewed(ctx context.Context, now time.Time, renewed []*rel
 }
 
 // removeEntries needs no revocations: no SVID outlives its entry.
-func (p *parts) removeEntries(ctx context.Context, now time.Time) error {
+func (p *parts) removeEntries(ctx context.Context, now time.Time, fence store.Cmp) error {
 	for _, e := range p.registry.ExpiredEntries(now) {
-		if err := p.removeEntry(ctx, now, e); err != nil {
+		if err := p.removeEntry(ctx, now, e, fence); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (p *parts) removeEntry(ctx context.Context, now time.Time, e *entry.Entry) error {
+func (p *parts) removeEntry(ctx context.Context, now time.Time, e *entry.Entry, fence store.Cmp) error {
 	key := registry.EntryPrefix + e.ID
-	res, err := p.store.Txn(ctx, []store.Cmp{{Key: key, ModRevision: e.Revision}}, []store.Op{store.Delete(key)}, nil)
-	if err != nil || !res.Succeeded { // an operator was faster
+	res, err := p.store.Txn(ctx, []store.Cmp{{Key: key, ModRevision: e.Revision}, fence}, []store.Op{store.Delete(key)}, nil)
+	if err != nil || !res.Succeeded { // an operator, or another leader, was faster
 		return err
 	}
 	return p.audit.Append(ctx, audit.Record{
@@ -166,11 +267,7 @@ func (p *parts) removeEntry(ctx context.Context, now time.Time, e *entry.Entry) 
 	})
 }
 
-func (p *parts) removeRevocations(ctx context.Context, now time.Time) error {
-	return p.remove(ctx, p.registry.ExpiredRevocations(now))
-}
-
-func (p *parts) removeTokens(ctx context.Context, now time.Time) error {
+func (p *parts) removeTokens(ctx context.Context, now time.Time, fence store.Cmp) error {
 	var expired []string
 	for after, more := "", true; more; {
 		var kvs []store.KV
@@ -186,19 +283,23 @@ func (p *parts) removeTokens(ctx context.Context, now time.Time) error {
 			after = kv.Key
 		}
 	}
-	return p.remove(ctx, expired)
+	return p.remove(ctx, expired, fence)
 }
 
-// remove deletes keys, as many to a transaction as fit.
-func (p *parts) remove(ctx context.Context, keys []string) error {
+// remove deletes keys, as many to a transaction as fit, while fence holds.
+func (p *parts) remove(ctx context.Context, keys []string, fence store.Cmp) error {
 	for len(keys) > 0 {
 		n := min(len(keys), store.MaxTxnOps)
 		ops := make([]store.Op, n)
 		for i, key := range keys[:n] {
 			ops[i] = store.Delete(key)
 		}
-		if _, err := p.store.Txn(ctx, nil, ops, nil); err != nil {
+		res, err := p.store.Txn(ctx, []store.Cmp{fence}, ops, nil)
+		if err != nil {
 			return err
+		}
+		if !res.Succeeded {
+			return errNotLeading
 		}
 		keys = keys[n:]
 	}

@@ -66,6 +66,26 @@ func (p *parts) put(t *testing.T, ops ...store.Op) {
 	}
 }
 
+// everything does all chores there are, as the leader.
+func (p *parts) everything(t *testing.T, now time.Time) {
+	t.Helper()
+	l := p.leads(t)
+	p.upkeep(t.Context(), now)
+	p.chores(t.Context(), now, l.Fence())
+	if err := l.Resign(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+func (p *parts) leads(t *testing.T) store.Leadership {
+	t.Helper()
+	l, err := p.store.Campaign(t.Context(), upkeepLeader, leaderTTL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
 func recorded(t *testing.T, path, what string) int {
 	t.Helper()
 	b, err := os.ReadFile(path)
@@ -78,11 +98,11 @@ func recorded(t *testing.T, path, what string) int {
 func TestIntermediateIsRenewedAtHalfLife(t *testing.T) {
 	p, log := openParts(t)
 	first, now := p.keys.X509(), time.Now()
-	p.upkeep(t.Context(), now.Add(11*time.Hour))
+	p.everything(t, now.Add(11*time.Hour))
 	if p.keys.X509() != first {
 		t.Fatal("renewed before half of 24 h")
 	}
-	p.upkeep(t.Context(), now.Add(13*time.Hour))
+	p.everything(t, now.Add(13*time.Hour))
 	second := p.keys.X509()
 	if second.ID() == first.ID() || !second.NotAfter().After(first.NotAfter()) {
 		t.Fatalf("after 13 h: authority %s until %s; want another than %s, and longer", second.ID(), second.NotAfter(), first.ID())
@@ -140,7 +160,7 @@ func TestWhatHasExpiredIsRemoved(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	p.upkeep(ctx, now.Add(2*time.Hour))
+	p.everything(t, now.Add(2*time.Hour))
 
 	for e, want := range map[*entry.Entry]bool{short: false, long: true, endless: true} {
 		if _, _, err := p.store.Get(ctx, registry.EntryPrefix+e.ID); (err == nil) != want {
@@ -170,7 +190,7 @@ func TestEntryThatChangedIsNotRemoved(t *testing.T) {
 	stale := p.registry.ExpiredEntries(time.Now().Add(2 * time.Hour))
 	p.put(t, put)
 	for _, old := range stale {
-		if err := p.removeEntry(t.Context(), time.Now(), old); err != nil {
+		if err := p.removeEntry(t.Context(), time.Now(), old, p.leads(t).Fence()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -226,7 +246,7 @@ func TestPolicyIsSignedAgainAtHalfOfItsValidity(t *testing.T) {
 		}
 	}
 	now := head.IssuedAt.Add(half + time.Minute)
-	p.upkeep(t.Context(), now)
+	p.everything(t, now)
 	after := p.contents(t)
 	if md := after.Metadata; md.Generation != 2 || !md.IssuedAt.Equal(now) || md.NotAfter.Sub(md.IssuedAt) != 2*half {
 		t.Errorf("metadata = %+v; want generation 2, issued %s", md, now)
@@ -238,7 +258,7 @@ func TestPolicyIsSignedAgainAtHalfOfItsValidity(t *testing.T) {
 	if n := recorded(t, log, "policy bundle main, generation 2"); n != 1 {
 		t.Errorf("%d audit records; want 1", n)
 	}
-	p.upkeep(t.Context(), now.Add(time.Minute))
+	p.everything(t, now.Add(time.Minute))
 	if g := p.contents(t).Metadata.Generation; g != 2 {
 		t.Errorf("generation %d a minute later; want still 2", g)
 	}

@@ -44,6 +44,7 @@ type ownSVID struct {
 	keys     *upstream.Keys
 	registry *registry.Registry
 	audit    *audit.Log
+	standing func() error // why this replica must not issue
 
 	current atomic.Pointer[issuedSVID]
 }
@@ -65,6 +66,9 @@ func (o *ownSVID) GetX509SVID() (*x509svid.SVID, error) {
 
 // renew issues a new SVID with a new key.
 func (o *ownSVID) renew(ctx context.Context, now time.Time) error {
+	if err := o.standing(); err != nil {
+		return err
+	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return fmt.Errorf("make the CA's own key: %w", err)

@@ -5,7 +5,6 @@ package ca
 
 import (
 	"context"
-	"crypto/ecdsa"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -28,10 +27,8 @@ import (
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/store"
-	"merlon.dev/ca/internal/trust"
 	"merlon.dev/ca/internal/upstream"
 	"merlon.dev/ca/internal/web"
-	"merlon.dev/policy/bundle"
 	"merlon.dev/sdk/health"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/unixsock"
@@ -42,6 +39,10 @@ const (
 	// they renew.
 	maxConnections = 25_000
 	drainTimeout   = 5 * time.Second
+	// storePatience is how long a CA that starts waits for a store that cannot be
+	// reached, before it fails and says so.
+	storePatience = time.Minute
+	storeRetry    = 2 * time.Second
 )
 
 // Server is a CA. Its methods are safe for concurrent use.
@@ -107,11 +108,14 @@ type parts struct {
 	audit    *audit.Log
 	keys     *upstream.Keys
 	registry *registry.Registry
+	policy   *policyKeys
 	releases *release.Publisher
 	service  *api.Service
 	own      *ownSVID
 	health   *health.Server
 	log      *slog.Logger
+
+	x509SVIDTTL time.Duration
 }
 
 // close closes the store last: everything else may still want to write.
@@ -127,7 +131,7 @@ func (p *parts) close() error {
 }
 
 func (s *Server) open(ctx context.Context) (_ *parts, err error) {
-	p := &parts{log: s.log} // no named result: the returns below would make it nil before close
+	p := &parts{log: s.log, x509SVIDTTL: s.cfg.X509SVIDTTL} // no named result: the returns below would make it nil before close
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.close())
@@ -136,7 +140,7 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	if err := openDataDir(s.cfg.DataDir); err != nil {
 		return nil, err
 	}
-	if p.store, err = openStore(ctx, s.cfg); err != nil {
+	if p.store, err = s.openStore(ctx); err != nil {
 		return nil, err
 	}
 	if p.audit, err = audit.Open(filepath.Join(s.cfg.DataDir, "audit.jsonl"), audit.Options{ReserveBytes: s.cfg.diskReserve(), Logger: s.log}); err != nil {
@@ -145,24 +149,15 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	if err := p.settleEpoch(ctx, s.cfg); err != nil {
 		return nil, err
 	}
-	p.keys, err = upstream.Open(ctx, upstream.Config{TrustDomain: s.td, Dir: filepath.Join(s.cfg.DataDir, "keys"), Development: s.cfg.Development})
-	if err != nil {
+	if err := s.openKeys(ctx, p); err != nil {
 		return nil, err
 	}
-	keys, err := p.keys.TrustBundle()
-	if err != nil {
-		return nil, err
-	}
-	if _, err := trust.Publish(ctx, p.store, keys); err != nil {
-		return nil, err
-	}
-	if p.releases, err = s.publisher(p); err != nil {
-		return nil, err
-	}
-	p.enterEpoch(ctx, time.Now())
 	if p.registry, err = registry.Open(ctx, p.store, s.log); err != nil {
 		return nil, err
 	}
+	p.policy = &policyKeys{trustDomain: s.td.Name(), keys: p.keys, registry: p.registry, root: p.keys.X509().Root}
+	p.releases = s.publisher(p.store, p.policy)
+	p.enterEpoch(ctx, time.Now())
 	return p, s.assemble(ctx, p)
 }
 
@@ -182,43 +177,44 @@ func openDataDir(dir string) error {
 	return nil
 }
 
-func (s *Server) publisher(p *parts) (*release.Publisher, error) {
-	kid, signer := p.keys.Policy()
-	public, ok := signer.Public().(*ecdsa.PublicKey)
-	if !ok {
-		return nil, fmt.Errorf("the policy key is a %T, not ECDSA", signer.Public())
+// openStore keeps trying while an etcd cannot be reached: machines of a rack
+// start in any order.
+func (s *Server) openStore(ctx context.Context) (store.Store, error) {
+	deadline := time.Now().Add(storePatience)
+	for {
+		st, err := openStore(ctx, s.cfg)
+		if !errors.Is(err, store.ErrUnavailable) || ctx.Err() != nil {
+			return st, err
+		}
+		if time.Now().After(deadline) {
+			return nil, fmt.Errorf("the store could not be reached for %s: %w", storePatience, err)
+		}
+		s.log.LogAttrs(ctx, slog.LevelWarn, "store cannot be reached yet, the CA waits for it",
+			slog.Any("err", err), slog.Time("until", deadline))
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(storeRetry):
+		}
 	}
-	pkix, err := x509.MarshalPKIXPublicKey(public)
-	if err != nil {
-		return nil, fmt.Errorf("encode the policy key: %w", err)
-	}
-	return release.New(release.Options{
-		Store: p.store, Log: s.log, MaxBytes: bundle.MaxBytes,
-		Keys: []release.Key{{KID: kid, PKIX: pkix}},
-		Check: func(unsigned []byte) error {
-			_, err := bundle.Check(unsigned)
-			return err
-		},
-		Sign: func(unsigned []byte, seal release.Seal) ([]byte, error) {
-			return bundle.Sign(unsigned, bundle.Metadata{
-				Name: seal.Name, TrustDomain: s.td.Name(), Generation: seal.Generation, IssuedAt: seal.IssuedAt, NotAfter: seal.NotAfter,
-			}, kid, signer)
-		},
-		Unsign: func(signed []byte, name string) ([]byte, error) {
-			return bundle.Unsign(signed, []bundle.Key{{KID: kid, PublicKey: public}}, bundle.Expect{Name: name, TrustDomain: s.td.Name()})
-		},
-	}), nil
 }
 
 // assemble makes what serves.
 func (s *Server) assemble(ctx context.Context, p *parts) error {
 	p.health = health.New(s.log)
-	p.service = api.New(api.Options{
+	options := api.Options{
 		TrustDomain: s.td, Store: p.store, StoreKind: s.cfg.Store, Registry: p.registry, Keys: p.keys, Releases: p.releases, Audit: p.audit,
+		ReplicaName: p.keys.Name(), Reseal: p.reseal,
 		Log: s.log, Metrics: p.health.Registry(), AdminUIDs: s.cfg.AdminUIDs,
 		X509SVIDTTL: s.cfg.X509SVIDTTL, JWTSVIDTTL: s.cfg.JWTSVIDTTL, AgentSVIDTTL: s.cfg.AgentSVIDTTL,
-	})
-	p.own = &ownSVID{td: s.td, dnsNames: s.cfg.DNSNames, keys: p.keys, registry: p.registry, audit: p.audit}
+	}
+	if p.keys.HoldsRoot() {
+		options.Root = p.keys
+	}
+	p.service = api.New(options)
+	p.own = &ownSVID{
+		td: s.td, dnsNames: s.cfg.DNSNames, keys: p.keys, registry: p.registry, audit: p.audit, standing: p.service.Standing,
+	}
 	if err := p.own.renew(ctx, time.Now()); err != nil {
 		return err
 	}
@@ -288,7 +284,9 @@ func (s *Server) serve(ctx context.Context, p *parts, l *listeners) error {
 	base, inner := errgroup.WithContext(inner)
 	base.Go(func() error { return p.registry.Run(inner) })
 	base.Go(func() error { return p.own.run(inner, s.log) })
+	base.Go(func() error { return p.watchStore(inner) })
 	base.Go(func() error { return p.maintain(inner) })
+	base.Go(func() error { return p.lead(inner) })
 
 	outer, stopOuter := context.WithCancel(ctx)
 	defer stopOuter()

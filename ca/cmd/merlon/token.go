@@ -12,7 +12,7 @@ import (
 )
 
 func tokenCommand(o *options) *cobra.Command {
-	return noun("token", "Secrets for new agents and for readers of policy bundles", tokenCreate(o))
+	return noun("token", "Secrets for new agents and replicas, and for readers of policy bundles", tokenCreate(o))
 }
 
 // tokenJSON is a fresh token as scripts see it.
@@ -26,22 +26,33 @@ type tokenJSON struct {
 var tokenKinds = map[string]capb.TokenKind{
 	"join":          capb.TokenKind_TOKEN_KIND_JOIN,
 	"bundle-reader": capb.TokenKind_TOKEN_KIND_BUNDLE_READER,
+	"replica":       capb.TokenKind_TOKEN_KIND_REPLICA,
 }
 
 // tokenUse says what to do with a fresh token.
 var tokenUse = map[string]string{
 	"join":          "put the token into a file on the node and name it there: merlon-agent -join-token-file FILE -root-hash ROOT_HASH",
 	"bundle-reader": "it is a bearer token: merlon trust show -o pem > ca.pem; curl --cacert ca.pem -H 'Authorization: Bearer TOKEN' https://CA:8444/v1/policy/bundles/main",
+	"replica":       "start the new CA on the same etcd, with the token in a file: merlon-ca -store etcd -etcd-endpoints URLS -join-address THIS_CA:8443 -join-token-file FILE -root-hash ROOT_HASH",
 }
 
-// checkTokenFlags refuses flags of the other kind of token, which would be
+// tokenFlags are flags for one kind of token, with an example each.
+var tokenFlags = map[string]struct{ kind, example string }{
+	"agent":  {"join", "merlon token create --agent node-1"},
+	"bundle": {"bundle-reader", "merlon token create --kind bundle-reader --bundle main"},
+	"name":   {"replica", "merlon token create --kind replica --name ca-2"},
+}
+
+// checkTokenFlags refuses flags of another kind of token, which would be
 // ignored.
-func checkTokenFlags(kind capb.TokenKind, cmd *cobra.Command) error {
-	if kind == capb.TokenKind_TOKEN_KIND_JOIN && cmd.Flags().Changed("bundle") {
-		return usageError{"--bundle is for tokens that read a policy bundle", "merlon token create --kind bundle-reader --bundle main"}
+func checkTokenFlags(kind string, cmd *cobra.Command) error {
+	for flag, of := range tokenFlags {
+		if kind != of.kind && cmd.Flags().Changed(flag) {
+			return usageError{fmt.Sprintf("--%s is for tokens of kind %s", flag, of.kind), of.example}
+		}
 	}
-	if kind == capb.TokenKind_TOKEN_KIND_BUNDLE_READER && cmd.Flags().Changed("agent") {
-		return usageError{"--agent is for join tokens", "merlon token create --agent node-1"}
+	if of := tokenFlags["name"]; kind == of.kind && !cmd.Flags().Changed("name") {
+		return usageError{"a replica needs a name: --name", of.example}
 	}
 	return nil
 }
@@ -51,21 +62,25 @@ func tokenCreate(o *options) *cobra.Command {
 	var ttl time.Duration
 	var req capb.CreateTokenRequest
 	cmd := &cobra.Command{
-		Use:   "create [--kind join|bundle-reader]",
-		Short: "Make a join token for one agent, or a token that reads a policy bundle",
+		Use:   "create [--kind join|bundle-reader|replica]",
+		Short: "Make a token for one agent, for one replica of the CA, or for reading a policy bundle",
 		Long: `Make a token. It is shown once; the CA keeps only a hash.
 
 A join token works once. Give the agent the token and the root hash: it sends
-the token only to a CA whose root has that hash.`,
+the token only to a CA whose root has that hash.
+
+A replica token works once, too, and is made on the CA that holds the root key:
+it lets another CA on the same etcd issue SVIDs. Guard it like a key.`,
 		Example: `  merlon token create --agent node-1
-  merlon token create --kind bundle-reader --bundle main --ttl 720h`,
+  merlon token create --kind bundle-reader --bundle main --ttl 720h
+  merlon token create --kind replica --name ca-2`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var ok bool
 			if req.Kind, ok = tokenKinds[kind]; !ok {
-				return usageError{fmt.Sprintf("unknown kind of token %q", kind), "use --kind join or --kind bundle-reader"}
+				return usageError{fmt.Sprintf("unknown kind of token %q", kind), "use --kind join, bundle-reader or replica"}
 			}
-			if err := checkTokenFlags(req.GetKind(), cmd); err != nil {
+			if err := checkTokenFlags(kind, cmd); err != nil {
 				return err
 			}
 			if ttl < 0 || ttl%time.Second != 0 {
@@ -90,9 +105,10 @@ the token only to a CA whose root has that hash.`,
 		},
 	}
 	fl := cmd.Flags()
-	fl.StringVar(&kind, "kind", "join", "join or bundle-reader")
+	fl.StringVar(&kind, "kind", "join", "join, bundle-reader or replica")
 	fl.StringVar(&req.AgentName, "agent", "", "join: name of the agent, the last segment of its SPIFFE ID (default: random)")
-	fl.DurationVar(&ttl, "ttl", 0, "lifetime of the token (default 10m for join, 90 days for bundle-reader)")
+	fl.DurationVar(&ttl, "ttl", 0, "lifetime of the token (default 10m for join and replica, 90 days for bundle-reader)")
 	fl.StringVar(&req.PolicyBundle, "bundle", "", "bundle-reader: policy bundle that it may read (default main)")
+	fl.StringVar(&req.ReplicaName, "name", "", "replica: its name among the replicas, for good")
 	return cmd
 }

@@ -22,6 +22,7 @@ import (
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/replica"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/unixsock"
 )
@@ -62,11 +63,16 @@ type Caller struct {
 	Name string
 	// Kinds always holds CALLER_ANONYMOUS.
 	Kinds []capb.Caller
-	// Agent and Peer are set for agents; Peer for whoever showed an SVID.
-	Agent *attest.Agent
-	Peer  *svid.Peer
+	// Agent and Peer are set for agents, Replica and Peer for replicas; Peer for
+	// whoever showed an SVID.
+	Agent   *attest.Agent
+	Replica *replica.Record
+	Peer    *svid.Peer
 	// Fault says why the SVID that was shown counts for nothing.
 	Fault string
+	// Behind: the SVID is newer than what this replica knows, so that another
+	// one may know better.
+	Behind bool
 }
 
 // Is says whether the caller is of the given kind.
@@ -87,7 +93,7 @@ func (s *Service) callerOf(ctx context.Context) *Caller {
 		}
 	case tlsInfo:
 		if info.Peer != nil {
-			s.resolvePeer(c, info.Peer, time.Now())
+			s.resolvePeer(ctx, c, info.Peer)
 		}
 	}
 	return c
@@ -96,15 +102,16 @@ func (s *Service) callerOf(ctx context.Context) *Caller {
 // PeerCaller resolves the owner of a verified SVID.
 func (s *Service) PeerCaller(p *svid.Peer) *Caller {
 	c := Anonymous()
-	s.resolvePeer(c, p, time.Now())
+	s.resolvePeer(context.Background(), c, p)
 	return c
 }
 
-// resolvePeer fills c with what the SVID of p is worth at now. An ID alone
-// makes nobody an agent or administrator: the CA's own records must agree
+// resolvePeer fills c with what the SVID of p is worth now. An ID alone makes
+// nobody an agent, administrator or replica: the CA's own records must agree
 // (SECURITY.md T8).
-func (s *Service) resolvePeer(c *Caller, p *svid.Peer, now time.Time) {
-	c.Name, c.Peer = p.ID.String(), p
+func (s *Service) resolvePeer(ctx context.Context, c *Caller, p *svid.Peer) {
+	c.Name, c.Peer, c.Behind = p.ID.String(), p, !s.catchUp(ctx, p)
+	now := time.Now()
 	if !now.Before(p.NotAfter) {
 		c.Fault = "its X509-SVID has expired"
 		return
@@ -123,9 +130,45 @@ func (s *Service) resolvePeer(c *Caller, p *svid.Peer, now time.Time) {
 		c.Kinds = append(c.Kinds, capb.Caller_CALLER_AGENT)
 		return
 	}
+	if p.ID == entry.CAID(s.opts.TrustDomain) {
+		if rec, ok := s.registry.ReplicaOf(issuerOf(p)); ok {
+			c.Replica = rec
+			c.Kinds = append(c.Kinds, capb.Caller_CALLER_REPLICA)
+		} else {
+			c.Fault = "its authority is not that of a replica"
+		}
+		return
+	}
 	if !entry.Reserved(p.ID) && s.registry.Admin(p.ID, now) {
 		c.Kinds = append(c.Kinds, capb.Caller_CALLER_ADMIN)
 	}
+}
+
+// catchUpWait is how long a call waits for the picture to reach the revision
+// that the caller's SVID was issued from, at another replica.
+const catchUpWait = 2 * time.Second
+
+// catchUp says whether the picture is at least as new as the SVID of p, which
+// its serial number tells under the signature of an authority; it waits for
+// that, unless the store cannot be reached.
+func (s *Service) catchUp(ctx context.Context, p *svid.Peer) bool {
+	if !p.OurSerial || !p.ID.MemberOf(s.opts.TrustDomain) || p.Serial.Revision <= s.registry.Revision() {
+		return true
+	}
+	if s.Stale() {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, catchUpWait)
+	defer cancel()
+	return s.registry.Wait(ctx, p.Serial.Revision) == nil
+}
+
+// issuerOf is the authority ID of the intermediate that signed the SVID of p.
+func issuerOf(p *svid.Peer) string {
+	if len(p.AuthorityIDs) < 2 { // the root is no replica
+		return ""
+	}
+	return p.AuthorityIDs[0]
 }
 
 // agentFault says why p is not the live agent of the record.
@@ -148,6 +191,9 @@ func (s *Service) mayAdminister(uid uint32) bool {
 func (t access) authorize(c *Caller, method string) error {
 	if t.permits(method, c.Kinds) {
 		return nil
+	}
+	if c.Behind {
+		return status.Errorf(codes.Unavailable, "%s: its X509-SVID is newer than what this replica knows; another one may know it", c.Name)
 	}
 	if c.Fault != "" {
 		return status.Errorf(codes.Unauthenticated, "%s: %s", c.Name, c.Fault)

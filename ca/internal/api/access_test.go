@@ -4,7 +4,7 @@ package api
 
 import (
 	"fmt"
-	"strings"
+	"slices"
 	"testing"
 
 	"google.golang.org/protobuf/reflect/protodesc"
@@ -16,7 +16,7 @@ import (
 )
 
 var kinds = []capb.Caller{
-	capb.Caller_CALLER_UNSPECIFIED, capb.Caller_CALLER_ANONYMOUS, capb.Caller_CALLER_AGENT, capb.Caller_CALLER_ADMIN,
+	capb.Caller_CALLER_UNSPECIFIED, capb.Caller_CALLER_ANONYMOUS, capb.Caller_CALLER_AGENT, capb.Caller_CALLER_ADMIN, capb.Caller_CALLER_REPLICA,
 }
 
 // Somebody adds an RPC and does not think of its callers: nobody may call it.
@@ -52,7 +52,7 @@ func TestUnspecifiedCallerMatchesNobody(t *testing.T) {
 // Every RPC of the CA says who may call it, and no RPC that changes something
 // or tells secrets is for everyone.
 func TestEveryRPCIsAnnotated(t *testing.T) {
-	table := accessOf(capb.File_ca_capb_node_proto, capb.File_ca_capb_admin_proto)
+	table := accessTable()
 	var open []string
 	protoregistry.GlobalFiles.RangeFilesByPackage("merlon.ca.v1", func(f protoreflect.FileDescriptor) bool {
 		for i := range f.Services().Len() {
@@ -65,14 +65,18 @@ func TestEveryRPCIsAnnotated(t *testing.T) {
 				if table.permits(name, []capb.Caller{capb.Caller_CALLER_ANONYMOUS}) {
 					open = append(open, name)
 				}
-				if svc.Name() == "Admin" && table.permits(name, []capb.Caller{capb.Caller_CALLER_AGENT}) {
+				if svc.Name() != "Node" && table.permits(name, []capb.Caller{capb.Caller_CALLER_AGENT}) {
 					t.Errorf("%s is open to agents", name)
+				}
+				if svc.Name() != "Replica" && table.permits(name, []capb.Caller{capb.Caller_CALLER_REPLICA}) {
+					t.Errorf("%s is open to replicas", name)
 				}
 			}
 		}
 		return true
 	})
-	if got := strings.Join(open, " "); got != capb.Node_Attest_FullMethodName {
-		t.Errorf("open to everyone: %s; want only Attest", got)
+	slices.Sort(open)
+	if want := []string{capb.Node_Attest_FullMethodName, capb.Replica_Join_FullMethodName}; !slices.Equal(open, want) {
+		t.Errorf("open to everyone: %s; want only what brings a token: %s", open, want)
 	}
 }

@@ -110,6 +110,8 @@ func (s *Service) CreateToken(ctx context.Context, req *capb.CreateTokenRequest)
 		return s.createJoinToken(ctx, req)
 	case capb.TokenKind_TOKEN_KIND_BUNDLE_READER:
 		return s.createReaderToken(ctx, req)
+	case capb.TokenKind_TOKEN_KIND_REPLICA:
+		return s.createReplicaToken(ctx, req)
 	default:
 		return nil, s.refuseAdmin(ctx, "create token", &entry.InvalidError{Field: "kind", Reason: "is missing"})
 	}

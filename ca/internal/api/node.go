@@ -109,6 +109,9 @@ func (s *Service) Renew(ctx context.Context, req *capb.RenewRequest) (*capb.Rene
 // hangs on that time, and a revocation concerns whatever was issued from an
 // older picture for as long as that can live (recordLife).
 func (s *Service) renewed(ctx context.Context, id spiffeid.ID, notAfter time.Time) error {
+	if s.Stale() {
+		return nil
+	}
 	bounded, cancel := context.WithTimeout(ctx, renewedTimeout)
 	defer cancel()
 	err := attest.Renewed(bounded, s.opts.Store, id, notAfter)
@@ -284,7 +287,11 @@ func (s *Service) issueJWT(g registry.Grounds, audience []string, serial svid.Se
 			return "", time.Time{}, &entry.InvalidError{Field: "audience", Reason: fmt.Sprintf("one has %d bytes; at most %d", len(aud), maxAudienceBytes)}
 		}
 	}
-	return s.opts.Keys.JWT().Issue(authority.JWTRequest{
+	jwt := s.opts.Keys.JWT()
+	if published := s.registry.Trust(); published == nil || !published.Keys.HasJWTAuthority(jwt.KeyID) {
+		return "", time.Time{}, status.Error(codes.Unavailable, "this replica's JWT key is not in the trust bundle yet: nobody could verify what it signs")
+	}
+	return jwt.Issue(authority.JWTRequest{
 		SPIFFEID: e.SPIFFEID, Audience: audience, Serial: serial, TTL: e.JWTTTL(now, s.opts.JWTSVIDTTL), Now: now,
 	})
 }

@@ -28,6 +28,9 @@ func (s *Service) PushPolicy(ctx context.Context, req *capb.PushPolicyRequest) (
 // for caller, who was found to be allowed to, and records it. REST uploads come
 // here too. Errors are statuses.
 func (s *Service) Publish(ctx context.Context, caller *Caller, name string, unsigned []byte) (*release.Head, error) {
+	if err := s.Standing(); err != nil { // REST comes by no interceptor
+		return nil, err
+	}
 	head, err := s.opts.Releases.Publish(ctx, name, unsigned)
 	if err != nil {
 		return nil, s.refuse(ctx, caller, "push policy", s.toStatus(ctx, err))

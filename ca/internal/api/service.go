@@ -1,4 +1,5 @@
-// Package api is the CA's gRPC side: Node for agents, Admin for operators.
+// Package api is the CA's gRPC side: Node for agents, Admin for operators,
+// Replica for other replicas of the CA.
 // Every call passes one table that says who may make it; every issuance,
 // refusal and administrative act leaves an audit record before its answer.
 package api
@@ -10,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -28,6 +30,7 @@ import (
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
+	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/unixsock"
@@ -59,7 +62,8 @@ type Keys interface {
 	JWT() *authority.JWTAuthority
 }
 
-// Options are the parts of a Service. All are required but AdminUIDs.
+// Options are the parts of a Service. All are required but AdminUIDs, and Root
+// where the root's key is.
 type Options struct {
 	TrustDomain spiffeid.TrustDomain
 	Store       store.Store
@@ -67,9 +71,16 @@ type Options struct {
 	Registry    *registry.Registry
 	Keys        Keys
 	Releases    *release.Publisher
-	Audit       *audit.Log
-	Log         *slog.Logger
-	Metrics     prometheus.Registerer
+	// ReplicaName is the name of this replica.
+	ReplicaName string
+	// Root is nil on a replica that does not hold the root key.
+	Root RootKeys
+	// Reseal signs the current policy bundles that another replica's key signed
+	// with our own, and returns the new heads.
+	Reseal  func(context.Context, replica.PolicyKey) ([]*release.Head, error)
+	Audit   *audit.Log
+	Log     *slog.Logger
+	Metrics prometheus.Registerer
 	// AdminUIDs may administer on the admin socket, beside root and the CA's
 	// own user.
 	AdminUIDs []uint32
@@ -77,11 +88,12 @@ type Options struct {
 	X509SVIDTTL, JWTSVIDTTL, AgentSVIDTTL time.Duration
 }
 
-// Service implements the Node and Admin services. It is safe for concurrent
+// Service implements the Node, Admin and Replica services. It is safe for concurrent
 // use.
 type Service struct {
 	capb.UnimplementedNodeServer
 	capb.UnimplementedAdminServer
+	capb.UnimplementedReplicaServer
 
 	opts     Options
 	registry *registry.Registry
@@ -94,6 +106,7 @@ type Service struct {
 	// evidence bounds how often the log says that the store was put back.
 	evidence *rate.Sometimes
 
+	reach    *reach
 	stopping chan struct{}
 	stop     sync.Once
 }
@@ -107,6 +120,7 @@ func New(o Options) *Service {
 		refusals:  rate.NewLimiter(refusalsPerSecond, refusalsBurst),
 		powerless: rate.NewLimiter(refusalsPerSecond, refusalsBurst),
 		evidence:  evidenceLog(),
+		reach:     newReach(),
 		stopping:  make(chan struct{}),
 	}
 }
@@ -121,6 +135,7 @@ func (s *Service) TLSServer(cfg *tls.Config) *grpc.Server {
 	srv := grpc.NewServer(append(s.serverOptions(accessTable()), grpc.Creds(newServerCreds(cfg)))...)
 	capb.RegisterNodeServer(srv, s)
 	capb.RegisterAdminServer(srv, s)
+	capb.RegisterReplicaServer(srv, s)
 	return srv
 }
 
@@ -146,7 +161,7 @@ func (s *Service) SocketServer(extra ...func(grpc.ServiceRegistrar)) *grpc.Serve
 
 // accessTable is a fresh one for each server, because one of them adds to it.
 func accessTable() access {
-	return accessOf(capb.File_ca_capb_node_proto, capb.File_ca_capb_admin_proto)
+	return accessOf(capb.File_ca_capb_node_proto, capb.File_ca_capb_admin_proto, capb.File_ca_capb_replica_proto)
 }
 
 // door is what every call on one server passes.
@@ -205,6 +220,9 @@ func (a *admittedStream) Context() context.Context { return a.ctx }
 // admit lets the caller of ctx through to method, or refuses.
 func (s door) admit(ctx context.Context, method string) (context.Context, error) {
 	caller := s.callerOf(ctx)
+	if err := s.Standing(); err != nil && !strings.HasPrefix(method, "/grpc.health.") {
+		return nil, err
+	}
 	if err := s.access.authorize(caller, method); err != nil {
 		return nil, s.refuse(ctx, caller, method, err)
 	}
@@ -298,6 +316,9 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 	if e, ok := errors.AsType[*release.RefusedError](err); ok {
 		return status.Error(codes.InvalidArgument, e.Error())
 	}
+	if errors.Is(err, store.ErrUnavailable) {
+		err = errUnreachable
+	}
 	for _, known := range []struct {
 		is   error
 		code codes.Code
@@ -308,8 +329,8 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 		{attest.ErrUnknownToken, codes.PermissionDenied},
 		{attest.ErrExpiredToken, codes.PermissionDenied},
 		{store.ErrTooLarge, codes.InvalidArgument},
-		{store.ErrUnavailable, codes.Unavailable},
 		{store.ErrClosed, codes.Unavailable},
+		{errUnreachable, codes.Unavailable},
 	} {
 		if errors.Is(err, known.is) {
 			return status.Error(known.code, known.is.Error())

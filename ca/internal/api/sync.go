@@ -77,8 +77,10 @@ func (s *Service) push(ctx context.Context, stream grpc.ServerStreamingServer[ca
 	defer beat.Stop()
 	expiry := time.NewTimer(time.Until(caller.Peer.NotAfter))
 	defer expiry.Stop()
+	reach := s.reach.state.Load()
 	for {
 		select {
+		case <-reach.turned:
 		case <-feed.Due():
 		case <-beat.C:
 		case <-expiry.C:
@@ -89,13 +91,17 @@ func (s *Service) push(ctx context.Context, stream grpc.ServerStreamingServer[ca
 		case <-s.stopping:
 			return status.Error(codes.Unavailable, "the CA is stopping")
 		}
+		reach = s.reach.state.Load() // what is sent now is what the next turn is measured by
 		update := feed.Take(time.Now())
+		if err := s.Standing(); err != nil {
+			return err
+		}
 		// After Take: a revocation in this very update must end the stream.
 		if now := s.callerOf(ctx); !now.Is(capb.Caller_CALLER_AGENT) {
 			return s.refuse(ctx, now, capb.Node_Sync_FullMethodName, status.Errorf(codes.Unauthenticated, "%s: %s", now.Name, now.Fault))
 		}
 		for _, msg := range s.messagesOf(update) {
-			msg.SentAt = timestamppb.Now()
+			msg.SentAt, msg.Stale = timestamppb.Now(), reach.stale
 			if err := stream.Send(msg); err != nil {
 				return err
 			}

@@ -81,7 +81,9 @@ type Options struct {
 	// Unsign gives back what Sign got, if the signature of signed is good and
 	// seals the bundle called name.
 	Unsign func(signed []byte, name string) (unsigned []byte, err error)
-	Keys   []Key
+	// Keys are those that verify: ours, and those of other CAs that sign the
+	// same bundles. Nil: none are announced.
+	Keys func() []Key
 	// MaxBytes bounds both the uploaded and the signed bundle.
 	MaxBytes int
 }
@@ -100,8 +102,13 @@ type cached struct {
 // New makes a publisher.
 func New(o Options) *Publisher { return &Publisher{opts: o} }
 
-// Keys are those that sign.
-func (p *Publisher) Keys() []Key { return p.opts.Keys }
+// Keys are those that verify what is published now.
+func (p *Publisher) Keys() []Key {
+	if p.opts.Keys == nil {
+		return nil
+	}
+	return p.opts.Keys()
+}
 
 // CheckName says why name cannot name a policy bundle, as an
 // *entry.InvalidError.
@@ -141,10 +148,11 @@ func (p *Publisher) Publish(ctx context.Context, name string, unsigned []byte) (
 // generation of the same content, and returns the new heads: otherwise a policy
 // that nobody has touched for a year would end, and with it every call. So it
 // does with what EnterEpoch has left over.
-func (p *Publisher) Renew(ctx context.Context, now time.Time) ([]*Head, error) {
-	return p.renewWhere(ctx, now, func(h *Head, revision uint64) bool {
+// Nothing is written unless all of fence holds.
+func (p *Publisher) Renew(ctx context.Context, now time.Time, fence ...store.Cmp) ([]*Head, error) {
+	return p.renewWhere(ctx, renewal{now: now, fence: fence, unsign: p.opts.Unsign, due: func(h *Head, revision uint64) bool {
 		return now.After(h.IssuedAt.Add(h.NotAfter.Sub(h.IssuedAt)/2)) || store.BeforeEpoch(revision, h.Generation)
-	})
+	}})
 }
 
 // EnterEpoch gives each bundle of a store that was restored (store.Epoch) a
@@ -152,11 +160,39 @@ func (p *Publisher) Renew(ctx context.Context, now time.Time) ([]*Head, error) {
 // content, and returns the new heads. Elsewhere it does nothing. The CA calls
 // it before it serves.
 func (p *Publisher) EnterEpoch(ctx context.Context, now time.Time) ([]*Head, error) {
-	return p.renewWhere(ctx, now, func(h *Head, revision uint64) bool { return store.BeforeEpoch(revision, h.Generation) })
+	return p.renewWhere(ctx, renewal{now: now, unsign: p.opts.Unsign, due: func(h *Head, revision uint64) bool {
+		return store.BeforeEpoch(revision, h.Generation)
+	}})
 }
 
-// renewWhere renews the bundles that are due in a store at revision.
-func (p *Publisher) renewWhere(ctx context.Context, now time.Time, due func(h *Head, revision uint64) bool) ([]*Head, error) {
+// Reseal signs each bundle again that unsign gives back, as a new generation of
+// the same content, and returns the new heads. Others stay as they are.
+func (p *Publisher) Reseal(ctx context.Context, now time.Time, unsign func(signed []byte, name string) ([]byte, error)) ([]*Head, error) {
+	return p.renewWhere(ctx, renewal{
+		now: now, due: func(*Head, uint64) bool { return true },
+		unsign: func(signed []byte, name string) ([]byte, error) {
+			unsigned, err := unsign(signed, name)
+			if err != nil {
+				return nil, errNotOurs
+			}
+			return unsigned, nil
+		},
+	})
+}
+
+// errNotOurs: the bundle is not one that is to be signed again.
+var errNotOurs = errors.New("signed by another key")
+
+// renewal is one round over all bundles.
+type renewal struct {
+	now    time.Time
+	due    func(h *Head, revision uint64) bool // in a store at revision
+	unsign func(signed []byte, name string) (unsigned []byte, err error)
+	fence  []store.Cmp
+}
+
+// renewWhere renews the bundles that are due.
+func (p *Publisher) renewWhere(ctx context.Context, r renewal) ([]*Head, error) {
 	kvs, revision, _, err := p.opts.Store.List(ctx, HeadPrefix, "", maxNames, 0)
 	if err != nil {
 		return nil, fmt.Errorf("list policy bundles: %w", err)
@@ -165,29 +201,34 @@ func (p *Publisher) renewWhere(ctx context.Context, now time.Time, due func(h *H
 	var errs []error
 	for _, kv := range kvs {
 		h, err := DecodeHead(kv)
-		if err == nil && due(h, revision) {
-			if h, err = p.renew(ctx, h, now); h != nil {
+		if err == nil && r.due(h, revision) {
+			if h, err = p.renew(ctx, h, r); h != nil {
 				renewed = append(renewed, h)
 			}
 		}
-		errs = append(errs, err) // the others are renewed all the same
+		if !errors.Is(err, errNotOurs) {
+			errs = append(errs, err) // the others are renewed all the same
+		}
 	}
 	return renewed, errors.Join(errs...)
 }
 
 // renew returns nil when somebody pushed meanwhile.
-func (p *Publisher) renew(ctx context.Context, before *Head, now time.Time) (*Head, error) {
+func (p *Publisher) renew(ctx context.Context, before *Head, r renewal) (*Head, error) {
 	signed, err := p.readBlob(ctx, before)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, nil // replaced twice since the listing
+	}
 	if err != nil {
 		return nil, err
 	}
 	// Only what this CA signed: who can write the store alone must not have
 	// his policy signed.
-	unsigned, err := p.opts.Unsign(signed, before.Name)
+	unsigned, err := r.unsign(signed, before.Name)
 	if err != nil {
 		return nil, fmt.Errorf("renew policy bundle %s: %w", before.Name, err)
 	}
-	return p.publishAfter(ctx, before, newHead(before.Name, now), unsigned)
+	return p.publishAfter(ctx, before, newHead(before.Name, r.now), unsigned, r.fence...)
 }
 
 func newHead(name string, now time.Time) *Head {
@@ -196,8 +237,8 @@ func newHead(name string, now time.Time) *Head {
 }
 
 // publishAfter makes next the head that follows before. It returns nil when
-// somebody else swapped the head first.
-func (p *Publisher) publishAfter(ctx context.Context, before, next *Head, unsigned []byte) (*Head, error) {
+// somebody else swapped the head first, or fence does not hold.
+func (p *Publisher) publishAfter(ctx context.Context, before, next *Head, unsigned []byte, fence ...store.Cmp) (*Head, error) {
 	name := next.Name
 	swap := store.Cmp{Key: HeadPrefix + name}
 	var last uint64
@@ -220,7 +261,7 @@ func (p *Publisher) publishAfter(ctx context.Context, before, next *Head, unsign
 	if err != nil {
 		return nil, err
 	}
-	res, err := p.opts.Store.Txn(ctx, []store.Cmp{swap}, []store.Op{put}, nil)
+	res, err := p.opts.Store.Txn(ctx, append([]store.Cmp{swap}, fence...), []store.Op{put}, nil)
 	if err != nil {
 		return nil, fmt.Errorf("store the head of policy bundle %s: %w", name, err)
 	}
@@ -259,13 +300,13 @@ func chunkKey(blob string, i int) string { return fmt.Sprintf("%s%s/%04d", blobP
 
 // dropBlob removes what no head names any more. A failure costs space only:
 // Prune comes by again.
-func (p *Publisher) dropBlob(ctx context.Context, blob string) {
-	if err := p.removeKeys(ctx, blobPrefix+blob+"/"); err != nil {
+func (p *Publisher) dropBlob(ctx context.Context, blob string, fence ...store.Cmp) {
+	if err := p.removeKeys(ctx, blobPrefix+blob+"/", fence...); err != nil {
 		p.opts.Log.LogAttrs(ctx, slog.LevelWarn, "old policy bundle not removed", slog.Any("err", err))
 	}
 }
 
-func (p *Publisher) removeKeys(ctx context.Context, prefix string) error {
+func (p *Publisher) removeKeys(ctx context.Context, prefix string, fence ...store.Cmp) error {
 	kvs, _, _, err := p.opts.Store.List(ctx, prefix, "", store.MaxTxnOps, 0)
 	if err != nil || len(kvs) == 0 {
 		return err
@@ -274,7 +315,7 @@ func (p *Publisher) removeKeys(ctx context.Context, prefix string) error {
 	for i, kv := range kvs {
 		ops[i] = store.Delete(kv.Key)
 	}
-	_, err = p.opts.Store.Txn(ctx, nil, ops, nil)
+	_, err = p.opts.Store.Txn(ctx, fence, ops, nil)
 	return err
 }
 
@@ -331,8 +372,9 @@ func (p *Publisher) head(ctx context.Context, name string) (*Head, error) {
 	return DecodeHead(kv)
 }
 
-// Prune removes blobs that a push left behind which never came to its head.
-func (p *Publisher) Prune(ctx context.Context, now time.Time) error {
+// Prune removes blobs that a push left behind which never came to its head,
+// while all of fence holds.
+func (p *Publisher) Prune(ctx context.Context, now time.Time, fence ...store.Cmp) error {
 	named := make(map[string]bool)
 	heads, _, _, err := p.opts.Store.List(ctx, HeadPrefix, "", maxNames, 0)
 	if err != nil {
@@ -354,7 +396,7 @@ func (p *Publisher) Prune(ctx context.Context, now time.Time) error {
 		if named[blob] || err == nil && now.Sub(time.Unix(seconds, 0)) < orphanAge {
 			continue
 		}
-		p.dropBlob(ctx, blob)
+		p.dropBlob(ctx, blob, fence...)
 	}
 	return nil
 }

@@ -36,16 +36,24 @@ type stored struct {
 	Serial      string    `json:"serial,omitempty"`
 	ExpiresAt   time.Time `json:"expires_at"`
 	Note        string    `json:"note,omitempty"`
+	// ForGood: also what is issued later is withdrawn.
+	ForGood bool `json:"for_good,omitempty"`
 }
 
 // Put returns the write that stores r under a new key, and that key. The
 // record's BeforeRevision is not stored: it is the revision of the
 // transaction, so that everything issued from an older picture is concerned
 // and nothing issued later.
-func Put(r svid.Revocation) (store.Op, string, error) {
+func Put(r svid.Revocation) (store.Op, string, error) { return put(r, false) }
+
+// PutForGood is Put for a subject that never comes back, such as the authority
+// of an evicted replica: whatever it signs, and when, is withdrawn.
+func PutForGood(r svid.Revocation) (store.Op, string, error) { return put(r, true) }
+
+func put(r svid.Revocation, forGood bool) (store.Op, string, error) {
 	b, err := json.Marshal(stored{
 		Version: encodingVersion, SPIFFEID: r.SPIFFEID, AgentID: r.AgentID, AgentHandle: r.AgentHandle,
-		AuthorityID: r.AuthorityID, Serial: r.Serial, ExpiresAt: r.ExpiresAt.UTC(), Note: r.Note,
+		AuthorityID: r.AuthorityID, Serial: r.Serial, ExpiresAt: r.ExpiresAt.UTC(), Note: r.Note, ForGood: forGood,
 	})
 	if err != nil {
 		return store.Op{}, "", fmt.Errorf("encode a revocation: %w", err)
@@ -69,7 +77,7 @@ func Decode(kv store.KV) (*Record, error) {
 		SPIFFEID: s.SPIFFEID, AgentID: s.AgentID, AgentHandle: s.AgentHandle,
 		AuthorityID: s.AuthorityID, Serial: s.Serial, ExpiresAt: s.ExpiresAt, Note: s.Note,
 	}}
-	if r.Serial == "" {
+	if r.Serial == "" && !s.ForGood {
 		r.BeforeRevision = kv.ModRevision
 	}
 	if err := r.Validate(); err != nil {

@@ -5,15 +5,10 @@
 package upstream
 
 import (
-	"bytes"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/smallstep/certificates/cas/apiv1"
@@ -21,9 +16,6 @@ import (
 
 	"merlon.dev/ca/internal/replica"
 )
-
-// policyUnit marks the subject of such a certificate.
-const policyUnit = "policy"
 
 // CertifyPolicyKey gives the policy key of the replica called name its
 // certificate. It is the root holder's.
@@ -41,7 +33,7 @@ func (k *Keys) CertifyPolicyKey(name string, key crypto.PublicKey, now time.Time
 	root := k.root.cert
 	template := &x509.Certificate{
 		Subject: pkix.Name{
-			Organization: root.Subject.Organization, OrganizationalUnit: []string{policyUnit}, CommonName: name, SerialNumber: generation,
+			Organization: root.Subject.Organization, OrganizationalUnit: []string{replica.PolicyUnit}, CommonName: name, SerialNumber: generation,
 		},
 		NotBefore:             root.NotBefore, // bundles are signed for longer than a year: as long as the root
 		NotAfter:              root.NotAfter,
@@ -54,7 +46,7 @@ func (k *Keys) CertifyPolicyKey(name string, key crypto.PublicKey, now time.Time
 	if err != nil {
 		return nil, fmt.Errorf("certify the policy key of %s: %w", name, err)
 	}
-	if _, _, err := VerifyPolicyCertificate(cert.Raw, root, now); err != nil {
+	if _, err := replica.VerifyPolicyCertificate(cert.Raw, root, now); err != nil {
 		return nil, fmt.Errorf("certify the policy key of %s: the certificate that was made is not the one asked for: %w", name, err)
 	}
 	return cert, nil
@@ -68,36 +60,4 @@ func (k *Keys) signByRoot(template *x509.Certificate) (*x509.Certificate, error)
 		return nil, err
 	}
 	return made.Certificate, nil
-}
-
-// VerifyPolicyCertificate returns the replica and the key that a policy
-// certificate names, if root vouches for it at now.
-func VerifyPolicyCertificate(der []byte, root *x509.Certificate, now time.Time) (name string, key *ecdsa.PublicKey, err error) {
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		return "", nil, fmt.Errorf("read a policy certificate: %w", err)
-	}
-	key, isEC := cert.PublicKey.(*ecdsa.PublicKey)
-	units := cert.Subject.OrganizationalUnit
-	switch {
-	case !bytes.Equal(cert.RawIssuer, root.RawSubject) || cert.CheckSignatureFrom(root) != nil:
-		err = errors.New("it is not the root's")
-	case !cert.BasicConstraintsValid || cert.IsCA:
-		err = errors.New("it is a signing certificate")
-	case cert.KeyUsage != x509.KeyUsageDigitalSignature,
-		len(cert.UnknownExtKeyUsage) > 0, !slices.Equal(cert.ExtKeyUsage, []x509.ExtKeyUsage{x509.ExtKeyUsageCodeSigning}):
-		err = errors.New("it is for something else than signing policy")
-	case len(cert.URIs)+len(cert.DNSNames)+len(cert.EmailAddresses)+len(cert.IPAddresses) > 0:
-		err = errors.New("it carries names")
-	case len(units) != 1 || units[0] != policyUnit || replica.CheckName(cert.Subject.CommonName) != nil:
-		err = errors.New("its subject is not a replica")
-	case !isEC || key.Curve != elliptic.P256():
-		err = errors.New("its key is not a P-256 key")
-	case now.Before(cert.NotBefore) || now.After(cert.NotAfter) || now.After(root.NotAfter):
-		err = errors.New("it is not valid now")
-	}
-	if err != nil {
-		return "", nil, fmt.Errorf("policy certificate of %.80q refused: %w", cert.Subject.CommonName, err)
-	}
-	return cert.Subject.CommonName, key, nil
 }

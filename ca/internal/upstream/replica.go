@@ -13,6 +13,8 @@ import (
 	"time"
 
 	kmsapi "go.step.sm/crypto/kms/apiv1"
+
+	"merlon.dev/ca/internal/replica"
 )
 
 // Errors by which a caller can tell the operator what to do.
@@ -88,8 +90,8 @@ func (k *Keys) checkOwnPolicy(now time.Time) error {
 	if k.policy.cert == nil {
 		return errors.New("the policy key has no certificate")
 	}
-	name, _, err := VerifyPolicyCertificate(k.policy.cert.Raw, k.root.cert, now)
-	k.name = name
+	key, err := replica.VerifyPolicyCertificate(k.policy.cert.Raw, k.root.cert, now)
+	k.name = key.Replica
 	return err
 }
 
@@ -154,11 +156,11 @@ func (k *Keys) takeOver(got *Certificates, signer crypto.Signer, now time.Time) 
 	if err := k.checkIntermediate(got.Intermediate, want, key); err != nil {
 		return fmt.Errorf("the intermediate that the root holder made: %w", err)
 	}
-	_, policyKey, err := VerifyPolicyCertificate(got.Policy.Raw, k.root.cert, now)
+	policyKey, err := replica.VerifyPolicyCertificate(got.Policy.Raw, k.root.cert, now)
 	if err != nil {
 		return err
 	}
-	if !policyKey.Equal(k.policy.signer.Public()) {
+	if !policyKey.Public.Equal(k.policy.signer.Public()) {
 		return errors.New("the policy certificate that the root holder made has another key")
 	}
 	if k.policy.cert == nil || !k.policy.cert.Equal(got.Policy) {

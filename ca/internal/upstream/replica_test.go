@@ -21,6 +21,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca/internal/authority"
+	"merlon.dev/ca/internal/replica"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/svid/forge"
 )
@@ -200,9 +201,9 @@ func TestPolicyCertificateIsGoodForPolicyAlone(t *testing.T) {
 		t.Errorf("Seal on a replica: %v", err)
 	}
 	now := time.Now()
-	name, key, err := VerifyPolicyCertificate(r.PolicyCertificate(), root.root.cert, now)
-	if err != nil || name != "ca-2" || !key.Equal(r.policy.signer.Public()) {
-		t.Errorf("VerifyPolicyCertificate = %s, %v", name, err)
+	key, err := replica.VerifyPolicyCertificate(r.PolicyCertificate(), root.root.cert, now)
+	if kid, _ := r.Policy(); err != nil || key.Replica != "ca-2" || key.KID != kid || !key.Public.Equal(r.policy.signer.Public()) {
+		t.Errorf("VerifyPolicyCertificate = %+v, %v", key, err)
 	}
 	// As an SVID, and as the issuer of one.
 	if _, err := verify(t, root, [][]byte{r.policy.cert.Raw}); err == nil {
@@ -235,11 +236,11 @@ func TestPolicyCertificateIsGoodForPolicyAlone(t *testing.T) {
 		"forged":         foreign.Leaf("/web").Chain[0].Raw,
 		"noise":          []byte("noise"),
 	} {
-		if _, _, err := VerifyPolicyCertificate(der, root.root.cert, now); err == nil {
+		if _, err := replica.VerifyPolicyCertificate(der, root.root.cert, now); err == nil {
 			t.Errorf("%s passes as a policy certificate", name)
 		}
 	}
-	if _, _, err := VerifyPolicyCertificate(r.PolicyCertificate(), root.root.cert, root.root.cert.NotAfter.Add(time.Minute)); err == nil {
+	if _, err := replica.VerifyPolicyCertificate(r.PolicyCertificate(), root.root.cert, root.root.cert.NotAfter.Add(time.Minute)); err == nil {
 		t.Error("a policy certificate outlives its root")
 	}
 }

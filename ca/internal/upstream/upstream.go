@@ -29,6 +29,7 @@ import (
 	kmsapi "go.step.sm/crypto/kms/apiv1"
 
 	"merlon.dev/ca/internal/authority"
+	"merlon.dev/ca/internal/replica"
 )
 
 // Defaults of Config.
@@ -310,11 +311,4 @@ func pastHalf(cert *x509.Certificate, now time.Time) bool {
 }
 
 // keyID names a key by its contents, so that no two keys share one.
-func keyID(signer crypto.Signer) (string, error) {
-	der, err := x509.MarshalPKIXPublicKey(signer.Public())
-	if err != nil {
-		return "", fmt.Errorf("name the key: %w", err)
-	}
-	sum := sha256.Sum256(der)
-	return hex.EncodeToString(sum[:16]), nil
-}
+func keyID(signer crypto.Signer) (string, error) { return replica.KeyID(signer.Public()) }

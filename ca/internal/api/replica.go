@@ -1,0 +1,255 @@
+// Replica: on the CA that holds the root key, lets replicas join and renews
+// their intermediates. A record in the store makes a replica; only a token that
+// the root sealed, or the replica's own live authority, changes it.
+
+package api
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/authority"
+	"merlon.dev/ca/internal/replica"
+	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/trust"
+)
+
+// RootKeys is what the replica that holds the root key does for others;
+// *upstream.Keys has it.
+type RootKeys interface {
+	attest.Sealer
+	SignIntermediate(key crypto.PublicKey, now time.Time) (*x509.Certificate, error)
+	CertifyPolicyKey(name string, key crypto.PublicKey, now time.Time) (*x509.Certificate, error)
+}
+
+var (
+	errNoRoot      = status.Error(codes.FailedPrecondition, "this replica does not hold the root key: ask the one that does (merlon replica list)")
+	errReplicaName = status.Error(codes.AlreadyExists, "a replica of this name is there: evict it first, or choose another name")
+	errEvicted     = status.Error(codes.Unavailable, "this replica has been evicted, and serves nobody any more")
+)
+
+// replicaKeys are the public keys of one request.
+type replicaKeys struct {
+	intermediate, policy, jwt *ecdsa.PublicKey
+	jwtID                     string
+}
+
+func readReplicaKeys(req *capb.ReplicaKeys) (k replicaKeys, err error) {
+	for _, csr := range []struct {
+		field string
+		der   []byte
+		to    **ecdsa.PublicKey
+	}{
+		{"intermediate_csr", req.GetIntermediateCsr(), &k.intermediate},
+		{"policy_csr", req.GetPolicyCsr(), &k.policy},
+		{"jwt_csr", req.GetJwtCsr(), &k.jwt},
+	} {
+		key, err := authority.PublicKeyFromCSR(csr.der)
+		if err != nil {
+			return k, fmt.Errorf("%s: %w", csr.field, err)
+		}
+		ec, ok := key.(*ecdsa.PublicKey)
+		if !ok || ec.Curve != elliptic.P256() {
+			return k, &authority.InvalidError{Field: csr.field, Reason: "want a P-256 key"}
+		}
+		*csr.to = ec
+	}
+	if k.intermediate.Equal(k.policy) || k.intermediate.Equal(k.jwt) || k.policy.Equal(k.jwt) {
+		return k, &authority.InvalidError{Field: "keys", Reason: "one key is there twice"}
+	}
+	k.jwtID, err = replica.KeyID(k.jwt)
+	return k, err
+}
+
+// Join implements capb.ReplicaServer. The keys are judged before the token, so
+// that bad ones cost none.
+func (s *Service) Join(ctx context.Context, req *capb.ReplicaJoinRequest) (*capb.ReplicaCertificates, error) {
+	const what = "join as a replica"
+	caller := callerFrom(ctx)
+	if s.opts.Root == nil {
+		return nil, s.refuse(ctx, caller, what, errNoRoot)
+	}
+	keys, err := readReplicaKeys(req.GetKeys())
+	if err != nil {
+		return nil, s.refuse(ctx, caller, what, s.toStatus(ctx, err))
+	}
+	now := time.Now()
+	var rec *replica.Record
+	var intermediate *x509.Certificate
+	revision, err := attest.RedeemReplicaToken(ctx, s.opts.Store, s.opts.Root, req.GetToken(), now, func(name string) ([]store.Cmp, []store.Op, error) {
+		if rec == nil { // not again when others get in between
+			var err error
+			if rec, intermediate, err = s.newReplica(name, keys, now); err != nil {
+				return nil, nil, err
+			}
+		}
+		return s.enrollReplica(ctx, rec, keys)
+	})
+	if err != nil {
+		return nil, s.refuse(ctx, caller, what, s.toStatus(ctx, err))
+	}
+	if err := s.audit(ctx, audit.Record{
+		Time: now, Type: audit.Attest, Actor: caller.Name, Detail: "replica " + rec.Name + " joins, JWT key " + rec.JWTKeyID,
+		AuthorityID: rec.Current().ID, NotAfter: rec.Current().NotAfter,
+	}); err != nil {
+		return nil, fmt.Errorf("record that replica %s joins: %w", rec.Name, err)
+	}
+	return s.certificates(ctx, rec, intermediate, revision)
+}
+
+func (s *Service) newReplica(name string, keys replicaKeys, now time.Time) (*replica.Record, *x509.Certificate, error) {
+	intermediate, err := s.opts.Root.SignIntermediate(keys.intermediate, now)
+	if err != nil {
+		return nil, nil, err
+	}
+	policy, err := s.opts.Root.CertifyPolicyKey(name, keys.policy, now)
+	if err != nil {
+		return nil, nil, err
+	}
+	rec := &replica.Record{Name: name, JoinedAt: now, JWTKeyID: keys.jwtID, PolicyCertificate: policy.Raw}
+	return rec.WithAuthority(authorityOf(intermediate), now), intermediate, nil
+}
+
+func authorityOf(cert *x509.Certificate) replica.Authority {
+	return replica.Authority{ID: hex.EncodeToString(cert.SubjectKeyId), NotAfter: cert.NotAfter}
+}
+
+// enrollReplica prepares the transaction that makes rec a replica: with the
+// record comes its JWT key, published before anything is signed with it.
+func (s *Service) enrollReplica(ctx context.Context, rec *replica.Record, keys replicaKeys) ([]store.Cmp, []store.Op, error) {
+	switch _, _, err := s.opts.Store.Get(ctx, replica.Prefix+rec.Name); {
+	case err == nil:
+		return nil, nil, errReplicaName
+	case !errors.Is(err, store.ErrNotFound):
+		return nil, nil, fmt.Errorf("read the record of replica %s: %w", rec.Name, err)
+	}
+	change, err := trust.Plan(ctx, s.opts.Store, s.opts.TrustDomain, func(published *spiffebundle.Bundle) error {
+		return published.AddJWTAuthority(keys.jwtID, keys.jwt)
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	put, err := rec.Put()
+	if err != nil {
+		return nil, nil, err
+	}
+	return []store.Cmp{rec.Cmp(), change.Cmp}, append(change.Ops, put, replica.Mark()), nil
+}
+
+// certificates is the answer once the picture holds what it says.
+func (s *Service) certificates(ctx context.Context, rec *replica.Record, intermediate *x509.Certificate, revision uint64) (*capb.ReplicaCertificates, error) {
+	if err := s.registry.Wait(ctx, revision); err != nil {
+		return nil, err
+	}
+	return &capb.ReplicaCertificates{
+		Intermediate: [][]byte{intermediate.Raw}, Root: s.opts.Keys.X509().Root.Raw,
+		PolicyCertificate: rec.PolicyCertificate, TrustBundle: trustToProto(s.registry.Trust()), Name: rec.Name,
+	}, nil
+}
+
+// Certify implements capb.ReplicaServer.
+func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) (*capb.ReplicaCertificates, error) {
+	const what = "certify a replica"
+	caller := callerFrom(ctx)
+	if s.opts.Root == nil {
+		return nil, s.refuse(ctx, caller, what, errNoRoot)
+	}
+	keys, err := readReplicaKeys(req.GetKeys())
+	if err != nil {
+		return nil, s.refuse(ctx, caller, what, s.toStatus(ctx, err))
+	}
+	now := time.Now()
+	intermediate, err := s.opts.Root.SignIntermediate(keys.intermediate, now)
+	if err != nil {
+		return nil, err
+	}
+	for range maxTxnRetries {
+		rec, err := s.liveReplica(ctx, caller, keys, now)
+		if err != nil {
+			return nil, s.refuse(ctx, caller, what, s.toStatus(ctx, err))
+		}
+		next := rec.WithAuthority(authorityOf(intermediate), now)
+		put, err := next.Put()
+		if err != nil {
+			return nil, err
+		}
+		res, err := s.opts.Store.Txn(ctx, []store.Cmp{rec.Cmp()}, []store.Op{put}, nil)
+		if err != nil {
+			return nil, fmt.Errorf("write the record of replica %s: %w", rec.Name, err)
+		}
+		if !res.Succeeded {
+			continue
+		}
+		if err := s.audit(ctx, audit.Record{
+			Time: now, Type: audit.Renew, Actor: caller.Name, Detail: "intermediate of replica " + rec.Name,
+			AuthorityID: next.Current().ID, NotAfter: next.Current().NotAfter,
+		}); err != nil {
+			return nil, fmt.Errorf("record the intermediate of replica %s: %w", rec.Name, err)
+		}
+		return s.certificates(ctx, next, intermediate, res.Revision)
+	}
+	return nil, fmt.Errorf("write the record of replica %s: others keep changing it", caller.Replica.Name)
+}
+
+// liveReplica reads the caller's record anew and judges it by everything that
+// the store holds: a replica that is being evicted gets nothing more.
+func (s *Service) liveReplica(ctx context.Context, caller *Caller, keys replicaKeys, now time.Time) (*replica.Record, error) {
+	kv, revision, err := s.opts.Store.Get(ctx, replica.Prefix+caller.Replica.Name)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, status.Errorf(codes.PermissionDenied, "replica %s has been evicted", caller.Replica.Name)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the record of replica %s: %w", caller.Replica.Name, err)
+	}
+	rec, err := replica.Decode(kv)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.registry.Wait(ctx, revision); err != nil {
+		return nil, err
+	}
+	issuer := issuerOf(caller.Peer)
+	revoked := slices.ContainsFunc(s.registry.Revocations(now), func(r *revocation.Record) bool { return rec.Holds(r.AuthorityID) })
+	policy, err := rec.PolicyKey(s.opts.Keys.X509().Root, now)
+	switch {
+	case !rec.Holds(issuer):
+		return nil, status.Errorf(codes.PermissionDenied, "authority %s is not one of replica %s", issuer, rec.Name)
+	case revoked:
+		// Whoever has the key of a revoked authority can say that he is this replica.
+		return nil, status.Errorf(codes.PermissionDenied, "an authority of replica %s is revoked: evict it, and let it join anew", rec.Name)
+	case err != nil:
+		return nil, status.Error(codes.PermissionDenied, err.Error())
+	case !policy.Public.Equal(keys.policy) || rec.JWTKeyID != keys.jwtID:
+		return nil, status.Errorf(codes.PermissionDenied, "replica %s has joined with other keys", rec.Name)
+	}
+	return rec, nil
+}
+
+// Standing says why this replica must not serve: it has been evicted. The root
+// holder cannot be.
+func (s *Service) Standing() error {
+	if s.opts.Root != nil || s.opts.ReplicaName == "" {
+		return nil
+	}
+	rec, ok := s.registry.Replica(s.opts.ReplicaName)
+	if !ok || rec.JWTKeyID != s.opts.Keys.JWT().KeyID {
+		return errEvicted
+	}
+	return nil
+}
