@@ -145,8 +145,6 @@ func Hint(err error) string {
 		return "merlon-ca -trust-domain example.org, or trust_domain in the file of -config"
 	case strings.Contains(text, "address already in use"):
 		return "another process has the port: choose another with -address, -https-address or -health-address"
-	case errors.Is(err, trust.ErrOtherRoot):
-		return "a store is of no use without its keys: put the keys folder of the CA that it is from into data_dir"
 	case strings.Contains(text, "data_dir in use"):
 		return "another merlon-ca runs on this data directory"
 	case strings.Contains(text, "another process listens there"):
@@ -166,12 +164,12 @@ func replicaHint(err error) string {
 		is   error
 		hint string
 	}{
-		{upstream.ErrNoKeys, "to add a replica, run `" + create + "` on the CA that holds the root key and set join_address, join_token_file and root_hash; to be that CA itself, put its keys folder back into data_dir"},
+		{upstream.ErrNoKeys, "to add a replica, run `" + create + "` on the CA that holds the root key and set join_address, join_token_file and root_hash; to be that CA itself, put the keys folder of the CA that it is from into data_dir"},
 		{upstream.ErrIsReplica, "set join_address to the CA that holds the root key"},
 		{upstream.ErrIsRootHolder, "remove join_address, or use another data_dir for the replica"},
 		{upstream.ErrEnded, rejoin},
 		{errEvicted, rejoin},
-		{trust.ErrOtherRoot, "check the store's address and prefix: all replicas share one store, and one root"},
+		{trust.ErrOtherRoot, "a store is of no use without its keys: put the keys folder of the CA that it is from into data_dir; replicas share one store, at the same etcd_endpoints and etcd_prefix"},
 		{errNoJoinToken, "run `" + create + "` on the CA that holds the root key, then set join_token_file and root_hash"},
 		{errJoinRefused, "a token works once and for a short time: run `" + create + "` again"},
 		{store.ErrUnavailable, "look at etcd and at etcd_endpoints: etcdctl endpoint health"},

@@ -185,7 +185,7 @@ func TestReplicasAreOneCA(t *testing.T) {
 		"a second root":     {func(*ca.Config) {}, "token create --kind replica"},
 		"used token":        {joining, "works once"},
 		"no token":          {func(cfg *ca.Config) { joining(cfg); cfg.JoinToken = "" }, "join_token_file"},
-		"another root hash": {func(cfg *ca.Config) { joining(cfg); cfg.RootHash = strings.Repeat("0a", 32) }, "share one store"},
+		"another root hash": {func(cfg *ca.Config) { joining(cfg); cfg.RootHash = strings.Repeat("0a", 32) }, "replicas share one store"},
 		"not the root's": {func(cfg *ca.Config) {
 			joining(cfg)
 			cfg.JoinAddress = b.srv.Address().String()
@@ -196,7 +196,7 @@ func TestReplicasAreOneCA(t *testing.T) {
 			t.Errorf("%s: %v, hint %q; want %q in it", name, err, hint, test.want)
 		}
 	}
-	if err := refusedCA(t, tempDir(t), onEtcd(e), func(cfg *ca.Config) { cfg.EtcdPrefix = "/elsewhere/" }, joining); !strings.Contains(ca.Hint(err), "share one store") {
+	if err := refusedCA(t, tempDir(t), onEtcd(e), func(cfg *ca.Config) { cfg.EtcdPrefix = "/elsewhere/" }, joining); !strings.Contains(ca.Hint(err), "replicas share one store") {
 		t.Errorf("another store: %v", err)
 	}
 	if n := len(a.replicas()); n != 2 {
