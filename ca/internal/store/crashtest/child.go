@@ -32,8 +32,10 @@ type life struct {
 	Seed    uint64
 	Target  target
 	Watches []watchFrom
-	// Writers and Readers work until the child is killed.
-	Writers, Readers int
+	// Writers and Readers work until the child is killed, or, if that is set,
+	// until each has made so many Calls; then the child ends without closing the
+	// store, which cannot be closed while all syncs fail.
+	Writers, Readers, Calls int
 	// Large lets one write in so many have a value of up to 100 KiB, so that
 	// tables are written while the child lives. 0: none.
 	Large int
@@ -51,7 +53,7 @@ type target struct {
 	Dir             string
 	KeepRevisions   uint64
 	RecentRevisions int
-	Endpoints       []string
+	Etcd            etcd.Config
 }
 
 // watchFrom is a watch of a life. Its name stays the same when it is resumed in
@@ -61,9 +63,11 @@ type watchFrom struct {
 	After        uint64
 }
 
+func (t target) clustered() bool { return len(t.Etcd.Endpoints) > 0 }
+
 func (t target) open(ctx context.Context) (store.Store, error) {
-	if len(t.Endpoints) > 0 {
-		return etcd.Open(ctx, etcd.Config{Endpoints: t.Endpoints})
+	if t.clustered() {
+		return etcd.Open(ctx, t.Etcd)
 	}
 	return badger.Open(t.Dir, badger.Options{KeepRevisions: t.KeepRevisions, RecentRevisions: t.RecentRevisions})
 }
@@ -94,6 +98,9 @@ func Child() int {
 		err = l.finish(ctx, s, rec)
 	} else {
 		err = l.drive(context.Background(), s, rec)
+		if l.Calls > 0 && err == nil {
+			return 0
+		}
 	}
 	if err = errors.Join(err, s.Close()); err != nil {
 		fmt.Fprintln(os.Stderr, "child:", err)
@@ -116,9 +123,11 @@ func (l life) drive(ctx context.Context, s store.Store, rec recorder) error {
 	}
 	rec.say(line{What: lineOpen, Result: &result{Revision: revision}})
 	d := driver{store: s, rec: rec, life: l, seen: make(map[string]uint64)}
-	var wg sync.WaitGroup
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var wg, watching sync.WaitGroup
 	for _, w := range l.Watches {
-		wg.Go(func() { follow(ctx, s, rec, w, 0) })
+		watching.Go(func() { follow(ctx, s, rec, w, 0) })
 	}
 	for n := range l.Writers {
 		wg.Go(func() { d.write(ctx, n) })
@@ -127,7 +136,12 @@ func (l life) drive(ctx context.Context, s store.Store, rec recorder) error {
 		wg.Go(func() { d.read(ctx, l.Writers+n) })
 	}
 	wg.Wait()
-	return errors.New("writers, readers and watchers all gave up")
+	cancel()
+	watching.Wait()
+	if l.Calls == 0 {
+		return errors.New("all writers and readers gave up")
+	}
+	return nil
 }
 
 // follow reports a watch up to a revision; 0: for ever.
@@ -148,7 +162,9 @@ func follow(ctx context.Context, s store.Store, rec recorder, w watchFrom, until
 			return
 		}
 	}
-	rec.say(line{What: lineEnd, ID: w.Name, Text: "channel closed"})
+	if ctx.Err() == nil {
+		rec.say(line{What: lineEnd, ID: w.Name, Text: "channel closed"})
+	}
 }
 
 func batchOf(watch string, b store.Batch) *batch {

@@ -9,13 +9,21 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+
+	"merlon.dev/integration/stage"
 )
 
 func TestMain(m *testing.M) {
 	if IsChild() {
 		os.Exit(Child()) //nolint:forbidigo // the main of a child process
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		if dir, err := builds(); err == nil {
+			os.RemoveAll(dir)
+		}
+		stage.RemoveBins()
+		os.Exit(code) //nolint:forbidigo // as VerifyTestMain does
+	}))
 }
 
 // seed is MERLON_SEED, or a new one; a failing test prints it.
@@ -61,6 +69,7 @@ func report(t testing.TB, found []string) {
 // before it left the process. It shows nothing about power loss, for the kernel
 // still has all pages: TestNothingIsAcknowledgedBeforeItsSync does.
 func TestKilledBadgerLosesNothingAcknowledged(t *testing.T) {
+	t.Parallel()
 	// So short a history that children compact while they are killed, and so
 	// long that no watch falls out of it between two lives.
 	where := target{Dir: t.TempDir(), KeepRevisions: 1_500}

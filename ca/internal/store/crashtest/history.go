@@ -43,9 +43,9 @@ func (e *entry) wrote() (writes []write, branch string) {
 	}
 }
 
-// History collects what the lives of one store report. It is not safe for
+// history collects what the lives of one store report. It is not safe for
 // concurrent use.
-type History struct {
+type history struct {
 	// deathEnds is set where a call cannot take effect after the process that
 	// made it is dead: on Badger.
 	deathEnds bool
@@ -72,10 +72,10 @@ type opening struct {
 	revision uint64
 }
 
-// NewHistory returns one of an empty store. deathEnds: no call takes effect
+// newHistory returns one of an empty store. deathEnds: no call takes effect
 // once the process that made it is dead.
-func newHistory(deathEnds bool) *History {
-	return &History{
+func newHistory(deathEnds bool) *history {
+	return &history{
 		deathEnds: deathEnds,
 		start:     make(map[string]pair),
 		entries:   make(map[string]*entry),
@@ -84,12 +84,12 @@ func newHistory(deathEnds bool) *History {
 	}
 }
 
-func (h *History) troubled(format string, args ...any) {
+func (h *history) troubled(format string, args ...any) {
 	h.trouble = append(h.trouble, fmt.Sprintf(format, args...))
 }
 
 // add takes the lines of one life, which was dead at dead.
-func (h *History) add(lines []line, dead int64) {
+func (h *history) add(lines []line, dead int64) {
 	var begun []*entry
 	for _, l := range lines {
 		switch l.What {
@@ -118,7 +118,7 @@ func (h *History) add(lines []line, dead int64) {
 }
 
 // end notes the answer to a call.
-func (h *History) end(l line) {
+func (h *history) end(l line) {
 	e := h.entries[l.ID]
 	e.to = l.At
 	if l.What == lineFail {
@@ -131,7 +131,7 @@ func (h *History) end(l line) {
 	}
 }
 
-func (h *History) watched(l line) {
+func (h *history) watched(l line) {
 	h.watches[l.Batch.Watch] = append(h.watches[l.Batch.Watch], *l.Batch)
 	for _, e := range l.Batch.Events {
 		h.sight(e.Label, l.At, l.Batch.Revision)
@@ -139,7 +139,7 @@ func (h *History) watched(l line) {
 }
 
 // found notes where a store stood when it was opened, or all that it held.
-func (h *History) found(l line) {
+func (h *history) found(l line) {
 	if l.Result.KVs == nil {
 		h.opened = append(h.opened, opening{l.At, l.Result.Revision})
 		return
@@ -150,7 +150,7 @@ func (h *History) found(l line) {
 	}
 }
 
-func (h *History) sight(label string, at int64, revision uint64) {
+func (h *history) sight(label string, at int64, revision uint64) {
 	id, branch := writer(label)
 	if first, ok := h.seen[id+branch]; !ok || at < first.at {
 		h.seen[id+branch] = sighting{at, revision}
@@ -160,7 +160,7 @@ func (h *History) sight(label string, at int64, revision uint64) {
 // settle gives each call without an answer the outcome that others saw: a
 // transaction whose value was read has taken effect before that reading ended.
 // One that nobody ever saw, not even the watch of everything, has not.
-func (h *History) settle() {
+func (h *history) settle() {
 	for _, e := range h.order {
 		if e.outcome != unknown || e.call.Kind != kindTxn {
 			continue
@@ -176,7 +176,7 @@ func (h *History) settle() {
 }
 
 // counts returns how many calls were answered, refused, and left open.
-func (h *History) counts() (ok, refused, open int) {
+func (h *history) counts() (ok, refused, open int) {
 	for _, e := range h.order {
 		switch e.outcome {
 		case acknowledged:
@@ -191,7 +191,7 @@ func (h *History) counts() (ok, refused, open int) {
 }
 
 // lastSeen returns the last revision that a watch delivered, or otherwise.
-func (h *History) lastSeen(watch string, otherwise uint64) uint64 {
+func (h *history) lastSeen(watch string, otherwise uint64) uint64 {
 	if got := h.watches[watch]; len(got) > 0 {
 		return got[len(got)-1].Revision
 	}
@@ -200,7 +200,7 @@ func (h *History) lastSeen(watch string, otherwise uint64) uint64 {
 
 // next returns the history that goes on where this one ends: calls without an
 // outcome stay open, for what a cluster was asked may still happen.
-func (h *History) next() *History {
+func (h *history) next() *history {
 	n := newHistory(h.deathEnds)
 	if h.final != nil {
 		for _, kv := range h.final.KVs {
@@ -222,9 +222,9 @@ func (h *History) next() *History {
 // everything is the name of the watch that sees all keys.
 const everything = "everything"
 
-// Check returns what breaks a promise, at most some of each kind; nothing: all
+// check returns what breaks a promise, at most some of each kind; nothing: all
 // hold.
-func (h *History) check() []string {
+func (h *history) check() []string {
 	h.settle()
 	found := slices.Clone(h.trouble)
 	if h.final == nil {
@@ -246,7 +246,7 @@ func short(found []string) []string {
 }
 
 // first is where the history begins: the revision below its calls.
-func (h *History) first() uint64 {
+func (h *history) first() uint64 {
 	var first uint64
 	for _, kv := range h.start {
 		first = max(first, kv.Revision)
@@ -257,7 +257,7 @@ func (h *History) first() uint64 {
 // checkLog replays the watch of everything: its revisions rise, each is one
 // transaction, whole and of one caller, and each transaction that was
 // acknowledged is in it where the caller was told.
-func (h *History) checkLog() (found []string) {
+func (h *history) checkLog() (found []string) {
 	state := maps.Clone(h.start)
 	owner := make(map[uint64]*entry)
 	var last uint64
@@ -288,7 +288,7 @@ func (h *History) checkLog() (found []string) {
 
 // checkAcknowledged looks for each transaction that changed something in the
 // log, and for each revision of the log among the transactions.
-func (h *History) checkAcknowledged(owner map[uint64]*entry) (found []string) {
+func (h *history) checkAcknowledged(owner map[uint64]*entry) (found []string) {
 	events := make(map[uint64][]event, len(owner))
 	for _, b := range h.watches[everything] {
 		events[b.Revision] = b.Events
@@ -379,7 +379,7 @@ func checkState(what string, want map[string]pair, who string, got []pair) (foun
 // checkWatches holds each other watch against that of everything: the same
 // batches as far as they lie under its prefix, each once, across all
 // resumptions.
-func (h *History) checkWatches() (found []string) {
+func (h *history) checkWatches() (found []string) {
 	all := h.watches[everything]
 	for name, got := range h.watches {
 		if name == everything || len(got) == 0 {
@@ -418,7 +418,7 @@ func under(prefix string, b batch) batch {
 
 // checkOrder holds revisions against real time: whoever began after another
 // had ended has a higher revision if it wrote, and none below if it read.
-func (h *History) checkOrder() (found []string) {
+func (h *history) checkOrder() (found []string) {
 	type step struct {
 		at    int64
 		entry *entry // nil: an opening, which reads the revision
@@ -470,7 +470,7 @@ func bit(b bool) int {
 }
 
 // checkEnd looks for values at the end that nobody was told of, or wrote.
-func (h *History) checkEnd() (found []string) {
+func (h *history) checkEnd() (found []string) {
 	for _, kv := range h.final.KVs {
 		id, branch := writer(kv.Label)
 		e := h.entries[id]

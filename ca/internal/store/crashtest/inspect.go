@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 
@@ -17,7 +18,10 @@ import (
 
 // typed tells whether an error is one that a program can recognize as "this
 // store has lost something".
-func typed(err error) bool { return false }
+func typed(err error) bool {
+	_, ok := errors.AsType[*badger.DamagedError](err)
+	return ok
+}
 
 // inspectFolders reports one case for each folder.
 func (l life) inspectFolders(rec recorder) {

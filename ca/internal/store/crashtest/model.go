@@ -32,7 +32,7 @@ type groupState struct {
 
 // checkLinear asks porcupine whether the calls of each group can have taken
 // effect one after the other, each between its begin and its end.
-func (h *History) checkLinear() (found []string) {
+func (h *history) checkLinear() (found []string) {
 	var (
 		calls [groups][]porcupine.Operation
 		start [groups]groupState
@@ -70,7 +70,7 @@ func (h *History) checkLinear() (found []string) {
 }
 
 // lastList is what was read at the end, as a call.
-func (h *History) lastList(g int) porcupine.Operation {
+func (h *history) lastList(g int) porcupine.Operation {
 	e := &entry{id: "end", call: &call{Kind: kindList, Key: groupPrefix(g)}, outcome: acknowledged}
 	e.result.Revision = h.final.Revision
 	for _, kv := range h.final.KVs {

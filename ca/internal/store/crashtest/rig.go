@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -29,7 +30,9 @@ type rig struct {
 	rng     *rand.Rand
 	lives   int
 	kills   int
-	history *History
+	history *history
+	// expected: what is found is no surprise, and its history is not kept.
+	expected bool
 }
 
 // newRig returns a rig whose random choices follow from seed. program is empty
@@ -43,7 +46,7 @@ func newRig(t testing.TB, where target, program string, seed uint64) *rig {
 		}
 	}
 	return &rig{
-		t: t, target: where, program: program, history: newHistory(len(where.Endpoints) == 0),
+		t: t, target: where, program: program, history: newHistory(!where.clustered()),
 		rng: rand.New(rand.NewPCG(seed, 0)), //nolint:gosec // replayed by its seed
 	}
 }
@@ -73,6 +76,7 @@ func (r *rig) launch(l life) *process {
 	p := &process{cmd: exec.Command(args[0], args[1:]...), opened: make(chan struct{}), ended: make(chan struct{})} //nolint:gosec // ourselves
 	p.cmd.Env = append(os.Environ(), lifeVariable+"="+string(told))
 	p.cmd.Stderr = &p.stderr
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // what it runs under ends with it
 	stdout, err := p.cmd.StdoutPipe()
 	if err != nil {
 		r.t.Fatal(err)
@@ -81,12 +85,15 @@ func (r *rig) launch(l life) *process {
 		r.t.Fatal(err)
 	}
 	r.t.Cleanup(func() {
-		_ = p.cmd.Process.Kill() // most often gone already
+		p.signal() // most often gone already
 		<-p.ended
 	})
 	go p.collect(stdout)
 	return p
 }
+
+// signal sends SIGKILL to the child, and to what it runs under.
+func (p *process) signal() { _ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL) }
 
 // collect reads stdout to its end.
 func (p *process) collect(stdout io.Reader) {
@@ -139,7 +146,7 @@ func (r *rig) life() life {
 func (r *rig) killOne() {
 	r.t.Helper()
 	l := r.life()
-	if len(r.target.Endpoints) == 0 {
+	if !r.target.clustered() {
 		l.Target.RecentRevisions = []int{2, 64, 4096}[r.rng.IntN(3)]
 	}
 	p := r.launch(l)
@@ -155,9 +162,7 @@ func (r *rig) killOne() {
 // kill sends SIGKILL and adds what the child had said.
 func (r *rig) kill(p *process) {
 	r.t.Helper()
-	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		r.t.Error(err)
-	}
+	p.signal()
 	lines, dead, err := p.bury()
 	r.history.add(lines, dead)
 	if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != -1 {
@@ -178,7 +183,7 @@ func (r *rig) await(p *process, done <-chan struct{}, what string) {
 	select {
 	case <-done:
 	case <-time.After(patience):
-		_ = p.cmd.Process.Kill() // the test has failed
+		p.signal()
 		r.t.Fatalf("a child hung: %s", what)
 	}
 }
@@ -211,7 +216,7 @@ func (r *rig) round(kills int) []string {
 	ok, refused, open := r.history.counts()
 	r.t.Logf("%d kills so far; this history: %d calls answered, %d refused, %d without effect or answer, %d revisions watched",
 		r.kills, ok, refused, open, len(r.history.watches[everything]))
-	if len(found) > 0 {
+	if len(found) > 0 && !r.expected {
 		r.keep()
 	}
 	r.history = r.history.next()

@@ -51,7 +51,7 @@ func (d *driver) random(worker int) *rand.Rand {
 // write makes transactions until the store refuses all of them.
 func (d *driver) write(ctx context.Context, worker int) {
 	rng := d.random(worker)
-	for n := 0; ; n++ {
+	for n := 0; d.life.Calls == 0 || n < d.life.Calls; n++ {
 		id := fmt.Sprintf("%d.%d.%d", d.life.Number, worker, n)
 		if !d.do(ctx, id, d.transaction(rng, id, worker)) {
 			return
@@ -62,7 +62,7 @@ func (d *driver) write(ctx context.Context, worker int) {
 // read lists and gets.
 func (d *driver) read(ctx context.Context, worker int) {
 	rng := d.random(worker)
-	for n := 0; ; n++ {
+	for n := 0; d.life.Calls == 0 || n < d.life.Calls; n++ {
 		c := &call{Kind: kindGet, Key: groupKey(rng.IntN(groups), rng.IntN(keysPerGroup))}
 		if rng.IntN(5) < 2 {
 			c = &call{Kind: kindList, Key: groupPrefix(rng.IntN(groups))}
