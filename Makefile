@@ -5,7 +5,7 @@ LINT := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint generate check demo bench bench-store fuzz
+.PHONY: help build test lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -16,6 +16,7 @@ build: ## compile the binaries into bin/
 test: ## unit, property, script and integration tests with the race detector
 	@command -v "$$(go env CC)" >/dev/null || { echo 'the race detector needs a C compiler: apt-get install gcc libc6-dev'; exit 1; }
 	@command -v openssl >/dev/null || { echo 'the tests check certificates with openssl: apt-get install openssl'; exit 1; }
+	@command -v strace >/dev/null || echo 'tests of failing syncs are skipped without strace: apt-get install strace'
 	go test -race ./...
 
 lint: ## gofumpt, golangci-lint and buf
@@ -45,3 +46,15 @@ fuzz: ## every fuzz target for FUZZTIME (default 30s)
 	@set -e; grep -rl --include='*_test.go' '^func Fuzz' . | while read -r f; do \
 	  for t in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$f); do \
 	    echo "== $$f $$t"; go test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) ./$$(dirname $$f); done; done
+
+KILLS ?= 1000
+CRASH := go test -count 1 -timeout 12h -v ./ca/internal/store/crashtest -run
+crash: ## SIGKILL the Badger store KILLS times (default 1000) under 32 writers; about 15 minutes
+	KILLS=$(KILLS) $(CRASH) TestKilledBadger
+
+crash-etcd: ## kill and pause three etcd members and their client KILLS times (default 1000); about an hour
+	KILLS=$(KILLS) $(CRASH) TestKilledEtcd
+
+MERLON_SWEEP ?= 100000
+crash-sweep: ## damage Badger's files at every record boundary; MERLON_SWEEP boundaries a file at most
+	MERLON_SWEEP=$(MERLON_SWEEP) $(CRASH) TestDamagedBadger
