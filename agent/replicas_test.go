@@ -7,6 +7,8 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -135,14 +137,35 @@ func TestPolicyComesFromWhoeverServesIt(t *testing.T) {
 		}
 	}
 	other.Refuse(status.Error(codes.Unavailable, "not this one"))
+	// Nor is the bundle on disk any more; that there was one is not forgotten.
+	if err := os.Remove(filepath.Join(cfg.DataDir, "policy_bundle.tar.gz")); err != nil {
+		t.Fatal(err)
+	}
 	cfg.Logger = testLogger(t)
 	n = start(t, cfg)
 	n.waitReady(t)
+	all := this.Seen()
+	if got := all[len(all)-1].GetPolicyGeneration(); got != 1 {
+		t.Errorf("policy generation seen = %d after a restart; want 1", got)
+	}
 	ca.PublishPolicy(key.bundle(grants, 2), key.announcement(2))
 	n.policyIs(t, 2)
 	if other.Fetches() == 0 {
 		t.Error("the other replica was not asked")
 	}
+}
+
+// The replica that announces a bundle may not serve it yet.
+func TestPolicyIsAskedForUntilTheAnnouncedOneComes(t *testing.T) {
+	ca := fakeca.New(t, td)
+	ca.PutEntry(ca.Entry("e1", "/orders", uidSelector))
+	n := start(t, newConfig(t, ca))
+	n.waitReady(t)
+	key := newPolicyKey(t)
+	ca.PublishPolicy(key.bundle(grants, 2), key.announcement(3))
+	n.policyIs(t, 2)
+	ca.ServePolicy(key.bundle(grants, 3), 3)
+	n.policyIs(t, 3)
 }
 
 func TestWhatIsHeldOutlivesACAThatWasSetBack(t *testing.T) {

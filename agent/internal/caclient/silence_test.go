@@ -48,6 +48,41 @@ func (s *scriptedStream) Recv() (*capb.SyncResponse, error) {
 	return &capb.SyncResponse{Revision: 1, SentAt: timestamppb.Now()}, nil
 }
 
+// newStream is one that is not connected to anything.
+func newStream(log *slog.Logger) *stream {
+	none := func() uint64 { return 0 }
+	c := &Client{
+		cfg: Config{
+			Logger: log, Addresses: []string{"ca:1"},
+			PolicyGeneration: none, PolicySeen: none, OnPolicyBundle: func(*capb.PolicyBundle) {},
+		},
+		ackAgain: make(chan struct{}, 1), sawMore: make(chan struct{}, 1),
+		standing: newStanding([]string{"ca:1"}, log, prometheus.NewRegistry()), links: newLinks(),
+	}
+	picture := cache.New(cache.Options{TrustDomain: spiffeid.RequireTrustDomainFromString("shop.test"), Logger: log, Registerer: prometheus.NewRegistry()})
+	return &stream{Client: c, picture: picture, link: &link{address: "ca:1"}, patient: true}
+}
+
+// A replica that has not caught up announces the policy of yesterday.
+func TestPolicyOfAnOlderUpdateIsNotAnnounced(t *testing.T) {
+	st := newStream(slog.New(slog.DiscardHandler))
+	var announced []uint64
+	st.cfg.OnPolicyBundle = func(pb *capb.PolicyBundle) { announced = append(announced, pb.GetGeneration()) }
+	for _, m := range []*capb.SyncResponse{
+		{Reset_: true, Synced: true, Revision: 100, PolicyBundle: &capb.PolicyBundle{Generation: 7}},
+		{Synced: true, Revision: 95, PolicyBundle: &capb.PolicyBundle{Generation: 6}},
+		{PolicyBundle: &capb.PolicyBundle{Generation: 8}}, // not before the end of the update
+		{Synced: true, Revision: 101},
+	} {
+		if err := st.take(t.Context(), m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(announced) != 2 || announced[0] != 7 || announced[1] != 8 {
+		t.Errorf("announced generations = %d; want 7 and 8", announced)
+	}
+}
+
 func TestSilentCAIsGivenUp(t *testing.T) {
 	for name, tc := range map[string]struct {
 		words []time.Duration
@@ -59,15 +94,9 @@ func TestSilentCAIsGivenUp(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				log := slog.New(slog.DiscardHandler)
-				none := func() uint64 { return 0 }
-				c := &Client{
-					cfg:      Config{Logger: log, Addresses: []string{"ca:1"}, PolicyGeneration: none, PolicySeen: none},
-					ackAgain: make(chan struct{}, 1), sawMore: make(chan struct{}, 1),
-					standing: newStanding([]string{"ca:1"}, log, prometheus.NewRegistry()), links: newLinks(),
-				}
-				picture := cache.New(cache.Options{TrustDomain: spiffeid.RequireTrustDomainFromString("shop.test"), Logger: log, Registerer: prometheus.NewRegistry()})
 				begun := time.Now()
-				st := stream{Client: c, picture: picture, node: &scriptedNode{words: tc.words}, link: &link{address: "ca:1"}, patient: true}
+				st := newStream(log)
+				st.node = &scriptedNode{words: tc.words}
 				err := st.follow(t.Context())
 				if !errors.Is(err, errSilent) {
 					t.Errorf("error = %v; want %v", err, errSilent)

@@ -3,9 +3,12 @@
 package fakeca
 
 import (
+	"fmt"
+
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/policy/bundle"
 )
 
 // CutOff separates the replica from the store, or joins it again: it then says
@@ -61,6 +64,13 @@ func (ca *CA) LoseAttest() {
 	ca.mu.Lock()
 	defer ca.mu.Unlock()
 	ca.loseAttest = true
+}
+
+// ServePolicy serves a signed policy bundle without an announcement.
+func (ca *CA) ServePolicy(raw []byte, generation uint64) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.published = &bundle.Published{Raw: raw, ETag: fmt.Sprintf(`"served-%d"`, generation), Generation: generation}
 }
 
 // Streams counts the open Sync streams.
