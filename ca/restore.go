@@ -17,6 +17,7 @@ import (
 	"strings"
 	"time"
 
+	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/replica"
@@ -301,7 +302,7 @@ func actsSince(cfg Config, t time.Time) (acts []Act) {
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() && len(acts) < maxActs {
 		var r audit.Record
-		if json.Unmarshal(lines.Bytes(), &r) != nil || r.Type != audit.Admin || r.Time.Before(t) {
+		if json.Unmarshal(lines.Bytes(), &r) != nil || r.Type != audit.Admin || r.Detail == api.BackedUp || r.Time.Before(t) {
 			continue
 		}
 		acts = append(acts, Act{r.Time, r.Actor, r.Detail, r.SPIFFEID})

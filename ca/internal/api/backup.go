@@ -17,6 +17,9 @@ import (
 	"merlon.dev/ca/internal/store/snapshot"
 )
 
+// BackedUp is the act in the audit log.
+const BackedUp = "back up the store"
+
 // backupBytes is what one message of a backup holds.
 const backupBytes = 256 << 10
 
@@ -26,7 +29,7 @@ func (s *Service) BackupStore(_ *capb.BackupStoreRequest, stream grpc.ServerStre
 	ctx := stream.Context()
 	// First: whoever reads all that the CA knows is written down also when the
 	// connection breaks before the end.
-	if err := s.admin(ctx, audit.Record{Detail: "back up the store"}); err != nil {
+	if err := s.admin(ctx, audit.Record{Detail: BackedUp}); err != nil {
 		return err
 	}
 	out := bufio.NewWriterSize(backupStream{stream}, backupBytes)

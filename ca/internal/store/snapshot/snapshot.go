@@ -87,7 +87,7 @@ func Write(ctx context.Context, w io.Writer, st store.Store, kind string, now ti
 	if err != nil {
 		return Summary{}, fmt.Errorf("back up the store: %w", err)
 	}
-	s := Summary{Header: Header{Revision: pages.Revision(), CreatedAt: now.UTC().Truncate(time.Second), Store: kind}}
+	s := Summary{Header: Header{Revision: pages.Revision(), CreatedAt: now.UTC().Truncate(time.Millisecond), Store: kind}}
 	if err := out.header(s.Header); err != nil {
 		return Summary{}, fmt.Errorf("back up the store: %w", err)
 	}
