@@ -52,12 +52,16 @@ func runCA() int {
 	return 0
 }
 
-// startProcess runs merlon-ca and returns a client of its admin socket.
-func startProcess(t *testing.T, dir string) (*exec.Cmd, capb.AdminClient) {
+// startProcess runs merlon-ca, with more flags, and returns a client of its admin
+// socket.
+func startProcess(t *testing.T, dir string, more ...string) (*exec.Cmd, capb.AdminClient) {
 	t.Helper()
 	socket := filepath.Join(dir, "s", "a.sock")
-	cmd := exec.Command(os.Args[0], "-trust-domain", "shop.test", "-data-dir", filepath.Join(dir, "data"), "-admin-socket", socket,
-		"-address", "127.0.0.1:0", "-https-address", "127.0.0.1:0", "-health-address", "127.0.0.1:0", "-development", "-log-level", "warn")
+	flags := []string{
+		"-trust-domain", "shop.test", "-data-dir", filepath.Join(dir, "data"), "-admin-socket", socket,
+		"-address", "127.0.0.1:0", "-https-address", "127.0.0.1:0", "-health-address", "127.0.0.1:0", "-development", "-log-level", "warn",
+	}
+	cmd := exec.Command(os.Args[0], append(flags, more...)...)
 	cmd.Env = append(os.Environ(), runAsCA+"=1")
 	cmd.Stderr = t.Output()
 	if err := cmd.Start(); err != nil {
