@@ -196,6 +196,13 @@ func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) 
 		if !res.Succeeded {
 			continue
 		}
+		// Again, now that the picture has everything that was before this write.
+		if err := s.registry.Wait(ctx, res.Revision); err != nil {
+			return nil, err
+		}
+		if err := s.checkAuthorities(rec, now); err != nil {
+			return nil, s.refuse(ctx, caller, what, err)
+		}
 		if err := s.audit(ctx, audit.Record{
 			Time: now, Type: audit.Renew, Actor: caller.Name, Detail: "intermediate of replica " + rec.Name,
 			AuthorityID: next.Current().ID, NotAfter: next.Current().NotAfter,
@@ -210,7 +217,7 @@ func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) 
 // liveReplica reads the caller's record anew and judges it by everything that
 // the store holds: a replica that is being evicted gets nothing more.
 func (s *Service) liveReplica(ctx context.Context, caller *Caller, keys replicaKeys, now time.Time) (*replica.Record, error) {
-	kv, revision, err := s.opts.Store.Get(ctx, replica.Prefix+caller.Replica.Name)
+	kv, _, err := s.opts.Store.Get(ctx, replica.Prefix+caller.Replica.Name)
 	if errors.Is(err, store.ErrNotFound) {
 		return nil, status.Errorf(codes.PermissionDenied, "replica %s has been evicted", caller.Replica.Name)
 	}
@@ -221,24 +228,26 @@ func (s *Service) liveReplica(ctx context.Context, caller *Caller, keys replicaK
 	if err != nil {
 		return nil, err
 	}
-	if err := s.registry.Wait(ctx, revision); err != nil {
-		return nil, err
-	}
 	issuer := issuerOf(caller.Peer)
-	revoked := slices.ContainsFunc(s.registry.Revocations(now), func(r *revocation.Record) bool { return rec.Holds(r.AuthorityID) })
 	policy, err := rec.PolicyKey(s.opts.Keys.X509().Root, now)
 	switch {
 	case !rec.Holds(issuer):
 		return nil, status.Errorf(codes.PermissionDenied, "authority %s is not one of replica %s", issuer, rec.Name)
-	case revoked:
-		// Whoever has the key of a revoked authority can say that he is this replica.
-		return nil, status.Errorf(codes.PermissionDenied, "an authority of replica %s is revoked: evict it, and let it join anew", rec.Name)
 	case err != nil:
 		return nil, status.Error(codes.PermissionDenied, err.Error())
 	case !policy.Public.Equal(keys.policy) || rec.JWTKeyID != keys.jwtID:
 		return nil, status.Errorf(codes.PermissionDenied, "replica %s has joined with other keys", rec.Name)
 	}
-	return rec, nil
+	return rec, s.checkAuthorities(rec, now)
+}
+
+// checkAuthorities refuses a replica of which an authority is revoked, whatever
+// the revision: who has that authority's key can say that he is the replica.
+func (s *Service) checkAuthorities(rec *replica.Record, now time.Time) error {
+	if slices.ContainsFunc(s.registry.Revocations(now), func(r *revocation.Record) bool { return rec.Holds(r.AuthorityID) }) {
+		return status.Errorf(codes.PermissionDenied, "an authority of replica %s is revoked: evict it, and let it join anew", rec.Name)
+	}
+	return nil
 }
 
 // Standing says why this replica must not serve: it has been evicted. The root
