@@ -20,7 +20,7 @@ import (
 // Errors by which a caller can tell the operator what to do.
 var (
 	// ErrNoKeys: no keys here, and the store belongs to a root already.
-	ErrNoKeys = errors.New("the store belongs to a root, and its key is not here: this CA can only be a replica")
+	ErrNoKeys = errors.New("the store belongs to another root, whose key is not here: this CA can only be a replica")
 	// ErrIsReplica: the keys here are those of a replica, and nobody is named
 	// that holds the root.
 	ErrIsReplica = errors.New("the keys here are a replica's")
