@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -287,6 +288,18 @@ func TestEvictedReplicaIsCutOff(t *testing.T) {
 	}
 	if !verifies(t, a, policy.GetPolicyBundle()) {
 		t.Error("the policy is not signed by the key that is left")
+	}
+
+	var details []string
+	for _, r := range a.auditRecords() {
+		if detail, ok := r["detail"].(string); ok {
+			details = append(details, detail)
+		}
+	}
+	for _, want := range []string{"create replica token for ca-2", "replica ca-2 joins", "evict replica ca-2", "sign policy bundle main of replica ca-2 again"} {
+		if !slices.ContainsFunc(details, func(d string) bool { return strings.HasPrefix(d, want) }) {
+			t.Errorf("no audit record %q in %q", want, details)
+		}
 	}
 
 	// It notices by itself.

@@ -42,6 +42,7 @@ const (
 	// storePatience is how long a CA that starts waits for a store that cannot be
 	// reached, before it fails and says so.
 	storePatience = time.Minute
+	storeAttempt  = 4 * time.Second
 	storeRetry    = 2 * time.Second
 )
 
@@ -182,12 +183,14 @@ func openDataDir(dir string) error {
 func (s *Server) openStore(ctx context.Context) (store.Store, error) {
 	deadline := time.Now().Add(storePatience)
 	for {
-		st, err := openStore(ctx, s.cfg)
-		if !errors.Is(err, store.ErrUnavailable) || ctx.Err() != nil {
+		attempt, cancel := context.WithTimeout(ctx, storeAttempt)
+		st, err := openStore(attempt, s.cfg)
+		cancel()
+		if !unreachable(err) || ctx.Err() != nil {
 			return st, err
 		}
 		if time.Now().After(deadline) {
-			return nil, fmt.Errorf("the store could not be reached for %s: %w", storePatience, err)
+			return nil, fmt.Errorf("%w: it could not be reached for %s: %v", store.ErrUnavailable, storePatience, err)
 		}
 		s.log.LogAttrs(ctx, slog.LevelWarn, "store cannot be reached yet, the CA waits for it",
 			slog.Any("err", err), slog.Time("until", deadline))

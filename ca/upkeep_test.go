@@ -1,0 +1,130 @@
+// Replicas in one process: who leads, what a leader of before can still do, and
+// when a replica says that it is no good any more.
+
+package ca
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/store"
+)
+
+// What a leader of before had begun does not come through.
+func TestChoresOfAFormerLeaderAreFenced(t *testing.T) {
+	p, log := openParts(t)
+	e, put := newStoredEntry(t, time.Now().Add(time.Hour))
+	p.put(t, put)
+	former := p.leads(t)
+	if err := former.Resign(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	next := p.leads(t)
+	later := time.Now().Add(2 * time.Hour)
+	p.chores(t.Context(), later, former.Fence())
+	if _, _, err := p.store.Get(t.Context(), registry.EntryPrefix+e.ID); err != nil {
+		t.Errorf("a former leader removed the entry: %v", err)
+	}
+	if n := recorded(t, log, e.ID); n != 0 {
+		t.Errorf("%d audit records of a removal that was none", n)
+	}
+	p.chores(t.Context(), later, next.Fence())
+	if _, _, err := p.store.Get(t.Context(), registry.EntryPrefix+e.ID); !errors.Is(err, store.ErrNotFound) {
+		t.Errorf("the leader left the entry: %v", err)
+	}
+}
+
+func TestReadyEndsBeforeTheAuthorityDoes(t *testing.T) {
+	p, _ := openParts(t)
+	end := p.keys.X509().NotAfter()
+	for before, want := range map[time.Duration]bool{12 * time.Hour: true, 61 * time.Minute: true, 59 * time.Minute: false, 0: false} {
+		if err := p.checkAuthority(end.Add(-before)); (err == nil) != want {
+			t.Errorf("%s before the end: %v; want ready=%t", before, err, want)
+		}
+	}
+}
+
+// The root holder's record comes back by itself: nobody can evict it.
+func TestRootHolderRegistersAgain(t *testing.T) {
+	p, _ := openParts(t)
+	rec, ok := p.registry.Replica("ca")
+	if !ok || !rec.RootHolder || rec.JWTKeyID != p.keys.JWT().KeyID || !rec.Holds(p.keys.X509().ID()) {
+		t.Fatalf("record = %+v, %t", rec, ok)
+	}
+	revision := p.registry.Revision()
+	p.upkeep(t.Context(), time.Now())
+	if now, err := p.store.Revision(t.Context()); err != nil || now != revision {
+		t.Errorf("upkeep wrote revision %d after %d, %v; want nothing new", now, revision, err)
+	}
+	p.put(t, store.Delete("replica/ca"))
+	p.upkeep(t.Context(), time.Now())
+	p.put(t, store.Put("other", nil))
+	if again, ok := p.registry.Replica("ca"); !ok || again.JWTKeyID != rec.JWTKeyID {
+		t.Errorf("record = %+v, %t; want it back", again, ok)
+	}
+	if err := p.service.Standing(); err != nil {
+		t.Error(err)
+	}
+	first := p.keys.X509().ID()
+	p.upkeep(t.Context(), time.Now().Add(13*time.Hour))
+	p.put(t, store.Put("other", nil))
+	if rec, _ := p.registry.Replica("ca"); rec.Current().ID != p.keys.X509().ID() || !rec.Holds(first) {
+		t.Errorf("record = %+v; want both authorities, %s last", rec, p.keys.X509().ID())
+	}
+}
+
+// logged collects a log.
+type logged struct {
+	mu sync.Mutex
+	// guarded by mu
+	text bytes.Buffer
+}
+
+func (l *logged) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(b)
+}
+
+func (l *logged) holds(text string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return strings.Contains(l.text.String(), text)
+}
+
+func TestCAWaitsForAnEtcdThatIsNotThereYet(t *testing.T) {
+	dir := t.TempDir()
+	log := &logged{}
+	s, err := New(Config{
+		TrustDomain: "shop.test", DataDir: filepath.Join(dir, "data"), AdminSocket: filepath.Join(dir, "a.sock"),
+		Store: "etcd", EtcdEndpoints: []string{"http://127.0.0.1:1"}, Logger: slog.New(slog.NewTextHandler(log, nil)),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	for !log.holds("store cannot be reached yet") {
+		select {
+		case err := <-done:
+			t.Fatalf("Run = %v; want it to wait", err)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	cancel()
+	if err := <-done; err == nil {
+		t.Error("Run = nil; the CA never served")
+	}
+	if hint := Hint(store.ErrUnavailable); !strings.Contains(hint, "etcd_endpoints") {
+		t.Errorf("hint = %q", hint)
+	}
+}
