@@ -173,6 +173,20 @@ func TestFoldersKeepToWhatTheyWereMadeFor(t *testing.T) {
 	open(t, again)
 }
 
+// Keys from before policy keys had certificates, or a crash in between.
+func TestPolicyKeyWithoutCertificateGetsOne(t *testing.T) {
+	cfg := config(t)
+	before, _ := open(t, cfg).Policy()
+	folder := filepath.Join(cfg.Dir, "policy-1")
+	if err := os.Rename(filepath.Join(folder, certFile), filepath.Join(folder, unfinished+certFile)); err != nil {
+		t.Fatal(err)
+	}
+	k := open(t, cfg)
+	if after, _ := k.Policy(); after != before || k.Name() != DefaultName || len(k.PolicyCertificate()) == 0 {
+		t.Errorf("policy key %s of %q; want %s, certified", after, k.Name(), before)
+	}
+}
+
 func TestReplicaThatWasAwayTooLongIsTold(t *testing.T) {
 	rootCfg := config(t)
 	rootCfg.IntermediateTTL = time.Minute
