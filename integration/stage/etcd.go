@@ -51,6 +51,7 @@ type Etcd struct {
 	Files EtcdFiles
 	flags []string
 	bin   string
+	ca    *testCA
 }
 
 // EtcdFiles are paths of PEM files: the cluster's CA and a client certificate.
@@ -110,11 +111,10 @@ func (e *Etcd) add(i int, host string, space *Namespace) {
 
 func (e *Etcd) start() {
 	e.TB.Helper()
-	ca := newCA(e.TB)
-	dir := Dir(e.TB)
-	e.Files = ca.issue(e.TB, dir, "client")
+	e.ca = newCA(e.TB)
+	e.Files = e.Issue("client")
 	for _, m := range e.Members {
-		m.files = ca.issue(e.TB, m.dir, m.host())
+		m.files = e.ca.issue(e.TB, m.dir, m.host())
 	}
 	e.TB.Cleanup(func() {
 		for _, m := range e.Members {
@@ -149,6 +149,12 @@ func (e *Etcd) Endpoints() []string {
 		urls[i] = m.Endpoint
 	}
 	return urls
+}
+
+// Issue makes another client certificate, in a folder of its own.
+func (e *Etcd) Issue(name string) EtcdFiles {
+	e.TB.Helper()
+	return e.ca.issue(e.TB, Dir(e.TB), name)
 }
 
 // Leader waits until the members that answer agree on a leader, and returns it.

@@ -6,6 +6,7 @@ package etcd
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -31,7 +32,7 @@ type Store struct {
 	entered sync.WaitGroup // calls under way; grows under mu only
 }
 
-// openTimeout bounds how long Open waits for etcd, in requests.
+// openTries bounds how long Open waits for etcd, in requests.
 const openTries = 3
 
 // Open connects to the store in etcd, laying it out on first use. It waits for
@@ -51,6 +52,10 @@ func open(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	if s.layout, err = s.openLayout(ctx); err != nil {
 		s.disconnect()
+		if errors.Is(err, store.ErrUnavailable) {
+			// A client certificate that is refused looks like a broken connection.
+			return nil, fmt.Errorf("open the store in etcd: %w; check that its members run, and the certificate files", err)
+		}
 		return nil, fmt.Errorf("open the store in etcd: %w", err)
 	}
 	s.running.Go(s.compactInTurns)

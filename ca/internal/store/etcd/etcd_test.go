@@ -33,10 +33,12 @@ func (t tidy) Run() int {
 }
 
 func TestConformance(t *testing.T) {
+	t.Parallel()
 	storetest.Run(t, backend(stage.StartEtcd(t, 1)))
 }
 
 func TestConformanceOnThreeMembers(t *testing.T) {
+	t.Parallel()
 	storetest.Run(t, backend(stage.StartEtcd(t, 3)))
 }
 

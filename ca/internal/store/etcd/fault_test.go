@@ -167,6 +167,7 @@ func atLeader(e *stage.Etcd, leader *stage.EtcdMember) etcd.Config {
 }
 
 func TestLeaderIsKilled(t *testing.T) {
+	t.Parallel()
 	e := stage.StartEtcd(t, 3)
 	leader := e.Leader()
 	l := startLoad(t, atLeader(e, leader))
@@ -179,6 +180,7 @@ func TestLeaderIsKilled(t *testing.T) {
 }
 
 func TestLeaderIsPaused(t *testing.T) {
+	t.Parallel()
 	pause := 6 * time.Second
 	if long() {
 		pause = 30 * time.Second
@@ -197,6 +199,7 @@ func TestLeaderIsPaused(t *testing.T) {
 }
 
 func TestLeaderIsCutOff(t *testing.T) {
+	t.Parallel()
 	if !stage.InNamespace(t) {
 		return
 	}
@@ -214,6 +217,7 @@ func TestLeaderIsCutOff(t *testing.T) {
 
 // The leader still answers us, but not its followers.
 func TestLeaderLosesItsFollowers(t *testing.T) {
+	t.Parallel()
 	if !stage.InNamespace(t) {
 		return
 	}

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
@@ -56,6 +57,7 @@ type member struct {
 
 	mu      sync.Mutex
 	err     error              // guarded by mu; of the last probe, errNotProbed before
+	because error              // guarded by mu; why the last attempt to connect failed, if one did
 	ejected context.Context    // guarded by mu; ends when requests must leave
 	eject   context.CancelFunc // guarded by mu
 }
@@ -180,10 +182,6 @@ func (p *members) probeOnce(ctx context.Context, m *member) error {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	if err := m.connected(ctx); err != nil {
-		// Ask nevertheless: the answer says why there is no connection.
-		if _, because := m.client.Get(ctx, p.key, clientv3.WithCountOnly()); because != nil {
-			err = because
-		}
 		return err
 	}
 	res, err := m.client.Get(ctx, p.key, clientv3.WithCountOnly())
@@ -292,15 +290,36 @@ func (m *member) connected(ctx context.Context) error {
 		case connectivity.Ready:
 			return nil
 		case connectivity.TransientFailure, connectivity.Shutdown:
-			if err := m.fault(); err != nil {
-				return fmt.Errorf("%s: %w: %v", m.url, errNotConnected, err)
-			}
-			return fmt.Errorf("%s: %w", m.url, errNotConnected)
+			return m.notConnected(ctx)
 		case connectivity.Idle:
 			conn.Connect()
 		}
 		if !conn.WaitForStateChange(ctx, state) {
-			return fmt.Errorf("%s: %w: %v", m.url, errNotConnected, ctx.Err())
+			return fmt.Errorf("%s: %w: %v", m.url, errNotConnected, m.reason(ctx.Err()))
 		}
 	}
+}
+
+// notConnected asks gRPC why the last attempt to connect has failed: a request
+// fails at once, with the reason, if it is not one of clientv3's.
+func (m *member) notConnected(ctx context.Context) error {
+	_, err := pb.NewKVClient(m.client.ActiveConnection()).Range(ctx, &pb.RangeRequest{Key: []byte("reason"), CountOnly: true})
+	if err == nil {
+		err = errors.New("connecting")
+	} else if ctx.Err() == nil {
+		m.mu.Lock()
+		m.because = err
+		m.mu.Unlock()
+	}
+	return fmt.Errorf("%s: %w: %v", m.url, errNotConnected, m.reason(err))
+}
+
+// reason is why it was not connected when that was last known, else err.
+func (m *member) reason(err error) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.because != nil {
+		return m.because
+	}
+	return err
 }

@@ -22,7 +22,7 @@ import (
 
 const maxResumeDelay = time.Second
 
-// errMissing is a change whose record cannot be trusted.
+// errDamaged is a change whose record cannot be trusted.
 var errDamaged = errors.New("damaged")
 
 // Watch implements store.Store.
