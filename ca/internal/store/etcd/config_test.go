@@ -80,19 +80,19 @@ func TestMutualTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer bare.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
 	if _, err := bare.Get(ctx, "a"); err == nil {
 		t.Error("etcd answered a client without a certificate")
 	}
 	cfg := config(e)
-	cfg.RequestTimeout = time.Second
+	cfg.RequestTimeout = 500 * time.Millisecond
 	cfg.CertFile, cfg.KeyFile = foreign.Files.Cert, foreign.Files.Key
 	if _, err := etcd.Open(t.Context(), cfg); !errors.Is(err, store.ErrUnavailable) || !strings.Contains(err.Error(), "certificate") {
 		t.Errorf("Open with a certificate of another CA = %v; want an error that hints at it", err)
 	}
 	cfg = config(e)
-	cfg.RequestTimeout = time.Second
+	cfg.RequestTimeout = 500 * time.Millisecond
 	cfg.CAFile = foreign.Files.CA
 	if _, err := etcd.Open(t.Context(), cfg); !errors.Is(err, store.ErrUnavailable) || !strings.Contains(err.Error(), "unknown authority") {
 		t.Errorf("Open with another CA of the members = %v; want an error that says so", err)

@@ -21,6 +21,7 @@ import (
 func TestMain(m *testing.M) {
 	flag.Parse()
 	flag.Set("rapid.checks", "25") // each step goes to disk and back
+	flag.Set("test.parallel", "6") // they wait more than they work
 	goleak.VerifyTestMain(tidy{m})
 }
 
