@@ -67,6 +67,8 @@ func explain(ctx context.Context, what string, err error) error {
 		return fmt.Errorf("%s: etcd does not let this client certificate in; grant its common name a role over the prefix: %v", what, err)
 	case isAny(err, rpctypes.ErrLeaseNotFound):
 		return fmt.Errorf("%s: %w", what, errLeaseGone)
+	case status.Code(err) == codes.Unimplemented:
+		return fmt.Errorf("%s: etcd is older than version 3.7; upgrade it: %v", what, err)
 	case ctx.Err() != nil:
 		return fmt.Errorf("%s: %w", what, ctx.Err())
 	case faultOf(err) != permanent:

@@ -1,16 +1,23 @@
 package etcd
 
+// Reads. All are linearizable, or at a revision that one of those returned.
+
 import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"math"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
 
 	"merlon.dev/ca/internal/store"
 )
 
-// pageKeys bounds the pairs of one request, so that no answer is huge.
+// pageKeys bounds the pairs of one request, so that none takes too long.
 const pageKeys = 4096
 
 // Revision implements store.Store.
@@ -73,39 +80,67 @@ func (s *Store) List(ctx context.Context, prefix, after string, limit int, atRev
 	if atRevision != 0 && at == 0 {
 		return nil, 0, false, fmt.Errorf("list %q at revision %d: %w", prefix, atRevision, store.ErrCompacted)
 	}
-	kvs, at, more, err := s.list(ctx, prefix, after, limit, at)
+	if at == 0 {
+		var err error
+		if at, err = s.etcdRevision(ctx); err != nil {
+			return nil, 0, false, fmt.Errorf("list %q: %w", prefix, err)
+		}
+	}
+	kvs, more, err := s.list(ctx, prefix, after, limit, at)
 	return kvs, s.layout.revision(at), more, err
 }
 
 // list reads as many pages as it takes, at one of etcd's revisions.
-func (s *Store) list(ctx context.Context, prefix, after string, limit int, at int64) (kvs []store.KV, _ int64, more bool, err error) {
+func (s *Store) list(ctx context.Context, prefix, after string, limit int, at int64) (kvs []store.KV, more bool, err error) {
 	from, end := s.keys.under(prefix)
 	if after >= prefix {
 		from = s.keys.data(after + "\x00")
 	}
 	for {
-		var res *clientv3.GetResponse
-		size := min(limit-len(kvs), pageKeys)
-		err := s.read(ctx, fmt.Sprintf("list %q", prefix), func(ctx context.Context, c *clientv3.Client) (err error) {
-			res, err = c.Get(ctx, from, clientv3.WithRange(end), clientv3.WithLimit(int64(size)), clientv3.WithRev(at))
-			return err
-		})
+		pairs, more, err := s.page(ctx, from, end, min(limit-len(kvs), pageKeys), at)
 		if err != nil {
-			return nil, 0, false, err
+			return nil, false, fmt.Errorf("list %q: %w", prefix, err)
 		}
-		if at == 0 {
-			at = res.Header.Revision
-		}
-		for _, pair := range res.Kvs {
+		for _, pair := range pairs {
 			kv, err := s.keyValue(pair)
 			if err != nil {
-				return nil, 0, false, err
+				return nil, false, err
 			}
 			kvs = append(kvs, kv)
 		}
-		if !res.More || len(kvs) == limit {
-			return kvs, at, res.More, nil
+		if !more || len(kvs) == limit {
+			return kvs, more, nil
 		}
-		from = string(res.Kvs[len(res.Kvs)-1].Key) + "\x00"
+		from = string(pairs[len(pairs)-1].Key) + "\x00"
 	}
+}
+
+// page reads up to limit pairs. It asks for all and stops reading: given a
+// limit, etcd counts the keys behind it, which for the pages of a million keys
+// takes minutes.
+func (s *Store) page(ctx context.Context, from, end string, limit int, at int64) (pairs []*mvccpb.KeyValue, more bool, err error) {
+	err = s.read(ctx, "read a page", func(ctx context.Context, c *clientv3.Client) error {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		stream, err := pb.NewKVClient(c.ActiveConnection()).RangeStream(ctx,
+			&pb.RangeRequest{Key: []byte(from), RangeEnd: []byte(end), Revision: at}, grpc.MaxCallRecvMsgSize(math.MaxInt32))
+		if err != nil {
+			return err
+		}
+		for pairs = nil; len(pairs) <= limit; {
+			res, err := stream.Recv()
+			if errors.Is(err, io.EOF) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			pairs = append(pairs, res.RangeResponse.Kvs...)
+		}
+		return nil
+	})
+	if len(pairs) > limit {
+		return pairs[:limit], true, err
+	}
+	return pairs, false, err
 }
