@@ -5,7 +5,7 @@ LINT := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep
+.PHONY: help build test lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -54,6 +54,9 @@ crash: ## SIGKILL the Badger store KILLS times (default 1000) under 32 writers; 
 
 crash-etcd: ## kill and pause three etcd members and their client KILLS times (default 1000); about an hour
 	KILLS=$(KILLS) $(CRASH) TestKilledEtcd
+
+fault-etcd: ## kill, halt for 30 s and cut off the leader of three etcd members; needs root for the last
+	MERLON_LONG=1 go test -race -count 1 -v ./ca/internal/store/etcd -run TestLeader
 
 MERLON_SWEEP ?= 100000
 crash-sweep: ## damage Badger's files at every record boundary; MERLON_SWEEP boundaries a file at most

@@ -66,7 +66,7 @@ type TxnResult struct {
 	// Succeeded is true when all comparisons held and then was written.
 	Succeeded bool
 	// Revision is that of the transaction's writes; of the store, where it
-	// wrote nothing.
+	// wrote nothing, which need not be one that a watch sends.
 	Revision uint64
 }
 

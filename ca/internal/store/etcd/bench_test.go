@@ -123,6 +123,11 @@ func BenchmarkLarge(b *testing.B) {
 		b.ReportMetric(imported.Sub(began).Seconds(), "s-import")
 		b.ReportMetric(time.Since(imported).Seconds(), "s-open-list")
 		s.Close()
+		status, err := e.Client().Status(b.Context(), e.Members[0].Endpoint)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.ReportMetric(float64(status.DbSize>>20), "MiB-db")
 	}
 }
 
