@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -46,8 +47,9 @@ func withScratch(dir string, opts bdg.Options, look func(db *bdg.DB) error) (err
 	}
 	opts.Dir, opts.ValueDir = scratch, scratch
 	// Without compaction no table is deleted: Badger empties what it deletes,
-	// and a link would be emptied with it.
-	opts.NumCompactors = 0
+	// and a link would be emptied with it. Then nothing must wait for compaction:
+	// Badger makes tables of its logs when it opens, and would stall for ever.
+	opts.NumCompactors, opts.NumLevelZeroTablesStall = 0, math.MaxInt
 	opts.SyncWrites = false
 	db, err := openDB(opts)
 	if err != nil {
