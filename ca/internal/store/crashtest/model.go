@@ -4,6 +4,7 @@ package crashtest
 // callers were told. Calls without an answer were settled before.
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"slices"
@@ -28,6 +29,38 @@ type cell struct {
 type groupState struct {
 	cells [keysPerGroup]cell
 	known uint64
+	done  int // calls that have taken effect
+}
+
+// turns are the revisions that the calls of a group were answered with, in
+// order: a call has its turn when those with lower ones are done, a write before
+// what was read at its revision. Without them porcupine would try the orders of
+// all that overlaps, which is everything while a leader hangs.
+type turns []turn
+
+type turn struct {
+	revision uint64
+	reads    int // 1: it does not write
+}
+
+func turnOf(e *entry) turn {
+	if writes, _ := e.wrote(); puts(writes) {
+		return turn{e.result.Revision, 0}
+	}
+	return turn{e.result.Revision, 1}
+}
+
+func turnsOf(calls []porcupine.Operation) turns {
+	var all turns
+	for _, c := range calls {
+		if e, ok := c.Input.(*entry); ok {
+			all = append(all, turnOf(e))
+		}
+	}
+	slices.SortFunc(all, func(a, b turn) int {
+		return cmp.Or(cmp.Compare(a.revision, b.revision), cmp.Compare(a.reads, b.reads))
+	})
+	return all
 }
 
 // checkLinear asks porcupine whether the calls of each group can have taken
@@ -49,11 +82,15 @@ func (h *history) checkLinear() (found []string) {
 	}
 	for g := range calls {
 		calls[g] = append(calls[g], h.lastList(g))
+		order := turnsOf(calls[g])
 		model := porcupine.Model{
 			Init: func() any { return start[g] },
 			Step: func(state, input, _ any) (bool, any) {
 				s, _ := state.(groupState)
 				e, _ := input.(*entry)
+				if order[s.done] != turnOf(e) {
+					return false, s
+				}
 				next, ok := s.step(e)
 				return ok, next
 			},
@@ -110,6 +147,7 @@ func (s groupState) step(e *entry) (groupState, bool) {
 	}
 	before := s.known
 	s.known = r
+	s.done++
 	if e.call.Kind != kindTxn {
 		return s, s.shows(e)
 	}

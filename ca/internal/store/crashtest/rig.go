@@ -52,7 +52,7 @@ func newRig(t testing.TB, where target, program string, seed uint64) *rig {
 }
 
 // patience bounds what a child is given to open, and a whole Finish.
-const patience = 2 * time.Minute
+const patience = time.Minute
 
 // process is a running child.
 type process struct {
@@ -183,8 +183,14 @@ func (r *rig) await(p *process, done <-chan struct{}, what string) {
 	select {
 	case <-done:
 	case <-time.After(patience):
+		_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGQUIT) // where does it hang?
+		select {
+		case <-p.ended:
+		case <-time.After(10 * time.Second):
+		}
 		p.signal()
-		r.t.Fatalf("a child hung: %s", what)
+		_, _, err := p.bury()
+		r.t.Fatalf("a child hung: %s: %v: %s", what, err, p.stderr.String())
 	}
 }
 
