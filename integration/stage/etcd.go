@@ -243,6 +243,17 @@ func (m *EtcdMember) Stop() {
 // Pause halts the member with SIGSTOP: its connections stay, nothing answers.
 func (m *EtcdMember) Pause() {
 	m.cmd.Process.Signal(syscall.SIGSTOP)
+	// Returns when the last thread has stopped; until then it may answer.
+	var status syscall.WaitStatus
+	for {
+		_, err := syscall.Wait4(m.cmd.Process.Pid, &status, syscall.WUNTRACED, nil)
+		if err == nil && status.Stopped() {
+			break
+		}
+		if !errors.Is(err, syscall.EINTR) {
+			m.etcd.TB.Fatalf("pause etcd member %s: %v", m.Name, err)
+		}
+	}
 	m.pausedByTest = true
 }
 

@@ -17,7 +17,7 @@ import (
 // Exists says whether there is a store that can be opened, or one of a kind
 // that cannot; what an import left is none.
 func Exists(ctx context.Context, cfg Config) (there bool, err error) {
-	s, err := connect(cfg)
+	s, err := connect(ctx, cfg)
 	if err != nil {
 		return false, err
 	}
@@ -36,7 +36,7 @@ func Exists(ctx context.Context, cfg Config) (there bool, err error) {
 // revision, go on in the next epoch; every ModRevision stays. A store that is
 // in a later epoch than revision already is left alone.
 func NextEpoch(ctx context.Context, cfg Config, revision uint64) error {
-	s, err := connect(cfg)
+	s, err := connect(ctx, cfg)
 	if err != nil {
 		return err
 	}

@@ -46,7 +46,7 @@ func Open(ctx context.Context, cfg Config) (store.Store, error) {
 }
 
 func open(ctx context.Context, cfg Config) (*Store, error) {
-	s, err := connect(cfg)
+	s, err := connect(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -63,7 +63,7 @@ func open(ctx context.Context, cfg Config) (*Store, error) {
 }
 
 // connect makes a store that knows nothing yet of what is in etcd.
-func connect(cfg Config) (*Store, error) {
+func connect(ctx context.Context, cfg Config) (*Store, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
@@ -71,6 +71,10 @@ func connect(cfg Config) (*Store, error) {
 	keys := keys{prefix: cfg.Prefix}
 	members, err := newMembers(cfg, keys.layout())
 	if err != nil {
+		return nil, err
+	}
+	if err := members.settle(ctx); err != nil {
+		members.close()
 		return nil, err
 	}
 	return &Store{cfg: cfg, log: cfg.Logger, keys: keys, members: members, stop: make(chan struct{})}, nil

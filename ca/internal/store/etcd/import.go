@@ -25,7 +25,7 @@ const importers = 8
 // already is an error. One that fails leaves what Open refuses and the next
 // Import replaces. Each pair is on its own: in any order, no key twice.
 func Import(ctx context.Context, cfg Config, at uint64, pairs iter.Seq2[store.KV, error]) error {
-	s, err := connect(cfg)
+	s, err := connect(ctx, cfg)
 	if err != nil {
 		return err
 	}

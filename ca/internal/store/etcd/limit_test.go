@@ -74,9 +74,14 @@ func TestTwoClustersAreNotOneStore(t *testing.T) {
 	cfg.Endpoints = append(cfg.Endpoints, two.Members[0].Endpoint)
 	cfg.RequestTimeout = 2 * time.Second
 	cfg.CAFile = join(t, one.Files.CA, two.Files.CA)
+	if _, err := etcd.Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "different clusters") {
+		t.Errorf("Open = %v; want an error that says so", err)
+	}
+	two.Members[0].Pause() // it is found out later
 	s := open(t, cfg)
 	defer s.Close()
 	put(t, s, "a", "v")
+	two.Members[0].Resume()
 	one.Members[0].Kill()
 	for range 2 {
 		if kv, _, err := s.Get(t.Context(), "a"); !errors.Is(err, store.ErrUnavailable) {

@@ -34,6 +34,7 @@ var (
 	// errNotConnected is why a member was not asked.
 	errNotConnected = errors.New("not connected")
 	errNotProbed    = errors.New("not probed yet")
+	errOtherCluster = errors.New("endpoints of different clusters")
 )
 
 // members is safe for concurrent use.
@@ -54,6 +55,7 @@ type member struct {
 	url    string
 	client *clientv3.Client
 	nudge  chan struct{} // asks for a probe now
+	probed chan struct{} // closed after the first probe
 
 	mu      sync.Mutex
 	err     error              // guarded by mu; of the last probe, errNotProbed before
@@ -85,7 +87,7 @@ func newMembers(cfg Config, key string) (*members, error) {
 			p.closeClients()
 			return nil, fmt.Errorf("etcd: endpoint %s: %v", url, err)
 		}
-		m := &member{url: url, client: client, nudge: make(chan struct{}, 1), err: errNotProbed}
+		m := &member{url: url, client: client, nudge: make(chan struct{}, 1), probed: make(chan struct{}), err: errNotProbed}
 		m.ejected, m.eject = context.WithCancel(context.Background())
 		p.all = append(p.all, m)
 	}
@@ -122,6 +124,22 @@ func (p *members) closeClients() {
 		m.eject()
 		m.client.Close()
 	}
+}
+
+// settle waits until every member has been probed, and refuses members of
+// different clusters: which of them is meant would be left to chance.
+func (p *members) settle(ctx context.Context) error {
+	for _, m := range p.all {
+		select {
+		case <-m.probed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if err := m.fault(); errors.Is(err, errOtherCluster) {
+			return fmt.Errorf("etcd: %s: %w", m.url, err)
+		}
+	}
+	return nil
 }
 
 // pick returns the member to ask.
@@ -203,7 +221,7 @@ func (p *members) sameCluster(id uint64) error {
 		p.cluster = id
 	}
 	if p.cluster != id {
-		return fmt.Errorf("it belongs to cluster %x, others to %x", id, p.cluster)
+		return fmt.Errorf("%w: one belongs to %x, others to %x", errOtherCluster, id, p.cluster)
 	}
 	return nil
 }
@@ -213,6 +231,9 @@ func (p *members) sameCluster(id uint64) error {
 func (p *members) probed(ctx context.Context, m *member, err error) {
 	before := m.setFault(err)
 	notProbed := errors.Is(before, errNotProbed)
+	if notProbed {
+		close(m.probed)
+	}
 	switch {
 	case err != nil && (before == nil || notProbed):
 		p.log.LogAttrs(ctx, slog.LevelWarn, "etcd member does not work", slog.String("endpoint", m.url), slog.Any("err", err))
