@@ -40,7 +40,7 @@ func TestStoreMovesToEtcdAndBack(t *testing.T) {
 	before := l.report("verify", "--config", badger)
 
 	l.want(2, "hint: add --yes", "migrate", "--from", badger, "--to", etcd)
-	l.want(1, "there is no store", "migrate", "--from", etcd, "--to", l.fresh("other"), "--yes")
+	l.want(1, "there is no store", "migrate", "--from", etcd, "--to", l.fresh(badger), "--yes")
 	l.want(1, "both configurations name", "migrate", "--from", badger, "--to", badger, "--yes")
 	moved := l.report("migrate", "--from", badger, "--to", etcd, "--yes")
 	if !moved.Done || moved.Revision != before.Revision {
@@ -60,6 +60,10 @@ func TestStoreMovesToEtcdAndBack(t *testing.T) {
 	if got := list(); got != entries {
 		t.Errorf("entries on etcd = %s; want %s", got, entries)
 	}
+	// From another machine its socket cannot be seen; that it leads can.
+	elsewhere := l.elsewhere(etcd)
+	l.want(1, "a CA replica uses /moved/ in etcd", "migrate", "--from", elsewhere, "--to", l.fresh(badger), "--yes")
+	l.want(1, "hint: stop merlon-ca on every machine", "backup", l.path("never.backup"), "--config", elsewhere)
 	l.Entry("/on-etcd")
 	entries = list()
 	file := l.path("etcd.backup")
@@ -87,15 +91,29 @@ func TestStoreMovesToEtcdAndBack(t *testing.T) {
 	l.restoredIntoEtcd(file, etcd)
 }
 
-// fresh writes a configuration with an empty data_dir.
-func (l *ledger) fresh(name string) string {
+// elsewhere writes a configuration that shares the store alone.
+func (l *ledger) elsewhere(config string) string {
 	l.t.Helper()
-	text, err := os.ReadFile(l.config)
+	text, err := os.ReadFile(config)
 	if err != nil {
 		l.t.Fatal(err)
 	}
-	file := filepath.Join(filepath.Dir(l.config), name+".yaml")
-	if err := os.WriteFile(file, []byte(strings.ReplaceAll(string(text), l.data, l.path(name))), 0o600); err != nil {
+	file := filepath.Join(filepath.Dir(config), "elsewhere.yaml")
+	if err := os.WriteFile(file, []byte(strings.Replace(string(text), l.Admin, l.path("none.sock"), 1)), 0o600); err != nil {
+		l.t.Fatal(err)
+	}
+	return file
+}
+
+// fresh writes a configuration like another, with an empty data_dir.
+func (l *ledger) fresh(config string) string {
+	l.t.Helper()
+	text, err := os.ReadFile(config)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	file := filepath.Join(filepath.Dir(config), "fresh.yaml")
+	if err := os.WriteFile(file, []byte(strings.ReplaceAll(strings.ReplaceAll(string(text), l.data, l.path("fresh")), l.Admin, l.path("none.sock"))), 0o600); err != nil {
 		l.t.Fatal(err)
 	}
 	return file
