@@ -106,11 +106,13 @@ type needed struct {
 // checkSyncs says which acknowledged writes had not been synced: between the
 // begin of the call and the answer there must be a whole sync of each kind that
 // is needed, for what the call writes cannot have been covered by an earlier
-// one. After the first sync that failed, no call that began later may succeed.
+// one. After the first of these that failed, no call that began later may
+// succeed. Others may fail: when the spare file of the disk guard cannot be made
+// durable, writes are refused until it can.
 func (h *history) checkSyncs(calls []syncCall, need []needed) (found []string) {
 	firstFailed := int64(-1)
 	for _, c := range calls {
-		if !c.ok && firstFailed < 0 {
+		if !c.ok && firstFailed < 0 && slices.ContainsFunc(need, func(n needed) bool { return n.is(c) }) {
 			firstFailed = c.to
 		}
 	}

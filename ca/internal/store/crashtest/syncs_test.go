@@ -81,7 +81,11 @@ func TestNothingIsAcknowledgedAfterAFailedSync(t *testing.T) {
 		r, calls := runTraced(t, plain(t), n)
 		ok, _, _ := r.history.counts()
 		failed := slices.IndexFunc(calls, func(c syncCall) bool { return c.injected })
-		t.Logf("from sync %d of each thread on: %d calls answered, sync %d of %d is the first to fail", n, ok, failed, len(calls))
+		what := ""
+		if failed >= 0 {
+			what = calls[failed].name + " " + calls[failed].file
+		}
+		t.Logf("from sync %d of each thread on: %d calls answered, sync %d of %d is the first to fail: %s", n, ok, failed, len(calls), what)
 		if ok > 0 && failed >= 0 {
 			tried++
 		}
