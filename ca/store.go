@@ -38,7 +38,7 @@ func openStore(ctx context.Context, cfg Config) (store.Store, error) {
 }
 
 // diskReserve is disk_reserve_mib in bytes.
-func (c Config) diskReserve() uint64 { return uint64(max(c.DiskReserveMiB, 0)) << 20 } //nolint:gosec // not negative
+func (c Config) diskReserve() uint64 { return uint64(max(c.DiskReserveMiB, 0)) << 20 }
 
 func (c Config) storeDir() string { return filepath.Join(c.DataDir, "store") }
 

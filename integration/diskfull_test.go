@@ -214,6 +214,7 @@ func TestFullDiskMakesTheCAReadOnly(t *testing.T) {
 	moveTo(t, d, disk)
 	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, d); return err })
 
+	pid := d.CA.PID()
 	empty := fillDisk(t, disk)
 	wantReadOnly(t, d, "free some space there")
 	wantNewSVID(t, d)
@@ -235,9 +236,19 @@ func TestFullDiskMakesTheCAReadOnly(t *testing.T) {
 		t.Errorf("a JWT-SVID once there is space: %v", err)
 	}
 	wantNewSVID(t, d)
-	pid := d.CA.PID()
 	if err := syscall.Kill(pid, 0); err != nil {
 		t.Errorf("the CA is gone: %v", err)
+	}
+
+	// A stop on a full disk ends, and loses nothing.
+	entries := d.Merlon("entry", "list", "-o", "json")
+	empty = fillDisk(t, disk)
+	d.CA.Stop()
+	empty()
+	d.CA.Restart()
+	answers(t, d)
+	if got := d.Merlon("entry", "list", "-o", "json"); got != entries {
+		t.Errorf("entries after a stop on a full disk = %s; want %s", got, entries)
 	}
 }
 

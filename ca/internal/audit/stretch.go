@@ -26,7 +26,7 @@ const DefaultReserveBytes = 256 << 20
 
 // stretchOf is how much is set aside beside a reserve: 16 MiB with the default,
 // some 25 000 issuances.
-func stretchOf(reserve uint64) int64 { return int64(max(reserve/16, 64<<10)) } //nolint:gosec // far below
+func stretchOf(reserve uint64) int64 { return int64(max(reserve/16, 64<<10)) }
 
 // stretch is the writer's view of the room ahead. It belongs to one goroutine.
 type stretch struct {

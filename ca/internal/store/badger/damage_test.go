@@ -61,7 +61,8 @@ func put(t testing.TB, dir string, files map[string][]byte) {
 	}
 	for path, b := range files {
 		path = filepath.Join(dir, path)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, b, 0o600)); err != nil {
+		used := bytes.TrimRight(b, "\x00") // Badger's logs are mostly holes
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, used, 0o600), os.Truncate(path, int64(len(b)))); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -390,10 +391,10 @@ func TestAcceptedLossSurvivesACrash(t *testing.T) {
 	wantDamage(t, dir, DamagedError{Reason: "revision 6 was acknowledged", LastGood: 5, First: 6, Last: 6})
 }
 
-// TestEveryFileMatters cuts and flips each file in a few places: either all is
+// TestEveryFileMatters cuts and flips each file that counts in a few places: either all is
 // there afterwards, or the store is refused.
 func TestEveryFileMatters(t *testing.T) {
-	const places = 3
+	const places = 2 // the sweep over all of them is another test's (crashtest)
 	dir := t.TempDir()
 	s := openStore(t, dir, Options{})
 	for i := range 40 {
@@ -414,6 +415,9 @@ func TestEveryFileMatters(t *testing.T) {
 	for state, files := range map[string]map[string][]byte{"running": running, "closed": closed} {
 		for name, whole := range files {
 			used := len(bytes.TrimRight(whole, "\x00"))
+			if used == 0 || holdsNothing(name) || name == lockName {
+				continue
+			}
 			for i := range places {
 				at := used * i / places
 				cut := whole[:at]

@@ -225,3 +225,38 @@ func checkNewest(t *testing.T, dir string, acknowledged map[string]int) {
 		}
 	}
 }
+
+// takeInodes makes files until no more can be made.
+func takeInodes(dir string) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	for i := 0; ; i++ {
+		f, err := os.Create(filepath.Join(dir, strconv.Itoa(i)))
+		if err != nil {
+			return err
+		}
+		f.Close()
+	}
+}
+
+func TestDiskWithoutInodesLosesNothing(t *testing.T) {
+	disk := smallDisk(t, "size=400m,nr_inodes=40000")
+	dir := filepath.Join(disk, "store")
+	c := startDiskChild(t, dir)
+	c.await(t, "acknowledged writes", &c.acks, 1000)
+	path := filepath.Join(disk, "files")
+	if err := takeInodes(path); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("taking all inodes: %v", err)
+	}
+	c.await(t, "refused writes", &c.full, 20)
+	if reason := *c.reason.Load(); !strings.Contains(reason, "inodes free") {
+		t.Fatalf("a write on a disk without inodes says %q", reason)
+	}
+	if err := os.RemoveAll(path); err != nil {
+		t.Fatal(err)
+	}
+	c.await(t, "acknowledged writes", &c.acks, 200)
+	c.stop(t)
+	checkNewest(t, dir, c.acknowledged)
+}

@@ -36,7 +36,7 @@ const DefaultReserveBytes = 256 << 20
 const (
 	// reserveInodes stay free, or an eighth of what there is on a disk with
 	// few: a compaction that cannot make a file loses what should be in it.
-	reserveInodes = 2048
+	reserveInodes = 8192
 	// space is looked for so often by what waits for it.
 	waitInterval = 50 * time.Millisecond
 	// closePatience is how long Close waits for what waits for space.

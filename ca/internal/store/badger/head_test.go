@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 
@@ -158,6 +159,16 @@ func TestCreationSurvivesACrash(t *testing.T) {
 	}
 }
 
+// await fails the test if ch is not closed soon.
+func await(t *testing.T, what string, ch <-chan struct{}) {
+	t.Helper()
+	select {
+	case <-ch:
+	case <-time.After(30 * time.Second):
+		t.Fatalf("%s: nothing happened", what)
+	}
+}
+
 // holdHead makes the next sync of the head wait until release is called, which
 // may give it an error. held is closed when it waits.
 func holdHead(s *Store) (held <-chan struct{}, release func(error)) {
@@ -184,7 +195,7 @@ func TestNothingIsAcknowledgedBeforeTheHeadIsSynced(t *testing.T) {
 	answered := make(chan uint64, 2)
 	var wg sync.WaitGroup
 	wg.Go(func() { answered <- txn(t, s, store.Put("a", []byte("first"))) })
-	<-held
+	await(t, "sync of the head", held)
 	// The committer goes on, and sees what nobody else sees.
 	wg.Go(func() {
 		res, err := s.Txn(t.Context(), []store.Cmp{{Key: "a", ModRevision: before + 1}}, []store.Op{store.Put("a", []byte("second"))}, nil)
@@ -233,7 +244,7 @@ func TestFailedSyncOfTheHeadStopsWritesForGood(t *testing.T) {
 		errs <- err
 	}
 	go write()
-	<-held
+	await(t, "sync of the head", held)
 	go write() // is in Badger when the first one fails
 	for len(s.committed) == 0 {
 	}

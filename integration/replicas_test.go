@@ -1,0 +1,182 @@
+// A CA of several replicas from outside: what a workload sees when one of them
+// or a member of etcd is lost.
+
+package integration_test
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"merlon.dev/integration/stage"
+)
+
+// renewals counts messages on a stream until n SVIDs with new serial numbers
+// have come: the SVIDs go on being renewed and the stream lives.
+func (s *svidStream) renewals(t *testing.T, n int) {
+	t.Helper()
+	timeout := time.After(60 * time.Second)
+	for seen := make(map[string]bool); len(seen) < n; {
+		select {
+		case resp := <-s.got:
+			for _, svid := range resp.GetSvids() {
+				seen[string(svid.GetX509Svid())] = true
+			}
+		case err := <-s.err:
+			t.Fatalf("the stream ended: %v", err)
+		case <-timeout:
+			t.Fatalf("only %d of %d SVIDs came within a minute", len(seen), n)
+		}
+	}
+}
+
+func TestLossOfAReplicaOrAMemberIsInvisibleToWorkloads(t *testing.T) {
+	c := stage.StartCluster(t, 3, 2)
+	c.Join()
+	c.Entry("/me", "--ttl", "6s")
+	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, c.Domain); return err })
+	stream := watchSVIDs(t, c.Domain)
+	stream.expect(t, c.ID("/me"))
+
+	lost := c.Serving()
+	lost.Kill()
+	other := c.Replicas[0]
+	if lost == other {
+		other = c.Replicas[1]
+	}
+	left := c.By(other)
+	left.Entry("/after-replica")
+	stream.expect(t, c.ID("/after-replica"))
+	stream.renewals(t, 4)
+
+	lost.Restart()
+	stage.Eventually(t, "the lost replica is back", lost.Ready)
+	if got, want := c.By(lost).Merlon("entry", "list", "-o", "json"), left.Merlon("entry", "list", "-o", "json"); got != want {
+		t.Errorf("entries on the replica that was lost = %s; want %s", got, want)
+	}
+
+	c.Etcd.Leader().Kill()
+	for i, r := range c.Replicas {
+		d, path := c.By(r), fmt.Sprintf("/after-member-%d", i)
+		stage.Eventually(t, "writes go on with two of three members", func() error {
+			_, stderr, err := d.Try("entry", "create", "--spiffe-id", d.ID(path), "--selector", "unix:uid:0", "--parent", c.AgentID())
+			if err != nil {
+				return fmt.Errorf("%w: %s", err, stderr)
+			}
+			return nil
+		})
+		stream.expect(t, d.ID(path))
+	}
+	stream.renewals(t, 4)
+}
+
+func TestReplicasIssueUnderOneRootWithKeysOfTheirOwn(t *testing.T) {
+	c := stage.StartCluster(t, 1, 2)
+	c.Join()
+	c.Entry("/me", "--ttl", "4s")
+	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, c.Domain); return err })
+	issuers, kids := make(map[string]bool), make(map[string]bool)
+	for range 2 {
+		serving := c.Serving()
+		svid, err := fetch(t, c.Domain)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bundle, err := workloadapi.FetchX509Bundles(t.Context(), workloadapi.WithAddr(c.WorkloadAPI))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := len(bundle.Bundles()[0].X509Authorities()); n != 1 {
+			t.Errorf("%d roots in the trust bundle; want 1", n)
+		}
+		issuers[string(svid.Certificates[0].AuthorityKeyId)] = true
+		token, err := workloadapi.FetchJWTSVID(t.Context(), jwtsvid.Params{Audience: fmt.Sprintf("orders-%s", serving.ID)}, workloadapi.WithAddr(c.WorkloadAPI))
+		if err != nil {
+			t.Fatalf("JWT-SVID through %s: %v", serving.ID, err)
+		}
+		keys, err := workloadapi.FetchJWTBundles(t.Context(), workloadapi.WithAddr(c.WorkloadAPI))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := jwtsvid.ParseAndValidate(token.Marshal(), keys, []string{"orders-" + serving.ID}); err != nil {
+			t.Errorf("JWT-SVID by %s: %v", serving.ID, err)
+		}
+		kids[strings.SplitN(token.Marshal(), ".", 2)[0]] = true
+
+		serving.Kill()
+		last := svid.Certificates[0].AuthorityKeyId
+		stage.Eventually(t, "the other replica renews", func() error {
+			next, err := fetch(t, c.Domain)
+			if err != nil {
+				return err
+			}
+			if string(next.Certificates[0].AuthorityKeyId) == string(last) {
+				return errors.New("still the SVID of the replica that is gone")
+			}
+			return nil
+		})
+		serving.Restart()
+		stage.Eventually(t, "it is back", serving.Ready)
+	}
+	if len(issuers) != 2 || len(kids) != 2 {
+		t.Errorf("%d intermediates and %d JWT keys were used; want 2 and 2", len(issuers), len(kids))
+	}
+}
+
+// A policy that was pushed to one replica is verified by agents that are
+// connected to the other: its key is announced by both.
+func TestPolicyPushedToOneReplicaIsActiveThroughTheOther(t *testing.T) {
+	c := stage.StartCluster(t, 1, 2)
+	c.Join()
+	serving := c.Serving()
+	for generation, r := range c.Replicas {
+		c.By(r).Merlon("policy", "push", "../examples/quickstart/policy", "--wait", "0s")
+		stage.Eventually(t, "the agent has the policy of "+r.ID, func() error {
+			stdout := c.By(serving).Merlon("agent", "list", "-o", "json")
+			if want := fmt.Sprintf(`"policy_generation": %d`, generation+1); !strings.Contains(stdout, want) {
+				return fmt.Errorf("%s; want %s", stdout, want)
+			}
+			return nil
+		})
+	}
+}
+
+func TestEvictedReplicaIssuesNothing(t *testing.T) {
+	c := stage.StartCluster(t, 1, 2)
+	c.Join()
+	c.Entry("/me", "--ttl", "1h")
+	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, c.Domain); return err })
+	second := c.Replicas[1]
+	c.Merlon("replica", "evict", second.ID)
+	stage.Eventually(t, "the evicted replica is not ready", func() error {
+		if second.Ready() == nil {
+			return errors.New("it is")
+		}
+		return nil
+	})
+	if list := c.Merlon("replica", "list"); strings.Contains(list, second.ID) {
+		t.Errorf("replicas after the eviction = %s", list)
+	}
+	stage.Eventually(t, "the agent is served by the first", func() error {
+		if c.Serving() != c.Replicas[0] {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	root := c.By(c.Replicas[0])
+	stage.Eventually(t, "the workload has an SVID of the first", func() error {
+		svid, err := fetch(t, c.Domain)
+		if err != nil {
+			return err
+		}
+		if strings.Contains(root.Merlon("revocation", "list"), fmt.Sprintf("%x", svid.Certificates[0].AuthorityKeyId)) {
+			return errors.New("still one of the evicted replica")
+		}
+		return nil
+	})
+}
