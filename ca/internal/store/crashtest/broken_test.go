@@ -68,7 +68,7 @@ func untimely(t *testing.T, program string) []string {
 func failing(t *testing.T, program string) (found []string) {
 	t.Helper()
 	needStrace(t)
-	for _, n := range []int{8, 12, 20} {
+	for _, n := range []int{12, 20} {
 		r, calls := runTraced(t, program, n)
 		found = append(found, r.history.checkSyncs(calls, badgerNeeds)...)
 	}
