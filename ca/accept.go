@@ -17,6 +17,7 @@ import (
 
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/store"
+	"merlon.dev/sdk/durable"
 )
 
 // settleEpoch says whether the store has been accepted, where it was to be, and
@@ -34,7 +35,7 @@ func (p *parts) settleEpoch(ctx context.Context, cfg Config) error {
 			slog.Uint64("accepted_revision", accepted), slog.Uint64("revision", revision))
 		if err := p.audit.Append(ctx, audit.Record{
 			Time: time.Now(), Type: audit.Admin, Actor: "ca",
-			Detail: fmt.Sprintf("accept the store of revision %d without what was written since, to go on above revision %d", accepted, store.Epoch(revision)<<32),
+			Detail: fmt.Sprintf("accept the store of revision %d without what was written since, to go on above revision %d", accepted, store.EpochStart(revision)),
 		}); err != nil {
 			return err
 		}
@@ -70,11 +71,7 @@ func rememberEpoch(cfg Config, revision uint64) error {
 	if err != nil || store.Epoch(revision) <= store.Epoch(last) {
 		return err
 	}
-	path := filepath.Join(cfg.DataDir, epochFile)
-	if err := os.WriteFile(path+".new", fmt.Appendf(nil, "%d\n", revision), 0o600); err != nil {
-		return fmt.Errorf("remember the epoch: %w", err)
-	}
-	if err := os.Rename(path+".new", path); err != nil {
+	if err := durable.WriteFile(cfg.DataDir, epochFile, fmt.Appendf(nil, "%d\n", revision)); err != nil {
 		return fmt.Errorf("remember the epoch: %w", err)
 	}
 	return nil

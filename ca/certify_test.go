@@ -67,7 +67,7 @@ func TestReplicaRenewsOverTheWire(t *testing.T) {
 		t.Fatal(err)
 	}
 	cfg := onStage(t, e)
-	cfg.JoinAddress, cfg.JoinToken, cfg.RootHash = s.Address().String(), token, root.keys.RootKeyHash()
+	cfg.JoinAddress, cfg.JoinToken, cfg.RootHash = s.Address().String(), token, svid.KeyHash(root.keys.X509().Root)
 	_, p := serving(t, cfg)
 	first, now := p.keys.X509().ID(), time.Now()
 	if err := p.renewIntermediate(t.Context(), now.Add(11*time.Hour)); err != nil || p.keys.X509().ID() != first {

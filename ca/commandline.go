@@ -145,7 +145,7 @@ func Hint(err error) string {
 		return "merlon-ca -trust-domain example.org, or trust_domain in the file of -config"
 	case strings.Contains(text, "address already in use"):
 		return "another process has the port: choose another with -address, -https-address or -health-address"
-	case strings.Contains(text, "data_dir in use"):
+	case errors.Is(err, store.ErrInUse):
 		return "another merlon-ca runs on this data directory"
 	case strings.Contains(text, "another process listens there"):
 		return "another merlon-ca runs here: stop it, or choose another socket with -admin-socket"

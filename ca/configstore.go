@@ -8,12 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/netip"
-	"net/url"
 	"os"
 	"strings"
 
 	"merlon.dev/ca/internal/replica"
+	"merlon.dev/ca/internal/store/etcd"
 )
 
 // maxTokenFile bounds what is read of join_token_file.
@@ -37,27 +36,11 @@ func (c Config) checkStore() error {
 }
 
 func (c Config) checkEtcd() error {
-	if len(c.EtcdEndpoints) == 0 {
-		return errors.New("etcd_endpoints: is missing, and store is etcd")
+	err := c.etcd().Validate()
+	if bad, ok := errors.AsType[*etcd.InvalidError](err); ok {
+		return fmt.Errorf("etcd_%s: %s", bad.Field, bad.Reason)
 	}
-	for _, endpoint := range c.EtcdEndpoints {
-		u, err := url.Parse(endpoint)
-		if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Port() == "" || u.User != nil || strings.Trim(u.Path, "/")+u.RawQuery+u.Fragment != "" {
-			return fmt.Errorf("etcd_endpoints: %q: want https://host:port", endpoint)
-		}
-		if u.Scheme == "http" && !loopback(u.Hostname()) {
-			return fmt.Errorf("etcd_endpoints: %q: whoever is between us and etcd could write the store: https, but for loopback", endpoint)
-		}
-		if u.Scheme == "https" && (c.EtcdCAFile == "" || c.EtcdCertFile == "" || c.EtcdKeyFile == "") {
-			return errors.New("etcd_ca_file, etcd_cert_file, etcd_key_file: https needs all three")
-		}
-	}
-	return nil
-}
-
-func loopback(host string) bool {
-	ip, err := netip.ParseAddr(host)
-	return host == "localhost" || err == nil && ip.IsLoopback()
+	return err
 }
 
 func (c Config) checkJoin() error {

@@ -7,10 +7,8 @@ package ca
 
 import (
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -104,7 +102,7 @@ func (h *rootHolder) checkStore() error {
 		return fmt.Errorf("join the CA: %w: it is empty", trust.ErrOtherRoot)
 	}
 	for _, root := range h.published.Keys.X509Authorities() {
-		if sum := sha256.Sum256(root.RawSubjectPublicKeyInfo); strings.EqualFold(hex.EncodeToString(sum[:]), h.cfg.RootHash) {
+		if strings.EqualFold(svid.KeyHash(root), h.cfg.RootHash) {
 			return nil
 		}
 	}

@@ -23,7 +23,6 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"merlon.dev/ca/capb"
-	"merlon.dev/ca/internal/api"
 	"merlon.dev/sdk/svid"
 )
 
@@ -52,7 +51,7 @@ func TestAgentAttestsAndObtainsSVIDs(t *testing.T) {
 	if peer.Serial.Agent == 0 || peer.Serial.Revision < e.GetRevision() {
 		t.Errorf("serial = %+v; want the agent's handle and a revision of at least %d", peer.Serial, e.GetRevision())
 	}
-	if n := len(trust.GetRootHashes()); n != 1 || trust.GetRootHashes()[0] != api.KeyHash(c.srv.Root()) {
+	if n := len(trust.GetRootHashes()); n != 1 || trust.GetRootHashes()[0] != svid.KeyHash(c.srv.Root()) {
 		t.Errorf("root hashes = %v; want that of the root", trust.GetRootHashes())
 	}
 
@@ -85,8 +84,8 @@ func TestFirstContactShowsTheRoot(t *testing.T) {
 	}
 	state := dialTLS(t, c.srv.Address().String())
 	last := state.PeerCertificates[len(state.PeerCertificates)-1]
-	if api.KeyHash(last) != token.GetRootHash() {
-		t.Errorf("the presented chain ends in %s; want the root with hash %s", api.KeyHash(last), token.GetRootHash())
+	if svid.KeyHash(last) != token.GetRootHash() {
+		t.Errorf("the presented chain ends in %s; want the root with hash %s", svid.KeyHash(last), token.GetRootHash())
 	}
 	leaf := state.PeerCertificates[0]
 	if got := leaf.URIs[0].String(); got != "spiffe://shop.test/ca" {

@@ -106,14 +106,11 @@ func (p *parts) register(ctx context.Context, now time.Time) error {
 
 // record is this replica's record; nil if there is none.
 func (p *parts) record(ctx context.Context) (*replica.Record, error) {
-	kv, _, err := p.store.Get(ctx, replica.Prefix+p.keys.Name())
+	rec, err := replica.Read(ctx, p.store, p.keys.Name())
 	if errors.Is(err, store.ErrNotFound) {
 		return nil, nil
 	}
-	if err != nil {
-		return nil, fmt.Errorf("read the record of this replica: %w", err)
-	}
-	return replica.Decode(kv)
+	return rec, err
 }
 
 // ownRecord is the root holder's record as it should be: before, if that is it.

@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"iter"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -127,7 +126,7 @@ func checkEmpty(ctx context.Context, cfg Config) error {
 		}
 		return &StoreError{
 			fmt.Errorf("there is a store already: %s", cfg.place()),
-			"choose another etcd_prefix, or back it up and remove it: etcdctl del --prefix " + strings.Fields(cfg.place())[0],
+			"choose another etcd_prefix, or back it up and remove it: etcdctl del --prefix " + cfg.etcdPrefix(),
 		}
 	}
 	empty, err := emptyDir(cfg.storeDir())
@@ -270,7 +269,7 @@ func mapPairs(pairs iter.Seq2[store.KV, error], each func(store.KV) (store.KV, b
 
 // record writes down that the store was replaced.
 func (r *Restored) record(ctx context.Context, cfg Config) error {
-	log, err := audit.Open(filepath.Join(cfg.DataDir, "audit.jsonl"), audit.Options{ReserveBytes: cfg.diskReserve(), Logger: cfg.Logger})
+	log, err := audit.Open(cfg.auditPath(), audit.Options{ReserveBytes: cfg.diskReserve(), Logger: cfg.Logger})
 	if err != nil {
 		return fmt.Errorf("the store is restored, and that is not recorded: %w", err)
 	}
@@ -293,7 +292,7 @@ const maxActs = 1000
 // actsSince reads in the audit log, as far as there is one, what administrators
 // did after t.
 func actsSince(cfg Config, t time.Time) (acts []Act) {
-	f, err := os.Open(filepath.Join(cfg.DataDir, "audit.jsonl"))
+	f, err := os.Open(cfg.auditPath())
 	if err != nil {
 		return nil
 	}

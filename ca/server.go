@@ -12,7 +12,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -144,7 +143,7 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	if p.store, err = s.openStore(ctx); err != nil {
 		return nil, err
 	}
-	if p.audit, err = audit.Open(filepath.Join(s.cfg.DataDir, "audit.jsonl"), audit.Options{ReserveBytes: s.cfg.diskReserve(), Logger: s.log}); err != nil {
+	if p.audit, err = audit.Open(s.cfg.auditPath(), audit.Options{ReserveBytes: s.cfg.diskReserve(), Logger: s.log}); err != nil {
 		return nil, err
 	}
 	if err := p.settleEpoch(ctx, s.cfg); err != nil {

@@ -5,6 +5,7 @@
 package ca
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -146,14 +147,12 @@ func VerifyStoreDir(dir string) (StoreReport, error) {
 	return report, nil
 }
 
+func (c Config) etcdPrefix() string { return cmp.Or(c.EtcdPrefix, etcd.DefaultPrefix) }
+
 // place names where the store is.
 func (c Config) place() string {
 	if c.Store == storeEtcd {
-		prefix := c.EtcdPrefix
-		if prefix == "" {
-			prefix = etcd.DefaultPrefix
-		}
-		return prefix + " in etcd at " + strings.Join(c.EtcdEndpoints, ", ")
+		return c.etcdPrefix() + " in etcd at " + strings.Join(c.EtcdEndpoints, ", ")
 	}
 	return c.storeDir()
 }
@@ -193,7 +192,7 @@ func openIdleBadger(ctx context.Context, cfg Config) (store.Store, error) {
 		return nil, err
 	}
 	st, err := openStore(ctx, cfg)
-	if err != nil && strings.Contains(err.Error(), "data_dir in use") {
+	if errors.Is(err, store.ErrInUse) {
 		return nil, &StoreError{err, "stop the CA; a backup of one that runs is taken through its admin socket: merlon store backup FILE"}
 	}
 	return st, err

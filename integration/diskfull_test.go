@@ -23,24 +23,6 @@ import (
 	"merlon.dev/integration/stage"
 )
 
-// smallDisk mounts a tmpfs for this test.
-func smallDisk(t *testing.T, options string) (dir string) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounting a small disk needs root")
-	}
-	dir = t.TempDir()
-	if err := syscall.Mount("none", dir, "tmpfs", 0, options); err != nil {
-		t.Skipf("mounting a small disk: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-	return dir
-}
-
 // moveTo restarts the domain's CA with its data on another disk, where it keeps
 // 4 MiB free.
 func moveTo(t *testing.T, d *stage.Domain, disk string) {
@@ -207,7 +189,7 @@ func issueUntilRefused(t *testing.T, d *stage.Domain) (n int, refused error) {
 }
 
 func TestFullDiskMakesTheCAReadOnly(t *testing.T) {
-	disk := smallDisk(t, "size=160m")
+	disk := stage.SmallDisk(t, "size=160m")
 	d := stage.Separate(t)
 	d.Entry("/me", "--ttl", "1h")
 	d.Merlon("policy", "push", "../examples/quickstart/policy")
@@ -253,7 +235,7 @@ func TestFullDiskMakesTheCAReadOnly(t *testing.T) {
 }
 
 func TestDiskWithoutInodesMakesTheCAReadOnly(t *testing.T) {
-	disk := smallDisk(t, "size=160m,nr_inodes=2000")
+	disk := stage.SmallDisk(t, "size=160m,nr_inodes=2000")
 	d := stage.Separate(t)
 	d.Entry("/me", "--ttl", "1h")
 	moveTo(t, d, disk)

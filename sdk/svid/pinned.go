@@ -16,9 +16,14 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
+// KeyHash is how a root is pinned: the hex SHA-256 of its SubjectPublicKeyInfo.
+func KeyHash(root *x509.Certificate) string {
+	sum := sha256.Sum256(root.RawSubjectPublicKeyInfo)
+	return hex.EncodeToString(sum[:])
+}
+
 // VerifyPinned verifies a presented chain that ends in its root (TLS.IncludeRoot)
-// when the root is the one that is pinned: rootHash is the hex SHA-256 of its
-// SubjectPublicKeyInfo. It says who the peer is in trust domain td; whether that
+// when the root is the one that is pinned: rootHash is its KeyHash. It says who the peer is in trust domain td; whether that
 // is the right one is the caller's matter.
 func VerifyPinned(presented []*x509.Certificate, td spiffeid.TrustDomain, rootHash string, now time.Time) (*Peer, error) {
 	if len(presented) < 2 || len(presented) > MaxChainCerts {

@@ -13,13 +13,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/durable"
 )
 
 const (
@@ -37,43 +37,7 @@ type storedTrust struct {
 	JWKS        json.RawMessage `json:"jwks"`
 }
 
-// WriteFile replaces name in dir in one step, readable by the agent's user
-// only: after a crash there is the old content or the new.
-func WriteFile(dir, name string, content []byte) error {
-	tmp, err := os.CreateTemp(dir, unfinished+name+"-*") // mode 0600
-	if err != nil {
-		return fmt.Errorf("write %s: %w", name, err)
-	}
-	defer os.Remove(tmp.Name()) // fails after the rename, as it should
-	_, err = tmp.Write(content)
-	if err == nil {
-		err = tmp.Sync()
-	}
-	if closeErr := tmp.Close(); err == nil {
-		err = closeErr
-	}
-	if err == nil {
-		err = os.Rename(tmp.Name(), filepath.Join(dir, name))
-	}
-	if err == nil {
-		err = syncDir(dir)
-	}
-	if err != nil {
-		return fmt.Errorf("write %s: %w", name, err)
-	}
-	return nil
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
-}
-
-// ReadFile reads what WriteFile wrote; nil when there is no such file. It
+// ReadFile reads what durable.WriteFile wrote; nil when there is no such file. It
 // refuses a file that other users can read or write.
 func ReadFile(dir, name string) ([]byte, error) {
 	path := filepath.Join(dir, name)
@@ -106,25 +70,8 @@ func MakeDataDir(dir string) error {
 	if !fi.IsDir() || fi.Mode().Perm()&0o077 != 0 {
 		return fmt.Errorf("data directory %s has mode %04o, which lets other users in; chmod it to 0700", dir, fi.Mode().Perm())
 	}
-	return removeUnfinished(dir)
-}
-
-// unfinished is how the names of files begin that WriteFile has not renamed
-// yet; none that it writes begins so.
-const unfinished = ".new-"
-
-// removeUnfinished removes what a crash left of WriteFile: it may hold a key.
-func removeUnfinished(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return fmt.Errorf("read the data directory: %w", err)
-	}
-	for _, e := range entries {
-		if strings.HasPrefix(e.Name(), unfinished) {
-			if err := os.Remove(filepath.Join(dir, e.Name())); err != nil {
-				return fmt.Errorf("remove an unfinished file: %w", err)
-			}
-		}
+	if err := durable.RemoveUnfinished(dir); err != nil {
+		return fmt.Errorf("clean the data directory: %w", err)
 	}
 	return nil
 }
@@ -138,7 +85,7 @@ func (c *Client) saveSVID(chain [][]byte, key crypto.Signer) error {
 	for _, cert := range chain {
 		out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert})...)
 	}
-	return WriteFile(c.cfg.DataDir, svidFile, out)
+	return durable.WriteFile(c.cfg.DataDir, svidFile, out)
 }
 
 // loadSVID returns the agent's SVID from the disk, nil when there is none. It
@@ -169,7 +116,7 @@ func (c *Client) saveTrust(t *cache.Trust) error {
 	if err != nil {
 		return fmt.Errorf("encode the trust bundle: %w", err)
 	}
-	if err := WriteFile(c.cfg.DataDir, trustFile, content); err != nil {
+	if err := durable.WriteFile(c.cfg.DataDir, trustFile, content); err != nil {
 		return err
 	}
 	c.saved = t.Sequence

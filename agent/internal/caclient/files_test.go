@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"merlon.dev/sdk/durable"
 )
 
 func TestFileIsReplacedInOneStepForTheAgentAlone(t *testing.T) {
@@ -16,7 +18,7 @@ func TestFileIsReplacedInOneStepForTheAgentAlone(t *testing.T) {
 		t.Errorf("ReadFile(nothing) = %q, %v; want nil, nil", got, err)
 	}
 	for _, content := range []string{"first", "second"} {
-		if err := WriteFile(dir, "x", []byte(content)); err != nil {
+		if err := durable.WriteFile(dir, "x", []byte(content)); err != nil {
 			t.Fatal(err)
 		}
 		if got, err := ReadFile(dir, "x"); err != nil || !bytes.Equal(got, []byte(content)) {
@@ -79,10 +81,10 @@ func TestUnfinishedFilesAreRemoved(t *testing.T) {
 	if err := MakeDataDir(dir); err != nil {
 		t.Fatal(err)
 	}
-	if err := WriteFile(dir, svidFile, []byte("kept")); err != nil {
+	if err := durable.WriteFile(dir, svidFile, []byte("kept")); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, unfinished+svidFile+"-1"), []byte("key"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, durable.Unfinished+svidFile+"-1"), []byte("key"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := MakeDataDir(dir); err != nil {

@@ -23,6 +23,7 @@ import (
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/fakeca"
 	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/durable"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -344,7 +345,7 @@ func TestDamagedMemoryIsAnError(t *testing.T) {
 		"garbled": "{", "of another trust domain": `{"trust_domain":"other.test","revision":7}`,
 	} {
 		dir := newDir(t)
-		if err := WriteFile(dir, seenFile, []byte(content)); err != nil {
+		if err := durable.WriteFile(dir, seenFile, []byte(content)); err != nil {
 			t.Fatal(err)
 		}
 		_, err := New(Config{

@@ -18,6 +18,7 @@ import (
 
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/durable"
 )
 
 const (
@@ -64,7 +65,7 @@ func (c *Client) saveSeen(revision uint64) error {
 	if err != nil {
 		return fmt.Errorf("encode the revision: %w", err)
 	}
-	return WriteFile(c.cfg.DataDir, seenFile, content)
+	return durable.WriteFile(c.cfg.DataDir, seenFile, content)
 }
 
 // keepSeen writes the revision down as it grows, until ctx ends and then once

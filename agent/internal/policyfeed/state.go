@@ -16,6 +16,7 @@ import (
 	"merlon.dev/agent/internal/caclient"
 	"merlon.dev/ca/capb"
 	"merlon.dev/policy/bundle"
+	"merlon.dev/sdk/durable"
 )
 
 const (
@@ -51,10 +52,10 @@ func (f *Feed) save(raw []byte, generation uint64, keys []bundle.Key) error {
 	if err != nil {
 		return fmt.Errorf("encode the policy's state: %w", err)
 	}
-	if err := caclient.WriteFile(f.cfg.DataDir, stateFile, content); err != nil {
+	if err := durable.WriteFile(f.cfg.DataDir, stateFile, content); err != nil {
 		return err
 	}
-	return caclient.WriteFile(f.cfg.DataDir, bundleFile, raw)
+	return durable.WriteFile(f.cfg.DataDir, bundleFile, raw)
 }
 
 // restore reads what save wrote. A bundle that is not good any more is left

@@ -11,6 +11,7 @@ import (
 	"syscall"
 
 	"merlon.dev/ca"
+	"merlon.dev/sdk/durable"
 )
 
 // writeFile writes a backup beside path, reads it again, and gives it its name
@@ -53,14 +54,8 @@ func writeFile(path string, force bool, write func(*os.File) error) (ca.StoreRep
 	if err != nil {
 		return report, fmt.Errorf("write the backup: %w", err)
 	}
-	return report, syncFolder(filepath.Dir(path))
-}
-
-// syncFolder makes a new name durable.
-func syncFolder(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return fmt.Errorf("write the backup: %w", err)
+	if err := durable.SyncDir(filepath.Dir(path)); err != nil {
+		return report, fmt.Errorf("write the backup: %w", err)
 	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return report, nil
 }

@@ -20,6 +20,7 @@ import (
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/store"
+	"merlon.dev/sdk/svid"
 )
 
 const maxPageSize = 1000
@@ -138,7 +139,7 @@ func (s *Service) createJoinToken(ctx context.Context, req *capb.CreateTokenRequ
 		return nil, err
 	}
 	return &capb.CreateTokenResponse{
-		Token: token, AgentId: id.String(), ExpiresAt: timestamp(expires), RootHash: KeyHash(s.opts.Keys.X509().Root),
+		Token: token, AgentId: id.String(), ExpiresAt: timestamp(expires), RootHash: svid.KeyHash(s.opts.Keys.X509().Root),
 	}, nil
 }
 
@@ -198,7 +199,7 @@ func (s *Service) GetTrustBundle(context.Context, *capb.GetTrustBundleRequest) (
 	}
 	resp := &capb.GetTrustBundleResponse{TrustBundle: trustToProto(b)}
 	for _, root := range b.Keys.X509Authorities() {
-		resp.RootHashes = append(resp.RootHashes, KeyHash(root))
+		resp.RootHashes = append(resp.RootHashes, svid.KeyHash(root))
 	}
 	return resp, nil
 }

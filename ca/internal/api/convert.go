@@ -4,9 +4,6 @@
 package api
 
 import (
-	"crypto/sha256"
-	"crypto/x509"
-	"encoding/hex"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -113,11 +110,4 @@ func timestamp(t time.Time) *timestamppb.Timestamp {
 		return nil
 	}
 	return timestamppb.New(t)
-}
-
-// KeyHash is the hex SHA-256 of a certificate's SubjectPublicKeyInfo, which
-// agents pin.
-func KeyHash(cert *x509.Certificate) string {
-	sum := sha256.Sum256(cert.RawSubjectPublicKeyInfo)
-	return hex.EncodeToString(sum[:])
 }

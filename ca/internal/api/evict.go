@@ -53,7 +53,7 @@ func (s *Service) createReplicaToken(ctx context.Context, req *capb.CreateTokenR
 	if err := s.admin(ctx, audit.Record{Detail: "create replica token for " + name, NotAfter: expires}); err != nil {
 		return nil, err
 	}
-	return &capb.CreateTokenResponse{Token: token, ExpiresAt: timestamp(expires), RootHash: KeyHash(s.opts.Keys.X509().Root)}, nil
+	return &capb.CreateTokenResponse{Token: token, ExpiresAt: timestamp(expires), RootHash: svid.KeyHash(s.opts.Keys.X509().Root)}, nil
 }
 
 // ListReplicas implements capb.AdminServer.
@@ -126,14 +126,10 @@ func (s *Service) EvictReplica(ctx context.Context, req *capb.EvictReplicaReques
 
 // tryEvict returns no record when something changed meanwhile.
 func (s *Service) tryEvict(ctx context.Context, name string) (*replica.Record, []*revocation.Record, uint64, error) {
-	kv, _, err := s.opts.Store.Get(ctx, replica.Prefix+name)
+	rec, err := replica.Read(ctx, s.opts.Store, name)
 	if errors.Is(err, store.ErrNotFound) {
 		return nil, nil, 0, errNoReplica
 	}
-	if err != nil {
-		return nil, nil, 0, fmt.Errorf("read the record of replica %s: %w", name, err)
-	}
-	rec, err := replica.Decode(kv)
 	if err != nil {
 		return nil, nil, 0, err
 	}
@@ -144,7 +140,7 @@ func (s *Service) tryEvict(ctx context.Context, name string) (*replica.Record, [
 	if err != nil {
 		return nil, nil, 0, err
 	}
-	ops := append(change.Ops, store.Delete(kv.Key), replica.Mark())
+	ops := append(change.Ops, store.Delete(replica.Prefix+name), replica.Mark())
 	var revocations []*revocation.Record
 	for _, r := range withdrawn(rec, time.Now()) {
 		put, key, err := revocation.PutForGood(r)

@@ -50,6 +50,19 @@ type replicaKeys struct {
 	jwtID                     string
 }
 
+// requestedKeys are the keys of a request to the root holder. A refusal is
+// recorded as one of what.
+func (s *Service) requestedKeys(ctx context.Context, what string, req *capb.ReplicaKeys) (replicaKeys, error) {
+	if s.opts.Root == nil {
+		return replicaKeys{}, s.refuse(ctx, callerFrom(ctx), what, errNoRoot)
+	}
+	keys, err := readReplicaKeys(req)
+	if err != nil {
+		return replicaKeys{}, s.refuse(ctx, callerFrom(ctx), what, s.toStatus(ctx, err))
+	}
+	return keys, nil
+}
+
 func readReplicaKeys(req *capb.ReplicaKeys) (k replicaKeys, err error) {
 	for _, csr := range []struct {
 		field string
@@ -82,12 +95,9 @@ func readReplicaKeys(req *capb.ReplicaKeys) (k replicaKeys, err error) {
 func (s *Service) Join(ctx context.Context, req *capb.ReplicaJoinRequest) (*capb.ReplicaCertificates, error) {
 	const what = "join as a replica"
 	caller := callerFrom(ctx)
-	if s.opts.Root == nil {
-		return nil, s.refuse(ctx, caller, what, errNoRoot)
-	}
-	keys, err := readReplicaKeys(req.GetKeys())
+	keys, err := s.requestedKeys(ctx, what, req.GetKeys())
 	if err != nil {
-		return nil, s.refuse(ctx, caller, what, s.toStatus(ctx, err))
+		return nil, err
 	}
 	now := time.Now()
 	var rec *replica.Record
@@ -167,12 +177,9 @@ func (s *Service) certificates(ctx context.Context, rec *replica.Record, interme
 func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) (*capb.ReplicaCertificates, error) {
 	const what = "certify a replica"
 	caller := callerFrom(ctx)
-	if s.opts.Root == nil {
-		return nil, s.refuse(ctx, caller, what, errNoRoot)
-	}
-	keys, err := readReplicaKeys(req.GetKeys())
+	keys, err := s.requestedKeys(ctx, what, req.GetKeys())
 	if err != nil {
-		return nil, s.refuse(ctx, caller, what, s.toStatus(ctx, err))
+		return nil, err
 	}
 	now := time.Now()
 	intermediate, err := s.opts.Root.SignIntermediate(keys.intermediate, now)
@@ -217,14 +224,10 @@ func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) 
 // liveReplica reads the caller's record anew and judges it by everything that
 // the store holds: a replica that is being evicted gets nothing more.
 func (s *Service) liveReplica(ctx context.Context, caller *Caller, keys replicaKeys, now time.Time) (*replica.Record, error) {
-	kv, _, err := s.opts.Store.Get(ctx, replica.Prefix+caller.Replica.Name)
+	rec, err := replica.Read(ctx, s.opts.Store, caller.Replica.Name)
 	if errors.Is(err, store.ErrNotFound) {
 		return nil, status.Errorf(codes.PermissionDenied, "replica %s has been evicted", caller.Replica.Name)
 	}
-	if err != nil {
-		return nil, fmt.Errorf("read the record of replica %s: %w", caller.Replica.Name, err)
-	}
-	rec, err := replica.Decode(kv)
 	if err != nil {
 		return nil, err
 	}

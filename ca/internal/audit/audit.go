@@ -21,6 +21,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"merlon.dev/sdk/durable"
 )
 
 // Type says what kind of act a record is about.
@@ -138,11 +140,7 @@ func openFile(path string) (*os.File, error) {
 	if err := lockFile(file); err != nil {
 		return nil, errors.Join(err, file.Close())
 	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return nil, errors.Join(err, file.Close())
-	}
-	if err := errors.Join(dir.Sync(), dir.Close()); err != nil {
+	if err := durable.SyncDir(filepath.Dir(path)); err != nil {
 		return nil, errors.Join(err, file.Close())
 	}
 	return file, nil

@@ -11,25 +11,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-)
 
-// smallDisk mounts a tmpfs for this test.
-func smallDisk(t testing.TB, options string) (dir string) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounting a small disk needs root")
-	}
-	dir = t.TempDir()
-	if err := syscall.Mount("none", dir, "tmpfs", 0, options); err != nil {
-		t.Skipf("mounting a small disk: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-	return dir
-}
+	"merlon.dev/integration/stage"
+)
 
 // fill takes all space of the disk of dir, and returns what gives it back.
 func fill(t testing.TB, dir string) (empty func()) {
@@ -73,7 +57,7 @@ func appendUntilFull(t testing.TB, l *Log) (n int) {
 }
 
 func TestIssuanceGoesOnInTheStretchOfAFullDisk(t *testing.T) {
-	disk := smallDisk(t, "size=16m")
+	disk := stage.SmallDisk(t, "size=16m")
 	path := filepath.Join(disk, "audit.log")
 	l, err := Open(path, Options{ReserveBytes: 4 << 20}) // 256 KiB are set aside
 	if err != nil {
@@ -110,7 +94,7 @@ func TestIssuanceGoesOnInTheStretchOfAFullDisk(t *testing.T) {
 }
 
 func TestStretchIsThereAfterAStartOnAFullDisk(t *testing.T) {
-	disk := smallDisk(t, "size=16m")
+	disk := stage.SmallDisk(t, "size=16m")
 	path := filepath.Join(disk, "audit.log")
 	opts := Options{ReserveBytes: 4 << 20}
 	l, err := Open(path, opts)

@@ -6,6 +6,7 @@
 package replica
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"regexp"
@@ -89,6 +90,16 @@ func Decode(kv store.KV) (*Record, error) {
 		Name: s.Name, RootHolder: s.RootHolder, JoinedAt: s.JoinedAt, Authorities: s.Authorities,
 		JWTKeyID: s.JWTKeyID, PolicyCertificate: s.PolicyCertificate, Revision: kv.ModRevision,
 	}, nil
+}
+
+// Read returns the record of the replica called name; store.ErrNotFound if there
+// is none.
+func Read(ctx context.Context, st store.Store, name string) (*Record, error) {
+	kv, _, err := st.Get(ctx, Prefix+name)
+	if err != nil {
+		return nil, fmt.Errorf("read the record of replica %s: %w", name, err)
+	}
+	return Decode(kv)
 }
 
 // Put returns the write that stores r.

@@ -47,15 +47,6 @@ func (s Set) Without(key string) Set {
 // id is what is the record's own in its key.
 func (r *Record) id() string { return r.Key[min(len(Prefix), len(r.Key)):] }
 
-// NewSet makes a set of records in any order.
-func NewSet(records []*Record) Set {
-	var s Set
-	for _, r := range records {
-		s = s.With(r)
-	}
-	return s
-}
-
 // After returns the records above revision that live at now, in order of
 // revision.
 func (s Set) After(revision uint64, now time.Time) []*Record {

@@ -12,13 +12,16 @@ const epochBits = 32
 // Epoch tells how often the store at revision was restored.
 func Epoch(revision uint64) uint64 { return revision >> epochBits }
 
+// EpochStart returns the first revision of the epoch of revision.
+func EpochStart(revision uint64) uint64 { return Epoch(revision) << epochBits }
+
 // NextEpoch returns the first revision of the epoch after that of revision.
-func NextEpoch(revision uint64) uint64 { return (Epoch(revision) + 1) << epochBits }
+func NextEpoch(revision uint64) uint64 { return EpochStart(revision) + 1<<epochBits }
 
 // InEpoch returns the number after last that says it was made in the epoch of
 // revision: numbers that rise by one, such as the sequence number of a trust
 // bundle, jump with the epoch.
-func InEpoch(revision, last uint64) uint64 { return max(last+1, Epoch(revision)<<epochBits) }
+func InEpoch(revision, last uint64) uint64 { return max(last+1, EpochStart(revision)) }
 
 // BeforeEpoch says whether number was made in an earlier epoch than that of
 // revision: whoever remembers what came after it must not find it again.

@@ -29,6 +29,8 @@ var (
 	// ErrUnavailable is returned when the store cannot be reached, e.g. an etcd
 	// without a quorum. What a Txn did that fails so is unknown.
 	ErrUnavailable = errors.New("store unavailable")
+	// ErrInUse is returned where another process has the store open.
+	ErrInUse = errors.New("data_dir in use by another merlon-ca")
 	// ErrClosed is returned once the store has been closed.
 	ErrClosed = errors.New("store closed")
 )

@@ -22,6 +22,8 @@ import (
 	"syscall"
 
 	kmsapi "go.step.sm/crypto/kms/apiv1"
+
+	"merlon.dev/sdk/durable"
 )
 
 type kind string
@@ -66,7 +68,7 @@ func openKeyDir(path string, keys kmsapi.KeyManager) (*keyDir, error) {
 	if err := checkMode(path, fs.ModeDir, 0o700); err != nil {
 		return nil, err
 	}
-	if err := syncDir(filepath.Dir(path)); err != nil { // or a crash takes the new folder away
+	if err := durable.SyncDir(filepath.Dir(path)); err != nil { // or a crash takes the new folder away
 		return nil, err
 	}
 	d := &keyDir{path: path, keys: keys, numbers: make(map[kind][]int)}
@@ -212,7 +214,7 @@ func (d *keyDir) write(what kind, number int, key crypto.PrivateKey, cert *x509.
 			return err
 		}
 	}
-	if err := syncDir(temp); err != nil {
+	if err := durable.SyncDir(temp); err != nil {
 		return err
 	}
 	// Fails when the generation exists: a folder is not replaced by a rename
@@ -220,7 +222,7 @@ func (d *keyDir) write(what kind, number int, key crypto.PrivateKey, cert *x509.
 	if err := os.Rename(temp, d.folder(what, number)); err != nil {
 		return err
 	}
-	return syncDir(d.path)
+	return durable.SyncDir(d.path)
 }
 
 // certify puts a certificate beside the key of gen, which had none. A crash leaves
@@ -238,7 +240,7 @@ func (d *keyDir) certify(gen *generation, cert *x509.Certificate) error {
 		return fmt.Errorf("put the certificate of %s away: %w", folder, err)
 	}
 	gen.cert = cert
-	return syncDir(folder)
+	return durable.SyncDir(folder)
 }
 
 // removeOlder removes the generations before gen of its kind.
@@ -252,7 +254,7 @@ func (d *keyDir) removeOlder(gen *generation) error {
 		errs = append(errs, err)
 		return err == nil
 	})
-	errs = append(errs, syncDir(d.path))
+	errs = append(errs, durable.SyncDir(d.path))
 	return errors.Join(errs...)
 }
 
@@ -263,14 +265,6 @@ func writeSynced(path, blockType string, der []byte) error {
 	}
 	_, err = f.Write(pem.EncodeToMemory(&pem.Block{Type: blockType, Bytes: der}))
 	return errors.Join(err, f.Sync(), f.Close())
-}
-
-func syncDir(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
 }
 
 // readPrivate reads a file that nobody else may read or replace. The file that is

@@ -11,9 +11,7 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
-	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"strings"
@@ -258,13 +256,6 @@ func (k *Keys) Name() string { return k.name }
 
 // PolicyCertificate is the DER certificate of the policy key.
 func (k *Keys) PolicyCertificate() []byte { return bytes.Clone(k.policy.cert.Raw) }
-
-// RootKeyHash is the hex SHA-256 of the root's SubjectPublicKeyInfo, which an
-// agent pins at first contact.
-func (k *Keys) RootKeyHash() string {
-	sum := sha256.Sum256(k.root.cert.RawSubjectPublicKeyInfo)
-	return hex.EncodeToString(sum[:])
-}
 
 // TrustBundle is what others verify this CA's SVIDs with: root and JWT key. It is
 // a fresh copy without a sequence number, which ca/internal/trust adds.

@@ -4,54 +4,17 @@ package badger_test
 
 import (
 	"context"
-	"fmt"
 	"slices"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
+	"merlon.dev/ca/internal/store/storetest"
 )
 
-// BenchmarkTxn is one acknowledged registration: a new key of about 50 bytes
-// with a value of 300, synced.
 func BenchmarkTxn(b *testing.B) {
-	for _, writers := range []int{1, 64, 512} {
-		b.Run(fmt.Sprintf("writers=%d", writers), func(b *testing.B) {
-			s := open(b, b.TempDir(), badger.Options{})
-			defer s.Close()
-			value := make([]byte, 300)
-			var n atomic.Int64
-			b.ReportAllocs()
-			spread(b, writers, func() error {
-				key := fmt.Sprintf("entry/0195b7a2-5c1e-7c55-8d0e-%012d", n.Add(1))
-				_, err := s.Txn(context.Background(), []store.Cmp{{Key: key}}, []store.Op{store.Put(key, value)}, nil)
-				return err
-			})
-		})
-	}
-}
-
-// spread runs the iterations in so many goroutines.
-func spread(b *testing.B, writers int, do func() error) {
-	work := make(chan struct{}, writers)
-	var wg sync.WaitGroup
-	for range writers {
-		wg.Go(func() {
-			for range work {
-				if err := do(); err != nil {
-					b.Error(err)
-				}
-			}
-		})
-	}
-	for b.Loop() {
-		work <- struct{}{}
-	}
-	close(work)
-	wg.Wait()
+	storetest.BenchmarkTxn(b, func(b *testing.B) store.Store { return open(b, b.TempDir(), badger.Options{}) })
 }
 
 // BenchmarkWatch is the way from the call of Txn to a watcher, its median, and

@@ -103,10 +103,7 @@ func checkFormat(view *bdg.Txn) error {
 // of the last batch that is whole.
 func (f *inspection) walkLog(view *bdg.Txn) {
 	f.tip = f.compacted
-	opts := bdg.DefaultIteratorOptions
-	opts.PrefetchValues = false
-	opts.Prefix = logPrefix
-	it := view.NewIterator(opts)
+	it := under(view, logPrefix)
 	defer it.Close()
 	walk := chainWalk{at: f.compacted, batchEnd: f.compacted.revision, head: f.head.tip}
 	walk.meet()
@@ -235,10 +232,7 @@ func (f *inspection) fault(err error) {
 func sumData(db *bdg.DB, revision uint64) (c change, err error) {
 	view := db.NewTransactionAt(revision, false)
 	defer view.Discard()
-	opts := bdg.DefaultIteratorOptions
-	opts.PrefetchValues = false
-	opts.Prefix = dataPrefix
-	it := view.NewIterator(opts)
+	it := under(view, dataPrefix)
 	defer it.Close()
 	for it.Rewind(); it.Valid(); it.Next() {
 		item := it.Item()

@@ -20,6 +20,7 @@ import (
 
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
+	"merlon.dev/integration/stage"
 )
 
 const diskChildDir = "MERLON_TEST_FULL_DISK_DIR"
@@ -71,24 +72,6 @@ func writeThroughFullDisks(s *badger.Store) error {
 		}()
 	}
 	return <-failed
-}
-
-// smallDisk mounts a tmpfs for this test.
-func smallDisk(t testing.TB, options string) (dir string) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounting a small disk needs root")
-	}
-	dir = t.TempDir()
-	if err := syscall.Mount("none", dir, "tmpfs", 0, options); err != nil {
-		t.Skipf("mounting a small disk: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
-			t.Error(err)
-		}
-	})
-	return dir
 }
 
 // diskChild is a child whose report is read as it comes.
@@ -183,7 +166,7 @@ func allocateAll(path string) error {
 }
 
 func TestFullDiskNeverKillsTheStore(t *testing.T) {
-	disk := smallDisk(t, "size=288m")
+	disk := stage.SmallDisk(t, "size=288m")
 	dir := filepath.Join(disk, "store")
 	c := startDiskChild(t, dir)
 	const rounds = 6
@@ -241,7 +224,7 @@ func takeInodes(dir string) error {
 }
 
 func TestDiskWithoutInodesLosesNothing(t *testing.T) {
-	disk := smallDisk(t, "size=400m,nr_inodes=40000")
+	disk := stage.SmallDisk(t, "size=400m,nr_inodes=40000")
 	dir := filepath.Join(disk, "store")
 	c := startDiskChild(t, dir)
 	c.await(t, "acknowledged writes", &c.acks, 1000)

@@ -17,6 +17,7 @@ import (
 	"github.com/dgraph-io/ristretto/v2/z"
 
 	"merlon.dev/ca/internal/store"
+	"merlon.dev/sdk/durable"
 )
 
 // Folders of an import, in order. What is in the first is not complete, what is
@@ -95,10 +96,10 @@ func stage(dir string, opts Options, at uint64, pairs iter.Seq2[store.KV, error]
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(h.write(start, true), h.close(), syncDir(partial)); err != nil {
+	if err := errors.Join(h.write(start, true), h.close(), durable.SyncDir(partial)); err != nil {
 		return err
 	}
-	return errors.Join(os.Rename(partial, incoming), syncDir(dir))
+	return errors.Join(os.Rename(partial, incoming), durable.SyncDir(dir))
 }
 
 // load streams the pairs into an empty database, as finished tables.
@@ -178,10 +179,7 @@ func snapshot(db *bdg.DB, revision uint64) iter.Seq2[store.KV, error] {
 	return func(yield func(store.KV, error) bool) {
 		view := db.NewTransactionAt(revision, false)
 		defer view.Discard()
-		opts := bdg.DefaultIteratorOptions
-		opts.PrefetchValues = false
-		opts.Prefix = dataPrefix
-		it := view.NewIterator(opts)
+		it := under(view, dataPrefix)
 		defer it.Close()
 		for it.Rewind(); it.Valid(); it.Next() {
 			st, err := itemState(it.Item())
@@ -199,7 +197,7 @@ func install(dir string) error {
 	if err := os.Rename(filepath.Join(dir, incomingName), filepath.Join(dir, clearingName)); err != nil {
 		return err
 	}
-	if err := syncDir(dir); err != nil {
+	if err := durable.SyncDir(dir); err != nil {
 		return err
 	}
 	return finishInstall(dir)
@@ -213,7 +211,7 @@ func finishInstall(dir string) error {
 		if err := moveFiles(dir, aside); err != nil {
 			return err
 		}
-		if err := errors.Join(syncDir(dir), os.Rename(clearing, moving), syncDir(dir)); err != nil {
+		if err := errors.Join(durable.SyncDir(dir), os.Rename(clearing, moving), durable.SyncDir(dir)); err != nil {
 			return err
 		}
 	}
@@ -223,7 +221,7 @@ func finishInstall(dir string) error {
 	if err := moveFiles(moving, dir); err != nil {
 		return err
 	}
-	return errors.Join(syncDir(dir), os.Remove(moving), syncDir(dir))
+	return errors.Join(durable.SyncDir(dir), os.Remove(moving), durable.SyncDir(dir))
 }
 
 // moveFiles moves the files of one folder, but for the lock, to another, which
@@ -247,5 +245,5 @@ func moveFiles(from, to string) error {
 	if _, err := os.Stat(to); err != nil {
 		return nil
 	}
-	return syncDir(to)
+	return durable.SyncDir(to)
 }

@@ -130,6 +130,15 @@ func trimDataPrefix(storedKey []byte) []byte {
 	return storedKey[min(len(dataPrefix), len(storedKey)):]
 }
 
+// under iterates over what begins with prefix. Values lie beside the keys, so
+// they are not fetched ahead.
+func under(view *bdg.Txn, prefix []byte) *bdg.Iterator {
+	opts := bdg.DefaultIteratorOptions
+	opts.PrefetchValues = false
+	opts.Prefix = prefix
+	return view.NewIterator(opts)
+}
+
 // readMeta returns the value of a key of our own.
 func readMeta(view *bdg.Txn, key []byte) ([]byte, error) {
 	item, err := view.Get(key)

@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"merlon.dev/ca/internal/store"
 )
 
 // lockName is the file that names the process, as Badger's does.
@@ -27,7 +29,7 @@ func lockDir(dir string) (*dirLock, error) {
 	}
 	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
 	if errors.Is(err, syscall.EWOULDBLOCK) {
-		err = fmt.Errorf("data_dir in use by another merlon-ca%s", lockHolder(dir))
+		err = fmt.Errorf("%w%s", store.ErrInUse, lockHolder(dir))
 	}
 	if err != nil {
 		return nil, errors.Join(err, f.Close())

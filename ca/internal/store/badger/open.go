@@ -14,6 +14,7 @@ import (
 	bdg "github.com/dgraph-io/badger/v4"
 
 	"merlon.dev/ca/internal/store"
+	"merlon.dev/sdk/durable"
 )
 
 // Open opens the store in dir, creating it on first use (mode 0700, which an
@@ -132,7 +133,7 @@ func examineEmpty(dir string, last headSlot, headErr error) (*inspection, error)
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(h.write(point{}, false), h.close(), syncDir(dir)); err != nil {
+	if err := errors.Join(h.write(point{}, false), h.close(), durable.SyncDir(dir)); err != nil {
 		return nil, err
 	}
 	f.head, f.headErr = headSlot{serial: h.serial}, nil
@@ -152,14 +153,6 @@ func hasBadger(dir string) (bool, error) {
 		}
 	}
 	return false, nil
-}
-
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
 }
 
 // openWhole opens a store that was found whole, or one that is yet to be laid

@@ -9,8 +9,6 @@ import (
 	"errors"
 	"fmt"
 
-	bdg "github.com/dgraph-io/badger/v4"
-
 	"merlon.dev/ca/internal/store"
 )
 
@@ -107,12 +105,9 @@ func (s *Store) listable(revision uint64) error {
 func (s *Store) page(ctx context.Context, prefix, after string, limit int, revision uint64) (kvs []store.KV, more bool, err error) {
 	view := s.db.NewTransactionAt(revision, false)
 	defer view.Discard()
-	opts := bdg.DefaultIteratorOptions
-	opts.PrefetchValues = false // values lie beside the keys
-	opts.Prefix = dataKey(prefix)
-	it := view.NewIterator(opts)
+	start := dataKey(prefix)
+	it := under(view, start)
 	defer it.Close()
-	start := opts.Prefix
 	if after >= prefix {
 		start = dataKey(after + "\x00")
 	}

@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"merlon.dev/sdk/durable"
 )
 
 const (
@@ -64,7 +66,7 @@ func (g *guard) prepare(number int) error {
 		return errors.Join(shortf("the disk of %s has no %s for the next log of the store (%v): free some space there, then writes go on by themselves",
 			g.dir, mebibytes(walBytes), err), file.Close(), os.Remove(path))
 	}
-	if err := syncDir(g.dir); err != nil { // Badger does not
+	if err := durable.SyncDir(g.dir); err != nil { // Badger does not
 		return errors.Join(fmt.Errorf("sync %s: %v", g.dir, err), file.Close(), os.Remove(path))
 	}
 	g.next = &nextWAL{file: file, number: number}

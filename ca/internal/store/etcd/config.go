@@ -3,7 +3,6 @@ package etcd
 // What the operator says of etcd, and what of it is refused.
 
 import (
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -42,17 +41,30 @@ type Config struct {
 	Logger *slog.Logger
 }
 
-// Validate tells whether a store can be opened with c; it does not look at the
+// InvalidError reports a setting that the store cannot be opened with.
+type InvalidError struct {
+	Field  string // of Config, in snake case
+	Reason string
+}
+
+// Error implements error.
+func (e *InvalidError) Error() string { return "etcd " + e.Field + ": " + e.Reason }
+
+func invalid(field, format string, args ...any) error {
+	return &InvalidError{Field: field, Reason: fmt.Sprintf(format, args...)}
+}
+
+// Validate tells, by an *InvalidError, whether a store can be opened with c; it does not look at the
 // files or at etcd.
 func (c Config) Validate() error {
 	if len(c.Endpoints) == 0 {
-		return errors.New("etcd: no endpoints; name the client URLs of its members, https://host:2379")
+		return invalid("endpoints", "there are no endpoints; name the client URLs of the members, https://host:2379")
 	}
 	secure := false
 	seen := make(map[string]bool)
 	for _, e := range c.Endpoints {
 		if seen[e] {
-			return fmt.Errorf("etcd: endpoint %s is named twice", e)
+			return invalid("endpoints", "%q is named twice", e)
 		}
 		seen[e] = true
 		u, err := checkEndpoint(e)
@@ -61,16 +73,20 @@ func (c Config) Validate() error {
 		}
 		secure = secure || u.Scheme == "https"
 	}
-	for name, file := range map[string]string{"CA of its members": c.CAFile, "client certificate": c.CertFile, "client key": c.KeyFile} {
-		if secure && file == "" {
-			return fmt.Errorf("etcd: no file with the %s; https endpoints need mutual TLS", name)
+	for _, file := range []struct{ field, path, what string }{
+		{"ca_file", c.CAFile, "CA of the members"},
+		{"cert_file", c.CertFile, "client certificate"},
+		{"key_file", c.KeyFile, "client key"},
+	} {
+		if secure && file.path == "" {
+			return invalid(file.field, "there is no file with the %s; https endpoints need mutual TLS", file.what)
 		}
 	}
 	if c.Prefix == "" {
 		return nil
 	}
 	if len(c.Prefix) > maxPrefixBytes || !strings.HasSuffix(c.Prefix, "/") || strings.ContainsFunc(c.Prefix, unprintable) {
-		return fmt.Errorf("etcd: prefix %q: up to %d printable characters that end with a slash", c.Prefix, maxPrefixBytes)
+		return invalid("prefix", "%q: want up to %d printable characters that end with a slash", c.Prefix, maxPrefixBytes)
 	}
 	return nil
 }
@@ -80,14 +96,14 @@ func unprintable(r rune) bool { return r <= ' ' || r > '~' }
 func checkEndpoint(text string) (*url.URL, error) {
 	u, err := url.Parse(text)
 	if err != nil {
-		return nil, fmt.Errorf("etcd: endpoint %q: %v", text, err)
+		return nil, invalid("endpoints", "%q: %v", text, err)
 	}
 	switch {
 	case u.Scheme != "https" && u.Scheme != "http", u.Port() == "", u.Hostname() == "",
 		u.User != nil, u.Path != "" && u.Path != "/", u.RawQuery != "", u.Fragment != "":
-		return nil, fmt.Errorf("etcd: endpoint %q is not of the form https://host:2379", text)
+		return nil, invalid("endpoints", "%q: want https://host:2379", text)
 	case u.Scheme == "http" && !loopback(u.Hostname()):
-		return nil, fmt.Errorf("etcd: endpoint %q: plain http is for loopback only", text)
+		return nil, invalid("endpoints", "%q: whoever is between us and etcd could write the store: https, but for loopback", text)
 	}
 	return u, nil
 }

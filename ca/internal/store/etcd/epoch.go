@@ -22,14 +22,8 @@ func Exists(ctx context.Context, cfg Config) (there bool, err error) {
 		return false, err
 	}
 	defer s.disconnect()
-	err = s.read(ctx, "look for a store", func(ctx context.Context, c *clientv3.Client) error {
-		res, err := c.Txn(ctx).Then(clientv3.OpGet(s.keys.layout()), clientv3.OpGet(s.keys.importing())).Commit()
-		if err == nil {
-			there = len(rangeOf(res.Responses[0]).Kvs) > 0 && len(rangeOf(res.Responses[1]).Kvs) == 0
-		}
-		return err
-	})
-	return there, err
+	m, err := s.readMarks(ctx)
+	return m.laid != nil && !m.importing, err
 }
 
 // NextEpoch makes the store, which nobody may use and which must be at

@@ -200,24 +200,23 @@ func TestLeaderIsPaused(t *testing.T) {
 
 func TestLeaderIsCutOff(t *testing.T) {
 	t.Parallel()
-	if !stage.InNamespace(t) {
-		return
-	}
-	n := stage.NewNetwork(t)
-	e := n.StartEtcd(3)
-	leader := e.Leader()
-	l := startLoad(t, atLeader(e, leader))
-	l.more(50)
-	n.Partition(leader.Space)
-	l.more(200)
-	n.Heal(leader.Space)
-	l.more(50)
-	l.check()
+	loseLeader(t, func(n *stage.Network, _ *stage.Etcd, leader *stage.EtcdMember) { n.Partition(leader.Space) })
 }
 
 // The leader still answers us, but not its followers.
 func TestLeaderLosesItsFollowers(t *testing.T) {
 	t.Parallel()
+	loseLeader(t, func(n *stage.Network, e *stage.Etcd, leader *stage.EtcdMember) {
+		for _, m := range e.Members {
+			if m != leader {
+				n.Cut(leader.Space, m.Space)
+			}
+		}
+	})
+}
+
+// loseLeader writes while the network does what cut says, and after it healed.
+func loseLeader(t *testing.T, cut func(*stage.Network, *stage.Etcd, *stage.EtcdMember)) {
 	if !stage.InNamespace(t) {
 		return
 	}
@@ -226,11 +225,7 @@ func TestLeaderLosesItsFollowers(t *testing.T) {
 	leader := e.Leader()
 	l := startLoad(t, atLeader(e, leader))
 	l.more(50)
-	for _, m := range e.Members {
-		if m != leader {
-			n.Cut(leader.Space, m.Space)
-		}
-	}
+	cut(n, e, leader)
 	l.more(200)
 	n.Heal(leader.Space)
 	l.more(50)

@@ -138,26 +138,43 @@ func (s *Store) nothingUnderPrefix() []clientv3.Cmp {
 
 // readLayout says found where there is a store that can be opened.
 func (s *Store) readLayout(ctx context.Context) (l layout, found bool, err error) {
-	var res *clientv3.TxnResponse
-	err = s.read(ctx, "read the layout", func(ctx context.Context, c *clientv3.Client) error {
-		res, err = c.Txn(ctx).Then(clientv3.OpGet(s.keys.layout()), clientv3.OpGet(s.keys.importing())).Commit()
-		return err
-	})
+	m, err := s.readMarks(ctx)
 	if err != nil {
 		return layout{}, false, err
 	}
-	if err := s.members.sameCluster(res.Header.ClusterId); err != nil {
+	if err := s.members.sameCluster(m.cluster); err != nil {
 		return layout{}, false, fmt.Errorf("etcd endpoints: %v", err)
 	}
-	laid, importing := rangeOf(res.Responses[0]), rangeOf(res.Responses[1])
-	if len(importing.Kvs) > 0 {
+	if m.importing {
 		return layout{}, false, fmt.Errorf("an import into %s has not ended; run it again if it was broken off", s.keys.prefix)
 	}
-	if len(laid.Kvs) == 0 {
+	if m.laid == nil {
 		return layout{}, false, nil
 	}
-	l, err = s.decodeLayout(laid.Kvs[0])
+	l, err = s.decodeLayout(m.laid)
 	return l, err == nil, err
+}
+
+// marks are what m/… says, at one revision.
+type marks struct {
+	laid      *mvccpb.KeyValue // m/layout; nil: there is none
+	importing bool             // an import has begun and not ended
+	cluster   uint64
+}
+
+func (s *Store) readMarks(ctx context.Context) (m marks, err error) {
+	err = s.read(ctx, "read the layout", func(ctx context.Context, c *clientv3.Client) error {
+		res, err := c.Txn(ctx).Then(clientv3.OpGet(s.keys.layout()), clientv3.OpGet(s.keys.importing())).Commit()
+		if err != nil {
+			return err
+		}
+		m = marks{importing: len(rangeOf(res.Responses[1]).Kvs) > 0, cluster: res.Header.ClusterId}
+		if laid := rangeOf(res.Responses[0]).Kvs; len(laid) > 0 {
+			m.laid = laid[0]
+		}
+		return nil
+	})
+	return m, err
 }
 
 func (s *Store) decodeLayout(kv *mvccpb.KeyValue) (l layout, err error) {
