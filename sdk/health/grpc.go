@@ -52,13 +52,14 @@ func (g grpcHealth) Watch(req *healthgrpc.HealthCheckRequest, stream grpc.Server
 	defer tick.Stop()
 	last := healthgrpc.HealthCheckResponse_UNKNOWN
 	for {
+		stopping := g.server.isStopping() // before the look: NOT_SERVING is told first
 		if now := g.server.servingStatus(req.GetService()); now != last {
 			if err := stream.Send(&healthgrpc.HealthCheckResponse{Status: now}); err != nil {
 				return err
 			}
 			last = now
 		}
-		if g.server.isStopping() {
+		if stopping {
 			return status.Error(codes.Unavailable, "the process is stopping")
 		}
 		select {
