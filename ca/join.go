@@ -76,8 +76,9 @@ func (h *rootHolder) Join(ctx context.Context, keys upstream.KeyRequests) (*upst
 		return svid.AdmitID(entry.CAID(h.td))(peer)
 	}
 	var answer *capb.ReplicaCertificates
-	err = h.call(ctx, cfg, func(ctx context.Context, ca capb.ReplicaClient) (err error) {
-		answer, err = ca.Join(ctx, &capb.ReplicaJoinRequest{Token: token, Keys: requestsToProto(keys)})
+	err = h.call(ctx, cfg, func(ctx context.Context, ca capb.ReplicaClient) error {
+		resp, err := ca.Join(ctx, &capb.ReplicaJoinRequest{Token: token, Keys: requestsToProto(keys)})
+		answer = resp.GetCertificates()
 		return err
 	})
 	if code := status.Code(err); code == codes.PermissionDenied || code == codes.AlreadyExists {
@@ -118,8 +119,9 @@ func (h *rootHolder) Certify(ctx context.Context, keys upstream.KeyRequests) (*u
 	bundle := x509bundle.FromX509Authorities(h.td, []*x509.Certificate{root})
 	cfg := svid.TLS{SVIDs: own, Bundles: bundle, Admit: svid.AdmitID(entry.CAID(h.td))}.Client()
 	var answer *capb.ReplicaCertificates
-	err = h.call(ctx, cfg, func(ctx context.Context, ca capb.ReplicaClient) (err error) {
-		answer, err = ca.Certify(ctx, &capb.ReplicaCertifyRequest{Keys: requestsToProto(keys)})
+	err = h.call(ctx, cfg, func(ctx context.Context, ca capb.ReplicaClient) error {
+		resp, err := ca.Certify(ctx, &capb.ReplicaCertifyRequest{Keys: requestsToProto(keys)})
+		answer = resp.GetCertificates()
 		return err
 	})
 	if err != nil {

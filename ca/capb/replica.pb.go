@@ -76,6 +76,50 @@ func (x *ReplicaJoinRequest) GetKeys() *ReplicaKeys {
 	return nil
 }
 
+type ReplicaJoinResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Certificates  *ReplicaCertificates   `protobuf:"bytes,1,opt,name=certificates,proto3" json:"certificates,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplicaJoinResponse) Reset() {
+	*x = ReplicaJoinResponse{}
+	mi := &file_ca_capb_replica_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplicaJoinResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplicaJoinResponse) ProtoMessage() {}
+
+func (x *ReplicaJoinResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_replica_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplicaJoinResponse.ProtoReflect.Descriptor instead.
+func (*ReplicaJoinResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_replica_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ReplicaJoinResponse) GetCertificates() *ReplicaCertificates {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
 type ReplicaCertifyRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Keys          *ReplicaKeys           `protobuf:"bytes,1,opt,name=keys,proto3" json:"keys,omitempty"`
@@ -85,7 +129,7 @@ type ReplicaCertifyRequest struct {
 
 func (x *ReplicaCertifyRequest) Reset() {
 	*x = ReplicaCertifyRequest{}
-	mi := &file_ca_capb_replica_proto_msgTypes[1]
+	mi := &file_ca_capb_replica_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -97,7 +141,7 @@ func (x *ReplicaCertifyRequest) String() string {
 func (*ReplicaCertifyRequest) ProtoMessage() {}
 
 func (x *ReplicaCertifyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_replica_proto_msgTypes[1]
+	mi := &file_ca_capb_replica_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -110,12 +154,56 @@ func (x *ReplicaCertifyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplicaCertifyRequest.ProtoReflect.Descriptor instead.
 func (*ReplicaCertifyRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_replica_proto_rawDescGZIP(), []int{1}
+	return file_ca_capb_replica_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *ReplicaCertifyRequest) GetKeys() *ReplicaKeys {
 	if x != nil {
 		return x.Keys
+	}
+	return nil
+}
+
+type ReplicaCertifyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Certificates  *ReplicaCertificates   `protobuf:"bytes,1,opt,name=certificates,proto3" json:"certificates,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplicaCertifyResponse) Reset() {
+	*x = ReplicaCertifyResponse{}
+	mi := &file_ca_capb_replica_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplicaCertifyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplicaCertifyResponse) ProtoMessage() {}
+
+func (x *ReplicaCertifyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_replica_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplicaCertifyResponse.ProtoReflect.Descriptor instead.
+func (*ReplicaCertifyResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_replica_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *ReplicaCertifyResponse) GetCertificates() *ReplicaCertificates {
+	if x != nil {
+		return x.Certificates
 	}
 	return nil
 }
@@ -133,7 +221,7 @@ type ReplicaKeys struct {
 
 func (x *ReplicaKeys) Reset() {
 	*x = ReplicaKeys{}
-	mi := &file_ca_capb_replica_proto_msgTypes[2]
+	mi := &file_ca_capb_replica_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -145,7 +233,7 @@ func (x *ReplicaKeys) String() string {
 func (*ReplicaKeys) ProtoMessage() {}
 
 func (x *ReplicaKeys) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_replica_proto_msgTypes[2]
+	mi := &file_ca_capb_replica_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -158,7 +246,7 @@ func (x *ReplicaKeys) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplicaKeys.ProtoReflect.Descriptor instead.
 func (*ReplicaKeys) Descriptor() ([]byte, []int) {
-	return file_ca_capb_replica_proto_rawDescGZIP(), []int{2}
+	return file_ca_capb_replica_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ReplicaKeys) GetIntermediateCsr() []byte {
@@ -200,7 +288,7 @@ type ReplicaCertificates struct {
 
 func (x *ReplicaCertificates) Reset() {
 	*x = ReplicaCertificates{}
-	mi := &file_ca_capb_replica_proto_msgTypes[3]
+	mi := &file_ca_capb_replica_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -212,7 +300,7 @@ func (x *ReplicaCertificates) String() string {
 func (*ReplicaCertificates) ProtoMessage() {}
 
 func (x *ReplicaCertificates) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_replica_proto_msgTypes[3]
+	mi := &file_ca_capb_replica_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -225,7 +313,7 @@ func (x *ReplicaCertificates) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplicaCertificates.ProtoReflect.Descriptor instead.
 func (*ReplicaCertificates) Descriptor() ([]byte, []int) {
-	return file_ca_capb_replica_proto_rawDescGZIP(), []int{3}
+	return file_ca_capb_replica_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ReplicaCertificates) GetIntermediate() [][]byte {
@@ -270,9 +358,13 @@ const file_ca_capb_replica_proto_rawDesc = "" +
 	"\x15ca/capb/replica.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x12ca/capb/node.proto\"Y\n" +
 	"\x12ReplicaJoinRequest\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12-\n" +
-	"\x04keys\x18\x02 \x01(\v2\x19.merlon.ca.v1.ReplicaKeysR\x04keys\"F\n" +
+	"\x04keys\x18\x02 \x01(\v2\x19.merlon.ca.v1.ReplicaKeysR\x04keys\"\\\n" +
+	"\x13ReplicaJoinResponse\x12E\n" +
+	"\fcertificates\x18\x01 \x01(\v2!.merlon.ca.v1.ReplicaCertificatesR\fcertificates\"F\n" +
 	"\x15ReplicaCertifyRequest\x12-\n" +
-	"\x04keys\x18\x01 \x01(\v2\x19.merlon.ca.v1.ReplicaKeysR\x04keys\"p\n" +
+	"\x04keys\x18\x01 \x01(\v2\x19.merlon.ca.v1.ReplicaKeysR\x04keys\"_\n" +
+	"\x16ReplicaCertifyResponse\x12E\n" +
+	"\fcertificates\x18\x01 \x01(\v2!.merlon.ca.v1.ReplicaCertificatesR\fcertificates\"p\n" +
 	"\vReplicaKeys\x12)\n" +
 	"\x10intermediate_csr\x18\x01 \x01(\fR\x0fintermediateCsr\x12\x1d\n" +
 	"\n" +
@@ -283,11 +375,11 @@ const file_ca_capb_replica_proto_rawDesc = "" +
 	"\x04root\x18\x02 \x01(\fR\x04root\x12-\n" +
 	"\x12policy_certificate\x18\x03 \x01(\fR\x11policyCertificate\x12<\n" +
 	"\ftrust_bundle\x18\x04 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\x12\x12\n" +
-	"\x04name\x18\x05 \x01(\tR\x04name2\xbb\x01\n" +
+	"\x04name\x18\x05 \x01(\tR\x04name2\xbe\x01\n" +
 	"\aReplica\x12T\n" +
-	"\x04Join\x12 .merlon.ca.v1.ReplicaJoinRequest\x1a!.merlon.ca.v1.ReplicaCertificates\"\a\xaa\xed\x18\x03\n" +
-	"\x01\x01\x12Z\n" +
-	"\aCertify\x12#.merlon.ca.v1.ReplicaCertifyRequest\x1a!.merlon.ca.v1.ReplicaCertificates\"\a\xaa\xed\x18\x03\n" +
+	"\x04Join\x12 .merlon.ca.v1.ReplicaJoinRequest\x1a!.merlon.ca.v1.ReplicaJoinResponse\"\a\xaa\xed\x18\x03\n" +
+	"\x01\x01\x12]\n" +
+	"\aCertify\x12#.merlon.ca.v1.ReplicaCertifyRequest\x1a$.merlon.ca.v1.ReplicaCertifyResponse\"\a\xaa\xed\x18\x03\n" +
 	"\x01\x04B\x14Z\x12merlon.dev/ca/capbb\x06proto3"
 
 var (
@@ -302,27 +394,31 @@ func file_ca_capb_replica_proto_rawDescGZIP() []byte {
 	return file_ca_capb_replica_proto_rawDescData
 }
 
-var file_ca_capb_replica_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_ca_capb_replica_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_ca_capb_replica_proto_goTypes = []any{
-	(*ReplicaJoinRequest)(nil),    // 0: merlon.ca.v1.ReplicaJoinRequest
-	(*ReplicaCertifyRequest)(nil), // 1: merlon.ca.v1.ReplicaCertifyRequest
-	(*ReplicaKeys)(nil),           // 2: merlon.ca.v1.ReplicaKeys
-	(*ReplicaCertificates)(nil),   // 3: merlon.ca.v1.ReplicaCertificates
-	(*TrustBundle)(nil),           // 4: merlon.ca.v1.TrustBundle
+	(*ReplicaJoinRequest)(nil),     // 0: merlon.ca.v1.ReplicaJoinRequest
+	(*ReplicaJoinResponse)(nil),    // 1: merlon.ca.v1.ReplicaJoinResponse
+	(*ReplicaCertifyRequest)(nil),  // 2: merlon.ca.v1.ReplicaCertifyRequest
+	(*ReplicaCertifyResponse)(nil), // 3: merlon.ca.v1.ReplicaCertifyResponse
+	(*ReplicaKeys)(nil),            // 4: merlon.ca.v1.ReplicaKeys
+	(*ReplicaCertificates)(nil),    // 5: merlon.ca.v1.ReplicaCertificates
+	(*TrustBundle)(nil),            // 6: merlon.ca.v1.TrustBundle
 }
 var file_ca_capb_replica_proto_depIdxs = []int32{
-	2, // 0: merlon.ca.v1.ReplicaJoinRequest.keys:type_name -> merlon.ca.v1.ReplicaKeys
-	2, // 1: merlon.ca.v1.ReplicaCertifyRequest.keys:type_name -> merlon.ca.v1.ReplicaKeys
-	4, // 2: merlon.ca.v1.ReplicaCertificates.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	0, // 3: merlon.ca.v1.Replica.Join:input_type -> merlon.ca.v1.ReplicaJoinRequest
-	1, // 4: merlon.ca.v1.Replica.Certify:input_type -> merlon.ca.v1.ReplicaCertifyRequest
-	3, // 5: merlon.ca.v1.Replica.Join:output_type -> merlon.ca.v1.ReplicaCertificates
-	3, // 6: merlon.ca.v1.Replica.Certify:output_type -> merlon.ca.v1.ReplicaCertificates
-	5, // [5:7] is the sub-list for method output_type
-	3, // [3:5] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	4, // 0: merlon.ca.v1.ReplicaJoinRequest.keys:type_name -> merlon.ca.v1.ReplicaKeys
+	5, // 1: merlon.ca.v1.ReplicaJoinResponse.certificates:type_name -> merlon.ca.v1.ReplicaCertificates
+	4, // 2: merlon.ca.v1.ReplicaCertifyRequest.keys:type_name -> merlon.ca.v1.ReplicaKeys
+	5, // 3: merlon.ca.v1.ReplicaCertifyResponse.certificates:type_name -> merlon.ca.v1.ReplicaCertificates
+	6, // 4: merlon.ca.v1.ReplicaCertificates.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	0, // 5: merlon.ca.v1.Replica.Join:input_type -> merlon.ca.v1.ReplicaJoinRequest
+	2, // 6: merlon.ca.v1.Replica.Certify:input_type -> merlon.ca.v1.ReplicaCertifyRequest
+	1, // 7: merlon.ca.v1.Replica.Join:output_type -> merlon.ca.v1.ReplicaJoinResponse
+	3, // 8: merlon.ca.v1.Replica.Certify:output_type -> merlon.ca.v1.ReplicaCertifyResponse
+	7, // [7:9] is the sub-list for method output_type
+	5, // [5:7] is the sub-list for method input_type
+	5, // [5:5] is the sub-list for extension type_name
+	5, // [5:5] is the sub-list for extension extendee
+	0, // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_replica_proto_init() }
@@ -338,7 +434,7 @@ func file_ca_capb_replica_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_replica_proto_rawDesc), len(file_ca_capb_replica_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -35,10 +35,10 @@ type ReplicaClient interface {
 	// Join trades a replica token for what a new replica needs to issue: an
 	// intermediate and a certified policy key. As with Node.Attest the caller
 	// compares the root with its pinned hash before it sends anything.
-	Join(ctx context.Context, in *ReplicaJoinRequest, opts ...grpc.CallOption) (*ReplicaCertificates, error)
+	Join(ctx context.Context, in *ReplicaJoinRequest, opts ...grpc.CallOption) (*ReplicaJoinResponse, error)
 	// Certify gives the calling replica new certificates: a new intermediate
 	// before the current one ends.
-	Certify(ctx context.Context, in *ReplicaCertifyRequest, opts ...grpc.CallOption) (*ReplicaCertificates, error)
+	Certify(ctx context.Context, in *ReplicaCertifyRequest, opts ...grpc.CallOption) (*ReplicaCertifyResponse, error)
 }
 
 type replicaClient struct {
@@ -49,9 +49,9 @@ func NewReplicaClient(cc grpc.ClientConnInterface) ReplicaClient {
 	return &replicaClient{cc}
 }
 
-func (c *replicaClient) Join(ctx context.Context, in *ReplicaJoinRequest, opts ...grpc.CallOption) (*ReplicaCertificates, error) {
+func (c *replicaClient) Join(ctx context.Context, in *ReplicaJoinRequest, opts ...grpc.CallOption) (*ReplicaJoinResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(ReplicaCertificates)
+	out := new(ReplicaJoinResponse)
 	err := c.cc.Invoke(ctx, Replica_Join_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
@@ -59,9 +59,9 @@ func (c *replicaClient) Join(ctx context.Context, in *ReplicaJoinRequest, opts .
 	return out, nil
 }
 
-func (c *replicaClient) Certify(ctx context.Context, in *ReplicaCertifyRequest, opts ...grpc.CallOption) (*ReplicaCertificates, error) {
+func (c *replicaClient) Certify(ctx context.Context, in *ReplicaCertifyRequest, opts ...grpc.CallOption) (*ReplicaCertifyResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(ReplicaCertificates)
+	out := new(ReplicaCertifyResponse)
 	err := c.cc.Invoke(ctx, Replica_Certify_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
@@ -79,10 +79,10 @@ type ReplicaServer interface {
 	// Join trades a replica token for what a new replica needs to issue: an
 	// intermediate and a certified policy key. As with Node.Attest the caller
 	// compares the root with its pinned hash before it sends anything.
-	Join(context.Context, *ReplicaJoinRequest) (*ReplicaCertificates, error)
+	Join(context.Context, *ReplicaJoinRequest) (*ReplicaJoinResponse, error)
 	// Certify gives the calling replica new certificates: a new intermediate
 	// before the current one ends.
-	Certify(context.Context, *ReplicaCertifyRequest) (*ReplicaCertificates, error)
+	Certify(context.Context, *ReplicaCertifyRequest) (*ReplicaCertifyResponse, error)
 	mustEmbedUnimplementedReplicaServer()
 }
 
@@ -93,10 +93,10 @@ type ReplicaServer interface {
 // pointer dereference when methods are called.
 type UnimplementedReplicaServer struct{}
 
-func (UnimplementedReplicaServer) Join(context.Context, *ReplicaJoinRequest) (*ReplicaCertificates, error) {
+func (UnimplementedReplicaServer) Join(context.Context, *ReplicaJoinRequest) (*ReplicaJoinResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Join not implemented")
 }
-func (UnimplementedReplicaServer) Certify(context.Context, *ReplicaCertifyRequest) (*ReplicaCertificates, error) {
+func (UnimplementedReplicaServer) Certify(context.Context, *ReplicaCertifyRequest) (*ReplicaCertifyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Certify not implemented")
 }
 func (UnimplementedReplicaServer) mustEmbedUnimplementedReplicaServer() {}

@@ -92,7 +92,7 @@ func readReplicaKeys(req *capb.ReplicaKeys) (k replicaKeys, err error) {
 
 // Join implements capb.ReplicaServer. The keys are judged before the token, so
 // that bad ones cost none.
-func (s *Service) Join(ctx context.Context, req *capb.ReplicaJoinRequest) (*capb.ReplicaCertificates, error) {
+func (s *Service) Join(ctx context.Context, req *capb.ReplicaJoinRequest) (*capb.ReplicaJoinResponse, error) {
 	const what = "join as a replica"
 	caller := callerFrom(ctx)
 	keys, err := s.requestedKeys(ctx, what, req.GetKeys())
@@ -120,7 +120,11 @@ func (s *Service) Join(ctx context.Context, req *capb.ReplicaJoinRequest) (*capb
 	}); err != nil {
 		return nil, fmt.Errorf("record that replica %s joins: %w", rec.Name, err)
 	}
-	return s.certificates(ctx, rec, intermediate, revision)
+	certificates, err := s.certificates(ctx, rec, intermediate, revision)
+	if err != nil {
+		return nil, err
+	}
+	return &capb.ReplicaJoinResponse{Certificates: certificates}, nil
 }
 
 func (s *Service) newReplica(name string, keys replicaKeys, now time.Time) (*replica.Record, *x509.Certificate, error) {
@@ -174,7 +178,7 @@ func (s *Service) certificates(ctx context.Context, rec *replica.Record, interme
 }
 
 // Certify implements capb.ReplicaServer.
-func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) (*capb.ReplicaCertificates, error) {
+func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) (*capb.ReplicaCertifyResponse, error) {
 	const what = "certify a replica"
 	caller := callerFrom(ctx)
 	keys, err := s.requestedKeys(ctx, what, req.GetKeys())
@@ -216,7 +220,11 @@ func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) 
 		}); err != nil {
 			return nil, fmt.Errorf("record the intermediate of replica %s: %w", rec.Name, err)
 		}
-		return s.certificates(ctx, next, intermediate, res.Revision)
+		certificates, err := s.certificates(ctx, next, intermediate, res.Revision)
+		if err != nil {
+			return nil, err
+		}
+		return &capb.ReplicaCertifyResponse{Certificates: certificates}, nil
 	}
 	return nil, fmt.Errorf("write the record of replica %s: others keep changing it", caller.Replica.Name)
 }

@@ -102,7 +102,7 @@ func (s *Service) joined(t *testing.T, j joiner, name string) *capb.ReplicaCerti
 	if err != nil {
 		t.Fatal(err)
 	}
-	return resp
+	return resp.GetCertificates()
 }
 
 // peerUnder is the verified peer of a leaf for the CA's own ID under an authority.
@@ -164,7 +164,7 @@ func TestJoinRefusesBadKeysAndKeepsTheToken(t *testing.T) {
 		}
 	}
 	got, err := s.Join(as(t, Anonymous()), &capb.ReplicaJoinRequest{Token: token, Keys: j.keys(t)})
-	if err != nil || got.GetName() != "ca-2" {
+	if err != nil || got.GetCertificates().GetName() != "ca-2" {
 		t.Fatalf("with the token that is left: %v, %v", got, err)
 	}
 	s.opts.Root = nil
@@ -185,7 +185,8 @@ func TestCertifyIsForLiveReplicas(t *testing.T) {
 		if err := accessTable().authorize(c, capb.Replica_Certify_FullMethodName); err != nil {
 			return nil, err
 		}
-		return s.Certify(as(t, c), &capb.ReplicaCertifyRequest{Keys: j.keys(t)})
+		resp, err := s.Certify(as(t, c), &capb.ReplicaCertifyRequest{Keys: j.keys(t)})
+		return resp.GetCertificates(), err
 	}
 	good := s.peerUnder(t, authority, root)
 	next := j
