@@ -60,6 +60,29 @@ func TestNextLogIsTakenUpAndReplaced(t *testing.T) {
 	}
 }
 
+// The last batch before Close turned to the next log, which Badger then removes
+// as it closes.
+func TestCloseRightAfterTurningToTheNextLog(t *testing.T) {
+	s := openStore(t, t.TempDir(), Options{})
+	value := strings.Repeat("x", 60<<10)
+	for i := 0; ; i++ {
+		if i > 5000 {
+			t.Fatal("Badger never turned to the next log")
+		}
+		txn(t, s, store.Put(fmt.Sprint(i%10), []byte(value)))
+		info, err := s.guard.next.file.Stat()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info.Size() > 0 {
+			break
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Errorf("Close() = %v; want nil", err)
+	}
+}
+
 // interrupted does something right before the first table of a compaction is
 // made, and then lets the gate decide.
 type interrupted struct {

@@ -8,6 +8,7 @@ package badger
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -83,7 +84,8 @@ func (g *guard) drop() error {
 	return file.Close()
 }
 
-// remove takes the next log away again, once Badger is closed.
+// remove takes the next log away again, once Badger is closed. Badger may have
+// turned to it with the last batch, emptied it as it closed, and removed it.
 func (g *guard) remove() error {
 	if g.next == nil {
 		return nil
@@ -93,7 +95,10 @@ func (g *guard) remove() error {
 	if err = errors.Join(err, g.drop()); err != nil || info.Size() > 0 {
 		return err
 	}
-	return os.Remove(path)
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // walsOf returns the sizes of the logs in a folder, by number.
