@@ -38,8 +38,9 @@ bench: ## every benchmark COUNT times (default 5), into bench.txt for benchstat
 	go test -p 1 -run '^$$' -bench . -benchmem -count $(COUNT) ./... | grep -v 'no test files' | tee bench.txt
 
 ENTRIES ?= 1000000
-bench-store: ## the embedded store with ENTRIES entries (default 1000000); takes minutes
+bench-store: ## both stores, and a CA that starts on them, with ENTRIES entries (default 1000000); takes a quarter of an hour
 	MERLON_BENCH_LARGE=$(ENTRIES) go test -timeout 60m -run '^$$' -bench 'Import|Load|Open|Change' -benchtime 3x ./ca/internal/store/badger
+	MERLON_BENCH_LARGE=$(ENTRIES) go test -timeout 60m -run '^$$' -bench Ready -benchtime 3x ./ca
 
 FUZZTIME ?= 30s
 fuzz: ## every fuzz target for FUZZTIME (default 30s)

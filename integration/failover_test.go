@@ -71,6 +71,7 @@ func followedAddress(d *stage.Domain) string {
 // The address vanishes as a machine does that loses power: no packet comes
 // back, and no refusal.
 func TestAddressThatVanishesIsLeft(t *testing.T) {
+	t.Parallel() // it waits more than it works
 	if !stage.InNamespace(t) {
 		return
 	}

@@ -36,6 +36,7 @@ func (s *svidStream) renewals(t *testing.T, n int) {
 }
 
 func TestLossOfAReplicaOrAMemberIsInvisibleToWorkloads(t *testing.T) {
+	t.Parallel() // it waits more than it works
 	c := stage.StartCluster(t, 3, 2)
 	c.Join()
 	c.Entry("/me", "--ttl", "6s")
@@ -45,11 +46,7 @@ func TestLossOfAReplicaOrAMemberIsInvisibleToWorkloads(t *testing.T) {
 
 	lost := c.Serving()
 	lost.Kill()
-	other := c.Replicas[0]
-	if lost == other {
-		other = c.Replicas[1]
-	}
-	left := c.By(other)
+	left := c.By(c.Other(lost))
 	left.Entry("/after-replica")
 	stream.expect(t, c.ID("/after-replica"))
 	stream.renewals(t, 4)
@@ -76,6 +73,7 @@ func TestLossOfAReplicaOrAMemberIsInvisibleToWorkloads(t *testing.T) {
 }
 
 func TestReplicasIssueUnderOneRootWithKeysOfTheirOwn(t *testing.T) {
+	t.Parallel() // it waits more than it works
 	c := stage.StartCluster(t, 1, 2)
 	c.Join()
 	c.Entry("/me", "--ttl", "4s")

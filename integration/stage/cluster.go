@@ -18,6 +18,7 @@ type Cluster struct {
 	*Domain
 	Etcd     *Etcd
 	Replicas []*Replica
+	network  *Network // nil: all of it on loopback
 }
 
 // Replica is one CA of a Cluster.
@@ -35,9 +36,21 @@ type Replica struct {
 // asked for, each on its own addresses of loopback. There is no agent yet.
 func StartCluster(tb testing.TB, members, replicas int) *Cluster {
 	tb.Helper()
-	c := &Cluster{Domain: &Domain{TB: tb, dir: Dir(tb), TrustDomain: "shop.test"}, Etcd: StartEtcd(tb, members)}
+	return startCluster(tb, StartEtcd(tb, members), nil, replicas)
+}
+
+// StartCluster is the function, with each member and replica on a machine of
+// its own; agents are on the test's.
+func (n *Network) StartCluster(members, replicas int) *Cluster {
+	n.tb.Helper()
+	return startCluster(n.tb, n.StartEtcd(members), n, replicas)
+}
+
+func startCluster(tb testing.TB, etcd *Etcd, network *Network, replicas int) *Cluster {
+	tb.Helper()
+	c := &Cluster{Domain: &Domain{TB: tb, dir: Dir(tb), TrustDomain: "shop.test"}, Etcd: etcd, network: network}
 	for range replicas {
-		c.Add(c.Etcd.Endpoints())
+		c.Add(etcd.Endpoints())
 	}
 	return c
 }
@@ -46,11 +59,15 @@ func StartCluster(tb testing.TB, members, replicas int) *Cluster {
 // makes the root, the others join it.
 func (c *Cluster) Add(endpoints []string, settings ...string) *Replica {
 	c.TB.Helper()
-	r := &Replica{
-		ID: fmt.Sprintf("ca-%d", len(c.Replicas)+1), tb: c.TB,
-		GRPC:   fmt.Sprintf("127.0.0.1:%d", FreePort(c.TB)),
-		HTTPS:  fmt.Sprintf("127.0.0.1:%d", FreePort(c.TB)),
-		Health: fmt.Sprintf("127.0.0.1:%d", FreePort(c.TB)),
+	r := &Replica{ID: fmt.Sprintf("ca-%d", len(c.Replicas)+1), tb: c.TB}
+	var space *Namespace
+	if c.network != nil {
+		space = c.network.Machine(r.ID)
+		r.GRPC, r.HTTPS, r.Health = space.IP+":8443", space.IP+":8444", space.IP+":9443"
+	} else {
+		for _, address := range []*string{&r.GRPC, &r.HTTPS, &r.Health} {
+			*address = fmt.Sprintf("127.0.0.1:%d", FreePort(c.TB))
+		}
 	}
 	r.Admin = filepath.Join(c.dir, r.ID, "admin.sock")
 	text := []string{
@@ -65,7 +82,7 @@ func (c *Cluster) Add(endpoints []string, settings ...string) *Replica {
 	}
 	config := filepath.Join(c.dir, r.ID+".yaml")
 	c.write(config, strings.Join(append(text, settings...), "\n")+"\n")
-	r.Process = Start(c.TB, "merlon-ca", nil, "-config", config)
+	r.Process = StartOn(c.TB, space, "merlon-ca", nil, "-config", config)
 	c.Replicas = append(c.Replicas, r)
 	if len(c.Replicas) == 1 {
 		c.Admin, c.GRPC, c.HTTPS, c.CA = r.Admin, r.GRPC, "https://"+r.HTTPS, r.Process
@@ -94,6 +111,17 @@ func (c *Cluster) By(r *Replica) *Domain {
 	d := *c.Domain
 	d.Admin = r.Admin
 	return &d
+}
+
+// Other is a replica that is not r.
+func (c *Cluster) Other(r *Replica) *Replica {
+	for _, other := range c.Replicas {
+		if other != r {
+			return other
+		}
+	}
+	c.TB.Fatalf("there is no replica but %s", r.ID)
+	return nil
 }
 
 // Serving is the replica that the agent is connected to.

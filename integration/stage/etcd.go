@@ -307,6 +307,9 @@ func (m *EtcdMember) Restart() {
 	})
 }
 
+// PID is that of the member, which runs.
+func (m *EtcdMember) PID() int { return m.cmd.Process.Pid }
+
 // Log is what the member has written so far.
 func (m *EtcdMember) Log() string { return m.log.String() }
 
