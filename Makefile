@@ -17,6 +17,7 @@ test: ## unit, property, script and integration tests with the race detector
 	@command -v "$$(go env CC)" >/dev/null || { echo 'the race detector needs a C compiler: apt-get install gcc libc6-dev'; exit 1; }
 	@command -v openssl >/dev/null || { echo 'the tests check certificates with openssl: apt-get install openssl'; exit 1; }
 	@command -v strace >/dev/null || echo 'tests of failing syncs are skipped without strace: apt-get install strace'
+	@command -v ip >/dev/null || echo 'tests of cut networks are skipped without ip: apt-get install iproute2'
 	go test -race ./...
 
 lint: ## gofumpt, golangci-lint and buf
