@@ -4,14 +4,7 @@ package ca_test
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/ed25519"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/rsa"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"net/url"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -215,58 +208,6 @@ func TestAgentGetsNothingOfAnotherNode(t *testing.T) {
 	listing := until(t, a.sync(0), synced)
 	if n := len(listing.GetEntries()); n != 1 || listing.GetEntries()[0].GetEntryId() != mine.GetEntryId() {
 		t.Errorf("Sync of a lists %v; want only its own entry", listing.GetEntries())
-	}
-}
-
-// SECURITY.md T11: a CSR supplies a key and nothing else.
-func TestSignRefusesAbusiveCSRs(t *testing.T) {
-	c := startCA(t, tempDir(t))
-	a := c.agent("n1")
-	e := c.entry("n1", "web")
-	key, good := newCSR(t)
-	other, err := url.Parse("spiffe://shop.test/admin")
-	if err != nil {
-		t.Fatal(err)
-	}
-	weak, err := rsa.GenerateKey(rand.Reader, 1024)
-	if err != nil {
-		t.Skipf("this Go makes no weak RSA keys: %v", err)
-	}
-	p521, err := ecdsa.GenerateKey(elliptic.P521(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, edKey, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	flipped := append([]byte(nil), good...)
-	flipped[len(flipped)-1] ^= 1
-	isCA := pkix.Extension{Id: []int{2, 5, 29, 19}, Critical: true, Value: []byte{0x30, 3, 1, 1, 0xff}}
-	for name, csr := range map[string][]byte{
-		"other URI":     csrOf(t, key, &x509.CertificateRequest{URIs: []*url.URL{other}}),
-		"DNS SAN":       csrOf(t, key, &x509.CertificateRequest{DNSNames: []string{"orders.shop.test"}}),
-		"CA extension":  csrOf(t, key, &x509.CertificateRequest{ExtraExtensions: []pkix.Extension{isCA}}),
-		"weak RSA":      csrOf(t, weak, &x509.CertificateRequest{SignatureAlgorithm: x509.SHA256WithRSA}),
-		"P-521":         csrOf(t, p521, &x509.CertificateRequest{}),
-		"Ed25519":       csrOf(t, edKey, &x509.CertificateRequest{}),
-		"bad signature": flipped,
-		"empty":         nil,
-		"noise":         []byte("-----BEGIN"),
-		"1 MB":          append(append([]byte(nil), good...), make([]byte, 1<<20)...),
-	} {
-		resp, err := a.node.Sign(t.Context(), &capb.SignRequest{Items: []*capb.SignItem{{EntryId: e.GetEntryId(), Csr: csr}}})
-		if err != nil {
-			t.Fatalf("%s: %v", name, err)
-		}
-		if r := resp.GetResults()[0]; codes.Code(r.GetCode()) != codes.InvalidArgument || len(r.GetX509Svid()) > 0 || !strings.HasPrefix(r.GetMessage(), "csr: ") {
-			t.Errorf("%s: code %s, message %q; want InvalidArgument naming csr", name, codes.Code(r.GetCode()), r.GetMessage())
-		}
-	}
-	for _, r := range c.auditRecords() {
-		if r["type"] == "issue" && r["spiffe_id"] == e.GetSpiffeId() {
-			t.Errorf("a refused CSR is recorded as issued: %v", r)
-		}
 	}
 }
 

@@ -1,5 +1,7 @@
 // A CSR supplies a public key and the proof that its sender holds the private
-// one, and nothing else: names come from attestation (SECURITY.md T11).
+// one, and nothing else: names come from attestation (SECURITY.md T11). One that
+// asks for more is refused rather than cut down to its key: who asks for a name
+// that he cannot get is wrong or lies, and would find out only at his peers.
 
 package authority
 
@@ -12,11 +14,17 @@ import (
 	"encoding/asn1"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/crypto/cryptobyte"
+	cryptobyte_asn1 "golang.org/x/crypto/cryptobyte/asn1"
 )
 
 // MaxCSRBytes is the size of the largest CSR that is parsed. One with an RSA key
-// of 4096 bits has about 1.7 KiB.
+// of 3072 bits has about 1 KiB.
 const MaxCSRBytes = 8 << 10
+
+// MaxKeyBytes is the size of the largest SubjectPublicKeyInfo that is parsed:
+// that of an RSA key of 3072 bits has 422 bytes.
+const MaxKeyBytes = 512
 
 var oidSubjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17}
 
@@ -26,6 +34,9 @@ var oidSubjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17}
 func PublicKeyFromCSR(der []byte, own ...spiffeid.ID) (crypto.PublicKey, error) {
 	if len(der) > MaxCSRBytes {
 		return nil, invalid("csr", "has %d bytes; at most %d are read", len(der), MaxCSRBytes)
+	}
+	if n, ok := keyBytes(der); ok && n > MaxKeyBytes {
+		return nil, invalid("csr", "has a public key of %d bytes; at most %d are read, which is RSA of 3072 bits", n, MaxKeyBytes)
 	}
 	csr, err := x509.ParseCertificateRequest(der)
 	if err != nil {
@@ -41,6 +52,18 @@ func PublicKeyFromCSR(der []byte, own ...spiffeid.ID) (crypto.PublicKey, error) 
 		return nil, invalid("csr", "is not signed by its own key: %v", err)
 	}
 	return csr.PublicKey, nil
+}
+
+// keyBytes is the size of the SubjectPublicKeyInfo, found without looking into
+// it. What is false here does not parse.
+func keyBytes(csr []byte) (n int, ok bool) {
+	outer, info, key := cryptobyte.String(csr), cryptobyte.String(nil), cryptobyte.String(nil)
+	ok = outer.ReadASN1(&outer, cryptobyte_asn1.SEQUENCE) &&
+		outer.ReadASN1(&info, cryptobyte_asn1.SEQUENCE) &&
+		info.SkipASN1(cryptobyte_asn1.INTEGER) && // version
+		info.SkipASN1(cryptobyte_asn1.SEQUENCE) && // subject
+		info.ReadASN1Element(&key, cryptobyte_asn1.SEQUENCE)
+	return len(key), ok
 }
 
 func checkRequestedNames(csr *x509.CertificateRequest, own []spiffeid.ID) error {
@@ -70,7 +93,8 @@ func checkRequestedNames(csr *x509.CertificateRequest, own []spiffeid.ID) error 
 	return nil
 }
 
-// checkKey is the key policy: ECDSA on P-256 or P-384, RSA of 2048 to 4096 bits.
+// checkKey is the key policy: ECDSA on P-256 or P-384, RSA of 2048 or 3072 bits.
+// Every verification of a longer RSA key costs each peer more than it gains him.
 // Ed25519 is left out because too many TLS peers do not offer it.
 func checkKey(field string, pub crypto.PublicKey) error {
 	switch key := pub.(type) {
@@ -81,8 +105,8 @@ func checkKey(field string, pub crypto.PublicKey) error {
 		return invalid(field, "has a key on curve %s; P-256 and P-384 are accepted", key.Curve.Params().Name)
 	case *rsa.PublicKey:
 		switch bits := key.N.BitLen(); {
-		case bits < 2048 || bits > 4096:
-			return invalid(field, "has an RSA key of %d bits; 2048 to 4096 are accepted", bits)
+		case bits != 2048 && bits != 3072:
+			return invalid(field, "has an RSA key of %d bits; 2048 and 3072 are accepted", bits)
 		case key.N.Bit(0) == 0:
 			return invalid(field, "has an RSA key with an even modulus")
 		case key.E < 65537 || key.E%2 == 0:

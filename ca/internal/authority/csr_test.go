@@ -23,6 +23,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca/internal/authority"
+	"merlon.dev/sdk/svid/forge"
 )
 
 func csr(t testing.TB, key crypto.Signer, template x509.CertificateRequest) []byte {
@@ -84,6 +85,11 @@ func TestT11CSRsAreRefused(t *testing.T) {
 		"P-521":                {csr(t, heavy, x509.CertificateRequest{}), "P-521"},
 		"Ed25519":              {csr(t, ed, x509.CertificateRequest{}), "ed25519"},
 		"RSA 1024":             {csr(t, short, x509.CertificateRequest{}), "1024 bits"},
+		"RSA 2560":             {csr(t, forge.NewRSAKey(t, 2560, 65537), x509.CertificateRequest{}), "2560 bits"},
+		"RSA 4096":             {csr(t, forge.NewRSAKey(t, 4096, 65537), x509.CertificateRequest{}), "public key of 550 bytes"},
+		"RSA 16384":            {csr(t, forge.NewRSAKey(t, 16384, 65537), x509.CertificateRequest{}), "public key of 2086 bytes"},
+		"RSA with exponent 3":  {csr(t, forge.NewRSAKey(t, 2048, 3), x509.CertificateRequest{}), "exponent 3"},
+		"two URIs":             {csr(t, p256, x509.CertificateRequest{URIs: uris(t, own, "spiffe://example.org/admin")}), `URI SAN "spiffe://example.org/admin"`},
 		"URI of another":       {csr(t, p256, x509.CertificateRequest{URIs: uris(t, "spiffe://example.org/admin")}), `URI SAN "spiffe://example.org/admin"`},
 		"own URI and another":  {csr(t, p256, x509.CertificateRequest{URIs: uris(t, own, "https://x")}), `URI SAN "https://x"`},
 		"own URI twice":        {csr(t, p256, x509.CertificateRequest{URIs: uris(t, own, own)}), "2 URI SANs"},
@@ -120,11 +126,7 @@ func TestCSRsAreAccepted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rsa2048, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, signer := range []crypto.Signer{workloadKey, p384, rsa2048} {
+	for _, signer := range []crypto.Signer{workloadKey, p384, forge.NewRSAKey(t, 2048, 65537), forge.NewRSAKey(t, 3072, 65537)} {
 		if _, err := authority.PublicKeyFromCSR(csr(t, signer, x509.CertificateRequest{})); err != nil {
 			t.Errorf("%T: %v", signer, err)
 		}
@@ -139,7 +141,7 @@ func TestWeakRSAKeysAreRefused(t *testing.T) {
 	}
 	small, even, huge := sound.PublicKey, sound.PublicKey, sound.PublicKey
 	small.E = 3
-	even.N = new(big.Int).Lsh(sound.N, 1)
+	even.N = new(big.Int).Sub(sound.N, big.NewInt(1))
 	huge.N = new(big.Int).Lsh(sound.N, 4096)
 	a := newAuthority(t, "example.org")
 	for want, key := range map[string]rsa.PublicKey{"exponent 3": small, "even modulus": even, "6144 bits": huge} {
