@@ -120,6 +120,30 @@ func newEntry(parent, id string) *capb.Entry {
 	}
 }
 
+// admins makes a client of a workload whose entry has a role.
+func (c *testCA) admins(a *testClient, id string, role capb.Role, prefix string) *testClient {
+	c.t.Helper()
+	e := newEntry("n1", id)
+	e.Role, e.RolePrefix = role, prefix
+	created, err := c.admin.CreateEntry(c.t.Context(), &capb.CreateEntryRequest{Entry: e})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	client := c.client(a.svid(created.GetEntry()))
+	client.id = e.GetSpiffeId()
+	return client
+}
+
+// entriesOf are the entries of a workload.
+func (c *testCA) entriesOf(id string) []*capb.Entry {
+	c.t.Helper()
+	resp, err := c.admin.ListEntries(c.t.Context(), &capb.ListEntriesRequest{SpiffeId: "spiffe://shop.test/" + id})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return resp.GetEntries()
+}
+
 // testClient calls the TLS port with an SVID or none.
 type testClient struct {
 	t     testing.TB

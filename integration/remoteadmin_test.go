@@ -25,10 +25,10 @@ func TestAdminSVIDAdministersOverTheNetwork(t *testing.T) {
 	create := []string{"entry", "create", "--parent", d.AgentID(), "--selector", "unix:path:" + stage.Bin(t, "merlon")}
 	d.Merlon(append(create, "--spiffe-id", d.ID("/nobody"))...)
 	stage.Eventually(t, "a workload that is no admin is refused", func() error {
-		return expect(remote("agent", "list"))(4, "is not an admin")
+		return expect(remote("agent", "list"))(4, "which is for: viewer or operator")
 	})
 	d.Merlon("entry", "delete", entryOf(t, d, "/nobody"))
-	d.Merlon(append(create, "--spiffe-id", d.ID("/operator"), "--allow-admin")...)
+	d.Merlon(append(create, "--spiffe-id", d.ID("/operator"), "--role", "operator")...)
 	stage.Eventually(t, "an admin is let in", func() error {
 		return expect(remote("agent", "list"))(0, d.AgentID())
 	})

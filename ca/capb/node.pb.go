@@ -907,13 +907,19 @@ type Entry struct {
 	// Common name of the subject, for software that cannot read URI SANs.
 	CommonName string `protobuf:"bytes,8,opt,name=common_name,json=commonName,proto3" json:"common_name,omitempty"`
 	Hint       string `protobuf:"bytes,9,opt,name=hint,proto3" json:"hint,omitempty"`
-	// The workload may administer the CA.
+	// The workload may administer the CA as an operator: as role ROLE_OPERATOR,
+	// which came later.
 	Admin bool `protobuf:"varint,10,opt,name=admin,proto3" json:"admin,omitempty"`
 	// Unset: does not expire.
 	ExpiresAt *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
 	// Store revision of the last change. Set by the CA.
-	Revision      uint64                 `protobuf:"varint,12,opt,name=revision,proto3" json:"revision,omitempty"`
-	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	Revision  uint64                 `protobuf:"varint,12,opt,name=revision,proto3" json:"revision,omitempty"`
+	CreatedAt *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	// The role in which the workload may administer the CA.
+	Role Role `protobuf:"varint,14,opt,name=role,proto3,enum=merlon.ca.v1.Role" json:"role,omitempty"`
+	// Of a registrar: the path at or below which its SPIFFE IDs lie, such as
+	// "/ns/shop".
+	RolePrefix    string `protobuf:"bytes,15,opt,name=role_prefix,json=rolePrefix,proto3" json:"role_prefix,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1037,6 +1043,20 @@ func (x *Entry) GetCreatedAt() *timestamppb.Timestamp {
 		return x.CreatedAt
 	}
 	return nil
+}
+
+func (x *Entry) GetRole() Role {
+	if x != nil {
+		return x.Role
+	}
+	return Role_ROLE_UNSPECIFIED
+}
+
+func (x *Entry) GetRolePrefix() string {
+	if x != nil {
+		return x.RolePrefix
+	}
+	return ""
 }
 
 // Selector is one proved fact about a workload, such as unix:uid:1000.
@@ -1495,7 +1515,7 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x127\n" +
 	"\tissued_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\bissuedAt\x129\n" +
 	"\n" +
-	"expires_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"\xf0\x03\n" +
+	"expires_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"\xb9\x04\n" +
 	"\x05Entry\x12\x19\n" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x1b\n" +
@@ -1513,7 +1533,10 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"expires_at\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x12\x1a\n" +
 	"\brevision\x18\f \x01(\x04R\brevision\x129\n" +
 	"\n" +
-	"created_at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\"4\n" +
+	"created_at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12&\n" +
+	"\x04role\x18\x0e \x01(\x0e2\x12.merlon.ca.v1.RoleR\x04role\x12\x1f\n" +
+	"\vrole_prefix\x18\x0f \x01(\tR\n" +
+	"rolePrefix\"4\n" +
 	"\bSelector\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value\"`\n" +
@@ -1590,6 +1613,7 @@ var file_ca_capb_node_proto_goTypes = []any{
 	(*PolicyKey)(nil),             // 18: merlon.ca.v1.PolicyKey
 	(*Revocation)(nil),            // 19: merlon.ca.v1.Revocation
 	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
+	(Role)(0),                     // 21: merlon.ca.v1.Role
 }
 var file_ca_capb_node_proto_depIdxs = []int32{
 	16, // 0: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
@@ -1608,23 +1632,24 @@ var file_ca_capb_node_proto_depIdxs = []int32{
 	15, // 13: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
 	20, // 14: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
 	20, // 15: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	18, // 16: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
-	20, // 17: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	0,  // 18: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
-	2,  // 19: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
-	4,  // 20: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
-	8,  // 21: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
-	12, // 22: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
-	1,  // 23: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
-	3,  // 24: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
-	7,  // 25: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
-	10, // 26: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
-	13, // 27: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
-	23, // [23:28] is the sub-list for method output_type
-	18, // [18:23] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	21, // 16: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
+	18, // 17: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
+	20, // 18: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	0,  // 19: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
+	2,  // 20: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
+	4,  // 21: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
+	8,  // 22: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
+	12, // 23: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
+	1,  // 24: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
+	3,  // 25: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
+	7,  // 26: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
+	10, // 27: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
+	13, // 28: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
+	24, // [24:29] is the sub-list for method output_type
+	19, // [19:24] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_node_proto_init() }

@@ -34,6 +34,8 @@ type entryJSON struct {
 	CommonName         string     `json:"common_name,omitempty"`
 	Hint               string     `json:"hint,omitempty"`
 	Admin              bool       `json:"admin,omitempty"`
+	Role               string     `json:"role,omitempty"`
+	RolePrefix         string     `json:"role_prefix,omitempty"`
 	ExpiresAt          *time.Time `json:"expires_at,omitempty"`
 	CreatedAt          *time.Time `json:"created_at,omitempty"`
 	Revision           uint64     `json:"revision"`
@@ -44,6 +46,7 @@ func newEntryJSON(e *capb.Entry) entryJSON {
 		EntryID: e.GetEntryId(), SPIFFEID: e.GetSpiffeId(), ParentID: e.GetParentId(), Selectors: selectorStrings(e),
 		X509SVIDTTLSeconds: e.GetX509SvidTtlSeconds(), JWTSVIDTTLSeconds: e.GetJwtSvidTtlSeconds(),
 		DNSNames: e.GetDnsNames(), CommonName: e.GetCommonName(), Hint: e.GetHint(), Admin: e.GetAdmin(),
+		Role: roleText(e.GetRole()), RolePrefix: e.GetRolePrefix(),
 		ExpiresAt: timeOf(e.GetExpiresAt()), CreatedAt: timeOf(e.GetCreatedAt()), Revision: e.GetRevision(),
 	}
 }
@@ -64,15 +67,11 @@ func printEntry(w io.Writer, o *options, e *capb.Entry) error {
 	if s := e.GetX509SvidTtlSeconds(); s > 0 {
 		ttl = (time.Duration(s) * time.Second).String()
 	}
-	admin := ""
-	if e.GetAdmin() {
-		admin = "yes"
-	}
 	return printFields(w,
 		"entry_id", e.GetEntryId(), "spiffe_id", e.GetSpiffeId(), "parent_id", e.GetParentId(),
 		"selectors", strings.Join(selectorStrings(e), " "), "x509_svid_ttl", ttl,
 		"dns_names", strings.Join(e.GetDnsNames(), " "), "common_name", e.GetCommonName(),
-		"hint", e.GetHint(), "admin", admin, "expires_at", formatTime(e.GetExpiresAt()))
+		"hint", e.GetHint(), "role", roleText(e.GetRole()), "role_prefix", e.GetRolePrefix(), "expires_at", formatTime(e.GetExpiresAt()))
 }
 
 // entryFlags are the fields of a new entry as typed.
@@ -81,6 +80,7 @@ type entryFlags struct {
 	selectors, dnsNames                         []string
 	ttl, jwtTTL                                 time.Duration
 	admin                                       bool
+	role, rolePrefix                            string
 }
 
 func entryCreate(o *options) *cobra.Command {
@@ -89,7 +89,8 @@ func entryCreate(o *options) *cobra.Command {
 		Use:   "create --spiffe-id ID --selector TYPE:VALUE…",
 		Short: "Give a SPIFFE ID to the processes that have every selector",
 		Example: `  merlon entry create --spiffe-id spiffe://shop.test/web --selector unix:path:/usr/bin/web
-  merlon entry create --spiffe-id spiffe://shop.test/db --selector unix:uid:999 --dns db.shop.test --ttl 30m`,
+  merlon entry create --spiffe-id spiffe://shop.test/db --selector unix:uid:999 --dns db.shop.test --ttl 30m
+  merlon entry create --spiffe-id spiffe://shop.test/watch --selector unix:uid:998 --role viewer`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			e, err := f.entry()
@@ -110,7 +111,9 @@ func entryCreate(o *options) *cobra.Command {
 	fl.StringArrayVar(&f.dnsNames, "dns", nil, "DNS name to put into the X509-SVID (repeatable)")
 	fl.StringVar(&f.commonName, "cn", "", "common name of the subject, for software that cannot read URI SANs")
 	fl.StringVar(&f.hint, "hint", "", "hint by which a workload with several identities tells them apart")
-	fl.BoolVar(&f.admin, "allow-admin", false, "the workload may administer the CA")
+	fl.StringVar(&f.role, "role", "", "role in which the workload may administer the CA: viewer, registrar, policy-publisher or operator")
+	fl.StringVar(&f.rolePrefix, "role-prefix", "", "path at or below which the SPIFFE IDs of a registrar lie, such as /ns/shop")
+	fl.BoolVar(&f.admin, "allow-admin", false, "the workload may administer the CA: --role operator")
 	fl.StringVar(&f.expires, "expires", "", "end of the entry, RFC 3339")
 	return cmd
 }
@@ -128,9 +131,14 @@ func (f *entryFlags) entry() (*capb.Entry, error) {
 	if f.ttl%time.Second != 0 || f.jwtTTL%time.Second != 0 {
 		return nil, usageError{"--ttl and --jwt-ttl are whole seconds", "for example --ttl 30m"}
 	}
+	given, err := f.givenRole()
+	if err != nil {
+		return nil, err
+	}
 	e := &capb.Entry{
+		Role: given, RolePrefix: f.rolePrefix,
 		SpiffeId: f.spiffeID, ParentId: f.parent, DnsNames: f.dnsNames, CommonName: f.commonName,
-		Hint: f.hint, Admin: f.admin,
+		Hint: f.hint, Admin: given == capb.Role_ROLE_OPERATOR, // for a CA that knows no roles
 		X509SvidTtlSeconds: int64(f.ttl / time.Second), JwtSvidTtlSeconds: int64(f.jwtTTL / time.Second),
 	}
 	for _, s := range f.selectors {
@@ -148,6 +156,31 @@ func (f *entryFlags) entry() (*capb.Entry, error) {
 		e.ExpiresAt = timestamppb.New(t)
 	}
 	return e, nil
+}
+
+// The names of roles in the protos: ROLE_POLICY_PUBLISHER is policy-publisher.
+const roleEnum = "ROLE_"
+
+func roleText(r capb.Role) string {
+	if r == capb.Role_ROLE_UNSPECIFIED {
+		return ""
+	}
+	return strings.ReplaceAll(strings.ToLower(strings.TrimPrefix(r.String(), roleEnum)), "_", "-")
+}
+
+func (f *entryFlags) givenRole() (capb.Role, error) {
+	if f.admin && (f.role != "" || f.rolePrefix != "") {
+		return 0, usageError{"--allow-admin is --role operator", "give --role alone"}
+	}
+	if f.admin {
+		return capb.Role_ROLE_OPERATOR, nil
+	}
+	for n := range capb.Role_name {
+		if r := capb.Role(n); roleText(r) == f.role {
+			return r, nil
+		}
+	}
+	return 0, usageError{fmt.Sprintf("--role %q is not a role", f.role), "viewer, registrar (with --role-prefix), policy-publisher or operator"}
 }
 
 func createEntry(cmd *cobra.Command, o *options, ca capb.AdminClient, e *capb.Entry) error {

@@ -145,7 +145,7 @@ func fetchOwn(ctx context.Context) (*workloadapi.X509Context, error) {
 	}
 	hint := "set SPIFFE_ENDPOINT_SOCKET to the agent's socket"
 	if status.Code(err) == codes.PermissionDenied {
-		hint = "this program has no registration entry: merlon entry create --allow-admin --selector unix:path:…, on the CA's host"
+		hint = "this program has no registration entry: merlon entry create --role operator --selector unix:path:…, on the CA's host"
 	}
 	return nil, hintError{fmt.Errorf("get an SVID from the Workload API: %s", plainReason(status.Convert(err).Message())), hint}
 }
@@ -177,7 +177,7 @@ func (o *options) withRemoteCA(ctx context.Context, do func(capb.AdminClient) er
 	defer cc.Close()
 	err = do(capb.NewAdminClient(cc))
 	if status.Code(err) == codes.PermissionDenied {
-		return hintError{err, fmt.Sprintf("%s is not an admin: merlon entry create --allow-admin …, on the CA's host", defaultSVID.ID)}
+		return hintError{err, fmt.Sprintf("the role of %s is that of its registration entry: merlon entry create --role …, on the CA's host", defaultSVID.ID)}
 	}
 	return err
 }

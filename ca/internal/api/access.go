@@ -23,13 +23,22 @@ import (
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/replica"
+	"merlon.dev/ca/internal/role"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/unixsock"
 )
 
-// access maps a full method name ("/merlon.ca.v1.Node/Sign") to the kinds of
-// caller that may call it. It is not changed once a server runs.
-type access map[string][]capb.Caller
+// access maps a full method name ("/merlon.ca.v1.Node/Sign") to whom it is for.
+// It is not changed once a server runs.
+type access map[string]rule
+
+// rule says whom one RPC is for. The zero value is for nobody.
+type rule struct {
+	callers []capb.Caller
+	// roles are those of which an administrator needs one; without any, no
+	// administrator may call it.
+	roles []role.Name
+}
 
 // accessOf reads the annotations of every service in files.
 func accessOf(files ...protoreflect.FileDescriptor) access {
@@ -41,7 +50,7 @@ func accessOf(files ...protoreflect.FileDescriptor) access {
 			for j := range methods.Len() {
 				m := methods.Get(j)
 				if a, ok := proto.GetExtension(m.Options(), capb.E_Access).(*capb.Access); ok {
-					table[fmt.Sprintf("/%s/%s", services.Get(i).FullName(), m.Name())] = a.GetCallers()
+					table[fmt.Sprintf("/%s/%s", services.Get(i).FullName(), m.Name())] = rule{a.GetCallers(), roleNames(a.GetRoles())}
 				}
 			}
 		}
@@ -49,11 +58,53 @@ func accessOf(files ...protoreflect.FileDescriptor) access {
 	return table
 }
 
-// permits says whether a caller of the given kinds may call method.
-func (t access) permits(method string, kinds []capb.Caller) bool {
-	return slices.ContainsFunc(t[method], func(want capb.Caller) bool {
-		return want != capb.Caller_CALLER_UNSPECIFIED && slices.Contains(kinds, want)
-	})
+func roleNames(roles []capb.Role) []role.Name {
+	var names []role.Name
+	for _, r := range roles {
+		if r != capb.Role_ROLE_UNSPECIFIED {
+			names = append(names, roleName(r))
+		}
+	}
+	return names
+}
+
+// whom names for people whom the RPC is for: "agent", "viewer or operator".
+func (r rule) whom() string {
+	var kinds []string
+	for _, k := range r.callers {
+		if k != capb.Caller_CALLER_ADMIN {
+			kinds = append(kinds, strings.ToLower(strings.TrimPrefix(k.String(), "CALLER_")))
+			continue
+		}
+		var names []string
+		for _, n := range r.roles {
+			names = append(names, string(n))
+		}
+		if len(names) > 0 {
+			kinds = append(kinds, strings.Join(names, " or "))
+		}
+	}
+	return strings.Join(kinds, ", ")
+}
+
+// permits says whether c may call method, and by which of its roles: none where
+// it may as another kind of caller.
+func (t access) permits(method string, c *Caller) (using []role.Role, ok bool) {
+	rule := t[method]
+	for _, kind := range rule.callers {
+		switch {
+		case kind == capb.Caller_CALLER_UNSPECIFIED || !c.Is(kind):
+		case kind != capb.Caller_CALLER_ADMIN:
+			ok = true
+		default:
+			for _, r := range c.Roles {
+				if slices.Contains(rule.roles, r.Name) {
+					using, ok = append(using, r), true
+				}
+			}
+		}
+	}
+	return using, ok
 }
 
 // Caller is who makes a call, resolved anew for every call: a connection
@@ -61,8 +112,11 @@ func (t access) permits(method string, kinds []capb.Caller) bool {
 type Caller struct {
 	// Name is for audit and errors: a SPIFFE ID, "uid:0" or "anonymous".
 	Name string
-	// Kinds always holds CALLER_ANONYMOUS.
+	// Kinds always holds CALLER_ANONYMOUS, and CALLER_ADMIN where there are Roles.
 	Kinds []capb.Caller
+	// Roles are what an administrator holds, and Using those that opened this
+	// call to it.
+	Roles, Using []role.Role
 	// Agent and Peer are set for agents, Replica and Peer for replicas; Peer for
 	// whoever showed an SVID.
 	Agent   *attest.Agent
@@ -78,6 +132,27 @@ type Caller struct {
 // Is says whether the caller is of the given kind.
 func (c *Caller) Is(kind capb.Caller) bool { return slices.Contains(c.Kinds, kind) }
 
+// take makes c an administrator in the given roles.
+func (c *Caller) take(roles ...role.Role) {
+	if len(roles) > 0 && !c.Is(capb.Caller_CALLER_ADMIN) {
+		c.Kinds = append(c.Kinds, capb.Caller_CALLER_ADMIN)
+	}
+	c.Roles = append(c.Roles, roles...)
+}
+
+// roleUsed is for audit: by which roles the call was let in, or else those that
+// it was not let in by.
+func (c *Caller) roleUsed() string {
+	roles := c.Using
+	if len(roles) == 0 {
+		roles = c.Roles
+	}
+	if len(roles) == 0 {
+		return ""
+	}
+	return role.List(roles)
+}
+
 // callerOf resolves who makes the call of ctx.
 func (s *Service) callerOf(ctx context.Context) *Caller {
 	c := Anonymous()
@@ -88,9 +163,7 @@ func (s *Service) callerOf(ctx context.Context) *Caller {
 	switch info := p.AuthInfo.(type) {
 	case unixsock.AuthInfo:
 		c.Name = fmt.Sprintf("uid:%d", info.Peer.UID)
-		if s.mayAdminister(info.Peer.UID) {
-			c.Kinds = append(c.Kinds, capb.Caller_CALLER_ADMIN)
-		}
+		c.take(s.rolesOfUID(info.Peer.UID)...)
 	case tlsInfo:
 		if info.Peer != nil {
 			s.resolvePeer(ctx, c, info.Peer)
@@ -139,8 +212,8 @@ func (s *Service) resolvePeer(ctx context.Context, c *Caller, p *svid.Peer) {
 		}
 		return
 	}
-	if !entry.Reserved(p.ID) && s.registry.Admin(p.ID, now) {
-		c.Kinds = append(c.Kinds, capb.Caller_CALLER_ADMIN)
+	if r := s.registry.Role(p.ID, now); r.Name != "" && !entry.Reserved(p.ID) {
+		c.take(r)
 	}
 }
 
@@ -182,14 +255,21 @@ func agentFault(record *attest.Agent, p *svid.Peer) error {
 	return nil
 }
 
-// mayAdminister: root, the CA's own user, and whom the configuration names.
-func (s *Service) mayAdminister(uid uint32) bool {
-	return uid == 0 || uid == uint32(os.Geteuid()) || slices.Contains(s.opts.AdminUIDs, uid)
+// rolesOfUID are the roles of a user on the admin socket. Root and the CA's own
+// user are operators whatever is configured: they could read its keys anyway,
+// and somebody must be able to set right what was configured wrong.
+func (s *Service) rolesOfUID(uid uint32) []role.Role {
+	if uid == 0 || uid == uint32(os.Geteuid()) || slices.Contains(s.opts.AdminUIDs, uid) {
+		return []role.Role{{Name: role.Operator}}
+	}
+	return nil
 }
 
-// authorize says whether c may call method, as a status error.
+// authorize says whether c may call method, as a status error, and remembers by
+// which roles.
 func (t access) authorize(c *Caller, method string) error {
-	if t.permits(method, c.Kinds) {
+	using, ok := t.permits(method, c)
+	if c.Using = using; ok {
 		return nil
 	}
 	if c.Behind {
@@ -198,15 +278,15 @@ func (t access) authorize(c *Caller, method string) error {
 	if c.Fault != "" {
 		return status.Errorf(codes.Unauthenticated, "%s: %s", c.Name, c.Fault)
 	}
-	kinds := t[method]
-	if len(kinds) == 0 {
+	whom := t[method].whom()
+	if whom == "" {
 		return status.Errorf(codes.PermissionDenied, "%s is open to nobody", method)
 	}
-	names := make([]string, len(kinds))
-	for i, k := range kinds {
-		names[i] = strings.ToLower(strings.TrimPrefix(k.String(), "CALLER_"))
+	has := ""
+	if len(c.Roles) > 0 {
+		has = "; its role is " + role.List(c.Roles)
 	}
-	return status.Errorf(codes.PermissionDenied, "%s may not call %s, which is for: %s", c.Name, method, strings.Join(names, ", "))
+	return status.Errorf(codes.PermissionDenied, "%s may not call %s, which is for: %s%s", c.Name, method, whom, has)
 }
 
 type callerKey struct{}

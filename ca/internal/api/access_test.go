@@ -7,16 +7,31 @@ import (
 	"slices"
 	"testing"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/reflect/protodesc"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/descriptorpb"
+	"pgregory.net/rapid"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/role"
 )
 
 var kinds = []capb.Caller{
 	capb.Caller_CALLER_UNSPECIFIED, capb.Caller_CALLER_ANONYMOUS, capb.Caller_CALLER_AGENT, capb.Caller_CALLER_ADMIN, capb.Caller_CALLER_REPLICA,
+}
+
+var everyRole = []role.Role{{Name: role.Viewer}, {Name: role.Registrar, Prefix: "/ns/shop"}, {Name: role.PolicyPublisher}, {Name: role.Operator}, {}}
+
+// everybody is a caller of every kind and role at once.
+func everybody() *Caller { return &Caller{Name: "x", Kinds: kinds, Roles: everyRole} }
+
+// may says whether a caller of one kind may call name, with every role.
+func (t access) may(name string, kind capb.Caller) bool {
+	_, ok := t.permits(name, &Caller{Kinds: []capb.Caller{kind}, Roles: everyRole})
+	return ok
 }
 
 // Somebody adds an RPC and does not think of its callers: nobody may call it.
@@ -33,19 +48,78 @@ func TestUnannotatedRPCIsOpenToNobody(t *testing.T) {
 	}
 	table := accessOf(file, capb.File_ca_capb_node_proto)
 	for _, name := range []string{"/test.S/New", "/test.S/Unheard", "", "/merlon.ca.v1.Node/attest"} {
-		if table.permits(name, kinds) {
+		if _, ok := table.permits(name, everybody()); ok {
 			t.Errorf("%q is open to somebody", name)
 		}
 	}
-	if err := table.authorize(&Caller{Name: "x", Kinds: kinds}, "/test.S/New"); err == nil {
+	if err := table.authorize(everybody(), "/test.S/New"); err == nil {
 		t.Error("authorize let a caller of every kind through to an RPC without annotation")
 	}
 }
 
 func TestUnspecifiedCallerMatchesNobody(t *testing.T) {
-	table := access{"/x/Y": {capb.Caller_CALLER_UNSPECIFIED}}
-	if table.permits("/x/Y", kinds) {
+	table := access{"/x/Y": {callers: []capb.Caller{capb.Caller_CALLER_UNSPECIFIED}}}
+	if _, ok := table.permits("/x/Y", everybody()); ok {
 		t.Error("CALLER_UNSPECIFIED matches somebody")
+	}
+}
+
+// An RPC for administrators that names no role is for none of them.
+func TestAdminRPCWithoutRolesIsOpenToNobody(t *testing.T) {
+	table := access{"/x/Y": {callers: []capb.Caller{capb.Caller_CALLER_ADMIN}}}
+	if _, ok := table.permits("/x/Y", everybody()); ok {
+		t.Error("an RPC without roles is open to an administrator")
+	}
+	if got := roleNames([]capb.Role{capb.Role_ROLE_UNSPECIFIED}); got != nil {
+		t.Errorf("ROLE_UNSPECIFIED is the role %v", got)
+	}
+}
+
+// Who loses a role can call nothing that was closed before.
+func TestLosingARoleAddsNoPermission(t *testing.T) {
+	table := accessTable()
+	rapid.Check(t, func(rt *rapid.T) {
+		has := rapid.SliceOf(rapid.SampledFrom(everyRole)).Draw(rt, "roles")
+		lost := rapid.SliceOfN(rapid.SampledFrom(everyRole), 0, 2).Draw(rt, "lost")
+		before, after := Anonymous(), Anonymous()
+		before.take(has...)
+		after.take(slices.DeleteFunc(slices.Clone(has), func(r role.Role) bool { return slices.Contains(lost, r) })...)
+		for method := range table {
+			if table.authorize(after, method) == nil && table.authorize(before, method) != nil {
+				rt.Fatalf("%s is open with %s and closed with %s", method, role.List(after.Roles), role.List(before.Roles))
+			}
+			for _, r := range after.Using {
+				if !slices.Contains(table[method].roles, r.Name) {
+					rt.Fatalf("%s: the role used is %s, which does not open it", method, r)
+				}
+			}
+		}
+	})
+}
+
+// Who is refused learns which role it takes and which it has.
+func TestRefusalNamesTheRoles(t *testing.T) {
+	c := &Caller{Name: "spiffe://shop.test/ci"}
+	c.take(role.Role{Name: role.Viewer})
+	err := accessTable().authorize(c, capb.Admin_PushPolicy_FullMethodName)
+	want := "spiffe://shop.test/ci may not call /merlon.ca.v1.Admin/PushPolicy, which is for: policy-publisher or operator; its role is viewer"
+	if st := status.Convert(err); st.Code() != codes.PermissionDenied || st.Message() != want {
+		t.Errorf("authorize = %v; want %s", err, want)
+	}
+}
+
+// A role is called the same in the protos and everywhere else.
+func TestRolesOfTheProtosAreThoseOfTheCA(t *testing.T) {
+	for _, n := range role.Names() {
+		if r := roleToProto(n); r == capb.Role_ROLE_UNSPECIFIED || roleName(r) != n {
+			t.Errorf("%s is %s in the protos, which is %s", n, r, roleName(r))
+		}
+	}
+	if len(capb.Role_name) != len(role.Names())+1 {
+		t.Errorf("the protos have %d roles; want %v and none", len(capb.Role_name), role.Names())
+	}
+	if roleToProto("") != capb.Role_ROLE_UNSPECIFIED {
+		t.Error("no role is one in the protos")
 	}
 }
 
@@ -59,17 +133,20 @@ func TestEveryRPCIsAnnotated(t *testing.T) {
 			svc := f.Services().Get(i)
 			for j := range svc.Methods().Len() {
 				name := fmt.Sprintf("/%s/%s", svc.FullName(), svc.Methods().Get(j).Name())
-				if len(table[name]) == 0 {
-					t.Errorf("%s has no access annotation", name)
+				if table[name].whom() == "" {
+					t.Errorf("%s has no access annotation, or is for administrators without a role", name)
 				}
-				if table.permits(name, []capb.Caller{capb.Caller_CALLER_ANONYMOUS}) {
+				if table.may(name, capb.Caller_CALLER_ANONYMOUS) {
 					open = append(open, name)
 				}
-				if svc.Name() != "Node" && table.permits(name, []capb.Caller{capb.Caller_CALLER_AGENT}) {
+				if svc.Name() != "Node" && table.may(name, capb.Caller_CALLER_AGENT) {
 					t.Errorf("%s is open to agents", name)
 				}
-				if svc.Name() != "Replica" && table.permits(name, []capb.Caller{capb.Caller_CALLER_REPLICA}) {
+				if svc.Name() != "Replica" && table.may(name, capb.Caller_CALLER_REPLICA) {
 					t.Errorf("%s is open to replicas", name)
+				}
+				if svc.Name() == "Admin" != slices.Contains(table[name].roles, role.Operator) {
+					t.Errorf("%s: operators may call Admin, all of it, and nothing else", name)
 				}
 			}
 		}

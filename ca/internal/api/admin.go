@@ -19,6 +19,7 @@ import (
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
+	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/sdk/svid"
 )
@@ -43,6 +44,9 @@ func (s *Service) CreateEntry(ctx context.Context, req *capb.CreateEntryRequest)
 	if err := e.Validate(s.opts.TrustDomain, now); err != nil {
 		return nil, s.refuseAdmin(ctx, "create entry", err)
 	}
+	if err := s.checkAgreement(e, now); err != nil {
+		return nil, s.refuseAdmin(ctx, "create entry", err)
+	}
 	e.ID, e.CreatedAt = entry.NewID(), now
 	value, err := entry.Encode(e)
 	if err != nil {
@@ -64,6 +68,25 @@ func (s *Service) CreateEntry(ctx context.Context, req *capb.CreateEntryRequest)
 		return nil, err
 	}
 	return &capb.CreateEntryResponse{Entry: entryToProto(e)}, nil
+}
+
+// checkAgreement refuses an entry that would take its SPIFFE ID the role that
+// other entries give it, or that would give one in vain: see Registry.Role. Two
+// that come at the same moment can still disagree; then there is no role.
+func (s *Service) checkAgreement(e *entry.Entry, now time.Time) error {
+	other, ok := s.registry.Disagrees(e, now)
+	if !ok {
+		return nil
+	}
+	return &entry.InvalidError{Field: "role", Reason: fmt.Sprintf("is %s, and entry %s gives %s the role %s: all entries of one SPIFFE ID give the same, or it has none",
+		said(e.Role), other.ID, e.SPIFFEID, said(other.Role))}
+}
+
+func said(r role.Role) string {
+	if r.Name == "" {
+		return "none"
+	}
+	return r.String()
 }
 
 // refuseAdmin records that an administrator's request was not carried out.

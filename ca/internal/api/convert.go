@@ -4,6 +4,8 @@
 package api
 
 import (
+	"fmt"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -12,6 +14,7 @@ import (
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/sdk/svid"
 )
@@ -20,8 +23,11 @@ func entryFromProto(p *capb.Entry) (*entry.Entry, error) {
 	if p == nil {
 		return nil, &entry.InvalidError{Field: "entry", Reason: "is missing"}
 	}
-	e := &entry.Entry{DNSNames: p.GetDnsNames(), CommonName: p.GetCommonName(), Hint: p.GetHint(), Admin: p.GetAdmin()}
+	e := &entry.Entry{DNSNames: p.GetDnsNames(), CommonName: p.GetCommonName(), Hint: p.GetHint()}
 	var err error
+	if e.Role, err = roleFromProto(p); err != nil {
+		return nil, err
+	}
 	if e.SPIFFEID, err = entry.ParseID("spiffe_id", p.GetSpiffeId()); err != nil {
 		return nil, err
 	}
@@ -46,11 +52,40 @@ func entryFromProto(p *capb.Entry) (*entry.Entry, error) {
 	return e, nil
 }
 
+// rolePrefix begins the names of roles in the protos.
+const rolePrefix = "ROLE_"
+
+// roleName is a role as it is spelled outside of the protos.
+func roleName(r capb.Role) role.Name {
+	return role.Name(strings.ReplaceAll(strings.ToLower(strings.TrimPrefix(r.String(), rolePrefix)), "_", "-"))
+}
+
+// roleToProto is ROLE_UNSPECIFIED where there is none.
+func roleToProto(n role.Name) capb.Role {
+	return capb.Role(capb.Role_value[rolePrefix+strings.ReplaceAll(strings.ToUpper(string(n)), "-", "_")])
+}
+
+// roleFromProto also takes what a client that knows no roles says.
+func roleFromProto(p *capb.Entry) (role.Role, error) {
+	r := role.Role{Prefix: p.GetRolePrefix()}
+	switch {
+	case p.GetRole() != capb.Role_ROLE_UNSPECIFIED:
+		r.Name = roleName(p.GetRole())
+	case p.GetAdmin():
+		r.Name = role.Operator
+	}
+	if p.GetAdmin() && r.Name != role.Operator {
+		return r, &entry.InvalidError{Field: "admin", Reason: fmt.Sprintf("means the role operator, and the role is %s: give one of them", r.Name)}
+	}
+	return r, nil
+}
+
 func entryToProto(e *entry.Entry) *capb.Entry {
 	p := &capb.Entry{
 		EntryId: e.ID, SpiffeId: e.SPIFFEID.String(), ParentId: e.ParentID.String(),
 		X509SvidTtlSeconds: int64(e.X509SVIDTTL / time.Second), JwtSvidTtlSeconds: int64(e.JWTSVIDTTL / time.Second),
-		DnsNames: e.DNSNames, CommonName: e.CommonName, Hint: e.Hint, Admin: e.Admin,
+		DnsNames: e.DNSNames, CommonName: e.CommonName, Hint: e.Hint,
+		Admin: e.Role.Name == role.Operator, Role: roleToProto(e.Role.Name), RolePrefix: e.Role.Prefix,
 		ExpiresAt: timestamp(e.ExpiresAt), Revision: e.Revision, CreatedAt: timestamp(e.CreatedAt),
 	}
 	for _, sel := range e.Selectors {

@@ -31,6 +31,7 @@ import (
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/replica"
+	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/unixsock"
@@ -97,6 +98,7 @@ type Service struct {
 
 	opts     Options
 	registry *registry.Registry
+	access   access // of the RPCs that the protos declare
 	log      *slog.Logger
 	metrics  *metrics
 	calls    calls
@@ -114,7 +116,7 @@ type Service struct {
 // New makes a service.
 func New(o Options) *Service {
 	return &Service{
-		opts: o, registry: o.Registry, log: o.Log,
+		opts: o, registry: o.Registry, access: accessTable(), log: o.Log,
 		metrics:   newMetrics(o.Metrics, o.Registry),
 		calls:     newCalls(),
 		refusals:  rate.NewLimiter(refusalsPerSecond, refusalsBurst),
@@ -140,7 +142,7 @@ func (s *Service) TLSServer(cfg *tls.Config) *grpc.Server {
 }
 
 // SocketServer returns the server of the admin socket. The services that
-// extra registers there are for administrators, all of their RPCs.
+// extra registers there are for operators, all of their RPCs.
 func (s *Service) SocketServer(extra ...func(grpc.ServiceRegistrar)) *grpc.Server {
 	table := accessTable()
 	srv := grpc.NewServer(append(s.serverOptions(table), grpc.Creds(unixsock.ServerCredentials()))...)
@@ -153,7 +155,7 @@ func (s *Service) SocketServer(extra ...func(grpc.ServiceRegistrar)) *grpc.Serve
 			continue
 		}
 		for _, m := range info.Methods {
-			table["/"+name+"/"+m.Name] = []capb.Caller{capb.Caller_CALLER_ADMIN}
+			table["/"+name+"/"+m.Name] = rule{[]capb.Caller{capb.Caller_CALLER_ADMIN}, []role.Name{role.Operator}}
 		}
 	}
 	return srv
@@ -241,8 +243,13 @@ func (s *Service) refuse(ctx context.Context, caller *Caller, what string, cause
 		s.metrics.unrecorded.Inc()
 		return cause
 	}
-	s.record(ctx, audit.Record{Type: audit.Refuse, Actor: caller.Name, Detail: what, Reason: status.Convert(cause).Message()})
+	s.record(ctx, audit.Record{Type: audit.Refuse, Actor: caller.Name, Role: caller.roleUsed(), Detail: what, Reason: status.Convert(cause).Message()})
 	return cause
+}
+
+// Permits says whether caller may do over REST what the RPC called method does.
+func (s *Service) Permits(caller *Caller, method string) bool {
+	return s.access.authorize(caller, method) == nil
 }
 
 // Refused records that caller was not let through to what it wanted, outside
@@ -287,7 +294,8 @@ func (s *Service) record(ctx context.Context, r audit.Record) {
 // that fails, although the act itself is done.
 func (s *Service) admin(ctx context.Context, r audit.Record) error {
 	r.Time, r.Type = time.Now(), audit.Admin
-	r.Actor = callerFrom(ctx).Name
+	caller := callerFrom(ctx)
+	r.Actor, r.Role = caller.Name, caller.roleUsed()
 	if err := s.audit(ctx, r); err != nil {
 		return fmt.Errorf("%s was done and not recorded: %w", r.Detail, err)
 	}

@@ -46,6 +46,8 @@ type Record struct {
 	// Actor is who did it: the SPIFFE ID of a peer, or "uid:0" on the local
 	// socket.
 	Actor string `json:"actor,omitempty"`
+	// Role is that of an administrator: "operator", "registrar of /ns/shop".
+	Role string `json:"role,omitempty"`
 	// SPIFFEID is whom it is about.
 	SPIFFEID string `json:"spiffe_id,omitempty"`
 	EntryID  string `json:"entry_id,omitempty"`

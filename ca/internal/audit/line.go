@@ -70,7 +70,7 @@ func (r Record) encode(now time.Time) ([]byte, error) {
 	}
 	r.Time, r.NotAfter = r.Time.UTC(), r.NotAfter.UTC()
 	r.Type = Type(cut(string(r.Type)))
-	for _, field := range []*string{&r.Actor, &r.SPIFFEID, &r.EntryID, &r.Serial, &r.AuthorityID, &r.Detail, &r.Reason} {
+	for _, field := range []*string{&r.Actor, &r.Role, &r.SPIFFEID, &r.EntryID, &r.Serial, &r.AuthorityID, &r.Detail, &r.Reason} {
 		*field = cut(*field)
 	}
 	b, err := json.Marshal(r)

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/ca/internal/role"
 )
 
 // maxParents bounds what a Decoder remembers.
@@ -51,8 +53,11 @@ func decodeJSON(b []byte) (*Entry, error) {
 	e := &Entry{
 		ID: s.ID, SPIFFEID: s.SPIFFEID, ParentID: s.ParentID,
 		X509SVIDTTL: time.Duration(s.X509SVIDTTL), JWTSVIDTTL: time.Duration(s.JWTSVIDTTL),
-		DNSNames: s.DNSNames, CommonName: s.CommonName, Hint: s.Hint, Admin: s.Admin,
+		DNSNames: s.DNSNames, CommonName: s.CommonName, Hint: s.Hint,
 		ExpiresAt: s.ExpiresAt, CreatedAt: s.CreatedAt,
+	}
+	if err := e.setRole(s.Admin, s.Role, s.RolePrefix); err != nil {
+		return nil, fmt.Errorf("decode registration entry %s: %w", s.ID, err)
 	}
 	for _, text := range s.Selectors {
 		sel, err := ParseSelector(text)
@@ -96,7 +101,14 @@ func (d *Decoder) cut(b []byte) *Entry {
 	if hint {
 		d.keep(c.text())
 	}
-	e.Admin = c.has(`,"admin":true`)
+	operator := c.has(`,"admin":true`)
+	var name, prefix string
+	if c.has(`,"role":"`) { // few have one
+		name = string(c.text())
+	}
+	if c.has(`,"role_prefix":"`) {
+		prefix = string(c.text())
+	}
 	if c.has(`,"expires_at":`) {
 		e.ExpiresAt = c.time()
 	}
@@ -105,6 +117,9 @@ func (d *Decoder) cut(b []byte) *Entry {
 	}
 	c.want(`}`)
 	if c.odd || len(c.rest) > 0 {
+		return nil
+	}
+	if e.setRole(operator, role.Name(name), prefix) != nil {
 		return nil
 	}
 	p := pieces{text: string(d.text), lens: d.lens}
@@ -132,6 +147,23 @@ func (d *Decoder) cut(b []byte) *Entry {
 		e.Hint = p.next()
 	}
 	return e
+}
+
+// setRole takes over the role of a stored entry. One that does not hold together
+// is an error: the entry would say something else than was meant.
+func (e *Entry) setRole(operator bool, name role.Name, prefix string) error {
+	r := role.Role{Name: name, Prefix: prefix}
+	if operator && r != (role.Role{}) {
+		return fmt.Errorf("it is for an admin and for a %s", r)
+	}
+	if operator {
+		r.Name = role.Operator
+	}
+	if err := checkRole(r); err != nil {
+		return err
+	}
+	e.Role = r
+	return nil
 }
 
 // keep copies one string of the entry.

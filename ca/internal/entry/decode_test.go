@@ -12,6 +12,8 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"pgregory.net/rapid"
+
+	"merlon.dev/ca/internal/role"
 )
 
 func sameEntry(a, b *Entry) string {
@@ -54,12 +56,40 @@ func TestBothWaysOfDecodingAgree(t *testing.T) {
 	})
 }
 
+// An entry of a Merlon that knew one kind of administrator is an operator's, and
+// an operator's is one to that Merlon.
+func TestAdminIsTheRoleOperator(t *testing.T) {
+	e := valid()
+	e.Role.Name = role.Operator
+	b, err := Encode(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(b), `"admin":true`) || strings.Contains(string(b), "role") {
+		t.Errorf("Encode = %s; want admin and no role", b)
+	}
+	if got, err := Decode(b); err != nil || got.Role != e.Role {
+		t.Errorf("Decode(%s) = %+v, %v", b, got, err)
+	}
+	for _, bad := range []string{
+		`"admin":true,"role":"viewer"`, `"role":"root"`, `"role":"registrar"`, `"role":"registrar","role_prefix":"/a/"`,
+		`"role":"viewer","role_prefix":"/a"`, `"role_prefix":"/a"`, `"admin":true,"role_prefix":"/a"`,
+	} {
+		text := strings.Replace(string(b), `"admin":true`, bad, 1)
+		if got, err := Decode([]byte(text)); err == nil {
+			t.Errorf("Decode(%s) = %+v; want an error", text, got)
+		}
+	}
+}
+
 func TestOrdinaryEntriesAreReadTheShortWay(t *testing.T) {
 	for name, change := range map[string]func(*Entry){
 		"plain":       func(*Entry) {},
 		"TTLs":        func(e *Entry) { e.X509SVIDTTL, e.JWTSVIDTTL = time.Hour, time.Minute },
 		"names":       func(e *Entry) { e.DNSNames, e.CommonName = []string{"a.test", "b.test"}, "a" },
-		"admin, hint": func(e *Entry) { e.Admin, e.Hint = true, "for the shop's owner" },
+		"admin, hint": func(e *Entry) { e.Role.Name, e.Hint = role.Operator, "for the shop's owner" },
+		"viewer":      func(e *Entry) { e.Role.Name = role.Viewer },
+		"registrar":   func(e *Entry) { e.Role = role.Role{Name: role.Registrar, Prefix: "/ns/shop"} },
 		"times":       func(e *Entry) { e.CreatedAt, e.ExpiresAt = now, now.Add(time.Hour) },
 		"selectors": func(e *Entry) {
 			e.Selectors = append(e.Selectors, Selector{"unix", "path:/usr/bin/web"}, Selector{"unix", "gid:7"})

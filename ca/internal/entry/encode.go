@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/ca/internal/role"
 )
 
 const encodingVersion = 1
@@ -27,9 +29,13 @@ type stored struct {
 	DNSNames    []string    `json:"dns_names,omitempty"`
 	CommonName  string      `json:"common_name,omitempty"`
 	Hint        string      `json:"hint,omitempty"`
-	Admin       bool        `json:"admin,omitempty"`
-	ExpiresAt   time.Time   `json:"expires_at,omitzero"`
-	CreatedAt   time.Time   `json:"created_at,omitzero"`
+	// Admin is the role operator, as every Merlon writes it; Role is any other:
+	// one that does not know it reads an entry without power.
+	Admin      bool      `json:"admin,omitempty"`
+	Role       role.Name `json:"role,omitempty"`
+	RolePrefix string    `json:"role_prefix,omitempty"`
+	ExpiresAt  time.Time `json:"expires_at,omitzero"`
+	CreatedAt  time.Time `json:"created_at,omitzero"`
 }
 
 // Encode returns the form in which the store keeps e, without its Revision.
@@ -37,8 +43,12 @@ func Encode(e *Entry) ([]byte, error) {
 	s := stored{
 		Version: encodingVersion, ID: e.ID, SPIFFEID: e.SPIFFEID, ParentID: e.ParentID,
 		X509SVIDTTL: int64(e.X509SVIDTTL), JWTSVIDTTL: int64(e.JWTSVIDTTL),
-		DNSNames: e.DNSNames, CommonName: e.CommonName, Hint: e.Hint, Admin: e.Admin,
+		DNSNames: e.DNSNames, CommonName: e.CommonName, Hint: e.Hint,
+		Admin: e.Role.Name == role.Operator, Role: e.Role.Name, RolePrefix: e.Role.Prefix,
 		ExpiresAt: e.ExpiresAt.UTC(), CreatedAt: e.CreatedAt.UTC(),
+	}
+	if s.Admin {
+		s.Role = ""
 	}
 	for _, sel := range e.Selectors {
 		s.Selectors = append(s.Selectors, sel.String())

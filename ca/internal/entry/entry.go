@@ -13,6 +13,8 @@ import (
 	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/ca/internal/role"
 )
 
 // Limits of an entry.
@@ -52,8 +54,8 @@ type Entry struct {
 	// CommonName is the subject's, for software that cannot read URI SANs.
 	CommonName string
 	Hint       string
-	// Admin lets the workload administer the CA.
-	Admin bool
+	// Role lets the workload administer the CA; zero does not.
+	Role role.Role
 	// ExpiresAt is when the entry stops to hold; zero for never.
 	ExpiresAt time.Time
 	// Revision is the store revision of the last change; it is not part of the
@@ -131,6 +133,7 @@ func (e *Entry) Validate(td spiffeid.TrustDomain, now time.Time) error {
 		func() *InvalidError { return checkDNSNames(e.DNSNames) },
 		func() *InvalidError { return checkCommonName(e.CommonName) },
 		func() *InvalidError { return checkText("hint", e.Hint, maxHintBytes) },
+		func() *InvalidError { return checkRole(e.Role) },
 		func() *InvalidError { return e.checkExpiry(now) },
 	} {
 		if err := check(); err != nil {
@@ -164,6 +167,19 @@ func TTLFromSeconds(field string, seconds int64) (time.Duration, error) {
 		return 0, invalid(field, "%d seconds is not between 0 and %d", seconds, int64(MaxSVIDTTL/time.Second))
 	}
 	return time.Duration(seconds) * time.Second, nil
+}
+
+func checkRole(r role.Role) *InvalidError {
+	if r == (role.Role{}) {
+		return nil
+	}
+	if err := r.CheckName(); err != nil {
+		return invalid("role", "%v", err)
+	}
+	if err := r.CheckPrefix(); err != nil {
+		return invalid("role_prefix", "%v", err)
+	}
+	return nil
 }
 
 func checkCommonName(cn string) *InvalidError {

@@ -15,6 +15,8 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"pgregory.net/rapid"
+
+	"merlon.dev/ca/internal/role"
 )
 
 var (
@@ -219,6 +221,10 @@ func TestTTLFromSecondsNeverOverflows(t *testing.T) {
 	}
 }
 
+var someRoles = []role.Role{
+	{}, {Name: role.Operator}, {Name: role.Viewer}, {Name: role.PolicyPublisher}, {Name: role.Registrar, Prefix: "/ns/shop"},
+}
+
 var genEntry = rapid.Custom(func(t *rapid.T) *Entry {
 	segment := rapid.StringMatching(`[a-zA-Z0-9_-]{1,12}`)
 	e := &Entry{
@@ -230,7 +236,7 @@ var genEntry = rapid.Custom(func(t *rapid.T) *Entry {
 		DNSNames:    rapid.SliceOfNDistinct(rapid.StringMatching(`[a-z]{1,9}\.test`), 0, 3, rapid.ID[string]).Draw(t, "dns"),
 		CommonName:  rapid.StringMatching(`([!-~ä][ -~ä]{0,30}[!-~ä])?`).Draw(t, "cn"),
 		Hint:        rapid.StringMatching(`[ -~]{0,30}`).Draw(t, "hint"),
-		Admin:       rapid.Bool().Draw(t, "admin"),
+		Role:        rapid.SampledFrom(someRoles).Draw(t, "role"),
 		CreatedAt:   now.Add(time.Duration(rapid.Int64Range(0, 1e15).Draw(t, "created"))),
 	}
 	if rapid.Bool().Draw(t, "expires") {

@@ -177,7 +177,7 @@ func indexed(all []*entry.Entry) entries {
 	build(&s.byParent, parentKey, every)
 	build(&s.bySPIFFEID, nameKey, every)
 	build(&s.byExpiry, expiryKey, func(e *entry.Entry) bool { return !e.ExpiresAt.IsZero() })
-	build(&s.admins, nameKey, func(e *entry.Entry) bool { return e.Admin })
+	build(&s.roles, nameKey, func(e *entry.Entry) bool { return e.Role.Name != "" })
 	building.Wait()
 	return s
 }

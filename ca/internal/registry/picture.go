@@ -39,7 +39,7 @@ type picture struct {
 type entries struct {
 	byID, byParent, bySPIFFEID index.Tree[*entry.Entry]
 	byExpiry                   index.Tree[*entry.Entry] // those that expire
-	admins                     index.Tree[*entry.Entry] // by SPIFFE ID
+	roles                      index.Tree[*entry.Entry] // those with a role, by SPIFFE ID
 }
 
 // The keys of an entry in each of the trees.
@@ -58,7 +58,7 @@ func (s *entries) get(id string) *entry.Entry {
 
 // put takes over e in place of old, which may be nil.
 func (s *entries) put(e, old *entry.Entry) {
-	if old != nil && (old.ParentID != e.ParentID || old.SPIFFEID != e.SPIFFEID || !old.ExpiresAt.IsZero() || old.Admin) {
+	if old != nil && (old.ParentID != e.ParentID || old.SPIFFEID != e.SPIFFEID || !old.ExpiresAt.IsZero() || old.Role != e.Role) {
 		s.remove(old)
 	}
 	s.byID = s.byID.With(idKey(e.ID), e)
@@ -67,8 +67,8 @@ func (s *entries) put(e, old *entry.Entry) {
 	if !e.ExpiresAt.IsZero() {
 		s.byExpiry = s.byExpiry.With(expiryKey(e), e)
 	}
-	if e.Admin {
-		s.admins = s.admins.With(nameKey(e), e)
+	if e.Role.Name != "" {
+		s.roles = s.roles.With(nameKey(e), e)
 	}
 }
 
@@ -77,7 +77,7 @@ func (s *entries) remove(e *entry.Entry) {
 	s.byParent = s.byParent.Without(parentKey(e))
 	s.bySPIFFEID = s.bySPIFFEID.Without(nameKey(e))
 	s.byExpiry = s.byExpiry.Without(expiryKey(e))
-	s.admins = s.admins.Without(nameKey(e))
+	s.roles = s.roles.Without(nameKey(e))
 }
 
 // change is what one batch meant, for the streams and the log.

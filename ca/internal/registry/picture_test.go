@@ -22,6 +22,7 @@ import (
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/sdk/svid"
@@ -75,7 +76,7 @@ func genOp(t *testing.T) *rapid.Generator[store.Op] {
 			e := &entry.Entry{
 				ID: id, ParentID: rapid.SampledFrom(parents).Draw(rt, "parent"),
 				SPIFFEID:  spiffeid.RequireFromPath(td, rapid.SampledFrom(names).Draw(rt, "name")),
-				Selectors: []entry.Selector{{Type: "unix", Value: "uid:1"}}, Admin: rapid.Bool().Draw(rt, "admin"),
+				Selectors: []entry.Selector{{Type: "unix", Value: "uid:1"}}, Role: rapid.SampledFrom(someRoles).Draw(rt, "role"),
 			}
 			if rapid.Bool().Draw(rt, "expires") {
 				e.ExpiresAt = noon.Add(time.Duration(n-15) * time.Second)
@@ -92,11 +93,13 @@ func genOp(t *testing.T) *rapid.Generator[store.Op] {
 	})
 }
 
+var someRoles = []role.Role{{}, {}, {Name: role.Operator}, {Name: role.Registrar, Prefix: "/ns/a"}, {Name: role.Registrar, Prefix: "/ns/b"}}
+
 // dump writes a picture down: each tree in its own order.
 func dump(p *picture) []string {
 	out := []string{fmt.Sprint("revision ", p.revision, " keys ", p.replicas.keysAt, " revocations ", p.revocations.Len())}
 	for name, tree := range map[string]index.Tree[*entry.Entry]{
-		"id": p.entries.byID, "parent": p.entries.byParent, "name": p.entries.bySPIFFEID, "expiry": p.entries.byExpiry, "admin": p.entries.admins,
+		"id": p.entries.byID, "parent": p.entries.byParent, "name": p.entries.bySPIFFEID, "expiry": p.entries.byExpiry, "role": p.entries.roles,
 	} {
 		for k, e := range tree.All() {
 			out = append(out, fmt.Sprintf("%s %x %+v", name, k, *e))
@@ -209,9 +212,19 @@ func lookUp(rt *rapid.T, r *Registry) {
 	}
 	for _, name := range names {
 		id := spiffeid.RequireFromPath(td, name)
-		want := slices.ContainsFunc(all, func(e *entry.Entry) bool { return e.Admin && e.SPIFFEID == id && !e.Expired(noon) })
-		if got := r.Admin(id, noon); got != want {
-			rt.Fatalf("Admin(%s) = %t; want %t", id, got, want)
+		var given []role.Role
+		for _, e := range all {
+			if e.SPIFFEID == id && !e.Expired(noon) {
+				given = append(given, e.Role)
+			}
+		}
+		slices.SortFunc(given, func(a, b role.Role) int { return strings.Compare(a.String(), b.String()) })
+		var want role.Role
+		if given = slices.Compact(given); len(given) == 1 {
+			want = given[0]
+		}
+		if got := r.Role(id, noon); got != want {
+			rt.Fatalf("Role(%s) = %s; want %s", id, got, want)
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -23,6 +24,7 @@ import (
 	"merlon.dev/ca/internal/index"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/sdk/svid"
@@ -192,14 +194,54 @@ func (p *picture) agent(id spiffeid.ID) *attest.Agent {
 	return a
 }
 
-// Admin says whether a live registration entry makes id an administrator.
-func (r *Registry) Admin(id spiffeid.ID, now time.Time) bool {
-	for e := range r.pic.Load().entries.admins.Group(index.Hash(id.String())) {
-		if e.SPIFFEID == id && !e.Expired(now) {
-			return true
+// Role returns what a workload with the given SPIFFE ID may administer: the role
+// that all of its live entries give it. Where one of them gives another or none,
+// it has none: whoever can register an ID would otherwise have the power that
+// somebody else gave it.
+func (r *Registry) Role(id spiffeid.ID, now time.Time) role.Role {
+	s := &r.pic.Load().entries
+	if agreed(named(s.roles, id, now)) == (role.Role{}) { // most have none
+		return role.Role{}
+	}
+	return agreed(named(s.bySPIFFEID, id, now))
+}
+
+// Disagrees returns a live entry for the SPIFFE ID of e that gives another role.
+func (r *Registry) Disagrees(e *entry.Entry, now time.Time) (*entry.Entry, bool) {
+	s := &r.pic.Load().entries
+	tree := s.bySPIFFEID // an ID can have as many as there are nodes
+	if e.Role == (role.Role{}) {
+		tree = s.roles
+	}
+	for other := range named(tree, e.SPIFFEID, now) {
+		if other.Role != e.Role {
+			return other, true
 		}
 	}
-	return false
+	return nil, false
+}
+
+// named are the live entries of id in a tree that is ordered by SPIFFE ID.
+func named(tree index.Tree[*entry.Entry], id spiffeid.ID, now time.Time) iter.Seq[*entry.Entry] {
+	return func(yield func(*entry.Entry) bool) {
+		for e := range tree.Group(index.Hash(id.String())) {
+			if e.SPIFFEID == id && !e.Expired(now) && !yield(e) {
+				return
+			}
+		}
+	}
+}
+
+// agreed is the role that all of the entries give.
+func agreed(entries iter.Seq[*entry.Entry]) (r role.Role) {
+	first := true
+	for e := range entries {
+		if !first && e.Role != r {
+			return role.Role{}
+		}
+		r, first = e.Role, false
+	}
+	return r
 }
 
 // Revoked returns a record that withdraws the peer's SVID.

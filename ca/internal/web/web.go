@@ -164,21 +164,21 @@ func (s *Server) callerOf(r *http.Request) *api.Caller {
 }
 
 // admit says why the caller may not do r to the bundle called name; code 0 lets
-// it through. Writing is for administrators, reading also for agents and for
-// the holders of a token for this very bundle.
+// it through. Writing is for whom PushPolicy is for, reading for whom GetPolicy is
+// for, for agents, and for the holders of a token for this very bundle.
 func (s *Server) admit(r *http.Request, c *api.Caller, name string) (code int, reason string) {
-	if c.Is(capb.Caller_CALLER_ADMIN) {
-		return 0, ""
-	}
 	if r.Method == http.MethodPut {
-		return deny(c, "uploading a policy bundle needs the X509-SVID of an admin entry")
+		if s.opts.Service.Permits(c, capb.Admin_PushPolicy_FullMethodName) {
+			return 0, ""
+		}
+		return deny(c, "uploading a policy bundle needs the role policy-publisher or operator")
 	}
-	if c.Is(capb.Caller_CALLER_AGENT) {
+	if c.Is(capb.Caller_CALLER_AGENT) || s.opts.Service.Permits(c, capb.Admin_GetPolicy_FullMethodName) {
 		return 0, ""
 	}
 	token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 	if !ok {
-		return deny(c, "reading a policy bundle needs the X509-SVID of an agent or administrator, or a bundle-reader token")
+		return deny(c, "reading a policy bundle needs the X509-SVID of an agent, viewer, policy-publisher or operator, or a bundle-reader token")
 	}
 	err := attest.CheckReaderToken(r.Context(), s.opts.Store, token, name, time.Now())
 	switch {
