@@ -27,32 +27,35 @@ type CommandLine struct {
 	ValidateOnly bool
 }
 
-var usage = map[string]string{
-	"trust_domain":     "name under which every SPIFFE ID is issued, such as example.org (required)",
-	"data_dir":         "folder of the store, the keys and the audit log (default " + DefaultDataDir + ")",
-	"store":            "badger, in data_dir, or etcd (default badger)",
-	"disk_reserve_mib": "MiB of disk that stay free; with less, nothing is written (default 256)",
-	"etcd_endpoints":   "client URLs of etcd's members, separated by commas (store etcd)",
-	"etcd_ca_file":     "PEM file with the CA of etcd's members",
-	"etcd_cert_file":   "PEM file with our certificate for etcd",
-	"etcd_key_file":    "PEM file with the key of etcd_cert_file",
-	"etcd_prefix":      "beginning of all keys in etcd (default " + etcd.DefaultPrefix + ")",
-	"replica_name":     "name among the CA's replicas (default: " + DefaultReplicaName + " with the root, otherwise that in the join token)",
-	"join_address":     "host:port of the replica that holds the root key, to become a replica of it (store etcd)",
-	"join_token_file":  "file with the replica's join token",
-	"root_hash":        "SHA-256 of the root's public key in hex, as printed with the token",
-	"address":          "host:port of gRPC (default " + DefaultAddress + ")",
-	"https_address":    "host:port of HTTPS (default " + DefaultHTTPSAddress + ")",
-	"health_address":   "host:port of health and metrics (default " + DefaultHealthAddress + ")",
-	"admin_socket":     "path of the admin socket (default " + DefaultAdminSocket + ")",
-	"admin_uids":       "uids, separated by commas, that may use the admin socket beside root and the CA's own",
-	"dns_names":        "DNS names, separated by commas, in the CA's own certificate beside localhost",
-	"x509_svid_ttl":    "life of X509-SVIDs whose entry does not say (default 1h)",
-	"jwt_svid_ttl":     "life of JWT-SVIDs whose entry does not say (default 5m)",
-	"agent_svid_ttl":   "life of the agents' X509-SVIDs (default 1h)",
-	"development":      "mark the root as a development root",
-	"log_level":        "debug, info, warn or error (default info)",
-	"log_format":       "text or json (default text)",
+var usage = map[string]string{ //nolint:gosec // says what settings are; holds no secret
+	"trust_domain":        "name under which every SPIFFE ID is issued, such as example.org (required)",
+	"data_dir":            "folder of the store, the keys and the audit log (default " + DefaultDataDir + ")",
+	"store":               "badger, in data_dir, or etcd (default badger)",
+	"disk_reserve_mib":    "MiB of disk that stay free; with less, nothing is written (default 256)",
+	"etcd_endpoints":      "client URLs of etcd's members, separated by commas (store etcd)",
+	"etcd_ca_file":        "PEM file with the CA of etcd's members",
+	"etcd_cert_file":      "PEM file with our certificate for etcd",
+	"etcd_key_file":       "PEM file with the key of etcd_cert_file",
+	"etcd_prefix":         "beginning of all keys in etcd (default " + etcd.DefaultPrefix + ")",
+	"replica_name":        "name among the CA's replicas (default: " + DefaultReplicaName + " with the root, otherwise that in the join token)",
+	"join_address":        "host:port of the replica that holds the root key, to become a replica of it (store etcd)",
+	"join_token_file":     "file with the replica's join token",
+	"root_hash":           "SHA-256 of the root's public key in hex, as printed with the token",
+	"key_file":            "file with the key under which private keys are sealed, 64 hex digits (default: kek in data_dir, made when missing)",
+	"key_credential":      "name of the systemd credential with that key, instead of a file",
+	"key_passphrase_file": "file with a passphrase, of which that key is made",
+	"address":             "host:port of gRPC (default " + DefaultAddress + ")",
+	"https_address":       "host:port of HTTPS (default " + DefaultHTTPSAddress + ")",
+	"health_address":      "host:port of health and metrics (default " + DefaultHealthAddress + ")",
+	"admin_socket":        "path of the admin socket (default " + DefaultAdminSocket + ")",
+	"admin_uids":          "uids, separated by commas, that may use the admin socket beside root and the CA's own",
+	"dns_names":           "DNS names, separated by commas, in the CA's own certificate beside localhost",
+	"x509_svid_ttl":       "life of X509-SVIDs whose entry does not say (default 1h)",
+	"jwt_svid_ttl":        "life of JWT-SVIDs whose entry does not say (default 5m)",
+	"agent_svid_ttl":      "life of the agents' X509-SVIDs (default 1h)",
+	"development":         "mark the root as a development root",
+	"log_level":           "debug, info, warn or error (default info)",
+	"log_format":          "text or json (default text)",
 }
 
 // ParseCommandLine reads args (without the program's name), the environment
@@ -135,7 +138,7 @@ func Hint(err error) string {
 	if _, ok := errors.AsType[*usageError](err); ok {
 		return "merlon-ca -h shows every flag and an example"
 	}
-	if hint := replicaHint(err); hint != "" {
+	if hint := partHint(err); hint != "" {
 		return hint
 	}
 	switch text := err.Error(); {
@@ -157,8 +160,8 @@ func Hint(err error) string {
 	return ""
 }
 
-// replicaHint is Hint for CAs of more than one replica.
-func replicaHint(err error) string {
+// partHint is Hint for errors that the CA's parts name.
+func partHint(err error) string {
 	const create = "merlon token create --kind replica --name NAME"
 	for _, known := range []struct {
 		is   error
@@ -168,6 +171,10 @@ func replicaHint(err error) string {
 		{upstream.ErrIsReplica, "set join_address to the CA that holds the root key"},
 		{upstream.ErrIsRootHolder, "remove join_address, or use another data_dir for the replica"},
 		{upstream.ErrEnded, rejoin},
+		{upstream.ErrNoKEK, "put it back to where it was, or say where it is with key_file, key_credential or key_passphrase_file; without it the keys are lost, and only a backup of both helps"},
+		{upstream.ErrWrongKEK, "set key_file, key_credential or key_passphrase_file to the one they were sealed under; after `merlon key reseal` was interrupted, run it again. If all of that is right the file is damaged: restore data_dir/keys from a backup"},
+		{upstream.ErrSealBroken, "restore the file from a backup of data_dir/keys; nothing was changed"},
+		{upstream.ErrKeysInUse, "stop the merlon-ca that runs on this data_dir"},
 		{errEvicted, rejoin},
 		{trust.ErrOtherRoot, "a store is of no use without its keys: put the keys folder of the CA that it is from into data_dir; replicas share one store, at the same etcd_endpoints and etcd_prefix"},
 		{errNoJoinToken, "run `" + create + "` on the CA that holds the root key, then set join_token_file and root_hash"},

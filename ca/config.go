@@ -94,6 +94,20 @@ type Config struct {
 	// token: the token goes to no CA without this root. Required with a token.
 	RootHash string `yaml:"root_hash"`
 
+	// KeyFile holds the key-encryption key under which the CA's private keys lie
+	// in data_dir/keys: 64 hex digits, as `openssl rand -hex 32` prints them.
+	// Default: data_dir/kek, which is made on the first start.
+	KeyFile string `yaml:"key_file"`
+
+	// KeyCredential is the name of a systemd credential (LoadCredential= or
+	// LoadCredentialEncrypted=) that holds the key-encryption key, as KeyFile
+	// does.
+	KeyCredential string `yaml:"key_credential"`
+
+	// KeyPassphraseFile holds a passphrase of which the key-encryption key is
+	// made, by scrypt.
+	KeyPassphraseFile string `yaml:"key_passphrase_file"`
+
 	// Address is where agents and administrators connect by gRPC, host:port.
 	// Default: :8443.
 	Address string `yaml:"address"`
@@ -177,6 +191,7 @@ func Keys() []string {
 		"trust_domain", "data_dir", "store", "disk_reserve_mib",
 		"etcd_endpoints", "etcd_ca_file", "etcd_cert_file", "etcd_key_file", "etcd_prefix",
 		"replica_name", "join_address", "join_token", "join_token_file", "root_hash",
+		"key_file", "key_credential", "key_passphrase_file",
 		"address", "https_address", "health_address", "admin_socket", "admin_uids", "dns_names",
 		"x509_svid_ttl", "jwt_svid_ttl", "agent_svid_ttl", "development",
 		"log_level", "log_format",
@@ -224,6 +239,7 @@ func (c *Config) text(key string) *string {
 		"etcd_ca_file": &c.EtcdCAFile, "etcd_cert_file": &c.EtcdCertFile, "etcd_key_file": &c.EtcdKeyFile, "etcd_prefix": &c.EtcdPrefix,
 		"replica_name": &c.ReplicaName, "join_address": &c.JoinAddress, "join_token": &c.JoinToken,
 		"join_token_file": &c.JoinTokenFile, "root_hash": &c.RootHash,
+		"key_file": &c.KeyFile, "key_credential": &c.KeyCredential, "key_passphrase_file": &c.KeyPassphraseFile,
 		"address": &c.Address, "https_address": &c.HTTPSAddress, "health_address": &c.HealthAddress,
 		"admin_socket": &c.AdminSocket, "log_level": &c.LogLevel, "log_format": &c.LogFormat,
 	}[key]
@@ -277,6 +293,9 @@ func (c Config) Validate() error {
 		return err
 	}
 	if err := c.checkJoin(); err != nil {
+		return err
+	}
+	if err := c.checkKeys(); err != nil {
 		return err
 	}
 	if _, err := parseLevel(c.LogLevel); err != nil {

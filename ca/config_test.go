@@ -47,6 +47,9 @@ func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 		"token alone":     {"trust_domain: a.test\njoin_token: t\n", "join_address: "},
 		"two tokens":      {etcdYAML(localEtcd + "join_address: ca:8443\njoin_token: t\njoin_token_file: /t\n"), "join_token_file: "},
 		"no hash":         {etcdYAML(localEtcd + "join_address: ca:8443\njoin_token: t\n"), "root_hash: "},
+		"two key sources": {"trust_domain: a.test\nkey_file: /k\nkey_passphrase_file: /p\n", "key_file, "},
+		"kek beside keys": {"trust_domain: a.test\ndata_dir: /d\nkey_file: /d/keys/kek\n", "key_file: "},
+		"credential path": {"trust_domain: a.test\nkey_credential: /run/x\n", "key_credential: "},
 		"short hash":      {etcdYAML(localEtcd + "join_address: ca:8443\njoin_token: t\nroot_hash: 0a0a\n"), "root_hash: "},
 		"bare TTL":        {"trust_domain: a.test\njwt_svid_ttl: 5\n", "ca.yaml:2:"},
 	} {

@@ -9,7 +9,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -34,9 +33,13 @@ func (s *Server) openKeys(ctx context.Context, p *parts) error {
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return err
 	}
-	cfg := upstream.Config{
-		TrustDomain: s.td, Dir: filepath.Join(s.cfg.DataDir, "keys"), Development: s.cfg.Development,
-		Name: s.cfg.ReplicaName, ExistingRoot: published != nil,
+	cfg, err := s.cfg.upstream()
+	if err != nil {
+		return err
+	}
+	cfg.ExistingRoot = published != nil
+	if p.keysLock, err = upstream.Lock(cfg.Dir); err != nil {
+		return err
 	}
 	if s.cfg.JoinAddress != "" {
 		cfg.RootHolder = &rootHolder{cfg: s.cfg, td: s.td, log: s.log, published: published, own: p.ownIdentity}

@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -106,6 +107,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 type parts struct {
 	store    store.Store
 	audit    *audit.Log
+	keysLock io.Closer
 	keys     *upstream.Keys
 	registry *registry.Registry
 	policy   *policyKeys
@@ -121,6 +123,9 @@ type parts struct {
 // close closes the store last: everything else may still want to write.
 func (p *parts) close() error {
 	var errs []error
+	if p.keysLock != nil {
+		errs = append(errs, p.keysLock.Close())
+	}
 	if p.audit != nil {
 		errs = append(errs, p.audit.Close())
 	}

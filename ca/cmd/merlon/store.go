@@ -109,7 +109,7 @@ root nobody has.`,
 			if err := printFields(cmd.OutOrStdout(), out.fields()...); err != nil {
 				return err
 			}
-			_, err = fmt.Fprintln(cmd.ErrOrStderr(), "hint: no key is in it: keep a copy of the CA's data_dir/keys too, where only you can read it")
+			_, err = fmt.Fprintln(cmd.ErrOrStderr(), "hint: no key is in it: keep a copy of the CA's data_dir/keys too, and elsewhere one of what they are sealed under (key_file; by default data_dir/kek)")
 			return err
 		},
 	}

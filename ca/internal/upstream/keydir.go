@@ -1,25 +1,26 @@
-// Keys on disk. A generation is a folder KIND-NUMBER with key.pem and, but for
-// the JWT key, cert.pem; of its root a replica has the certificate alone, as
-// "anchor". It is written under another name, synced,
-// and renamed: a crash leaves all of it or nothing that counts, and two processes
-// cannot make the same generation.
+// Keys on disk. A generation is a folder KIND-NUMBER with key.sealed (seal.go)
+// and, but for the JWT key, cert.pem; of its root a replica has the certificate
+// alone, as "anchor". It is written under another name, synced, and renamed: a
+// crash leaves all of it or nothing that counts, and two processes cannot make the
+// same generation. Keys in clear, as key.pem, are of an older merlon-ca: they are
+// sealed on sight (sealclear.go).
 
 package upstream
 
 import (
+	"context"
 	"crypto"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 
 	kmsapi "go.step.sm/crypto/kms/apiv1"
 
@@ -37,7 +38,6 @@ const (
 )
 
 const (
-	keyFile  = "key.pem"
 	certFile = "cert.pem"
 	// Unfinished generations begin with a dot, which no kind does.
 	unfinished = ".new-"
@@ -52,47 +52,69 @@ type generation struct {
 	cert   *x509.Certificate // nil for jwt, and for policy until it is certified
 }
 
-// keyDir is the folder. It is not safe for concurrent use.
-type keyDir struct {
-	path    string
-	keys    kmsapi.KeyManager
-	numbers map[kind][]int // generations that are there, ascending
+// madeKey is a key that was just made and is not put away yet.
+type madeKey struct {
+	signer  crypto.Signer
+	private crypto.PrivateKey
 }
 
-// openKeyDir makes the folder when it is missing and removes what a crash left
-// unfinished.
-func openKeyDir(path string, keys kmsapi.KeyManager) (*keyDir, error) {
-	if err := os.MkdirAll(path, 0o700); err != nil {
+// keyDir is the folder. It is not safe for concurrent use.
+type keyDir struct {
+	path        string
+	trustDomain string
+	keys        kmsapi.KeyManager
+	source      KEKSource
+	kek         *kek // nil until it is needed
+	log         *slog.Logger
+	numbers     map[kind][]int // generations that are there, ascending
+}
+
+// openKeyDir makes the folder when it is missing, removes what a crash left
+// unfinished, and seals what lies in clear.
+func openKeyDir(ctx context.Context, cfg Config, keys kmsapi.KeyManager) (*keyDir, error) {
+	d := &keyDir{path: cfg.Dir, trustDomain: cfg.TrustDomain.Name(), keys: keys, source: cfg.KEK, log: cfg.Logger, numbers: make(map[kind][]int)}
+	if err := d.list(); err != nil {
 		return nil, err
+	}
+	return d, d.sealClear(ctx)
+}
+
+// list makes the folder, or looks what is in it.
+func (d *keyDir) list() error {
+	path := d.path
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return err
 	}
 	if err := checkMode(path, fs.ModeDir, 0o700); err != nil {
-		return nil, err
+		return err
 	}
 	if err := durable.SyncDir(filepath.Dir(path)); err != nil { // or a crash takes the new folder away
-		return nil, err
+		return err
 	}
-	d := &keyDir{path: path, keys: keys, numbers: make(map[kind][]int)}
 	entries, err := os.ReadDir(path)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for _, entry := range entries {
 		if strings.HasPrefix(entry.Name(), unfinished) {
 			if err := os.RemoveAll(filepath.Join(path, entry.Name())); err != nil {
-				return nil, fmt.Errorf("remove an unfinished key: %w", err)
+				return fmt.Errorf("remove an unfinished key: %w", err)
 			}
 			continue
 		}
 		what, number, ok := parseGeneration(entry.Name())
 		if !ok {
-			return nil, fmt.Errorf("%s does not belong here; move it elsewhere", filepath.Join(path, entry.Name()))
+			return fmt.Errorf("%s does not belong here; move it elsewhere", filepath.Join(path, entry.Name()))
+		}
+		if err := durable.RemoveUnfinished(d.folder(what, number)); err != nil {
+			return err
 		}
 		d.numbers[what] = append(d.numbers[what], number)
 	}
 	for _, numbers := range d.numbers {
 		slices.Sort(numbers)
 	}
-	return d, nil
+	return nil
 }
 
 func parseGeneration(name string) (kind, int, bool) {
@@ -132,12 +154,9 @@ func (d *keyDir) load(what kind, number int) (*generation, error) {
 	}
 	gen := &generation{kind: what, number: number}
 	if what != kindAnchor {
-		keyPEM, err := readPrivate(filepath.Join(folder, keyFile))
-		if err != nil {
+		var err error
+		if gen.signer, err = d.loadSigner(what, number); err != nil {
 			return nil, err
-		}
-		if gen.signer, err = d.keys.CreateSigner(&kmsapi.CreateSignerRequest{SigningKeyPEM: keyPEM}); err != nil {
-			return nil, fmt.Errorf("load %s: %w", filepath.Join(folder, keyFile), err)
 		}
 	}
 	cert, err := loadCert(filepath.Join(folder, certFile), gen.signer)
@@ -147,6 +166,56 @@ func (d *keyDir) load(what kind, number int) (*generation, error) {
 	}
 	gen.cert = cert
 	return gen, nil
+}
+
+func (d *keyDir) loadSigner(what kind, number int) (crypto.Signer, error) {
+	path := filepath.Join(d.folder(what, number), sealedFile)
+	text, err := readPrivate(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.openKEK(); err != nil {
+		return nil, err
+	}
+	private, err := d.kek.open(text, d.seat(what, number))
+	if err != nil {
+		return nil, fmt.Errorf("load %s: %w", path, err)
+	}
+	signer, err := d.keys.CreateSigner(&kmsapi.CreateSignerRequest{SigningKeyPEM: pem.EncodeToMemory(&pem.Block{Type: clearType, Bytes: private})})
+	if err != nil {
+		return nil, fmt.Errorf("load %s: %w", path, err)
+	}
+	return signer, nil
+}
+
+func (d *keyDir) seat(what kind, number int) seat {
+	return seat{trustDomain: d.trustDomain, kind: what, number: number}
+}
+
+// algorithms of the keys by what they are for.
+var algorithms = map[kind]kmsapi.SignatureAlgorithm{
+	kindRoot:         kmsapi.ECDSAWithSHA384,
+	kindIntermediate: kmsapi.ECDSAWithSHA256,
+	kindJWT:          kmsapi.ECDSAWithSHA256,
+	kindPolicy:       kmsapi.ECDSAWithSHA256,
+}
+
+// request asks for a key for what.
+func (d *keyDir) request(what kind) *kmsapi.CreateKeyRequest {
+	return &kmsapi.CreateKeyRequest{SignatureAlgorithm: algorithms[what]}
+}
+
+// create makes a key, which add puts away.
+func (d *keyDir) create(what kind) (madeKey, error) {
+	made, err := d.keys.CreateKey(d.request(what))
+	if err != nil {
+		return madeKey{}, fmt.Errorf("make a %s key: %w", what, err)
+	}
+	signer, err := d.keys.CreateSigner(&made.CreateSignerRequest)
+	if err != nil {
+		return madeKey{}, fmt.Errorf("make a %s key: %w", what, err)
+	}
+	return madeKey{signer: signer, private: made.PrivateKey}, nil
 }
 
 // loadCert reads the certificate of signer; nil: of somebody else.
@@ -174,11 +243,7 @@ func loadCert(path string, signer crypto.Signer) (*x509.Certificate, error) {
 
 // add puts a key away as the next generation of its kind; an anchor has none. When
 // it returns without error, the key survives a crash.
-func (d *keyDir) add(what kind, key crypto.PrivateKey, cert *x509.Certificate) (*generation, error) {
-	signer, ok := key.(crypto.Signer)
-	if !ok && what != kindAnchor {
-		return nil, fmt.Errorf("put a %s key away: type %T does not sign", what, key)
-	}
+func (d *keyDir) add(what kind, key madeKey, cert *x509.Certificate) (*generation, error) {
 	number := 1
 	if numbers := d.numbers[what]; len(numbers) > 0 {
 		number = numbers[len(numbers)-1] + 1
@@ -187,10 +252,10 @@ func (d *keyDir) add(what kind, key crypto.PrivateKey, cert *x509.Certificate) (
 		return nil, fmt.Errorf("put %s generation %d away: %w", what, number, err)
 	}
 	d.numbers[what] = append(d.numbers[what], number)
-	return &generation{kind: what, number: number, signer: signer, cert: cert}, nil
+	return &generation{kind: what, number: number, signer: key.signer, cert: cert}, nil
 }
 
-func (d *keyDir) write(what kind, number int, key crypto.PrivateKey, cert *x509.Certificate) (err error) {
+func (d *keyDir) write(what kind, number int, key madeKey, cert *x509.Certificate) (err error) {
 	temp, err := os.MkdirTemp(d.path, unfinished) // mode 0700
 	if err != nil {
 		return err
@@ -200,17 +265,17 @@ func (d *keyDir) write(what kind, number int, key crypto.PrivateKey, cert *x509.
 			err = errors.Join(err, os.RemoveAll(temp))
 		}
 	}()
-	if key != nil {
-		der, err := x509.MarshalPKCS8PrivateKey(key)
+	if what != kindAnchor {
+		sealed, err := d.sealKey(key.private, d.seat(what, number))
 		if err != nil {
 			return err
 		}
-		if err := writeSynced(filepath.Join(temp, keyFile), "PRIVATE KEY", der); err != nil {
+		if err := writeSynced(filepath.Join(temp, sealedFile), sealed); err != nil {
 			return err
 		}
 	}
 	if cert != nil {
-		if err := writeSynced(filepath.Join(temp, certFile), "CERTIFICATE", cert.Raw); err != nil {
+		if err := writeSynced(filepath.Join(temp, certFile), encodeCert(cert)); err != nil {
 			return err
 		}
 	}
@@ -225,22 +290,30 @@ func (d *keyDir) write(what kind, number int, key crypto.PrivateKey, cert *x509.
 	return durable.SyncDir(d.path)
 }
 
+func (d *keyDir) sealKey(private crypto.PrivateKey, at seat) ([]byte, error) {
+	der, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.openKEK(); err != nil {
+		return nil, err
+	}
+	return d.kek.seal(der, at)
+}
+
+func encodeCert(cert *x509.Certificate) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})
+}
+
 // certify puts a certificate beside the key of gen, which had none. A crash leaves
 // all of it or nothing that counts.
 func (d *keyDir) certify(gen *generation, cert *x509.Certificate) error {
 	folder := d.folder(gen.kind, gen.number)
-	temp := filepath.Join(folder, unfinished+certFile)
-	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("put the certificate of %s away: %w", folder, err)
-	}
-	if err := writeSynced(temp, "CERTIFICATE", cert.Raw); err != nil {
-		return fmt.Errorf("put the certificate of %s away: %w", folder, err)
-	}
-	if err := os.Rename(temp, filepath.Join(folder, certFile)); err != nil {
+	if err := durable.WriteFile(folder, certFile, encodeCert(cert)); err != nil {
 		return fmt.Errorf("put the certificate of %s away: %w", folder, err)
 	}
 	gen.cert = cert
-	return durable.SyncDir(folder)
+	return nil
 }
 
 // removeOlder removes the generations before gen of its kind.
@@ -258,57 +331,11 @@ func (d *keyDir) removeOlder(gen *generation) error {
 	return errors.Join(errs...)
 }
 
-func writeSynced(path, blockType string, der []byte) error {
+func writeSynced(path string, text []byte) error {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(pem.EncodeToMemory(&pem.Block{Type: blockType, Bytes: der}))
+	_, err = f.Write(text)
 	return errors.Join(err, f.Sync(), f.Close())
-}
-
-// readPrivate reads a file that nobody else may read or replace. The file that is
-// checked is the one that is read.
-func readPrivate(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW, 0)
-	if err != nil {
-		return nil, fmt.Errorf("read a key file: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if err := checkInfo(path, info, 0, 0o600); err != nil {
-		return nil, err
-	}
-	text, err := io.ReadAll(io.LimitReader(f, maxPEM+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(text) > maxPEM {
-		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxPEM)
-	}
-	return text, nil
-}
-
-func checkMode(path string, typ, max fs.FileMode) error {
-	info, err := os.Lstat(path)
-	if err != nil {
-		return err
-	}
-	return checkInfo(path, info, typ, max)
-}
-
-func checkInfo(path string, info fs.FileInfo, typ, max fs.FileMode) error {
-	if info.Mode().Type() != typ {
-		return fmt.Errorf("%s is not a %s", path, map[fs.FileMode]string{0: "regular file", fs.ModeDir: "folder"}[typ])
-	}
-	if extra := info.Mode().Perm() &^ max; extra != 0 {
-		return fmt.Errorf("%s has mode %#o, so others may read or change it; run: chmod %#o %s", path, info.Mode().Perm(), max, path)
-	}
-	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() && st.Uid != 0 {
-		return fmt.Errorf("%s belongs to user %d; run: chown %d %s", path, st.Uid, os.Geteuid(), path)
-	}
-	return nil
 }

@@ -19,7 +19,6 @@ import (
 
 	"github.com/smallstep/certificates/cas/apiv1"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	kmsapi "go.step.sm/crypto/kms/apiv1"
 
 	"merlon.dev/ca/internal/authority"
 )
@@ -40,10 +39,9 @@ func (k *Keys) makeRoot(now time.Time) (*generation, error) {
 	}
 	template.MaxPathLen = 1 // the intermediate, and no authority below it
 	return k.makeAuthority(kindRoot, &apiv1.CreateCertificateAuthorityRequest{
-		Type:      apiv1.RootCA,
-		Template:  template,
-		Lifetime:  k.cfg.RootTTL,
-		CreateKey: &kmsapi.CreateKeyRequest{SignatureAlgorithm: kmsapi.ECDSAWithSHA384},
+		Type:     apiv1.RootCA,
+		Template: template,
+		Lifetime: k.cfg.RootTTL,
 	})
 }
 
@@ -53,11 +51,10 @@ func (k *Keys) makeIntermediate(now time.Time) (*generation, error) {
 		return nil, err
 	}
 	return k.makeAuthority(kindIntermediate, &apiv1.CreateCertificateAuthorityRequest{
-		Type:      apiv1.IntermediateCA,
-		Template:  template,
-		Lifetime:  k.cfg.IntermediateTTL,
-		CreateKey: &kmsapi.CreateKeyRequest{SignatureAlgorithm: kmsapi.ECDSAWithSHA256},
-		Parent:    &apiv1.CreateCertificateAuthorityResponse{Certificate: k.root.cert, Signer: k.root.signer},
+		Type:     apiv1.IntermediateCA,
+		Template: template,
+		Lifetime: k.cfg.IntermediateTTL,
+		Parent:   &apiv1.CreateCertificateAuthorityResponse{Certificate: k.root.cert, Signer: k.root.signer},
 	})
 }
 
@@ -87,6 +84,7 @@ func (k *Keys) intermediateTemplate(now time.Time) (*x509.Certificate, error) {
 
 // makeAuthority has the certificate made and puts it away with its key.
 func (k *Keys) makeAuthority(what kind, req *apiv1.CreateCertificateAuthorityRequest) (*generation, error) {
+	req.CreateKey = k.dir.request(what)
 	made, err := k.cas.CreateCertificateAuthority(req)
 	if err != nil {
 		return nil, err
@@ -94,7 +92,7 @@ func (k *Keys) makeAuthority(what kind, req *apiv1.CreateCertificateAuthorityReq
 	if err := checkAuthority(made.Certificate, req.Template); err != nil {
 		return nil, fmt.Errorf("the certificate that was made is not the one asked for: %w", err)
 	}
-	return k.dir.add(what, made.PrivateKey, made.Certificate)
+	return k.dir.add(what, madeKey{signer: made.Signer, private: made.PrivateKey}, made.Certificate)
 }
 
 // caTemplate is what root and intermediate have in common (X6, X8, X10, X11).

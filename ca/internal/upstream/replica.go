@@ -12,8 +12,6 @@ import (
 	"fmt"
 	"time"
 
-	kmsapi "go.step.sm/crypto/kms/apiv1"
-
 	"merlon.dev/ca/internal/replica"
 )
 
@@ -98,7 +96,7 @@ func (k *Keys) checkOwnPolicy(now time.Time) error {
 // join has the keys certified for the first time. The root is put away last: it
 // is what makes the folder a replica's.
 func (k *Keys) join(ctx context.Context, now time.Time) error {
-	signer, requests, err := k.requests()
+	key, requests, err := k.requests()
 	if err != nil {
 		return err
 	}
@@ -110,48 +108,44 @@ func (k *Keys) join(ctx context.Context, now time.Time) error {
 	if err := k.checkRoot(got.Root, now); err != nil {
 		return err
 	}
-	if err := k.takeOver(got, signer, now); err != nil {
+	if err := k.takeOver(got, key, now); err != nil {
 		return err
 	}
 	if err := k.checkOwnPolicy(now); err != nil {
 		return err
 	}
-	_, err = k.dir.add(kindAnchor, nil, got.Root)
+	_, err = k.dir.add(kindAnchor, madeKey{}, got.Root)
 	return err
 }
 
 // requests makes a key for a new intermediate, and asks for all three.
-func (k *Keys) requests() (crypto.Signer, KeyRequests, error) {
-	key, err := k.keys.CreateKey(&kmsapi.CreateKeyRequest{SignatureAlgorithm: kmsapi.ECDSAWithSHA256})
+func (k *Keys) requests() (madeKey, KeyRequests, error) {
+	key, err := k.dir.create(kindIntermediate)
 	if err != nil {
-		return nil, KeyRequests{}, fmt.Errorf("make a key: %w", err)
-	}
-	signer, ok := key.PrivateKey.(crypto.Signer)
-	if !ok {
-		return nil, KeyRequests{}, fmt.Errorf("make a key: type %T does not sign", key.PrivateKey)
+		return madeKey{}, KeyRequests{}, err
 	}
 	var r KeyRequests
 	for _, request := range []struct {
 		to   *[]byte
 		with crypto.Signer
-	}{{&r.Intermediate, signer}, {&r.Policy, k.policy.signer}, {&r.JWT, k.jwt.Signer}} {
+	}{{&r.Intermediate, key.signer}, {&r.Policy, k.policy.signer}, {&r.JWT, k.jwt.Signer}} {
 		if *request.to, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, request.with); err != nil {
-			return nil, KeyRequests{}, fmt.Errorf("make a CSR: %w", err)
+			return madeKey{}, KeyRequests{}, fmt.Errorf("make a CSR: %w", err)
 		}
 	}
-	return signer, r, nil
+	return key, r, nil
 }
 
 // takeOver checks what the root holder made, and puts it away.
-func (k *Keys) takeOver(got *Certificates, signer crypto.Signer, now time.Time) error {
+func (k *Keys) takeOver(got *Certificates, made madeKey, now time.Time) error {
 	want, err := k.intermediateTemplate(now)
 	if err != nil {
 		return err
 	}
 	want.NotAfter = k.root.cert.NotAfter // how long it lives is the root holder's matter
-	key, ok := signer.Public().(*ecdsa.PublicKey)
+	key, ok := made.signer.Public().(*ecdsa.PublicKey)
 	if !ok {
-		return fmt.Errorf("the intermediate's key is a %T", signer.Public())
+		return fmt.Errorf("the intermediate's key is a %T", made.signer.Public())
 	}
 	if err := k.checkIntermediate(got.Intermediate, want, key); err != nil {
 		return fmt.Errorf("the intermediate that the root holder made: %w", err)
@@ -168,7 +162,7 @@ func (k *Keys) takeOver(got *Certificates, signer crypto.Signer, now time.Time) 
 			return err
 		}
 	}
-	gen, err := k.dir.add(kindIntermediate, signer, got.Intermediate)
+	gen, err := k.dir.add(kindIntermediate, made, got.Intermediate)
 	if err != nil {
 		return err
 	}
@@ -181,7 +175,7 @@ func (k *Keys) takeOver(got *Certificates, signer crypto.Signer, now time.Time) 
 
 // recertify asks the root holder for the next intermediate. k.mu is held.
 func (k *Keys) recertify(ctx context.Context, now time.Time) error {
-	signer, requests, err := k.requests()
+	key, requests, err := k.requests()
 	if err != nil {
 		return err
 	}
@@ -192,5 +186,5 @@ func (k *Keys) recertify(ctx context.Context, now time.Time) error {
 	if !got.Root.Equal(k.root.cert) {
 		return errors.New("the root holder answers with another root")
 	}
-	return k.takeOver(got, signer, now)
+	return k.takeOver(got, key, now)
 }

@@ -94,7 +94,7 @@ func TestReplicaJoinsOnceAndIssuesUnderTheRoot(t *testing.T) {
 	if _, err := verify(t, root, issue(t, again, "/web")); err != nil {
 		t.Errorf("what the replica issues: %v", err)
 	}
-	entries, err := filepath.Glob(filepath.Join(cfg.Dir, "*", keyFile))
+	entries, err := filepath.Glob(filepath.Join(cfg.Dir, "*", sealedFile))
 	if err != nil || len(entries) != 3 {
 		t.Errorf("private keys: %v, %v; want intermediate, jwt and policy", entries, err)
 	}

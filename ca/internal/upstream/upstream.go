@@ -1,8 +1,8 @@
 // Package upstream holds the CA's own keys: the root, the issuing intermediate,
 // the JWT key and the key that signs policy bundles. A replica has all but the
 // root, whose holder certifies them. Certificates are made by
-// smallstep's softcas and keys by go.step.sm/crypto/kms, in a folder that only the
-// CA's user can read.
+// smallstep's softcas and keys by go.step.sm/crypto/kms, sealed in a folder that
+// only the CA's user can read.
 package upstream
 
 import (
@@ -14,6 +14,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -56,6 +57,10 @@ type Config struct {
 	// RootTTL and IntermediateTTL apply to authorities made from now on. Zero means
 	// the defaults.
 	RootTTL, IntermediateTTL time.Duration
+	// KEK is what the keys are sealed under. Zero: a file beside Dir.
+	KEK KEKSource
+	// Logger says what was sealed; nil: nobody.
+	Logger *slog.Logger
 }
 
 // Keys are the CA's authorities. They are safe for concurrent use.
@@ -91,6 +96,9 @@ func Open(ctx context.Context, cfg Config) (*Keys, error) {
 	if cfg.IntermediateTTL == 0 {
 		cfg.IntermediateTTL = DefaultIntermediateTTL
 	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
 	if cfg.RootTTL < time.Minute || cfg.IntermediateTTL < time.Minute {
 		return nil, errors.New("open the CA keys: an authority lives at least 1m")
 	}
@@ -109,7 +117,7 @@ func (k *Keys) open(ctx context.Context) error {
 	if k.cas, err = softcas.New(ctx, apiv1.Options{IsCreator: true, KeyManager: k.keys}); err != nil {
 		return fmt.Errorf("start softcas: %w", err)
 	}
-	if k.dir, err = openKeyDir(k.cfg.Dir, k.keys); err != nil {
+	if k.dir, err = openKeyDir(ctx, k.cfg, k.keys); err != nil {
 		return err
 	}
 	now := time.Now()
@@ -205,11 +213,11 @@ func (k *Keys) plainKey(what kind) (*generation, error) {
 		return nil, err
 	}
 	if gen == nil {
-		key, err := k.keys.CreateKey(&kmsapi.CreateKeyRequest{SignatureAlgorithm: kmsapi.ECDSAWithSHA256})
+		key, err := k.dir.create(what)
 		if err != nil {
-			return nil, fmt.Errorf("make a %s key: %w", what, err)
+			return nil, err
 		}
-		if gen, err = k.dir.add(what, key.PrivateKey, nil); err != nil {
+		if gen, err = k.dir.add(what, key, nil); err != nil {
 			return nil, err
 		}
 	}

@@ -296,11 +296,11 @@ func TestLooseModesAreRefusedWithTheCommandToRun(t *testing.T) {
 		mode os.FileMode
 		want string
 	}{
-		"readable key":         {"root-1/key.pem", 0o640, "run: chmod 0600 "},
+		"readable key":         {"root-1/key.sealed", 0o640, "run: chmod 0600 "},
 		"writable certificate": {"intermediate-1/cert.pem", 0o602, "run: chmod 0600 "},
 		"open folder":          {"", 0o755, "run: chmod 0700 "},
 		"open generation":      {"jwt-1", 0o710, "run: chmod 0700 "},
-		"policy key":           {"policy-1/key.pem", 0o604, "run: chmod 0600 "},
+		"policy key":           {"policy-1/key.sealed", 0o604, "run: chmod 0600 "},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -327,30 +327,30 @@ func TestBrokenFoldersAreRefused(t *testing.T) {
 			func(dir string) error { return os.RemoveAll(filepath.Join(dir, "root-1")) }, "the root is missing",
 		},
 		"half a generation": {
-			func(dir string) error { return os.Remove(filepath.Join(dir, "root-1", "key.pem")) }, "no such file",
+			func(dir string) error { return os.Remove(filepath.Join(dir, "root-1", sealedFile)) }, "no such file",
 		},
 		"key of another generation": {
 			func(dir string) error {
-				key, err := os.ReadFile(filepath.Join(dir, "jwt-1", "key.pem"))
+				key, err := os.ReadFile(filepath.Join(dir, "jwt-1", sealedFile))
 				if err != nil {
 					return err
 				}
-				return os.WriteFile(filepath.Join(dir, "intermediate-1", "key.pem"), key, 0o600)
-			}, "do not belong together",
+				return os.WriteFile(filepath.Join(dir, "intermediate-1", sealedFile), key, 0o600)
+			}, "sealed as another generation",
 		},
 		"foreign file": {
 			func(dir string) error { return os.WriteFile(filepath.Join(dir, "notes.txt"), nil, 0o600) }, "notes.txt does not belong here",
 		},
 		"symlinked key": {
 			func(dir string) error {
-				if err := os.Rename(filepath.Join(dir, "root-1", "key.pem"), filepath.Join(dir, "..", "k")); err != nil {
+				if err := os.Rename(filepath.Join(dir, "root-1", sealedFile), filepath.Join(dir, "..", "k")); err != nil {
 					return err
 				}
-				return os.Symlink(filepath.Join(dir, "..", "k"), filepath.Join(dir, "root-1", "key.pem"))
+				return os.Symlink(filepath.Join(dir, "..", "k"), filepath.Join(dir, "root-1", sealedFile))
 			}, "symbolic links",
 		},
 		"torn key": {
-			func(dir string) error { return os.Truncate(filepath.Join(dir, "root-1", "key.pem"), 60) }, "load ",
+			func(dir string) error { return os.Truncate(filepath.Join(dir, "root-1", sealedFile), 60) }, "load ",
 		},
 	}
 	for name, tt := range tests {
@@ -369,6 +369,8 @@ func TestBrokenFoldersAreRefused(t *testing.T) {
 
 func TestIntermediatesOfOtherRootsAreRefused(t *testing.T) {
 	cfg, other := config(t), config(t)
+	cfg.KEK.File = newKEKFile(t, "kek")
+	other.KEK = cfg.KEK
 	open(t, cfg)
 	open(t, other)
 	mine, theirs := filepath.Join(cfg.Dir, "intermediate-1"), filepath.Join(other.Dir, "intermediate-1")
@@ -387,7 +389,7 @@ func TestJWTAndPolicyKeysAreP256(t *testing.T) {
 	}
 	for _, what := range []kind{kindJWT, kindPolicy} {
 		cfg := config(t)
-		if _, err := open(t, cfg).dir.add(what, key, nil); err != nil {
+		if _, err := open(t, cfg).dir.add(what, madeKey{signer: key, private: key}, nil); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "not a P-256 key") {
@@ -414,7 +416,7 @@ func TestKeysOfOtherUsersAreRefused(t *testing.T) {
 	}
 	cfg := config(t)
 	open(t, cfg)
-	if err := os.Chown(filepath.Join(cfg.Dir, "root-1", "key.pem"), 12345, 0); err != nil {
+	if err := os.Chown(filepath.Join(cfg.Dir, "root-1", sealedFile), 12345, 0); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "run: chown 0 ") {
@@ -491,7 +493,7 @@ func TestUnfinishedGenerationsAreNeverUsed(t *testing.T) {
 		if err := os.Mkdir(half, 0o700); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(half, keyFile), []byte("-----BEGIN PRIV"), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(half, sealedFile), []byte("-----BEGIN PRIV"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		again := open(t, cfg)

@@ -1,0 +1,100 @@
+// The settings of the CA's keys: under what they are sealed.
+
+package ca
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/ca/internal/upstream"
+)
+
+// credentialsDirectory is where systemd puts credentials.
+const credentialsDirectory = "CREDENTIALS_DIRECTORY"
+
+func (c Config) checkKeys() error {
+	given := 0
+	for _, source := range []string{c.KeyFile, c.KeyCredential, c.KeyPassphraseFile} {
+		if source != "" {
+			given++
+		}
+	}
+	if given > 1 {
+		return errors.New("key_file, key_credential and key_passphrase_file: at most one says under what the keys are sealed")
+	}
+	if strings.Contains(c.KeyCredential, "/") {
+		return fmt.Errorf("key_credential: %q is not the name of a credential; for a path use key_file", c.KeyCredential)
+	}
+	if dir := c.keysDir() + "/"; strings.HasPrefix(filepath.Clean(c.KeyFile), dir) || strings.HasPrefix(filepath.Clean(c.KeyPassphraseFile), dir) {
+		return fmt.Errorf("key_file: is inside %s, beside what it seals: keep it elsewhere", dir)
+	}
+	return nil
+}
+
+func (c Config) keysDir() string { return filepath.Join(c.DataDir, "keys") }
+
+// kek is where the key-encryption key is.
+func (c Config) kek() (upstream.KEKSource, error) {
+	source := upstream.KEKSource{File: c.KeyFile, PassphraseFile: c.KeyPassphraseFile}
+	if c.KeyCredential != "" {
+		dir := os.Getenv(credentialsDirectory)
+		if dir == "" {
+			return source, fmt.Errorf("key_credential: %w: $%s is not set, so systemd passes no credentials", upstream.ErrNoKEK, credentialsDirectory)
+		}
+		source.Credential = filepath.Join(dir, c.KeyCredential)
+	}
+	return source, nil
+}
+
+// upstream is what the settings say about keys and authorities.
+func (c Config) upstream() (upstream.Config, error) {
+	kek, err := c.kek()
+	if err != nil {
+		return upstream.Config{}, err
+	}
+	td, err := spiffeid.TrustDomainFromString(c.TrustDomain)
+	if err != nil {
+		return upstream.Config{}, fmt.Errorf("trust_domain: %w", err)
+	}
+	return upstream.Config{
+		TrustDomain: td, Dir: c.keysDir(), Development: c.Development, Name: c.ReplicaName, KEK: kek, Logger: c.Logger,
+	}, nil
+}
+
+// Resealed says what ResealKeys did.
+type Resealed struct {
+	Dir string
+	// Sealed keys were sealed anew; Already are those that were under the new
+	// key-encryption key.
+	Sealed, Already int
+}
+
+// ResealKeys seals the keys of from, which no CA may use, under what to says.
+func ResealKeys(ctx context.Context, from, to Config) (Resealed, error) {
+	if from.keysDir() != to.keysDir() || from.TrustDomain != to.TrustDomain {
+		return Resealed{}, fmt.Errorf("both configurations must be of one CA: %s in %s, and %s in %s", from.TrustDomain, from.DataDir, to.TrustDomain, to.DataDir)
+	}
+	cfg, err := from.upstream()
+	if err != nil {
+		return Resealed{}, err
+	}
+	source, err := to.kek()
+	if err != nil {
+		return Resealed{}, err
+	}
+	if _, err := os.Stat(cfg.Dir); err != nil {
+		return Resealed{}, fmt.Errorf("reseal the keys: %w", err) // nor make it to lock it
+	}
+	lock, err := upstream.Lock(cfg.Dir)
+	if err != nil {
+		return Resealed{}, err
+	}
+	done, err := upstream.Reseal(ctx, cfg, source)
+	return Resealed{Dir: cfg.Dir, Sealed: done.Sealed, Already: done.Already}, errors.Join(err, lock.Close())
+}

@@ -1,0 +1,426 @@
+// Sealed keys: what opens them, what does not, and what the operator is told.
+
+package upstream
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"pgregory.net/rapid"
+
+	"merlon.dev/sdk/svid"
+)
+
+func TestMain(m *testing.M) {
+	scryptLogN = minLogN // what takes half a second is tested once
+	if dir := os.Getenv(resealForever); dir != "" {
+		resealBackAndForth(dir)
+	}
+	m.Run()
+}
+
+// writeFile writes a file of mode 0600 and gives its path.
+func writeFile(t testing.TB, dir, name, text string) string {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func newKEKFile(t testing.TB, name string) string {
+	t.Helper()
+	secret := make([]byte, kekSize)
+	rand.Read(secret)
+	return writeFile(t, t.TempDir(), name, hex.EncodeToString(secret)+"\n")
+}
+
+func readTestKEK(t testing.TB, source KEKSource) *kek {
+	t.Helper()
+	k, err := readKEK(source, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func sameKeys(t *testing.T, a, b *Keys) {
+	t.Helper()
+	kidA, _ := a.Policy()
+	kidB, _ := b.Policy()
+	if svid.KeyHash(a.X509().Root) != svid.KeyHash(b.X509().Root) || a.X509().ID() != b.X509().ID() || a.JWT().KeyID != b.JWT().KeyID || kidA != kidB {
+		t.Error("the keys changed")
+	}
+}
+
+// Whatever is sealed opens again in its seat, and in no other.
+func TestSealedKeysOpenInTheirSeatAlone(t *testing.T) {
+	keks := []*kek{
+		readTestKEK(t, KEKSource{File: newKEKFile(t, "kek")}),
+		readTestKEK(t, KEKSource{PassphraseFile: writeFile(t, t.TempDir(), "phrase", "correct horse battery")}),
+	}
+	seats := rapid.Custom(func(t *rapid.T) seat {
+		return seat{
+			trustDomain: rapid.SampledFrom([]string{"a.test", "b.test", "a.test1"}).Draw(t, "td"),
+			kind:        rapid.SampledFrom([]kind{kindRoot, kindIntermediate, kindJWT, kindPolicy}).Draw(t, "kind"),
+			number:      rapid.IntRange(1, 12).Draw(t, "number"),
+		}
+	})
+	rapid.Check(t, func(t *rapid.T) {
+		k := rapid.SampledFrom(keks).Draw(t, "kek")
+		private := rapid.SliceOfN(rapid.Byte(), 0, 300).Draw(t, "private")
+		at, other := seats.Draw(t, "seat"), seats.Draw(t, "other seat")
+		text, err := k.seal(private, at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := k.open(text, at); err != nil || !bytes.Equal(got, private) {
+			t.Fatalf("open = %x, %v", got, err)
+		}
+		if len(private) > 8 && bytes.Contains(text, private) {
+			t.Fatal("the key lies in clear")
+		}
+		if _, err := k.open(text, other); other != at && !errors.Is(err, ErrSealBroken) {
+			t.Fatalf("open as %v, sealed as %v: %v", other, at, err)
+		}
+		again, err := k.seal(private, at)
+		if err != nil || bytes.Equal(again, text) {
+			t.Fatalf("sealed twice alike (%v): the nonce is not fresh", err)
+		}
+	})
+}
+
+// Every bit of the file counts.
+func TestFlippedBitsAreNoticed(t *testing.T) {
+	at := seat{"a.test", kindRoot, 1}
+	for _, source := range []KEKSource{
+		{File: newKEKFile(t, "kek")},
+		{PassphraseFile: writeFile(t, t.TempDir(), "phrase", "correct horse battery")},
+	} {
+		k := readTestKEK(t, source)
+		text, err := k.seal([]byte("a private key"), at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		block, _ := pem.Decode(text)
+		for i := range len(block.Bytes) {
+			if i == 2 && k.passphrase {
+				continue // the work factor; 2^18 and more take seconds
+			}
+			for bit := range 8 {
+				spoiled := bytes.Clone(block.Bytes)
+				spoiled[i] ^= 1 << bit
+				if k.passphrase && i > 2 && i < 2+1+saltSize && bit > 0 {
+					continue // another salt is another derivation each
+				}
+				_, err := k.open(pem.EncodeToMemory(&pem.Block{Type: sealedType, Bytes: spoiled}), at)
+				if !errors.Is(err, ErrSealBroken) && !errors.Is(err, ErrWrongKEK) {
+					t.Fatalf("byte %d, bit %d flipped: %v", i, bit, err)
+				}
+			}
+		}
+		for n := range len(text) {
+			if _, err := k.open(text[:n], at); !errors.Is(err, ErrSealBroken) {
+				t.Fatalf("cut to %d bytes: %v", n, err)
+			}
+		}
+	}
+}
+
+func FuzzParseSealed(f *testing.F) {
+	k := readTestKEK(f, KEKSource{File: newKEKFile(f, "kek")})
+	text, err := k.seal([]byte("a private key"), seat{"a.test", kindRoot, 1})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(text)
+	f.Add((&sealedKey{derivation: derivedScrypt, scrypt: scryptParams{logN: 17}, box: make([]byte, 40)}).encode())
+	f.Add([]byte("-----BEGIN MERLON SEALED KEY-----\n-----END MERLON SEALED KEY-----\n"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		s, err := parseSealed(text)
+		if err != nil {
+			if !errors.Is(err, ErrSealBroken) {
+				t.Fatalf("error of another kind: %v", err)
+			}
+			return
+		}
+		if !bytes.Equal(s.encode(), text) {
+			t.Fatalf("accepted %q, which is not what encode writes", text)
+		}
+		if s.derivation == derivedScrypt && (s.scrypt.logN < minLogN || s.scrypt.logN > maxLogN) {
+			t.Fatalf("accepted N = 2^%d", s.scrypt.logN)
+		}
+	})
+}
+
+func FuzzParseSecret(f *testing.F) {
+	f.Add([]byte(strings.Repeat("0f", 32)+"\n"), false)
+	f.Add([]byte("correct horse battery\r\n"), true)
+	f.Fuzz(func(t *testing.T, text []byte, passphrase bool) {
+		secret, err := parseSecret(text, passphrase)
+		if err != nil {
+			return
+		}
+		if passphrase && len(secret) < minPassphrase || !passphrase && len(secret) != kekSize {
+			t.Fatalf("parseSecret(%q, %t) has %d bytes", text, passphrase, len(secret))
+		}
+	})
+}
+
+func TestKeysOpenUnderEverySource(t *testing.T) {
+	phrase := writeFile(t, t.TempDir(), "phrase", "correct horse battery\n")
+	credential := newKEKFile(t, "credential")
+	if err := os.Chmod(credential, 0o440); err != nil { // as systemd shows it
+		t.Fatal(err)
+	}
+	for name, source := range map[string]KEKSource{
+		"made beside the folder": {}, "file": {File: newKEKFile(t, "kek")}, "credential": {Credential: credential}, "passphrase": {PassphraseFile: phrase},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := config(t)
+			cfg.KEK = source
+			first := open(t, cfg)
+			sameKeys(t, first, open(t, cfg))
+			_, err := os.Stat(filepath.Join(filepath.Dir(cfg.Dir), KEKFile))
+			if made := err == nil; made != (source == KEKSource{}) {
+				t.Errorf("a key-encryption key was made: %t", made)
+			}
+		})
+	}
+}
+
+// No file in the folder holds a private key in clear.
+func TestNothingPrivateLiesInClear(t *testing.T) {
+	cfg := config(t)
+	k := open(t, cfg)
+	_, policy := k.Policy()
+	secrets := map[string][]byte{}
+	for name, signer := range map[string]any{"root": k.root.signer, "intermediate": k.X509().Signer, "jwt": k.JWT().Signer, "policy": policy} {
+		key := signer.(*ecdsa.PrivateKey)
+		d, err := key.Bytes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		secrets[name] = d
+	}
+	err := filepath.WalkDir(filepath.Dir(cfg.Dir), func(path string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		if block, _ := pem.Decode(text); block != nil {
+			text = append(text, block.Bytes...)
+		}
+		for name, d := range secrets {
+			if bytes.Contains(text, d) {
+				t.Errorf("%s holds the %s key", path, name)
+			}
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// unseal makes the folder what an older merlon-ca left: keys in clear.
+func unseal(t *testing.T, cfg Config) {
+	t.Helper()
+	k := open(t, cfg)
+	for what, numbers := range k.dir.numbers {
+		for _, number := range numbers {
+			gen, err := k.dir.load(what, number)
+			if err != nil {
+				t.Fatal(err)
+			}
+			der, err := x509.MarshalPKCS8PrivateKey(gen.signer)
+			if err != nil {
+				t.Fatal(err)
+			}
+			folder := k.dir.folder(what, number)
+			writeFile(t, folder, clearFile, string(pem.EncodeToMemory(&pem.Block{Type: clearType, Bytes: der})))
+			if err := os.Remove(filepath.Join(folder, sealedFile)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+func TestKeysInClearAreSealedOnce(t *testing.T) {
+	cfg := config(t)
+	before := open(t, cfg)
+	unseal(t, cfg)
+	// The crash that came between the sealed file and the removal of the clear one.
+	clear, err := os.ReadFile(filepath.Join(cfg.Dir, "root-1", clearFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sameKeys(t, before, open(t, cfg))
+	writeFile(t, filepath.Join(cfg.Dir, "root-1"), clearFile, string(clear))
+	sameKeys(t, before, open(t, cfg))
+	if left, _ := filepath.Glob(filepath.Join(cfg.Dir, "*", clearFile)); len(left) > 0 {
+		t.Errorf("left in clear: %v", left)
+	}
+	// A clear key that is another than the sealed one is nobody's to remove.
+	other, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := writeFile(t, filepath.Join(cfg.Dir, "root-1"), clearFile, string(pem.EncodeToMemory(&pem.Block{Type: clearType, Bytes: der})))
+	if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "holds another key") {
+		t.Errorf("Open = %v", err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Error(err)
+	}
+}
+
+// Clear keys that make no sense stay as they are.
+func TestBrokenKeysInClearAreRefused(t *testing.T) {
+	cfg := config(t)
+	open(t, cfg)
+	unseal(t, cfg)
+	path := filepath.Join(cfg.Dir, "root-1", clearFile)
+	if err := os.Truncate(path, 60); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "seal "+path) {
+		t.Errorf("Open = %v", err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSealedFilesThatDoNotBelongAreRefused(t *testing.T) {
+	path := func(cfg Config, generation string) string { return filepath.Join(cfg.Dir, generation, sealedFile) }
+	copyFile := func(from, to string) error {
+		text, err := os.ReadFile(from)
+		return errors.Join(err, os.WriteFile(to, text, 0o600))
+	}
+	tests := map[string]struct {
+		spoil func(t *testing.T, cfg *Config) error
+		want  error
+		words string
+	}{
+		"another key": {func(t *testing.T, cfg *Config) error {
+			cfg.KEK = KEKSource{File: newKEKFile(t, "kek2")}
+			return nil
+		}, ErrWrongKEK, "kek2 has ID "},
+		"passphrase for a key": {func(t *testing.T, cfg *Config) error {
+			cfg.KEK = KEKSource{PassphraseFile: writeFile(t, t.TempDir(), "phrase", "correct horse battery")}
+			return nil
+		}, ErrWrongKEK, "under a key, while "},
+		"no key": {func(_ *testing.T, cfg *Config) error {
+			return os.Remove(filepath.Join(filepath.Dir(cfg.Dir), KEKFile))
+		}, ErrNoKEK, "keys are sealed under it"},
+		"configured key missing": {func(_ *testing.T, cfg *Config) error {
+			cfg.KEK = KEKSource{File: filepath.Join(cfg.Dir, "..", "nowhere")}
+			return nil
+		}, ErrNoKEK, "nowhere does not exist"},
+		"swapped files": {func(_ *testing.T, cfg *Config) error {
+			return copyFile(path(*cfg, "policy-1"), path(*cfg, "jwt-1"))
+		}, ErrSealBroken, "jwt-1"},
+		"flipped byte": {func(_ *testing.T, cfg *Config) error {
+			text, err := os.ReadFile(path(*cfg, "root-1"))
+			if err != nil {
+				return err
+			}
+			block, _ := pem.Decode(text)
+			block.Bytes[len(block.Bytes)/2] ^= 1
+			return os.WriteFile(path(*cfg, "root-1"), pem.EncodeToMemory(block), 0o600)
+		}, ErrSealBroken, "root-1"},
+		"truncated": {func(_ *testing.T, cfg *Config) error {
+			return os.Truncate(path(*cfg, "root-1"), 70)
+		}, ErrSealBroken, "root-1"},
+		"of another trust domain": {func(t *testing.T, cfg *Config) error {
+			other := config(t)
+			other.TrustDomain = spiffeid.RequireTrustDomainFromString("other.test")
+			other.KEK.File = filepath.Join(filepath.Dir(cfg.Dir), KEKFile)
+			open(t, other)
+			return copyFile(path(other, "root-1"), path(*cfg, "root-1"))
+		}, ErrSealBroken, "for another trust domain"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			cfg := config(t)
+			open(t, cfg)
+			if err := tt.spoil(t, &cfg); err != nil {
+				t.Fatal(err)
+			}
+			_, err := Open(t.Context(), cfg)
+			if !errors.Is(err, tt.want) || !strings.Contains(err.Error(), tt.words) {
+				t.Errorf("Open = %v; want %q with %q", err, tt.want, tt.words)
+			}
+		})
+	}
+}
+
+func TestSecretsThatAreNoneAreRefused(t *testing.T) {
+	for name, tt := range map[string]struct {
+		text       string
+		passphrase bool
+		mode       fs.FileMode
+		want       string
+	}{
+		"short key":        {"00ff", false, 0o600, "want 64 hex digits"},
+		"not hex":          {strings.Repeat("xy", 32), false, 0o600, "want 64 hex digits"},
+		"too long":         {strings.Repeat("00", 33), false, 0o600, "want 64 hex digits"},
+		"huge":             {strings.Repeat("0", 2000), false, 0o600, "is larger than"},
+		"short passphrase": {"secret\n", true, 0o600, "at least 12 bytes"},
+		"two lines":        {"correct horse\nbattery staple\n", true, 0o600, "in one line"},
+		"readable":         {strings.Repeat("00", 32), false, 0o644, "run: chmod 0600"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := config(t)
+			file := writeFile(t, t.TempDir(), "secret", tt.text)
+			if err := os.Chmod(file, tt.mode); err != nil {
+				t.Fatal(err)
+			}
+			cfg.KEK = KEKSource{File: file}
+			if tt.passphrase {
+				cfg.KEK = KEKSource{PassphraseFile: file}
+			}
+			if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("Open = %v; want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+// What is shipped is not what the other tests use.
+func TestPassphrasesAreStretched(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes a second")
+	}
+	cfg := config(t)
+	cfg.KEK = KEKSource{PassphraseFile: writeFile(t, t.TempDir(), "phrase", "correct horse battery")}
+	defer func() { scryptLogN = minLogN }()
+	scryptLogN = 17
+	open(t, cfg)
+	text, err := os.ReadFile(filepath.Join(cfg.Dir, "root-1", sealedFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := parseSealed(text)
+	if err != nil || s.scrypt.logN != 17 || s.scrypt.salt == [saltSize]byte{} {
+		t.Errorf("sealed with %+v, %v", s, err)
+	}
+}
