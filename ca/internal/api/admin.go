@@ -36,18 +36,10 @@ const (
 
 // CreateEntry implements capb.AdminServer.
 func (s *Service) CreateEntry(ctx context.Context, req *capb.CreateEntryRequest) (*capb.CreateEntryResponse, error) {
-	e, err := entryFromProto(req.GetEntry())
+	e, err := s.newEntry(ctx, req.GetEntry())
 	if err != nil {
-		return nil, s.refuseAdmin(ctx, "create entry", err)
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create entry", SPIFFEID: req.GetEntry().GetSpiffeId()}, err)
 	}
-	now := time.Now()
-	if err := e.Validate(s.opts.TrustDomain, now); err != nil {
-		return nil, s.refuseAdmin(ctx, "create entry", err)
-	}
-	if err := s.checkAgreement(e, now); err != nil {
-		return nil, s.refuseAdmin(ctx, "create entry", err)
-	}
-	e.ID, e.CreatedAt = entry.NewID(), now
 	value, err := entry.Encode(e)
 	if err != nil {
 		return nil, err
@@ -70,6 +62,26 @@ func (s *Service) CreateEntry(ctx context.Context, req *capb.CreateEntryRequest)
 	return &capb.CreateEntryResponse{Entry: entryToProto(e)}, nil
 }
 
+// newEntry is the entry that the caller asks for, if it may be made.
+func (s *Service) newEntry(ctx context.Context, asked *capb.Entry) (*entry.Entry, error) {
+	e, err := entryFromProto(asked)
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	if err := e.Validate(s.opts.TrustDomain, now); err != nil {
+		return nil, err
+	}
+	if err := s.mayRegister(callerFrom(ctx), e); err != nil {
+		return nil, err
+	}
+	if err := s.checkAgreement(e, now); err != nil {
+		return nil, err
+	}
+	e.ID, e.CreatedAt = entry.NewID(), now
+	return e, nil
+}
+
 // checkAgreement refuses an entry that would take its SPIFFE ID the role that
 // other entries give it, or that would give one in vain: see Registry.Role. Two
 // that come at the same moment can still disagree; then there is no role.
@@ -90,12 +102,12 @@ func said(r role.Role) string {
 }
 
 // refuseAdmin records that an administrator's request was not carried out.
-func (s *Service) refuseAdmin(ctx context.Context, what string, err error) error {
-	return s.refuse(ctx, callerFrom(ctx), what, s.toStatus(ctx, err))
+func (s *Service) refuseAdmin(ctx context.Context, about audit.Record, err error) error {
+	return s.refuse(ctx, callerFrom(ctx), about, s.toStatus(ctx, err))
 }
 
 // ListEntries implements capb.AdminServer. The page token is the last ID.
-func (s *Service) ListEntries(_ context.Context, req *capb.ListEntriesRequest) (*capb.ListEntriesResponse, error) {
+func (s *Service) ListEntries(ctx context.Context, req *capb.ListEntriesRequest) (*capb.ListEntriesResponse, error) {
 	size := int(req.GetPageSize())
 	if size < 0 || size > maxPageSize {
 		return nil, &entry.InvalidError{Field: "page_size", Reason: fmt.Sprintf("%d is not between 0 and %d", size, maxPageSize)}
@@ -107,6 +119,9 @@ func (s *Service) ListEntries(_ context.Context, req *capb.ListEntriesRequest) (
 		return nil, &entry.InvalidError{Field: "page_token", Reason: "was not given out by this CA"}
 	}
 	filter := registry.Filter{ParentID: req.GetParentId(), SPIFFEID: req.GetSpiffeId()}
+	if c := callerFrom(ctx); !c.everywhere() {
+		filter.Only = func(e *entry.Entry) bool { return c.covers(e.SPIFFEID) }
+	}
 	page, more := s.registry.Entries(filter, req.GetPageToken(), size)
 	resp := &capb.ListEntriesResponse{}
 	for _, e := range page {
@@ -119,10 +134,13 @@ func (s *Service) ListEntries(_ context.Context, req *capb.ListEntriesRequest) (
 }
 
 // GetEntry implements capb.AdminServer.
-func (s *Service) GetEntry(_ context.Context, req *capb.GetEntryRequest) (*capb.GetEntryResponse, error) {
+func (s *Service) GetEntry(ctx context.Context, req *capb.GetEntryRequest) (*capb.GetEntryResponse, error) {
 	e, ok := s.registry.Entry(req.GetEntryId())
 	if !ok {
 		return nil, registry.ErrNoEntry
+	}
+	if !callerFrom(ctx).covers(e.SPIFFEID) {
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "get entry", EntryID: e.ID, SPIFFEID: e.SPIFFEID.String()}, registry.ErrNoEntry)
 	}
 	return &capb.GetEntryResponse{Entry: entryToProto(e)}, nil
 }
@@ -137,7 +155,7 @@ func (s *Service) CreateToken(ctx context.Context, req *capb.CreateTokenRequest)
 	case capb.TokenKind_TOKEN_KIND_REPLICA:
 		return s.createReplicaToken(ctx, req)
 	default:
-		return nil, s.refuseAdmin(ctx, "create token", &entry.InvalidError{Field: "kind", Reason: "is missing"})
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, &entry.InvalidError{Field: "kind", Reason: "is missing"})
 	}
 }
 
@@ -148,11 +166,11 @@ func (s *Service) createJoinToken(ctx context.Context, req *capb.CreateTokenRequ
 	}
 	id, err := entry.AgentID(s.opts.TrustDomain, name)
 	if err != nil {
-		return nil, s.refuseAdmin(ctx, "create token", err)
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, err)
 	}
 	expires, err := tokenExpiry(req.GetTtlSeconds(), defaultJoinTTL, maxJoinTTL)
 	if err != nil {
-		return nil, s.refuseAdmin(ctx, "create token", err)
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, err)
 	}
 	token, err := attest.CreateJoinToken(ctx, s.opts.Store, name, expires)
 	if err != nil {
@@ -172,11 +190,11 @@ func (s *Service) createReaderToken(ctx context.Context, req *capb.CreateTokenRe
 		name = release.DefaultName
 	}
 	if err := release.CheckName(name); err != nil {
-		return nil, s.refuseAdmin(ctx, "create token", err)
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, err)
 	}
 	expires, err := tokenExpiry(req.GetTtlSeconds(), defaultReaderTTL, maxReaderTTL)
 	if err != nil {
-		return nil, s.refuseAdmin(ctx, "create token", err)
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, err)
 	}
 	token, err := attest.CreateReaderToken(ctx, s.opts.Store, name, expires)
 	if err != nil {

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/audit"
 	"merlon.dev/sdk/svid"
 )
 
@@ -83,13 +84,13 @@ func TestRefusalsOfThePowerlessAreBounded(t *testing.T) {
 	s.refusals.AllowN(time.Now(), refusalsBurst)
 	cause := status.Error(codes.PermissionDenied, "no")
 	for range 2 * refusalsPerSecond {
-		_ = s.refuse(t.Context(), s.PeerCaller(peerOf(t, "spiffe://shop.test/web", 1, 1)), "x", cause)
+		_ = s.refuse(t.Context(), s.PeerCaller(peerOf(t, "spiffe://shop.test/web", 1, 1)), audit.Record{Detail: "x"}, cause)
 	}
 	if n := unrecorded(t, s); n < refusalsPerSecond/2 {
 		t.Errorf("%v refusals of a workload left unrecorded; want most of %d", n, 2*refusalsPerSecond)
 	}
 	before := unrecorded(t, s)
-	if err := s.refuse(t.Context(), s.PeerCaller(peerOf(t, agent.ID.String(), agent.Handle, agent.Revision)), "x", cause); status.Code(err) != codes.PermissionDenied {
+	if err := s.refuse(t.Context(), s.PeerCaller(peerOf(t, agent.ID.String(), agent.Handle, agent.Revision)), audit.Record{Detail: "x"}, cause); status.Code(err) != codes.PermissionDenied {
 		t.Errorf("refuse() = %v; want its argument", err)
 	}
 	if unrecorded(t, s) != before {

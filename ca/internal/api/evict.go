@@ -33,18 +33,18 @@ var errNoReplica = status.Error(codes.NotFound, "no such replica")
 // createReplicaToken makes a token with which a CA joins as the named replica.
 func (s *Service) createReplicaToken(ctx context.Context, req *capb.CreateTokenRequest) (*capb.CreateTokenResponse, error) {
 	if s.opts.Root == nil {
-		return nil, s.refuseAdmin(ctx, "create token", errNoRoot)
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, errNoRoot)
 	}
 	name := req.GetReplicaName()
 	if err := replica.CheckName(name); err != nil {
-		return nil, s.refuseAdmin(ctx, "create token", err)
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, err)
 	}
 	if _, taken := s.registry.Replica(name); taken {
-		return nil, s.refuseAdmin(ctx, "create token", errReplicaName)
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, errReplicaName)
 	}
 	expires, err := tokenExpiry(req.GetTtlSeconds(), defaultJoinTTL, maxJoinTTL)
 	if err != nil {
-		return nil, s.refuseAdmin(ctx, "create token", err)
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, err)
 	}
 	token, err := attest.CreateReplicaToken(ctx, s.opts.Store, s.opts.Root, name, expires)
 	if err != nil {
@@ -86,11 +86,11 @@ func (s *Service) EvictReplica(ctx context.Context, req *capb.EvictReplicaReques
 	rec, ok := s.registry.Replica(req.GetName())
 	switch {
 	case !ok:
-		return nil, s.refuseAdmin(ctx, what, errNoReplica)
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: what}, errNoReplica)
 	case rec.RootHolder:
-		return nil, s.refuseAdmin(ctx, what, status.Errorf(codes.FailedPrecondition, "%s holds the root key: without it no replica could renew", rec.Name))
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: what}, status.Errorf(codes.FailedPrecondition, "%s holds the root key: without it no replica could renew", rec.Name))
 	case rec.Name == s.opts.ReplicaName:
-		return nil, s.refuseAdmin(ctx, what, status.Error(codes.FailedPrecondition, "a replica does not evict itself: ask another one"))
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: what}, status.Error(codes.FailedPrecondition, "a replica does not evict itself: ask another one"))
 	}
 	if err := s.reseal(ctx, rec); err != nil {
 		return nil, err

@@ -79,7 +79,7 @@ func attestReason(err error) string {
 
 func (s *Service) refuseAttest(ctx context.Context, reason string, err error) error {
 	s.metrics.attestation.WithLabelValues(reason).Inc()
-	return s.refuse(ctx, callerFrom(ctx), "attest", s.toStatus(ctx, err))
+	return s.refuse(ctx, callerFrom(ctx), audit.Record{Detail: "attest"}, s.toStatus(ctx, err))
 }
 
 // Renew implements capb.NodeServer.
@@ -87,7 +87,7 @@ func (s *Service) Renew(ctx context.Context, req *capb.RenewRequest) (*capb.Rene
 	caller := callerFrom(ctx)
 	key, err := authority.PublicKeyFromCSR(req.GetCsr(), caller.Agent.ID)
 	if err != nil {
-		return nil, s.refuse(ctx, caller, "renew", s.toStatus(ctx, err))
+		return nil, s.refuse(ctx, caller, audit.Record{Detail: "renew"}, s.toStatus(ctx, err))
 	}
 	g, err := s.grounds(ctx, caller, "renew")
 	if err != nil {
@@ -151,7 +151,7 @@ func (s *Service) signAgent(ctx context.Context, ca *authority.X509Authority, ag
 func (s *Service) grounds(ctx context.Context, caller *Caller, what string, ids ...string) (registry.Grounds, error) {
 	g := s.registry.Grounds(caller.Peer, ids...)
 	if g.Revoked || g.Agent == nil {
-		return g, s.refuse(ctx, caller, what, status.Errorf(codes.Unauthenticated, "%s: its X509-SVID is revoked", caller.Name))
+		return g, s.refuse(ctx, caller, audit.Record{Detail: what}, status.Errorf(codes.Unauthenticated, "%s: its X509-SVID is revoked", caller.Name))
 	}
 	return g, nil
 }
@@ -160,7 +160,7 @@ func (s *Service) grounds(ctx context.Context, caller *Caller, what string, ids 
 func (s *Service) Sign(ctx context.Context, req *capb.SignRequest) (*capb.SignResponse, error) {
 	caller := callerFrom(ctx)
 	if n := len(req.GetItems()); n == 0 || n > maxSignItems {
-		return nil, s.refuse(ctx, caller, "sign", status.Errorf(codes.InvalidArgument, "items: %d given; 1 to %d", n, maxSignItems))
+		return nil, s.refuse(ctx, caller, audit.Record{Detail: "sign"}, status.Errorf(codes.InvalidArgument, "items: %d given; 1 to %d", n, maxSignItems))
 	}
 	ids := make([]string, len(req.GetItems()))
 	for i, item := range req.GetItems() {

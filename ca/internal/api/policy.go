@@ -33,7 +33,7 @@ func (s *Service) Publish(ctx context.Context, caller *Caller, name string, unsi
 	}
 	head, err := s.opts.Releases.Publish(ctx, name, unsigned)
 	if err != nil {
-		return nil, s.refuse(ctx, caller, "push policy", s.toStatus(ctx, err))
+		return nil, s.refuse(ctx, caller, audit.Record{Detail: "push policy"}, s.toStatus(ctx, err))
 	}
 	ctx = context.WithValue(ctx, callerKey{}, caller)
 	if err := s.admin(ctx, audit.Record{Detail: fmt.Sprintf("push policy bundle %s, generation %d", name, head.Generation)}); err != nil {

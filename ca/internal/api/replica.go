@@ -54,11 +54,11 @@ type replicaKeys struct {
 // recorded as one of what.
 func (s *Service) requestedKeys(ctx context.Context, what string, req *capb.ReplicaKeys) (replicaKeys, error) {
 	if s.opts.Root == nil {
-		return replicaKeys{}, s.refuse(ctx, callerFrom(ctx), what, errNoRoot)
+		return replicaKeys{}, s.refuse(ctx, callerFrom(ctx), audit.Record{Detail: what}, errNoRoot)
 	}
 	keys, err := readReplicaKeys(req)
 	if err != nil {
-		return replicaKeys{}, s.refuse(ctx, callerFrom(ctx), what, s.toStatus(ctx, err))
+		return replicaKeys{}, s.refuse(ctx, callerFrom(ctx), audit.Record{Detail: what}, s.toStatus(ctx, err))
 	}
 	return keys, nil
 }
@@ -112,7 +112,7 @@ func (s *Service) Join(ctx context.Context, req *capb.ReplicaJoinRequest) (*capb
 		return s.enrollReplica(ctx, rec, keys)
 	})
 	if err != nil {
-		return nil, s.refuse(ctx, caller, what, s.toStatus(ctx, err))
+		return nil, s.refuse(ctx, caller, audit.Record{Detail: what}, s.toStatus(ctx, err))
 	}
 	if err := s.audit(ctx, audit.Record{
 		Time: now, Type: audit.Attest, Actor: caller.Name, Detail: "replica " + rec.Name + " joins, JWT key " + rec.JWTKeyID,
@@ -193,7 +193,7 @@ func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) 
 	for range maxTxnRetries {
 		rec, err := s.liveReplica(ctx, caller, keys, now)
 		if err != nil {
-			return nil, s.refuse(ctx, caller, what, s.toStatus(ctx, err))
+			return nil, s.refuse(ctx, caller, audit.Record{Detail: what}, s.toStatus(ctx, err))
 		}
 		next := rec.WithAuthority(authorityOf(intermediate), now)
 		put, err := next.Put()
@@ -212,7 +212,7 @@ func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) 
 			return nil, err
 		}
 		if err := s.checkAuthorities(rec, now); err != nil {
-			return nil, s.refuse(ctx, caller, what, err)
+			return nil, s.refuse(ctx, caller, audit.Record{Detail: what}, err)
 		}
 		if err := s.audit(ctx, audit.Record{
 			Time: now, Type: audit.Renew, Actor: caller.Name, Detail: "intermediate of replica " + rec.Name,

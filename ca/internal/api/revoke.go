@@ -13,6 +13,8 @@ import (
 	"unicode"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/attest"
@@ -38,13 +40,17 @@ const (
 // and what was issued for its SPIFFE ID is revoked: nobody ever sees the one
 // without the other.
 func (s *Service) DeleteEntry(ctx context.Context, req *capb.DeleteEntryRequest) (*capb.DeleteEntryResponse, error) {
+	about := audit.Record{Detail: "delete entry", EntryID: req.GetEntryId()}
 	if !entry.ValidID(req.GetEntryId()) {
-		return nil, s.refuseAdmin(ctx, "delete entry", registry.ErrNoEntry)
+		return nil, s.refuseAdmin(ctx, about, registry.ErrNoEntry)
 	}
 	for range maxTxnRetries {
 		e, rec, err := s.tryDelete(ctx, registry.EntryPrefix+req.GetEntryId())
-		if errors.Is(err, registry.ErrNoEntry) {
-			return nil, s.refuseAdmin(ctx, "delete entry", err)
+		if errors.Is(err, registry.ErrNoEntry) || status.Code(err) == codes.PermissionDenied {
+			if e != nil {
+				about.SPIFFEID = e.SPIFFEID.String()
+			}
+			return nil, s.refuseAdmin(ctx, about, err)
 		}
 		if err != nil {
 			return nil, err
@@ -77,6 +83,9 @@ func (s *Service) tryDelete(ctx context.Context, key string) (*entry.Entry, *rev
 		return nil, nil, err
 	}
 	e.Revision = kv.ModRevision
+	if err := s.mayDelete(callerFrom(ctx), e); err != nil {
+		return e, nil, err
+	}
 	r := svid.Revocation{SPIFFEID: e.SPIFFEID.String(), ExpiresAt: time.Now().Add(recordLife), Note: "registration entry " + e.ID + " deleted"}
 	put, recKey, err := revocation.Put(r)
 	if err != nil {
@@ -95,8 +104,11 @@ func (s *Service) tryDelete(ctx context.Context, key string) (*entry.Entry, *rev
 // Revoke implements capb.AdminServer.
 func (s *Service) Revoke(ctx context.Context, req *capb.RevokeRequest) (*capb.RevokeResponse, error) {
 	r, err := s.revocationOf(req)
+	if err == nil {
+		err = s.mayRevoke(callerFrom(ctx), r)
+	}
 	if err != nil {
-		return nil, s.refuseAdmin(ctx, "revoke", err)
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "revoke", SPIFFEID: r.SPIFFEID + r.AgentID, Serial: r.Serial}, err)
 	}
 	put, key, err := revocation.Put(r)
 	if err != nil {
@@ -190,9 +202,13 @@ func checkAuthorityID(id string) error {
 }
 
 // ListRevocations implements capb.AdminServer.
-func (s *Service) ListRevocations(context.Context, *capb.ListRevocationsRequest) (*capb.ListRevocationsResponse, error) {
+func (s *Service) ListRevocations(ctx context.Context, _ *capb.ListRevocationsRequest) (*capb.ListRevocationsResponse, error) {
 	resp := &capb.ListRevocationsResponse{}
+	c := callerFrom(ctx)
 	for _, r := range s.registry.Revocations(time.Now()) {
+		if !c.sees(r) {
+			continue
+		}
 		resp.Revocations = append(resp.Revocations, revocationToProto(r))
 	}
 	return resp, nil

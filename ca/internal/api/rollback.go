@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/store"
 )
 
@@ -85,5 +86,5 @@ func (s *Service) rolledBack(ctx context.Context, caller *Caller, revision uint6
 		"the CA's store is at revision %d, trust bundle %d and policy generation %d, and this agent has seen %d, %d and %d: the store was put back to an earlier state. "+
 			"On the CA's machine: restore the newest backup; or, if what is missing is lost, start merlon-ca once with -accept-older-store=%d",
 		revision, sequence, generation, seen.GetRevision(), seen.GetTrustBundleSequence(), seen.GetPolicyGeneration(), revision)
-	return s.refuse(ctx, caller, capb.Node_Sync_FullMethodName, cause)
+	return s.refuse(ctx, caller, audit.Record{Detail: capb.Node_Sync_FullMethodName}, cause)
 }

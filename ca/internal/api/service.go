@@ -226,14 +226,14 @@ func (s door) admit(ctx context.Context, method string) (context.Context, error)
 		return nil, err
 	}
 	if err := s.access.authorize(caller, method); err != nil {
-		return nil, s.refuse(ctx, caller, method, err)
+		return nil, s.refuse(ctx, caller, audit.Record{Detail: method}, err)
 	}
 	return context.WithValue(ctx, callerKey{}, caller), nil
 }
 
-// refuse records that caller was not let through to what it wanted, and
-// returns cause.
-func (s *Service) refuse(ctx context.Context, caller *Caller, what string, cause error) error {
+// refuse records that caller was not let through to what it wanted, which about
+// says, and returns cause.
+func (s *Service) refuse(ctx context.Context, caller *Caller, about audit.Record, cause error) error {
 	s.metrics.refused.WithLabelValues(status.Code(cause).String()).Inc()
 	limiter := s.refusals
 	if caller.Peer != nil {
@@ -243,7 +243,8 @@ func (s *Service) refuse(ctx context.Context, caller *Caller, what string, cause
 		s.metrics.unrecorded.Inc()
 		return cause
 	}
-	s.record(ctx, audit.Record{Type: audit.Refuse, Actor: caller.Name, Role: caller.roleUsed(), Detail: what, Reason: status.Convert(cause).Message()})
+	about.Type, about.Actor, about.Role, about.Reason = audit.Refuse, caller.Name, caller.roleUsed(), status.Convert(cause).Message()
+	s.record(ctx, about)
 	return cause
 }
 
@@ -255,7 +256,7 @@ func (s *Service) Permits(caller *Caller, method string) bool {
 // Refused records that caller was not let through to what it wanted, outside
 // of gRPC.
 func (s *Service) Refused(ctx context.Context, caller *Caller, what, reason string) {
-	_ = s.refuse(ctx, caller, what, status.Error(codes.PermissionDenied, reason)) // returns its argument
+	_ = s.refuse(ctx, caller, audit.Record{Detail: what}, status.Error(codes.PermissionDenied, reason)) // returns its last argument
 }
 
 // audit appends records, also when the caller is gone by now: what was done

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/registry"
 )
 
@@ -98,7 +99,7 @@ func (s *Service) push(ctx context.Context, stream grpc.ServerStreamingServer[ca
 		}
 		// After Take: a revocation in this very update must end the stream.
 		if now := s.callerOf(ctx); !now.Is(capb.Caller_CALLER_AGENT) {
-			return s.refuse(ctx, now, capb.Node_Sync_FullMethodName, status.Errorf(codes.Unauthenticated, "%s: %s", now.Name, now.Fault))
+			return s.refuse(ctx, now, audit.Record{Detail: capb.Node_Sync_FullMethodName}, status.Errorf(codes.Unauthenticated, "%s: %s", now.Name, now.Fault))
 		}
 		for _, msg := range s.messagesOf(update) {
 			msg.SentAt, msg.Stale = timestamppb.Now(), reach.stale

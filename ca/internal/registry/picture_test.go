@@ -183,9 +183,12 @@ func lookUp(rt *rapid.T, r *Registry) {
 		ParentID: rapid.SampledFrom([]string{"", nodeA.String(), nodeB.String(), "x"}).Draw(rt, "by parent"),
 		SPIFFEID: rapid.SampledFrom([]string{"", "spiffe://shop.test/web", "spiffe://shop.test/none"}).Draw(rt, "by name"),
 	}
+	if rapid.Bool().Draw(rt, "only some") {
+		filter.Only = func(e *entry.Entry) bool { return e.ID[31]%2 == 0 }
+	}
 	var want, got, expired []string
 	for _, e := range all {
-		if (filter.ParentID == "" || filter.ParentID == e.ParentID.String()) && (filter.SPIFFEID == "" || filter.SPIFFEID == e.SPIFFEID.String()) {
+		if (filter.Only == nil || filter.Only(e)) && (filter.ParentID == "" || filter.ParentID == e.ParentID.String()) && (filter.SPIFFEID == "" || filter.SPIFFEID == e.SPIFFEID.String()) {
 			want = append(want, e.ID)
 		}
 		if e.Expired(noon) {
@@ -205,7 +208,7 @@ func lookUp(rt *rapid.T, r *Registry) {
 		}
 	}
 	if !slices.Equal(got, want) {
-		rt.Fatalf("Entries(%+v) = %v; want %v", filter, got, want)
+		rt.Fatalf("Entries(%s, %s, %t) = %v; want %v", filter.ParentID, filter.SPIFFEID, filter.Only != nil, got, want)
 	}
 	if got := ids(r.ExpiredEntries(noon)); !slices.Equal(got, expired) {
 		rt.Fatalf("ExpiredEntries = %v; want %v", got, expired)

@@ -131,7 +131,16 @@ func (r *Registry) Entry(id string) (*entry.Entry, bool) {
 }
 
 // Filter says which entries are meant; what is empty means any.
-type Filter struct{ ParentID, SPIFFEID string }
+type Filter struct {
+	ParentID, SPIFFEID string
+	// Only lets an entry be among them; nil lets each.
+	Only func(*entry.Entry) bool
+}
+
+func (f Filter) means(e *entry.Entry) bool {
+	return (f.ParentID == "" || e.ParentID.String() == f.ParentID) && (f.SPIFFEID == "" || e.SPIFFEID.String() == f.SPIFFEID) &&
+		(f.Only == nil || f.Only(e))
+}
 
 // Entries returns up to limit entries of the filter with an ID above after,
 // ordered by ID, and whether there are more. A page costs what it holds,
@@ -150,7 +159,7 @@ func (r *Registry) Entries(f Filter, after string, limit int) (page []*entry.Ent
 		walk = tree.After(index.ID(group, after))
 	}
 	for e := range walk {
-		if f.ParentID != "" && e.ParentID.String() != f.ParentID || f.SPIFFEID != "" && e.SPIFFEID.String() != f.SPIFFEID {
+		if !f.means(e) {
 			continue
 		}
 		if len(page) == limit {
@@ -204,6 +213,12 @@ func (r *Registry) Role(id spiffeid.ID, now time.Time) role.Role {
 		return role.Role{}
 	}
 	return agreed(named(s.bySPIFFEID, id, now))
+}
+
+// HasRole says whether any live entry gives id a role, also where others disagree.
+func (r *Registry) HasRole(id spiffeid.ID, now time.Time) bool {
+	_, has := r.Disagrees(&entry.Entry{SPIFFEID: id}, now)
+	return has
 }
 
 // Disagrees returns a live entry for the SPIFFE ID of e that gives another role.
