@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -114,7 +115,15 @@ func start(t testing.TB, cfg agent.Config) *node {
 		}
 	})
 	t.Cleanup(stop)
-	eventually(t, "the socket is there", func() bool { _, err := os.Stat(cfg.PublicSocket); return err == nil })
+	for _, socket := range []string{cfg.PublicSocket, cfg.AdminSocket} {
+		eventually(t, socket+" takes connections", func() bool { // it is there a moment before
+			conn, err := net.Dial("unix", socket)
+			if err == nil {
+				conn.Close()
+			}
+			return err == nil
+		})
+	}
 	return &node{Agent: a, cfg: cfg, socket: "unix://" + cfg.PublicSocket, stop: stop}
 }
 

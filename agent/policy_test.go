@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -272,7 +273,7 @@ func TestExplainIdentity(t *testing.T) {
 	n.waitReady(t)
 	m := explain()
 	if m.GetReason() != "NO_MATCHING_ENTRY" || len(m.GetEntries()) != 2 || m.GetEntries()[0].GetEntryId() != "near" ||
-		strings.Join(m.GetEntries()[0].GetMissing(), " ") != "unix:path:/usr/bin/web" || len(m.GetSelectors()) != 4 {
+		strings.Join(m.GetEntries()[0].GetMissing(), " ") != "unix:path:/usr/bin/web" || !slices.Contains(m.GetSelectors(), uidSelector) {
 		t.Errorf("ExplainIdentity() = %v; want the near entry first, lacking its path", m)
 	}
 	ca.PutEntry(ca.Entry("fits", "/fits", uidSelector))

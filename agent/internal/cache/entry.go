@@ -176,10 +176,9 @@ func asksForDigest(e *Entry) bool { return slices.ContainsFunc(e.Selectors, isDi
 // buckets do not tell yet.
 func commonness(selector string) int {
 	switch {
-	case isDigest(selector), strings.HasPrefix(selector, "unix:path:"):
+	case isDigest(selector), strings.HasPrefix(selector, "unix:path:"), strings.HasPrefix(selector, "systemd:unit:"),
+		strings.HasPrefix(selector, "container:id:"), strings.HasPrefix(selector, "k8s:pod-uid:"):
 		return 0
-	case strings.HasPrefix(selector, "unix:uid:"), strings.HasPrefix(selector, "unix:gid:"):
-		return 2
 	default:
 		return 1
 	}

@@ -8,6 +8,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -38,28 +39,32 @@ func statExe(dir int) (fileID, error) {
 	return fileIDOf(&st), nil
 }
 
-// readAll gives the content of a small file below dir to parse.
+// readAll gives the content of a file below dir to parse.
 func readAll(dir int, name string, parse func([]byte) error) error {
 	fd, err := unix.Openat(dir, name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("%w: read %s: %v", ErrGone, name, err)
 	}
 	defer unix.Close(fd)
-	buf := buffers.Get().(*[8192]byte)
-	defer buffers.Put(buf)
-	n := 0
-	for n < len(buf) {
-		m, err := unix.Read(fd, buf[n:])
+	pooled := buffers.Get().(*[]byte)
+	defer buffers.Put(pooled)
+	buf := (*pooled)[:0]
+	for len(buf) < maxProcBytes {
+		if len(buf) == cap(buf) {
+			buf = slices.Grow(buf, len(buf))
+			*pooled = buf
+		}
+		n, err := unix.Read(fd, buf[len(buf):cap(buf)])
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}
 		if err != nil {
 			return fmt.Errorf("%w: read %s: %v", ErrGone, name, err)
 		}
-		if m == 0 {
-			return parse(buf[:n])
+		if n == 0 {
+			return parse(buf)
 		}
-		n += m
+		buf = buf[:len(buf)+n]
 	}
 	return fmt.Errorf("%w: %s is longer than expected", ErrGone, name)
 }
@@ -95,18 +100,17 @@ func parseStat(b []byte) (startTicks uint64, err error) {
 func (p *Process) readIDs(dir int) error {
 	return readAll(dir, "status", func(b []byte) error {
 		var err error
-		p.UID, p.GID, err = parseStatus(b)
+		p.UID, p.GID, p.Groups, err = parseStatus(b)
 		return err
 	})
 }
 
-// parseStatus reads the effective user and group from /proc/PID/status. A
-// process that has ended gives ErrGone. The
-// name of the process is in the first line, with line breaks escaped by the
-// kernel, so that it cannot add lines; a line that comes twice is refused all
-// the same.
-func parseStatus(b []byte) (uid, gid uint32, err error) {
-	var seenUID, seenGID bool
+// parseStatus reads the effective user and group and the supplementary groups
+// from /proc/PID/status. A process that has ended gives ErrGone. The name of the
+// process is in the first line, with line breaks escaped by the kernel, so that
+// it cannot add lines; a line that comes twice is refused all the same.
+func parseStatus(b []byte) (uid, gid uint32, groups []uint32, err error) {
+	seen := make(map[string]bool, 3)
 	for line := range bytes.Lines(b) {
 		name, rest, ok := bytes.Cut(line, []byte(":\t"))
 		if !ok {
@@ -117,29 +121,41 @@ func parseStatus(b []byte) (uid, gid uint32, err error) {
 			// A zombie has no program any more, though other threads of it may
 			// still run: nothing certain can be said about it.
 			if rest = bytes.TrimSpace(rest); len(rest) > 0 && bytes.IndexByte([]byte("ZXx"), rest[0]) >= 0 {
-				return 0, 0, ErrGone
+				return 0, 0, nil, ErrGone
 			}
+			continue
 		case "Uid":
-			if seenUID {
-				return 0, 0, fmt.Errorf("%w: two Uid lines in status", ErrGone)
-			}
-			seenUID = true
 			uid, err = effective(rest)
 		case "Gid":
-			if seenGID {
-				return 0, 0, fmt.Errorf("%w: two Gid lines in status", ErrGone)
-			}
-			seenGID = true
 			gid, err = effective(rest)
+		case "Groups":
+			groups, err = supplementary(rest)
+		default:
+			continue
+		}
+		if err == nil && seen[string(name)] {
+			err = fmt.Errorf("%w: two %s lines in status", ErrGone, name)
 		}
 		if err != nil {
-			return 0, 0, err
+			return 0, 0, nil, err
 		}
+		seen[string(name)] = true
 	}
-	if !seenUID || !seenGID {
-		return 0, 0, fmt.Errorf("%w: no Uid or Gid in status", ErrGone)
+	if len(seen) != 3 {
+		return 0, 0, nil, fmt.Errorf("%w: no Uid, Gid or Groups in status", ErrGone)
 	}
-	return uid, gid, nil
+	return uid, gid, groups, nil
+}
+
+func supplementary(b []byte) (groups []uint32, err error) {
+	for field := range bytes.FieldsSeq(b) {
+		id, err := strconv.ParseUint(string(field), 10, 32)
+		if err != nil {
+			return nil, fmt.Errorf("%w: group in status: %v", ErrGone, err)
+		}
+		groups = append(groups, uint32(id))
+	}
+	return groups, nil
 }
 
 // effective picks the second of real, effective, saved and filesystem ID.

@@ -1,5 +1,6 @@
 // Package workload proves facts about the process at the other end of a Unix
-// socket: which user and group it runs as and which program it is. Only data
+// socket: which user and groups it runs as, which program it is, and which
+// systemd unit and which container it is in. Only data
 // that the kernel owns counts. Whatever is ambiguous (another program at the
 // path that the kernel names, a process that changed its user after it
 // connected) proves nothing, because a missing selector can only take an
@@ -11,6 +12,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"strconv"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -36,6 +39,16 @@ type Process struct {
 	// SHA256 is the lower-case hex digest of the program, when it was asked
 	// for and could be made.
 	SHA256 string
+	// Groups are the supplementary groups.
+	Groups []uint32
+	// User and Group are the names of UID and GID on this machine, GroupNames
+	// those of Groups; what has no name there is left out.
+	User, Group string
+	GroupNames  []string
+	// Unit is the systemd unit, empty outside of any.
+	Unit string
+	// Container is zero outside of any.
+	Container Container
 	// Notes says in sentences what could not be proved, for explain.
 	Notes []string
 
@@ -52,21 +65,32 @@ func (p *Process) Same(q *Process) bool {
 
 // Selectors lists the proved facts as "type:value", sorted.
 func (p *Process) Selectors() []string {
-	s := make([]string, 0, 4)
-	s = append(s, fmt.Sprintf("unix:gid:%d", p.GID))
-	if p.Path != "" {
-		s = append(s, "unix:path:"+p.Path)
+	s := append(p.Container.selectors(), "unix:uid:"+id(p.UID), "unix:gid:"+id(p.GID))
+	for _, gid := range p.Groups {
+		s = append(s, "unix:supplementary_gid:"+id(gid))
 	}
-	if p.SHA256 != "" {
-		s = append(s, "unix:sha256:"+p.SHA256)
+	for _, name := range p.GroupNames {
+		s = append(s, "unix:supplementary_group:"+name)
 	}
-	return append(s, fmt.Sprintf("unix:uid:%d", p.UID))
+	for _, fact := range []struct{ name, value string }{
+		{"systemd:unit:", p.Unit}, {"unix:group:", p.Group}, {"unix:path:", p.Path}, {"unix:sha256:", p.SHA256}, {"unix:user:", p.User},
+	} {
+		if fact.value != "" {
+			s = append(s, fact.name+fact.value)
+		}
+	}
+	slices.Sort(s)
+	return slices.Compact(s)
 }
+
+func id(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
 
 // Attestor reads processes from one /proc. It is safe for concurrent use.
 type Attestor struct {
 	proc   *os.File // O_PATH, procfs
 	hashes hashes
+	users  names
+	groups names
 
 	// afterRead is called between reading a process and the last check that
 	// it still lives. Tests end processes here.
@@ -91,7 +115,10 @@ func New() (*Attestor, error) {
 		proc.Close()
 		return nil, errors.New("/proc is not the kernel's proc filesystem")
 	}
-	return &Attestor{proc: proc, hashes: newHashes(), afterRead: func() {}}, nil
+	return &Attestor{
+		proc: proc, hashes: newHashes(), afterRead: func() {},
+		users: names{path: "/etc/passwd"}, groups: names{path: "/etc/group"},
+	}, nil
 }
 
 // Close releases /proc.
@@ -178,6 +205,8 @@ func (a *Attestor) readFacts(ctx context.Context, dir int, p *Process, withHash,
 	if err := p.readIDs(dir); err != nil {
 		return err
 	}
+	p.readGroups(dir)
+	a.nameIDs(p)
 	a.afterRead()
 	if p.exe != (fileID{}) {
 		if id, err := statExe(dir); err != nil || !id.sameFile(p.exe) {
@@ -194,5 +223,24 @@ func (a *Attestor) readFacts(ctx context.Context, dir int, p *Process, withHash,
 	return nil
 }
 
-// buffers holds read buffers for files in /proc, which are a few KiB at most.
-var buffers = sync.Pool{New: func() any { return new([8192]byte) }}
+// nameIDs looks up what is called how on this machine.
+func (a *Attestor) nameIDs(p *Process) {
+	var err error
+	if p.User, err = a.users.of(p.UID); err != nil && !errors.Is(err, errUnnamed) {
+		p.note("no unix:user selector: %v", err)
+	}
+	if p.Group, err = a.groups.of(p.GID); err != nil && !errors.Is(err, errUnnamed) {
+		p.note("no unix:group selector: %v", err)
+	}
+	for _, gid := range p.Groups {
+		if name, err := a.groups.of(gid); err == nil {
+			p.GroupNames = append(p.GroupNames, name)
+		}
+	}
+}
+
+// buffers holds read buffers for files in /proc. Most are a few KiB; a process
+// can have 65536 groups.
+var buffers = sync.Pool{New: func() any { return new(make([]byte, 0, 8<<10)) }}
+
+const maxProcBytes = 1 << 20

@@ -104,7 +104,7 @@ func entryCreate(o *options) *cobra.Command {
 	}
 	fl := cmd.Flags()
 	fl.StringVar(&f.spiffeID, "spiffe-id", "", "SPIFFE ID that matching processes get")
-	fl.StringArrayVar(&f.selectors, "selector", nil, "what a process must be, split at the first colon: unix:uid:1000, unix:path:/usr/bin/web, unix:sha256:… (repeat: all must hold)")
+	fl.StringArrayVar(&f.selectors, "selector", nil, "what a process must be, split at the first colon: unix:uid:1000, unix:path:/usr/bin/web, systemd:unit:web.service, container:id:… (repeat: all must hold; agent/README.md lists them)")
 	fl.StringVar(&f.parent, "parent", "", "SPIFFE ID of the agent (default: the only agent)")
 	fl.DurationVar(&f.ttl, "ttl", 0, "lifetime of X509-SVIDs (default: the CA's, 1h)")
 	fl.DurationVar(&f.jwtTTL, "jwt-ttl", 0, "lifetime of JWT-SVIDs (default: the CA's, 5m)")

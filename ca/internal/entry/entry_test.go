@@ -39,7 +39,20 @@ func TestAcceptsGoodEntries(t *testing.T) {
 		"dns names": func(e *Entry) { e.DNSNames = []string{"web", "web.shop.test", "xn--bcher-kva.test", "1.test2"} },
 		"cn, hint":  func(e *Entry) { e.CommonName, e.Hint = "Web Dienst ä", strings.Repeat("h", 1024) },
 		"selectors": func(e *Entry) {
-			e.Selectors = []Selector{{"unix", "gid:0"}, {"unix", "path:/usr/bin/a:b"}, {"unix", "sha256:" + strings.Repeat("a0", 32)}}
+			e.Selectors = []Selector{
+				{"unix", "gid:0"},
+				{"unix", "path:/usr/bin/a:b"},
+				{"unix", "sha256:" + strings.Repeat("a0", 32)},
+				{"unix", "user:www-data"},
+				{"unix", "group:adm"},
+				{"unix", "supplementary_gid:4"},
+				{"unix", "supplementary_group:docker"},
+				{"systemd", "unit:web@blue.service"},
+				{"container", "id:" + strings.Repeat("a0", 32)},
+				{"container", "runtime:cri-o"},
+				{"k8s", "pod-uid:0195b7a2-5c1e-7c55-8d0e-0123456789ab"},
+				{"k8s", "qos:besteffort"},
+			}
 		},
 		"expiry":     func(e *Entry) { e.ExpiresAt = now.Add(time.Second) },
 		"agent-like": func(e *Entry) { e.SPIFFEID = spiffeid.RequireFromString("spiffe://shop.test/agents/x") },
@@ -88,6 +101,14 @@ func TestRefusesBadEntriesNamingTheField(t *testing.T) {
 		"unclean path":      {func(e *Entry) { e.Selectors = []Selector{{"unix", "path:/bin/../web"}} }, "selectors"},
 		"newline in path":   {func(e *Entry) { e.Selectors = []Selector{{"unix", "path:/bin/a\nb"}} }, "selectors"},
 		"short sha256":      {func(e *Entry) { e.Selectors = []Selector{{"unix", "sha256:abcd"}} }, "selectors"},
+		"user with a colon": {func(e *Entry) { e.Selectors = []Selector{{"unix", "user:a:b"}} }, "selectors"},
+		"empty group":       {func(e *Entry) { e.Selectors = []Selector{{"unix", "group:"}} }, "selectors"},
+		"unit, no suffix":   {func(e *Entry) { e.Selectors = []Selector{{"systemd", "unit:nginx"}} }, "selectors"},
+		"unit in a slice":   {func(e *Entry) { e.Selectors = []Selector{{"systemd", "unit:system.slice/nginx.service"}} }, "selectors"},
+		"short container":   {func(e *Entry) { e.Selectors = []Selector{{"container", "id:0123456789ab"}} }, "selectors"},
+		"unknown runtime":   {func(e *Entry) { e.Selectors = []Selector{{"container", "runtime:lxc"}} }, "selectors"},
+		"pod by name":       {func(e *Entry) { e.Selectors = []Selector{{"k8s", "pod-uid:web-0"}} }, "selectors"},
+		"QoS in capitals":   {func(e *Entry) { e.Selectors = []Selector{{"k8s", "qos:Burstable"}} }, "selectors"},
 		"upper-case sha256": {func(e *Entry) { e.Selectors = []Selector{{"unix", "sha256:" + strings.Repeat("AB", 32)}} }, "selectors"},
 		"long TTL":          {func(e *Entry) { e.X509SVIDTTL = MaxX509SVIDTTL + 1 }, "x509_svid_ttl_seconds"},
 		"huge TTL":          {func(e *Entry) { e.X509SVIDTTL = math.MaxInt64 }, "x509_svid_ttl_seconds"},
@@ -132,11 +153,11 @@ func wantInvalid(t *testing.T, err error, field string) {
 
 func TestSuggestsTheNearestSelector(t *testing.T) {
 	for in, want := range map[string]string{
-		"unxi:uid:1":   "did you mean unix?",
-		"unix:pth:/a":  "did you mean path?",
-		"kubernetes:x": "known: unix",
-		"unix:user:x":  "known: gid, path, sha256, uid",
-		"uid":          "has no colon",
+		"unxi:uid:1":     "did you mean unix?",
+		"unix:pth:/a":    "did you mean path?",
+		"kubernetes:x":   "known: container, k8s, systemd, unix",
+		"unix:program:x": "known: gid, group, path, sha256, supplementary_gid, supplementary_group, uid, user",
+		"uid":            "has no colon",
 	} {
 		if _, err := ParseSelector(in); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("ParseSelector(%q) = %v; want %q in it", in, err, want)

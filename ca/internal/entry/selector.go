@@ -7,6 +7,7 @@ package entry
 import (
 	"encoding/hex"
 	"path"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -28,11 +29,18 @@ const maxSelectorBytes = 4096
 // prove, with the check of each value.
 var attestors = map[string]map[string]func(string) string{
 	"unix": {
-		"uid":    numericID,
-		"gid":    numericID,
-		"path":   absolutePath,
-		"sha256": sha256Hex,
+		"uid":                 numericID,
+		"user":                accountName,
+		"gid":                 numericID,
+		"group":               accountName,
+		"supplementary_gid":   numericID,
+		"supplementary_group": accountName,
+		"path":                absolutePath,
+		"sha256":              sha256Hex,
 	},
+	"systemd":   {"unit": unitName},
+	"container": {"id": sha256Hex, "runtime": oneOf("docker", "containerd", "cri-o", "podman")},
+	"k8s":       {"pod-uid": podUID, "qos": oneOf("guaranteed", "burstable", "besteffort")},
 }
 
 // ParseSelector parses type:value. It splits at the first colon and refuses a
@@ -113,6 +121,42 @@ func sha256Hex(s string) string {
 		return "want 64 lower-case hex digits"
 	}
 	return ""
+}
+
+// accountName is a user or group as the agent finds it in /etc/passwd or
+// /etc/group.
+func accountName(s string) string {
+	if s == "" || len(s) > 256 || strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' || r == ':' }) {
+		return "want the name of an account of the node"
+	}
+	return ""
+}
+
+var unitPattern = regexp.MustCompile(`^[A-Za-z0-9:_.\\@-]{1,240}\.(service|scope|socket|mount|swap)$`)
+
+func unitName(s string) string {
+	if !unitPattern.MatchString(s) {
+		return "want the name of a unit with its suffix, such as nginx.service"
+	}
+	return ""
+}
+
+var podPattern = regexp.MustCompile(`^([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32})$`)
+
+func podUID(s string) string {
+	if !podPattern.MatchString(s) {
+		return "want the UID of a pod, in lower case: kubectl get pod NAME -o jsonpath={.metadata.uid}"
+	}
+	return ""
+}
+
+func oneOf(words ...string) func(string) string {
+	return func(s string) string {
+		if !slices.Contains(words, s) {
+			return "want one of " + strings.Join(words, ", ")
+		}
+		return ""
+	}
 }
 
 // suggest names the known word nearest to got, or all of them.
