@@ -151,7 +151,10 @@ func follow(ctx context.Context, s store.Store, rec recorder, w watchFrom, until
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	ch, err := s.Watch(ctx, w.Prefix, w.After)
+	ch, err := begin(ctx, s, w)
+	if ctx.Err() != nil {
+		return
+	}
 	if err != nil {
 		rec.say(line{What: lineEnd, ID: w.Name, Text: err.Error()})
 		return
@@ -164,6 +167,22 @@ func follow(ctx context.Context, s store.Store, rec recorder, w watchFrom, until
 	}
 	if ctx.Err() == nil {
 		rec.say(line{What: lineEnd, ID: w.Name, Text: "channel closed"})
+	}
+}
+
+// begin begins a watch, again where the store could not be reached: while a
+// leader hangs that is what must be said of it.
+func begin(ctx context.Context, s store.Store, w watchFrom) (<-chan store.Batch, error) {
+	for {
+		ch, err := s.Watch(ctx, w.Prefix, w.After)
+		if !errors.Is(err, store.ErrUnavailable) {
+			return ch, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(100 * time.Millisecond):
+		}
 	}
 }
 
