@@ -5,16 +5,11 @@
 package authority
 
 import (
-	"bytes"
 	"crypto"
-	"crypto/rand"
-	"crypto/sha256"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/asn1"
 	"errors"
 	"fmt"
-	"net/url"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -26,12 +21,17 @@ import (
 // are behind.
 const Backdate = time.Minute
 
-// X509Authority signs leaves. It is immutable and safe for concurrent use as far
-// as Signer is.
+// X509Authority signs leaves. It is immutable from its first use on, and safe for
+// concurrent use as far as Signer is.
 type X509Authority struct {
 	Chain  []*x509.Certificate // the issuer and what is above it, without the root
 	Root   *x509.Certificate
 	Signer crypto.Signer // key of Chain[0]
+
+	once  sync.Once // makes what follows, at first use
+	form  *leafForm
+	key   *signing
+	fault error
 }
 
 // LeafRequest asks for an X509-SVID.
@@ -98,83 +98,86 @@ func (a *X509Authority) NotAfter() time.Time {
 	return end
 }
 
+// ready is what issuing needs besides the request; it is made once.
+func (a *X509Authority) ready() error {
+	if a == nil {
+		return errors.New("issue an X509-SVID: authority is incomplete")
+	}
+	a.once.Do(func() {
+		if a.form, a.key, a.fault = a.prepare(); a.fault != nil {
+			a.fault = fmt.Errorf("issue an X509-SVID: %w", a.fault)
+		}
+	})
+	return a.fault
+}
+
+func (a *X509Authority) prepare() (*leafForm, *signing, error) {
+	td, err := a.TrustDomain()
+	if err != nil {
+		return nil, nil, err
+	}
+	key, err := newSigning(a.Signer)
+	if err != nil {
+		return nil, nil, err
+	}
+	issuer := a.Chain[0]
+	if public, ok := issuer.PublicKey.(interface{ Equal(crypto.PublicKey) bool }); !ok || !public.Equal(a.Signer.Public()) {
+		return nil, nil, errors.New("the signer's key is not that of the issuing certificate")
+	}
+	form, err := newLeafForm(td, issuer, key.algorithm, a.NotAfter())
+	return form, key, err
+}
+
 // Issue signs a leaf. A request that breaks the profile is an *InvalidError; that
 // a signed certificate would break it is a *LintError, and nothing was signed.
 func (a *X509Authority) Issue(req LeafRequest) (*Leaf, error) {
-	td, err := a.TrustDomain()
-	if err != nil {
-		return nil, fmt.Errorf("issue an X509-SVID: %w", err)
-	}
-	if err := checkLeafRequest(req, td); err != nil {
+	if err := a.ready(); err != nil {
 		return nil, err
 	}
-	template, cut, err := a.template(req)
+	if err := checkLeafRequest(req, a.form.trustDomain); err != nil {
+		return nil, err
+	}
+	values, cut, err := a.values(req)
 	if err != nil {
 		return nil, err
 	}
-	// crypto/x509 hands the exact bytes to be signed to a MessageSigner, and checks
-	// the signature that comes back, so a fault in the signer leaks no bad one.
-	signer := &lintingSigner{Signer: a.Signer, lint: func(tbs []byte) error {
-		return lintLeaf(tbs, req, template, a.Chain[0])
-	}}
-	der, err := x509.CreateCertificate(rand.Reader, template, a.Chain[0], req.PublicKey, signer)
+	tbs, err := a.form.encode(values)
 	if err != nil {
-		if lint, ok := errors.AsType[*LintError](err); ok {
-			return nil, lint
-		}
+		return nil, fmt.Errorf("encode the X509-SVID of %s: %w", req.SPIFFEID, err)
+	}
+	if err := lintLeaf(tbs, req, values, a.Chain[0]); err != nil {
+		return nil, err
+	}
+	signature, err := a.key.sign(tbs)
+	if err != nil {
 		return nil, fmt.Errorf("sign the X509-SVID of %s: %w", req.SPIFFEID, err)
 	}
-	return &Leaf{DER: der, NotBefore: template.NotBefore, NotAfter: template.NotAfter, Serial: req.Serial, Cut: cut}, nil
+	der, err := wrap(tbs, a.key.algorithm, signature)
+	if err != nil {
+		return nil, fmt.Errorf("encode the X509-SVID of %s: %w", req.SPIFFEID, err)
+	}
+	return &Leaf{DER: der, NotBefore: values.notBefore, NotAfter: values.notAfter, Serial: req.Serial, Cut: cut}, nil
 }
 
-// template is the profile of a leaf. Extensions that are not here are not in the
-// certificate.
-func (a *X509Authority) template(req LeafRequest) (tmpl *x509.Certificate, cut bool, err error) {
-	keyID, err := keyID(req.PublicKey)
+// values is what a leaf for req says.
+func (a *X509Authority) values(req LeafRequest) (v leafValues, cut bool, err error) {
+	key, err := encodeKey(req.PublicKey)
 	if err != nil {
-		return nil, false, err
+		return leafValues{}, false, err
 	}
-	issuer := a.Chain[0]
 	notBefore := req.Now.Add(-Backdate).UTC().Truncate(time.Second)
-	if notBefore.Before(issuer.NotBefore) {
+	if issuer := a.Chain[0]; notBefore.Before(issuer.NotBefore) {
 		notBefore = issuer.NotBefore
 	}
 	notAfter := req.Now.Add(req.TTL).UTC().Truncate(time.Second)
-	if end := a.NotAfter(); end.Before(notAfter) {
-		notAfter, cut = end, true
+	if a.form.end.Before(notAfter) {
+		notAfter, cut = a.form.end, true
 	}
 	if !notAfter.After(req.Now) {
-		return nil, false, fmt.Errorf("issue an X509-SVID: the issuing chain ended at %s", a.NotAfter().Format(time.RFC3339))
+		return leafValues{}, false, fmt.Errorf("issue an X509-SVID: the issuing chain ended at %s", a.form.end.Format(time.RFC3339))
 	}
-	id := req.SPIFFEID.URL()
-	return &x509.Certificate{
-		SerialNumber:          req.Serial.Big(),
-		Subject:               pkix.Name{CommonName: req.CommonName},
-		NotBefore:             notBefore,
-		NotAfter:              notAfter,
-		KeyUsage:              x509.KeyUsageDigitalSignature,
-		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		BasicConstraintsValid: true,
-		SubjectKeyId:          keyID,
-		AuthorityKeyId:        issuer.SubjectKeyId,
-		DNSNames:              req.DNSNames,
-		URIs:                  []*url.URL{id},
+	return leafValues{
+		serial: req.Serial, notBefore: notBefore, notAfter: notAfter, key: key,
+		id: req.SPIFFEID.String(), commonName: req.CommonName, dnsNames: req.DNSNames,
 	}, cut, nil
-}
-
-// keyID is method 1 of RFC 7093 §2: SHA-256 of the key's bits, cut to 160.
-func keyID(pub crypto.PublicKey) ([]byte, error) {
-	der, err := x509.MarshalPKIXPublicKey(pub)
-	if err != nil {
-		return nil, invalid("public_key", "cannot be encoded: %v", err)
-	}
-	var spki struct {
-		Algorithm pkix.AlgorithmIdentifier
-		Key       asn1.BitString
-	}
-	if _, err := asn1.Unmarshal(der, &spki); err != nil {
-		return nil, invalid("public_key", "cannot be encoded: %v", err)
-	}
-	sum := sha256.Sum256(spki.Key.RightAlign())
-	return bytes.Clone(sum[:20]), nil
 }

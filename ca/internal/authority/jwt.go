@@ -7,17 +7,18 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/sha256"
-	"encoding/asn1"
+	"crypto/rsa"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"math/big"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/crypto/cryptobyte"
+	cryptobyte_asn1 "golang.org/x/crypto/cryptobyte/asn1"
 
 	"merlon.dev/sdk/svid"
 )
@@ -26,12 +27,18 @@ import (
 // one (J7).
 const MaxJWTAudiences = 8
 
-// JWTAuthority signs JWT-SVIDs with ES256. It is immutable and safe for concurrent
-// use as far as Signer is.
+// JWTAuthority signs JWT-SVIDs: with ES256 by a P-256 key, with RS256 by an RSA
+// key, which some clouds want. It is immutable from its first use on, and safe for
+// concurrent use as far as Signer is.
 type JWTAuthority struct {
 	TrustDomain spiffeid.TrustDomain
 	KeyID       string
-	Signer      crypto.Signer // P-256
+	Signer      crypto.Signer
+
+	once  sync.Once // makes what follows, at first use
+	head  string    // the header, encoded, with its dot
+	key   *signing
+	fault error
 }
 
 // JWTRequest asks for a JWT-SVID.
@@ -64,18 +71,14 @@ func (a *JWTAuthority) Issue(req JWTRequest) (token string, exp time.Time, err e
 		return "", time.Time{}, err
 	}
 	exp = req.Now.Add(req.TTL).UTC().Truncate(time.Second)
-	head, err := json.Marshal(jwtHeader{Alg: "ES256", Kid: a.KeyID, Typ: "JWT"})
-	if err != nil {
-		return "", time.Time{}, fmt.Errorf("encode the JWT-SVID of %s: %w", req.SPIFFEID, err)
-	}
 	claims, err := json.Marshal(jwtClaims{
 		Aud: req.Audience, Exp: exp.Unix(), Iat: req.Now.Unix(), Jti: req.Serial.String(), Sub: req.SPIFFEID.String(),
 	})
 	if err != nil {
 		return "", time.Time{}, fmt.Errorf("encode the JWT-SVID of %s: %w", req.SPIFFEID, err)
 	}
-	input := base64.RawURLEncoding.EncodeToString(head) + "." + base64.RawURLEncoding.EncodeToString(claims)
-	signature, err := SignES256(a.Signer, []byte(input))
+	input := a.head + base64.RawURLEncoding.EncodeToString(claims)
+	signature, err := a.key.signJWS([]byte(input))
 	if err != nil {
 		return "", time.Time{}, fmt.Errorf("sign the JWT-SVID of %s: %w", req.SPIFFEID, err)
 	}
@@ -86,9 +89,50 @@ func (a *JWTAuthority) Issue(req JWTRequest) (token string, exp time.Time, err e
 	return token, exp, nil
 }
 
-func (a *JWTAuthority) check(req JWTRequest) error {
+// ready is what issuing needs besides the request; it is made once.
+func (a *JWTAuthority) ready() error {
 	if a == nil || a.KeyID == "" || a.Signer == nil || a.TrustDomain.IsZero() {
 		return errors.New("issue a JWT-SVID: authority is incomplete")
+	}
+	a.once.Do(func() {
+		if a.head, a.key, a.fault = a.prepare(); a.fault != nil {
+			a.fault = fmt.Errorf("issue a JWT-SVID: %w", a.fault)
+		}
+	})
+	return a.fault
+}
+
+func (a *JWTAuthority) prepare() (string, *signing, error) {
+	alg, err := jwsAlgorithm(a.Signer.Public())
+	if err != nil {
+		return "", nil, err
+	}
+	head, err := json.Marshal(jwtHeader{Alg: alg, Kid: a.KeyID, Typ: "JWT"})
+	if err != nil {
+		return "", nil, fmt.Errorf("encode the header: %w", err)
+	}
+	key, err := newSigning(a.Signer)
+	return base64.RawURLEncoding.EncodeToString(head) + ".", key, err
+}
+
+// jwsAlgorithm is the one of RFC 7518 §3.1 that a JWT key signs with.
+func jwsAlgorithm(pub crypto.PublicKey) (string, error) {
+	switch key := pub.(type) {
+	case *ecdsa.PublicKey:
+		if key.Curve == elliptic.P256() {
+			return "ES256", nil
+		}
+	case *rsa.PublicKey:
+		if key.N.BitLen() >= 2048 {
+			return "RS256", nil
+		}
+	}
+	return "", errors.New("the key is neither a P-256 key, for ES256, nor an RSA key of 2048 bits or more, for RS256")
+}
+
+func (a *JWTAuthority) check(req JWTRequest) error {
+	if err := a.ready(); err != nil {
+		return err
 	}
 	if err := checkSubject(req.SPIFFEID, a.TrustDomain); err != nil {
 		return err
@@ -116,28 +160,20 @@ func (a *JWTAuthority) check(req JWTRequest) error {
 	return nil
 }
 
-// SignES256 signs as RFC 7518 §3.4 says: the two integers of the signature, 32
-// octets each. The signature is checked before it is given out, since a faulty one
-// can betray the key.
-func SignES256(signer crypto.Signer, message []byte) ([]byte, error) {
-	pub, ok := signer.Public().(*ecdsa.PublicKey)
-	if !ok || pub.Curve != elliptic.P256() {
-		return nil, errors.New("the key is not a P-256 key, which ES256 needs")
+// signJWS signs as RFC 7518 §3.3 and §3.4 say: an RSA signature as it is, of ECDSA
+// on P-256 the two integers, 32 octets each.
+func (s *signing) signJWS(message []byte) ([]byte, error) {
+	signature, err := s.sign(message)
+	if _, ok := s.signer.Public().(*ecdsa.PublicKey); err != nil || !ok {
+		return signature, err
 	}
-	digest := sha256.Sum256(message)
-	der, err := signer.Sign(rand.Reader, digest[:], crypto.SHA256)
-	if err != nil {
-		return nil, err
-	}
-	if !ecdsa.VerifyASN1(pub, digest[:], der) {
-		return nil, errors.New("the signer gave a wrong signature")
-	}
-	var parts struct{ R, S *big.Int }
-	if _, err := asn1.Unmarshal(der, &parts); err != nil {
-		return nil, fmt.Errorf("read the signature: %w", err)
+	var r, t big.Int
+	der := cryptobyte.String(signature)
+	if !der.ReadASN1(&der, cryptobyte_asn1.SEQUENCE) || !der.ReadASN1Integer(&r) || !der.ReadASN1Integer(&t) || r.BitLen() > 256 || t.BitLen() > 256 {
+		return nil, errors.New("the signer gave something else than a signature")
 	}
 	out := make([]byte, 64)
-	parts.R.FillBytes(out[:32])
-	parts.S.FillBytes(out[32:])
+	r.FillBytes(out[:32])
+	t.FillBytes(out[32:])
 	return out, nil
 }

@@ -1,18 +1,22 @@
 // Looks at the very bytes that are about to be signed and compares them with the
-// profile and the request. The template says what was meant; only the encoded
-// certificate says what will be trusted, and it cannot be taken back.
+// profile and the request. The request says what was meant; only the encoded
+// certificate says what will be trusted, and it cannot be taken back. What reads
+// them (lintread.go) shares nothing with what wrote them.
 
 package authority
 
 import (
 	"bytes"
 	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rsa"
 	"crypto/x509"
-	"encoding/asn1"
-	"errors"
 	"fmt"
-	"io"
 	"slices"
+
+	"golang.org/x/crypto/cryptobyte"
+	cryptobyte_asn1 "golang.org/x/crypto/cryptobyte/asn1"
 
 	"merlon.dev/sdk/svid"
 )
@@ -28,161 +32,146 @@ func (e *LintError) Error() string {
 	return fmt.Sprintf("refused to sign: certificate breaks %s: %s", e.Rule, e.Reason)
 }
 
-// lintingSigner lets the key see a message only after lint did. It is a
-// crypto.MessageSigner, which is what makes crypto/x509 give it the message.
-type lintingSigner struct {
-	crypto.Signer
-	lint func(tbs []byte) error
-}
+// The extensions of a leaf, by the bytes of their object identifiers, and whether
+// each is critical. A SAN is critical where the subject is empty (X5).
+const (
+	extKeyUsage         = "\x55\x1d\x0f" // 2.5.29.15
+	extExtKeyUsage      = "\x55\x1d\x25" // 2.5.29.37
+	extBasicConstraints = "\x55\x1d\x13" // 2.5.29.19
+	extSubjectKeyID     = "\x55\x1d\x0e" // 2.5.29.14
+	extAuthorityKeyID   = "\x55\x1d\x23" // 2.5.29.35
+	extSAN              = "\x55\x1d\x11" // 2.5.29.17
+)
 
-// Sign hides the embedded method: a digest cannot be linted, so it is not signed.
-func (s *lintingSigner) Sign(io.Reader, []byte, crypto.SignerOpts) ([]byte, error) {
-	return nil, errors.New("this signer signs only what it can read")
-}
-
-// SignMessage implements crypto.MessageSigner.
-func (s *lintingSigner) SignMessage(rand io.Reader, tbs []byte, opts crypto.SignerOpts) ([]byte, error) {
-	if err := s.lint(tbs); err != nil {
-		return nil, err
-	}
-	return crypto.SignMessage(s.Signer, rand, tbs, opts)
-}
-
-// The extensions of a leaf and whether each is critical. A SAN is critical where
-// the subject is empty (X5).
 var leafExtensions = map[string]bool{
-	"2.5.29.15": true,  // keyUsage (X10)
-	"2.5.29.37": false, // extended key usage
-	"2.5.29.19": true,  // basicConstraints
-	"2.5.29.14": false, // subject key ID
-	"2.5.29.35": false, // authority key ID
-	"2.5.29.17": false, // SAN
+	extKeyUsage: true, extBasicConstraints: true, // X10
+	extExtKeyUsage: false, extSubjectKeyID: false, extAuthorityKeyID: false, extSAN: false,
 }
 
 type lintRule struct {
 	rule, reason string
-	broken       func(c *x509.Certificate, req LeafRequest, want, issuer *x509.Certificate) bool
+	broken       func(l linted) bool
+}
+
+// linted is what the rules look at.
+type linted struct {
+	*leafBody
+	req    LeafRequest
+	want   leafValues
+	issuer *x509.Certificate
 }
 
 var leafRules = []lintRule{
-	{"X1", "it does not have exactly one URI SAN, the SPIFFE ID of the request", func(c *x509.Certificate, req LeafRequest, _, _ *x509.Certificate) bool {
-		return len(c.URIs) != 1 || c.URIs[0].String() != req.SPIFFEID.String()
+	{"X1", "it does not have exactly one URI SAN, the SPIFFE ID of the request", func(l linted) bool {
+		_, uris, ok := l.names()
+		return ok && (len(uris) != 1 || uris[0] != l.req.SPIFFEID.String())
 	}},
-	{"X1", "it has other names than the request", func(c *x509.Certificate, req LeafRequest, _, _ *x509.Certificate) bool {
-		return len(c.EmailAddresses)+len(c.IPAddresses) > 0 || !slices.Equal(c.DNSNames, req.DNSNames)
+	{"X1", "it has other names than the request", func(l linted) bool {
+		dns, _, ok := l.names()
+		return !ok || !slices.Equal(dns, l.req.DNSNames)
 	}},
-	{"X3", "its SPIFFE ID has no path", func(_ *x509.Certificate, req LeafRequest, _, _ *x509.Certificate) bool {
-		return req.SPIFFEID.Path() == ""
+	{"X3", "its SPIFFE ID has no path", func(l linted) bool {
+		return l.req.SPIFFEID.Path() == ""
 	}},
-	{"X5", "its subject is not the common name of the request alone", func(c *x509.Certificate, req LeafRequest, _, _ *x509.Certificate) bool {
-		names := 1
-		if req.CommonName == "" {
-			names = 0
-		}
-		return c.Subject.CommonName != req.CommonName || len(c.Subject.Names) != names
+	{"X5", "its subject is not the common name of the request alone", func(l linted) bool {
+		cn, ok := l.commonName()
+		return !ok || cn != l.req.CommonName
 	}},
-	{"X8", "it is a signing certificate", func(c *x509.Certificate, _ LeafRequest, _, _ *x509.Certificate) bool {
-		return !c.BasicConstraintsValid || c.IsCA || c.MaxPathLen != -1
+	{"X8", "it is a signing certificate", func(l linted) bool {
+		return string(l.value(extBasicConstraints)) != "\x30\x00" // cA is false by default
 	}},
-	{"X11", "its keyUsage is not digitalSignature alone", func(c *x509.Certificate, _ LeafRequest, _, _ *x509.Certificate) bool {
-		return c.KeyUsage != x509.KeyUsageDigitalSignature
+	{"X11", "its keyUsage is not digitalSignature alone", func(l linted) bool {
+		return string(l.value(extKeyUsage)) != "\x03\x02\x07\x80"
 	}},
-	{"X12", "its extended key usage is not serverAuth and clientAuth", func(c *x509.Certificate, _ LeafRequest, _, _ *x509.Certificate) bool {
-		return len(c.UnknownExtKeyUsage) > 0 ||
-			!slices.Equal(c.ExtKeyUsage, []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth})
+	{"X12", "its extended key usage is not serverAuth and clientAuth", func(l linted) bool {
+		return string(l.value(extExtKeyUsage)) != "\x30\x14\x06\x08\x2b\x06\x01\x05\x05\x07\x03\x01\x06\x08\x2b\x06\x01\x05\x05\x07\x03\x02"
 	}},
-	{"X13", "its subject key ID is not the template's, or its authority key ID not the issuer's", func(c *x509.Certificate, _ LeafRequest, want, issuer *x509.Certificate) bool {
-		return len(c.SubjectKeyId) == 0 || !bytes.Equal(c.SubjectKeyId, want.SubjectKeyId) ||
-			len(issuer.SubjectKeyId) == 0 || !bytes.Equal(c.AuthorityKeyId, issuer.SubjectKeyId)
+	{"X13", "its subject key ID is not that of its key, or its authority key ID not the issuer's", func(l linted) bool {
+		ski, aki := cryptobyte.String(l.value(extSubjectKeyID)), cryptobyte.String(l.value(extAuthorityKeyID))
+		var subject, ids, issuer cryptobyte.String
+		ok := ski.ReadASN1(&subject, cryptobyte_asn1.OCTET_STRING) && ski.Empty() &&
+			aki.ReadASN1(&ids, cryptobyte_asn1.SEQUENCE) && aki.Empty() && ids.ReadASN1(&issuer, tagKeyID) && ids.Empty()
+		return !ok || len(subject) == 0 || !bytes.Equal(subject, l.want.key.id) ||
+			len(issuer) == 0 || !bytes.Equal(issuer, l.issuer.SubjectKeyId)
 	}},
-	{"X13", "its issuer is not the subject of the issuing certificate", func(c *x509.Certificate, _ LeafRequest, _, issuer *x509.Certificate) bool {
-		return !bytes.Equal(c.RawIssuer, issuer.RawSubject)
+	{"X13", "its issuer is not the subject of the issuing certificate", func(l linted) bool {
+		return !bytes.Equal(l.leafBody.issuer, l.issuer.RawSubject)
 	}},
-	{"X13", "it is valid outside the time of its issuer, or not as the template says", func(c *x509.Certificate, _ LeafRequest, want, issuer *x509.Certificate) bool {
-		return c.NotBefore.Before(issuer.NotBefore) || c.NotAfter.After(issuer.NotAfter) ||
-			!c.NotBefore.Equal(want.NotBefore) || !c.NotAfter.Equal(want.NotAfter) || !c.NotBefore.Before(c.NotAfter)
+	{"X13", "it is valid outside the time of its issuer, or not as it was meant", func(l linted) bool {
+		return l.notBefore.Before(l.issuer.NotBefore) || l.notAfter.After(l.issuer.NotAfter) ||
+			!l.notBefore.Equal(l.want.notBefore) || !l.notAfter.Equal(l.want.notAfter) || !l.notBefore.Before(l.notAfter)
 	}},
-	{"X13", "its public key is not the one of the request", func(c *x509.Certificate, req LeafRequest, _, _ *x509.Certificate) bool {
-		key, ok := c.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
-		return !ok || !key.Equal(req.PublicKey)
+	{"X13", "its public key is not the one of the request", func(l linted) bool {
+		return !sameKey(l.key, l.req.PublicKey)
 	}},
-	{"X13", "its public key is its issuer's", func(c *x509.Certificate, _ LeafRequest, _, issuer *x509.Certificate) bool {
-		return bytes.Equal(c.RawSubjectPublicKeyInfo, issuer.RawSubjectPublicKeyInfo)
+	{"X13", "its public key is its issuer's", func(l linted) bool {
+		return bytes.Equal(l.key, l.issuer.RawSubjectPublicKeyInfo)
 	}},
-	{"T44", "its serial number is not the one of the request, at most 159 bits", func(c *x509.Certificate, req LeafRequest, _, _ *x509.Certificate) bool {
-		serial, ok := svid.SerialFromBig(c.SerialNumber)
-		return !ok || serial != req.Serial
+	{"X13", "its signature algorithm does not fit its issuer's key", func(l linted) bool {
+		return !bytes.Equal(l.algorithm, algorithmOf(l.issuer.PublicKey))
+	}},
+	{"T44", "its serial number is not the one of the request, at most 159 bits", func(l linted) bool {
+		serial, ok := svid.SerialFromBig(l.serial)
+		return !ok || serial != l.req.Serial
 	}},
 }
 
-// lintLeaf judges the bytes tbs of a certificate for req, made from the template
+// lintLeaf judges the bytes tbs of a certificate for req, made of the values
 // want, below issuer.
-func lintLeaf(tbs []byte, req LeafRequest, want, issuer *x509.Certificate) error {
-	c, err := parseTBS(tbs)
+func lintLeaf(tbs []byte, req LeafRequest, want leafValues, issuer *x509.Certificate) error {
+	c, err := readLeaf(tbs)
 	if err != nil {
 		return &LintError{Rule: "X13", Reason: err.Error()}
 	}
 	if err := lintExtensions(c); err != nil {
 		return err
 	}
+	l := linted{c, req, want, issuer}
 	for _, rule := range leafRules {
-		if rule.broken(c, req, want, issuer) {
+		if rule.broken(l) {
 			return &LintError{Rule: rule.rule, Reason: rule.reason}
 		}
 	}
 	return nil
 }
 
-func lintExtensions(c *x509.Certificate) error {
-	if c.Version != 3 {
-		return &LintError{Rule: "X13", Reason: "it is not version 3"}
-	}
-	seen := 0
-	for _, ext := range c.Extensions {
-		critical, known := leafExtensions[ext.Id.String()]
-		if ext.Id.String() == "2.5.29.17" {
-			critical = len(c.Subject.Names) == 0
-		}
-		switch {
-		case !known:
-			return &LintError{Rule: "X13", Reason: fmt.Sprintf("it has the extension %s, which the profile does not", ext.Id)}
-		case ext.Critical != critical:
-			return &LintError{Rule: "X10", Reason: fmt.Sprintf("its extension %s has critical=%t", ext.Id, ext.Critical)}
-		}
-		seen++
-	}
-	if seen != len(leafExtensions) { // crypto/x509 refuses duplicates
-		return &LintError{Rule: "X10", Reason: fmt.Sprintf("it has %d extensions; the profile has %d", seen, len(leafExtensions))}
+// algorithmOf is the AlgorithmIdentifier that a key of an authority signs with;
+// nil where it must not sign.
+func algorithmOf(pub crypto.PublicKey) []byte {
+	switch key := pub.(type) {
+	case *ecdsa.PublicKey:
+		return map[elliptic.Curve][]byte{elliptic.P256(): ecdsaWithSHA256, elliptic.P384(): ecdsaWithSHA384}[key.Curve]
+	case *rsa.PublicKey:
+		return rsaWithSHA256
 	}
 	return nil
 }
 
-// parseTBS reads the part of a certificate that gets signed, by putting an empty
-// signature around it.
-func parseTBS(tbs []byte) (*x509.Certificate, error) {
-	var head struct {
-		Version   int `asn1:"optional,explicit,tag:0"`
-		Serial    asn1.RawValue
-		Algorithm asn1.RawValue
+// sameKey asks the standard library what pub looks like: the writer knows by
+// itself for P-256 and P-384.
+func sameKey(info []byte, pub crypto.PublicKey) bool {
+	want, err := x509.MarshalPKIXPublicKey(pub)
+	return err == nil && bytes.Equal(info, want)
+}
+
+func lintExtensions(c *leafBody) error {
+	if c.version != 2 { // counted from 0
+		return &LintError{Rule: "X13", Reason: "it is not version 3"}
 	}
-	var body asn1.RawValue
-	if rest, err := asn1.Unmarshal(tbs, &body); err != nil || len(rest) > 0 {
-		return nil, errors.New("the bytes to sign are not one certificate")
+	for _, ext := range c.extensions {
+		critical, known := leafExtensions[ext.oid]
+		if ext.oid == extSAN {
+			critical = len(c.subject) == len(emptySubject)
+		}
+		switch {
+		case !known:
+			return &LintError{Rule: "X13", Reason: fmt.Sprintf("it has an extension %x, which the profile does not", ext.oid)}
+		case ext.critical != critical:
+			return &LintError{Rule: "X10", Reason: fmt.Sprintf("its extension %x has critical=%t", ext.oid, ext.critical)}
+		}
 	}
-	if rest, err := asn1.Unmarshal(tbs, &head); err != nil || len(rest) > 0 {
-		return nil, fmt.Errorf("the bytes to sign do not parse: %w", err)
+	if n := len(c.extensions); n != len(leafExtensions) { // none is there twice
+		return &LintError{Rule: "X10", Reason: fmt.Sprintf("it has %d extensions; the profile has %d", n, len(leafExtensions))}
 	}
-	der, err := asn1.Marshal(struct {
-		TBS       asn1.RawValue
-		Algorithm asn1.RawValue
-		Signature asn1.BitString
-	}{body, head.Algorithm, asn1.BitString{Bytes: []byte{0}, BitLength: 8}})
-	if err != nil {
-		return nil, fmt.Errorf("the bytes to sign do not parse: %w", err)
-	}
-	c, err := x509.ParseCertificate(der)
-	if err != nil {
-		return nil, fmt.Errorf("the bytes to sign do not parse: %w", err)
-	}
-	return c, nil
+	return nil
 }

@@ -4,16 +4,20 @@
 package authority
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
+	"io"
 	"math/big"
 	"net"
 	"net/url"
+	"slices"
 	"testing"
 	"time"
 
@@ -26,6 +30,9 @@ import (
 func TestLintSeesEachFlaw(t *testing.T) {
 	ca := forge.New(t, "example.org").Intermediate()
 	a := &X509Authority{Chain: []*x509.Certificate{ca.Cert}, Root: ca.Root().Cert, Signer: ca.Key}
+	if err := a.ready(); err != nil {
+		t.Fatal(err)
+	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -77,11 +84,11 @@ func TestLintSeesEachFlaw(t *testing.T) {
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			want, _, err := a.template(req)
+			want, _, err := a.values(req)
 			if err != nil {
 				t.Fatal(err)
 			}
-			spoilt := *want
+			spoilt := *templateOf(req, want, ca.Cert)
 			spoilt.ExtraExtensions = []pkix.Extension{}
 			tt.spoil(&spoilt)
 			signer := &lintingSigner{Signer: a.Signer, lint: func(tbs []byte) error { return lintLeaf(tbs, req, want, ca.Cert) }}
@@ -89,25 +96,33 @@ func TestLintSeesEachFlaw(t *testing.T) {
 			seen[checkLint(t, err, tt.rule)] = true
 		})
 	}
-	want, _, err := a.template(req)
+	want, _, err := a.values(req)
 	if err != nil {
 		t.Fatal(err)
 	}
+	sound := templateOf(req, want, ca.Cert)
 	lint := func(tbs []byte) error { return lintLeaf(tbs, req, want, ca.Cert) }
 	// The wrong key, and the wrong issuer.
-	_, err = x509.CreateCertificate(rand.Reader, want, ca.Cert, other.Public(), &lintingSigner{ca.Key, lint})
+	_, err = x509.CreateCertificate(rand.Reader, sound, ca.Cert, other.Public(), &lintingSigner{ca.Key, lint})
 	seen[checkLint(t, err, "X13")] = true
-	_, err = x509.CreateCertificate(rand.Reader, want, ca.Root().Cert, req.PublicKey, &lintingSigner{ca.Root().Key, lint})
+	_, err = x509.CreateCertificate(rand.Reader, sound, ca.Root().Cert, req.PublicKey, &lintingSigner{ca.Root().Key, lint})
 	checkLint(t, err, "X13")
-	seen[checkLint(t, lintFor(ca, key.Public(), want, req, issuerNamed(ca.Cert, "other")), "X13")] = true
+	seen[checkLint(t, lintFor(ca, key.Public(), sound, want, req, issuerNamed(ca.Cert, "other")), "X13")] = true
 	withKey := req
 	withKey.PublicKey = ca.Key.Public()
-	seen[checkLint(t, lintFor(ca, ca.Key.Public(), want, withKey, ca.Cert), "X13")] = true
+	issuers, _, err := a.values(withKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen[checkLint(t, lintFor(ca, ca.Key.Public(), templateOf(withKey, issuers, ca.Cert), issuers, withKey, ca.Cert), "X13")] = true
 	withRootID := req
 	withRootID.SPIFFEID = ca.TrustDomain.ID()
-	rootID := *want
+	rootID := *sound
 	rootID.URIs = []*url.URL{{Scheme: "spiffe", Host: "example.org"}}
-	seen[checkLint(t, lintFor(ca, key.Public(), &rootID, withRootID, ca.Cert), "X3")] = true
+	seen[checkLint(t, lintFor(ca, key.Public(), &rootID, want, withRootID, ca.Cert), "X3")] = true
+	withRSA := *ca.Cert
+	withRSA.PublicKey = &rsa.PublicKey{N: big.NewInt(35), E: 65537}
+	seen[checkLint(t, lintFor(ca, key.Public(), sound, want, req, &withRSA), "X13")] = true
 	for _, rule := range leafRules {
 		if !seen[rule.reason] {
 			t.Errorf("no case of this test breaks %s: %s", rule.rule, rule.reason)
@@ -116,16 +131,84 @@ func TestLintSeesEachFlaw(t *testing.T) {
 	for _, tbs := range [][]byte{nil, {0x30, 0}, []byte("hello"), append([]byte{0x30, 0}, 0)} {
 		checkLint(t, lint(tbs), "X13")
 	}
-	if _, err := (&lintingSigner{ca.Key, lint}).Sign(rand.Reader, make([]byte, 32), nil); err == nil {
-		t.Error("a digest was signed")
+}
+
+// Of all the bytes there are, one body is accepted for a request: whatever bit is
+// another, and wherever one is missing or too much, nothing is signed.
+func TestLintAcceptsOneEncodingOnly(t *testing.T) {
+	ca := forge.New(t, "example.org").Intermediate()
+	a := &X509Authority{Chain: []*x509.Certificate{ca.Cert}, Root: ca.Root().Cert, Signer: ca.Key}
+	if err := a.ready(); err != nil {
+		t.Fatal(err)
+	}
+	for _, cn := range []string{"", "postgres"} {
+		req := LeafRequest{
+			SPIFFEID: spiffeid.RequireFromString("spiffe://example.org/web"), PublicKey: ecKey(t, elliptic.P256()).Public(),
+			Serial: svid.Serial{Agent: 1, Revision: 2, Random: 3}, TTL: time.Hour, DNSNames: []string{"web", "db"}, CommonName: cn, Now: time.Now(),
+		}
+		want, _, err := a.values(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tbs, err := a.form.encode(want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := lintLeaf(tbs, req, want, ca.Cert); err != nil {
+			t.Fatal(err)
+		}
+		for i := range tbs {
+			for bit := range 8 {
+				other := bytes.Clone(tbs)
+				other[i] ^= 1 << bit
+				if lintLeaf(other, req, want, ca.Cert) == nil {
+					t.Errorf("accepted with bit %d of octet %d flipped: %x", bit, i, other)
+				}
+			}
+			if lintLeaf(slices.Delete(bytes.Clone(tbs), i, i+1), req, want, ca.Cert) == nil ||
+				lintLeaf(slices.Insert(bytes.Clone(tbs), i, 0), req, want, ca.Cert) == nil {
+				t.Errorf("accepted with an octet less or more at %d", i)
+			}
+		}
 	}
 }
 
-// lintFor has a certificate made from want for pub below ca, and linted against
+// lintingSigner hands what it should sign to the lint: it is a
+// crypto.MessageSigner, to whom crypto/x509 gives the message.
+type lintingSigner struct {
+	crypto.Signer
+	lint func(tbs []byte) error
+}
+
+func (s *lintingSigner) SignMessage(rand io.Reader, tbs []byte, opts crypto.SignerOpts) ([]byte, error) {
+	if err := s.lint(tbs); err != nil {
+		return nil, err
+	}
+	return crypto.SignMessage(s.Signer, rand, tbs, opts)
+}
+
+// templateOf is the profile of a leaf as crypto/x509 takes it.
+func templateOf(req LeafRequest, v leafValues, issuer *x509.Certificate) *x509.Certificate {
+	return &x509.Certificate{
+		SerialNumber:          v.serial.Big(),
+		Subject:               pkix.Name{CommonName: v.commonName},
+		NotBefore:             v.notBefore,
+		NotAfter:              v.notAfter,
+		KeyUsage:              x509.KeyUsageDigitalSignature,
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		BasicConstraintsValid: true,
+		SubjectKeyId:          v.key.id,
+		AuthorityKeyId:        issuer.SubjectKeyId,
+		DNSNames:              v.dnsNames,
+		URIs:                  []*url.URL{req.SPIFFEID.URL()},
+	}
+}
+
+// lintFor has a certificate made from template for pub below ca, and linted against
 // another request or issuer.
-func lintFor(ca *forge.Authority, pub crypto.PublicKey, want *x509.Certificate, req LeafRequest, issuer *x509.Certificate) error {
+func lintFor(ca *forge.Authority, pub crypto.PublicKey, template *x509.Certificate, want leafValues, req LeafRequest, issuer *x509.Certificate) error {
 	lint := func(tbs []byte) error { return lintLeaf(tbs, req, want, issuer) }
-	_, err := x509.CreateCertificate(rand.Reader, want, ca.Cert, pub, &lintingSigner{ca.Key, lint})
+	_, err := x509.CreateCertificate(rand.Reader, template, ca.Cert, pub, &lintingSigner{ca.Key, lint})
 	return err
 }
 

@@ -51,7 +51,7 @@ func NewRSAKey(t testing.TB, bits, e int) *RSAKey {
 func primeBits(left int) int {
 	switch {
 	case left <= maxPrimeBits:
-		return left + mathrand.IntN(2)
+		return left + mathrand.IntN(2) //nolint:gosec // nothing here is secret
 	case left < 2*maxPrimeBits:
 		return left / 2
 	}
