@@ -25,6 +25,7 @@ import (
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/replica"
+	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/revocation"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
@@ -85,7 +86,11 @@ func as(t *testing.T, c *Caller) context.Context {
 	return context.WithValue(t.Context(), callerKey{}, c)
 }
 
-func admin() *Caller { return &Caller{Name: "uid:0", Kinds: []capb.Caller{capb.Caller_CALLER_ADMIN}} }
+func admin() *Caller {
+	c := &Caller{Name: "uid:0", Using: []role.Role{{Name: role.Operator}}}
+	c.take(c.Using...)
+	return c
+}
 
 func (s *Service) replicaToken(t *testing.T, name string) string {
 	t.Helper()

@@ -28,6 +28,7 @@ import (
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/store/badger"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/sdk/svid"
@@ -206,6 +207,9 @@ func TestEachKindOfCaller(t *testing.T) {
 	s := newServer(t, true)
 	peer := &svid.Peer{ID: spiffeid.RequireFromString("spiffe://shop.test/web")}
 	nobody := []capb.Caller{capb.Caller_CALLER_ANONYMOUS}
+	admin := func(name role.Name) *api.Caller {
+		return &api.Caller{Name: "m", Peer: peer, Kinds: append(nobody[:1:1], capb.Caller_CALLER_ADMIN), Roles: []role.Role{{Name: name}}}
+	}
 	for name, tt := range map[string]struct {
 		caller   *api.Caller
 		get, put int
@@ -214,7 +218,11 @@ func TestEachKindOfCaller(t *testing.T) {
 		"workload":  {&api.Caller{Name: "w", Peer: peer, Kinds: nobody}, 403, 403},
 		"revoked":   {&api.Caller{Name: "r", Peer: peer, Kinds: nobody, Fault: "its X509-SVID is revoked"}, 401, 401},
 		"agent":     {&api.Caller{Name: "a", Peer: peer, Kinds: append(nobody[:1:1], capb.Caller_CALLER_AGENT)}, 0, 403},
-		"admin":     {&api.Caller{Name: "m", Peer: peer, Kinds: append(nobody[:1:1], capb.Caller_CALLER_ADMIN)}, 0, 0},
+		"viewer":    {admin(role.Viewer), 0, 403},
+		"registrar": {admin(role.Registrar), 403, 403},
+		"publisher": {admin(role.PolicyPublisher), 0, 0},
+		"operator":  {admin(role.Operator), 0, 0},
+		"no role":   {admin(""), 403, 403},
 	} {
 		for method, want := range map[string]int{http.MethodGet: tt.get, http.MethodPut: tt.put} {
 			r := httptest.NewRequestWithContext(t.Context(), method, "https://ca.test/v1/policy/bundles/main", nil)
