@@ -35,6 +35,9 @@ const (
 	DefaultAgentSVIDTTL  = time.Hour
 	// DefaultDiskReserveMiB is in MiB.
 	DefaultDiskReserveMiB = 256
+	DefaultIssuanceLog    = "strict"
+	DefaultAuditMaxAge    = 7 * 24 * time.Hour
+	DefaultAuditMaxMiB    = 10 << 10
 )
 
 // Config is what the CA reads at start. The zero value of every optional field
@@ -57,6 +60,17 @@ type Config struct {
 	// less, the CA writes nothing but what issuance has set aside, until there
 	// is space again. Default: 256.
 	DiskReserveMiB int `yaml:"disk_reserve_mib"`
+
+	// IssuanceLog is strict, an SVID leaves once its record is on disk, or async,
+	// without waiting for that: a crash can take the records of the batch under
+	// way. Default: strict.
+	IssuanceLog string `yaml:"issuance_log"`
+
+	// AuditMaxAge and AuditMaxMiB are how long, and how many MiB of, audit
+	// records are kept. At least 24h, for as long as an SVID lives, and 64.
+	// Default: 168h and 10240.
+	AuditMaxAge time.Duration `yaml:"audit_max_age"`
+	AuditMaxMiB int           `yaml:"audit_max_mib"`
 
 	// EtcdEndpoints are the client URLs of etcd's members,
 	// https://host:2379. Required with store: etcd. Plain http is for loopback
@@ -188,7 +202,7 @@ func ParseConfig(name string, data []byte) (Config, error) {
 // Keys are the names of the settings that Set takes: those of the file.
 func Keys() []string {
 	return []string{
-		"trust_domain", "data_dir", "store", "disk_reserve_mib",
+		"trust_domain", "data_dir", "store", "disk_reserve_mib", "issuance_log", "audit_max_age", "audit_max_mib",
 		"etcd_endpoints", "etcd_ca_file", "etcd_cert_file", "etcd_key_file", "etcd_prefix",
 		"replica_name", "join_address", "join_token", "join_token_file", "root_hash",
 		"key_file", "key_credential", "key_passphrase_file",
@@ -209,6 +223,10 @@ func (c *Config) Set(key, text string) error {
 	switch key {
 	case "disk_reserve_mib":
 		c.DiskReserveMiB, err = strconv.Atoi(text)
+	case "audit_max_age":
+		c.AuditMaxAge, err = time.ParseDuration(text)
+	case "audit_max_mib":
+		c.AuditMaxMiB, err = strconv.Atoi(text)
 	case "etcd_endpoints":
 		c.EtcdEndpoints = splitList(text)
 	case "admin_uids":
@@ -235,7 +253,7 @@ func (c *Config) Set(key, text string) error {
 // text is the setting called key, where that is plain text; otherwise nil.
 func (c *Config) text(key string) *string {
 	return map[string]*string{
-		"trust_domain": &c.TrustDomain, "data_dir": &c.DataDir, "store": &c.Store,
+		"trust_domain": &c.TrustDomain, "data_dir": &c.DataDir, "store": &c.Store, "issuance_log": &c.IssuanceLog,
 		"etcd_ca_file": &c.EtcdCAFile, "etcd_cert_file": &c.EtcdCertFile, "etcd_key_file": &c.EtcdKeyFile, "etcd_prefix": &c.EtcdPrefix,
 		"replica_name": &c.ReplicaName, "join_address": &c.JoinAddress, "join_token": &c.JoinToken,
 		"join_token_file": &c.JoinTokenFile, "root_hash": &c.RootHash,
@@ -290,6 +308,9 @@ func (c Config) Validate() error {
 		}
 	}
 	if err := c.checkStore(); err != nil {
+		return err
+	}
+	if err := c.checkAudit(); err != nil {
 		return err
 	}
 	if err := c.checkJoin(); err != nil {
@@ -362,6 +383,7 @@ func (c Config) withDefaults() Config {
 	}{
 		{&c.DataDir, DefaultDataDir},
 		{&c.Store, storeBadger},
+		{&c.IssuanceLog, DefaultIssuanceLog},
 		{&c.Address, DefaultAddress},
 		{&c.HTTPSAddress, DefaultHTTPSAddress},
 		{&c.HealthAddress, DefaultHealthAddress},
@@ -380,6 +402,7 @@ func (c Config) withDefaults() Config {
 		{&c.X509SVIDTTL, DefaultX509SVIDTTL},
 		{&c.JWTSVIDTTL, DefaultJWTSVIDTTL},
 		{&c.AgentSVIDTTL, DefaultAgentSVIDTTL},
+		{&c.AuditMaxAge, DefaultAuditMaxAge},
 	} {
 		if *d.field == 0 {
 			*d.field = d.def
@@ -387,6 +410,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.DiskReserveMiB == 0 {
 		c.DiskReserveMiB = DefaultDiskReserveMiB
+	}
+	if c.AuditMaxMiB == 0 {
+		c.AuditMaxMiB = DefaultAuditMaxMiB
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

@@ -36,6 +36,9 @@ func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 		"log format":      {"trust_domain: a.test\nlog_format: xml\n", "log_format: "},
 		"store":           {"trust_domain: a.test\nstore: redis\n", "store: "},
 		"reserve":         {"trust_domain: a.test\ndisk_reserve_mib: -1\n", "disk_reserve_mib: "},
+		"issuance log":    {"trust_domain: a.test\nissuance_log: lazy\n", "issuance_log: "},
+		"short retention": {"trust_domain: a.test\naudit_max_age: 23h\n", "audit_max_age: "},
+		"small retention": {"trust_domain: a.test\naudit_max_mib: 63\n", "audit_max_mib: "},
 		"etcd unused":     {"trust_domain: a.test\netcd_endpoints: ['https://e:2379']\n", "etcd_endpoints: "},
 		"etcd nowhere":    {etcdYAML(""), "etcd_endpoints: "},
 		"etcd in clear":   {etcdYAML("etcd_endpoints: ['http://etcd-1:2379']\n"), "etcd_endpoints: "},
@@ -129,7 +132,7 @@ func TestEverySettingHasAFlag(t *testing.T) {
 			t.Errorf("%s has no help", key)
 		}
 		var c Config
-		if err := c.Set(key, map[string]string{"development": "true", "admin_uids": "1", "x509_svid_ttl": "1h", "jwt_svid_ttl": "1m", "agent_svid_ttl": "1h", "disk_reserve_mib": "1"}[key]); err != nil {
+		if err := c.Set(key, map[string]string{"development": "true", "admin_uids": "1", "x509_svid_ttl": "1h", "jwt_svid_ttl": "1m", "agent_svid_ttl": "1h", "disk_reserve_mib": "1", "audit_max_age": "48h", "audit_max_mib": "100"}[key]); err != nil {
 			t.Errorf("Set(%s): %v", key, err)
 		}
 	}

@@ -235,7 +235,7 @@ func TestKeysThatDoNotOpenAreExplained(t *testing.T) {
 		t.Errorf("reseal under a running CA: %v, hint %q", err, ca.Hint(err))
 	}
 	c.stop()
-	if done, err := ca.ResealKeys(t.Context(), cfg, ca.Config{TrustDomain: "shop.test", DataDir: cfg.DataDir, KeyFile: other}); err != nil || done.Sealed != 4 {
+	if done, err := ca.ResealKeys(t.Context(), cfg, ca.Config{TrustDomain: "shop.test", DataDir: cfg.DataDir, KeyFile: other}); err != nil || done.Sealed != 5 {
 		t.Fatalf("ResealKeys = %+v, %v", done, err)
 	}
 	startCA(t, dir, func(cfg *ca.Config) { cfg.KeyFile = other }).stop()

@@ -24,6 +24,7 @@ import (
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/upstream"
+	"merlon.dev/sdk/checkpoint"
 	"merlon.dev/sdk/svid"
 )
 
@@ -94,9 +95,13 @@ func (o *ownSVID) renew(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return fmt.Errorf("verify the CA's own X509-SVID: %w", err)
 	}
+	signed, err := checkpoint.CertificateHash(leaf.DER)
+	if err != nil {
+		return fmt.Errorf("record the CA's own X509-SVID: %w", err)
+	}
 	err = o.audit.Append(ctx, audit.Record{
 		Time: now, Type: audit.Issue, Actor: entry.CAID(o.td).String(), SPIFFEID: entry.CAID(o.td).String(),
-		Serial: serial.String(), AuthorityID: ca.ID(), NotAfter: leaf.NotAfter,
+		Serial: serial.String(), AuthorityID: ca.ID(), SignedHash: signed, NotAfter: leaf.NotAfter,
 	})
 	if err != nil {
 		return fmt.Errorf("record the CA's own X509-SVID: %w", err)

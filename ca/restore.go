@@ -6,7 +6,6 @@
 package ca
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -269,7 +268,7 @@ func mapPairs(pairs iter.Seq2[store.KV, error], each func(store.KV) (store.KV, b
 
 // record writes down that the store was replaced.
 func (r *Restored) record(ctx context.Context, cfg Config) error {
-	log, err := audit.Open(cfg.auditPath(), audit.Options{ReserveBytes: cfg.diskReserve(), Logger: cfg.Logger})
+	log, err := audit.Open(cfg.auditPath(), cfg.auditOptions())
 	if err != nil {
 		return fmt.Errorf("the store is restored, and that is not recorded: %w", err)
 	}
@@ -292,16 +291,16 @@ const maxActs = 1000
 // actsSince reads in the audit log, as far as there is one, what administrators
 // did after t.
 func actsSince(cfg Config, t time.Time) (acts []Act) {
-	f, err := os.Open(cfg.auditPath())
+	first, err := audit.Begin(cfg.auditPath())
 	if err != nil {
 		return nil
 	}
-	defer f.Close()
-	lines := bufio.NewScanner(f)
-	lines.Buffer(nil, 1<<20)
-	for lines.Scan() && len(acts) < maxActs {
+	for line, err := range audit.Lines(cfg.auditPath(), first) {
+		if err != nil || len(acts) == maxActs {
+			return acts
+		}
 		var r audit.Record
-		if json.Unmarshal(lines.Bytes(), &r) != nil || r.Type != audit.Admin || r.Detail == api.BackedUp || r.Time.Before(t) {
+		if json.Unmarshal(line.Text, &r) != nil || r.Type != audit.Admin || r.Detail == api.BackedUp || r.Time.Before(t) {
 			continue
 		}
 		acts = append(acts, Act{r.Time, r.Actor, r.Detail, r.SPIFFEID})

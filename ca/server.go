@@ -148,13 +148,16 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	if p.store, err = s.openStore(ctx); err != nil {
 		return nil, err
 	}
-	if p.audit, err = audit.Open(s.cfg.auditPath(), audit.Options{ReserveBytes: s.cfg.diskReserve(), Logger: s.log}); err != nil {
+	if p.audit, err = audit.Open(s.cfg.auditPath(), s.cfg.auditOptions()); err != nil {
 		return nil, err
 	}
 	if err := p.settleEpoch(ctx, s.cfg); err != nil {
 		return nil, err
 	}
 	if err := s.openKeys(ctx, p); err != nil {
+		return nil, err
+	}
+	if err := p.publishLog(s.td); err != nil {
 		return nil, err
 	}
 	if p.registry, err = registry.Open(ctx, p.store, s.log); err != nil {

@@ -42,8 +42,6 @@ func (c Config) diskReserve() uint64 { return uint64(max(c.DiskReserveMiB, 0)) <
 
 func (c Config) storeDir() string { return filepath.Join(c.DataDir, "store") }
 
-func (c Config) auditPath() string { return filepath.Join(c.DataDir, "audit.jsonl") }
-
 func (c Config) etcd() etcd.Config {
 	return etcd.Config{
 		Endpoints: c.EtcdEndpoints, CAFile: c.EtcdCAFile, CertFile: c.EtcdCertFile, KeyFile: c.EtcdKeyFile,

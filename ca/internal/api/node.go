@@ -20,6 +20,7 @@ import (
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/store"
+	"merlon.dev/sdk/checkpoint"
 	"merlon.dev/sdk/svid"
 )
 
@@ -136,9 +137,13 @@ func (s *Service) signAgent(ctx context.Context, ca *authority.X509Authority, ag
 		s.metrics.issued.WithLabelValues("agent", "refused").Inc()
 		return nil, err
 	}
-	if err := s.audit(ctx, audit.Record{
+	signed, err := checkpoint.CertificateHash(leaf.DER)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.issued(ctx, audit.Record{
 		Time: now, Type: act, Actor: callerFrom(ctx).Name, SPIFFEID: agent.ID.String(), Serial: serial.String(),
-		AuthorityID: ca.ID(), Detail: agent.Attestation, NotAfter: leaf.NotAfter,
+		AuthorityID: ca.ID(), SignedHash: signed, Detail: agent.Attestation, NotAfter: leaf.NotAfter,
 	}); err != nil {
 		return nil, fmt.Errorf("record the SVID of %s: %w", agent.ID, err)
 	}
@@ -176,8 +181,8 @@ func (s *Service) Sign(ctx context.Context, req *capb.SignRequest) (*capb.SignRe
 	for i, item := range req.GetItems() {
 		resp.Results[i] = batch.sign(ctx, item, g.Entries[i])
 	}
-	// No SVID leaves before all records are on disk.
-	if err := s.audit(ctx, batch.records...); err != nil {
+	// No SVID leaves before all records are on disk, unless the log is async.
+	if err := s.issued(ctx, batch.records...); err != nil {
 		return nil, fmt.Errorf("record %d issuances: %w", len(batch.records), err)
 	}
 	return resp, nil
@@ -196,7 +201,7 @@ type signing struct {
 }
 
 func (b *signing) sign(ctx context.Context, item *capb.SignItem, e *entry.Entry) *capb.SignResult {
-	leaf, err := b.issue(item, e)
+	leaf, signed, err := b.issue(item, e)
 	r := audit.Record{Time: b.now, Type: audit.Issue, Actor: b.caller.Name, EntryID: printable(item.GetEntryId())}
 	if e != nil {
 		r.SPIFFEID = e.SPIFFEID.String()
@@ -208,7 +213,7 @@ func (b *signing) sign(ctx context.Context, item *capb.SignItem, e *entry.Entry)
 		b.service.metrics.issued.WithLabelValues("x509", "refused").Inc()
 		return &capb.SignResult{Code: int32(st.Code()), Message: st.Message()}
 	}
-	r.Serial, r.NotAfter, r.AuthorityID = leaf.Serial.String(), leaf.NotAfter, b.authorityID
+	r.Serial, r.NotAfter, r.AuthorityID, r.SignedHash = leaf.Serial.String(), leaf.NotAfter, b.authorityID, signed
 	if leaf.Cut {
 		r.Detail = "cut at the end of the issuing authority"
 	}
@@ -217,22 +222,28 @@ func (b *signing) sign(ctx context.Context, item *capb.SignItem, e *entry.Entry)
 	return &capb.SignResult{X509Svid: chainOf(b.ca, leaf)}
 }
 
-func (b *signing) issue(item *capb.SignItem, e *entry.Entry) (*authority.Leaf, error) {
+// issue returns the leaf, and the hash by which the record names it.
+func (b *signing) issue(item *capb.SignItem, e *entry.Entry) (leaf *authority.Leaf, signed string, err error) {
 	if err := mayIssue(e, b.grounds.Agent, b.now); err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	key, err := authority.PublicKeyFromCSR(item.GetCsr(), e.SPIFFEID)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	serial, err := svid.NewSerial(b.grounds.Agent.Handle, b.grounds.Revision)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	return b.ca.Issue(authority.LeafRequest{
+	leaf, err = b.ca.Issue(authority.LeafRequest{
 		SPIFFEID: e.SPIFFEID, PublicKey: key, Serial: serial, TTL: e.X509TTL(b.now, b.service.opts.X509SVIDTTL),
 		DNSNames: e.DNSNames, CommonName: e.CommonName, Now: b.now,
 	})
+	if err != nil {
+		return nil, "", err
+	}
+	signed, err = checkpoint.CertificateHash(leaf.DER)
+	return leaf, signed, err
 }
 
 // mayIssue says whether agent may obtain SVIDs for e. Another node's entry is
@@ -270,7 +281,10 @@ func (s *Service) SignJWT(ctx context.Context, req *capb.SignJWTRequest) (*capb.
 		return nil, err
 	}
 	r.SPIFFEID, r.NotAfter, r.AuthorityID = g.Entries[0].SPIFFEID.String(), exp, s.opts.Keys.JWT().KeyID
-	if err := s.audit(ctx, r); err != nil {
+	if r.SignedHash, err = checkpoint.TokenHash(token); err != nil {
+		return nil, err
+	}
+	if err := s.issued(ctx, r); err != nil {
 		return nil, fmt.Errorf("record a JWT-SVID: %w", err)
 	}
 	s.metrics.issued.WithLabelValues("jwt", "ok").Inc()

@@ -262,8 +262,17 @@ func (s *Service) Refused(ctx context.Context, caller *Caller, what, reason stri
 // audit appends records, also when the caller is gone by now: what was done
 // was done. On a full disk refusals are only counted.
 func (s *Service) audit(ctx context.Context, records ...audit.Record) error {
+	return s.write(ctx, s.opts.Audit.Append, records)
+}
+
+// issued is audit for SVIDs that leave once it returns.
+func (s *Service) issued(ctx context.Context, records ...audit.Record) error {
+	return s.write(ctx, s.opts.Audit.Issue, records)
+}
+
+func (s *Service) write(ctx context.Context, to func(context.Context, ...audit.Record) error, records []audit.Record) error {
 	ctx = context.WithoutCancel(ctx)
-	err := s.opts.Audit.Append(ctx, records...)
+	err := to(ctx, records...)
 	if !errors.Is(err, audit.ErrFull) {
 		return err
 	}
@@ -275,7 +284,7 @@ func (s *Service) audit(ctx context.Context, records ...audit.Record) error {
 	if len(acts) == 0 {
 		return nil
 	}
-	return s.opts.Audit.Append(ctx, acts...)
+	return to(ctx, acts...)
 }
 
 // AuditFault says why the audit log takes no records; without them nothing is

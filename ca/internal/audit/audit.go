@@ -1,27 +1,29 @@
 // Package audit keeps the CA's record of what it issued, refused and was told
 // to do: one JSON object a line, each with the hash of the line before it, in
-// a file that is only appended to. A record is acknowledged after fsync;
+// files that are only appended to. A record is acknowledged after fsync;
 // concurrent ones share it.
 //
-// The chain shows what was changed or taken out of the middle. That whole
-// lines were cut off at the end it cannot show: for that its head must be kept
-// elsewhere.
+// Each line is also a leaf of a Merkle tree (ca/internal/merkle) whose root
+// hash this replica signs, as a checkpoint. The chain shows what was changed or
+// taken out of the middle; the tree shows what was cut off at the end, to
+// everyone who remembers a checkpoint, and proves of one record that the log
+// holds it. The tree follows the lines, so that one sync makes both last.
 package audit
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
-	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
+	"merlon.dev/ca/internal/merkle"
 	"merlon.dev/sdk/durable"
 )
 
@@ -54,11 +56,15 @@ type Record struct {
 	// Serial is that of the SVID, in lower-case hex.
 	Serial string `json:"serial,omitempty"`
 	// AuthorityID is the hex SKI or key ID of what signed it.
-	AuthorityID string    `json:"authority_id,omitempty"`
-	NotAfter    time.Time `json:"not_after,omitzero"`
-	Detail      string    `json:"detail,omitempty"`
+	AuthorityID string `json:"authority_id,omitempty"`
+	// SignedHash is SignedHash of the SVID: it says which one was issued.
+	SignedHash string    `json:"signed_sha256,omitempty"`
+	NotAfter   time.Time `json:"not_after,omitzero"`
+	Detail     string    `json:"detail,omitempty"`
 	// Reason is why it was refused.
 	Reason string `json:"reason,omitempty"`
+	// DroppedThrough is the last record that retention drops by this one.
+	DroppedThrough uint64 `json:"dropped_through,omitempty"`
 }
 
 // ErrClosed is returned by Append once the log has been closed.
@@ -73,17 +79,22 @@ const (
 
 // Log appends records. It is safe for concurrent use.
 type Log struct {
-	file *os.File
+	path string
 	log  *slog.Logger
-	// sync is file.Sync; a field only so that a test can let it fail.
-	sync    func() error
-	reserve uint64
+	opts Options
+	tree *merkle.Tree
+	// sync is (*os.File).Sync; a field only so that a test can let it fail.
+	sync func(*os.File) error
 
 	// fault is why the last group was not written, nil if it was.
 	fault atomic.Pointer[error]
+	// low: the disk is below its reserve, so that only records are written.
+	low atomic.Bool
 
 	waiting chan *pending
-	written sync.WaitGroup // the writer
+	writer  *writer
+	written sync.WaitGroup // it
+	publisher
 
 	mu     sync.RWMutex // held shared to send on waiting, alone to close it
 	closed bool         // guarded by mu
@@ -102,34 +113,71 @@ type Options struct {
 	// ReserveBytes is how much of the disk stays free for others; a sixteenth
 	// of it is set aside for the log. Zero means DefaultReserveBytes.
 	ReserveBytes uint64
+	// Async lets Issue return before its records are on disk.
+	Async bool
+	// MaxBytes and MaxAge bound what is kept; the oldest records go first. Zero
+	// means that all are kept.
+	MaxBytes int64
+	MaxAge   time.Duration
 	// Logger takes what happens to the log itself. Nil discards it.
 	Logger *slog.Logger
 }
 
 // Open opens the log at path, creating it (0600) on first use, and goes on
-// with its chain. It cuts off a last line without its end, which was never
-// acknowledged, and says so to the logger. It refuses a log whose
-// last records do not verify, and one that is open already. Close it.
+// with its chain and its tree. It cuts off a last line without its end, which
+// was never acknowledged, and says so to the logger. It refuses a log whose
+// last records do not verify, one that has less than its last checkpoint or
+// something else, and one that is open already. Close it.
 func Open(path string, opts Options) (*Log, error) {
-	log := opts.Logger
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
+	if opts.Logger == nil {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	if opts.ReserveBytes == 0 {
+		opts.ReserveBytes = DefaultReserveBytes
 	}
 	file, err := openFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("open audit log: %w", err)
 	}
-	end, err := resume(file, log)
+	l, err := open(path, file, opts)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open audit log %s: %w", path, err), file.Close())
+	}
+	l.written.Go(func() { l.write(l.writer) })
+	if l.tree.Unsaved() > 0 {
+		l.grown()
+	}
+	return l, nil
+}
+
+func open(path string, file *os.File, opts Options) (*Log, error) {
+	if err := settleRotation(path, file); err != nil {
+		return nil, err
+	}
+	tree, last, err := openTree(path)
+	if err != nil {
+		return nil, err
+	}
+	end, first, err := resume(path, file, last, opts.Logger)
+	if err != nil {
+		return nil, err
+	}
+	if err := replay(path, tree, end); err != nil {
+		return nil, err
 	}
 	info, err := file.Stat()
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("open audit log %s: %w", path, err), file.Close())
+		return nil, err
 	}
-	ahead := newStretch(file, info.Size(), opts.ReserveBytes, log)
-	l := &Log{file: file, log: log, sync: file.Sync, reserve: ahead.reserve, waiting: make(chan *pending, maxGroup)}
-	l.written.Go(func() { l.write(end, ahead) })
+	l := &Log{
+		path: path, log: opts.Logger, opts: opts, tree: tree, sync: (*os.File).Sync,
+		writer:  &writer{file: file, first: end.seq + 1, since: time.Now(), end: end},
+		waiting: make(chan *pending, maxGroup), publisher: newPublisher(),
+	}
+	if first != nil {
+		l.writer.first, l.writer.since = first.Seq, first.Time
+	}
+	l.writer.ahead = newStretch(file, info.Size(), opts.ReserveBytes, opts.Logger)
 	return l, nil
 }
 
@@ -139,7 +187,7 @@ func openFile(path string) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := lockFile(file); err != nil {
+	if err := lockFile(file, path); err != nil {
 		return nil, errors.Join(err, file.Close())
 	}
 	if err := durable.SyncDir(filepath.Dir(path)); err != nil {
@@ -148,12 +196,22 @@ func openFile(path string) (*os.File, error) {
 	return file, nil
 }
 
-func lockFile(file *os.File) error {
+// lockFile locks the file that is at path: one that was rotated away between
+// opening and locking is somebody's who has the log open.
+func lockFile(file *os.File, path string) error {
+	busy := fmt.Errorf("%s is in use by another process", path)
 	if err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		if errors.Is(err, syscall.EWOULDBLOCK) {
-			return fmt.Errorf("%s is in use by another process", file.Name())
+			return busy
 		}
-		return fmt.Errorf("lock %s: %w", file.Name(), err)
+		return fmt.Errorf("lock %s: %w", path, err)
+	}
+	locked, err := file.Stat()
+	if err != nil {
+		return err
+	}
+	if there, err := os.Stat(path); err != nil || !os.SameFile(there, locked) {
+		return busy
 	}
 	return file.Chmod(0o600) // it may have been made by hand
 }
@@ -165,17 +223,8 @@ func lockFile(file *os.File) error {
 // what a failed sync lost is not known. When ctx ends first, they may still be
 // written.
 func (l *Log) Append(ctx context.Context, records ...Record) error {
-	p := &pending{bodies: make([][]byte, 0, len(records)), done: make(chan error, 1)}
-	now := time.Now()
-	for _, r := range records {
-		body, err := r.encode(now)
-		if err != nil {
-			return fmt.Errorf("append audit record: %w", err)
-		}
-		p.bodies, p.size = append(p.bodies, body), p.size+len(body)
-		p.refusal = p.refusal || r.Type == Refuse
-	}
-	if err := l.enqueue(ctx, p); err != nil {
+	p, err := l.enqueue(ctx, records)
+	if err != nil {
 		return err
 	}
 	select {
@@ -186,26 +235,52 @@ func (l *Log) Append(ctx context.Context, records ...Record) error {
 	}
 }
 
-func (l *Log) enqueue(ctx context.Context, p *pending) error {
+// Issue is Append for SVIDs that leave once it returns. Where the log is async
+// it does not wait for the disk: what a crash, or a disk that fails, can take
+// away is the batch under way. A log that has a fault takes nothing.
+func (l *Log) Issue(ctx context.Context, records ...Record) error {
+	if !l.opts.Async || slices.ContainsFunc(records, func(r Record) bool { return r.Type == Refuse }) {
+		return l.Append(ctx, records...)
+	}
+	if err := l.Fault(); err != nil {
+		return err
+	}
+	_, err := l.enqueue(ctx, records)
+	return err
+}
+
+// enqueue hands the records to the writer.
+func (l *Log) enqueue(ctx context.Context, records []Record) (*pending, error) {
+	p := &pending{bodies: make([][]byte, 0, len(records)), done: make(chan error, 1)}
+	now := time.Now()
+	for _, r := range records {
+		body, err := r.encode(now)
+		if err != nil {
+			return nil, fmt.Errorf("append audit record: %w", err)
+		}
+		p.bodies, p.size = append(p.bodies, body), p.size+len(body)
+		p.refusal = p.refusal || r.Type == Refuse
+	}
 	l.mu.RLock()
 	defer l.mu.RUnlock()
 	if l.closed {
-		return ErrClosed
+		return nil, ErrClosed
 	}
 	if err := ctx.Err(); err != nil {
-		return err
+		return nil, err
 	}
 	select {
 	case l.waiting <- p:
-		return nil
+		return p, nil
 	case <-ctx.Done():
-		return ctx.Err()
+		return nil, ctx.Err()
 	}
 }
 
-// Close waits for what is being appended and closes the file. Later calls
-// return nil.
+// Close waits for what is being appended, signs the last checkpoint and closes
+// the file. Later calls return nil.
 func (l *Log) Close() error {
+	l.stopPublishing() // it appends, too
 	l.mu.Lock()
 	if l.closed {
 		l.mu.Unlock()
@@ -215,7 +290,8 @@ func (l *Log) Close() error {
 	close(l.waiting)
 	l.mu.Unlock()
 	l.written.Wait()
-	if err := l.file.Close(); err != nil {
+	err := l.save()
+	if err := errors.Join(err, l.closeErr); err != nil {
 		return fmt.Errorf("close audit log: %w", err)
 	}
 	return nil
@@ -224,113 +300,8 @@ func (l *Log) Close() error {
 // Fault says why the log takes no records, nil if it does or may again.
 func (l *Log) Fault() error {
 	fault := l.fault.Load()
-	if fault == nil || errors.Is(*fault, ErrFull) && short(filepath.Dir(l.file.Name()), l.reserve) == nil {
+	if fault == nil || errors.Is(*fault, ErrFull) && short(filepath.Dir(l.path), l.opts.ReserveBytes) == nil {
 		return nil
 	}
 	return *fault
-}
-
-// write is the only writer; it ends when waiting is closed and drained.
-func (l *Log) write(end link, ahead *stretch) {
-	var failed error
-	var buf bytes.Buffer
-	for {
-		group := l.gather()
-		if len(group) == 0 {
-			return
-		}
-		if failed == nil {
-			group, failed = l.flush(&buf, group, &end, ahead)
-			if failed != nil {
-				l.fault.Store(&failed)
-				l.log.LogAttrs(context.Background(), slog.LevelError, "audit log stopped until restart",
-					slog.Any("err", failed))
-			}
-		}
-		for _, p := range group {
-			p.done <- failed
-		}
-	}
-}
-
-// gather waits for one record and takes what else is there.
-func (l *Log) gather() []*pending {
-	first, open := <-l.waiting
-	if !open {
-		return nil
-	}
-	runtime.Gosched() // lets those just answered come along
-	group, size := []*pending{first}, first.size
-	for len(group) < maxGroup && size < maxGroupBytes {
-		select {
-		case p, open := <-l.waiting:
-			if !open {
-				return group
-			}
-			group, size = append(group, p), size+p.size
-		default:
-			return group
-		}
-	}
-	return group
-}
-
-// flush writes those of the group that there is room for, and returns them; the
-// others have been answered. An error is the end of the log.
-func (l *Log) flush(buf *bytes.Buffer, group []*pending, end *link, ahead *stretch) ([]*pending, error) {
-	low := ahead.room()
-	fitting, next := l.compose(buf, group, *end, ahead, low)
-	if len(fitting) == 0 {
-		return nil, nil
-	}
-	n, err := l.file.Write(buf.Bytes())
-	if isFull(err) {
-		if err := ahead.cutBack(n); err != nil {
-			return fitting, fmt.Errorf("cut off half a write to the audit log: %w", err)
-		}
-		l.refuse(fitting, err)
-		return nil, nil
-	}
-	if err != nil {
-		return fitting, fmt.Errorf("write audit log: %w", err)
-	}
-	if err := l.sync(); err != nil {
-		return fitting, fmt.Errorf("sync audit log: %w", err)
-	}
-	*end, ahead.end = next, ahead.end+int64(n)
-	l.fault.Store(nil)
-	return fitting, nil
-}
-
-// compose puts the lines of those that there is room for into buf, and answers
-// the others.
-func (l *Log) compose(buf *bytes.Buffer, group []*pending, end link, ahead *stretch, low error) (fitting []*pending, _ link) {
-	buf.Reset()
-	for _, p := range group {
-		if low != nil && p.refusal {
-			p.done <- fmt.Errorf("%w: what is set aside is not for refusals: %v", ErrFull, low)
-			continue
-		}
-		before, length := end, buf.Len()
-		for _, body := range p.bodies {
-			end = end.append(buf, body)
-		}
-		if low != nil && ahead.end+int64(buf.Len()) > ahead.until {
-			end = before
-			buf.Truncate(length)
-			l.refuse([]*pending{p}, low)
-			continue
-		}
-		fitting = append(fitting, p)
-	}
-	return fitting, end
-}
-
-// refuse answers those for which there is no room.
-func (l *Log) refuse(group []*pending, reason error) {
-	err := fmt.Errorf("%w: %v", ErrFull, reason)
-	l.fault.Store(&err)
-	for _, p := range group {
-		p.done <- err
-	}
 }

@@ -26,11 +26,14 @@ import (
 const (
 	// maxField bounds each string of a record, in bytes: what is longer is
 	// cut, for a record must not be lost over an attacker's long text. A
-	// SPIFFE ID (2048 bytes) is never cut.
+	// SPIFFE ID (2048 bytes) is never cut, unless much else in the record is
+	// long, too: a bundle of the tree holds lines of at most 64 KiB.
 	maxField = 4 << 10
+	longMax  = 1 << 10
+	maxBody  = 63 << 10
 	cutMark  = " [cut]"
-	// maxLine is what the fields can come to when every byte is escaped.
-	maxLine = 512 << 10
+	// maxLine is more than a body and its place in the chain.
+	maxLine = 64 << 10
 
 	hashDigits = 2 * sha256.Size
 	hashMember = `,"hash":"`
@@ -69,9 +72,17 @@ func (r Record) encode(now time.Time) ([]byte, error) {
 		r.Time = now
 	}
 	r.Time, r.NotAfter = r.Time.UTC(), r.NotAfter.UTC()
-	r.Type = Type(cut(string(r.Type)))
-	for _, field := range []*string{&r.Actor, &r.Role, &r.SPIFFEID, &r.EntryID, &r.Serial, &r.AuthorityID, &r.Detail, &r.Reason} {
-		*field = cut(*field)
+	body, err := r.encodeCut(maxField)
+	if err == nil && len(body) > maxBody {
+		return r.encodeCut(longMax)
+	}
+	return body, err
+}
+
+func (r Record) encodeCut(at int) ([]byte, error) {
+	r.Type = Type(cut(string(r.Type), at))
+	for _, field := range []*string{&r.Actor, &r.Role, &r.SPIFFEID, &r.EntryID, &r.Serial, &r.AuthorityID, &r.SignedHash, &r.Detail, &r.Reason} {
+		*field = cut(*field, at)
 	}
 	b, err := json.Marshal(r)
 	if err != nil {
@@ -80,12 +91,12 @@ func (r Record) encode(now time.Time) ([]byte, error) {
 	return asciiJSON(b), nil
 }
 
-// cut shortens s to maxField, between two runes.
-func cut(s string) string {
-	if len(s) <= maxField {
+// cut shortens s to so many bytes, between two runes.
+func cut(s string, at int) string {
+	if len(s) <= at {
 		return s
 	}
-	end := maxField - len(cutMark)
+	end := at - len(cutMark)
 	for end > 0 && !utf8.RuneStart(s[end]) {
 		end--
 	}
@@ -116,10 +127,12 @@ func asciiJSON(b []byte) []byte {
 
 // header is what a line says about its place.
 type header struct {
-	Seq  uint64 `json:"seq"`
-	Prev string `json:"prev"`
-	Hash string `json:"hash"`
-	Type Type   `json:"type"`
+	Seq            uint64    `json:"seq"`
+	Prev           string    `json:"prev"`
+	Hash           string    `json:"hash"`
+	Time           time.Time `json:"time"`
+	Type           Type      `json:"type"`
+	DroppedThrough uint64    `json:"dropped_through"`
 }
 
 // parseLine checks a line, without its newline, against its own hash.

@@ -44,9 +44,6 @@ type stretch struct {
 // aside before a restart is still there, and asking for it again finds how much
 // that is.
 func newStretch(file *os.File, end int64, reserve uint64, log *slog.Logger) *stretch {
-	if reserve == 0 {
-		reserve = DefaultReserveBytes
-	}
 	s := &stretch{file: file, log: log, dir: filepath.Dir(file.Name()), reserve: reserve, end: end, until: end}
 	length := stretchOf(reserve)
 	err := s.extend(length)

@@ -34,6 +34,7 @@ const (
 	kindIntermediate kind = "intermediate"
 	kindJWT          kind = "jwt"
 	kindPolicy       kind = "policy"
+	kindLog          kind = "log"
 	kindAnchor       kind = "anchor"
 )
 
@@ -49,7 +50,7 @@ type generation struct {
 	kind   kind
 	number int
 	signer crypto.Signer     // nil for an anchor
-	cert   *x509.Certificate // nil for jwt, and for policy until it is certified
+	cert   *x509.Certificate // nil for jwt and log, and for policy until it is certified
 }
 
 // madeKey is a key that was just made and is not put away yet.
@@ -124,7 +125,7 @@ func parseGeneration(name string) (kind, int, bool) {
 		return "", 0, false
 	}
 	switch k := kind(what); k {
-	case kindRoot, kindIntermediate, kindJWT, kindPolicy, kindAnchor:
+	case kindRoot, kindIntermediate, kindJWT, kindPolicy, kindLog, kindAnchor:
 		return k, number, true
 	}
 	return "", 0, false
@@ -160,7 +161,7 @@ func (d *keyDir) load(what kind, number int) (*generation, error) {
 		}
 	}
 	cert, err := loadCert(filepath.Join(folder, certFile), gen.signer)
-	uncertified := errors.Is(err, fs.ErrNotExist) && (what == kindJWT || what == kindPolicy)
+	uncertified := errors.Is(err, fs.ErrNotExist) && (what == kindJWT || what == kindPolicy || what == kindLog)
 	if err != nil && !uncertified {
 		return nil, err
 	}
@@ -198,6 +199,7 @@ var algorithms = map[kind]kmsapi.SignatureAlgorithm{
 	kindIntermediate: kmsapi.ECDSAWithSHA256,
 	kindJWT:          kmsapi.ECDSAWithSHA256,
 	kindPolicy:       kmsapi.ECDSAWithSHA256,
+	kindLog:          kmsapi.PureEd25519, // as signed notes have it, by which the log speaks
 }
 
 // request asks for a key for what.

@@ -95,8 +95,8 @@ func TestReplicaJoinsOnceAndIssuesUnderTheRoot(t *testing.T) {
 		t.Errorf("what the replica issues: %v", err)
 	}
 	entries, err := filepath.Glob(filepath.Join(cfg.Dir, "*", sealedFile))
-	if err != nil || len(entries) != 3 {
-		t.Errorf("private keys: %v, %v; want intermediate, jwt and policy", entries, err)
+	if err != nil || len(entries) != 4 {
+		t.Errorf("private keys: %v, %v; want intermediate, jwt, log and policy", entries, err)
 	}
 	if _, err := os.Stat(filepath.Join(cfg.Dir, "anchor-1", certFile)); err != nil {
 		t.Error(err)

@@ -27,10 +27,10 @@ func TestResealChangesTheKeyThatOpens(t *testing.T) {
 	for _, to := range []KEKSource{{File: newKEKFile(t, "kek2")}, phrase, {}} {
 		from := cfg
 		done, err := Reseal(t.Context(), cfg, to)
-		if err != nil || done != (Resealed{Sealed: 4}) {
-			t.Fatalf("Reseal = %+v, %v; want 4 keys", done, err)
+		if err != nil || done != (Resealed{Sealed: 5}) {
+			t.Fatalf("Reseal = %+v, %v; want 5 keys", done, err)
 		}
-		if again, err := Reseal(t.Context(), cfg, to); err != nil || again != (Resealed{Already: 4}) {
+		if again, err := Reseal(t.Context(), cfg, to); err != nil || again != (Resealed{Already: 5}) {
 			t.Fatalf("Reseal again = %+v, %v; want nothing to do", again, err)
 		}
 		cfg.KEK = to
@@ -131,7 +131,7 @@ func TestResealSurvivesKills(t *testing.T) {
 		}
 		cfg.KEK = from
 		done, err := Reseal(t.Context(), cfg, to)
-		if err != nil || done.Sealed+done.Already != 4 {
+		if err != nil || done.Sealed+done.Already != 5 {
 			t.Fatalf("Reseal after a kill = %+v, %v", done, err)
 		}
 		if done.Sealed > 0 && done.Already > 0 {

@@ -1,6 +1,6 @@
 // Package upstream holds the CA's own keys: the root, the issuing intermediate,
-// the JWT key and the key that signs policy bundles. A replica has all but the
-// root, whose holder certifies them. Certificates are made by
+// the JWT key, and the keys that sign policy bundles and the log. A replica has
+// all but the root, whose holder certifies them. Certificates are made by
 // smallstep's softcas and keys by go.step.sm/crypto/kms, sealed in a folder that
 // only the CA's user can read.
 package upstream
@@ -10,6 +10,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/x509"
 	"errors"
@@ -71,6 +72,7 @@ type Keys struct {
 	root   *generation // without a signer on a replica
 	jwt    *authority.JWTAuthority
 	policy *generation
+	log    *generation
 	name   string
 
 	x509 atomic.Pointer[authority.X509Authority]
@@ -203,8 +205,24 @@ func (k *Keys) openPlainKeys() error {
 		return err
 	}
 	k.jwt = &authority.JWTAuthority{TrustDomain: k.cfg.TrustDomain, KeyID: kid, Signer: jwt.signer}
-	k.policy, err = k.plainKey(kindPolicy)
+	if k.policy, err = k.plainKey(kindPolicy); err != nil {
+		return err
+	}
+	k.log, err = k.plainKey(kindLog)
 	return err
+}
+
+func checkPlainKey(what kind, key crypto.PublicKey) error {
+	if what == kindLog {
+		if _, ok := key.(ed25519.PublicKey); !ok {
+			return fmt.Errorf("the %s key is not an Ed25519 key", what)
+		}
+		return nil
+	}
+	if pub, ok := key.(*ecdsa.PublicKey); !ok || pub.Curve != elliptic.P256() {
+		return fmt.Errorf("the %s key is not a P-256 key", what)
+	}
+	return nil
 }
 
 func (k *Keys) plainKey(what kind) (*generation, error) {
@@ -221,8 +239,8 @@ func (k *Keys) plainKey(what kind) (*generation, error) {
 			return nil, err
 		}
 	}
-	if pub, ok := gen.signer.Public().(*ecdsa.PublicKey); !ok || pub.Curve != elliptic.P256() {
-		return nil, fmt.Errorf("the %s key is not a P-256 key", what)
+	if err := checkPlainKey(what, gen.signer.Public()); err != nil {
+		return nil, err
 	}
 	return gen, nil
 }
@@ -258,6 +276,9 @@ func (k *Keys) Policy() (kid string, signer crypto.Signer) {
 	kid, _ = keyID(k.policy.signer) // a P-256 key always encodes; Open has checked the type
 	return kid, k.policy.signer
 }
+
+// Log is the Ed25519 key that signs the checkpoints of this replica's log.
+func (k *Keys) Log() crypto.Signer { return k.log.signer }
 
 // Name is the name of this replica, as its policy certificate says.
 func (k *Keys) Name() string { return k.name }

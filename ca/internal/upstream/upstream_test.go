@@ -201,7 +201,7 @@ func TestIntermediateIsRenewedPastHalfItsLife(t *testing.T) {
 	if string(fresh.Chain[0].SubjectKeyId) == string(old.Chain[0].SubjectKeyId) {
 		t.Error("two generations have one key ID")
 	}
-	if got := generations(t, cfg.Dir); !slices.Equal(got, []string{"intermediate-3", "jwt-1", "policy-1", "root-1"}) {
+	if got := generations(t, cfg.Dir); !slices.Equal(got, []string{"intermediate-3", "jwt-1", "log-1", "policy-1", "root-1"}) {
 		t.Errorf("on disk: %v; want only the newest intermediate", got)
 	}
 	if again := open(t, cfg); again.X509().ID() != fresh.ID() {
