@@ -67,6 +67,7 @@ func TestReplicaRenewsOverTheWire(t *testing.T) {
 		t.Fatal(err)
 	}
 	cfg := onStage(t, e)
+	cfg.JWTAlgorithm = "RS256" // each replica makes its own JWT key
 	cfg.JoinAddress, cfg.JoinToken, cfg.RootHash = s.Address().String(), token, svid.KeyHash(root.keys.X509().Root)
 	_, p := serving(t, cfg)
 	first, now := p.keys.X509().ID(), time.Now()

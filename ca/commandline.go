@@ -55,6 +55,8 @@ var usage = map[string]string{ //nolint:gosec // says what settings are; holds n
 	"dns_names":           "DNS names, separated by commas, in the CA's own certificate beside localhost",
 	"x509_svid_ttl":       "life of X509-SVIDs whose entry does not say (default 1h)",
 	"jwt_svid_ttl":        "life of JWT-SVIDs whose entry does not say (default 5m)",
+	"jwt_algorithm":       "ES256 or RS256: what JWT keys made from now on sign with (default ES256)",
+	"jwt_max_audiences":   "how many audiences one JWT-SVID may have (default 1)",
 	"agent_svid_ttl":      "life of the agents' X509-SVIDs (default 1h)",
 	"development":         "mark the root as a development root",
 	"log_level":           "debug, info, warn or error (default info)",

@@ -17,7 +17,9 @@ import (
 
 	"google.golang.org/grpc"
 
+	"merlon.dev/ca/internal/authority"
 	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/upstream"
 	"merlon.dev/policy/strictyaml"
 	"merlon.dev/sdk/unixsock"
 )
@@ -33,6 +35,8 @@ const (
 	DefaultX509SVIDTTL   = time.Hour
 	DefaultJWTSVIDTTL    = 5 * time.Minute
 	DefaultAgentSVIDTTL  = time.Hour
+	// DefaultJWTMaxAudiences is what the standard advises.
+	DefaultJWTMaxAudiences = 1
 	// DefaultDiskReserveMiB is in MiB.
 	DefaultDiskReserveMiB = 256
 	DefaultIssuanceLog    = "strict"
@@ -153,6 +157,16 @@ type Config struct {
 	// Default: 5m; at most 1h.
 	JWTSVIDTTL time.Duration `yaml:"jwt_svid_ttl"`
 
+	// JWTAlgorithm is what JWT keys sign with that are made from now on: ES256, or
+	// RS256 for relying parties that read nothing else, such as some clouds. A
+	// key that is there stays as it is. Default: ES256.
+	JWTAlgorithm string `yaml:"jwt_algorithm"`
+
+	// JWTMaxAudiences is how many audiences one JWT-SVID may have. With more
+	// than one, each of them can use the token at the others. Default: 1; at
+	// most 8.
+	JWTMaxAudiences int `yaml:"jwt_max_audiences"`
+
 	// AgentSVIDTTL is how long an agent's own X509-SVID lives: how long an
 	// agent that cannot reach the CA can come back without a new join token.
 	// Default: 1h; at most 24h.
@@ -207,7 +221,7 @@ func Keys() []string {
 		"replica_name", "join_address", "join_token", "join_token_file", "root_hash",
 		"key_file", "key_credential", "key_passphrase_file",
 		"address", "https_address", "health_address", "admin_socket", "admin_uids", "dns_names",
-		"x509_svid_ttl", "jwt_svid_ttl", "agent_svid_ttl", "development",
+		"x509_svid_ttl", "jwt_svid_ttl", "jwt_algorithm", "jwt_max_audiences", "agent_svid_ttl", "development",
 		"log_level", "log_format",
 	}
 }
@@ -227,6 +241,8 @@ func (c *Config) Set(key, text string) error {
 		c.AuditMaxAge, err = time.ParseDuration(text)
 	case "audit_max_mib":
 		c.AuditMaxMiB, err = strconv.Atoi(text)
+	case "jwt_max_audiences":
+		c.JWTMaxAudiences, err = strconv.Atoi(text)
 	case "etcd_endpoints":
 		c.EtcdEndpoints = splitList(text)
 	case "admin_uids":
@@ -259,7 +275,7 @@ func (c *Config) text(key string) *string {
 		"join_token_file": &c.JoinTokenFile, "root_hash": &c.RootHash,
 		"key_file": &c.KeyFile, "key_credential": &c.KeyCredential, "key_passphrase_file": &c.KeyPassphraseFile,
 		"address": &c.Address, "https_address": &c.HTTPSAddress, "health_address": &c.HealthAddress,
-		"admin_socket": &c.AdminSocket, "log_level": &c.LogLevel, "log_format": &c.LogFormat,
+		"admin_socket": &c.AdminSocket, "jwt_algorithm": &c.JWTAlgorithm, "log_level": &c.LogLevel, "log_format": &c.LogFormat,
 	}[key]
 }
 
@@ -350,6 +366,9 @@ func (c Config) NewLogger(w io.Writer) (*slog.Logger, error) {
 }
 
 func (c Config) checkTTLs() error {
+	if n := c.JWTMaxAudiences; n < 1 || n > authority.MaxJWTAudiences {
+		return fmt.Errorf("jwt_max_audiences: %d is not between 1 and %d", n, authority.MaxJWTAudiences)
+	}
 	for _, ttl := range []struct {
 		key            string
 		value, longest time.Duration
@@ -388,6 +407,7 @@ func (c Config) withDefaults() Config {
 		{&c.HTTPSAddress, DefaultHTTPSAddress},
 		{&c.HealthAddress, DefaultHealthAddress},
 		{&c.AdminSocket, DefaultAdminSocket},
+		{&c.JWTAlgorithm, upstream.ES256},
 		{&c.LogLevel, "info"},
 		{&c.LogFormat, "text"},
 	} {
@@ -413,6 +433,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.AuditMaxMiB == 0 {
 		c.AuditMaxMiB = DefaultAuditMaxMiB
+	}
+	if c.JWTMaxAudiences == 0 {
+		c.JWTMaxAudiences = DefaultJWTMaxAudiences
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

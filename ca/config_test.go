@@ -32,6 +32,8 @@ func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 		"DNS name":        {"trust_domain: a.test\ndns_names: ['*.a.test']\n", "dns_names: "},
 		"long TTL":        {"trust_domain: a.test\nx509_svid_ttl: 48h\n", "x509_svid_ttl: "},
 		"negative TTL":    {"trust_domain: a.test\nagent_svid_ttl: -1h\n", "agent_svid_ttl: "},
+		"JWT algorithm":   {"trust_domain: a.test\njwt_algorithm: HS256\n", "jwt_algorithm: "},
+		"nine audiences":  {"trust_domain: a.test\njwt_max_audiences: 9\n", "jwt_max_audiences: "},
 		"log level":       {"trust_domain: a.test\nlog_level: loud\n", "log_level: "},
 		"log format":      {"trust_domain: a.test\nlog_format: xml\n", "log_format: "},
 		"store":           {"trust_domain: a.test\nstore: redis\n", "store: "},
@@ -132,7 +134,7 @@ func TestEverySettingHasAFlag(t *testing.T) {
 			t.Errorf("%s has no help", key)
 		}
 		var c Config
-		if err := c.Set(key, map[string]string{"development": "true", "admin_uids": "1", "x509_svid_ttl": "1h", "jwt_svid_ttl": "1m", "agent_svid_ttl": "1h", "disk_reserve_mib": "1", "audit_max_age": "48h", "audit_max_mib": "100"}[key]); err != nil {
+		if err := c.Set(key, map[string]string{"development": "true", "admin_uids": "1", "x509_svid_ttl": "1h", "jwt_svid_ttl": "1m", "agent_svid_ttl": "1h", "disk_reserve_mib": "1", "audit_max_age": "48h", "audit_max_mib": "100", "jwt_max_audiences": "1"}[key]); err != nil {
 			t.Errorf("Set(%s): %v", key, err)
 		}
 	}

@@ -19,6 +19,9 @@ import (
 const credentialsDirectory = "CREDENTIALS_DIRECTORY"
 
 func (c Config) checkKeys() error {
+	if a := c.JWTAlgorithm; a != upstream.ES256 && a != upstream.RS256 {
+		return fmt.Errorf("jwt_algorithm: %q is neither %s nor %s", a, upstream.ES256, upstream.RS256)
+	}
 	given := 0
 	for _, source := range []string{c.KeyFile, c.KeyCredential, c.KeyPassphraseFile} {
 		if source != "" {
@@ -64,6 +67,7 @@ func (c Config) upstream() (upstream.Config, error) {
 	}
 	return upstream.Config{
 		TrustDomain: td, Dir: c.keysDir(), Development: c.Development, Name: c.ReplicaName, KEK: kek, Logger: c.Logger,
+		JWTAlgorithm: c.JWTAlgorithm,
 	}, nil
 }
 

@@ -5,6 +5,10 @@ package ca_test
 import (
 	"context"
 	"crypto/x509"
+	"encoding/base64"
+	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -15,6 +19,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 
+	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
 	"merlon.dev/sdk/svid"
 )
@@ -223,6 +228,52 @@ func TestSignBoundsItsWork(t *testing.T) {
 		if _, err := a.node.SignJWT(t.Context(), &capb.SignJWTRequest{EntryId: e.GetEntryId(), Audience: audience}); err == nil {
 			t.Errorf("audience %s was accepted", name)
 		}
+	}
+}
+
+// jwt_algorithm and jwt_max_audiences, as a relying party sees them.
+func TestJWTSVIDsAreAsConfigured(t *testing.T) {
+	two := []string{"orders", "stock"}
+	for name, test := range map[string]struct {
+		change func(*ca.Config)
+		head   string
+		two    codes.Code
+	}{
+		"default":       {func(*ca.Config) {}, `{"alg":"ES256","kid":%q,"typ":"JWT"}`, codes.InvalidArgument},
+		"RS256":         {func(c *ca.Config) { c.JWTAlgorithm = "RS256" }, `{"alg":"RS256","kid":%q,"typ":"JWT"}`, codes.InvalidArgument},
+		"two audiences": {func(c *ca.Config) { c.JWTMaxAudiences = 2 }, `{"alg":"ES256","kid":%q,"typ":"JWT"}`, codes.OK},
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := startCA(t, tempDir(t), test.change)
+			a := c.agent("n1")
+			e := c.entry("n1", "web")
+			resp, err := a.node.SignJWT(t.Context(), &capb.SignJWTRequest{EntryId: e.GetEntryId(), Audience: two[:1]})
+			if err != nil {
+				t.Fatal(err)
+			}
+			trust, err := c.admin.GetTrustBundle(t.Context(), &capb.GetTrustBundleRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			bundle, err := spiffebundle.Parse(spiffeid.RequireTrustDomainFromString("shop.test"), trust.GetTrustBundle().GetJwks())
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := svid.VerifyJWT(resp.GetToken(), bundle, two[:1], time.Now())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if life := time.Until(got.Expiry); life > 5*time.Minute || life < 4*time.Minute || !got.OurSerial || got.Serial.Agent == 0 {
+				t.Errorf("it lives %s, serial %+v; want 5m and one of ours in jti", life, got.Serial)
+			}
+			kid := slices.Collect(maps.Keys(bundle.JWTAuthorities()))[0]
+			text, _, _ := strings.Cut(resp.GetToken(), ".")
+			if head, _ := base64.RawURLEncoding.DecodeString(text); string(head) != fmt.Sprintf(test.head, kid) {
+				t.Errorf("header = %s", head)
+			}
+			_, err = a.node.SignJWT(t.Context(), &capb.SignJWTRequest{EntryId: e.GetEntryId(), Audience: two})
+			wantCode(t, err, test.two)
+		})
 	}
 }
 

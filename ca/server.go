@@ -217,6 +217,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 		ReplicaName: p.keys.Name(), Reseal: p.reseal,
 		Log: s.log, Metrics: p.health.Registry(), AdminUIDs: s.cfg.AdminUIDs,
 		X509SVIDTTL: s.cfg.X509SVIDTTL, JWTSVIDTTL: s.cfg.JWTSVIDTTL, AgentSVIDTTL: s.cfg.AgentSVIDTTL,
+		JWTMaxAudiences: s.cfg.JWTMaxAudiences,
 	}
 	if p.keys.HoldsRoot() {
 		options.Root = p.keys

@@ -296,6 +296,9 @@ func (s *Service) issueJWT(g registry.Grounds, audience []string, serial svid.Se
 	if err := mayIssue(e, g.Agent, now); err != nil {
 		return "", time.Time{}, err
 	}
+	if n := len(audience); n > s.opts.JWTMaxAudiences {
+		return "", time.Time{}, &entry.InvalidError{Field: "audience", Reason: fmt.Sprintf("%d given; the CA signs for %d at most (jwt_max_audiences): ask for a token each", n, s.opts.JWTMaxAudiences)}
+	}
 	for _, aud := range audience {
 		if len(aud) > maxAudienceBytes {
 			return "", time.Time{}, &entry.InvalidError{Field: "audience", Reason: fmt.Sprintf("one has %d bytes; at most %d", len(aud), maxAudienceBytes)}

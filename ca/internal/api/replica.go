@@ -46,8 +46,9 @@ var (
 
 // replicaKeys are the public keys of one request.
 type replicaKeys struct {
-	intermediate, policy, jwt *ecdsa.PublicKey
-	jwtID                     string
+	intermediate, policy *ecdsa.PublicKey
+	jwt                  crypto.PublicKey // of any kind that signs JWT-SVIDs
+	jwtID                string
 }
 
 // requestedKeys are the keys of a request to the root holder. A refusal is
@@ -64,30 +65,35 @@ func (s *Service) requestedKeys(ctx context.Context, what string, req *capb.Repl
 }
 
 func readReplicaKeys(req *capb.ReplicaKeys) (k replicaKeys, err error) {
-	for _, csr := range []struct {
-		field string
-		der   []byte
-		to    **ecdsa.PublicKey
-	}{
-		{"intermediate_csr", req.GetIntermediateCsr(), &k.intermediate},
-		{"policy_csr", req.GetPolicyCsr(), &k.policy},
-		{"jwt_csr", req.GetJwtCsr(), &k.jwt},
-	} {
-		key, err := authority.PublicKeyFromCSR(csr.der)
-		if err != nil {
-			return k, fmt.Errorf("%s: %w", csr.field, err)
-		}
-		ec, ok := key.(*ecdsa.PublicKey)
-		if !ok || ec.Curve != elliptic.P256() {
-			return k, &authority.InvalidError{Field: csr.field, Reason: "want a P-256 key"}
-		}
-		*csr.to = ec
+	if k.intermediate, err = p256FromCSR("intermediate_csr", req.GetIntermediateCsr()); err != nil {
+		return k, err
+	}
+	if k.policy, err = p256FromCSR("policy_csr", req.GetPolicyCsr()); err != nil {
+		return k, err
+	}
+	if k.jwt, err = authority.PublicKeyFromCSR(req.GetJwtCsr()); err != nil {
+		return k, fmt.Errorf("jwt_csr: %w", err)
+	}
+	if _, err := authority.JWSAlgorithm(k.jwt); err != nil {
+		return k, &authority.InvalidError{Field: "jwt_csr", Reason: err.Error()}
 	}
 	if k.intermediate.Equal(k.policy) || k.intermediate.Equal(k.jwt) || k.policy.Equal(k.jwt) {
 		return k, &authority.InvalidError{Field: "keys", Reason: "one key is there twice"}
 	}
 	k.jwtID, err = replica.KeyID(k.jwt)
 	return k, err
+}
+
+func p256FromCSR(field string, der []byte) (*ecdsa.PublicKey, error) {
+	key, err := authority.PublicKeyFromCSR(der)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", field, err)
+	}
+	ec, ok := key.(*ecdsa.PublicKey)
+	if !ok || ec.Curve != elliptic.P256() {
+		return nil, &authority.InvalidError{Field: field, Reason: "want a P-256 key"}
+	}
+	return ec, nil
 }
 
 // Join implements capb.ReplicaServer. The keys are judged before the token, so

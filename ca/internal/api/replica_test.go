@@ -25,8 +25,8 @@ import (
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/replica"
-	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/ca/internal/upstream"
@@ -374,6 +374,7 @@ func TestJWTKeyIsPublishedBeforeItSigns(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	s.opts.JWTMaxAudiences = 1
 	if _, _, err := s.issueJWT(g, []string{"x"}, serial, time.Now()); status.Code(err) != codes.Unavailable {
 		t.Errorf("issueJWT = %v; want Unavailable", err)
 	}

@@ -87,6 +87,8 @@ type Options struct {
 	AdminUIDs []uint32
 	// Defaults for entries that name no TTL, and the TTL of agents.
 	X509SVIDTTL, JWTSVIDTTL, AgentSVIDTTL time.Duration
+	// JWTMaxAudiences is how many audiences one JWT-SVID may have.
+	JWTMaxAudiences int
 }
 
 // Service implements the Node, Admin and Replica services. It is safe for concurrent

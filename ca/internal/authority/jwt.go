@@ -23,8 +23,8 @@ import (
 	"merlon.dev/sdk/svid"
 )
 
-// MaxJWTAudiences is how many audiences one token may have. The standard advises
-// one (J7).
+// MaxJWTAudiences is how many audiences one token can have where more than one is
+// allowed. The standard advises one (J7): each can use the token at the others.
 const MaxJWTAudiences = 8
 
 // JWTAuthority signs JWT-SVIDs: with ES256 by a P-256 key, with RS256 by an RSA
@@ -44,7 +44,7 @@ type JWTAuthority struct {
 // JWTRequest asks for a JWT-SVID.
 type JWTRequest struct {
 	SPIFFEID spiffeid.ID
-	Audience []string // at least one
+	Audience []string // at least one, at most MaxJWTAudiences
 	Serial   svid.Serial
 	TTL      time.Duration
 	Now      time.Time
@@ -103,7 +103,7 @@ func (a *JWTAuthority) ready() error {
 }
 
 func (a *JWTAuthority) prepare() (string, *signing, error) {
-	alg, err := jwsAlgorithm(a.Signer.Public())
+	alg, err := JWSAlgorithm(a.Signer.Public())
 	if err != nil {
 		return "", nil, err
 	}
@@ -115,8 +115,9 @@ func (a *JWTAuthority) prepare() (string, *signing, error) {
 	return base64.RawURLEncoding.EncodeToString(head) + ".", key, err
 }
 
-// jwsAlgorithm is the one of RFC 7518 §3.1 that a JWT key signs with.
-func jwsAlgorithm(pub crypto.PublicKey) (string, error) {
+// JWSAlgorithm is the one of RFC 7518 §3.1 that a JWT key signs with; other keys
+// are none.
+func JWSAlgorithm(pub crypto.PublicKey) (string, error) {
 	switch key := pub.(type) {
 	case *ecdsa.PublicKey:
 		if key.Curve == elliptic.P256() {

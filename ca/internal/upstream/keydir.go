@@ -64,6 +64,7 @@ type keyDir struct {
 	path        string
 	trustDomain string
 	keys        kmsapi.KeyManager
+	rs256       bool // JWT keys are made for RS256
 	source      KEKSource
 	kek         *kek // nil until it is needed
 	log         *slog.Logger
@@ -73,7 +74,10 @@ type keyDir struct {
 // openKeyDir makes the folder when it is missing, removes what a crash left
 // unfinished, and seals what lies in clear.
 func openKeyDir(ctx context.Context, cfg Config, keys kmsapi.KeyManager) (*keyDir, error) {
-	d := &keyDir{path: cfg.Dir, trustDomain: cfg.TrustDomain.Name(), keys: keys, source: cfg.KEK, log: cfg.Logger, numbers: make(map[kind][]int)}
+	d := &keyDir{
+		path: cfg.Dir, trustDomain: cfg.TrustDomain.Name(), keys: keys, rs256: cfg.JWTAlgorithm == RS256,
+		source: cfg.KEK, log: cfg.Logger, numbers: make(map[kind][]int),
+	}
 	if err := d.list(); err != nil {
 		return nil, err
 	}
@@ -204,6 +208,9 @@ var algorithms = map[kind]kmsapi.SignatureAlgorithm{
 
 // request asks for a key for what.
 func (d *keyDir) request(what kind) *kmsapi.CreateKeyRequest {
+	if what == kindJWT && d.rs256 {
+		return &kmsapi.CreateKeyRequest{SignatureAlgorithm: kmsapi.SHA256WithRSA, Bits: rs256Bits}
+	}
 	return &kmsapi.CreateKeyRequest{SignatureAlgorithm: algorithms[what]}
 }
 

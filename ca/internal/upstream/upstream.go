@@ -37,6 +37,10 @@ const (
 	DefaultRootTTL         = 365 * 24 * time.Hour
 	DefaultIntermediateTTL = 24 * time.Hour
 	DefaultName            = "ca"
+	// What JWT-SVIDs can be signed with, and the length of RSA keys made for it.
+	ES256     = "ES256"
+	RS256     = "RS256"
+	rs256Bits = 2048
 )
 
 // Config says where keys are and how long authorities live.
@@ -55,6 +59,9 @@ type Config struct {
 	// RootHolder makes this a replica of the CA that holds the root. Nil: the
 	// root is here.
 	RootHolder RootHolder
+	// JWTAlgorithm is what JWT keys made from now on sign with: ES256 (also if
+	// empty) or RS256.
+	JWTAlgorithm string
 	// RootTTL and IntermediateTTL apply to authorities made from now on. Zero means
 	// the defaults.
 	RootTTL, IntermediateTTL time.Duration
@@ -97,6 +104,12 @@ func Open(ctx context.Context, cfg Config) (*Keys, error) {
 	}
 	if cfg.IntermediateTTL == 0 {
 		cfg.IntermediateTTL = DefaultIntermediateTTL
+	}
+	if cfg.JWTAlgorithm == "" {
+		cfg.JWTAlgorithm = ES256
+	}
+	if cfg.JWTAlgorithm != ES256 && cfg.JWTAlgorithm != RS256 {
+		return nil, fmt.Errorf("open the CA keys: JWT-SVIDs are signed with %s or %s, not %q", ES256, RS256, cfg.JWTAlgorithm)
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
@@ -212,19 +225,6 @@ func (k *Keys) openPlainKeys() error {
 	return err
 }
 
-func checkPlainKey(what kind, key crypto.PublicKey) error {
-	if what == kindLog {
-		if _, ok := key.(ed25519.PublicKey); !ok {
-			return fmt.Errorf("the %s key is not an Ed25519 key", what)
-		}
-		return nil
-	}
-	if pub, ok := key.(*ecdsa.PublicKey); !ok || pub.Curve != elliptic.P256() {
-		return fmt.Errorf("the %s key is not a P-256 key", what)
-	}
-	return nil
-}
-
 func (k *Keys) plainKey(what kind) (*generation, error) {
 	gen, err := k.dir.newest(what)
 	if err != nil {
@@ -239,10 +239,38 @@ func (k *Keys) plainKey(what kind) (*generation, error) {
 			return nil, err
 		}
 	}
-	if err := checkPlainKey(what, gen.signer.Public()); err != nil {
+	if err := k.checkPlainKey(what, gen.signer.Public()); err != nil {
 		return nil, err
 	}
 	return gen, nil
+}
+
+func (k *Keys) checkPlainKey(what kind, key crypto.PublicKey) error {
+	switch what {
+	case kindJWT:
+		return k.checkJWTKey(key)
+	case kindLog:
+		if _, ok := key.(ed25519.PublicKey); !ok {
+			return fmt.Errorf("the %s key is not an Ed25519 key", what)
+		}
+		return nil
+	}
+	if pub, ok := key.(*ecdsa.PublicKey); !ok || pub.Curve != elliptic.P256() {
+		return fmt.Errorf("the %s key is not a P-256 key", what)
+	}
+	return nil
+}
+
+func (k *Keys) checkJWTKey(key crypto.PublicKey) error {
+	alg, err := authority.JWSAlgorithm(key)
+	if err != nil {
+		return fmt.Errorf("the JWT key: %w", err)
+	}
+	if alg != k.cfg.JWTAlgorithm {
+		k.cfg.Logger.Warn("the JWT key stays as it is: jwt_algorithm is for JWT keys that are made from now on",
+			slog.String("signs", alg), slog.String("jwt_algorithm", k.cfg.JWTAlgorithm))
+	}
+	return nil
 }
 
 func (k *Keys) openIntermediate(ctx context.Context, now time.Time) error {

@@ -4,6 +4,7 @@
 package upstream
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -14,6 +15,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"log/slog"
 	"net/url"
 	"os"
 	"os/exec"
@@ -177,6 +179,30 @@ func TestKeysSurviveReopening(t *testing.T) {
 	}
 	if _, err := verify(t, second, issue(t, first, "/web")); err != nil {
 		t.Error(err)
+	}
+}
+
+// jwt_algorithm decides what is made, not what is there.
+func TestJWTKeyIsOfTheAlgorithmItWasMadeFor(t *testing.T) {
+	for _, test := range []struct{ first, later string }{{RS256, ES256}, {ES256, RS256}, {RS256, RS256}} {
+		var log bytes.Buffer
+		cfg := config(t)
+		cfg.JWTAlgorithm, cfg.Logger = test.first, slog.New(slog.NewTextHandler(&log, nil))
+		made := open(t, cfg)
+		cfg.JWTAlgorithm = test.later
+		again := open(t, cfg) // from the sealed file
+		alg, err := authority.JWSAlgorithm(again.JWT().Signer.Public())
+		if err != nil || alg != test.first || again.JWT().KeyID != made.JWT().KeyID {
+			t.Errorf("made for %s, opened for %s: it signs %s, %v", test.first, test.later, alg, err)
+		}
+		if warned := strings.Contains(log.String(), "jwt_algorithm is for JWT keys"); warned != (test.first != test.later) {
+			t.Errorf("made for %s, opened for %s: warned %t", test.first, test.later, warned)
+		}
+	}
+	cfg := config(t)
+	cfg.JWTAlgorithm = "HS256"
+	if _, err := Open(t.Context(), cfg); err == nil {
+		t.Error("HS256 was taken")
 	}
 }
 
@@ -382,17 +408,17 @@ func TestIntermediatesOfOtherRootsAreRefused(t *testing.T) {
 	}
 }
 
-func TestJWTAndPolicyKeysAreP256(t *testing.T) {
+func TestJWTAndPolicyKeysAreOfTheirKind(t *testing.T) {
 	key, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, what := range []kind{kindJWT, kindPolicy} {
+	for what, want := range map[kind]string{kindJWT: "neither a P-256 key", kindPolicy: "not a P-256 key"} {
 		cfg := config(t)
 		if _, err := open(t, cfg).dir.add(what, madeKey{signer: key, private: key}, nil); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "not a P-256 key") {
+		if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("Open with a %s key on P-384 = %v", what, err)
 		}
 	}
