@@ -5,7 +5,7 @@ LINT := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 
 .DEFAULT_GOAL := help
-.PHONY: help build test lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd
+.PHONY: help build full test lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -13,12 +13,17 @@ help: ## list the targets
 build: ## compile the binaries into bin/
 	go build -o bin/ ./ca/cmd/... ./agent/cmd/...
 
+full: ## compile the CA with every KMS and upstream authority, which make build leaves out
+	go build -C ca/cmd/merlon-ca-full -tags awskms,cloudkms,azurekms,stepcas,vaultcas,cloudcas -o $(CURDIR)/bin/merlon-ca-full .
+
 test: ## unit, property, script and integration tests with the race detector
 	@command -v "$$(go env CC)" >/dev/null || { echo 'the race detector needs a C compiler: apt-get install gcc libc6-dev'; exit 1; }
 	@command -v openssl >/dev/null || { echo 'the tests check certificates with openssl: apt-get install openssl'; exit 1; }
 	@command -v strace >/dev/null || echo 'tests of failing syncs are skipped without strace: apt-get install strace'
 	@command -v ip >/dev/null || echo 'tests of cut networks are skipped without ip: apt-get install iproute2'
+	@command -v softhsm2-util >/dev/null || echo 'tests of PKCS #11 tokens are skipped without SoftHSM: apt-get install softhsm2'
 	go test -race ./...
+	go test -race -tags pkcs11 -run PKCS11 ./ca/internal/upstream
 
 lint: ## gofumpt, golangci-lint and buf
 	@test -z "$$(go tool gofumpt -l .)" || { go tool gofumpt -l .; echo 'run: go tool gofumpt -w .'; exit 1; }

@@ -126,6 +126,15 @@ type Config struct {
 	// made, by scrypt.
 	KeyPassphraseFile string `yaml:"key_passphrase_file"`
 
+	// KMS is the URI of a key management service that makes and holds private
+	// keys, such as pkcs11:module-path=/usr/lib/softhsm/libsofthsm2.so;token=merlon?pin-source=/etc/merlon/pin.
+	// Default: none, keys are sealed files.
+	KMS string `yaml:"kms"`
+
+	// KMSKeys are the kinds of keys that are made in the KMS: root, intermediate,
+	// jwt, policy. Default: all in a PKCS #11 token, the root alone in a cloud.
+	KMSKeys []string `yaml:"kms_keys"`
+
 	// Address is where agents and administrators connect by gRPC, host:port.
 	// Default: :8443.
 	Address string `yaml:"address"`
@@ -219,7 +228,7 @@ func Keys() []string {
 		"trust_domain", "data_dir", "store", "disk_reserve_mib", "issuance_log", "audit_max_age", "audit_max_mib",
 		"etcd_endpoints", "etcd_ca_file", "etcd_cert_file", "etcd_key_file", "etcd_prefix",
 		"replica_name", "join_address", "join_token", "join_token_file", "root_hash",
-		"key_file", "key_credential", "key_passphrase_file",
+		"key_file", "key_credential", "key_passphrase_file", "kms", "kms_keys",
 		"address", "https_address", "health_address", "admin_socket", "admin_uids", "dns_names",
 		"x509_svid_ttl", "jwt_svid_ttl", "jwt_algorithm", "jwt_max_audiences", "agent_svid_ttl", "development",
 		"log_level", "log_format",
@@ -247,6 +256,8 @@ func (c *Config) Set(key, text string) error {
 		c.EtcdEndpoints = splitList(text)
 	case "admin_uids":
 		c.AdminUIDs, err = parseUIDs(text)
+	case "kms_keys":
+		c.KMSKeys = splitList(text)
 	case "dns_names":
 		c.DNSNames = splitList(text)
 	case "x509_svid_ttl":
@@ -273,7 +284,7 @@ func (c *Config) text(key string) *string {
 		"etcd_ca_file": &c.EtcdCAFile, "etcd_cert_file": &c.EtcdCertFile, "etcd_key_file": &c.EtcdKeyFile, "etcd_prefix": &c.EtcdPrefix,
 		"replica_name": &c.ReplicaName, "join_address": &c.JoinAddress, "join_token": &c.JoinToken,
 		"join_token_file": &c.JoinTokenFile, "root_hash": &c.RootHash,
-		"key_file": &c.KeyFile, "key_credential": &c.KeyCredential, "key_passphrase_file": &c.KeyPassphraseFile,
+		"key_file": &c.KeyFile, "key_credential": &c.KeyCredential, "key_passphrase_file": &c.KeyPassphraseFile, "kms": &c.KMS,
 		"address": &c.Address, "https_address": &c.HTTPSAddress, "health_address": &c.HealthAddress,
 		"admin_socket": &c.AdminSocket, "jwt_algorithm": &c.JWTAlgorithm, "log_level": &c.LogLevel, "log_format": &c.LogFormat,
 	}[key]

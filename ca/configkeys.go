@@ -37,8 +37,10 @@ func (c Config) checkKeys() error {
 	if dir := c.keysDir() + "/"; strings.HasPrefix(filepath.Clean(c.KeyFile), dir) || strings.HasPrefix(filepath.Clean(c.KeyPassphraseFile), dir) {
 		return fmt.Errorf("key_file: is inside %s, beside what it seals: keep it elsewhere", dir)
 	}
-	return nil
+	return c.kms().Validate()
 }
+
+func (c Config) kms() upstream.KMSConfig { return upstream.KMSConfig{URI: c.KMS, Keys: c.KMSKeys} }
 
 func (c Config) keysDir() string { return filepath.Join(c.DataDir, "keys") }
 
@@ -66,7 +68,7 @@ func (c Config) upstream() (upstream.Config, error) {
 		return upstream.Config{}, fmt.Errorf("trust_domain: %w", err)
 	}
 	return upstream.Config{
-		TrustDomain: td, Dir: c.keysDir(), Development: c.Development, Name: c.ReplicaName, KEK: kek, Logger: c.Logger,
+		TrustDomain: td, Dir: c.keysDir(), Development: c.Development, Name: c.ReplicaName, KEK: kek, KMS: c.kms(), Logger: c.Logger,
 		JWTAlgorithm: c.JWTAlgorithm,
 	}, nil
 }

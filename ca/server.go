@@ -123,6 +123,9 @@ type parts struct {
 // close closes the store last: everything else may still want to write.
 func (p *parts) close() error {
 	var errs []error
+	if p.keys != nil {
+		errs = append(errs, p.keys.Close())
+	}
 	if p.keysLock != nil {
 		errs = append(errs, p.keysLock.Close())
 	}

@@ -27,6 +27,9 @@ type Domain struct {
 	CA, Agent *Process
 	dir       string
 	agentID   string
+	binary    string   // of the CA; empty: merlon-ca
+	env       []string // of the CA
+	settings  []string // further lines of its configuration
 }
 
 // Dev starts `merlon dev`.
@@ -49,8 +52,15 @@ func Dev(tb testing.TB, args ...string) *Domain {
 // Separate starts merlon-ca and, with a join token, merlon-agent.
 func Separate(tb testing.TB) *Domain {
 	tb.Helper()
+	return SeparateAs(tb, "merlon-ca", nil)
+}
+
+// SeparateAs is Separate with another binary of the CA, which Build made, its
+// environment and further lines of its configuration.
+func SeparateAs(tb testing.TB, binary string, env []string, settings ...string) *Domain {
+	tb.Helper()
 	dir := Dir(tb)
-	d := &Domain{TB: tb, dir: dir, TrustDomain: "shop.test", Admin: filepath.Join(dir, "ca", "admin.sock")}
+	d := &Domain{TB: tb, dir: dir, binary: binary, env: env, settings: settings, TrustDomain: "shop.test", Admin: filepath.Join(dir, "ca", "admin.sock")}
 	d.StartCA()
 	token := d.Token()
 	d.StartAgent(token.Token, token.RootHash)
@@ -71,8 +81,11 @@ address: %s
 https_address: 127.0.0.1:%d
 health_address: 127.0.0.1:%d
 admin_socket: %s
-`, d.TrustDomain, filepath.Join(d.dir, "ca-data"), d.GRPC, https, FreePort(d.TB), d.Admin))
-	d.CA = Start(d.TB, "merlon-ca", nil, "-config", config)
+`, d.TrustDomain, filepath.Join(d.dir, "ca-data"), d.GRPC, https, FreePort(d.TB), d.Admin)+strings.Join(append(d.settings, ""), "\n"))
+	if d.binary == "" {
+		d.binary = "merlon-ca"
+	}
+	d.CA = Start(d.TB, d.binary, d.env, "-config", config)
 	Eventually(d.TB, "the CA answers", func() error {
 		_, _, err := d.Try("agent", "list")
 		return err

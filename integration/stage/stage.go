@@ -70,6 +70,33 @@ func Bin(tb testing.TB, name string) string {
 	return filepath.Join(dir, name)
 }
 
+// Build compiles one more binary, called name, once for the whole test process:
+// module is its folder in the repository, which may be a Go module of its own.
+func Build(tb testing.TB, name, module, tags string) string {
+	tb.Helper()
+	dir, err := binDir()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	bin := filepath.Join(dir, name)
+	building.Lock()
+	defer building.Unlock()
+	if exists(bin) {
+		return name
+	}
+	root, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "merlon.dev").Output()
+	if err != nil {
+		tb.Fatalf("find the repository: %v", err)
+	}
+	cmd := exec.Command("go", "build", "-C", filepath.Join(strings.TrimSpace(string(root)), module), "-tags", tags, "-o", bin, ".")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		tb.Fatalf("build %s: %v\n%s", name, err, out)
+	}
+	return name
+}
+
+var building sync.Mutex
+
 // RemoveBins removes what was built, if anything; for TestMain.
 func RemoveBins() {
 	if dir := built.Load(); dir != nil {

@@ -53,10 +53,12 @@ type generation struct {
 	cert   *x509.Certificate // nil for jwt and log, and for policy until it is certified
 }
 
-// madeKey is a key that was just made and is not put away yet.
+// madeKey is a key that was just made and is not put away yet: a private one, to
+// be sealed, or the name of one in the KMS.
 type madeKey struct {
 	signer  crypto.Signer
 	private crypto.PrivateKey
+	uri     string
 }
 
 // keyDir is the folder. It is not safe for concurrent use.
@@ -64,7 +66,8 @@ type keyDir struct {
 	path        string
 	trustDomain string
 	keys        kmsapi.KeyManager
-	rs256       bool // JWT keys are made for RS256
+	rs256       bool     // JWT keys are made for RS256
+	kms         *outside // nil: all keys are files
 	source      KEKSource
 	kek         *kek // nil until it is needed
 	log         *slog.Logger
@@ -74,14 +77,21 @@ type keyDir struct {
 // openKeyDir makes the folder when it is missing, removes what a crash left
 // unfinished, and seals what lies in clear.
 func openKeyDir(ctx context.Context, cfg Config, keys kmsapi.KeyManager) (*keyDir, error) {
-	d := &keyDir{
-		path: cfg.Dir, trustDomain: cfg.TrustDomain.Name(), keys: keys, rs256: cfg.JWTAlgorithm == RS256,
-		source: cfg.KEK, log: cfg.Logger, numbers: make(map[kind][]int),
-	}
-	if err := d.list(); err != nil {
+	kms, err := openKMS(ctx, cfg.KMS)
+	if err != nil {
 		return nil, err
 	}
-	return d, d.sealClear(ctx)
+	d := &keyDir{
+		path: cfg.Dir, trustDomain: cfg.TrustDomain.Name(), keys: keys, kms: kms, rs256: cfg.JWTAlgorithm == RS256,
+		source: cfg.KEK, log: cfg.Logger, numbers: make(map[kind][]int),
+	}
+	if err = d.list(); err == nil {
+		err = d.sealClear(ctx)
+	}
+	if err != nil {
+		return nil, errors.Join(err, d.kms.close())
+	}
+	return d, nil
 }
 
 // list makes the folder, or looks what is in it.
@@ -174,6 +184,14 @@ func (d *keyDir) load(what kind, number int) (*generation, error) {
 }
 
 func (d *keyDir) loadSigner(what kind, number int) (crypto.Signer, error) {
+	name, err := d.keyURI(what, number)
+	if err != nil {
+		return nil, err
+	}
+	if name != "" {
+		key, err := d.kms.load(name)
+		return key.signer, err
+	}
 	path := filepath.Join(d.folder(what, number), sealedFile)
 	text, err := readPrivate(path)
 	if err != nil {
@@ -191,6 +209,15 @@ func (d *keyDir) loadSigner(what kind, number int) (crypto.Signer, error) {
 		return nil, fmt.Errorf("load %s: %w", path, err)
 	}
 	return signer, nil
+}
+
+// keyURI is the name of a key in the KMS; empty: it is a file.
+func (d *keyDir) keyURI(what kind, number int) (string, error) {
+	text, err := readPrivate(filepath.Join(d.folder(what, number), uriFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	return strings.TrimSpace(string(text)), err
 }
 
 func (d *keyDir) seat(what kind, number int) seat {
@@ -214,8 +241,11 @@ func (d *keyDir) request(what kind) *kmsapi.CreateKeyRequest {
 	return &kmsapi.CreateKeyRequest{SignatureAlgorithm: algorithms[what]}
 }
 
-// create makes a key, which add puts away.
+// create makes a key, which add puts away, or discard removes.
 func (d *keyDir) create(what kind) (madeKey, error) {
+	if d.kms.makes(what) {
+		return d.kms.create(what, d.request(what))
+	}
 	made, err := d.keys.CreateKey(d.request(what))
 	if err != nil {
 		return madeKey{}, fmt.Errorf("make a %s key: %w", what, err)
@@ -225,6 +255,15 @@ func (d *keyDir) create(what kind) (madeKey, error) {
 		return madeKey{}, fmt.Errorf("make a %s key: %w", what, err)
 	}
 	return madeKey{signer: signer, private: made.PrivateKey}, nil
+}
+
+// discard removes a key that was made in the KMS for nothing, as when nobody
+// certified it: it would be made again each minute. It returns err.
+func (d *keyDir) discard(key madeKey, err error) error {
+	if key.uri == "" {
+		return err
+	}
+	return errors.Join(err, d.kms.remove(key.uri))
 }
 
 // loadCert reads the certificate of signer; nil: of somebody else.
@@ -258,7 +297,7 @@ func (d *keyDir) add(what kind, key madeKey, cert *x509.Certificate) (*generatio
 		number = numbers[len(numbers)-1] + 1
 	}
 	if err := d.write(what, number, key, cert); err != nil {
-		return nil, fmt.Errorf("put %s generation %d away: %w", what, number, err)
+		return nil, d.discard(key, fmt.Errorf("put %s generation %d away: %w", what, number, err))
 	}
 	d.numbers[what] = append(d.numbers[what], number)
 	return &generation{kind: what, number: number, signer: key.signer, cert: cert}, nil
@@ -275,11 +314,7 @@ func (d *keyDir) write(what kind, number int, key madeKey, cert *x509.Certificat
 		}
 	}()
 	if what != kindAnchor {
-		sealed, err := d.sealKey(key.private, d.seat(what, number))
-		if err != nil {
-			return err
-		}
-		if err := writeSynced(filepath.Join(temp, sealedFile), sealed); err != nil {
+		if err := d.writeKey(temp, key, d.seat(what, number)); err != nil {
 			return err
 		}
 	}
@@ -297,6 +332,17 @@ func (d *keyDir) write(what kind, number int, key madeKey, cert *x509.Certificat
 		return err
 	}
 	return durable.SyncDir(d.path)
+}
+
+func (d *keyDir) writeKey(folder string, key madeKey, at seat) error {
+	if key.uri != "" {
+		return writeSynced(filepath.Join(folder, uriFile), []byte(key.uri+"\n"))
+	}
+	sealed, err := d.sealKey(key.private, at)
+	if err != nil {
+		return err
+	}
+	return writeSynced(filepath.Join(folder, sealedFile), sealed)
 }
 
 func (d *keyDir) sealKey(private crypto.PrivateKey, at seat) ([]byte, error) {
@@ -332,12 +378,21 @@ func (d *keyDir) removeOlder(gen *generation) error {
 		if number >= gen.number {
 			return false
 		}
-		err := os.RemoveAll(d.folder(gen.kind, number))
+		err := d.removeGeneration(gen.kind, number)
 		errs = append(errs, err)
 		return err == nil
 	})
 	errs = append(errs, durable.SyncDir(d.path))
 	return errors.Join(errs...)
+}
+
+// removeGeneration removes a key from the KMS first: its name is in the folder.
+func (d *keyDir) removeGeneration(what kind, number int) error {
+	name, err := d.keyURI(what, number)
+	if err == nil && name != "" && d.kms != nil {
+		err = d.kms.remove(name)
+	}
+	return errors.Join(err, os.RemoveAll(d.folder(what, number)))
 }
 
 func writeSynced(path string, text []byte) error {

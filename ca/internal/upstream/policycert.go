@@ -54,7 +54,11 @@ func (k *Keys) CertifyPolicyKey(name string, key crypto.PublicKey, now time.Time
 
 // signByRoot has softcas sign template, whose PublicKey is that of the subject.
 func (k *Keys) signByRoot(template *x509.Certificate) (*x509.Certificate, error) {
-	signer := &softcas.SoftCAS{CertificateChain: []*x509.Certificate{k.root.cert}, Signer: k.root.signer}
+	return signBy(k.root, template)
+}
+
+func signBy(issuer *generation, template *x509.Certificate) (*x509.Certificate, error) {
+	signer := &softcas.SoftCAS{CertificateChain: []*x509.Certificate{issuer.cert}, Signer: issuer.signer}
 	made, err := signer.CreateCertificate(&apiv1.CreateCertificateRequest{Template: template, Lifetime: template.NotAfter.Sub(template.NotBefore)})
 	if err != nil {
 		return nil, err

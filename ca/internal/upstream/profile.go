@@ -17,7 +17,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/smallstep/certificates/cas/apiv1"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca/internal/authority"
@@ -38,11 +37,7 @@ func (k *Keys) makeRoot(now time.Time) (*generation, error) {
 		return nil, err
 	}
 	template.MaxPathLen = 1 // the intermediate, and no authority below it
-	return k.makeAuthority(kindRoot, &apiv1.CreateCertificateAuthorityRequest{
-		Type:     apiv1.RootCA,
-		Template: template,
-		Lifetime: k.cfg.RootTTL,
-	})
+	return k.makeAuthority(kindRoot, template, nil)
 }
 
 func (k *Keys) makeIntermediate(now time.Time) (*generation, error) {
@@ -50,12 +45,7 @@ func (k *Keys) makeIntermediate(now time.Time) (*generation, error) {
 	if err != nil {
 		return nil, err
 	}
-	return k.makeAuthority(kindIntermediate, &apiv1.CreateCertificateAuthorityRequest{
-		Type:     apiv1.IntermediateCA,
-		Template: template,
-		Lifetime: k.cfg.IntermediateTTL,
-		Parent:   &apiv1.CreateCertificateAuthorityResponse{Certificate: k.root.cert, Signer: k.root.signer},
-	})
+	return k.makeAuthority(kindIntermediate, template, k.root)
 }
 
 // intermediateTemplate is the profile of every replica's intermediate.
@@ -82,17 +72,25 @@ func (k *Keys) intermediateTemplate(now time.Time) (*x509.Certificate, error) {
 	return template, nil
 }
 
-// makeAuthority has the certificate made and puts it away with its key.
-func (k *Keys) makeAuthority(what kind, req *apiv1.CreateCertificateAuthorityRequest) (*generation, error) {
-	req.CreateKey = k.dir.request(what)
-	made, err := k.cas.CreateCertificateAuthority(req)
+// makeAuthority makes a key, has softcas sign its certificate by issuer, which is
+// itself where there is none, and puts both away.
+func (k *Keys) makeAuthority(what kind, template *x509.Certificate, issuer *generation) (*generation, error) {
+	key, err := k.dir.create(what)
 	if err != nil {
 		return nil, err
 	}
-	if err := checkAuthority(made.Certificate, req.Template); err != nil {
-		return nil, fmt.Errorf("the certificate that was made is not the one asked for: %w", err)
+	template.PublicKey = key.signer.Public()
+	if issuer == nil {
+		issuer = &generation{signer: key.signer, cert: template}
 	}
-	return k.dir.add(what, madeKey{signer: made.Signer, private: made.PrivateKey}, made.Certificate)
+	cert, err := signBy(issuer, template)
+	if err != nil {
+		return nil, k.dir.discard(key, err)
+	}
+	if err := checkAuthority(cert, template); err != nil {
+		return nil, k.dir.discard(key, fmt.Errorf("the certificate that was made is not the one asked for: %w", err))
+	}
+	return k.dir.add(what, key, cert)
 }
 
 // caTemplate is what root and intermediate have in common (X6, X8, X10, X11).

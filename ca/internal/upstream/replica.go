@@ -102,11 +102,11 @@ func (k *Keys) join(ctx context.Context, now time.Time) error {
 	}
 	got, err := k.cfg.RootHolder.Join(ctx, requests)
 	if err != nil {
-		return err
+		return k.dir.discard(key, err)
 	}
 	k.root = &generation{kind: kindAnchor, cert: got.Root}
 	if err := k.checkRoot(got.Root, now); err != nil {
-		return err
+		return k.dir.discard(key, err)
 	}
 	if err := k.takeOver(got, key, now); err != nil {
 		return err
@@ -136,8 +136,8 @@ func (k *Keys) requests() (madeKey, KeyRequests, error) {
 	return key, r, nil
 }
 
-// takeOver checks what the root holder made, and puts it away.
-func (k *Keys) takeOver(got *Certificates, made madeKey, now time.Time) error {
+// checkAnswer judges what the root holder made for the key.
+func (k *Keys) checkAnswer(got *Certificates, made madeKey, now time.Time) error {
 	want, err := k.intermediateTemplate(now)
 	if err != nil {
 		return err
@@ -156,6 +156,14 @@ func (k *Keys) takeOver(got *Certificates, made madeKey, now time.Time) error {
 	}
 	if !policyKey.Public.Equal(k.policy.signer.Public()) {
 		return errors.New("the policy certificate that the root holder made has another key")
+	}
+	return nil
+}
+
+// takeOver checks what the root holder made, and puts it away.
+func (k *Keys) takeOver(got *Certificates, made madeKey, now time.Time) error {
+	if err := k.checkAnswer(got, made, now); err != nil {
+		return k.dir.discard(made, err)
 	}
 	if k.policy.cert == nil || !k.policy.cert.Equal(got.Policy) {
 		if err := k.dir.certify(k.policy, got.Policy); err != nil {
@@ -181,10 +189,10 @@ func (k *Keys) recertify(ctx context.Context, now time.Time) error {
 	}
 	got, err := k.cfg.RootHolder.Certify(ctx, requests)
 	if err != nil {
-		return fmt.Errorf("ask the root holder: %w", err)
+		return k.dir.discard(key, fmt.Errorf("ask the root holder: %w", err))
 	}
 	if !got.Root.Equal(k.root.cert) {
-		return errors.New("the root holder answers with another root")
+		return k.dir.discard(key, errors.New("the root holder answers with another root"))
 	}
 	return k.takeOver(got, key, now)
 }

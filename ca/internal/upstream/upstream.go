@@ -21,8 +21,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/smallstep/certificates/cas/apiv1"
-	"github.com/smallstep/certificates/cas/softcas"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.step.sm/crypto/kms"
@@ -67,6 +65,8 @@ type Config struct {
 	RootTTL, IntermediateTTL time.Duration
 	// KEK is what the keys are sealed under. Zero: a file beside Dir.
 	KEK KEKSource
+	// KMS makes and holds keys. Zero: they are sealed files.
+	KMS KMSConfig
 	// Logger says what was sealed; nil: nobody.
 	Logger *slog.Logger
 }
@@ -75,7 +75,6 @@ type Config struct {
 type Keys struct {
 	cfg    Config
 	keys   kmsapi.KeyManager
-	cas    apiv1.CertificateAuthorityCreator
 	root   *generation // without a signer on a replica
 	jwt    *authority.JWTAuthority
 	policy *generation
@@ -119,6 +118,7 @@ func Open(ctx context.Context, cfg Config) (*Keys, error) {
 	}
 	k := &Keys{cfg: cfg}
 	if err := k.open(ctx); err != nil {
+		err = errors.Join(err, k.Close())
 		return nil, fmt.Errorf("open the CA keys in %s: %w", cfg.Dir, err)
 	}
 	return k, nil
@@ -128,9 +128,6 @@ func (k *Keys) open(ctx context.Context) error {
 	var err error
 	if k.keys, err = kms.New(ctx, kmsapi.Options{Type: kmsapi.SoftKMS}); err != nil {
 		return fmt.Errorf("start the software KMS: %w", err)
-	}
-	if k.cas, err = softcas.New(ctx, apiv1.Options{IsCreator: true, KeyManager: k.keys}); err != nil {
-		return fmt.Errorf("start softcas: %w", err)
 	}
 	if k.dir, err = openKeyDir(ctx, k.cfg, k.keys); err != nil {
 		return err
@@ -145,6 +142,14 @@ func (k *Keys) open(ctx context.Context) error {
 		err = fmt.Errorf("the keys here are those of replica %s, not %s", k.name, k.cfg.Name)
 	}
 	return err
+}
+
+// Close lets go of the KMS. No key can be used afterwards.
+func (k *Keys) Close() error {
+	if k.dir == nil {
+		return nil
+	}
+	return k.dir.kms.close()
 }
 
 func (k *Keys) openRootHolder(ctx context.Context, now time.Time) error {
