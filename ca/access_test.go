@@ -24,12 +24,16 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/integration/oidcprovider"
 	"merlon.dev/sdk/unixsock"
 )
 
 // callers makes a connection for each kind of caller, in the order of the
 // matrix.
-func callers(t *testing.T, c *testCA) []caller {
+func callers(t *testing.T, c *testCA, p *oidcprovider.Provider) []caller {
+	token := func(sub string) *grpc.ClientConn {
+		return c.bearer(p.Token(p.Claims("merlon", sub, time.Now()))).conn
+	}
 	a := c.agent("n1")
 	revoked := c.agent("revoked")
 	if _, err := c.admin.Revoke(t.Context(), &capb.RevokeRequest{Subject: &capb.RevokeRequest_AgentId{AgentId: revoked.id}}); err != nil {
@@ -57,6 +61,12 @@ func callers(t *testing.T, c *testCA) []caller {
 		{"operator", c.admins(a, "operator", capb.Role_ROLE_OPERATOR, "").conn},
 		{"former operator", former.conn},
 		{"own uid on socket", socket},
+		{"viewer's token", token("viewer")},
+		{"registrar's token", token("registrar")},
+		{"policy-publisher's token", token("policy-publisher")},
+		{"operator's token", token("operator")},
+		{"token without role", token("stranger")},
+		{"bad token", c.bearer("a.b.c").conn},
 	}
 }
 
@@ -69,8 +79,9 @@ type caller struct {
 // compared with a table that a reviewer reads: "yes" where the call was let
 // through to the RPC, "-" where it was refused, "n/a" where it is not served.
 func TestAccessMatrix(t *testing.T) {
-	c := startCA(t, tempDir(t))
-	who := callers(t, c)
+	p := oidcprovider.Start(t)
+	c := startCA(t, tempDir(t), withOIDC(t, p))
+	who := callers(t, c, p)
 	var out bytes.Buffer
 	table := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
 	fmt.Fprint(table, "RPC")

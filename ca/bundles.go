@@ -33,8 +33,8 @@ func (b bundles) handler(log *slog.Logger) http.Handler {
 func (b bundles) load(ctx context.Context, name string) (*bundle.Published, <-chan struct{}, error) {
 	changed := b.registry.HeadsChanged() // before the read: no change is missed
 	// Again for each load: the caller may have waited for minutes.
-	if c := web.CallerFrom(ctx); c != nil && c.Peer != nil {
-		if fault := b.service.PeerCaller(c.Peer).Fault; fault != "" {
+	if c := web.CallerFrom(ctx); c != nil {
+		if fault := b.service.FaultSince(c); fault != "" {
 			return nil, nil, fmt.Errorf("%s: %s", c.Name, fault)
 		}
 	}

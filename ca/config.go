@@ -146,13 +146,21 @@ type Config struct {
 	// keep it on loopback. Default: 127.0.0.1:9443.
 	HealthAddress string `yaml:"health_address"`
 
-	// AdminSocket is the Unix socket for operators on this machine. Its
-	// directory gets mode 0700, with admin_uids 0711. Default:
+	// AdminSocket is the Unix socket for administrators on this machine. Its
+	// directory gets mode 0700, with admin_uids or admins 0711. Default:
 	// /run/merlon/ca/admin.sock.
 	AdminSocket string `yaml:"admin_socket"`
 
-	// AdminUIDs may use the admin socket, beside root and the CA's own user.
+	// AdminUIDs are operators on the admin socket, beside root and the CA's own
+	// user.
 	AdminUIDs []uint32 `yaml:"admin_uids"`
+
+	// Admins are further users of the admin socket, in roles. They have no flag.
+	Admins []Admin `yaml:"admins"`
+
+	// OIDC are the providers whose tokens administer the CA, in roles. They have
+	// no flag.
+	OIDC []OIDC `yaml:"oidc"`
 
 	// DNSNames are put into the CA's own certificate for clients that check
 	// host names, such as a stock OPA. "localhost" is always there.
@@ -341,6 +349,9 @@ func (c Config) Validate() error {
 		return err
 	}
 	if err := c.checkJoin(); err != nil {
+		return err
+	}
+	if err := c.checkAdmins(); err != nil {
 		return err
 	}
 	if err := c.checkKeys(); err != nil {

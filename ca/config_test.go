@@ -140,9 +140,50 @@ func TestEverySettingHasAFlag(t *testing.T) {
 	}
 }
 
+func TestAdministratorsInTheConfiguration(t *testing.T) {
+	const good = "trust_domain: a.test\nadmin_uids: [7]\nadmins:\n  - {uid: 8, role: registrar, prefix: /ns/a}\noidc:\n" +
+		"  - issuer: https://login.a.test\n    audience: merlon\n    roles:\n      - {claims: {sub: ci}, role: policy-publisher}\n"
+	c, err := ParseConfig("ca.yaml", []byte(good))
+	if err != nil || c.Validate() != nil {
+		t.Fatal(err, c.Validate())
+	}
+	roles, err := c.uidRoles()
+	if err != nil || roles[7].String() != "operator" || roles[8].String() != "registrar of /ns/a" || len(roles) != 2 {
+		t.Errorf("uidRoles = %v, %v", roles, err)
+	}
+	for want, change := range map[string][2]string{
+		"admins[0].role":             {"role: registrar", "role: root"},
+		"admins[0].prefix":           {", prefix: /ns/a", ""},
+		"admins[0].uid: is 0":        {"uid: 8, ", ""},
+		"admins[0].uid: 7 has":       {"uid: 8", "uid: 7"},
+		"oidc[0].issuer":             {"https://login", "http://login"},
+		"oidc[0].audience":           {"    audience: merlon\n", ""},
+		"oidc[0].roles[0].role":      {"policy-publisher", "publisher"},
+		"oidc[0].roles[0].claims":    {"claims: {sub: ci}, ", ""},
+		"oidc[0].roles[0].prefix":    {"role: policy-publisher", "role: policy-publisher, prefix: /x"},
+		"oidc[1].issuer":             {"oidc:\n", "oidc:\n" + good[strings.Index(good, "  - issuer"):]},
+		"subject":                    {"claims: {sub: ci}", "subject: ci"},
+		"oidc[0].roles[0].claims: e": {"{sub: ci}", "{exp: '1'}"},
+	} {
+		text := strings.Replace(good, change[0], change[1], 1)
+		c, err := ParseConfig("ca.yaml", []byte(text))
+		if err == nil {
+			err = c.Validate()
+		}
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v; want an error with %q", text, err, want)
+		}
+	}
+	c.OIDC[0].CAFile = filepath.Join(t.TempDir(), "none.pem")
+	if _, err := c.tokens(nil); err == nil || !strings.Contains(err.Error(), "oidc[0].ca_file") {
+		t.Errorf("tokens() = %v; want an error naming ca_file", err)
+	}
+}
+
 func FuzzParseConfig(f *testing.F) {
 	f.Add([]byte("trust_domain: a.test\n"))
 	f.Add([]byte("admin_uids: [1, 2]\nx509_svid_ttl: 1h\n"))
+	f.Add([]byte("trust_domain: a.test\nadmins: [{uid: 1, role: viewer}]\noidc: [{issuer: 'https://a.test', audience: a, roles: [{claims: {sub: a}, role: viewer}]}]\n"))
 	f.Fuzz(func(_ *testing.T, data []byte) {
 		if c, err := ParseConfig("ca.yaml", data); err == nil {
 			_ = c.Validate()

@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca"
@@ -144,6 +145,20 @@ func (c *testCA) entriesOf(id string) []*capb.Entry {
 	return resp.GetEntries()
 }
 
+// bearer makes a client that shows a token with each call.
+func (c *testCA) bearer(token string) *testClient {
+	c.t.Helper()
+	return c.clientWith(nil, nil, grpc.WithPerRPCCredentials(bearer(token)))
+}
+
+type bearer string
+
+func (b bearer) GetRequestMetadata(context.Context, ...string) (map[string]string, error) {
+	return map[string]string{"authorization": "Bearer " + string(b)}, nil
+}
+
+func (bearer) RequireTransportSecurity() bool { return true }
+
 // testClient calls the TLS port with an SVID or none.
 type testClient struct {
 	t     testing.TB
@@ -157,7 +172,13 @@ type testClient struct {
 
 func (c *testCA) client(key *ecdsa.PrivateKey, chain [][]byte) *testClient {
 	c.t.Helper()
-	conn, err := grpc.NewClient(c.srv.Address().String(), grpc.WithTransportCredentials(credentials.NewTLS(clientTLS(key, chain))))
+	return c.clientWith(key, chain)
+}
+
+func (c *testCA) clientWith(key *ecdsa.PrivateKey, chain [][]byte, opts ...grpc.DialOption) *testClient {
+	c.t.Helper()
+	opts = append(opts, grpc.WithTransportCredentials(credentials.NewTLS(clientTLS(key, chain))))
+	conn, err := grpc.NewClient(c.srv.Address().String(), opts...)
 	if err != nil {
 		c.t.Fatal(err)
 	}
@@ -284,4 +305,11 @@ func httpClient(t testing.TB, key *ecdsa.PrivateKey, chain [][]byte) *http.Clien
 	tr := &http.Transport{TLSClientConfig: clientTLS(key, chain), ForceAttemptHTTP2: true}
 	t.Cleanup(tr.CloseIdleConnections)
 	return &http.Client{Transport: tr, Timeout: 20 * time.Second}
+}
+
+// withHeaders adds metadata to each call.
+func withHeaders(kv ...string) grpc.UnaryClientInterceptor {
+	return func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+		return invoke(metadata.AppendToOutgoingContext(ctx, kv...), method, req, reply, cc, opts...)
+	}
 }

@@ -215,10 +215,18 @@ func (s *Server) openStore(ctx context.Context) (store.Store, error) {
 // assemble makes what serves.
 func (s *Server) assemble(ctx context.Context, p *parts) error {
 	p.health = health.New(s.log)
+	uids, err := s.cfg.uidRoles()
+	if err != nil {
+		return err
+	}
+	tokens, err := s.cfg.tokens(s.log)
+	if err != nil {
+		return err
+	}
 	options := api.Options{
 		TrustDomain: s.td, Store: p.store, StoreKind: s.cfg.Store, Registry: p.registry, Keys: p.keys, Releases: p.releases, Audit: p.audit,
 		ReplicaName: p.keys.Name(), Reseal: p.reseal,
-		Log: s.log, Metrics: p.health.Registry(), AdminUIDs: s.cfg.AdminUIDs,
+		Log: s.log, Metrics: p.health.Registry(), UIDs: uids, Tokens: tokens,
 		X509SVIDTTL: s.cfg.X509SVIDTTL, JWTSVIDTTL: s.cfg.JWTSVIDTTL, AgentSVIDTTL: s.cfg.AgentSVIDTTL,
 		JWTMaxAudiences: s.cfg.JWTMaxAudiences,
 	}
@@ -275,7 +283,7 @@ func (s *Server) listen() (l *listeners, err error) {
 		}
 		*tcp.to = netutil.LimitListener(lis, maxConnections)
 	}
-	if l.admin, err = unixsock.Listen(s.cfg.AdminSocket, adminAccess(s.cfg.AdminUIDs)); err != nil {
+	if l.admin, err = unixsock.Listen(s.cfg.AdminSocket, s.cfg.adminAccess()); err != nil {
 		return l, fmt.Errorf("admin_socket: %w", err)
 	}
 	s.address, s.httpsAddress, s.healthAddress = l.grpc.Addr(), l.https.Addr(), l.health.Addr()
@@ -359,8 +367,8 @@ func serveGRPC(ctx context.Context, g *errgroup.Group, p *parts, srv *grpc.Serve
 
 // adminAccess lets other users reach the admin socket only where some of them
 // are administrators; the server then asks each who it is.
-func adminAccess(uids []uint32) unixsock.Access {
-	if len(uids) > 0 {
+func (c Config) adminAccess() unixsock.Access {
+	if len(c.AdminUIDs)+len(c.Admins) > 0 {
 		return unixsock.Shared
 	}
 	return unixsock.Private

@@ -38,10 +38,10 @@ func TestAdminUIDsAdministerAndOthersDoNot(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root to act as other users")
 	}
-	const operator, stranger = 12345, 12346
+	const operator, stranger, viewer = 12345, 12346, 12347
 	t.Setenv("MERLON_CA_ADMIN_UIDS", "12345")
 	t.Setenv("MERLON_AGENT_ADMIN_UIDS", "12345")
-	d := stage.Separate(t)
+	d := stage.Separate(t, "admins:\n  - uid: 12347\n    role: viewer\n")
 	stage.Eventually(t, "the agent serves", func() error { _, err := os.Stat(d.AgentAdmin); return err })
 	openPath(t, filepath.Dir(stage.Bin(t, "merlon")), filepath.Dir(filepath.Dir(d.Admin)), filepath.Dir(filepath.Dir(d.AgentAdmin)))
 	for _, call := range []struct {
@@ -58,5 +58,11 @@ func TestAdminUIDsAdministerAndOthersDoNot(t *testing.T) {
 		if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != 4 || !strings.Contains(out, "hint:") { //nolint:errorlint // straight from CombinedOutput
 			t.Errorf("merlon %v by another uid: %v\n%s", call.args, err, out)
 		}
+	}
+	if out, err := asUID(t, viewer, d.Admin, "agent", "list"); err != nil {
+		t.Errorf("a viewer lists agents: %v\n%s", err, out)
+	}
+	if out, err := asUID(t, viewer, d.Admin, "token", "create"); err == nil || !strings.Contains(out, "which is for: operator; its role is viewer") {
+		t.Errorf("a viewer makes a token: %v\n%s", err, out)
 	}
 }

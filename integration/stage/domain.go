@@ -49,10 +49,11 @@ func Dev(tb testing.TB, args ...string) *Domain {
 	return d
 }
 
-// Separate starts merlon-ca and, with a join token, merlon-agent.
-func Separate(tb testing.TB) *Domain {
+// Separate starts merlon-ca, with further lines of its configuration, and, with a
+// join token, merlon-agent.
+func Separate(tb testing.TB, settings ...string) *Domain {
 	tb.Helper()
-	return SeparateAs(tb, "merlon-ca", nil)
+	return SeparateAs(tb, "merlon-ca", nil, settings...)
 }
 
 // SeparateAs is Separate with another binary of the CA, which Build made, its

@@ -37,17 +37,24 @@ type options struct {
 	output string
 	admin  string
 	ca     string
+	// tokenFile and rootHash are for those who have no SVID.
+	tokenFile, rootHash string
 }
 
 func (o *options) register(root *cobra.Command) {
 	f := root.PersistentFlags()
 	f.StringVarP(&o.output, "output", "o", "table", "output format: table or json")
 	f.StringVar(&o.admin, "admin", os.Getenv("MERLON_ADMIN"), "admin socket (default $MERLON_ADMIN, then "+defaultCAAdmin+")")
-	f.StringVar(&o.ca, "ca", "", "CA address host:port: administer over the network with the admin SVID from SPIFFE_ENDPOINT_SOCKET")
+	f.StringVar(&o.ca, "ca", "", "CA address host:port: administer over the network with the SVID from SPIFFE_ENDPOINT_SOCKET, or with --token-file")
+	f.StringVar(&o.tokenFile, "token-file", os.Getenv("MERLON_TOKEN_FILE"), "with --ca: file with an OIDC token, in place of an SVID (default $MERLON_TOKEN_FILE)")
+	f.StringVar(&o.rootHash, "root-hash", os.Getenv("MERLON_ROOT_HASH"), "with --token-file: SHA-256 of the CA root's public key, as `merlon trust show` prints it (default $MERLON_ROOT_HASH)")
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
 		// `trust show` has formats of its own and checks them itself.
 		if cmd.Flags().Lookup("output") == root.PersistentFlags().Lookup("output") && o.output != "table" && o.output != "json" {
 			return usageError{fmt.Sprintf("unknown output format %q", o.output), "use -o table or -o json"}
+		}
+		if cmd.Flags().Changed("token-file") && o.ca == "" {
+			return usageError{"--token-file is for a CA over the network", "add --ca HOST:PORT; on the admin socket your user is who you are"}
 		}
 		return nil
 	}
@@ -150,10 +157,14 @@ func fetchOwn(ctx context.Context) (*workloadapi.X509Context, error) {
 	return nil, hintError{fmt.Errorf("get an SVID from the Workload API: %s", plainReason(status.Convert(err).Message())), hint}
 }
 
-// withRemoteCA administers over the network with an admin SVID.
+// withRemoteCA administers over the network with the SVID of an entry that has a
+// role, or with a token.
 func (o *options) withRemoteCA(ctx context.Context, do func(capb.AdminClient) error) error {
 	if _, _, err := net.SplitHostPort(o.ca); err != nil {
 		return usageError{fmt.Sprintf("--ca %q is not host:port", o.ca), "for example --ca ca.example.org:8443"}
+	}
+	if o.tokenFile != "" {
+		return o.withToken(do)
 	}
 	own, err := fetchOwn(ctx)
 	if err != nil {

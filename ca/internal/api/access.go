@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -110,7 +111,8 @@ func (t access) permits(method string, c *Caller) (using []role.Role, ok bool) {
 // Caller is who makes a call, resolved anew for every call: a connection
 // outlives what it was admitted for.
 type Caller struct {
-	// Name is for audit and errors: a SPIFFE ID, "uid:0" or "anonymous".
+	// Name is for audit and errors: a SPIFFE ID, "uid:0", "anonymous", or issuer
+	// and subject of a token, "https://login.example.org#ann".
 	Name string
 	// Kinds always holds CALLER_ANONYMOUS, and CALLER_ADMIN where there are Roles.
 	Kinds []capb.Caller
@@ -122,11 +124,12 @@ type Caller struct {
 	Agent   *attest.Agent
 	Replica *replica.Record
 	Peer    *svid.Peer
-	// Fault says why the SVID that was shown counts for nothing.
+	// Expiry is when the token ends that was shown; zero: none was.
+	Expiry time.Time
+	// Fault says why what was shown counts for nothing.
 	Fault string
-	// Behind: the SVID is newer than what this replica knows, so that another
-	// one may know better.
-	Behind bool
+	// Unsure says why it cannot be judged now, or not by this replica.
+	Unsure string
 }
 
 // Is says whether the caller is of the given kind.
@@ -160,13 +163,23 @@ func (s *Service) callerOf(ctx context.Context) *Caller {
 	if !ok {
 		return c
 	}
+	md, _ := metadata.FromIncomingContext(ctx)
+	token, shown := bearer(md)
 	switch info := p.AuthInfo.(type) {
 	case unixsock.AuthInfo:
+		if shown {
+			return TwoCredentials()
+		}
 		c.Name = fmt.Sprintf("uid:%d", info.Peer.UID)
 		c.take(s.rolesOfUID(info.Peer.UID)...)
 	case tlsInfo:
-		if info.Peer != nil {
+		switch {
+		case info.Peer != nil && shown, shown && token == "":
+			return TwoCredentials()
+		case info.Peer != nil:
 			s.resolvePeer(ctx, c, info.Peer)
+		case shown:
+			return s.TokenCaller(ctx, token)
 		}
 	}
 	return c
@@ -183,7 +196,10 @@ func (s *Service) PeerCaller(p *svid.Peer) *Caller {
 // nobody an agent, administrator or replica: the CA's own records must agree
 // (SECURITY.md T8).
 func (s *Service) resolvePeer(ctx context.Context, c *Caller, p *svid.Peer) {
-	c.Name, c.Peer, c.Behind = p.ID.String(), p, !s.catchUp(ctx, p)
+	c.Name, c.Peer = p.ID.String(), p
+	if !s.catchUp(ctx, p) {
+		c.Unsure = "its X509-SVID is newer than what this replica knows; another one may know it"
+	}
 	now := time.Now()
 	if !now.Before(p.NotAfter) {
 		c.Fault = "its X509-SVID has expired"
@@ -259,8 +275,11 @@ func agentFault(record *attest.Agent, p *svid.Peer) error {
 // user are operators whatever is configured: they could read its keys anyway,
 // and somebody must be able to set right what was configured wrong.
 func (s *Service) rolesOfUID(uid uint32) []role.Role {
-	if uid == 0 || uid == uint32(os.Geteuid()) || slices.Contains(s.opts.AdminUIDs, uid) {
+	if uid == 0 || uid == uint32(os.Geteuid()) {
 		return []role.Role{{Name: role.Operator}}
+	}
+	if r, ok := s.opts.UIDs[uid]; ok {
+		return []role.Role{r}
 	}
 	return nil
 }
@@ -272,8 +291,8 @@ func (t access) authorize(c *Caller, method string) error {
 	if c.Using = using; ok {
 		return nil
 	}
-	if c.Behind {
-		return status.Errorf(codes.Unavailable, "%s: its X509-SVID is newer than what this replica knows; another one may know it", c.Name)
+	if c.Unsure != "" {
+		return status.Errorf(codes.Unavailable, "%s: %s", c.Name, c.Unsure)
 	}
 	if c.Fault != "" {
 		return status.Errorf(codes.Unauthenticated, "%s: %s", c.Name, c.Fault)

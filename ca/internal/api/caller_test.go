@@ -5,6 +5,7 @@ package api
 import (
 	"context"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -20,6 +21,7 @@ import (
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
 	"merlon.dev/sdk/svid"
@@ -133,10 +135,10 @@ func TestIssuanceRestsOnAPictureWithoutRevocation(t *testing.T) {
 
 func TestOnlyRootOwnUserAndConfiguredUIDsAdminister(t *testing.T) {
 	s, _ := newService(t)
-	s.opts.AdminUIDs = []uint32{4242}
-	for uid, want := range map[uint32]bool{0: true, 4242: true, 4243: false, 1<<32 - 1: false} {
-		if got := len(s.rolesOfUID(uid)) == 1; got != want {
-			t.Errorf("rolesOfUID(%d) gives a role: %v; want %v", uid, got, want)
+	s.opts.UIDs = map[uint32]role.Role{4242: {Name: role.Viewer}, 0: {Name: role.Viewer}}
+	for uid, want := range map[uint32]string{0: "operator", uint32(os.Geteuid()): "operator", 4242: "viewer", 4243: "none", 1<<32 - 1: "none"} {
+		if got := role.List(s.rolesOfUID(uid)); got != want {
+			t.Errorf("rolesOfUID(%d) = %s; want %s", uid, got, want)
 		}
 	}
 }

@@ -19,10 +19,13 @@ import (
 
 const (
 	// maxCalls is what one caller may have open, over all connections; all who
-	// show nothing count as one. An agent needs a handful.
+	// show nothing count as one, and all who show a token. An agent needs a
+	// handful.
 	maxCalls = 1000
-	// anonymousTimeout ends a call of somebody who shows nothing.
+	// anonymousTimeout ends a call of somebody who shows nothing, tokenTimeout one
+	// of somebody who shows what may be a token: a backup takes its time.
 	anonymousTimeout = 30 * time.Second
+	tokenTimeout     = 10 * time.Minute
 )
 
 // calls counts open calls. It is safe for concurrent use.
@@ -53,8 +56,12 @@ func (c calls) give(name string) {
 }
 
 // tap lets a call begin, or not. It runs before anything else of it is read.
-func (s *Service) tap(ctx context.Context, _ *tap.Info) (context.Context, error) {
+func (s *Service) tap(ctx context.Context, info *tap.Info) (context.Context, error) {
 	name, known := connectionName(ctx)
+	timeout := anonymousTimeout
+	if _, shown := bearer(info.Header); shown && !known {
+		name, timeout = "holders of tokens", tokenTimeout
+	}
 	if !s.calls.take(name) {
 		s.metrics.refused.WithLabelValues(codes.ResourceExhausted.String()).Inc()
 		return ctx, status.Errorf(codes.ResourceExhausted, "%s has %d calls open, which is all it may have", name, maxCalls)
@@ -63,7 +70,7 @@ func (s *Service) tap(ctx context.Context, _ *tap.Info) (context.Context, error)
 	if known {
 		return ctx, nil
 	}
-	bounded, cancel := context.WithTimeout(ctx, anonymousTimeout)
+	bounded, cancel := context.WithTimeout(ctx, timeout)
 	context.AfterFunc(bounded, cancel)
 	return bounded, nil
 }

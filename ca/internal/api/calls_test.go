@@ -13,6 +13,7 @@ import (
 	healthgrpc "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
 
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/audit"
@@ -28,7 +29,7 @@ func TestCallsAreCountedPerCaller(t *testing.T) {
 	call, end := context.WithCancel(from(nil))
 	defer end()
 	for range maxCalls {
-		ctx, err := s.tap(call, nil)
+		ctx, err := s.tap(call, &tap.Info{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -36,10 +37,10 @@ func TestCallsAreCountedPerCaller(t *testing.T) {
 			t.Fatal("a call of nobody has no deadline")
 		}
 	}
-	if _, err := s.tap(call, nil); status.Code(err) != codes.ResourceExhausted {
+	if _, err := s.tap(call, &tap.Info{}); status.Code(err) != codes.ResourceExhausted {
 		t.Errorf("one more: %v; want ResourceExhausted", err)
 	}
-	ctx, err := s.tap(agent, nil)
+	ctx, err := s.tap(agent, &tap.Info{})
 	if err != nil {
 		t.Errorf("an agent while nobody has his share: %v", err)
 	}
@@ -49,7 +50,7 @@ func TestCallsAreCountedPerCaller(t *testing.T) {
 	end()
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
 		again, over := context.WithCancel(from(nil))
-		_, err := s.tap(again, nil)
+		_, err := s.tap(again, &tap.Info{})
 		over()
 		if err == nil {
 			return

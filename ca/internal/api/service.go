@@ -28,6 +28,7 @@ import (
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/authority"
 	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/oidc"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/replica"
@@ -63,7 +64,7 @@ type Keys interface {
 	JWT() *authority.JWTAuthority
 }
 
-// Options are the parts of a Service. All are required but AdminUIDs, and Root
+// Options are the parts of a Service. All are required but UIDs, Tokens, and Root
 // where the root's key is.
 type Options struct {
 	TrustDomain spiffeid.TrustDomain
@@ -82,9 +83,11 @@ type Options struct {
 	Audit   *audit.Log
 	Log     *slog.Logger
 	Metrics prometheus.Registerer
-	// AdminUIDs may administer on the admin socket, beside root and the CA's
+	// UIDs are the roles of users on the admin socket, beside root and the CA's
 	// own user.
-	AdminUIDs []uint32
+	UIDs map[uint32]role.Role
+	// Tokens judges the tokens of OIDC issuers; nil: none is configured.
+	Tokens *oidc.Verifier
 	// Defaults for entries that name no TTL, and the TTL of agents.
 	X509SVIDTTL, JWTSVIDTTL, AgentSVIDTTL time.Duration
 	// JWTMaxAudiences is how many audiences one JWT-SVID may have.

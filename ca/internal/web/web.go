@@ -153,12 +153,23 @@ func CallerFrom(ctx context.Context) *api.Caller {
 	return c
 }
 
-// callerOf resolves the client's SVID; without one the caller is anonymous.
+// callerOf resolves the client's SVID or OIDC token; without either the caller is
+// anonymous, as is the holder of a bundle-reader token.
 func (s *Server) callerOf(r *http.Request) *api.Caller {
+	values := r.Header.Values("Authorization")
+	token, _ := api.BearerToken(r.Header.Get("Authorization"))
 	if r.TLS != nil {
-		if p, ok := svid.PeerFromState(*r.TLS); ok {
+		if p, ok := svid.PeerFromState(*r.TLS); ok && !api.IsJWT(token) {
 			return s.opts.Service.PeerCaller(p)
+		} else if ok {
+			return api.TwoCredentials()
 		}
+	}
+	switch {
+	case len(values) > 1:
+		return api.TwoCredentials()
+	case api.IsJWT(token):
+		return s.opts.Service.TokenCaller(r.Context(), token)
 	}
 	return api.Anonymous()
 }
@@ -176,8 +187,8 @@ func (s *Server) admit(r *http.Request, c *api.Caller, name string) (code int, r
 	if c.Is(capb.Caller_CALLER_AGENT) || s.opts.Service.Permits(c, capb.Admin_GetPolicy_FullMethodName) {
 		return 0, ""
 	}
-	token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-	if !ok {
+	token, ok := api.BearerToken(r.Header.Get("Authorization"))
+	if !ok || c.Fault != "" || api.IsJWT(token) {
 		return deny(c, "reading a policy bundle needs the X509-SVID of an agent, viewer, policy-publisher or operator, or a bundle-reader token")
 	}
 	err := attest.CheckReaderToken(r.Context(), s.opts.Store, token, name, time.Now())
@@ -196,9 +207,11 @@ func (s *Server) admit(r *http.Request, c *api.Caller, name string) (code int, r
 
 func deny(c *api.Caller, needs string) (int, string) {
 	switch {
+	case c.Unsure != "":
+		return http.StatusServiceUnavailable, c.Name + ": " + c.Unsure
 	case c.Fault != "":
 		return http.StatusUnauthorized, c.Name + ": " + c.Fault
-	case c.Peer == nil:
+	case c.Name == api.Anonymous().Name:
 		return http.StatusUnauthorized, needs
 	default:
 		return http.StatusForbidden, c.Name + ": " + needs

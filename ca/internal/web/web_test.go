@@ -223,6 +223,8 @@ func TestEachKindOfCaller(t *testing.T) {
 		"publisher": {admin(role.PolicyPublisher), 0, 0},
 		"operator":  {admin(role.Operator), 0, 0},
 		"no role":   {admin(""), 403, 403},
+		"bad token": {&api.Caller{Name: "anonymous", Kinds: nobody, Fault: "its bearer token is refused"}, 401, 401},
+		"unjudged":  {&api.Caller{Name: "anonymous", Kinds: nobody, Unsure: "the keys cannot be fetched"}, 503, 503},
 	} {
 		for method, want := range map[string]int{http.MethodGet: tt.get, http.MethodPut: tt.put} {
 			r := httptest.NewRequestWithContext(t.Context(), method, "https://ca.test/v1/policy/bundles/main", nil)
