@@ -4,6 +4,7 @@ package ca
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 
 	"merlon.dev/ca/internal/audit"
@@ -36,4 +37,42 @@ func (c Config) checkAudit() error {
 		return fmt.Errorf("audit_max_mib: %d is less than %d", c.AuditMaxMiB, minAuditMiB)
 	}
 	return nil
+}
+
+// LogReport says how far an audit log is good.
+type LogReport struct {
+	Path string
+	// Problem says what is wrong; empty: all is there.
+	Problem string
+	// First and Last are the good records; those before First were dropped.
+	First, Last uint64
+	// Size is how many records the last saved checkpoint counts, and Root the
+	// root hash of their tree; Origin names the log, VerifierKey is its key, and
+	// RootHash that of the root which vouches for the key. A log without a
+	// checkpoint has none of them.
+	Size        int64
+	Root        string
+	Origin      string
+	VerifierKey string
+	RootHash    string
+}
+
+// VerifyAuditLog reads the whole audit log of cfg, also of a CA that runs. The
+// error is for one that cannot be read.
+func VerifyAuditLog(cfg Config) (LogReport, error) {
+	path := cfg.auditPath()
+	if _, err := os.Stat(path); err != nil {
+		return LogReport{}, fmt.Errorf("verify the audit log: %w", err)
+	}
+	r, err := audit.Verify(path)
+	report := LogReport{Path: path, First: r.First, Last: r.Last}
+	if err != nil {
+		report.Problem = err.Error()
+	}
+	if r.RootHash == "" {
+		return report, nil
+	}
+	report.Size, report.Root, report.Origin, report.RootHash = r.Checkpoint.Size, r.Checkpoint.Root.String(), r.Checkpoint.Origin, r.RootHash
+	report.VerifierKey, err = r.Key.VerifierKey()
+	return report, err
 }

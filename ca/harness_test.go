@@ -38,6 +38,8 @@ type testCA struct {
 	srv   *ca.Server
 	admin capb.AdminClient
 	stop  func()
+	// address is where a CA serves that is another process, without a srv.
+	address string
 }
 
 // startCA runs a CA in dir until the test ends or stop is called.
@@ -178,7 +180,11 @@ func (c *testCA) client(key *ecdsa.PrivateKey, chain [][]byte) *testClient {
 func (c *testCA) clientWith(key *ecdsa.PrivateKey, chain [][]byte, opts ...grpc.DialOption) *testClient {
 	c.t.Helper()
 	opts = append(opts, grpc.WithTransportCredentials(credentials.NewTLS(clientTLS(key, chain))))
-	conn, err := grpc.NewClient(c.srv.Address().String(), opts...)
+	address := c.address
+	if c.srv != nil {
+		address = c.srv.Address().String()
+	}
+	conn, err := grpc.NewClient(address, opts...)
 	if err != nil {
 		c.t.Fatal(err)
 	}

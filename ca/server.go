@@ -333,7 +333,7 @@ func (s *Server) startServers(ctx context.Context, g *errgroup.Group, p *parts, 
 	serveGRPC(ctx, g, p, p.service.TLSServer(tlsGRPC), l.grpc)
 	serveGRPC(ctx, g, p, p.service.SocketServer(extra...), l.admin)
 	pages := web.New(web.Options{
-		Service: p.service, Registry: p.registry, Store: p.store, Log: s.log,
+		Service: p.service, Registry: p.registry, Store: p.store, Audit: p.audit, Log: s.log,
 		Bundles: bundles{p.releases, p.registry, p.service}.handler(s.log),
 	})
 	g.Go(func() error { return pages.Serve(ctx, l.https, s.tlsConfig(p, "h2", "http/1.1")) })

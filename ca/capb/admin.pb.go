@@ -1342,6 +1342,273 @@ func (x *GetPolicyResponse) GetEtag() string {
 	return ""
 }
 
+type ProveIssuancesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Lower-case hex; 1 to 1000.
+	Serials       []string `protobuf:"bytes,1,rep,name=serials,proto3" json:"serials,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProveIssuancesRequest) Reset() {
+	*x = ProveIssuancesRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProveIssuancesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProveIssuancesRequest) ProtoMessage() {}
+
+func (x *ProveIssuancesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProveIssuancesRequest.ProtoReflect.Descriptor instead.
+func (*ProveIssuancesRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ProveIssuancesRequest) GetSerials() []string {
+	if x != nil {
+		return x.Serials
+	}
+	return nil
+}
+
+type ProveIssuancesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of those that the log holds, in the log's order.
+	Proofs []*IssuanceProof `protobuf:"bytes,1,rep,name=proofs,proto3" json:"proofs,omitempty"`
+	// The checkpoint that they are proven under: a signed note (C2SP
+	// tlog-checkpoint).
+	Checkpoint []byte `protobuf:"bytes,2,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	// The certificate of the key that signed it, and those above it, the root
+	// last; DER each.
+	Certificates [][]byte `protobuf:"bytes,3,rep,name=certificates,proto3" json:"certificates,omitempty"`
+	// The replica whose log this is, and who issues under which authority.
+	ReplicaName string    `protobuf:"bytes,4,opt,name=replica_name,json=replicaName,proto3" json:"replica_name,omitempty"`
+	Issuers     []*Issuer `protobuf:"bytes,5,rep,name=issuers,proto3" json:"issuers,omitempty"`
+	// The log's first record that is kept. What was issued before it cannot say.
+	FirstIndex    int64                  `protobuf:"varint,6,opt,name=first_index,json=firstIndex,proto3" json:"first_index,omitempty"`
+	BeginsAt      *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=begins_at,json=beginsAt,proto3" json:"begins_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ProveIssuancesResponse) Reset() {
+	*x = ProveIssuancesResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ProveIssuancesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ProveIssuancesResponse) ProtoMessage() {}
+
+func (x *ProveIssuancesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ProveIssuancesResponse.ProtoReflect.Descriptor instead.
+func (*ProveIssuancesResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ProveIssuancesResponse) GetProofs() []*IssuanceProof {
+	if x != nil {
+		return x.Proofs
+	}
+	return nil
+}
+
+func (x *ProveIssuancesResponse) GetCheckpoint() []byte {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
+func (x *ProveIssuancesResponse) GetCertificates() [][]byte {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
+func (x *ProveIssuancesResponse) GetReplicaName() string {
+	if x != nil {
+		return x.ReplicaName
+	}
+	return ""
+}
+
+func (x *ProveIssuancesResponse) GetIssuers() []*Issuer {
+	if x != nil {
+		return x.Issuers
+	}
+	return nil
+}
+
+func (x *ProveIssuancesResponse) GetFirstIndex() int64 {
+	if x != nil {
+		return x.FirstIndex
+	}
+	return 0
+}
+
+func (x *ProveIssuancesResponse) GetBeginsAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.BeginsAt
+	}
+	return nil
+}
+
+// IssuanceProof shows that the log holds a record (RFC 6962 §2.1.1).
+type IssuanceProof struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Serial string                 `protobuf:"bytes,1,opt,name=serial,proto3" json:"serial,omitempty"`
+	Index  int64                  `protobuf:"varint,2,opt,name=index,proto3" json:"index,omitempty"`
+	// The record, JSON; what the leaf is the hash of.
+	Entry         []byte   `protobuf:"bytes,3,opt,name=entry,proto3" json:"entry,omitempty"`
+	Hashes        [][]byte `protobuf:"bytes,4,rep,name=hashes,proto3" json:"hashes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssuanceProof) Reset() {
+	*x = IssuanceProof{}
+	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssuanceProof) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssuanceProof) ProtoMessage() {}
+
+func (x *IssuanceProof) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssuanceProof.ProtoReflect.Descriptor instead.
+func (*IssuanceProof) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *IssuanceProof) GetSerial() string {
+	if x != nil {
+		return x.Serial
+	}
+	return ""
+}
+
+func (x *IssuanceProof) GetIndex() int64 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *IssuanceProof) GetEntry() []byte {
+	if x != nil {
+		return x.Entry
+	}
+	return nil
+}
+
+func (x *IssuanceProof) GetHashes() [][]byte {
+	if x != nil {
+		return x.Hashes
+	}
+	return nil
+}
+
+// Issuer is an authority of a replica.
+type Issuer struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AuthorityId   string                 `protobuf:"bytes,1,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	ReplicaName   string                 `protobuf:"bytes,2,opt,name=replica_name,json=replicaName,proto3" json:"replica_name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Issuer) Reset() {
+	*x = Issuer{}
+	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Issuer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Issuer) ProtoMessage() {}
+
+func (x *Issuer) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Issuer.ProtoReflect.Descriptor instead.
+func (*Issuer) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *Issuer) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *Issuer) GetReplicaName() string {
+	if x != nil {
+		return x.ReplicaName
+	}
+	return ""
+}
+
 type ListReplicasRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1350,7 +1617,7 @@ type ListReplicasRequest struct {
 
 func (x *ListReplicasRequest) Reset() {
 	*x = ListReplicasRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[23]
+	mi := &file_ca_capb_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1362,7 +1629,7 @@ func (x *ListReplicasRequest) String() string {
 func (*ListReplicasRequest) ProtoMessage() {}
 
 func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[23]
+	mi := &file_ca_capb_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1375,7 +1642,7 @@ func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasRequest.ProtoReflect.Descriptor instead.
 func (*ListReplicasRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{23}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{27}
 }
 
 type ListReplicasResponse struct {
@@ -1387,7 +1654,7 @@ type ListReplicasResponse struct {
 
 func (x *ListReplicasResponse) Reset() {
 	*x = ListReplicasResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	mi := &file_ca_capb_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1399,7 +1666,7 @@ func (x *ListReplicasResponse) String() string {
 func (*ListReplicasResponse) ProtoMessage() {}
 
 func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	mi := &file_ca_capb_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1412,7 +1679,7 @@ func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasResponse.ProtoReflect.Descriptor instead.
 func (*ListReplicasResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{24}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListReplicasResponse) GetReplicas() []*CAReplica {
@@ -1442,7 +1709,7 @@ type CAReplica struct {
 
 func (x *CAReplica) Reset() {
 	*x = CAReplica{}
-	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	mi := &file_ca_capb_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1454,7 +1721,7 @@ func (x *CAReplica) String() string {
 func (*CAReplica) ProtoMessage() {}
 
 func (x *CAReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	mi := &file_ca_capb_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1467,7 +1734,7 @@ func (x *CAReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CAReplica.ProtoReflect.Descriptor instead.
 func (*CAReplica) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{25}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CAReplica) GetName() string {
@@ -1535,7 +1802,7 @@ type EvictReplicaRequest struct {
 
 func (x *EvictReplicaRequest) Reset() {
 	*x = EvictReplicaRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	mi := &file_ca_capb_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1547,7 +1814,7 @@ func (x *EvictReplicaRequest) String() string {
 func (*EvictReplicaRequest) ProtoMessage() {}
 
 func (x *EvictReplicaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	mi := &file_ca_capb_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1560,7 +1827,7 @@ func (x *EvictReplicaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReplicaRequest.ProtoReflect.Descriptor instead.
 func (*EvictReplicaRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{26}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *EvictReplicaRequest) GetName() string {
@@ -1580,7 +1847,7 @@ type EvictReplicaResponse struct {
 
 func (x *EvictReplicaResponse) Reset() {
 	*x = EvictReplicaResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	mi := &file_ca_capb_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1592,7 +1859,7 @@ func (x *EvictReplicaResponse) String() string {
 func (*EvictReplicaResponse) ProtoMessage() {}
 
 func (x *EvictReplicaResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	mi := &file_ca_capb_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1605,7 +1872,7 @@ func (x *EvictReplicaResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReplicaResponse.ProtoReflect.Descriptor instead.
 func (*EvictReplicaResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{27}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *EvictReplicaResponse) GetReplica() *CAReplica {
@@ -1630,7 +1897,7 @@ type BackupStoreRequest struct {
 
 func (x *BackupStoreRequest) Reset() {
 	*x = BackupStoreRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	mi := &file_ca_capb_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1642,7 +1909,7 @@ func (x *BackupStoreRequest) String() string {
 func (*BackupStoreRequest) ProtoMessage() {}
 
 func (x *BackupStoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	mi := &file_ca_capb_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1655,7 +1922,7 @@ func (x *BackupStoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStoreRequest.ProtoReflect.Descriptor instead.
 func (*BackupStoreRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{28}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{32}
 }
 
 type BackupStoreResponse struct {
@@ -1667,7 +1934,7 @@ type BackupStoreResponse struct {
 
 func (x *BackupStoreResponse) Reset() {
 	*x = BackupStoreResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	mi := &file_ca_capb_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1679,7 +1946,7 @@ func (x *BackupStoreResponse) String() string {
 func (*BackupStoreResponse) ProtoMessage() {}
 
 func (x *BackupStoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	mi := &file_ca_capb_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1692,7 +1959,7 @@ func (x *BackupStoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStoreResponse.ProtoReflect.Descriptor instead.
 func (*BackupStoreResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{29}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *BackupStoreResponse) GetData() []byte {
@@ -1788,7 +2055,28 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"h\n" +
 	"\x11GetPolicyResponse\x12?\n" +
 	"\rpolicy_bundle\x18\x01 \x01(\v2\x1a.merlon.ca.v1.PolicyBundleR\fpolicyBundle\x12\x12\n" +
-	"\x04etag\x18\x02 \x01(\tR\x04etag\"\x15\n" +
+	"\x04etag\x18\x02 \x01(\tR\x04etag\"1\n" +
+	"\x15ProveIssuancesRequest\x12\x18\n" +
+	"\aserials\x18\x01 \x03(\tR\aserials\"\xbe\x02\n" +
+	"\x16ProveIssuancesResponse\x123\n" +
+	"\x06proofs\x18\x01 \x03(\v2\x1b.merlon.ca.v1.IssuanceProofR\x06proofs\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18\x02 \x01(\fR\n" +
+	"checkpoint\x12\"\n" +
+	"\fcertificates\x18\x03 \x03(\fR\fcertificates\x12!\n" +
+	"\freplica_name\x18\x04 \x01(\tR\vreplicaName\x12.\n" +
+	"\aissuers\x18\x05 \x03(\v2\x14.merlon.ca.v1.IssuerR\aissuers\x12\x1f\n" +
+	"\vfirst_index\x18\x06 \x01(\x03R\n" +
+	"firstIndex\x127\n" +
+	"\tbegins_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\bbeginsAt\"k\n" +
+	"\rIssuanceProof\x12\x16\n" +
+	"\x06serial\x18\x01 \x01(\tR\x06serial\x12\x14\n" +
+	"\x05index\x18\x02 \x01(\x03R\x05index\x12\x14\n" +
+	"\x05entry\x18\x03 \x01(\fR\x05entry\x12\x16\n" +
+	"\x06hashes\x18\x04 \x03(\fR\x06hashes\"N\n" +
+	"\x06Issuer\x12!\n" +
+	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12!\n" +
+	"\freplica_name\x18\x02 \x01(\tR\vreplicaName\"\x15\n" +
 	"\x13ListReplicasRequest\"K\n" +
 	"\x14ListReplicasResponse\x123\n" +
 	"\breplicas\x18\x01 \x03(\v2\x17.merlon.ca.v1.CAReplicaR\breplicas\"\xab\x02\n" +
@@ -1815,8 +2103,7 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x16TOKEN_KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fTOKEN_KIND_JOIN\x10\x01\x12\x1c\n" +
 	"\x18TOKEN_KIND_BUNDLE_READER\x10\x02\x12\x16\n" +
-	"\x12TOKEN_KIND_REPLICA\x10\x032\xd2\n" +
-	"\n" +
+	"\x12TOKEN_KIND_REPLICA\x10\x032\xbc\v\n" +
 	"\x05Admin\x12_\n" +
 	"\vCreateEntry\x12 .merlon.ca.v1.CreateEntryRequest\x1a!.merlon.ca.v1.CreateEntryResponse\"\v\xaa\xed\x18\a\n" +
 	"\x01\x03\x12\x02\x02\x04\x12`\n" +
@@ -1850,7 +2137,9 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\xaa\xed\x18\x06\n" +
 	"\x01\x03\x12\x01\x040\x01\x12Z\n" +
 	"\tGetPolicy\x12\x1e.merlon.ca.v1.GetPolicyRequest\x1a\x1f.merlon.ca.v1.GetPolicyResponse\"\f\xaa\xed\x18\b\n" +
-	"\x01\x03\x12\x03\x01\x03\x04B\x14Z\x12merlon.dev/ca/capbb\x06proto3"
+	"\x01\x03\x12\x03\x01\x03\x04\x12h\n" +
+	"\x0eProveIssuances\x12#.merlon.ca.v1.ProveIssuancesRequest\x1a$.merlon.ca.v1.ProveIssuancesResponse\"\v\xaa\xed\x18\a\n" +
+	"\x01\x03\x12\x02\x01\x04B\x14Z\x12merlon.dev/ca/capbb\x06proto3"
 
 var (
 	file_ca_capb_admin_proto_rawDescOnce sync.Once
@@ -1865,7 +2154,7 @@ func file_ca_capb_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_ca_capb_admin_proto_goTypes = []any{
 	(TokenKind)(0),                  // 0: merlon.ca.v1.TokenKind
 	(*CreateEntryRequest)(nil),      // 1: merlon.ca.v1.CreateEntryRequest
@@ -1891,75 +2180,84 @@ var file_ca_capb_admin_proto_goTypes = []any{
 	(*PushPolicyResponse)(nil),      // 21: merlon.ca.v1.PushPolicyResponse
 	(*GetPolicyRequest)(nil),        // 22: merlon.ca.v1.GetPolicyRequest
 	(*GetPolicyResponse)(nil),       // 23: merlon.ca.v1.GetPolicyResponse
-	(*ListReplicasRequest)(nil),     // 24: merlon.ca.v1.ListReplicasRequest
-	(*ListReplicasResponse)(nil),    // 25: merlon.ca.v1.ListReplicasResponse
-	(*CAReplica)(nil),               // 26: merlon.ca.v1.CAReplica
-	(*EvictReplicaRequest)(nil),     // 27: merlon.ca.v1.EvictReplicaRequest
-	(*EvictReplicaResponse)(nil),    // 28: merlon.ca.v1.EvictReplicaResponse
-	(*BackupStoreRequest)(nil),      // 29: merlon.ca.v1.BackupStoreRequest
-	(*BackupStoreResponse)(nil),     // 30: merlon.ca.v1.BackupStoreResponse
-	(*Entry)(nil),                   // 31: merlon.ca.v1.Entry
-	(*Revocation)(nil),              // 32: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil),   // 33: google.protobuf.Timestamp
-	(*SyncAck)(nil),                 // 34: merlon.ca.v1.SyncAck
-	(*TrustBundle)(nil),             // 35: merlon.ca.v1.TrustBundle
-	(*PolicyBundle)(nil),            // 36: merlon.ca.v1.PolicyBundle
+	(*ProveIssuancesRequest)(nil),   // 24: merlon.ca.v1.ProveIssuancesRequest
+	(*ProveIssuancesResponse)(nil),  // 25: merlon.ca.v1.ProveIssuancesResponse
+	(*IssuanceProof)(nil),           // 26: merlon.ca.v1.IssuanceProof
+	(*Issuer)(nil),                  // 27: merlon.ca.v1.Issuer
+	(*ListReplicasRequest)(nil),     // 28: merlon.ca.v1.ListReplicasRequest
+	(*ListReplicasResponse)(nil),    // 29: merlon.ca.v1.ListReplicasResponse
+	(*CAReplica)(nil),               // 30: merlon.ca.v1.CAReplica
+	(*EvictReplicaRequest)(nil),     // 31: merlon.ca.v1.EvictReplicaRequest
+	(*EvictReplicaResponse)(nil),    // 32: merlon.ca.v1.EvictReplicaResponse
+	(*BackupStoreRequest)(nil),      // 33: merlon.ca.v1.BackupStoreRequest
+	(*BackupStoreResponse)(nil),     // 34: merlon.ca.v1.BackupStoreResponse
+	(*Entry)(nil),                   // 35: merlon.ca.v1.Entry
+	(*Revocation)(nil),              // 36: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil),   // 37: google.protobuf.Timestamp
+	(*SyncAck)(nil),                 // 38: merlon.ca.v1.SyncAck
+	(*TrustBundle)(nil),             // 39: merlon.ca.v1.TrustBundle
+	(*PolicyBundle)(nil),            // 40: merlon.ca.v1.PolicyBundle
 }
 var file_ca_capb_admin_proto_depIdxs = []int32{
-	31, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
-	31, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	31, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
-	31, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	31, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	32, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	35, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
+	35, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	35, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
+	35, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	35, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	36, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	0,  // 6: merlon.ca.v1.CreateTokenRequest.kind:type_name -> merlon.ca.v1.TokenKind
-	33, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	37, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
 	13, // 8: merlon.ca.v1.ListAgentsResponse.agents:type_name -> merlon.ca.v1.Agent
-	33, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
-	33, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
-	34, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
-	35, // 12: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	32, // 13: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
-	32, // 14: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	36, // 15: merlon.ca.v1.GetPolicyResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	26, // 16: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
-	33, // 17: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
-	33, // 18: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
-	26, // 19: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
-	32, // 20: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	1,  // 21: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
-	3,  // 22: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
-	5,  // 23: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
-	7,  // 24: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
-	9,  // 25: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
-	11, // 26: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
-	14, // 27: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
-	16, // 28: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
-	18, // 29: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
-	20, // 30: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
-	24, // 31: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
-	27, // 32: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
-	29, // 33: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
-	22, // 34: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
-	2,  // 35: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
-	4,  // 36: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
-	6,  // 37: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
-	8,  // 38: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
-	10, // 39: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
-	12, // 40: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
-	15, // 41: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
-	17, // 42: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
-	19, // 43: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
-	21, // 44: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
-	25, // 45: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
-	28, // 46: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
-	30, // 47: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
-	23, // 48: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
-	35, // [35:49] is the sub-list for method output_type
-	21, // [21:35] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	37, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
+	37, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
+	38, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
+	39, // 12: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	36, // 13: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	36, // 14: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	40, // 15: merlon.ca.v1.GetPolicyResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	26, // 16: merlon.ca.v1.ProveIssuancesResponse.proofs:type_name -> merlon.ca.v1.IssuanceProof
+	27, // 17: merlon.ca.v1.ProveIssuancesResponse.issuers:type_name -> merlon.ca.v1.Issuer
+	37, // 18: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
+	30, // 19: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
+	37, // 20: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
+	37, // 21: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
+	30, // 22: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
+	36, // 23: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	1,  // 24: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
+	3,  // 25: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
+	5,  // 26: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
+	7,  // 27: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
+	9,  // 28: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
+	11, // 29: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
+	14, // 30: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
+	16, // 31: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
+	18, // 32: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
+	20, // 33: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
+	28, // 34: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
+	31, // 35: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
+	33, // 36: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
+	22, // 37: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
+	24, // 38: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
+	2,  // 39: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
+	4,  // 40: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
+	6,  // 41: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
+	8,  // 42: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
+	10, // 43: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
+	12, // 44: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
+	15, // 45: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
+	17, // 46: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
+	19, // 47: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
+	21, // 48: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
+	29, // 49: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
+	32, // 50: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
+	34, // 51: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
+	23, // 52: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
+	25, // 53: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
+	39, // [39:54] is the sub-list for method output_type
+	24, // [24:39] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_admin_proto_init() }
@@ -1981,7 +2279,7 @@ func file_ca_capb_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_admin_proto_rawDesc), len(file_ca_capb_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   30,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

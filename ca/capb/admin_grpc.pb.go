@@ -37,6 +37,7 @@ const (
 	Admin_EvictReplica_FullMethodName    = "/merlon.ca.v1.Admin/EvictReplica"
 	Admin_BackupStore_FullMethodName     = "/merlon.ca.v1.Admin/BackupStore"
 	Admin_GetPolicy_FullMethodName       = "/merlon.ca.v1.Admin/GetPolicy"
+	Admin_ProveIssuances_FullMethodName  = "/merlon.ca.v1.Admin/ProveIssuances"
 )
 
 // AdminClient is the client API for Admin service.
@@ -72,6 +73,10 @@ type AdminClient interface {
 	BackupStore(ctx context.Context, in *BackupStoreRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupStoreResponse], error)
 	// GetPolicy names the current generation and the keys that sign it.
 	GetPolicy(ctx context.Context, in *GetPolicyRequest, opts ...grpc.CallOption) (*GetPolicyResponse, error)
+	// ProveIssuances proves that the log of the replica that answers holds the
+	// SVIDs with these serial numbers. Whoever may call it may also read the log
+	// over HTTPS, below /log/REPLICA/.
+	ProveIssuances(ctx context.Context, in *ProveIssuancesRequest, opts ...grpc.CallOption) (*ProveIssuancesResponse, error)
 }
 
 type adminClient struct {
@@ -231,6 +236,16 @@ func (c *adminClient) GetPolicy(ctx context.Context, in *GetPolicyRequest, opts 
 	return out, nil
 }
 
+func (c *adminClient) ProveIssuances(ctx context.Context, in *ProveIssuancesRequest, opts ...grpc.CallOption) (*ProveIssuancesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ProveIssuancesResponse)
+	err := c.cc.Invoke(ctx, Admin_ProveIssuances_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -264,6 +279,10 @@ type AdminServer interface {
 	BackupStore(*BackupStoreRequest, grpc.ServerStreamingServer[BackupStoreResponse]) error
 	// GetPolicy names the current generation and the keys that sign it.
 	GetPolicy(context.Context, *GetPolicyRequest) (*GetPolicyResponse, error)
+	// ProveIssuances proves that the log of the replica that answers holds the
+	// SVIDs with these serial numbers. Whoever may call it may also read the log
+	// over HTTPS, below /log/REPLICA/.
+	ProveIssuances(context.Context, *ProveIssuancesRequest) (*ProveIssuancesResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -315,6 +334,9 @@ func (UnimplementedAdminServer) BackupStore(*BackupStoreRequest, grpc.ServerStre
 }
 func (UnimplementedAdminServer) GetPolicy(context.Context, *GetPolicyRequest) (*GetPolicyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetPolicy not implemented")
+}
+func (UnimplementedAdminServer) ProveIssuances(context.Context, *ProveIssuancesRequest) (*ProveIssuancesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ProveIssuances not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -582,6 +604,24 @@ func _Admin_GetPolicy_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ProveIssuances_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ProveIssuancesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ProveIssuances(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ProveIssuances_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ProveIssuances(ctx, req.(*ProveIssuancesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -640,6 +680,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetPolicy",
 			Handler:    _Admin_GetPolicy_Handler,
+		},
+		{
+			MethodName: "ProveIssuances",
+			Handler:    _Admin_ProveIssuances_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

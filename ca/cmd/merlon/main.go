@@ -85,7 +85,7 @@ socket (--admin or MERLON_ADMIN); "merlon dev" starts both in one process.`,
 	root.AddCommand(
 		entryCommand(&o), tokenCommand(&o), agentCommand(&o), trustCommand(&o),
 		revokeCommand(&o), revocationCommand(&o), policyNoun(&o), explainCommand(&o),
-		storeCommand(&o), keyCommand(&o), replicaCommand(&o), devCommand(&o),
+		storeCommand(&o), logCommand(&o), keyCommand(&o), replicaCommand(&o), devCommand(&o),
 	)
 	checkArgs(root)
 	return root

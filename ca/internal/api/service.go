@@ -110,6 +110,8 @@ type Service struct {
 	// refusals bounds how many of those who prove nothing are written down,
 	// powerless how many of those whose SVID gives them no right here.
 	refusals, powerless *rate.Limiter
+	// proving is held by who reads the whole log.
+	proving chan struct{}
 	// evidence bounds how often the log says that the store was put back.
 	evidence *rate.Sometimes
 
@@ -126,6 +128,7 @@ func New(o Options) *Service {
 		calls:     newCalls(),
 		refusals:  rate.NewLimiter(refusalsPerSecond, refusalsBurst),
 		powerless: rate.NewLimiter(refusalsPerSecond, refusalsBurst),
+		proving:   make(chan struct{}, 1),
 		evidence:  evidenceLog(),
 		reach:     newReach(),
 		stopping:  make(chan struct{}),

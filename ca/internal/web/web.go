@@ -1,5 +1,6 @@
 // Package web is the CA's HTTPS side: policy bundles for agents and stock OPAs
-// (the OPA bundle protocol) and the trust bundle for everyone.
+// (the OPA bundle protocol), the trust bundle for everyone, and the log for
+// auditors.
 package web
 
 import (
@@ -18,6 +19,7 @@ import (
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/store"
@@ -46,6 +48,7 @@ type Options struct {
 	Service  *api.Service
 	Registry *registry.Registry
 	Store    store.Store
+	Audit    *audit.Log
 	Log      *slog.Logger
 	// Bundles serves GET and PUT below /v1/policy/bundles/ to whoever has been
 	// let through; CallerFrom tells it whom.
@@ -103,6 +106,8 @@ func (s *Server) Handler() http.Handler {
 			s.trustBundle(w, r)
 		case isBundle && release.CheckName(name) == nil:
 			s.policyBundle(w, r, name)
+		case strings.HasPrefix(path, logPath):
+			s.auditLog(w, r, strings.TrimPrefix(path, logPath))
 		default:
 			problem(w, http.StatusNotFound, "nothing is served at this path")
 		}

@@ -70,7 +70,7 @@ func newServer(t *testing.T, publish bool) *Server {
 	}
 	return New(Options{
 		Service:  api.New(api.Options{TrustDomain: td, Store: st, Registry: reg, Audit: log, Log: discard, Metrics: prometheus.NewRegistry()}),
-		Registry: reg, Store: st, Log: discard,
+		Registry: reg, Store: st, Audit: log, Log: discard,
 		Bundles: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if c := CallerFrom(r.Context()); c != nil {
 				_, _ = io.WriteString(w, c.Name)
