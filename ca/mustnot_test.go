@@ -11,6 +11,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/hex"
 	"math"
 	"net/url"
 	"strings"
@@ -129,6 +130,72 @@ func TestEntriesThatMustNotBeSignedForAreRefused(t *testing.T) {
 	a.svid(e)
 	if got := c.issuances(); len(got) != len(before)+1 {
 		t.Errorf("after a good request %d more are recorded as issued; want 1", len(got)-len(before))
+	}
+}
+
+// SECURITY.md T12: a key is one identity's, on one node.
+func TestReusedKeysAreRefusedAndNothingIsIssued(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	a, b := c.agent("n1"), c.agent("n2")
+	web, orders, webOnB := c.entry("n1", "web"), c.entry("n1", "orders"), c.entry("n2", "web")
+	key, _ := a.svid(web)
+	csr, agentCSR := csrOf(t, key, &x509.CertificateRequest{}), csrOf(t, a.key, &x509.CertificateRequest{})
+	sign := func(through *testClient, e *capb.Entry, csr []byte) *capb.SignResult {
+		t.Helper()
+		resp, err := through.node.Sign(t.Context(), &capb.SignRequest{Items: []*capb.SignItem{{EntryId: e.GetEntryId(), Csr: csr}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.GetResults()[0]
+	}
+	before := c.issuances()
+	for name, r := range map[string]*capb.SignResult{
+		"another SPIFFE ID":            sign(a, orders, csr),
+		"the same one on another node": sign(b, webOnB, csr),
+		"the agent's key":              sign(a, orders, agentCSR),
+		"the key of another's agent":   sign(b, webOnB, agentCSR),
+	} {
+		if codes.Code(r.GetCode()) != codes.InvalidArgument || len(r.GetX509Svid()) > 0 || !refusedCSR(r.GetMessage(), "another SPIFFE ID") {
+			t.Errorf("%s: code %s, message %q; want a refusal of the csr", name, codes.Code(r.GetCode()), r.GetMessage())
+		}
+		if strings.Contains(r.GetMessage(), "shop.test") {
+			t.Errorf("%s: it says whose the key is: %q", name, r.GetMessage())
+		}
+	}
+	_, err := b.node.Renew(t.Context(), &capb.RenewRequest{Csr: csr})
+	wantCode(t, err, codes.InvalidArgument)
+	token := &capb.AttestRequest_JoinToken{JoinToken: c.joinToken("n3")}
+	_, err = c.client(nil, nil).node.Attest(t.Context(), &capb.AttestRequest{Evidence: token, Csr: csr})
+	wantCode(t, err, codes.InvalidArgument)
+	if got := c.issuances(); len(got) != len(before) {
+		t.Errorf("what was refused is recorded as issued: %v", got[len(before):])
+	}
+
+	// Its owner may go on with it, the token is good, and of two in one batch one is.
+	if r := sign(a, web, csr); r.GetCode() != 0 {
+		t.Errorf("the owner of the key is refused: %s", r.GetMessage())
+	}
+	_, fresh := newCSR(t)
+	if _, err := c.client(nil, nil).node.Attest(t.Context(), &capb.AttestRequest{Evidence: token, Csr: fresh}); err != nil {
+		t.Errorf("the token was used up by a CSR that was refused: %v", err)
+	}
+	_, twice := newCSR(t)
+	resp, err := a.node.Sign(t.Context(), &capb.SignRequest{Items: []*capb.SignItem{{EntryId: web.GetEntryId(), Csr: twice}, {EntryId: orders.GetEntryId(), Csr: twice}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := resp.GetResults(); r[0].GetCode() != 0 || codes.Code(r[1].GetCode()) != codes.InvalidArgument {
+		t.Errorf("one key twice in a batch: %v, %v", r[0].GetMessage(), r[1].GetMessage())
+	}
+	// The records name the key as its certificates do.
+	_, chain := a.svid(orders)
+	leaf, err := x509.ParseCertificate(chain[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := c.issuances()
+	if got, want := all[len(all)-1]["key_id"], hex.EncodeToString(leaf.SubjectKeyId); got != want {
+		t.Errorf("the record names the key %v; want %s", got, want)
 	}
 }
 

@@ -277,23 +277,52 @@ func TestJWTSVIDsAreAsConfigured(t *testing.T) {
 	}
 }
 
-func TestSVIDNeverOutlivesItsEntry(t *testing.T) {
+// What cannot live as long as asked for is cut, and agent and audit log are told.
+func TestSVIDsNeverOutliveTheirEntryOrTheirIssuer(t *testing.T) {
 	c := startCA(t, tempDir(t))
 	a := c.agent("n1")
-	e := newEntry("n1", "brief")
 	end := time.Now().Add(10 * time.Second)
-	e.ExpiresAt = timestampOf(end)
-	created, err := c.admin.CreateEntry(t.Context(), &capb.CreateEntryRequest{Entry: e})
+	brief, long, fitting := newEntry("n1", "brief"), newEntry("n1", "long"), newEntry("n1", "fitting")
+	brief.ExpiresAt = timestampOf(end)
+	long.X509SvidTtlSeconds = 24 * 3600 // as the intermediate, which is older
+	intermediate, err := x509.ParseCertificate(a.chain[1])
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, chain := a.svid(created.GetEntry())
-	leaf, err := x509.ParseCertificate(chain[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	if leaf.NotAfter.After(end) {
-		t.Errorf("NotAfter = %s; the entry ends at %s", leaf.NotAfter, end)
+	time.Sleep(time.Until(intermediate.NotAfter.Add(-24*time.Hour + time.Second)))
+	for _, test := range []struct {
+		entry   *capb.Entry
+		end     time.Time
+		warning string
+	}{
+		{brief, end, "cut at the end of the registration entry: 1h0m0s"},
+		{long, intermediate.NotAfter, "cut at the end of the issuing authority: 24h0m0s"},
+		{fitting, time.Now().Add(time.Hour), ""},
+	} {
+		created, err := c.admin.CreateEntry(t.Context(), &capb.CreateEntryRequest{Entry: test.entry})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, csr := newCSR(t)
+		resp, err := a.node.Sign(t.Context(), &capb.SignRequest{Items: []*capb.SignItem{{EntryId: created.GetEntry().GetEntryId(), Csr: csr}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := resp.GetResults()[0]
+		leaf, err := x509.ParseCertificate(r.GetX509Svid()[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if left := test.end.Sub(leaf.NotAfter); left < 0 && test.warning != "" || left > 2*time.Second || leaf.NotAfter.After(intermediate.NotAfter) {
+			t.Errorf("%s: NotAfter = %s; want %s", test.entry.GetSpiffeId(), leaf.NotAfter, test.end)
+		}
+		if !strings.HasPrefix(r.GetWarning(), test.warning) || (test.warning == "") != (r.GetWarning() == "") {
+			t.Errorf("%s: warning %q; want %q", test.entry.GetSpiffeId(), r.GetWarning(), test.warning)
+		}
+		records := c.issuances()
+		if detail, _ := records[len(records)-1]["detail"].(string); detail != r.GetWarning() {
+			t.Errorf("%s: the audit log says %q; the agent was told %q", test.entry.GetSpiffeId(), detail, r.GetWarning())
+		}
 	}
 }
 

@@ -720,8 +720,10 @@ type SignResult struct {
 	// Leaf first, then intermediates; DER each. Empty on refusal.
 	X509Svid [][]byte `protobuf:"bytes,1,rep,name=x509_svid,json=x509Svid,proto3" json:"x509_svid,omitempty"`
 	// A google.rpc code (0 is success) and what was refused.
-	Code          int32  `protobuf:"varint,2,opt,name=code,proto3" json:"code,omitempty"`
-	Message       string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	Code    int32  `protobuf:"varint,2,opt,name=code,proto3" json:"code,omitempty"`
+	Message string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	// Set when the SVID ends before its entry asks for: why.
+	Warning       string `protobuf:"bytes,4,opt,name=warning,proto3" json:"warning,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -773,6 +775,13 @@ func (x *SignResult) GetCode() int32 {
 func (x *SignResult) GetMessage() string {
 	if x != nil {
 		return x.Message
+	}
+	return ""
+}
+
+func (x *SignResult) GetWarning() string {
+	if x != nil {
+		return x.Warning
 	}
 	return ""
 }
@@ -1502,12 +1511,13 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x10\n" +
 	"\x03csr\x18\x02 \x01(\fR\x03csr\"B\n" +
 	"\fSignResponse\x122\n" +
-	"\aresults\x18\x01 \x03(\v2\x18.merlon.ca.v1.SignResultR\aresults\"W\n" +
+	"\aresults\x18\x01 \x03(\v2\x18.merlon.ca.v1.SignResultR\aresults\"q\n" +
 	"\n" +
 	"SignResult\x12\x1b\n" +
 	"\tx509_svid\x18\x01 \x03(\fR\bx509Svid\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\x05R\x04code\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage\"G\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\x12\x18\n" +
+	"\awarning\x18\x04 \x01(\tR\awarning\"G\n" +
 	"\x0eSignJWTRequest\x12\x19\n" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1a\n" +
 	"\baudience\x18\x02 \x03(\tR\baudience\"\x9b\x01\n" +

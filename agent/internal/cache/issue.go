@@ -357,6 +357,10 @@ func (c *Cache) accept(w *want, r *capb.SignResult) (*SVID, error) {
 	if pub, ok := peer.Leaf.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(&w.key.PublicKey) {
 		return nil, errors.New("the CA signed another key")
 	}
+	if warning := r.GetWarning(); warning != "" {
+		c.log.Warn("SVID lives shorter than its registration entry asks for", slog.String("spiffe_id", peer.ID.String()),
+			slog.String("entry_id", w.entry.ID), slog.Time("not_after", peer.NotAfter), slog.String("reason", warning))
+	}
 	made := &SVID{Entry: w.entry, Key: w.pkcs8, Peer: peer, renewAt: RenewAt(now, peer.NotAfter)}
 	for _, der := range r.GetX509Svid() {
 		made.Chain = append(made.Chain, der...)

@@ -5,6 +5,7 @@ package api
 import (
 	"github.com/prometheus/client_golang/prometheus"
 
+	"merlon.dev/ca/internal/authority"
 	"merlon.dev/ca/internal/registry"
 )
 
@@ -16,7 +17,7 @@ type metrics struct {
 	rollback    prometheus.Counter
 }
 
-func newMetrics(to prometheus.Registerer, reg *registry.Registry) *metrics {
+func newMetrics(to prometheus.Registerer, reg *registry.Registry, keys *authority.KeyUse) *metrics {
 	m := &metrics{
 		issued: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "merlon_svid_issued_total", Help: "SVIDs asked for, by type (x509, jwt, agent) and result (ok, refused).",
@@ -35,6 +36,9 @@ func newMetrics(to prometheus.Registerer, reg *registry.Registry) *metrics {
 		}),
 	}
 	to.MustRegister(m.issued, m.attestation, m.refused, m.unrecorded, m.rollback)
+	to.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Name: "merlon_ca_forgotten_keys_total", Help: "Public keys that were forgotten before their SVIDs ended, for want of room: their use by another identity would not be noticed.",
+	}, func() float64 { return float64(keys.Forgotten()) }))
 	counts := []string{"registration_entries", "agents", "revocations", "sync_streams"}
 	help := []string{"Registration entries.", "Attested agents.", "Revocation records.", "Open Sync streams."}
 	for i, name := range counts {

@@ -4,6 +4,7 @@ package api
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -39,6 +40,9 @@ func (s *Service) Attest(ctx context.Context, req *capb.AttestRequest) (*capb.At
 	key, err := authority.PublicKeyFromCSR(req.GetCsr())
 	if err != nil {
 		return nil, s.refuseAttest(ctx, "csr", err)
+	}
+	if id, err := authority.IdentifyKey(key); err != nil || s.keys.Held(id, time.Now()) {
+		return nil, s.refuseAttest(ctx, "csr", &entry.InvalidError{Field: "csr", Reason: "has a key that has an SVID already: make a new one"})
 	}
 	token, ok := req.GetEvidence().(*capb.AttestRequest_JoinToken)
 	if !ok {
@@ -132,6 +136,10 @@ func (s *Service) signAgent(ctx context.Context, ca *authority.X509Authority, ag
 		return nil, err
 	}
 	now := time.Now()
+	keyID, err := s.claim(key, agent.ID, agent, s.opts.AgentSVIDTTL, now)
+	if err != nil {
+		return nil, s.refuse(ctx, callerFrom(ctx), audit.Record{Detail: string(act)}, s.toStatus(ctx, err))
+	}
 	leaf, err := ca.Issue(authority.LeafRequest{SPIFFEID: agent.ID, PublicKey: key, Serial: serial, TTL: s.opts.AgentSVIDTTL, Now: now})
 	if err != nil {
 		s.metrics.issued.WithLabelValues("agent", "refused").Inc()
@@ -143,12 +151,22 @@ func (s *Service) signAgent(ctx context.Context, ca *authority.X509Authority, ag
 	}
 	if err := s.issued(ctx, audit.Record{
 		Time: now, Type: act, Actor: callerFrom(ctx).Name, SPIFFEID: agent.ID.String(), Serial: serial.String(),
-		AuthorityID: ca.ID(), SignedHash: signed, Detail: agent.Attestation, NotAfter: leaf.NotAfter,
+		AuthorityID: ca.ID(), SignedHash: signed, KeyID: keyID, Detail: agent.Attestation, NotAfter: leaf.NotAfter,
 	}); err != nil {
 		return nil, fmt.Errorf("record the SVID of %s: %w", agent.ID, err)
 	}
 	s.metrics.issued.WithLabelValues("agent", "ok").Inc()
 	return leaf, nil
+}
+
+// claim makes key one of id on agent's node until an SVID of this life ends, and
+// names it for the record. Another's is refused.
+func (s *Service) claim(key crypto.PublicKey, id spiffeid.ID, agent *attest.Agent, ttl time.Duration, now time.Time) (string, error) {
+	keyID, err := authority.IdentifyKey(key)
+	if err != nil {
+		return "", err
+	}
+	return keyID.String(), s.keys.Claim(keyID, authority.KeyOwner{ID: id, Agent: agent.Handle}, now.Add(ttl), now)
 }
 
 // grounds is the picture that an issuance for the calling agent rests on. The
@@ -201,7 +219,7 @@ type signing struct {
 }
 
 func (b *signing) sign(ctx context.Context, item *capb.SignItem, e *entry.Entry) *capb.SignResult {
-	leaf, signed, err := b.issue(item, e)
+	made, err := b.issue(item, e)
 	r := audit.Record{Time: b.now, Type: audit.Issue, Actor: b.caller.Name, EntryID: printable(item.GetEntryId())}
 	if e != nil {
 		r.SPIFFEID = e.SPIFFEID.String()
@@ -213,37 +231,50 @@ func (b *signing) sign(ctx context.Context, item *capb.SignItem, e *entry.Entry)
 		b.service.metrics.issued.WithLabelValues("x509", "refused").Inc()
 		return &capb.SignResult{Code: int32(st.Code()), Message: st.Message()}
 	}
-	r.Serial, r.NotAfter, r.AuthorityID, r.SignedHash = leaf.Serial.String(), leaf.NotAfter, b.authorityID, signed
-	if leaf.Cut {
-		r.Detail = "cut at the end of the issuing authority"
-	}
+	r.Serial, r.NotAfter, r.AuthorityID, r.SignedHash, r.KeyID = made.Serial.String(), made.NotAfter, b.authorityID, made.signed, made.keyID
+	r.Detail = made.cut
 	b.records = append(b.records, r)
 	b.service.metrics.issued.WithLabelValues("x509", "ok").Inc()
-	return &capb.SignResult{X509Svid: chainOf(b.ca, leaf)}
+	return &capb.SignResult{X509Svid: chainOf(b.ca, made.Leaf), Warning: made.cut}
 }
 
-// issue returns the leaf, and the hash by which the record names it.
-func (b *signing) issue(item *capb.SignItem, e *entry.Entry) (leaf *authority.Leaf, signed string, err error) {
+// issuedLeaf is a leaf with what the record says of it.
+type issuedLeaf struct {
+	*authority.Leaf
+	signed, keyID string
+	cut           string // why it lives shorter than asked for
+}
+
+func (b *signing) issue(item *capb.SignItem, e *entry.Entry) (made issuedLeaf, err error) {
 	if err := mayIssue(e, b.grounds.Agent, b.now); err != nil {
-		return nil, "", err
+		return made, err
 	}
 	key, err := authority.PublicKeyFromCSR(item.GetCsr(), e.SPIFFEID)
 	if err != nil {
-		return nil, "", err
+		return made, err
 	}
 	serial, err := svid.NewSerial(b.grounds.Agent.Handle, b.grounds.Revision)
 	if err != nil {
-		return nil, "", err
+		return made, err
 	}
-	leaf, err = b.ca.Issue(authority.LeafRequest{
-		SPIFFEID: e.SPIFFEID, PublicKey: key, Serial: serial, TTL: e.X509TTL(b.now, b.service.opts.X509SVIDTTL),
-		DNSNames: e.DNSNames, CommonName: e.CommonName, Now: b.now,
+	ttl, asked := e.X509TTL(b.now, b.service.opts.X509SVIDTTL), e.AskedX509TTL(b.service.opts.X509SVIDTTL)
+	if made.keyID, err = b.service.claim(key, e.SPIFFEID, b.grounds.Agent, ttl, b.now); err != nil {
+		return made, err
+	}
+	made.Leaf, err = b.ca.Issue(authority.LeafRequest{
+		SPIFFEID: e.SPIFFEID, PublicKey: key, Serial: serial, TTL: ttl, DNSNames: e.DNSNames, CommonName: e.CommonName, Now: b.now,
 	})
 	if err != nil {
-		return nil, "", err
+		return made, err
 	}
-	signed, err = checkpoint.CertificateHash(leaf.DER)
-	return leaf, signed, err
+	switch {
+	case made.Cut:
+		made.cut = fmt.Sprintf("cut at the end of the issuing authority: %s were asked for", asked)
+	case ttl < asked:
+		made.cut = fmt.Sprintf("cut at the end of the registration entry: %s were asked for", asked)
+	}
+	made.signed, err = checkpoint.CertificateHash(made.DER)
+	return made, err
 }
 
 // mayIssue says whether agent may obtain SVIDs for e. Another node's entry is

@@ -115,6 +115,9 @@ type Service struct {
 	// evidence bounds how often the log says that the store was put back.
 	evidence *rate.Sometimes
 
+	// keys knows whose the public keys are that were signed here.
+	keys *authority.KeyUse
+
 	reach    *reach
 	stopping chan struct{}
 	stop     sync.Once
@@ -122,9 +125,11 @@ type Service struct {
 
 // New makes a service.
 func New(o Options) *Service {
+	keys := authority.NewKeyUse(authority.MaxKeys)
 	return &Service{
 		opts: o, registry: o.Registry, access: accessTable(), log: o.Log,
-		metrics:   newMetrics(o.Metrics, o.Registry),
+		metrics:   newMetrics(o.Metrics, o.Registry, keys),
+		keys:      keys,
 		calls:     newCalls(),
 		refusals:  rate.NewLimiter(refusalsPerSecond, refusalsBurst),
 		powerless: rate.NewLimiter(refusalsPerSecond, refusalsBurst),

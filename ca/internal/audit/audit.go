@@ -58,9 +58,12 @@ type Record struct {
 	// AuthorityID is the hex SKI or key ID of what signed it.
 	AuthorityID string `json:"authority_id,omitempty"`
 	// SignedHash is SignedHash of the SVID: it says which one was issued.
-	SignedHash string    `json:"signed_sha256,omitempty"`
-	NotAfter   time.Time `json:"not_after,omitzero"`
-	Detail     string    `json:"detail,omitempty"`
+	SignedHash string `json:"signed_sha256,omitempty"`
+	// KeyID is the hex subject key ID of the SVID: one that two SPIFFE IDs have
+	// says that they share a key.
+	KeyID    string    `json:"key_id,omitempty"`
+	NotAfter time.Time `json:"not_after,omitzero"`
+	Detail   string    `json:"detail,omitempty"`
 	// Reason is why it was refused.
 	Reason string `json:"reason,omitempty"`
 	// DroppedThrough is the last record that retention drops by this one.

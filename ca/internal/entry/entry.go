@@ -105,6 +105,14 @@ func (e *Entry) X509TTL(now time.Time, def time.Duration) time.Duration {
 	return e.ttl(now, e.X509SVIDTTL, def)
 }
 
+// AskedX509TTL is how long an X509-SVID for the entry should live.
+func (e *Entry) AskedX509TTL(def time.Duration) time.Duration {
+	if e.X509SVIDTTL != 0 {
+		return e.X509SVIDTTL
+	}
+	return def
+}
+
 // JWTTTL is X509TTL for JWT-SVIDs.
 func (e *Entry) JWTTTL(now time.Time, def time.Duration) time.Duration {
 	return e.ttl(now, e.JWTSVIDTTL, def)
