@@ -98,6 +98,7 @@ func TestTokenAdministersOverTheNetwork(t *testing.T) {
 
 	ci := as(hash, claims("ci"))
 	check("push", expect(ci("policy", "push", quickstartPolicy))(0, "generation"))
+	check("push without a look at the agents", expect(ci("policy", "push", quickstartPolicy))(0, "not waited for the agents"))
 	check("a publisher registers", expect(ci(append(create, d.ID("/web"))...))(4, "which is for: registrar or operator; its role is policy-publisher"))
 
 	team := claims("ann")

@@ -35,14 +35,15 @@ func (c *Caller) outside(what string) error {
 	return status.Errorf(codes.PermissionDenied, "%s is %s: %s is not its own; it takes an operator, or a registrar of it", c.Name, role.List(c.Using), what)
 }
 
-// mayTouch says why c may not change who id is. An ID that an entry gives a role
+// mayTouch says why c may not change who id is. The CA and its agents are nobody's
+// but the CA's, whatever the prefix. An ID that an entry gives a role
 // is for operators: who may register it would hold that role, and who may revoke
 // it could lock them out.
 func (s *Service) mayTouch(c *Caller, id spiffeid.ID) error {
 	if c.everywhere() {
 		return nil
 	}
-	if !c.covers(id) {
+	if !c.covers(id) || entry.Reserved(id) {
 		return c.outside(id.String())
 	}
 	if s.registry.HasRole(id, time.Now()) {

@@ -14,6 +14,7 @@ import (
 
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/role"
+	"merlon.dev/sdk/svid"
 )
 
 // others are values for the fields of an entry, by type.
@@ -43,6 +44,21 @@ func TestRegistrarSaysNothingButWhatIsListed(t *testing.T) {
 		err := s.mayRegister(c, e)
 		if want := slices.Contains(open, field.Name); want != (err == nil) || err != nil && status.Code(err) != codes.PermissionDenied {
 			t.Errorf("%s: %v; open to registrars = %t", field.Name, err, want)
+		}
+	}
+}
+
+// A prefix does not make agents, or the CA, a registrar's.
+func TestReservedIDsAreNoRegistrars(t *testing.T) {
+	s, _ := newService(t)
+	for prefix, path := range map[string]string{"/agent": "/agent/n1", "/agent/n1": "/agent/n1", "/ca": "/ca"} {
+		c := &Caller{Using: []role.Role{{Name: role.Registrar, Prefix: prefix}}}
+		id := spiffeid.RequireFromPath(td, path)
+		if err := s.mayTouch(c, id); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("registrar of %s touches %s: %v; want PermissionDenied", prefix, id, err)
+		}
+		if err := s.mayRevoke(c, svid.Revocation{SPIFFEID: id.String()}); status.Code(err) != codes.PermissionDenied {
+			t.Errorf("registrar of %s revokes %s: %v; want PermissionDenied", prefix, id, err)
 		}
 	}
 }
