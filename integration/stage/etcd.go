@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -22,26 +21,7 @@ import (
 )
 
 // buildEtcd compiles the member once for the whole test process.
-var buildEtcd = sync.OnceValues(func() (string, error) {
-	dir, err := binDir()
-	if err != nil {
-		return "", err
-	}
-	bin := filepath.Join(dir, "etcdmember")
-	if exists(bin) {
-		return bin, nil
-	}
-	root, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "merlon.dev").Output()
-	if err != nil {
-		return "", fmt.Errorf("find the module: %w", err)
-	}
-	cmd := exec.Command("go", "build", "-C", filepath.Join(strings.TrimSpace(string(root)), "integration", "etcdmember"), "-o", bin, ".")
-	cmd.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build etcdmember: %w\n%s", err, out)
-	}
-	return bin, nil
-})
+var buildEtcd = sync.OnceValues(func() (string, error) { return buildModule("etcdmember") })
 
 // Etcd is a running cluster. Its methods are for one goroutine.
 type Etcd struct {

@@ -18,7 +18,10 @@ import (
 
 var update = flag.Bool("update", false, "rewrite golden files")
 
-func TestAuthorityProfilesAreTheGoldenOnes(t *testing.T) {
+// profiles are one certificate of each kind that keys of this package sign. What
+// the root holder signs for a replica is of the profile of its own.
+func profiles(t *testing.T) map[string]*x509.Certificate {
+	t.Helper()
 	cfg, dev, address := config(t), config(t), config(t)
 	dev.Development = true
 	address.TrustDomain = spiffeid.RequireTrustDomainFromString("10.0.0.1")
@@ -27,24 +30,23 @@ func TestAuthorityProfilesAreTheGoldenOnes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, cert := range map[string]*x509.Certificate{
+	r := open(t, replicaConfig(t, k, "ca-2"))
+	return map[string]*x509.Certificate{
 		"root":                 k.X509().Root,
 		"intermediate":         k.X509().Chain[0],
+		"replica_intermediate": r.X509().Chain[0],
 		"leaf":                 leaf,
 		"development_root":     open(t, dev).X509().Root,
 		"address_intermediate": open(t, address).X509().Chain[0],
 		"policy":               k.policy.cert,
-	} {
-		golden(t, name, forge.Dump(cert))
+		"replica_policy":       r.policy.cert,
 	}
 }
 
-// What the root holder signs for a replica is of the profile of its own.
-func TestReplicaProfilesAreTheGoldenOnes(t *testing.T) {
-	holder := open(t, config(t))
-	r := open(t, replicaConfig(t, holder, "ca-2"))
-	golden(t, "intermediate", forge.Dump(r.X509().Chain[0]))
-	golden(t, "replica_policy", forge.Dump(r.policy.cert))
+func TestAuthorityProfilesAreTheGoldenOnes(t *testing.T) {
+	for name, cert := range profiles(t) {
+		golden(t, name, forge.Dump(cert))
+	}
 }
 
 func golden(t *testing.T, name, got string) {

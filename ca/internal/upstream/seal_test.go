@@ -20,6 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"pgregory.net/rapid"
 
+	"merlon.dev/integration/stage"
 	"merlon.dev/sdk/svid"
 )
 
@@ -28,6 +29,7 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(resealForever); dir != "" {
 		resealBackAndForth(dir)
 	}
+	defer stage.RemoveBins() // zlint
 	m.Run()
 }
 
