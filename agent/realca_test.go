@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -123,6 +124,10 @@ func TestAgentOfTheRealCA(t *testing.T) {
 	if _, err := client.ValidateJWTSVID(ctx, jwt.Marshal(), "db"); err != nil {
 		t.Errorf("ValidateJWTSVID() = %v", err)
 	}
+	eventually(t, "the CA's log is remembered", func() bool {
+		seen, err := os.ReadFile(filepath.Join(n.cfg.DataDir, "logs.json"))
+		return err == nil && strings.Contains(string(seen), `"`+td+`/log/ca/`)
+	})
 	stream = n.x509Stream(t)
 	receive(t, stream, "/web")
 	if _, err := admin.DeleteEntry(ctx, &capb.DeleteEntryRequest{EntryId: entryID}); err != nil {

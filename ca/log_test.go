@@ -12,6 +12,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/http"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -21,6 +22,7 @@ import (
 
 	"golang.org/x/mod/sumdb/tlog"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
@@ -367,5 +369,130 @@ func TestAsyncIssuesWithoutWaiting(t *testing.T) {
 		if _, hash := svidNames(t, der); !logged[hash] {
 			t.Fatal("an SVID is not in the log")
 		}
+	}
+}
+
+// TestAgentsWitnessTheLog: an agent gets the log's checkpoint with the proof that
+// it goes on from what the agent has, and a CA whose log is not what an agent
+// has seen refuses that agent and nobody else (SECURITY.md T43).
+func TestAgentsWitnessTheLog(t *testing.T) {
+	dir := tempDir(t)
+	c := startCA(t, dir)
+	a, other := c.agent("n1"), c.agent("n2")
+	e := c.entry("n1", "web")
+	first, before := announced(t, c, a, nil)
+	if first.GetBeforeSize() != 0 || before.Size == 0 {
+		t.Fatalf("first checkpoint: %+v from %d on", before, first.GetBeforeSize())
+	}
+	c.stop()
+	old := filepath.Join(dir, "old")
+	copyLog(t, filepath.Join(dir, "data"), old)
+
+	c = startCA(t, dir)
+	a, other = c.client(a.key, a.chain), c.client(other.key, other.chain)
+	a.id = "spiffe://shop.test/agent/n1"
+	a.svid(e)
+	grown, now := announced(t, c, a, &before)
+	growth, err := checkpoint.HashesFromBytes(grown.GetGrowth())
+	if err == nil {
+		err = now.Follows(before, growth)
+	}
+	if err != nil || now.Size <= before.Size || grown.GetBeforeSize() != before.Size {
+		t.Fatalf("checkpoint %+v after %+v: %v", now, before, err)
+	}
+	if _, err := firstAnswer(t, a, seenLog(now)); err != nil {
+		t.Errorf("an agent that has seen all: %v", err)
+	}
+	forked := now
+	forked.Root[0] ^= 1
+	foreign := now
+	foreign.Origin, foreign.Size = "shop.test/log/ca-2/00000000", 1<<40
+	if _, err := firstAnswer(t, a, seenLog(foreign)); err != nil {
+		t.Errorf("an agent that has seen another replica's log: %v", err)
+	}
+	longer := now
+	longer.Size += 1000
+	for name, seen := range map[string]checkpoint.Checkpoint{"other records": forked, "more records": longer} {
+		_, err := firstAnswer(t, a, seenLog(seen))
+		wantCode(t, err, codes.FailedPrecondition)
+		if !strings.Contains(status.Convert(err).Message(), "put the newest copy of the audit log back") {
+			t.Errorf("%s: %v; want what to do", name, err)
+		}
+	}
+	if _, err := firstAnswer(t, other, seenLog(before)); err != nil {
+		t.Errorf("another agent suffers: %v", err)
+	}
+	c.stop()
+
+	// The machine's snapshot is put back, the store is another one's matter.
+	copyLog(t, old, filepath.Join(dir, "data"))
+	c = startCA(t, dir)
+	a = c.client(a.key, a.chain)
+	_, err = firstAnswer(t, a, seenLog(now))
+	wantCode(t, err, codes.FailedPrecondition)
+	if _, err := firstAnswer(t, a, seenLog(before)); err != nil {
+		t.Errorf("an agent that has seen no more than this: %v", err)
+	}
+	c.stop()
+
+	// What the message says to do begins another log.
+	for _, name := range []string{"audit.jsonl", "audit.tree", "keys/log-1"} {
+		if err := os.Rename(filepath.Join(dir, "data", name), filepath.Join(dir, strings.ReplaceAll(name, "/", "-")+".lost")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c = startCA(t, dir)
+	if _, another := announced(t, c, c.client(a.key, a.chain), &now); another.Origin == now.Origin || another.Size == 0 {
+		t.Errorf("the new log is %+v", another)
+	}
+}
+
+func seenLog(c checkpoint.Checkpoint) *capb.Seen {
+	return &capb.Seen{Logs: []*capb.LogState{{Origin: c.Origin, Size: c.Size, Root: c.Root[:]}}}
+}
+
+// announced is the checkpoint that an agent gets which has seen another.
+func announced(t *testing.T, c *testCA, a *testClient, seen *checkpoint.Checkpoint) (*capb.LogCheckpoint, checkpoint.Checkpoint) {
+	t.Helper()
+	var has *capb.Seen
+	if seen != nil {
+		has = seenLog(*seen)
+	}
+	msg, err := firstAnswer(t, a, has)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := msg.GetLogCheckpoint()
+	key, err := checkpoint.VerifyChain(got.GetCertificates(), []*x509.Certificate{c.srv.Root()}, "shop.test", time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	state, err := key.Open(got.GetCheckpoint())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return got, state
+}
+
+// copyLog replaces the audit log in one folder by that of another.
+func copyLog(t *testing.T, from, to string) {
+	t.Helper()
+	if err := os.MkdirAll(to, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"audit.jsonl", "audit.tree"} {
+		if err := os.RemoveAll(filepath.Join(to, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lines, err := os.ReadFile(filepath.Join(from, "audit.jsonl"))
+	if err == nil {
+		err = os.WriteFile(filepath.Join(to, "audit.jsonl"), lines, 0o600)
+	}
+	if err == nil {
+		err = os.CopyFS(filepath.Join(to, "audit.tree"), os.DirFS(filepath.Join(from, "audit.tree")))
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }

@@ -328,8 +328,11 @@ type Seen struct {
 	Revision            uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
 	TrustBundleSequence uint64                 `protobuf:"varint,2,opt,name=trust_bundle_sequence,json=trustBundleSequence,proto3" json:"trust_bundle_sequence,omitempty"`
 	PolicyGeneration    uint64                 `protobuf:"varint,3,opt,name=policy_generation,json=policyGeneration,proto3" json:"policy_generation,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// Of each replica's log, the last checkpoint that it verified. A CA whose log
+	// has less, or something else, was put back, and answers FAILED_PRECONDITION.
+	Logs          []*LogState `protobuf:"bytes,4,rep,name=logs,proto3" json:"logs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Seen) Reset() {
@@ -383,6 +386,149 @@ func (x *Seen) GetPolicyGeneration() uint64 {
 	return 0
 }
 
+func (x *Seen) GetLogs() []*LogState {
+	if x != nil {
+		return x.Logs
+	}
+	return nil
+}
+
+// LogState is what a checkpoint says.
+type LogState struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Origin        string                 `protobuf:"bytes,1,opt,name=origin,proto3" json:"origin,omitempty"`
+	Size          int64                  `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	Root          []byte                 `protobuf:"bytes,3,opt,name=root,proto3" json:"root,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogState) Reset() {
+	*x = LogState{}
+	mi := &file_ca_capb_node_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogState) ProtoMessage() {}
+
+func (x *LogState) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_node_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogState.ProtoReflect.Descriptor instead.
+func (*LogState) Descriptor() ([]byte, []int) {
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *LogState) GetOrigin() string {
+	if x != nil {
+		return x.Origin
+	}
+	return ""
+}
+
+func (x *LogState) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *LogState) GetRoot() []byte {
+	if x != nil {
+		return x.Root
+	}
+	return nil
+}
+
+// LogCheckpoint is the state of the log of the replica that sends it.
+type LogCheckpoint struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A signed note (C2SP tlog-checkpoint).
+	Checkpoint []byte `protobuf:"bytes,1,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	// The certificate of the key that signed it, and those above it, without the
+	// root; DER each.
+	Certificates [][]byte `protobuf:"bytes,2,rep,name=certificates,proto3" json:"certificates,omitempty"`
+	// The proof (RFC 6962 §2.1.2) that it goes on from the log as it was with
+	// before_size entries: what the agent said that it remembers, then what was
+	// sent last. Empty for 0, also where the log does not go back so far.
+	BeforeSize    int64    `protobuf:"varint,3,opt,name=before_size,json=beforeSize,proto3" json:"before_size,omitempty"`
+	Growth        [][]byte `protobuf:"bytes,4,rep,name=growth,proto3" json:"growth,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogCheckpoint) Reset() {
+	*x = LogCheckpoint{}
+	mi := &file_ca_capb_node_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogCheckpoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogCheckpoint) ProtoMessage() {}
+
+func (x *LogCheckpoint) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_node_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogCheckpoint.ProtoReflect.Descriptor instead.
+func (*LogCheckpoint) Descriptor() ([]byte, []int) {
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *LogCheckpoint) GetCheckpoint() []byte {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
+func (x *LogCheckpoint) GetCertificates() [][]byte {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
+func (x *LogCheckpoint) GetBeforeSize() int64 {
+	if x != nil {
+		return x.BeforeSize
+	}
+	return 0
+}
+
+func (x *LogCheckpoint) GetGrowth() [][]byte {
+	if x != nil {
+		return x.Growth
+	}
+	return nil
+}
+
 // SyncAck says what the agent has written to all its open workload streams.
 type SyncAck struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
@@ -397,7 +543,7 @@ type SyncAck struct {
 
 func (x *SyncAck) Reset() {
 	*x = SyncAck{}
-	mi := &file_ca_capb_node_proto_msgTypes[6]
+	mi := &file_ca_capb_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -409,7 +555,7 @@ func (x *SyncAck) String() string {
 func (*SyncAck) ProtoMessage() {}
 
 func (x *SyncAck) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[6]
+	mi := &file_ca_capb_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -422,7 +568,7 @@ func (x *SyncAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncAck.ProtoReflect.Descriptor instead.
 func (*SyncAck) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{6}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SyncAck) GetRevision() uint64 {
@@ -469,14 +615,16 @@ type SyncResponse struct {
 	// The CA cannot reach its store: what it sends may be out of date, and this
 	// message does not make the agent's picture any fresher. An agent that knows
 	// other CA addresses tries them.
-	Stale         bool `protobuf:"varint,10,opt,name=stale,proto3" json:"stale,omitempty"`
+	Stale bool `protobuf:"varint,10,opt,name=stale,proto3" json:"stale,omitempty"`
+	// Set with the first listing, and at most every 30 s while the log grows.
+	LogCheckpoint *LogCheckpoint `protobuf:"bytes,11,opt,name=log_checkpoint,json=logCheckpoint,proto3" json:"log_checkpoint,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[7]
+	mi := &file_ca_capb_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -488,7 +636,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[7]
+	mi := &file_ca_capb_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -501,7 +649,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{7}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SyncResponse) GetRevision() uint64 {
@@ -574,6 +722,13 @@ func (x *SyncResponse) GetStale() bool {
 	return false
 }
 
+func (x *SyncResponse) GetLogCheckpoint() *LogCheckpoint {
+	if x != nil {
+		return x.LogCheckpoint
+	}
+	return nil
+}
+
 type SignRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Items         []*SignItem            `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
@@ -583,7 +738,7 @@ type SignRequest struct {
 
 func (x *SignRequest) Reset() {
 	*x = SignRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[8]
+	mi := &file_ca_capb_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -595,7 +750,7 @@ func (x *SignRequest) String() string {
 func (*SignRequest) ProtoMessage() {}
 
 func (x *SignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[8]
+	mi := &file_ca_capb_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -608,7 +763,7 @@ func (x *SignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignRequest.ProtoReflect.Descriptor instead.
 func (*SignRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{8}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SignRequest) GetItems() []*SignItem {
@@ -629,7 +784,7 @@ type SignItem struct {
 
 func (x *SignItem) Reset() {
 	*x = SignItem{}
-	mi := &file_ca_capb_node_proto_msgTypes[9]
+	mi := &file_ca_capb_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -641,7 +796,7 @@ func (x *SignItem) String() string {
 func (*SignItem) ProtoMessage() {}
 
 func (x *SignItem) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[9]
+	mi := &file_ca_capb_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -654,7 +809,7 @@ func (x *SignItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignItem.ProtoReflect.Descriptor instead.
 func (*SignItem) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{9}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SignItem) GetEntryId() string {
@@ -680,7 +835,7 @@ type SignResponse struct {
 
 func (x *SignResponse) Reset() {
 	*x = SignResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[10]
+	mi := &file_ca_capb_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -692,7 +847,7 @@ func (x *SignResponse) String() string {
 func (*SignResponse) ProtoMessage() {}
 
 func (x *SignResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[10]
+	mi := &file_ca_capb_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -705,7 +860,7 @@ func (x *SignResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResponse.ProtoReflect.Descriptor instead.
 func (*SignResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{10}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SignResponse) GetResults() []*SignResult {
@@ -730,7 +885,7 @@ type SignResult struct {
 
 func (x *SignResult) Reset() {
 	*x = SignResult{}
-	mi := &file_ca_capb_node_proto_msgTypes[11]
+	mi := &file_ca_capb_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -742,7 +897,7 @@ func (x *SignResult) String() string {
 func (*SignResult) ProtoMessage() {}
 
 func (x *SignResult) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[11]
+	mi := &file_ca_capb_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -755,7 +910,7 @@ func (x *SignResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResult.ProtoReflect.Descriptor instead.
 func (*SignResult) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{11}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SignResult) GetX509Svid() [][]byte {
@@ -797,7 +952,7 @@ type SignJWTRequest struct {
 
 func (x *SignJWTRequest) Reset() {
 	*x = SignJWTRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[12]
+	mi := &file_ca_capb_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -809,7 +964,7 @@ func (x *SignJWTRequest) String() string {
 func (*SignJWTRequest) ProtoMessage() {}
 
 func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[12]
+	mi := &file_ca_capb_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -822,7 +977,7 @@ func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
 func (*SignJWTRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{12}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SignJWTRequest) GetEntryId() string {
@@ -851,7 +1006,7 @@ type SignJWTResponse struct {
 
 func (x *SignJWTResponse) Reset() {
 	*x = SignJWTResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[13]
+	mi := &file_ca_capb_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -863,7 +1018,7 @@ func (x *SignJWTResponse) String() string {
 func (*SignJWTResponse) ProtoMessage() {}
 
 func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[13]
+	mi := &file_ca_capb_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -876,7 +1031,7 @@ func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
 func (*SignJWTResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{13}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SignJWTResponse) GetToken() string {
@@ -935,7 +1090,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_ca_capb_node_proto_msgTypes[14]
+	mi := &file_ca_capb_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -947,7 +1102,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[14]
+	mi := &file_ca_capb_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -960,7 +1115,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{14}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Entry) GetEntryId() string {
@@ -1081,7 +1236,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_ca_capb_node_proto_msgTypes[15]
+	mi := &file_ca_capb_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1093,7 +1248,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[15]
+	mi := &file_ca_capb_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1106,7 +1261,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{15}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Selector) GetType() string {
@@ -1137,7 +1292,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[16]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1149,7 +1304,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[16]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1162,7 +1317,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -1201,7 +1356,7 @@ type PolicyBundle struct {
 
 func (x *PolicyBundle) Reset() {
 	*x = PolicyBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1213,7 +1368,7 @@ func (x *PolicyBundle) String() string {
 func (*PolicyBundle) ProtoMessage() {}
 
 func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1226,7 +1381,7 @@ func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyBundle.ProtoReflect.Descriptor instead.
 func (*PolicyBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *PolicyBundle) GetName() string {
@@ -1261,7 +1416,7 @@ type PolicyKey struct {
 
 func (x *PolicyKey) Reset() {
 	*x = PolicyKey{}
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1273,7 +1428,7 @@ func (x *PolicyKey) String() string {
 func (*PolicyKey) ProtoMessage() {}
 
 func (x *PolicyKey) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1286,7 +1441,7 @@ func (x *PolicyKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyKey.ProtoReflect.Descriptor instead.
 func (*PolicyKey) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *PolicyKey) GetKid() string {
@@ -1330,7 +1485,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_ca_capb_node_proto_msgTypes[19]
+	mi := &file_ca_capb_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1342,7 +1497,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[19]
+	mi := &file_ca_capb_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1355,7 +1510,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -1484,15 +1639,28 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\vSyncRequest\x12'\n" +
 	"\x0fresume_revision\x18\x01 \x01(\x04R\x0eresumeRevision\x12'\n" +
 	"\x03ack\x18\x02 \x01(\v2\x15.merlon.ca.v1.SyncAckR\x03ack\x12&\n" +
-	"\x04seen\x18\x03 \x01(\v2\x12.merlon.ca.v1.SeenR\x04seen\"\x83\x01\n" +
+	"\x04seen\x18\x03 \x01(\v2\x12.merlon.ca.v1.SeenR\x04seen\"\xaf\x01\n" +
 	"\x04Seen\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
 	"\x15trust_bundle_sequence\x18\x02 \x01(\x04R\x13trustBundleSequence\x12+\n" +
-	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\x86\x01\n" +
+	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\x12*\n" +
+	"\x04logs\x18\x04 \x03(\v2\x16.merlon.ca.v1.LogStateR\x04logs\"J\n" +
+	"\bLogState\x12\x16\n" +
+	"\x06origin\x18\x01 \x01(\tR\x06origin\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\x12\x12\n" +
+	"\x04root\x18\x03 \x01(\fR\x04root\"\x8c\x01\n" +
+	"\rLogCheckpoint\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18\x01 \x01(\fR\n" +
+	"checkpoint\x12\"\n" +
+	"\fcertificates\x18\x02 \x03(\fR\fcertificates\x12\x1f\n" +
+	"\vbefore_size\x18\x03 \x01(\x03R\n" +
+	"beforeSize\x12\x16\n" +
+	"\x06growth\x18\x04 \x03(\fR\x06growth\"\x86\x01\n" +
 	"\aSyncAck\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
 	"\x15trust_bundle_sequence\x18\x02 \x01(\x04R\x13trustBundleSequence\x12+\n" +
-	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\xb9\x03\n" +
+	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\xfd\x03\n" +
 	"\fSyncResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
 	"\x05reset\x18\x02 \x01(\bR\x05reset\x12\x16\n" +
@@ -1504,7 +1672,8 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\rpolicy_bundle\x18\b \x01(\v2\x1a.merlon.ca.v1.PolicyBundleR\fpolicyBundle\x123\n" +
 	"\asent_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x06sentAt\x12\x14\n" +
 	"\x05stale\x18\n" +
-	" \x01(\bR\x05stale\";\n" +
+	" \x01(\bR\x05stale\x12B\n" +
+	"\x0elog_checkpoint\x18\v \x01(\v2\x1b.merlon.ca.v1.LogCheckpointR\rlogCheckpoint\";\n" +
 	"\vSignRequest\x12,\n" +
 	"\x05items\x18\x01 \x03(\v2\x16.merlon.ca.v1.SignItemR\x05items\"7\n" +
 	"\bSignItem\x12\x19\n" +
@@ -1600,7 +1769,7 @@ func file_ca_capb_node_proto_rawDescGZIP() []byte {
 	return file_ca_capb_node_proto_rawDescData
 }
 
-var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_ca_capb_node_proto_goTypes = []any{
 	(*AttestRequest)(nil),         // 0: merlon.ca.v1.AttestRequest
 	(*AttestResponse)(nil),        // 1: merlon.ca.v1.AttestResponse
@@ -1608,58 +1777,62 @@ var file_ca_capb_node_proto_goTypes = []any{
 	(*RenewResponse)(nil),         // 3: merlon.ca.v1.RenewResponse
 	(*SyncRequest)(nil),           // 4: merlon.ca.v1.SyncRequest
 	(*Seen)(nil),                  // 5: merlon.ca.v1.Seen
-	(*SyncAck)(nil),               // 6: merlon.ca.v1.SyncAck
-	(*SyncResponse)(nil),          // 7: merlon.ca.v1.SyncResponse
-	(*SignRequest)(nil),           // 8: merlon.ca.v1.SignRequest
-	(*SignItem)(nil),              // 9: merlon.ca.v1.SignItem
-	(*SignResponse)(nil),          // 10: merlon.ca.v1.SignResponse
-	(*SignResult)(nil),            // 11: merlon.ca.v1.SignResult
-	(*SignJWTRequest)(nil),        // 12: merlon.ca.v1.SignJWTRequest
-	(*SignJWTResponse)(nil),       // 13: merlon.ca.v1.SignJWTResponse
-	(*Entry)(nil),                 // 14: merlon.ca.v1.Entry
-	(*Selector)(nil),              // 15: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),           // 16: merlon.ca.v1.TrustBundle
-	(*PolicyBundle)(nil),          // 17: merlon.ca.v1.PolicyBundle
-	(*PolicyKey)(nil),             // 18: merlon.ca.v1.PolicyKey
-	(*Revocation)(nil),            // 19: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
-	(Role)(0),                     // 21: merlon.ca.v1.Role
+	(*LogState)(nil),              // 6: merlon.ca.v1.LogState
+	(*LogCheckpoint)(nil),         // 7: merlon.ca.v1.LogCheckpoint
+	(*SyncAck)(nil),               // 8: merlon.ca.v1.SyncAck
+	(*SyncResponse)(nil),          // 9: merlon.ca.v1.SyncResponse
+	(*SignRequest)(nil),           // 10: merlon.ca.v1.SignRequest
+	(*SignItem)(nil),              // 11: merlon.ca.v1.SignItem
+	(*SignResponse)(nil),          // 12: merlon.ca.v1.SignResponse
+	(*SignResult)(nil),            // 13: merlon.ca.v1.SignResult
+	(*SignJWTRequest)(nil),        // 14: merlon.ca.v1.SignJWTRequest
+	(*SignJWTResponse)(nil),       // 15: merlon.ca.v1.SignJWTResponse
+	(*Entry)(nil),                 // 16: merlon.ca.v1.Entry
+	(*Selector)(nil),              // 17: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),           // 18: merlon.ca.v1.TrustBundle
+	(*PolicyBundle)(nil),          // 19: merlon.ca.v1.PolicyBundle
+	(*PolicyKey)(nil),             // 20: merlon.ca.v1.PolicyKey
+	(*Revocation)(nil),            // 21: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
+	(Role)(0),                     // 23: merlon.ca.v1.Role
 }
 var file_ca_capb_node_proto_depIdxs = []int32{
-	16, // 0: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	16, // 1: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	6,  // 2: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
+	18, // 0: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	18, // 1: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	8,  // 2: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
 	5,  // 3: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
-	14, // 4: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
-	16, // 5: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	19, // 6: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	17, // 7: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	20, // 8: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
-	9,  // 9: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
-	11, // 10: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
-	20, // 11: merlon.ca.v1.SignJWTResponse.issued_at:type_name -> google.protobuf.Timestamp
-	20, // 12: merlon.ca.v1.SignJWTResponse.expires_at:type_name -> google.protobuf.Timestamp
-	15, // 13: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
-	20, // 14: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	20, // 15: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	21, // 16: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
-	18, // 17: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
-	20, // 18: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	0,  // 19: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
-	2,  // 20: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
-	4,  // 21: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
-	8,  // 22: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
-	12, // 23: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
-	1,  // 24: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
-	3,  // 25: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
-	7,  // 26: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
-	10, // 27: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
-	13, // 28: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
-	24, // [24:29] is the sub-list for method output_type
-	19, // [19:24] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	6,  // 4: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
+	16, // 5: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
+	18, // 6: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	21, // 7: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	19, // 8: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	22, // 9: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
+	7,  // 10: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
+	11, // 11: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
+	13, // 12: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
+	22, // 13: merlon.ca.v1.SignJWTResponse.issued_at:type_name -> google.protobuf.Timestamp
+	22, // 14: merlon.ca.v1.SignJWTResponse.expires_at:type_name -> google.protobuf.Timestamp
+	17, // 15: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
+	22, // 16: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	22, // 17: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	23, // 18: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
+	20, // 19: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
+	22, // 20: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	0,  // 21: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
+	2,  // 22: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
+	4,  // 23: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
+	10, // 24: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
+	14, // 25: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
+	1,  // 26: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
+	3,  // 27: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
+	9,  // 28: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
+	12, // 29: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
+	15, // 30: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
+	26, // [26:31] is the sub-list for method output_type
+	21, // [21:26] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_node_proto_init() }
@@ -1671,7 +1844,7 @@ func file_ca_capb_node_proto_init() {
 	file_ca_capb_node_proto_msgTypes[0].OneofWrappers = []any{
 		(*AttestRequest_JoinToken)(nil),
 	}
-	file_ca_capb_node_proto_msgTypes[19].OneofWrappers = []any{
+	file_ca_capb_node_proto_msgTypes[21].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -1683,7 +1856,7 @@ func file_ca_capb_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_node_proto_rawDesc), len(file_ca_capb_node_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -62,6 +62,7 @@ type Client struct {
 	ackAgain chan struct{}
 	sawMore  chan struct{}
 	links    *links
+	logs     *logs
 	standing *standing
 	// firstWord is how long a replica may take to say something, where there
 	// are others; lookAgain is about how often an agent of a stale replica looks
@@ -117,6 +118,9 @@ func New(cfg Config) (*Client, error) {
 		c.saved = c.trust.Sequence
 	}
 	if c.revision, err = c.loadSeen(); err != nil {
+		return nil, err
+	}
+	if c.logs, err = openLogs(cfg); err != nil {
 		return nil, err
 	}
 	held, err := c.loadSVID()

@@ -35,7 +35,7 @@ type storedSeen struct {
 
 // seen is the highest of everything, for the CA.
 func (c *Client) seen(picture *cache.Cache) *capb.Seen {
-	seen := &capb.Seen{Revision: picture.Seen(), PolicyGeneration: c.cfg.PolicySeen()}
+	seen := &capb.Seen{Revision: picture.Seen(), PolicyGeneration: c.cfg.PolicySeen(), Logs: c.logs.states()}
 	if trust := picture.Trust(); trust != nil {
 		seen.TrustBundleSequence = trust.Sequence
 	}

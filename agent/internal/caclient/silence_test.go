@@ -52,6 +52,7 @@ func (s *scriptedStream) Recv() (*capb.SyncResponse, error) {
 func newStream(log *slog.Logger) *stream {
 	none := func() uint64 { return 0 }
 	c := &Client{
+		logs: new(logs),
 		cfg: Config{
 			Logger: log, Addresses: []string{"ca:1"},
 			PolicyGeneration: none, PolicySeen: none, OnPolicyBundle: func(*capb.PolicyBundle) {},

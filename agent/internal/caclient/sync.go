@@ -123,6 +123,7 @@ func (s *stream) take(ctx context.Context, m *capb.SyncResponse) error {
 	if err := s.apply(ctx, s.picture, m); err != nil {
 		return fmt.Errorf("apply what the CA sent: %w", err)
 	}
+	s.logs.take(ctx, m.GetLogCheckpoint(), s.picture.Trust(), time.Now())
 	if pb := m.GetPolicyBundle(); pb != nil {
 		s.announced = append(s.announced, pb)
 	}

@@ -111,7 +111,8 @@ type Service struct {
 	// powerless how many of those whose SVID gives them no right here.
 	refusals, powerless *rate.Limiter
 	// proving is held by who reads the whole log.
-	proving chan struct{}
+	proving   chan struct{}
+	announced announcement
 	// evidence bounds how often the log says that the store was put back.
 	evidence *rate.Sometimes
 

@@ -38,6 +38,10 @@ func (s *Service) Sync(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.Sy
 	if err := s.checkSeen(ctx, caller, first.GetSeen()); err != nil {
 		return err
 	}
+	witness, err := s.checkLog(ctx, caller, first.GetSeen().GetLogs())
+	if err != nil {
+		return err
+	}
 	waiting, cancel := context.WithTimeout(ctx, catchUpTimeout)
 	feed, err := s.registry.Subscribe(waiting, caller.Agent.ID, first.GetResumeRevision())
 	cancel()
@@ -49,7 +53,7 @@ func (s *Service) Sync(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.Sy
 	ended := make(chan struct{})
 	// The goroutine ends with the stream, whose handler this is.
 	go receiveAcks(stream, feed, ended)
-	return s.push(ctx, stream, feed, caller, ended)
+	return s.push(ctx, stream, feed, caller, witness, ended)
 }
 
 func receiveAcks(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.SyncResponse], feed *registry.Feed, ended chan<- struct{}) {
@@ -73,7 +77,7 @@ func noteAck(feed *registry.Feed, req *capb.SyncRequest) {
 
 // push sends until the stream ends, the agent's SVID ends or is revoked, or
 // the CA stops.
-func (s *Service) push(ctx context.Context, stream grpc.ServerStreamingServer[capb.SyncResponse], feed *registry.Feed, caller *Caller, ended <-chan struct{}) error {
+func (s *Service) push(ctx context.Context, stream grpc.ServerStreamingServer[capb.SyncResponse], feed *registry.Feed, caller *Caller, witness *witness, ended <-chan struct{}) error {
 	beat := time.NewTicker(heartbeat)
 	defer beat.Stop()
 	expiry := time.NewTimer(time.Until(caller.Peer.NotAfter))
@@ -101,7 +105,9 @@ func (s *Service) push(ctx context.Context, stream grpc.ServerStreamingServer[ca
 		if now := s.callerOf(ctx); !now.Is(capb.Caller_CALLER_AGENT) {
 			return s.refuse(ctx, now, audit.Record{Detail: capb.Node_Sync_FullMethodName}, status.Errorf(codes.Unauthenticated, "%s: %s", now.Name, now.Fault))
 		}
-		for _, msg := range s.messagesOf(update) {
+		messages := s.messagesOf(update)
+		messages[len(messages)-1].LogCheckpoint = witness.next(ctx)
+		for _, msg := range messages {
 			msg.SentAt, msg.Stale = timestamppb.Now(), reach.stale
 			if err := stream.Send(msg); err != nil {
 				return err

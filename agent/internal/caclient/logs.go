@@ -1,0 +1,185 @@
+// What the agent remembers of the CA's logs: of each replica's the last
+// checkpoint that it verified, also across restarts. A later one must go on from
+// it; one that does not proves that the log was forked or put back. The agent
+// says so and keeps what it remembers, so that it says so again. It goes on
+// following the CA: whom to trust is for humans to decide, who have the trust
+// bundle and revocations for it, and an agent that stops would take the
+// workloads down with the evidence.
+
+package caclient
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"path"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/mod/sumdb/tlog"
+
+	"merlon.dev/agent/internal/cache"
+	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/checkpoint"
+	"merlon.dev/sdk/durable"
+)
+
+const (
+	logsFile = "logs.json" // storedLogs
+	// maxLogs bounds how many are remembered; the one not seen for longest goes.
+	maxLogs = 64
+	// logMemory is after how long a log may have dropped what a proof would take:
+	// it keeps records for at least as long as an SVID lives.
+	logMemory = 24 * time.Hour
+)
+
+// storedLogs is the form of logsFile.
+type storedLogs struct {
+	TrustDomain string               `json:"trust_domain"`
+	Logs        map[string]storedLog `json:"logs"` // by origin
+}
+
+// storedLog is a log as it was at a time.
+type storedLog struct {
+	Size int64     `json:"size"`
+	Root tlog.Hash `json:"root"`
+	At   time.Time `json:"at"`
+}
+
+// logs is safe for concurrent use.
+type logs struct {
+	dir, trustDomain string
+	log              *slog.Logger
+	forks            prometheus.Counter
+
+	mu sync.Mutex
+	// guarded by mu
+	seen map[string]storedLog
+	said map[string]string // origin → what the log said of it last
+}
+
+// openLogs reads what an earlier run remembered. An unreadable file is an error,
+// because what it forgets could be shown anew.
+func openLogs(cfg Config) (*logs, error) {
+	l := &logs{
+		dir: cfg.DataDir, trustDomain: cfg.TrustDomain.Name(), log: cfg.Logger, seen: map[string]storedLog{}, said: map[string]string{},
+		forks: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "merlon_agent_log_forks_total", Help: "Checkpoints of the CA's audit logs that do not go on from the one before: a log was forked or put back.",
+		}),
+	}
+	cfg.Registerer.MustRegister(l.forks)
+	content, err := ReadFile(cfg.DataDir, logsFile)
+	if err != nil || content == nil {
+		return l, err
+	}
+	var stored storedLogs
+	if err := json.Unmarshal(content, &stored); err != nil {
+		return nil, fmt.Errorf("read %s: %w", filepath.Join(cfg.DataDir, logsFile), err)
+	}
+	if stored.TrustDomain != l.trustDomain {
+		return nil, fmt.Errorf("read %s: it is of trust domain %q, expected %q", filepath.Join(cfg.DataDir, logsFile), stored.TrustDomain, l.trustDomain)
+	}
+	maps.Copy(l.seen, stored.Logs)
+	return l, nil
+}
+
+// states is for the CA.
+func (l *logs) states() (states []*capb.LogState) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for origin, s := range l.seen {
+		states = append(states, &capb.LogState{Origin: origin, Size: s.Size, Root: s.Root[:]})
+	}
+	return states
+}
+
+// take verifies a checkpoint that the CA sent, and remembers it if it goes on
+// from the one before.
+func (l *logs) take(ctx context.Context, m *capb.LogCheckpoint, trust *cache.Trust, now time.Time) {
+	if m == nil || trust == nil {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	origin, err := l.verify(ctx, m, trust, now)
+	if errors.Is(err, checkpoint.ErrFork) {
+		l.forks.Inc()
+	}
+	words := ""
+	if err != nil {
+		words = err.Error()
+	}
+	if words != "" && words != l.said[origin] {
+		l.log.LogAttrs(ctx, slog.LevelError, "checkpoint of the CA's audit log not accepted",
+			slog.String("origin", origin), slog.Any("err", err),
+			slog.String("hint", "keep "+logsFile+" of this node, and run merlon log verify on the CA's machine"))
+	}
+	l.said[origin] = words
+}
+
+// verify returns which log it is about. l.mu is held.
+func (l *logs) verify(ctx context.Context, m *capb.LogCheckpoint, trust *cache.Trust, now time.Time) (origin string, err error) {
+	key, err := checkpoint.VerifyChain(m.GetCertificates(), trust.Bundle.X509Authorities(), l.trustDomain, now)
+	if err != nil {
+		return "", err
+	}
+	origin = key.Origin()
+	c, err := key.Open(m.GetCheckpoint())
+	if err != nil {
+		return origin, err
+	}
+	before, known := l.seen[origin]
+	if known {
+		growth, err := checkpoint.HashesFromBytes(m.GetGrowth())
+		if err == nil {
+			err = c.Follows(checkpoint.Checkpoint{Origin: origin, Size: before.Size, Root: before.Root}, growth)
+		}
+		forgotten := m.GetBeforeSize() == 0 && c.Size > before.Size && now.Sub(before.At) > logMemory
+		if err != nil && !forgotten {
+			return origin, err
+		}
+		if err != nil {
+			l.log.LogAttrs(ctx, slog.LevelWarn, "the CA's audit log does not go back to what this node remembers of it",
+				slog.String("origin", origin), slog.Time("since", before.At))
+		}
+	} else if other := l.ofReplica(origin); other != "" {
+		l.log.LogAttrs(ctx, slog.LevelError, "a replica of the CA has begun another audit log",
+			slog.String("origin", origin), slog.String("before", other))
+	}
+	return origin, l.remember(origin, storedLog{Size: c.Size, Root: c.Root, At: now})
+}
+
+// ofReplica is a log of the same replica as origin under another key, the last
+// that was seen; "" if there is none. l.mu is held.
+func (l *logs) ofReplica(origin string) (other string) {
+	for o, s := range l.seen {
+		if path.Dir(o) == path.Dir(origin) && (other == "" || s.At.After(l.seen[other].At)) {
+			other = o
+		}
+	}
+	return other
+}
+
+// remember writes the memory down before it counts. l.mu is held.
+func (l *logs) remember(origin string, s storedLog) error {
+	next := maps.Clone(l.seen)
+	next[origin] = s
+	for len(next) > maxLogs {
+		delete(next, slices.MinFunc(slices.Collect(maps.Keys(next)), func(a, b string) int { return next[a].At.Compare(next[b].At) }))
+	}
+	content, err := json.Marshal(storedLogs{TrustDomain: l.trustDomain, Logs: next})
+	if err != nil {
+		return fmt.Errorf("encode what is remembered of the CA's logs: %w", err)
+	}
+	if err := durable.WriteFile(l.dir, logsFile, content); err != nil {
+		return err
+	}
+	l.seen = next
+	return nil
+}
