@@ -135,6 +135,36 @@ type Config struct {
 	// jwt, policy. Default: all in a PKCS #11 token, the root alone in a cloud.
 	KMSKeys []string `yaml:"kms_keys"`
 
+	// Upstream is who signs this CA's intermediates: disk, a CA whose certificate
+	// and key are in files; stepcas, vaultcas or cloudcas, services of others.
+	// Default: none, the CA's own root does.
+	Upstream string `yaml:"upstream"`
+
+	// UpstreamRootFile holds, in PEM, the root of the upstream authority, with
+	// which SVIDs are verified. Required with upstream.
+	UpstreamRootFile string `yaml:"upstream_root_file"`
+
+	// UpstreamAddress is the URL of step-ca or Vault, or the resource name of a CA
+	// in Google's CAS.
+	UpstreamAddress string `yaml:"upstream_address"`
+
+	// UpstreamCertFile is the certificate of the CA on disk, followed by what is
+	// above it; for stepcas that of an X5C provisioner.
+	UpstreamCertFile string `yaml:"upstream_cert_file"`
+
+	// UpstreamKeyFile is the key of the CA on disk, or of step-ca's provisioner.
+	UpstreamKeyFile string `yaml:"upstream_key_file"`
+
+	// UpstreamProvisioner is the name of step-ca's provisioner.
+	UpstreamProvisioner string `yaml:"upstream_provisioner"`
+
+	// UpstreamPasswordFile opens step-ca's provisioner key, if that is encrypted.
+	UpstreamPasswordFile string `yaml:"upstream_password_file"`
+
+	// UpstreamConfigFile is the JSON with vaultcas' settings, or Google's
+	// credentials for cloudcas.
+	UpstreamConfigFile string `yaml:"upstream_config_file"`
+
 	// Address is where agents and administrators connect by gRPC, host:port.
 	// Default: :8443.
 	Address string `yaml:"address"`
@@ -237,6 +267,8 @@ func Keys() []string {
 		"etcd_endpoints", "etcd_ca_file", "etcd_cert_file", "etcd_key_file", "etcd_prefix",
 		"replica_name", "join_address", "join_token", "join_token_file", "root_hash",
 		"key_file", "key_credential", "key_passphrase_file", "kms", "kms_keys",
+		"upstream", "upstream_root_file", "upstream_address", "upstream_cert_file", "upstream_key_file",
+		"upstream_provisioner", "upstream_password_file", "upstream_config_file",
 		"address", "https_address", "health_address", "admin_socket", "admin_uids", "dns_names",
 		"x509_svid_ttl", "jwt_svid_ttl", "jwt_algorithm", "jwt_max_audiences", "agent_svid_ttl", "development",
 		"log_level", "log_format",
@@ -293,6 +325,9 @@ func (c *Config) text(key string) *string {
 		"replica_name": &c.ReplicaName, "join_address": &c.JoinAddress, "join_token": &c.JoinToken,
 		"join_token_file": &c.JoinTokenFile, "root_hash": &c.RootHash,
 		"key_file": &c.KeyFile, "key_credential": &c.KeyCredential, "key_passphrase_file": &c.KeyPassphraseFile, "kms": &c.KMS,
+		"upstream": &c.Upstream, "upstream_root_file": &c.UpstreamRootFile, "upstream_address": &c.UpstreamAddress,
+		"upstream_cert_file": &c.UpstreamCertFile, "upstream_key_file": &c.UpstreamKeyFile, "upstream_provisioner": &c.UpstreamProvisioner,
+		"upstream_password_file": &c.UpstreamPasswordFile, "upstream_config_file": &c.UpstreamConfigFile,
 		"address": &c.Address, "https_address": &c.HTTPSAddress, "health_address": &c.HealthAddress,
 		"admin_socket": &c.AdminSocket, "jwt_algorithm": &c.JWTAlgorithm, "log_level": &c.LogLevel, "log_format": &c.LogFormat,
 	}[key]
@@ -355,6 +390,9 @@ func (c Config) Validate() error {
 		return err
 	}
 	if err := c.checkKeys(); err != nil {
+		return err
+	}
+	if err := c.checkUpstream(); err != nil {
 		return err
 	}
 	if _, err := parseLevel(c.LogLevel); err != nil {

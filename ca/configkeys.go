@@ -40,6 +40,21 @@ func (c Config) checkKeys() error {
 	return c.kms().Validate()
 }
 
+func (c Config) authority() upstream.AuthorityConfig {
+	return upstream.AuthorityConfig{
+		Type: c.Upstream, RootFile: c.UpstreamRootFile, Address: c.UpstreamAddress,
+		CertFile: c.UpstreamCertFile, KeyFile: c.UpstreamKeyFile,
+		Provisioner: c.UpstreamProvisioner, PasswordFile: c.UpstreamPasswordFile, ConfigFile: c.UpstreamConfigFile,
+	}
+}
+
+func (c Config) checkUpstream() error {
+	if c.Upstream != "" && c.Store != storeBadger {
+		return fmt.Errorf("upstream: %s signs for a CA of one replica, so store must be badger", c.Upstream)
+	}
+	return c.authority().Validate()
+}
+
 func (c Config) kms() upstream.KMSConfig { return upstream.KMSConfig{URI: c.KMS, Keys: c.KMSKeys} }
 
 func (c Config) keysDir() string { return filepath.Join(c.DataDir, "keys") }
@@ -68,7 +83,7 @@ func (c Config) upstream() (upstream.Config, error) {
 		return upstream.Config{}, fmt.Errorf("trust_domain: %w", err)
 	}
 	return upstream.Config{
-		TrustDomain: td, Dir: c.keysDir(), Development: c.Development, Name: c.ReplicaName, KEK: kek, KMS: c.kms(), Logger: c.Logger,
+		TrustDomain: td, Dir: c.keysDir(), Development: c.Development, Name: c.ReplicaName, KEK: kek, KMS: c.kms(), Upstream: c.authority(), Logger: c.Logger,
 		JWTAlgorithm: c.JWTAlgorithm,
 	}, nil
 }

@@ -166,7 +166,7 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	if p.registry, err = registry.Open(ctx, p.store, s.log); err != nil {
 		return nil, err
 	}
-	p.policy = &policyKeys{trustDomain: s.td.Name(), keys: p.keys, registry: p.registry, root: p.keys.X509().Root}
+	p.policy = &policyKeys{trustDomain: s.td.Name(), keys: p.keys, registry: p.registry, root: p.keys.Anchor()}
 	p.releases = s.publisher(p.store, p.policy)
 	p.enterEpoch(ctx, time.Now())
 	return p, s.assemble(ctx, p)
@@ -230,7 +230,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 		X509SVIDTTL: s.cfg.X509SVIDTTL, JWTSVIDTTL: s.cfg.JWTSVIDTTL, AgentSVIDTTL: s.cfg.AgentSVIDTTL,
 		JWTMaxAudiences: s.cfg.JWTMaxAudiences,
 	}
-	if p.keys.HoldsRoot() {
+	if p.keys.HoldsRoot() && !p.keys.HasUpstream() {
 		options.Root = p.keys
 	}
 	p.service = api.New(options)

@@ -37,9 +37,10 @@ func VerifyPinned(presented []*x509.Certificate, td spiffeid.TrustDomain, rootHa
 	if got := sha256.Sum256(root.RawSubjectPublicKeyInfo); subtle.ConstantTimeCompare(got[:], want) != 1 {
 		return nil, fmt.Errorf("the CA's root has the hash %x, not the configured root_hash %x: it is not the CA that printed the token", got, want)
 	}
-	// No bundle yet to say so: only a certificate that is an authority, and names
-	// this trust domain, may vouch for it.
-	if !root.IsCA || len(root.URIs) != 1 || root.URIs[0].String() != td.IDString() {
+	// No bundle yet to say so: only a certificate that is an authority may vouch for
+	// the trust domain; and where it names one, as ours does and the root of a larger
+	// PKI does not, it has to be this one.
+	if !root.IsCA || len(root.URIs) > 1 || len(root.URIs) == 1 && root.URIs[0].String() != td.IDString() {
 		return nil, fmt.Errorf("the pinned root is not an authority of trust domain %s", td.Name())
 	}
 	peer, err := VerifyChain(presented[:len(presented)-1], x509bundle.FromX509Authorities(td, []*x509.Certificate{root}), now)

@@ -29,6 +29,16 @@ func TestVerifyPinned(t *testing.T) {
 	if p, err := svid.VerifyPinned(full, td, hash(root), time.Now()); err != nil || p.ID.Path() != "/ca" {
 		t.Errorf("the pinned root's: %v, %v", p, err)
 	}
+	// The root of a larger PKI names no trust domain; being pinned it may vouch.
+	larger := forge.New(t, "example.org", forge.URIs())
+	below := larger.Intermediate(forge.URIs("spiffe://example.org")).Leaf("/ca")
+	chain := append(slices.Clone(below.Chain), larger.Root().Cert)
+	if p, err := svid.VerifyPinned(chain, td, hash(larger.Root().Cert), time.Now()); err != nil || p.ID.Path() != "/ca" {
+		t.Errorf("a pinned root without a name: %v, %v", p, err)
+	}
+	if _, err := svid.VerifyPinned(chain, elsewhere, hash(larger.Root().Cert), time.Now()); err == nil {
+		t.Error("a pinned root without a name vouches for another trust domain than that of the leaf")
+	}
 	self := ca.Leaf("/ca").Chain
 	for name, test := range map[string]struct {
 		chain []*x509.Certificate

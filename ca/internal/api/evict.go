@@ -72,7 +72,7 @@ func (s *Service) replicaToProto(rec *replica.Record) *capb.CAReplica {
 		Self: rec.Name == s.opts.ReplicaName,
 	}
 	// One that the root does not vouch for signs no policy, and has none.
-	if key, err := rec.PolicyKey(s.opts.Keys.X509().Root, time.Now()); err == nil {
+	if key, err := rec.PolicyKey(s.opts.Keys.Anchor(), time.Now()); err == nil {
 		p.PolicyKeyId = key.KID
 	}
 	return p
@@ -173,7 +173,7 @@ func withdrawn(rec *replica.Record, now time.Time) []svid.Revocation {
 
 // reseal signs the current policy bundles that rec signed with our own key.
 func (s *Service) reseal(ctx context.Context, rec *replica.Record) error {
-	key, err := rec.PolicyKey(s.opts.Keys.X509().Root, time.Now())
+	key, err := rec.PolicyKey(s.opts.Keys.Anchor(), time.Now())
 	if err != nil {
 		return nil //nolint:nilerr // a key that the root does not vouch for has signed nothing that counts
 	}

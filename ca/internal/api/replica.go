@@ -246,7 +246,7 @@ func (s *Service) liveReplica(ctx context.Context, caller *Caller, keys replicaK
 		return nil, err
 	}
 	issuer := issuerOf(caller.Peer)
-	policy, err := rec.PolicyKey(s.opts.Keys.X509().Root, now)
+	policy, err := rec.PolicyKey(s.opts.Keys.Anchor(), now)
 	switch {
 	case !rec.Holds(issuer):
 		return nil, status.Errorf(codes.PermissionDenied, "authority %s is not one of replica %s", issuer, rec.Name)

@@ -7,6 +7,7 @@ package api
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -61,6 +62,8 @@ const (
 // authorities that it returns are immutable.
 type Keys interface {
 	X509() *authority.X509Authority
+	// Anchor is the CA's own root, which vouches for policy keys.
+	Anchor() *x509.Certificate
 	JWT() *authority.JWTAuthority
 }
 

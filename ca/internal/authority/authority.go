@@ -68,17 +68,18 @@ func invalid(field, format string, args ...any) error {
 	return &InvalidError{Field: field, Reason: fmt.Sprintf(format, args...)}
 }
 
-// TrustDomain is the one whose root signs here, by the root's own SPIFFE ID.
+// TrustDomain is the one that is signed for, by the SPIFFE ID of the issuing
+// certificate: the root may be that of a larger PKI.
 func (a *X509Authority) TrustDomain() (spiffeid.TrustDomain, error) {
 	if a == nil || a.Root == nil || len(a.Chain) == 0 || a.Signer == nil {
 		return spiffeid.TrustDomain{}, errors.New("authority is incomplete")
 	}
-	if len(a.Root.URIs) != 1 {
-		return spiffeid.TrustDomain{}, errors.New("the root does not carry the SPIFFE ID of a trust domain")
+	if len(a.Chain[0].URIs) != 1 {
+		return spiffeid.TrustDomain{}, errors.New("the issuing certificate does not carry the SPIFFE ID of a trust domain")
 	}
-	id, err := spiffeid.FromURI(a.Root.URIs[0])
+	id, err := spiffeid.FromURI(a.Chain[0].URIs[0])
 	if err != nil {
-		return spiffeid.TrustDomain{}, fmt.Errorf("read the root's SPIFFE ID: %w", err)
+		return spiffeid.TrustDomain{}, fmt.Errorf("read the SPIFFE ID of the issuing certificate: %w", err)
 	}
 	return id.TrustDomain(), nil
 }

@@ -40,6 +40,8 @@ const (
 
 const (
 	certFile = "cert.pem"
+	// chainFile holds what is above the certificate, the root last.
+	chainFile = "chain.pem"
 	// Unfinished generations begin with a dot, which no kind does.
 	unfinished = ".new-"
 	maxPEM     = 64 << 10
@@ -51,6 +53,9 @@ type generation struct {
 	number int
 	signer crypto.Signer     // nil for an anchor
 	cert   *x509.Certificate // nil for jwt and log, and for policy until it is certified
+	// chain is what is above an intermediate that an upstream authority signed, the
+	// root last; empty where our own root did.
+	chain []*x509.Certificate
 }
 
 // madeKey is a key that was just made and is not put away yet: a private one, to
@@ -180,6 +185,10 @@ func (d *keyDir) load(what kind, number int) (*generation, error) {
 		return nil, err
 	}
 	gen.cert = cert
+	gen.chain, err = readCerts(filepath.Join(folder, chainFile))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("load %s: %w", chainFile, err)
+	}
 	return gen, nil
 }
 
@@ -291,19 +300,19 @@ func loadCert(path string, signer crypto.Signer) (*x509.Certificate, error) {
 
 // add puts a key away as the next generation of its kind; an anchor has none. When
 // it returns without error, the key survives a crash.
-func (d *keyDir) add(what kind, key madeKey, cert *x509.Certificate) (*generation, error) {
+func (d *keyDir) add(what kind, key madeKey, cert *x509.Certificate, chain ...*x509.Certificate) (*generation, error) {
 	number := 1
 	if numbers := d.numbers[what]; len(numbers) > 0 {
 		number = numbers[len(numbers)-1] + 1
 	}
-	if err := d.write(what, number, key, cert); err != nil {
+	if err := d.write(what, number, key, cert, chain); err != nil {
 		return nil, d.discard(key, fmt.Errorf("put %s generation %d away: %w", what, number, err))
 	}
 	d.numbers[what] = append(d.numbers[what], number)
-	return &generation{kind: what, number: number, signer: key.signer, cert: cert}, nil
+	return &generation{kind: what, number: number, signer: key.signer, cert: cert, chain: chain}, nil
 }
 
-func (d *keyDir) write(what kind, number int, key madeKey, cert *x509.Certificate) (err error) {
+func (d *keyDir) write(what kind, number int, key madeKey, cert *x509.Certificate, chain []*x509.Certificate) (err error) {
 	temp, err := os.MkdirTemp(d.path, unfinished) // mode 0700
 	if err != nil {
 		return err
@@ -320,6 +329,11 @@ func (d *keyDir) write(what kind, number int, key madeKey, cert *x509.Certificat
 	}
 	if cert != nil {
 		if err := writeSynced(filepath.Join(temp, certFile), encodeCert(cert)); err != nil {
+			return err
+		}
+	}
+	if len(chain) > 0 {
+		if err := writeSynced(filepath.Join(temp, chainFile), encodeCerts(chain)); err != nil {
 			return err
 		}
 	}
@@ -358,6 +372,13 @@ func (d *keyDir) sealKey(private crypto.PrivateKey, at seat) ([]byte, error) {
 
 func encodeCert(cert *x509.Certificate) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw})
+}
+
+func encodeCerts(certs []*x509.Certificate) (text []byte) {
+	for _, cert := range certs {
+		text = append(text, encodeCert(cert)...)
+	}
+	return text
 }
 
 // certify puts a certificate beside the key of gen, which had none. A crash leaves

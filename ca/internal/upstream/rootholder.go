@@ -28,6 +28,9 @@ func (k *Keys) SignIntermediate(key crypto.PublicKey, now time.Time) (*x509.Cert
 	if !k.HoldsRoot() {
 		return nil, ErrNoRootKey
 	}
+	if k.HasUpstream() {
+		return nil, errors.New("sign an intermediate: below an upstream authority there is one replica")
+	}
 	ec, ok := key.(*ecdsa.PublicKey)
 	if !ok || ec.Curve != elliptic.P256() {
 		return nil, errors.New("sign an intermediate: its key is not a P-256 key")

@@ -65,6 +65,8 @@ type Config struct {
 	RootTTL, IntermediateTTL time.Duration
 	// KEK is what the keys are sealed under. Zero: a file beside Dir.
 	KEK KEKSource
+	// Upstream signs our intermediates. Zero: our own root.
+	Upstream AuthorityConfig
 	// KMS makes and holds keys. Zero: they are sealed files.
 	KMS KMSConfig
 	// Logger says what was sealed; nil: nobody.
@@ -73,13 +75,14 @@ type Config struct {
 
 // Keys are the CA's authorities. They are safe for concurrent use.
 type Keys struct {
-	cfg    Config
-	keys   kmsapi.KeyManager
-	root   *generation // without a signer on a replica
-	jwt    *authority.JWTAuthority
-	policy *generation
-	log    *generation
-	name   string
+	cfg      Config
+	keys     kmsapi.KeyManager
+	external *external   // nil: our own root signs
+	root     *generation // without a signer on a replica
+	jwt      *authority.JWTAuthority
+	policy   *generation
+	log      *generation
+	name     string
 
 	x509 atomic.Pointer[authority.X509Authority]
 
@@ -100,6 +103,9 @@ func Open(ctx context.Context, cfg Config) (*Keys, error) {
 	}
 	if cfg.RootTTL == 0 {
 		cfg.RootTTL = DefaultRootTTL
+		if cfg.Upstream.Type != "" {
+			cfg.RootTTL = externalRootTTL // nobody verifies SVIDs with it
+		}
 	}
 	if cfg.IntermediateTTL == 0 {
 		cfg.IntermediateTTL = DefaultIntermediateTTL
@@ -128,6 +134,9 @@ func (k *Keys) open(ctx context.Context) error {
 	var err error
 	if k.keys, err = kms.New(ctx, kmsapi.Options{Type: kmsapi.SoftKMS}); err != nil {
 		return fmt.Errorf("start the software KMS: %w", err)
+	}
+	if k.external, err = openExternal(k.cfg.Upstream); err != nil {
+		return err
 	}
 	if k.dir, err = openKeyDir(ctx, k.cfg, k.keys); err != nil {
 		return err
@@ -279,9 +288,15 @@ func (k *Keys) checkJWTKey(key crypto.PublicKey) error {
 }
 
 func (k *Keys) openIntermediate(ctx context.Context, now time.Time) error {
+	if k.external != nil {
+		return k.openUpstream(ctx, now)
+	}
 	gen, err := k.dir.newest(kindIntermediate)
 	if err != nil {
 		return err
+	}
+	if gen != nil && len(gen.chain) > 0 {
+		return fmt.Errorf("%w: an upstream authority signed it, and none is configured", ErrOtherUpstream)
 	}
 	if gen != nil {
 		if err := gen.cert.CheckSignatureFrom(k.root.cert); err != nil {
@@ -294,8 +309,19 @@ func (k *Keys) openIntermediate(ctx context.Context, now time.Time) error {
 }
 
 func (k *Keys) authorityOf(gen *generation) *authority.X509Authority {
-	return &authority.X509Authority{Chain: []*x509.Certificate{gen.cert}, Root: k.root.cert, Signer: gen.signer}
+	chain, root := []*x509.Certificate{gen.cert}, k.root.cert
+	if n := len(gen.chain); n > 0 {
+		chain, root = append(chain, gen.chain[:n-1]...), gen.chain[n-1]
+	}
+	return &authority.X509Authority{Chain: chain, Root: root, Signer: gen.signer}
 }
+
+// Anchor is our own root, which vouches for policy keys. SVIDs are verified with
+// it too, unless an upstream authority signs our intermediates.
+func (k *Keys) Anchor() *x509.Certificate { return k.root.cert }
+
+// HasUpstream says whether somebody else signs our intermediates.
+func (k *Keys) HasUpstream() bool { return k.external != nil }
 
 // X509 is the current issuing authority. Hold on to the answer for one issuance,
 // not longer: a renewed intermediate takes its place.
@@ -323,7 +349,7 @@ func (k *Keys) PolicyCertificate() []byte { return bytes.Clone(k.policy.cert.Raw
 // a fresh copy without a sequence number, which ca/internal/trust adds.
 func (k *Keys) TrustBundle() (*spiffebundle.Bundle, error) {
 	bundle := spiffebundle.New(k.cfg.TrustDomain)
-	bundle.AddX509Authority(k.root.cert)
+	bundle.AddX509Authority(k.X509().Root)
 	if err := bundle.AddJWTAuthority(k.jwt.KeyID, k.jwt.Signer.Public()); err != nil {
 		return nil, fmt.Errorf("assemble the trust bundle: %w", err)
 	}
@@ -341,6 +367,12 @@ func (k *Keys) RenewIntermediate(ctx context.Context, now time.Time) (renewed bo
 	}
 	if current := k.x509.Load(); current != nil && !pastHalf(current.Chain[0], now) {
 		return false, nil
+	}
+	if k.external != nil {
+		if err := k.renewFromUpstream(ctx, now); err != nil {
+			return false, fmt.Errorf("renew the intermediate: %w", err)
+		}
+		return true, nil
 	}
 	if !k.HoldsRoot() {
 		if err := k.recertify(ctx, now); err != nil {
