@@ -3,6 +3,8 @@
 package ca_test
 
 import (
+	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -119,12 +121,20 @@ func TestAuditNamesTheRole(t *testing.T) {
 	if _, err := createWithRole(t, operator.admin, "mine", 0, ""); err != nil {
 		t.Fatal(err)
 	}
+	if err := revokeID(t, c, "spiffe://shop.test/gone"); err != nil { // on the socket: break-glass leaves its trace too
+		t.Fatal(err)
+	}
 	records := c.auditRecords()
+	own := records[len(records)-1]
+	records = records[:len(records)-1]
 	refused, made := records[len(records)-2], records[len(records)-1]
 	if refused["type"] != "refuse" || refused["actor"] != viewer.id || refused["role"] != "viewer" || refused["detail"] != capb.Admin_CreateEntry_FullMethodName {
 		t.Errorf("refusal = %v; want the viewer's", refused)
 	}
 	if made["type"] != "admin" || made["actor"] != operator.id || made["role"] != "operator" || made["spiffe_id"] != "spiffe://shop.test/mine" {
 		t.Errorf("act = %v; want the operator's", made)
+	}
+	if own["type"] != "admin" || own["actor"] != fmt.Sprintf("uid:%d", os.Geteuid()) || own["role"] != "operator" {
+		t.Errorf("act on the socket = %v; want that of the own uid as an operator", own)
 	}
 }

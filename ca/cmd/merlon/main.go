@@ -67,7 +67,8 @@ func rootCommand() *cobra.Command {
 		Short: "Give every process a short-lived identity and refuse every call that no policy allows",
 		Long: `Merlon gives every process a short-lived identity and refuses every call that
 no policy allows. This command speaks to a running CA or agent over its admin
-socket (--admin or MERLON_ADMIN); "merlon dev" starts both in one process.`,
+socket (--admin or MERLON_ADMIN), or to a CA over the network (--ca) with an
+SVID or an OIDC token; "merlon dev" starts both in one process.`,
 		Example: `  merlon dev
   merlon entry create --spiffe-id spiffe://dev.local/web --selector unix:path:/usr/bin/web
   merlon policy push ./policy`,
@@ -169,7 +170,7 @@ func describe(err error) (code int, message, hint string) {
 	}
 	switch st.Code() {
 	case codes.PermissionDenied, codes.Unauthenticated:
-		return exitDenied, st.Message(), "use the admin socket as root or as the service's user, or an admin SVID with --ca"
+		return exitDenied, st.Message(), "use the admin socket as root or as the service's user, or with --ca an SVID or a token that has the role"
 	default:
 		return exitFailure, st.Message(), ""
 	}

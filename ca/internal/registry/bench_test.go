@@ -19,6 +19,7 @@ import (
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/replica"
+	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
 )
@@ -122,6 +123,25 @@ func BenchmarkRead(b *testing.B) {
 		for b.Loop() {
 			if page, _ := r.Entries(f, "", 1000); len(page) != large/agents {
 				b.Fatalf("%d entries", len(page))
+			}
+		}
+	})
+	b.Run("page of a registrar", func(b *testing.B) { // looks at every entry
+		team := role.Role{Name: role.Registrar, Prefix: "/ns/team-7"}
+		f := Filter{Only: func(e *entry.Entry) bool { return team.Covers(e.SPIFFEID.Path()) }}
+		b.ReportAllocs()
+		for b.Loop() {
+			if page, _ := r.Entries(f, "", 1000); len(page) != large/1000 {
+				b.Fatalf("%d entries", len(page))
+			}
+		}
+	})
+	b.Run("role", func(b *testing.B) { // of most: none
+		id := spiffeid.RequireFromPath(td, "/ns/team-7/sa/service-7")
+		b.ReportAllocs()
+		for b.Loop() {
+			if r.Role(id, noon) != (role.Role{}) {
+				b.Fatal("a role")
 			}
 		}
 	})
