@@ -194,6 +194,15 @@ func TestReusedKeysAreRefusedAndNothingIsIssued(t *testing.T) {
 		t.Fatal(err)
 	}
 	all := c.issuances()
+	c.stop()
+	again := startCA(t, c.dir) // it reads the log
+	after := again.client(a.key, a.chain)
+	if r := sign(after, orders, csr); codes.Code(r.GetCode()) != codes.InvalidArgument || !refusedCSR(r.GetMessage(), "another SPIFFE ID") {
+		t.Errorf("after a restart: code %s, message %q; want a refusal of the csr", codes.Code(r.GetCode()), r.GetMessage())
+	}
+	if r := sign(after, web, csr); r.GetCode() != 0 {
+		t.Errorf("after a restart the owner of the key is refused: %s", r.GetMessage())
+	}
 	if got, want := all[len(all)-1]["key_id"], hex.EncodeToString(leaf.SubjectKeyId); got != want {
 		t.Errorf("the record names the key %v; want %s", got, want)
 	}

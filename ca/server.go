@@ -234,6 +234,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 		options.Root = p.keys
 	}
 	p.service = api.New(options)
+	p.service.RememberKeys(ctx, time.Now())
 	p.own = &ownSVID{
 		td: s.td, dnsNames: s.cfg.DNSNames, keys: p.keys, registry: p.registry, audit: p.audit, standing: p.service.Standing,
 	}

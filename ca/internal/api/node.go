@@ -4,7 +4,6 @@ package api
 
 import (
 	"context"
-	"crypto"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -157,16 +156,6 @@ func (s *Service) signAgent(ctx context.Context, ca *authority.X509Authority, ag
 	}
 	s.metrics.issued.WithLabelValues("agent", "ok").Inc()
 	return leaf, nil
-}
-
-// claim makes key one of id on agent's node until an SVID of this life ends, and
-// names it for the record. Another's is refused.
-func (s *Service) claim(key crypto.PublicKey, id spiffeid.ID, agent *attest.Agent, ttl time.Duration, now time.Time) (string, error) {
-	keyID, err := authority.IdentifyKey(key)
-	if err != nil {
-		return "", err
-	}
-	return keyID.String(), s.keys.Claim(keyID, authority.KeyOwner{ID: id, Agent: agent.Handle}, now.Add(ttl), now)
 }
 
 // grounds is the picture that an issuance for the calling agent rests on. The

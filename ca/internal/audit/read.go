@@ -46,6 +46,25 @@ func Lines(path string, first uint64) iter.Seq2[Line, error] {
 	}
 }
 
+// Recent reads the last n records, or all if there are not so many.
+func (l *Log) Recent(n uint64) iter.Seq2[Line, error] {
+	return func(yield func(Line, error) bool) {
+		first, err := Begin(l.path)
+		if err != nil {
+			yield(Line{}, err)
+			return
+		}
+		if size := uint64(l.tree.Size()); size > n {
+			first = max(first, size-n+1)
+		}
+		for line, err := range Lines(l.path, first) {
+			if !yield(line, err) {
+				return
+			}
+		}
+	}
+}
+
 // Begin is the first record that the log at path still has, 0 if it has none.
 func Begin(path string) (uint64, error) {
 	segments, err := rotated(path)

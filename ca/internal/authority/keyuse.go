@@ -5,9 +5,9 @@
 // for it has ended.
 //
 // This is remembered in memory, so that an issuance writes nothing to the store,
-// and therefore by each CA for what it signed itself since its start. The audit
-// records name the key, so that what two replicas cannot see shows when their logs
-// are laid side by side.
+// and therefore by each CA for what it signed itself. The audit records name the
+// key: a start reads the latest of them, and what two replicas cannot see shows
+// when their logs are laid side by side.
 
 package authority
 
