@@ -1,0 +1,150 @@
+// What a step waits for: agents that have not acknowledged, those who never
+// acknowledge and poll by the refresh hint, and SVIDs that are still alive.
+
+package rotation
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
+
+// hints is how many refresh hints pass for those who never acknowledge
+// (SPIFFE Trust Domain and Bundle §4.1 advises three to five).
+const hints = 3
+
+// View is what the steps are judged by, beside the authorities.
+type View struct {
+	Agents  []Agent
+	Issuers []Issuer
+}
+
+// Agent is one agent as it counts for rotation.
+type Agent struct {
+	Name string
+	// Sequence is that of the trust bundle that it has acknowledged last: written
+	// to all its open streams, and nothing under a tainted authority is served.
+	Sequence uint64
+	// Until is when the last SVID issued through it has expired.
+	Until time.Time
+	// Banned: everything issued through it is revoked.
+	Banned bool
+}
+
+func (a Agent) counts(now time.Time) bool { return !a.Banned && now.Before(a.Until) }
+
+// Issuer is an intermediate of a replica.
+type Issuer struct {
+	Replica  string
+	ID       string
+	Root     string // ID of its root
+	NotAfter time.Time
+	Current  bool // the replica signs with it
+}
+
+// Policy is what the configuration says about rotation.
+type Policy struct {
+	// RefreshHint is how often those who poll the trust bundle do.
+	RefreshHint time.Duration
+	// MaxJWTTTL is the longest life of a JWT-SVID.
+	MaxJWTTTL time.Duration
+	// Keep is how long a revoked authority stays on the list.
+	Keep time.Duration
+}
+
+// Wait is what a step waits for; the zero value is nothing.
+type Wait struct {
+	// Agents count, and have not acknowledged; Replicas issue under the authority
+	// still. Both in order.
+	Agents, Replicas []string
+	// Until is when those who poll have polled, or the last SVID has expired.
+	Until time.Time
+}
+
+// Over says whether the wait has ended at now.
+func (w Wait) Over(now time.Time) bool {
+	return len(w.Agents) == 0 && len(w.Replicas) == 0 && !now.Before(w.Until)
+}
+
+// maxNamed bounds how many are named in one sentence.
+const maxNamed = 5
+
+// String says what is waited for.
+func (w Wait) String() string {
+	var parts []string
+	if len(w.Agents) > 0 {
+		parts = append(parts, fmt.Sprintf("%d agents have not acknowledged: %s", len(w.Agents), named(w.Agents)))
+	}
+	if len(w.Replicas) > 0 {
+		parts = append(parts, "these replicas sign under it: "+named(w.Replicas))
+	}
+	if !w.Until.IsZero() {
+		parts = append(parts, "not before "+w.Until.UTC().Format(time.RFC3339))
+	}
+	return strings.Join(parts, "; ")
+}
+
+func named(names []string) string {
+	if len(names) <= maxNamed {
+		return strings.Join(names, ", ")
+	}
+	return strings.Join(names[:maxNamed], ", ") + ", …"
+}
+
+// activation is what stands between a and signing.
+func (s Set) activation(a *Authority, v View, p Policy, now time.Time) Wait {
+	return Wait{Agents: v.missing(a.Sequence, now), Until: a.Since[Published].Add(hints * p.RefreshHint)}
+}
+
+// revocation is what stands between a and the end: whoever has an SVID under it
+// must have another by then.
+func (s Set) revocation(a *Authority, v View, p Policy, now time.Time) Wait {
+	end := v.lastUse(a, p)
+	switch a.State {
+	case Old:
+		return Wait{Replicas: v.signing(a), Until: end}
+	case Tainted:
+		if signing := v.signing(a); len(signing) > 0 || now.Before(end) {
+			return Wait{Agents: v.missing(a.Sequence, now), Replicas: signing, Until: a.Since[Tainted].Add(hints * p.RefreshHint)}
+		}
+	}
+	return Wait{} // it has signed nothing, or nothing that lives
+}
+
+// missing are the agents that count and have not acknowledged sequence.
+func (v View) missing(sequence uint64, now time.Time) (names []string) {
+	for _, a := range v.Agents {
+		if a.counts(now) && a.Sequence < sequence {
+			names = append(names, a.Name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// signing are the replicas whose current intermediate is under a.
+func (v View) signing(a *Authority) (names []string) {
+	for _, i := range v.Issuers {
+		if a.Kind == Root && i.Current && i.Root == a.ID {
+			names = append(names, i.Replica)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// lastUse is when the last SVID under a has expired at the latest: none
+// outlives its intermediate.
+func (v View) lastUse(a *Authority, p Policy) time.Time {
+	end := a.Since[Old]
+	if a.Kind == JWT {
+		return end.Add(p.MaxJWTTTL)
+	}
+	for _, i := range v.Issuers {
+		if i.Root == a.ID && i.NotAfter.After(end) {
+			end = i.NotAfter
+		}
+	}
+	return end
+}

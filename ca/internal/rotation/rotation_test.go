@@ -1,0 +1,437 @@
+package rotation
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+var start = time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
+
+var policy = Policy{RefreshHint: 5 * time.Minute, MaxJWTTTL: time.Hour, Keep: 24 * time.Hour}
+
+func newRoot(id string, from time.Time) Authority {
+	return Authority{ID: id, Kind: Root, Replica: "ca", Certificate: []byte(id), NotBefore: from, NotAfter: from.Add(30 * 24 * time.Hour)}
+}
+
+func newJWT(id, replica string, from time.Time) Authority {
+	return Authority{ID: id, Kind: JWT, Replica: replica, PublicKey: []byte(id), NotBefore: from, NotAfter: from.Add(30 * 24 * time.Hour)}
+}
+
+// begin returns a set with an active root "a" and an active JWT key "j".
+func begin(t testing.TB) Set {
+	t.Helper()
+	s, err := Set{}.Enrolled(newRoot("a", start), start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s, err = s.Enrolled(newJWT("j", "ca", start), start); err != nil {
+		t.Fatal(err)
+	}
+	return s.Stamped(1)
+}
+
+func step(t testing.TB, s Set, c Command, v View, now time.Time) Set {
+	t.Helper()
+	next, err := Step(s, c, v, policy, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return next
+}
+
+func TestActivationWaitsForEveryCountingAgentAndThreeHints(t *testing.T) {
+	b := newRoot("b", start)
+	published := step(t, begin(t), Command{Verb: Prepare, New: &b}, View{}, start)
+	published = step(t, published, Command{Verb: Publish, ID: "b"}, View{}, start).Stamped(2)
+	enough := start.Add(15 * time.Minute)
+	later := enough.Add(time.Hour)
+	for name, test := range map[string]struct {
+		agents []Agent
+		now    time.Time
+		force  bool
+		want   string // in the refusal; empty: it is activated
+	}{
+		"nobody":                    {now: enough},
+		"too early":                 {now: enough.Add(-time.Second), want: "not before 2026-11-25T12:15:00Z"},
+		"all acknowledged":          {agents: []Agent{{Name: "n1", Sequence: 2, Until: later}}, now: enough},
+		"one is behind":             {agents: []Agent{{Name: "n1", Sequence: 2, Until: later}, {Name: "n2", Sequence: 1, Until: later}}, now: enough, want: "1 agents have not acknowledged: n2"},
+		"its last SVID has expired": {agents: []Agent{{Name: "n2", Sequence: 1, Until: enough}}, now: enough},
+		"it is banned":              {agents: []Agent{{Name: "n2", Sequence: 1, Until: later, Banned: true}}, now: enough},
+		"forced":                    {agents: []Agent{{Name: "n2", Sequence: 1, Until: later}}, now: start, force: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			next, err := Step(published, Command{Verb: Activate, ID: "b", Force: test.force}, View{Agents: test.agents}, policy, test.now)
+			if test.want == "" {
+				if err != nil || next.Root().ID != "b" {
+					t.Fatalf("activate: %v", err)
+				}
+				if a, _ := next.Get("a"); a.State != Old {
+					t.Errorf("the root before is %s; want old", a.State)
+				}
+				return
+			}
+			refusal, ok := errors.AsType[*RefusedError](err)
+			if !ok || !strings.Contains(refusal.Reason, test.want) {
+				t.Errorf("activate: %v; want a refusal with %q", err, test.want)
+			}
+			if !next.Equal(published) {
+				t.Error("a refusal changed the set")
+			}
+		})
+	}
+}
+
+func TestRevocationWaitsForWhatIsAlive(t *testing.T) {
+	b := newRoot("b", start)
+	s := step(t, begin(t), Command{Verb: Prepare, New: &b}, View{}, start)
+	s = step(t, s, Command{Verb: Publish, ID: "b"}, View{}, start).Stamped(2)
+	old := step(t, s, Command{Verb: Activate, ID: "b", Force: true}, View{}, start)
+	tainted := step(t, old, Command{Verb: Taint, ID: "a"}, View{}, start).Stamped(3)
+	end := start.Add(24 * time.Hour)
+	issuers := []Issuer{{Replica: "ca", ID: "i1", Root: "a", NotAfter: end}, {Replica: "ca", ID: "i2", Root: "b", NotAfter: end, Current: true}}
+	lagging := append(slices.Clone(issuers), Issuer{Replica: "ca-2", ID: "i3", Root: "a", NotAfter: end, Current: true})
+	behind := []Agent{{Name: "n1", Sequence: 2, Until: end.Add(time.Hour)}}
+	clean := []Agent{{Name: "n1", Sequence: 3, Until: end.Add(time.Hour)}}
+	for name, test := range map[string]struct {
+		set   Set
+		view  View
+		now   time.Time
+		force bool
+		want  string
+	}{
+		"old, with living SVIDs":        {set: old, view: View{Issuers: issuers}, now: end.Add(-time.Second), want: "taint it"},
+		"old, everything has expired":   {set: old, view: View{Issuers: issuers}, now: end},
+		"old, and a replica signs":      {set: old, view: View{Issuers: lagging}, now: end, want: "ca-2"},
+		"tainted, hints not over":       {set: tainted, view: View{Agents: clean, Issuers: issuers}, now: start.Add(14 * time.Minute), want: "not before"},
+		"tainted, an agent is behind":   {set: tainted, view: View{Agents: behind, Issuers: issuers}, now: start.Add(time.Hour), want: "n1"},
+		"tainted, a replica signs":      {set: tainted, view: View{Agents: clean, Issuers: lagging}, now: start.Add(time.Hour), want: "ca-2"},
+		"tainted, all is replaced":      {set: tainted, view: View{Agents: clean, Issuers: issuers}, now: start.Add(time.Hour)},
+		"tainted, and expired anyway":   {set: tainted, view: View{Agents: behind, Issuers: issuers}, now: end},
+		"tainted, forced":               {set: tainted, view: View{Agents: behind, Issuers: lagging}, now: start, force: true},
+		"published, nothing signed yet": {set: s, view: View{Agents: behind, Issuers: issuers}, now: start},
+	} {
+		t.Run(name, func(t *testing.T) {
+			id := "a"
+			if strings.HasPrefix(name, "published") {
+				id = "b"
+			}
+			next, err := Step(test.set, Command{Verb: Revoke, ID: id, Force: test.force}, test.view, policy, test.now)
+			if test.want != "" {
+				if err == nil || !strings.Contains(err.Error(), test.want) {
+					t.Errorf("revoke: %v; want %q in it", err, test.want)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if a, _ := next.Get(id); a.State != Revoked {
+				t.Errorf("it is %s; want revoked", a.State)
+			}
+		})
+	}
+}
+
+func TestWhatSignsStays(t *testing.T) {
+	for _, id := range []string{"a", "j"} {
+		for _, verb := range []Verb{Taint, Revoke, Forget, Publish, Activate} {
+			for _, force := range []bool{false, true} {
+				if _, err := Step(begin(t), Command{Verb: verb, ID: id, Force: force}, View{}, policy, start.Add(time.Hour)); err == nil {
+					t.Errorf("%s %s, force %t: no error; it is the one that signs", verb, id, force)
+				}
+			}
+		}
+	}
+	if _, err := Step(begin(t), Command{Verb: Taint, ID: "x"}, View{}, policy, start); !errors.Is(err, ErrUnknown) {
+		t.Errorf("taint of nothing: %v", err)
+	}
+}
+
+func TestPreparedTwiceIsRefused(t *testing.T) {
+	again := newRoot("a", start)
+	if _, err := Step(begin(t), Command{Verb: Prepare, New: &again}, View{}, policy, start); err == nil {
+		t.Error("an authority was prepared that is there")
+	}
+	ended := newRoot("b", start)
+	if _, err := Step(begin(t), Command{Verb: Prepare, New: &ended}, View{}, policy, ended.NotAfter); err == nil {
+		t.Error("an authority was prepared whose life is over")
+	}
+}
+
+func TestEvictedReplicaKeepsNoKey(t *testing.T) {
+	s, err := begin(t).Enrolled(newJWT("j2", "ca-2", start), start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s = s.Evicted("ca-2", start)
+	if a, _ := s.Get("j2"); a.State != Revoked || s.JWT("ca-2") != nil {
+		t.Errorf("the key of the evicted replica is %s", a.State)
+	}
+	if s.JWT("ca") == nil || s.Root() == nil {
+		t.Error("the other authorities went too")
+	}
+}
+
+// world is who rests on the authorities: agents with the trust bundle that they
+// have, and SVIDs under the root that signed them.
+type world struct {
+	t        *rapid.T
+	set      Set
+	now      time.Time
+	sequence uint64
+	bundles  map[uint64][]string // sequence → IDs in it
+	agents   []Agent
+	issuers  []Issuer
+	made     int
+}
+
+func (w *world) view() View { return View{Agents: w.agents, Issuers: w.issuers} }
+
+// take does c and publishes what it makes of the trust bundle, as the store
+// does in one transaction.
+func (w *world) take(c Command) {
+	if c.Verb == Prepare && c.New == nil {
+		w.made++
+		a := newJWT(fmt.Sprintf("j%d", w.made), "ca", w.now)
+		if c.Kind == Root {
+			a = newRoot(fmt.Sprintf("r%d", w.made), w.now)
+		}
+		c.New = &a
+	}
+	before := w.set
+	next, err := Step(w.set, c, w.view(), policy, w.now)
+	if err != nil {
+		if !next.Equal(before) {
+			w.t.Fatalf("%v: refused with %v, and changed", c, err)
+		}
+		return
+	}
+	if trusted(next) != trusted(before) {
+		w.sequence++
+	}
+	w.set = next.Stamped(w.sequence)
+	w.bundles[w.sequence] = ids(next)
+	root := before.Root()
+	if now := w.set.Root(); now != nil && (root == nil || root.ID != now.ID) {
+		for i := range w.issuers {
+			w.issuers[i].Current = false
+		}
+		w.issue()
+	}
+	w.check(c, before)
+}
+
+// issue makes the intermediate that the replica signs with from now on.
+func (w *world) issue() {
+	for i := range w.issuers {
+		w.issuers[i].Current = false
+	}
+	w.issuers = append(w.issuers, Issuer{
+		Replica: "ca", ID: fmt.Sprint(len(w.issuers)), Root: w.set.Root().ID, NotAfter: w.now.Add(24 * time.Hour), Current: true,
+	})
+}
+
+func ids(s Set) (in []string) {
+	for _, a := range s.All() {
+		if a.State.Trusted() {
+			in = append(in, a.ID)
+		}
+	}
+	return in
+}
+
+func trusted(s Set) string { return fmt.Sprint(ids(s), s.TaintedIDs()) }
+
+// check holds after every step.
+func (w *world) check(c Command, before Set) {
+	root, jwt := w.set.Root(), w.set.JWT("ca")
+	if root == nil || jwt == nil {
+		w.t.Fatalf("%v left nothing that signs", c)
+	}
+	if err := w.set.check(); err != nil {
+		w.t.Fatal(err)
+	}
+	if c.Force {
+		return
+	}
+	// What signs is in the trust bundle of every agent that counts.
+	for _, a := range w.agents {
+		if !a.counts(w.now) {
+			continue
+		}
+		for _, signs := range []*Authority{root, jwt} {
+			if was, ok := before.Get(signs.ID); ok && was.State == Active {
+				continue // since an earlier step
+			}
+			if !slices.Contains(w.bundles[a.Sequence], signs.ID) {
+				w.t.Fatalf("%v: %s signs, and %s has trust bundle %d: %v", c, signs.ID, a.Name, a.Sequence, w.bundles[a.Sequence])
+			}
+		}
+	}
+	// What goes has nothing living: no replica signs under it, and whoever counts
+	// has replaced what it signed, or it has expired.
+	if c.Verb != Revoke {
+		return
+	}
+	was, _ := before.Get(c.ID)
+	for _, i := range w.issuers {
+		if i.Root != c.ID || !w.now.Before(i.NotAfter) {
+			continue
+		}
+		if i.Current || was.State == Old {
+			w.t.Fatalf("%v: intermediate %s under it lives until %s", c, i.ID, i.NotAfter)
+		}
+		for _, a := range w.agents {
+			if a.counts(w.now) && a.Sequence < was.Sequence {
+				w.t.Fatalf("%v: %s has not replaced what it signed", c, a.Name)
+			}
+		}
+	}
+}
+
+// Never a moment without a valid signing key; without force never an SVID under
+// a key that a counting agent does not have, and nothing is withdrawn that
+// somebody needs.
+func TestRotationLaws(t *testing.T) {
+	first := begin(t)
+	rapid.Check(t, func(t *rapid.T) {
+		w := &world{t: t, set: first, now: start, sequence: 1, bundles: map[uint64][]string{1: {"a", "j"}}}
+		w.issue()
+		for i := range rapid.IntRange(0, 3).Draw(t, "agents") {
+			w.agents = append(w.agents, Agent{Name: fmt.Sprint("n", i), Sequence: 1, Until: start.Add(time.Hour)})
+		}
+		forces := rapid.Bool().Draw(t, "with force")
+		t.Repeat(map[string]func(*rapid.T){
+			"time": func(t *rapid.T) {
+				w.now = w.now.Add(time.Duration(rapid.IntRange(1, 180).Draw(t, "minutes")) * time.Minute)
+			},
+			"renewal of the intermediate": func(*rapid.T) { w.issue() },
+			"acknowledgement": func(t *rapid.T) {
+				if len(w.agents) == 0 {
+					t.Skip("nobody")
+				}
+				a := &w.agents[rapid.IntRange(0, len(w.agents)-1).Draw(t, "agent")]
+				a.Sequence = uint64(rapid.IntRange(int(a.Sequence), int(w.sequence)).Draw(t, "sequence"))
+				a.Until = w.now.Add(time.Hour)
+			},
+			"ban": func(t *rapid.T) {
+				if len(w.agents) == 0 {
+					t.Skip("nobody")
+				}
+				w.agents[rapid.IntRange(0, len(w.agents)-1).Draw(t, "agent")].Banned = true
+			},
+			"command": func(t *rapid.T) {
+				c := Command{Verb: rapid.SampledFrom([]Verb{Prepare, Publish, Activate, Taint, Revoke, Forget}).Draw(t, "verb")}
+				c.Kind = rapid.SampledFrom([]Kind{Root, JWT}).Draw(t, "kind")
+				c.Force = forces && rapid.Bool().Draw(t, "force")
+				all := w.set.All()
+				c.ID = all[rapid.IntRange(0, len(all)-1).Draw(t, "which")].ID
+				w.take(c)
+			},
+			"what is due": func(t *rapid.T) {
+				for _, c := range Due(w.set, "ca", true, w.view(), policy, w.now) {
+					w.take(c)
+				}
+			},
+		})
+	})
+}
+
+// Left alone, with agents that acknowledge, roots and keys follow each other,
+// and none ends while it signs.
+func TestLeftAloneItRotates(t *testing.T) {
+	first := begin(t)
+	rapid.Check(t, func(rt *rapid.T) {
+		w := &world{t: rt, set: first, now: start, sequence: 1, bundles: map[uint64][]string{1: {"a", "j"}}}
+		w.issue()
+		w.agents = []Agent{{Name: "n1", Sequence: 1, Until: start.Add(time.Hour)}}
+		pause := time.Duration(rapid.IntRange(1, 12).Draw(rt, "hours")) * time.Hour
+		for w.now.Before(start.Add(100 * 24 * time.Hour)) {
+			w.now = w.now.Add(pause)
+			w.agents[0].Sequence, w.agents[0].Until = w.sequence, w.now.Add(time.Hour)
+			w.issue()
+			w.issuers = slices.DeleteFunc(w.issuers, func(i Issuer) bool { return !w.now.Before(i.NotAfter) })
+			for _, c := range Due(w.set, "ca", true, w.view(), policy, w.now) {
+				w.take(c)
+			}
+			if w.set.Root().ends(w.now) || w.set.JWT("ca").ends(w.now) {
+				rt.Fatal("what signs has ended")
+			}
+		}
+		if n := len(w.set.All()); w.made < 8 || n > 8 {
+			rt.Fatalf("after 100 days of authorities that live 30, %d were made and %d are left", w.made, n)
+		}
+	})
+}
+
+func TestPreparedByHandWaitsForItsTime(t *testing.T) {
+	b := newRoot("b", start)
+	s := step(t, begin(t), Command{Verb: Prepare, New: &b}, View{}, start)
+	due := Due(s, "ca", true, View{}, policy, start)
+	if len(due) != 1 || due[0].Verb != Publish {
+		t.Fatalf("due = %v; want it to be published", due)
+	}
+	s = step(t, s, due[0], View{}, start).Stamped(2)
+	if due := Due(s, "ca", true, View{}, policy, start.Add(24*time.Hour)); len(due) != 0 {
+		t.Errorf("due = %v; the root that signs is not old enough", due)
+	}
+	pending := Waiting(s, View{}, policy, start)
+	if len(pending) != 1 || pending[0].Next != Activate || !pending[0].Wait.Until.Equal(start.Add(15*time.Minute)) {
+		t.Errorf("pending = %+v", pending)
+	}
+	if due := Due(s, "ca-2", false, View{}, policy, start); len(due) != 1 || due[0].Verb != Prepare || due[0].Kind != JWT {
+		t.Errorf("due of a replica without keys = %v; want a JWT key", due)
+	}
+}
+
+func TestEncodeDecode(t *testing.T) {
+	s := begin(t)
+	b, err := s.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := Decode(b)
+	if err != nil || !got.Equal(s) {
+		t.Errorf("Decode(Encode) = %v, %v", got, err)
+	}
+	for name, text := range map[string]string{
+		"no JSON":          `{`,
+		"another version":  `{"v":2}`,
+		"twice":            strings.Replace(string(b), `"id":"j"`, `"id":"a"`, 1),
+		"two sign":         strings.Replace(strings.Replace(string(b), `"kind":"jwt"`, `"kind":"x509-root"`, 1), `"public_key"`, `"certificate"`, 1),
+		"an unknown state": strings.Replace(string(b), `"state":"active"`, `"state":"resting"`, 1),
+		"an unknown kind":  strings.Replace(string(b), `"kind":"jwt"`, `"kind":"pgp"`, 1),
+		"no public part":   strings.Replace(string(b), `"public_key"`, `"publicKey"`, 1),
+	} {
+		if _, err := Decode([]byte(text)); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	b, err := begin(f).Encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		s, err := Decode(b)
+		if err != nil {
+			return
+		}
+		again, err := s.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Decode(again); err != nil {
+			t.Fatalf("what was read is not read again: %v", err)
+		}
+	})
+}
