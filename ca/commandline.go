@@ -68,6 +68,10 @@ var usage = map[string]string{ //nolint:gosec // says what settings are; holds n
 	"jwt_algorithm":          "ES256 or RS256: what JWT keys made from now on sign with (default ES256)",
 	"jwt_max_audiences":      "how many audiences one JWT-SVID may have (default 1)",
 	"agent_svid_ttl":         "life of the agents' X509-SVIDs (default 1h)",
+	"root_ttl":               "life of a root (default 8760h)",
+	"intermediate_ttl":       "life of an intermediate (default 24h)",
+	"jwt_key_ttl":            "life of a key that signs JWT-SVIDs (default 720h)",
+	"trust_refresh_hint":     "how often those who poll the trust bundle should; a new key signs after three (default 5m)",
 	"development":            "mark the root as a development root",
 	"log_level":              "debug, info, warn or error (default info)",
 	"log_format":             "text or json (default text)",
@@ -88,6 +92,7 @@ func ParseCommandLine(args []string, getenv func(string) string, out io.Writer) 
 	file := set.String("config", "", "YAML file with the settings")
 	set.BoolVar(&cl.ValidateOnly, "validate", false, "look at the settings and leave")
 	older := set.Uint64("accept-older-store", 0, "`revision` of a store that is known to have lost its latest writes, such as one from a backup: open it all the same")
+	newRoot := set.Bool("new-root", false, "begin with a new root where the old one has ended: every agent needs a new join token")
 	given := make(map[string]string)
 	for _, key := range Keys() {
 		if key == "join_token" {
@@ -115,7 +120,7 @@ func ParseCommandLine(args []string, getenv func(string) string, out io.Writer) 
 	if err := cl.load(*file, getenv, given); err != nil {
 		return nil, err
 	}
-	cl.Config.AcceptOlderStore = *older
+	cl.Config.AcceptOlderStore, cl.Config.NewRoot = *older, *newRoot
 	return &cl, cl.Config.Validate()
 }
 
@@ -196,6 +201,7 @@ func partHint(err error) string {
 		{upstream.ErrOtherUpstream, "set upstream and upstream_root_file as they were; a CA under another root begins with a new data_dir"},
 		{upstream.ErrKMSNotBuilt, "build merlon-ca as the message says, from the source of the same version"},
 		{upstream.ErrKeysInUse, "stop the merlon-ca that runs on this data_dir"},
+		{upstream.ErrRootEnded, "nobody trusts anything under it any more: on the CA with the root key, start once with -new-root, then give every agent and replica a new token and root_hash (merlon token create)"},
 		{errEvicted, rejoin},
 		{trust.ErrOtherRoot, "a store is of no use without its keys: put the keys folder of the CA that it is from into data_dir; replicas share one store, at the same etcd_endpoints and etcd_prefix"},
 		{errNoJoinToken, "run `" + create + "` on the CA that holds the root key, then set join_token_file and root_hash"},

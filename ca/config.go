@@ -19,6 +19,7 @@ import (
 
 	"merlon.dev/ca/internal/authority"
 	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/trust"
 	"merlon.dev/ca/internal/upstream"
 	"merlon.dev/policy/strictyaml"
 	"merlon.dev/sdk/unixsock"
@@ -37,6 +38,7 @@ const (
 	DefaultAgentSVIDTTL  = time.Hour
 	// DefaultJWTMaxAudiences is what the standard advises.
 	DefaultJWTMaxAudiences = 1
+	DefaultJWTKeyTTL       = 30 * 24 * time.Hour
 	// DefaultDiskReserveMiB is in MiB.
 	DefaultDiskReserveMiB = 256
 	DefaultIssuanceLog    = "strict"
@@ -219,6 +221,18 @@ type Config struct {
 	// Default: 1h; at most 24h.
 	AgentSVIDTTL time.Duration `yaml:"agent_svid_ttl"`
 
+	// RootTTL is how long a root lives, IntermediateTTL an intermediate, and
+	// JWTKeyTTL a key that signs JWT-SVIDs. Each is replaced by itself at half of
+	// it. Defaults: 8760h, 24h, 720h.
+	RootTTL         time.Duration `yaml:"root_ttl"`
+	IntermediateTTL time.Duration `yaml:"intermediate_ttl"`
+	JWTKeyTTL       time.Duration `yaml:"jwt_key_ttl"`
+
+	// TrustRefreshHint is how often those who poll the trust bundle are told to.
+	// A new key signs three of them after it was published. The same on all
+	// replicas. Default: 5m; at most 1h.
+	TrustRefreshHint time.Duration `yaml:"trust_refresh_hint"`
+
 	// Development marks the root as one that nobody should trust.
 	Development bool `yaml:"development"`
 
@@ -232,6 +246,10 @@ type Config struct {
 	// latest writes, such as one from a backup: the CA opens it as it is and
 	// goes on in the next epoch. 0: such a store is refused.
 	AcceptOlderStore uint64 `yaml:"-"`
+
+	// NewRoot lets the CA begin with a new root where the old one has ended, and
+	// with it everything. Otherwise such a CA does not start.
+	NewRoot bool `yaml:"-"`
 
 	// Logger takes the log; nil discards it. merlon-ca makes it by LogLevel and
 	// LogFormat, as NewLogger does.
@@ -270,7 +288,8 @@ func Keys() []string {
 		"upstream", "upstream_root_file", "upstream_address", "upstream_cert_file", "upstream_key_file",
 		"upstream_provisioner", "upstream_password_file", "upstream_config_file",
 		"address", "https_address", "health_address", "admin_socket", "admin_uids", "dns_names",
-		"x509_svid_ttl", "jwt_svid_ttl", "jwt_algorithm", "jwt_max_audiences", "agent_svid_ttl", "development",
+		"x509_svid_ttl", "jwt_svid_ttl", "jwt_algorithm", "jwt_max_audiences", "agent_svid_ttl",
+		"root_ttl", "intermediate_ttl", "jwt_key_ttl", "trust_refresh_hint", "development",
 		"log_level", "log_format",
 	}
 }
@@ -280,6 +299,14 @@ func Keys() []string {
 func (c *Config) Set(key, text string) error {
 	if field := c.text(key); field != nil {
 		*field = text
+		return nil
+	}
+	if field := c.duration(key); field != nil {
+		d, err := time.ParseDuration(text)
+		if err != nil {
+			return fmt.Errorf("%s: %q: %w", key, text, err)
+		}
+		*field = d
 		return nil
 	}
 	var err error
@@ -300,12 +327,6 @@ func (c *Config) Set(key, text string) error {
 		c.KMSKeys = splitList(text)
 	case "dns_names":
 		c.DNSNames = splitList(text)
-	case "x509_svid_ttl":
-		c.X509SVIDTTL, err = time.ParseDuration(text)
-	case "jwt_svid_ttl":
-		c.JWTSVIDTTL, err = time.ParseDuration(text)
-	case "agent_svid_ttl":
-		c.AgentSVIDTTL, err = time.ParseDuration(text)
 	case "development":
 		c.Development, err = strconv.ParseBool(text)
 	default:
@@ -330,6 +351,15 @@ func (c *Config) text(key string) *string {
 		"upstream_password_file": &c.UpstreamPasswordFile, "upstream_config_file": &c.UpstreamConfigFile,
 		"address": &c.Address, "https_address": &c.HTTPSAddress, "health_address": &c.HealthAddress,
 		"admin_socket": &c.AdminSocket, "jwt_algorithm": &c.JWTAlgorithm, "log_level": &c.LogLevel, "log_format": &c.LogFormat,
+	}[key]
+}
+
+// duration is the setting called key, where that is one; otherwise nil.
+func (c *Config) duration(key string) *time.Duration {
+	return map[string]*time.Duration{
+		"x509_svid_ttl": &c.X509SVIDTTL, "jwt_svid_ttl": &c.JWTSVIDTTL, "agent_svid_ttl": &c.AgentSVIDTTL,
+		"root_ttl": &c.RootTTL, "intermediate_ttl": &c.IntermediateTTL, "jwt_key_ttl": &c.JWTKeyTTL,
+		"trust_refresh_hint": &c.TrustRefreshHint,
 	}[key]
 }
 
@@ -401,7 +431,10 @@ func (c Config) Validate() error {
 	if c.LogFormat != "text" && c.LogFormat != "json" {
 		return fmt.Errorf("log_format: %q is neither text nor json", c.LogFormat)
 	}
-	return c.checkTTLs()
+	if err := c.checkTTLs(); err != nil {
+		return err
+	}
+	return c.checkRotation()
 }
 
 func parseLevel(name string) (level slog.Level, err error) {
@@ -483,6 +516,10 @@ func (c Config) withDefaults() Config {
 		{&c.JWTSVIDTTL, DefaultJWTSVIDTTL},
 		{&c.AgentSVIDTTL, DefaultAgentSVIDTTL},
 		{&c.AuditMaxAge, DefaultAuditMaxAge},
+		{&c.RootTTL, upstream.DefaultRootTTL},
+		{&c.IntermediateTTL, upstream.DefaultIntermediateTTL},
+		{&c.JWTKeyTTL, DefaultJWTKeyTTL},
+		{&c.TrustRefreshHint, trust.RefreshHint},
 	} {
 		if *d.field == 0 {
 			*d.field = d.def

@@ -82,10 +82,14 @@ func (c Config) upstream() (upstream.Config, error) {
 	if err != nil {
 		return upstream.Config{}, fmt.Errorf("trust_domain: %w", err)
 	}
-	return upstream.Config{
+	cfg := upstream.Config{
 		TrustDomain: td, Dir: c.keysDir(), Development: c.Development, Name: c.ReplicaName, KEK: kek, KMS: c.kms(), Upstream: c.authority(), Logger: c.Logger,
-		JWTAlgorithm: c.JWTAlgorithm,
-	}, nil
+		JWTAlgorithm: c.JWTAlgorithm, RootTTL: c.RootTTL, IntermediateTTL: c.IntermediateTTL, NewRoot: c.NewRoot,
+	}
+	if c.Upstream != "" {
+		cfg.RootTTL = 0 // of our own root, which is in no trust bundle then, and is not replaced
+	}
+	return cfg, nil
 }
 
 // Resealed says what ResealKeys did.

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"time"
 
@@ -47,8 +48,9 @@ type rootHolder struct {
 	log *slog.Logger
 	// published is the trust bundle when the CA was opened; nil: none yet.
 	published *trust.Bundle
-	// own is the CA's own X509-SVID, and its root, once there are any.
-	own func() (*x509svid.SVID, *x509.Certificate, error)
+	// own is the CA's own X509-SVID, and the roots that it knows, once there are
+	// any.
+	own func() (*x509svid.SVID, []*x509.Certificate, error)
 }
 
 // Join implements upstream.RootHolder.
@@ -87,7 +89,7 @@ func (h *rootHolder) Join(ctx context.Context, keys upstream.KeyRequests) (*upst
 	if err != nil {
 		return nil, fmt.Errorf("join the CA at %s: %w", h.cfg.JoinAddress, err)
 	}
-	got, err := certificates(answer, root)
+	got, err := certificates(answer, []*x509.Certificate{root})
 	if err != nil {
 		return nil, fmt.Errorf("join the CA at %s: %w", h.cfg.JoinAddress, err)
 	}
@@ -112,11 +114,11 @@ func (h *rootHolder) checkStore() error {
 
 // Certify implements upstream.RootHolder.
 func (h *rootHolder) Certify(ctx context.Context, keys upstream.KeyRequests) (*upstream.Certificates, error) {
-	own, root, err := h.own()
+	own, roots, err := h.own()
 	if err != nil {
 		return nil, err
 	}
-	bundle := x509bundle.FromX509Authorities(h.td, []*x509.Certificate{root})
+	bundle := x509bundle.FromX509Authorities(h.td, roots)
 	cfg := svid.TLS{SVIDs: own, Bundles: bundle, Admit: svid.AdmitID(entry.CAID(h.td))}.Client()
 	var answer *capb.ReplicaCertificates
 	err = h.call(ctx, cfg, func(ctx context.Context, ca capb.ReplicaClient) error {
@@ -127,7 +129,7 @@ func (h *rootHolder) Certify(ctx context.Context, keys upstream.KeyRequests) (*u
 	if err != nil {
 		return nil, fmt.Errorf("certify at %s: %w", h.cfg.JoinAddress, err)
 	}
-	return certificates(answer, root)
+	return certificates(answer, roots)
 }
 
 func (h *rootHolder) call(ctx context.Context, cfg *tls.Config, do func(context.Context, capb.ReplicaClient) error) error {
@@ -146,9 +148,9 @@ func requestsToProto(k upstream.KeyRequests) *capb.ReplicaKeys {
 	return &capb.ReplicaKeys{IntermediateCsr: k.Intermediate, PolicyCsr: k.Policy, JwtCsr: k.JWT}
 }
 
-// certificates reads an answer, whose root must be the one that the connection
-// was verified with. The rest is checked where it is taken over.
-func certificates(answer *capb.ReplicaCertificates, root *x509.Certificate) (*upstream.Certificates, error) {
+// certificates reads an answer, whose root must be one of those that the
+// connection was verified with. The rest is checked where it is taken over.
+func certificates(answer *capb.ReplicaCertificates, roots []*x509.Certificate) (*upstream.Certificates, error) {
 	if len(answer.GetIntermediate()) != 1 {
 		return nil, fmt.Errorf("the answer holds %d intermediates; want 1", len(answer.GetIntermediate()))
 	}
@@ -168,7 +170,7 @@ func certificates(answer *capb.ReplicaCertificates, root *x509.Certificate) (*up
 		}
 		*c.to = cert
 	}
-	if root == nil || !got.Root.Equal(root) {
+	if !slices.ContainsFunc(roots, got.Root.Equal) {
 		return nil, errors.New("the answer holds another root than the one that the CA has shown")
 	}
 	return &got, nil

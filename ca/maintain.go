@@ -92,7 +92,7 @@ var errNotLeading = errors.New("another replica leads now")
 
 // maintain does this replica's own chores until ctx ends.
 func (p *parts) maintain(ctx context.Context) error {
-	upkeep := time.NewTicker(upkeepInterval)
+	upkeep := time.NewTicker(min(upkeepInterval, max(p.intermediateTTL/8, minTick))) // it is renewed at half of its life
 	defer upkeep.Stop()
 	for now := time.Now(); ; {
 		p.upkeep(ctx, now)

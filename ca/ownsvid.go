@@ -1,5 +1,6 @@
 // The CA's own X509-SVID, which it presents on its ports: minted from its own
-// authority and renewed at half its life, or at once when it is revoked.
+// authority and renewed at half its life, or at once when it is revoked or
+// another root signs.
 
 package ca
 
@@ -53,6 +54,7 @@ type ownSVID struct {
 type issuedSVID struct {
 	svid    *x509svid.SVID
 	peer    *svid.Peer // how others see it
+	root    *x509.Certificate
 	renewAt time.Time
 }
 
@@ -109,6 +111,7 @@ func (o *ownSVID) renew(ctx context.Context, now time.Time) error {
 	o.current.Store(&issuedSVID{
 		svid:    &x509svid.SVID{ID: entry.CAID(o.td), Certificates: chain, PrivateKey: key},
 		peer:    peer,
+		root:    ca.Root,
 		renewAt: now.Add(peer.NotAfter.Sub(now) / 2).Round(0), // of the wall clock alone
 	})
 	return nil
@@ -132,7 +135,7 @@ func (o *ownSVID) run(ctx context.Context, log *slog.Logger) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		if err := o.renew(ctx, time.Now()); err != nil {
+		if err := o.renew(ctx, time.Now()); err != nil && ctx.Err() == nil {
 			log.LogAttrs(ctx, slog.LevelError, "own X509-SVID not renewed", slog.Any("err", err))
 			select {
 			case <-ctx.Done():
@@ -143,7 +146,8 @@ func (o *ownSVID) run(ctx context.Context, log *slog.Logger) error {
 	}
 }
 
-// waitUntilDue returns at renewAt, or when a revocation concerns the SVID.
+// waitUntilDue returns at renewAt, or when a revocation concerns the SVID, or a
+// root took over from its root.
 func (o *ownSVID) waitUntilDue(ctx context.Context) {
 	for ctx.Err() == nil {
 		seen := o.registry.Revision() // before the look: no revocation is missed
@@ -160,5 +164,5 @@ func (o *ownSVID) waitUntilDue(ctx context.Context) {
 func (o *ownSVID) due(now time.Time) bool {
 	current := o.current.Load()
 	_, revoked := o.registry.Revoked(current.peer)
-	return revoked || !now.Before(current.renewAt)
+	return revoked || !now.Before(current.renewAt) || !current.root.Equal(o.keys.X509().Root)
 }

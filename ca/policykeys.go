@@ -5,7 +5,6 @@ package ca
 
 import (
 	"context"
-	"crypto/x509"
 	"errors"
 	"slices"
 	"sync"
@@ -24,9 +23,6 @@ type policyKeys struct {
 	trustDomain string
 	keys        *upstream.Keys
 	registry    *registry.Registry
-	// root is our own, from disk: the trust bundle in the store is what somebody
-	// who can write there would change first.
-	root *x509.Certificate
 
 	mu sync.Mutex
 	// guarded by mu
@@ -47,14 +43,17 @@ func (p *policyKeys) all() []replica.PolicyKey {
 	if p.live != nil && now.Before(p.until) && slices.Equal(records, p.records) {
 		return p.live
 	}
+	// The roots are our own, from disk: the trust bundle in the store is what
+	// somebody who can write there would change first.
+	roots := p.keys.Anchors()
 	var live []replica.PolicyKey
-	own, err := replica.VerifyPolicyCertificate(p.keys.PolicyCertificate(), p.root, now)
+	own, err := replica.VerifyPolicyCertificate(p.keys.PolicyCertificate(), roots, now)
 	if err == nil {
 		live = append(live, own)
 	}
 	for _, rec := range records {
-		// One that the root does not vouch for is as good as none.
-		if key, err := rec.PolicyKey(p.root, now); err == nil && key.KID != own.KID {
+		// One that no root vouches for is as good as none.
+		if key, err := rec.PolicyKey(roots, now); err == nil && key.KID != own.KID {
 			live = append(live, key)
 		}
 	}

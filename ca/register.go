@@ -1,6 +1,6 @@
-// A replica's place in the store: its record, and its JWT key in the trust
-// bundle. The root holder writes its own; the others' are written by it when
-// they join, and only looked at here.
+// A replica's place in the store: its record, and its keys among the authorities
+// and in the trust bundle. The root holder writes its own; the others' are written
+// by it when they join, and only looked at here.
 
 package ca
 
@@ -9,13 +9,15 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/replica"
+	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/ca/internal/upstream"
@@ -24,12 +26,15 @@ import (
 // errEvicted ends the start of a replica whose record is gone.
 var errEvicted = errors.New("this replica has been evicted")
 
-const maxRegisterAttempts = 16
-
 // openKeys opens the keys of this CA, which joins first if it has none and is
-// to be a replica. A store that belongs to a root already gets no second one.
+// to be a replica. A store that belongs to another root is refused.
 func (s *Server) openKeys(ctx context.Context, p *parts) error {
 	published, err := trust.Current(ctx, p.store)
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return err
+	}
+	p.domain = trust.Domain{Store: p.store, TrustDomain: s.td, RefreshHint: s.cfg.TrustRefreshHint}
+	set, err := p.domain.Authorities(ctx)
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return err
 	}
@@ -38,6 +43,15 @@ func (s *Server) openKeys(ctx context.Context, p *parts) error {
 		return err
 	}
 	cfg.ExistingRoot = published != nil
+	if root := set.Root(); root != nil {
+		cfg.ActiveRoot = root.ID
+	}
+	cfg.ActiveJWT = func(name string) string {
+		if jwt := set.JWT(name); jwt != nil {
+			return jwt.ID
+		}
+		return ""
+	}
 	if p.keysLock, err = upstream.Lock(cfg.Dir); err != nil {
 		return err
 	}
@@ -47,15 +61,19 @@ func (s *Server) openKeys(ctx context.Context, p *parts) error {
 	if p.keys, err = upstream.Open(ctx, cfg); err != nil {
 		return err
 	}
+	p.authorities = &authorities{
+		domain: p.domain, policy: s.cfg.rotation(), keys: p.keys, audit: p.audit, log: s.log,
+		x509SVIDTTL: s.cfg.X509SVIDTTL, jwtKeyTTL: s.cfg.JWTKeyTTL,
+	}
 	if p.keys.HoldsRoot() {
 		return p.register(ctx, time.Now())
 	}
 	return p.checkRegistered(ctx)
 }
 
-// ownIdentity is what this replica shows to the root holder, and the root by
+// ownIdentity is what this replica shows to the root holder, and the roots by
 // which it knows it.
-func (p *parts) ownIdentity() (*x509svid.SVID, *x509.Certificate, error) {
+func (p *parts) ownIdentity() (*x509svid.SVID, []*x509.Certificate, error) {
 	if p.own == nil {
 		return nil, nil, errors.New("the CA has no X509-SVID yet")
 	}
@@ -63,48 +81,57 @@ func (p *parts) ownIdentity() (*x509svid.SVID, *x509.Certificate, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	return own, p.keys.X509().Root, nil
+	return own, p.keys.Anchors(), nil
 }
 
-// register makes the root holder's record and its part of the trust bundle what
-// they should be; where they are, it writes nothing.
+// register makes what the store says of the root holder what it should be: its
+// record, its authorities, and their part of the trust bundle; where all of that
+// is, it writes nothing.
 func (p *parts) register(ctx context.Context, now time.Time) error {
-	keys, err := p.keys.TrustBundle()
+	p.authorities.making.Lock()
+	defer p.authorities.making.Unlock()
+	var before *rotation.Authority
+	step, _, err := p.domain.Take(ctx, func(set rotation.Set) (rotation.Set, error) {
+		before = set.Root()
+		return p.ownAuthorities(ctx, set, now)
+	}, func(step *trust.Step) error { return p.withRecord(ctx, step, now) })
+	if err != nil {
+		return fmt.Errorf("register this replica: %w", err)
+	}
+	root := step.Authorities.Root()
+	if before == nil || before.ID == root.ID {
+		return nil
+	}
+	p.log.LogAttrs(ctx, slog.LevelError, "another root signs from now on, because the one before has ended or its key is not here: agents that do not know it need a new join token and root_hash",
+		slog.String("authority_id", root.ID), slog.String("before", before.ID))
+	return p.audit.Append(ctx, audit.Record{
+		Time: now, Type: audit.Admin, Actor: "ca", Detail: "activate authority by force, in place of " + before.ID, AuthorityID: root.ID, NotAfter: root.NotAfter,
+	})
+}
+
+// withRecord adds this replica's record to a step, where it is another now.
+func (p *parts) withRecord(ctx context.Context, step *trust.Step, now time.Time) error {
+	before, err := p.record(ctx)
 	if err != nil {
 		return err
 	}
-	for range maxRegisterAttempts {
-		change, err := trust.Plan(ctx, p.store, keys.TrustDomain(), func(published *spiffebundle.Bundle) error { return trust.Add(published, keys) })
-		if err != nil {
-			return err
-		}
-		before, err := p.record(ctx)
-		if err != nil {
-			return err
-		}
-		cmps, ops := []store.Cmp{change.Cmp}, change.Ops
-		if rec := p.ownRecord(before, now); rec != before {
-			put, err := rec.Put()
-			if err != nil {
-				return err
-			}
-			cmps, ops = append(cmps, rec.Cmp()), append(ops, put)
-			if before == nil || !slices.Equal(before.PolicyCertificate, rec.PolicyCertificate) {
-				ops = append(ops, replica.Mark())
-			}
-		}
-		if len(ops) == 0 {
-			return nil
-		}
-		res, err := p.store.Txn(ctx, cmps, ops, nil)
-		if err != nil {
-			return fmt.Errorf("register this replica: %w", err)
-		}
-		if res.Succeeded {
-			return nil
-		}
+	kid := p.keys.JWT().KeyID
+	if jwt := step.Authorities.JWT(p.keys.Name()); jwt != nil {
+		kid = jwt.ID
 	}
-	return errors.New("register this replica: others keep changing the trust bundle")
+	rec := p.ownRecord(before, kid, now)
+	if rec == before {
+		return nil
+	}
+	put, err := rec.Put()
+	if err != nil {
+		return err
+	}
+	step.Cmps, step.Ops = append(step.Cmps, rec.Cmp()), append(step.Ops, put)
+	if before == nil || !slices.Equal(before.PolicyCertificate, rec.PolicyCertificate) {
+		step.Ops = append(step.Ops, replica.Mark())
+	}
+	return nil
 }
 
 // record is this replica's record; nil if there is none.
@@ -116,19 +143,20 @@ func (p *parts) record(ctx context.Context) (*replica.Record, error) {
 	return rec, err
 }
 
-// ownRecord is the root holder's record as it should be: before, if that is it.
-func (p *parts) ownRecord(before *replica.Record, now time.Time) *replica.Record {
+// ownRecord is the root holder's record as it should be, with the JWT key that
+// signs: before, if that is it.
+func (p *parts) ownRecord(before *replica.Record, jwtKeyID string, now time.Time) *replica.Record {
 	ca := p.keys.X509()
 	rec := &replica.Record{Name: p.keys.Name(), JoinedAt: now}
 	if before != nil {
 		rec = before
-		if before.RootHolder && before.Current().ID == ca.ID() && before.JWTKeyID == p.keys.JWT().KeyID &&
+		if before.RootHolder && before.Current().ID == ca.ID() && before.JWTKeyID == jwtKeyID &&
 			slices.Equal(before.PolicyCertificate, p.keys.PolicyCertificate()) {
 			return before
 		}
 	}
-	rec = rec.WithAuthority(replica.Authority{ID: ca.ID(), NotAfter: ca.Chain[0].NotAfter}, now)
-	rec.RootHolder, rec.JWTKeyID, rec.PolicyCertificate = true, p.keys.JWT().KeyID, p.keys.PolicyCertificate()
+	rec = rec.WithAuthority(replica.Authority{ID: ca.ID(), Root: rootID(ca.Root), NotAfter: ca.Chain[0].NotAfter}, now)
+	rec.RootHolder, rec.JWTKeyID, rec.PolicyCertificate = true, jwtKeyID, p.keys.PolicyCertificate()
 	return rec
 }
 
@@ -149,7 +177,7 @@ func (p *parts) checkRegistered(ctx context.Context) error {
 		return err
 	}
 	kid := p.keys.JWT().KeyID
-	if rec == nil || rec.JWTKeyID != kid || !rec.Holds(p.keys.X509().ID()) || !published.Keys.HasJWTAuthority(kid) {
+	if rec == nil || !p.keys.HoldsJWT(rec.JWTKeyID) || !rec.Holds(p.keys.X509().ID()) || !published.Keys.HasJWTAuthority(kid) {
 		return fmt.Errorf("replica %s: %w", p.keys.Name(), errEvicted)
 	}
 	return nil

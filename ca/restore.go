@@ -242,6 +242,9 @@ func (r *Restored) kept(pairs iter.Seq2[store.KV, error]) iter.Seq2[store.KV, er
 			r.Replicas = append(r.Replicas, rec.Name)
 			keyIDs = append(keyIDs, rec.JWTKeyID)
 			return kv, false, nil
+		case kv.Key == trust.AuthoritiesKey && len(r.Replicas) > 0:
+			kv, err := trust.AuthoritiesWithout(kv, r.Backup.CreatedAt, r.Replicas...)
+			return kv, true, err
 		case kv.Key == trust.Key && len(keyIDs) > 0: // after replica/ in order of keys
 			kv, err := trust.Without(kv, keyIDs...)
 			return kv, true, err

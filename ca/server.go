@@ -27,6 +27,7 @@ import (
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/trust"
 	"merlon.dev/ca/internal/upstream"
 	"merlon.dev/ca/internal/web"
 	"merlon.dev/sdk/health"
@@ -109,15 +110,18 @@ type parts struct {
 	audit    *audit.Log
 	keysLock io.Closer
 	keys     *upstream.Keys
+	domain   trust.Domain
 	registry *registry.Registry
 	policy   *policyKeys
-	releases *release.Publisher
-	service  *api.Service
-	own      *ownSVID
-	health   *health.Server
-	log      *slog.Logger
+	// authorities takes the steps of rotation.
+	authorities *authorities
+	releases    *release.Publisher
+	service     *api.Service
+	own         *ownSVID
+	health      *health.Server
+	log         *slog.Logger
 
-	x509SVIDTTL time.Duration
+	x509SVIDTTL, intermediateTTL time.Duration
 }
 
 // close closes the store last: everything else may still want to write.
@@ -139,7 +143,7 @@ func (p *parts) close() error {
 }
 
 func (s *Server) open(ctx context.Context) (_ *parts, err error) {
-	p := &parts{log: s.log, x509SVIDTTL: s.cfg.X509SVIDTTL} // no named result: the returns below would make it nil before close
+	p := &parts{log: s.log, x509SVIDTTL: s.cfg.X509SVIDTTL, intermediateTTL: s.cfg.IntermediateTTL} // no named result: the returns below would make it nil before close
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.close())
@@ -166,7 +170,8 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	if p.registry, err = registry.Open(ctx, p.store, s.log); err != nil {
 		return nil, err
 	}
-	p.policy = &policyKeys{trustDomain: s.td.Name(), keys: p.keys, registry: p.registry, root: p.keys.Anchor()}
+	p.authorities.registry = p.registry
+	p.policy = &policyKeys{trustDomain: s.td.Name(), keys: p.keys, registry: p.registry}
 	p.releases = s.publisher(p.store, p.policy)
 	p.enterEpoch(ctx, time.Now())
 	return p, s.assemble(ctx, p)
@@ -226,6 +231,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 	options := api.Options{
 		TrustDomain: s.td, Store: p.store, StoreKind: s.cfg.Store, Registry: p.registry, Keys: p.keys, Releases: p.releases, Audit: p.audit,
 		ReplicaName: p.keys.Name(), Reseal: p.reseal,
+		Authorities: p.authorities, Domain: p.domain, Rotation: s.cfg.rotation(), JWTKeyTTL: s.cfg.JWTKeyTTL,
 		Log: s.log, Metrics: p.health.Registry(), UIDs: uids, Tokens: tokens,
 		X509SVIDTTL: s.cfg.X509SVIDTTL, JWTSVIDTTL: s.cfg.JWTSVIDTTL, AgentSVIDTTL: s.cfg.AgentSVIDTTL,
 		JWTMaxAudiences: s.cfg.JWTMaxAudiences,
@@ -310,6 +316,7 @@ func (s *Server) serve(ctx context.Context, p *parts, l *listeners) error {
 	base.Go(func() error { return p.watchStore(inner) })
 	base.Go(func() error { return p.maintain(inner) })
 	base.Go(func() error { return p.lead(inner) })
+	base.Go(func() error { return p.authorities.run(inner, p.service.Standing, p.register) })
 
 	outer, stopOuter := context.WithCancel(ctx)
 	defer stopOuter()

@@ -1969,6 +1969,666 @@ func (x *BackupStoreResponse) GetData() []byte {
 	return nil
 }
 
+type ListAuthoritiesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAuthoritiesRequest) Reset() {
+	*x = ListAuthoritiesRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAuthoritiesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAuthoritiesRequest) ProtoMessage() {}
+
+func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
+func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{34}
+}
+
+type ListAuthoritiesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Authorities   []*CAAuthority         `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAuthoritiesResponse) Reset() {
+	*x = ListAuthoritiesResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAuthoritiesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAuthoritiesResponse) ProtoMessage() {}
+
+func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
+func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ListAuthoritiesResponse) GetAuthorities() []*CAAuthority {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+// CAAuthority is one signing key of the CA.
+type CAAuthority struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Subject key ID of an X.509 authority in hex, or kid of a JWT key.
+	AuthorityId string `protobuf:"bytes,1,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	// "x509-root", "x509-intermediate" or "jwt"
+	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	// "prepared", "published", "active", "old", "tainted" or "revoked"; of an
+	// intermediate "active" or "old".
+	State string `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
+	// The replica that holds the key.
+	Replica   string                 `protobuf:"bytes,4,opt,name=replica,proto3" json:"replica,omitempty"`
+	NotBefore *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
+	NotAfter  *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	// Of a root: hex SHA-256 of its SubjectPublicKeyInfo, as agents pin it.
+	RootHash string `protobuf:"bytes,7,opt,name=root_hash,json=rootHash,proto3" json:"root_hash,omitempty"`
+	// Of an intermediate: the authority ID of its root.
+	RootAuthorityId string `protobuf:"bytes,8,opt,name=root_authority_id,json=rootAuthorityId,proto3" json:"root_authority_id,omitempty"`
+	// When it came into each state that it has been in.
+	Since map[string]*timestamppb.Timestamp `protobuf:"bytes,9,rep,name=since,proto3" json:"since,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// What comes next; unset for what signs, or is revoked.
+	Pending       *PendingStep `protobuf:"bytes,10,opt,name=pending,proto3" json:"pending,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CAAuthority) Reset() {
+	*x = CAAuthority{}
+	mi := &file_ca_capb_admin_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CAAuthority) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CAAuthority) ProtoMessage() {}
+
+func (x *CAAuthority) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CAAuthority.ProtoReflect.Descriptor instead.
+func (*CAAuthority) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *CAAuthority) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *CAAuthority) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *CAAuthority) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *CAAuthority) GetReplica() string {
+	if x != nil {
+		return x.Replica
+	}
+	return ""
+}
+
+func (x *CAAuthority) GetNotBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotBefore
+	}
+	return nil
+}
+
+func (x *CAAuthority) GetNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotAfter
+	}
+	return nil
+}
+
+func (x *CAAuthority) GetRootHash() string {
+	if x != nil {
+		return x.RootHash
+	}
+	return ""
+}
+
+func (x *CAAuthority) GetRootAuthorityId() string {
+	if x != nil {
+		return x.RootAuthorityId
+	}
+	return ""
+}
+
+func (x *CAAuthority) GetSince() map[string]*timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *CAAuthority) GetPending() *PendingStep {
+	if x != nil {
+		return x.Pending
+	}
+	return nil
+}
+
+// PendingStep is a step that is to come, and what it waits for.
+type PendingStep struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "publish", "activate" or "revoke"
+	Step string `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
+	// Nothing is waited for any more.
+	Ready bool `protobuf:"varint,2,opt,name=ready,proto3" json:"ready,omitempty"`
+	// SPIFFE IDs of the agents that count and have not acknowledged.
+	Agents []string `protobuf:"bytes,3,rep,name=agents,proto3" json:"agents,omitempty"`
+	// Replicas that still sign under it.
+	Replicas []string `protobuf:"bytes,4,rep,name=replicas,proto3" json:"replicas,omitempty"`
+	// When those who poll the trust bundle have polled, or the last SVID under it
+	// has expired.
+	NotBefore     *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PendingStep) Reset() {
+	*x = PendingStep{}
+	mi := &file_ca_capb_admin_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PendingStep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PendingStep) ProtoMessage() {}
+
+func (x *PendingStep) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PendingStep.ProtoReflect.Descriptor instead.
+func (*PendingStep) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *PendingStep) GetStep() string {
+	if x != nil {
+		return x.Step
+	}
+	return ""
+}
+
+func (x *PendingStep) GetReady() bool {
+	if x != nil {
+		return x.Ready
+	}
+	return false
+}
+
+func (x *PendingStep) GetAgents() []string {
+	if x != nil {
+		return x.Agents
+	}
+	return nil
+}
+
+func (x *PendingStep) GetReplicas() []string {
+	if x != nil {
+		return x.Replicas
+	}
+	return nil
+}
+
+func (x *PendingStep) GetNotBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotBefore
+	}
+	return nil
+}
+
+type PrepareAuthorityRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "x509-root" or "jwt"
+	Kind          string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareAuthorityRequest) Reset() {
+	*x = PrepareAuthorityRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareAuthorityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareAuthorityRequest) ProtoMessage() {}
+
+func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
+func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *PrepareAuthorityRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+type PrepareAuthorityResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Authority     *CAAuthority           `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrepareAuthorityResponse) Reset() {
+	*x = PrepareAuthorityResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrepareAuthorityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrepareAuthorityResponse) ProtoMessage() {}
+
+func (x *PrepareAuthorityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrepareAuthorityResponse.ProtoReflect.Descriptor instead.
+func (*PrepareAuthorityResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *PrepareAuthorityResponse) GetAuthority() *CAAuthority {
+	if x != nil {
+		return x.Authority
+	}
+	return nil
+}
+
+type ActivateAuthorityRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	AuthorityId string                 `protobuf:"bytes,1,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	// Do not wait for acknowledgements and refresh hints.
+	Force         bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ActivateAuthorityRequest) Reset() {
+	*x = ActivateAuthorityRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ActivateAuthorityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ActivateAuthorityRequest) ProtoMessage() {}
+
+func (x *ActivateAuthorityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ActivateAuthorityRequest.ProtoReflect.Descriptor instead.
+func (*ActivateAuthorityRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *ActivateAuthorityRequest) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *ActivateAuthorityRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type ActivateAuthorityResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Authority     *CAAuthority           `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ActivateAuthorityResponse) Reset() {
+	*x = ActivateAuthorityResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ActivateAuthorityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ActivateAuthorityResponse) ProtoMessage() {}
+
+func (x *ActivateAuthorityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ActivateAuthorityResponse.ProtoReflect.Descriptor instead.
+func (*ActivateAuthorityResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ActivateAuthorityResponse) GetAuthority() *CAAuthority {
+	if x != nil {
+		return x.Authority
+	}
+	return nil
+}
+
+type TaintAuthorityRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AuthorityId   string                 `protobuf:"bytes,1,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TaintAuthorityRequest) Reset() {
+	*x = TaintAuthorityRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TaintAuthorityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TaintAuthorityRequest) ProtoMessage() {}
+
+func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TaintAuthorityRequest.ProtoReflect.Descriptor instead.
+func (*TaintAuthorityRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *TaintAuthorityRequest) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+type TaintAuthorityResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Authority     *CAAuthority           `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TaintAuthorityResponse) Reset() {
+	*x = TaintAuthorityResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TaintAuthorityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TaintAuthorityResponse) ProtoMessage() {}
+
+func (x *TaintAuthorityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TaintAuthorityResponse.ProtoReflect.Descriptor instead.
+func (*TaintAuthorityResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *TaintAuthorityResponse) GetAuthority() *CAAuthority {
+	if x != nil {
+		return x.Authority
+	}
+	return nil
+}
+
+type RevokeAuthorityRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	AuthorityId string                 `protobuf:"bytes,1,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	// Do not wait; SVIDs under it stop working.
+	Force         bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeAuthorityRequest) Reset() {
+	*x = RevokeAuthorityRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeAuthorityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeAuthorityRequest) ProtoMessage() {}
+
+func (x *RevokeAuthorityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeAuthorityRequest.ProtoReflect.Descriptor instead.
+func (*RevokeAuthorityRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *RevokeAuthorityRequest) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *RevokeAuthorityRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type RevokeAuthorityResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Authority     *CAAuthority           `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeAuthorityResponse) Reset() {
+	*x = RevokeAuthorityResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeAuthorityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeAuthorityResponse) ProtoMessage() {}
+
+func (x *RevokeAuthorityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeAuthorityResponse.ProtoReflect.Descriptor instead.
+func (*RevokeAuthorityResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *RevokeAuthorityResponse) GetAuthority() *CAAuthority {
+	if x != nil {
+		return x.Authority
+	}
+	return nil
+}
+
 var File_ca_capb_admin_proto protoreflect.FileDescriptor
 
 const file_ca_capb_admin_proto_rawDesc = "" +
@@ -2098,12 +2758,57 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\vrevocations\x18\x02 \x03(\v2\x18.merlon.ca.v1.RevocationR\vrevocations\"\x14\n" +
 	"\x12BackupStoreRequest\")\n" +
 	"\x13BackupStoreResponse\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data*r\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x18\n" +
+	"\x16ListAuthoritiesRequest\"V\n" +
+	"\x17ListAuthoritiesResponse\x12;\n" +
+	"\vauthorities\x18\x01 \x03(\v2\x19.merlon.ca.v1.CAAuthorityR\vauthorities\"\xf8\x03\n" +
+	"\vCAAuthority\x12!\n" +
+	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05state\x18\x03 \x01(\tR\x05state\x12\x18\n" +
+	"\areplica\x18\x04 \x01(\tR\areplica\x129\n" +
+	"\n" +
+	"not_before\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\x127\n" +
+	"\tnot_after\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12\x1b\n" +
+	"\troot_hash\x18\a \x01(\tR\brootHash\x12*\n" +
+	"\x11root_authority_id\x18\b \x01(\tR\x0frootAuthorityId\x12:\n" +
+	"\x05since\x18\t \x03(\v2$.merlon.ca.v1.CAAuthority.SinceEntryR\x05since\x123\n" +
+	"\apending\x18\n" +
+	" \x01(\v2\x19.merlon.ca.v1.PendingStepR\apending\x1aT\n" +
+	"\n" +
+	"SinceEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x120\n" +
+	"\x05value\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05value:\x028\x01\"\xa6\x01\n" +
+	"\vPendingStep\x12\x12\n" +
+	"\x04step\x18\x01 \x01(\tR\x04step\x12\x14\n" +
+	"\x05ready\x18\x02 \x01(\bR\x05ready\x12\x16\n" +
+	"\x06agents\x18\x03 \x03(\tR\x06agents\x12\x1a\n" +
+	"\breplicas\x18\x04 \x03(\tR\breplicas\x129\n" +
+	"\n" +
+	"not_before\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\"-\n" +
+	"\x17PrepareAuthorityRequest\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\"S\n" +
+	"\x18PrepareAuthorityResponse\x127\n" +
+	"\tauthority\x18\x01 \x01(\v2\x19.merlon.ca.v1.CAAuthorityR\tauthority\"S\n" +
+	"\x18ActivateAuthorityRequest\x12!\n" +
+	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"T\n" +
+	"\x19ActivateAuthorityResponse\x127\n" +
+	"\tauthority\x18\x01 \x01(\v2\x19.merlon.ca.v1.CAAuthorityR\tauthority\":\n" +
+	"\x15TaintAuthorityRequest\x12!\n" +
+	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\"Q\n" +
+	"\x16TaintAuthorityResponse\x127\n" +
+	"\tauthority\x18\x01 \x01(\v2\x19.merlon.ca.v1.CAAuthorityR\tauthority\"Q\n" +
+	"\x16RevokeAuthorityRequest\x12!\n" +
+	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\"R\n" +
+	"\x17RevokeAuthorityResponse\x127\n" +
+	"\tauthority\x18\x01 \x01(\v2\x19.merlon.ca.v1.CAAuthorityR\tauthority*r\n" +
 	"\tTokenKind\x12\x1a\n" +
 	"\x16TOKEN_KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fTOKEN_KIND_JOIN\x10\x01\x12\x1c\n" +
 	"\x18TOKEN_KIND_BUNDLE_READER\x10\x02\x12\x16\n" +
-	"\x12TOKEN_KIND_REPLICA\x10\x032\xbc\v\n" +
+	"\x12TOKEN_KIND_REPLICA\x10\x032\xdf\x0f\n" +
 	"\x05Admin\x12_\n" +
 	"\vCreateEntry\x12 .merlon.ca.v1.CreateEntryRequest\x1a!.merlon.ca.v1.CreateEntryResponse\"\v\xaa\xed\x18\a\n" +
 	"\x01\x03\x12\x02\x02\x04\x12`\n" +
@@ -2132,6 +2837,20 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x01\x03\x12\x02\x01\x04\x12a\n" +
 	"\fEvictReplica\x12!.merlon.ca.v1.EvictReplicaRequest\x1a\".merlon.ca.v1.EvictReplicaResponse\"\n" +
 	"\xaa\xed\x18\x06\n" +
+	"\x01\x03\x12\x01\x04\x12k\n" +
+	"\x0fListAuthorities\x12$.merlon.ca.v1.ListAuthoritiesRequest\x1a%.merlon.ca.v1.ListAuthoritiesResponse\"\v\xaa\xed\x18\a\n" +
+	"\x01\x03\x12\x02\x01\x04\x12m\n" +
+	"\x10PrepareAuthority\x12%.merlon.ca.v1.PrepareAuthorityRequest\x1a&.merlon.ca.v1.PrepareAuthorityResponse\"\n" +
+	"\xaa\xed\x18\x06\n" +
+	"\x01\x03\x12\x01\x04\x12p\n" +
+	"\x11ActivateAuthority\x12&.merlon.ca.v1.ActivateAuthorityRequest\x1a'.merlon.ca.v1.ActivateAuthorityResponse\"\n" +
+	"\xaa\xed\x18\x06\n" +
+	"\x01\x03\x12\x01\x04\x12g\n" +
+	"\x0eTaintAuthority\x12#.merlon.ca.v1.TaintAuthorityRequest\x1a$.merlon.ca.v1.TaintAuthorityResponse\"\n" +
+	"\xaa\xed\x18\x06\n" +
+	"\x01\x03\x12\x01\x04\x12j\n" +
+	"\x0fRevokeAuthority\x12$.merlon.ca.v1.RevokeAuthorityRequest\x1a%.merlon.ca.v1.RevokeAuthorityResponse\"\n" +
+	"\xaa\xed\x18\x06\n" +
 	"\x01\x03\x12\x01\x04\x12`\n" +
 	"\vBackupStore\x12 .merlon.ca.v1.BackupStoreRequest\x1a!.merlon.ca.v1.BackupStoreResponse\"\n" +
 	"\xaa\xed\x18\x06\n" +
@@ -2154,110 +2873,144 @@ func file_ca_capb_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
 var file_ca_capb_admin_proto_goTypes = []any{
-	(TokenKind)(0),                  // 0: merlon.ca.v1.TokenKind
-	(*CreateEntryRequest)(nil),      // 1: merlon.ca.v1.CreateEntryRequest
-	(*CreateEntryResponse)(nil),     // 2: merlon.ca.v1.CreateEntryResponse
-	(*ListEntriesRequest)(nil),      // 3: merlon.ca.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 4: merlon.ca.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),         // 5: merlon.ca.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),        // 6: merlon.ca.v1.GetEntryResponse
-	(*DeleteEntryRequest)(nil),      // 7: merlon.ca.v1.DeleteEntryRequest
-	(*DeleteEntryResponse)(nil),     // 8: merlon.ca.v1.DeleteEntryResponse
-	(*CreateTokenRequest)(nil),      // 9: merlon.ca.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 10: merlon.ca.v1.CreateTokenResponse
-	(*ListAgentsRequest)(nil),       // 11: merlon.ca.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 12: merlon.ca.v1.ListAgentsResponse
-	(*Agent)(nil),                   // 13: merlon.ca.v1.Agent
-	(*GetTrustBundleRequest)(nil),   // 14: merlon.ca.v1.GetTrustBundleRequest
-	(*GetTrustBundleResponse)(nil),  // 15: merlon.ca.v1.GetTrustBundleResponse
-	(*RevokeRequest)(nil),           // 16: merlon.ca.v1.RevokeRequest
-	(*RevokeResponse)(nil),          // 17: merlon.ca.v1.RevokeResponse
-	(*ListRevocationsRequest)(nil),  // 18: merlon.ca.v1.ListRevocationsRequest
-	(*ListRevocationsResponse)(nil), // 19: merlon.ca.v1.ListRevocationsResponse
-	(*PushPolicyRequest)(nil),       // 20: merlon.ca.v1.PushPolicyRequest
-	(*PushPolicyResponse)(nil),      // 21: merlon.ca.v1.PushPolicyResponse
-	(*GetPolicyRequest)(nil),        // 22: merlon.ca.v1.GetPolicyRequest
-	(*GetPolicyResponse)(nil),       // 23: merlon.ca.v1.GetPolicyResponse
-	(*ProveIssuancesRequest)(nil),   // 24: merlon.ca.v1.ProveIssuancesRequest
-	(*ProveIssuancesResponse)(nil),  // 25: merlon.ca.v1.ProveIssuancesResponse
-	(*IssuanceProof)(nil),           // 26: merlon.ca.v1.IssuanceProof
-	(*Issuer)(nil),                  // 27: merlon.ca.v1.Issuer
-	(*ListReplicasRequest)(nil),     // 28: merlon.ca.v1.ListReplicasRequest
-	(*ListReplicasResponse)(nil),    // 29: merlon.ca.v1.ListReplicasResponse
-	(*CAReplica)(nil),               // 30: merlon.ca.v1.CAReplica
-	(*EvictReplicaRequest)(nil),     // 31: merlon.ca.v1.EvictReplicaRequest
-	(*EvictReplicaResponse)(nil),    // 32: merlon.ca.v1.EvictReplicaResponse
-	(*BackupStoreRequest)(nil),      // 33: merlon.ca.v1.BackupStoreRequest
-	(*BackupStoreResponse)(nil),     // 34: merlon.ca.v1.BackupStoreResponse
-	(*Entry)(nil),                   // 35: merlon.ca.v1.Entry
-	(*Revocation)(nil),              // 36: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil),   // 37: google.protobuf.Timestamp
-	(*SyncAck)(nil),                 // 38: merlon.ca.v1.SyncAck
-	(*TrustBundle)(nil),             // 39: merlon.ca.v1.TrustBundle
-	(*PolicyBundle)(nil),            // 40: merlon.ca.v1.PolicyBundle
+	(TokenKind)(0),                    // 0: merlon.ca.v1.TokenKind
+	(*CreateEntryRequest)(nil),        // 1: merlon.ca.v1.CreateEntryRequest
+	(*CreateEntryResponse)(nil),       // 2: merlon.ca.v1.CreateEntryResponse
+	(*ListEntriesRequest)(nil),        // 3: merlon.ca.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),       // 4: merlon.ca.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),           // 5: merlon.ca.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),          // 6: merlon.ca.v1.GetEntryResponse
+	(*DeleteEntryRequest)(nil),        // 7: merlon.ca.v1.DeleteEntryRequest
+	(*DeleteEntryResponse)(nil),       // 8: merlon.ca.v1.DeleteEntryResponse
+	(*CreateTokenRequest)(nil),        // 9: merlon.ca.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),       // 10: merlon.ca.v1.CreateTokenResponse
+	(*ListAgentsRequest)(nil),         // 11: merlon.ca.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),        // 12: merlon.ca.v1.ListAgentsResponse
+	(*Agent)(nil),                     // 13: merlon.ca.v1.Agent
+	(*GetTrustBundleRequest)(nil),     // 14: merlon.ca.v1.GetTrustBundleRequest
+	(*GetTrustBundleResponse)(nil),    // 15: merlon.ca.v1.GetTrustBundleResponse
+	(*RevokeRequest)(nil),             // 16: merlon.ca.v1.RevokeRequest
+	(*RevokeResponse)(nil),            // 17: merlon.ca.v1.RevokeResponse
+	(*ListRevocationsRequest)(nil),    // 18: merlon.ca.v1.ListRevocationsRequest
+	(*ListRevocationsResponse)(nil),   // 19: merlon.ca.v1.ListRevocationsResponse
+	(*PushPolicyRequest)(nil),         // 20: merlon.ca.v1.PushPolicyRequest
+	(*PushPolicyResponse)(nil),        // 21: merlon.ca.v1.PushPolicyResponse
+	(*GetPolicyRequest)(nil),          // 22: merlon.ca.v1.GetPolicyRequest
+	(*GetPolicyResponse)(nil),         // 23: merlon.ca.v1.GetPolicyResponse
+	(*ProveIssuancesRequest)(nil),     // 24: merlon.ca.v1.ProveIssuancesRequest
+	(*ProveIssuancesResponse)(nil),    // 25: merlon.ca.v1.ProveIssuancesResponse
+	(*IssuanceProof)(nil),             // 26: merlon.ca.v1.IssuanceProof
+	(*Issuer)(nil),                    // 27: merlon.ca.v1.Issuer
+	(*ListReplicasRequest)(nil),       // 28: merlon.ca.v1.ListReplicasRequest
+	(*ListReplicasResponse)(nil),      // 29: merlon.ca.v1.ListReplicasResponse
+	(*CAReplica)(nil),                 // 30: merlon.ca.v1.CAReplica
+	(*EvictReplicaRequest)(nil),       // 31: merlon.ca.v1.EvictReplicaRequest
+	(*EvictReplicaResponse)(nil),      // 32: merlon.ca.v1.EvictReplicaResponse
+	(*BackupStoreRequest)(nil),        // 33: merlon.ca.v1.BackupStoreRequest
+	(*BackupStoreResponse)(nil),       // 34: merlon.ca.v1.BackupStoreResponse
+	(*ListAuthoritiesRequest)(nil),    // 35: merlon.ca.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),   // 36: merlon.ca.v1.ListAuthoritiesResponse
+	(*CAAuthority)(nil),               // 37: merlon.ca.v1.CAAuthority
+	(*PendingStep)(nil),               // 38: merlon.ca.v1.PendingStep
+	(*PrepareAuthorityRequest)(nil),   // 39: merlon.ca.v1.PrepareAuthorityRequest
+	(*PrepareAuthorityResponse)(nil),  // 40: merlon.ca.v1.PrepareAuthorityResponse
+	(*ActivateAuthorityRequest)(nil),  // 41: merlon.ca.v1.ActivateAuthorityRequest
+	(*ActivateAuthorityResponse)(nil), // 42: merlon.ca.v1.ActivateAuthorityResponse
+	(*TaintAuthorityRequest)(nil),     // 43: merlon.ca.v1.TaintAuthorityRequest
+	(*TaintAuthorityResponse)(nil),    // 44: merlon.ca.v1.TaintAuthorityResponse
+	(*RevokeAuthorityRequest)(nil),    // 45: merlon.ca.v1.RevokeAuthorityRequest
+	(*RevokeAuthorityResponse)(nil),   // 46: merlon.ca.v1.RevokeAuthorityResponse
+	nil,                               // 47: merlon.ca.v1.CAAuthority.SinceEntry
+	(*Entry)(nil),                     // 48: merlon.ca.v1.Entry
+	(*Revocation)(nil),                // 49: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil),     // 50: google.protobuf.Timestamp
+	(*SyncAck)(nil),                   // 51: merlon.ca.v1.SyncAck
+	(*TrustBundle)(nil),               // 52: merlon.ca.v1.TrustBundle
+	(*PolicyBundle)(nil),              // 53: merlon.ca.v1.PolicyBundle
 }
 var file_ca_capb_admin_proto_depIdxs = []int32{
-	35, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
-	35, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	35, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
-	35, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	35, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	36, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	48, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
+	48, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	48, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
+	48, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	48, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	49, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	0,  // 6: merlon.ca.v1.CreateTokenRequest.kind:type_name -> merlon.ca.v1.TokenKind
-	37, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	50, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
 	13, // 8: merlon.ca.v1.ListAgentsResponse.agents:type_name -> merlon.ca.v1.Agent
-	37, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
-	37, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
-	38, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
-	39, // 12: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	36, // 13: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
-	36, // 14: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	40, // 15: merlon.ca.v1.GetPolicyResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	50, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
+	50, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
+	51, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
+	52, // 12: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	49, // 13: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	49, // 14: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	53, // 15: merlon.ca.v1.GetPolicyResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
 	26, // 16: merlon.ca.v1.ProveIssuancesResponse.proofs:type_name -> merlon.ca.v1.IssuanceProof
 	27, // 17: merlon.ca.v1.ProveIssuancesResponse.issuers:type_name -> merlon.ca.v1.Issuer
-	37, // 18: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
+	50, // 18: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
 	30, // 19: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
-	37, // 20: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
-	37, // 21: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
+	50, // 20: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
+	50, // 21: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
 	30, // 22: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
-	36, // 23: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	1,  // 24: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
-	3,  // 25: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
-	5,  // 26: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
-	7,  // 27: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
-	9,  // 28: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
-	11, // 29: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
-	14, // 30: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
-	16, // 31: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
-	18, // 32: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
-	20, // 33: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
-	28, // 34: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
-	31, // 35: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
-	33, // 36: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
-	22, // 37: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
-	24, // 38: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
-	2,  // 39: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
-	4,  // 40: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
-	6,  // 41: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
-	8,  // 42: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
-	10, // 43: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
-	12, // 44: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
-	15, // 45: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
-	17, // 46: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
-	19, // 47: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
-	21, // 48: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
-	29, // 49: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
-	32, // 50: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
-	34, // 51: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
-	23, // 52: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
-	25, // 53: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
-	39, // [39:54] is the sub-list for method output_type
-	24, // [24:39] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	49, // 23: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	37, // 24: merlon.ca.v1.ListAuthoritiesResponse.authorities:type_name -> merlon.ca.v1.CAAuthority
+	50, // 25: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
+	50, // 26: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
+	47, // 27: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
+	38, // 28: merlon.ca.v1.CAAuthority.pending:type_name -> merlon.ca.v1.PendingStep
+	50, // 29: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
+	37, // 30: merlon.ca.v1.PrepareAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	37, // 31: merlon.ca.v1.ActivateAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	37, // 32: merlon.ca.v1.TaintAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	37, // 33: merlon.ca.v1.RevokeAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	50, // 34: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
+	1,  // 35: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
+	3,  // 36: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
+	5,  // 37: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
+	7,  // 38: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
+	9,  // 39: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
+	11, // 40: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
+	14, // 41: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
+	16, // 42: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
+	18, // 43: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
+	20, // 44: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
+	28, // 45: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
+	31, // 46: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
+	35, // 47: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
+	39, // 48: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
+	41, // 49: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
+	43, // 50: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
+	45, // 51: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
+	33, // 52: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
+	22, // 53: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
+	24, // 54: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
+	2,  // 55: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
+	4,  // 56: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
+	6,  // 57: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
+	8,  // 58: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
+	10, // 59: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
+	12, // 60: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
+	15, // 61: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
+	17, // 62: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
+	19, // 63: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
+	21, // 64: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
+	29, // 65: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
+	32, // 66: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
+	36, // 67: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
+	40, // 68: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
+	42, // 69: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
+	44, // 70: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
+	46, // 71: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
+	34, // 72: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
+	23, // 73: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
+	25, // 74: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
+	55, // [55:75] is the sub-list for method output_type
+	35, // [35:55] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_admin_proto_init() }
@@ -2279,7 +3032,7 @@ func file_ca_capb_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_admin_proto_rawDesc), len(file_ca_capb_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   34,
+			NumMessages:   47,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

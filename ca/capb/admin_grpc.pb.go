@@ -23,21 +23,26 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Admin_CreateEntry_FullMethodName     = "/merlon.ca.v1.Admin/CreateEntry"
-	Admin_ListEntries_FullMethodName     = "/merlon.ca.v1.Admin/ListEntries"
-	Admin_GetEntry_FullMethodName        = "/merlon.ca.v1.Admin/GetEntry"
-	Admin_DeleteEntry_FullMethodName     = "/merlon.ca.v1.Admin/DeleteEntry"
-	Admin_CreateToken_FullMethodName     = "/merlon.ca.v1.Admin/CreateToken"
-	Admin_ListAgents_FullMethodName      = "/merlon.ca.v1.Admin/ListAgents"
-	Admin_GetTrustBundle_FullMethodName  = "/merlon.ca.v1.Admin/GetTrustBundle"
-	Admin_Revoke_FullMethodName          = "/merlon.ca.v1.Admin/Revoke"
-	Admin_ListRevocations_FullMethodName = "/merlon.ca.v1.Admin/ListRevocations"
-	Admin_PushPolicy_FullMethodName      = "/merlon.ca.v1.Admin/PushPolicy"
-	Admin_ListReplicas_FullMethodName    = "/merlon.ca.v1.Admin/ListReplicas"
-	Admin_EvictReplica_FullMethodName    = "/merlon.ca.v1.Admin/EvictReplica"
-	Admin_BackupStore_FullMethodName     = "/merlon.ca.v1.Admin/BackupStore"
-	Admin_GetPolicy_FullMethodName       = "/merlon.ca.v1.Admin/GetPolicy"
-	Admin_ProveIssuances_FullMethodName  = "/merlon.ca.v1.Admin/ProveIssuances"
+	Admin_CreateEntry_FullMethodName       = "/merlon.ca.v1.Admin/CreateEntry"
+	Admin_ListEntries_FullMethodName       = "/merlon.ca.v1.Admin/ListEntries"
+	Admin_GetEntry_FullMethodName          = "/merlon.ca.v1.Admin/GetEntry"
+	Admin_DeleteEntry_FullMethodName       = "/merlon.ca.v1.Admin/DeleteEntry"
+	Admin_CreateToken_FullMethodName       = "/merlon.ca.v1.Admin/CreateToken"
+	Admin_ListAgents_FullMethodName        = "/merlon.ca.v1.Admin/ListAgents"
+	Admin_GetTrustBundle_FullMethodName    = "/merlon.ca.v1.Admin/GetTrustBundle"
+	Admin_Revoke_FullMethodName            = "/merlon.ca.v1.Admin/Revoke"
+	Admin_ListRevocations_FullMethodName   = "/merlon.ca.v1.Admin/ListRevocations"
+	Admin_PushPolicy_FullMethodName        = "/merlon.ca.v1.Admin/PushPolicy"
+	Admin_ListReplicas_FullMethodName      = "/merlon.ca.v1.Admin/ListReplicas"
+	Admin_EvictReplica_FullMethodName      = "/merlon.ca.v1.Admin/EvictReplica"
+	Admin_ListAuthorities_FullMethodName   = "/merlon.ca.v1.Admin/ListAuthorities"
+	Admin_PrepareAuthority_FullMethodName  = "/merlon.ca.v1.Admin/PrepareAuthority"
+	Admin_ActivateAuthority_FullMethodName = "/merlon.ca.v1.Admin/ActivateAuthority"
+	Admin_TaintAuthority_FullMethodName    = "/merlon.ca.v1.Admin/TaintAuthority"
+	Admin_RevokeAuthority_FullMethodName   = "/merlon.ca.v1.Admin/RevokeAuthority"
+	Admin_BackupStore_FullMethodName       = "/merlon.ca.v1.Admin/BackupStore"
+	Admin_GetPolicy_FullMethodName         = "/merlon.ca.v1.Admin/GetPolicy"
+	Admin_ProveIssuances_FullMethodName    = "/merlon.ca.v1.Admin/ProveIssuances"
 )
 
 // AdminClient is the client API for Admin service.
@@ -68,6 +73,21 @@ type AdminClient interface {
 	// EvictReplica withdraws what a replica was given: its authorities are
 	// revoked, its JWT key leaves the trust bundle, its policy key is forgotten.
 	EvictReplica(ctx context.Context, in *EvictReplicaRequest, opts ...grpc.CallOption) (*EvictReplicaResponse, error)
+	// ListAuthorities names every signing key, its state, and what its next step
+	// waits for.
+	ListAuthorities(ctx context.Context, in *ListAuthoritiesRequest, opts ...grpc.CallOption) (*ListAuthoritiesResponse, error)
+	// PrepareAuthority makes a new key and publishes it in the trust bundle; it
+	// signs nothing yet. A root is made on the replica that holds the root key, a
+	// JWT key on the replica that is asked, for itself.
+	PrepareAuthority(ctx context.Context, in *PrepareAuthorityRequest, opts ...grpc.CallOption) (*PrepareAuthorityResponse, error)
+	// ActivateAuthority lets a published key sign, in place of the one before.
+	// FAILED_PRECONDITION says what it waits for.
+	ActivateAuthority(ctx context.Context, in *ActivateAuthorityRequest, opts ...grpc.CallOption) (*ActivateAuthorityResponse, error)
+	// TaintAuthority lets agents replace at once what an old key has signed.
+	TaintAuthority(ctx context.Context, in *TaintAuthorityRequest, opts ...grpc.CallOption) (*TaintAuthorityResponse, error)
+	// RevokeAuthority takes a key out of the trust bundle, and revokes what it has
+	// signed. FAILED_PRECONDITION says what it waits for.
+	RevokeAuthority(ctx context.Context, in *RevokeAuthorityRequest, opts ...grpc.CallOption) (*RevokeAuthorityResponse, error)
 	// BackupStore streams a backup of the store as of one revision: the bytes of
 	// a backup file. No key is in it.
 	BackupStore(ctx context.Context, in *BackupStoreRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupStoreResponse], error)
@@ -207,6 +227,56 @@ func (c *adminClient) EvictReplica(ctx context.Context, in *EvictReplicaRequest,
 	return out, nil
 }
 
+func (c *adminClient) ListAuthorities(ctx context.Context, in *ListAuthoritiesRequest, opts ...grpc.CallOption) (*ListAuthoritiesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListAuthoritiesResponse)
+	err := c.cc.Invoke(ctx, Admin_ListAuthorities_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) PrepareAuthority(ctx context.Context, in *PrepareAuthorityRequest, opts ...grpc.CallOption) (*PrepareAuthorityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PrepareAuthorityResponse)
+	err := c.cc.Invoke(ctx, Admin_PrepareAuthority_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ActivateAuthority(ctx context.Context, in *ActivateAuthorityRequest, opts ...grpc.CallOption) (*ActivateAuthorityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ActivateAuthorityResponse)
+	err := c.cc.Invoke(ctx, Admin_ActivateAuthority_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) TaintAuthority(ctx context.Context, in *TaintAuthorityRequest, opts ...grpc.CallOption) (*TaintAuthorityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(TaintAuthorityResponse)
+	err := c.cc.Invoke(ctx, Admin_TaintAuthority_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) RevokeAuthority(ctx context.Context, in *RevokeAuthorityRequest, opts ...grpc.CallOption) (*RevokeAuthorityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RevokeAuthorityResponse)
+	err := c.cc.Invoke(ctx, Admin_RevokeAuthority_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) BackupStore(ctx context.Context, in *BackupStoreRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupStoreResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[0], Admin_BackupStore_FullMethodName, cOpts...)
@@ -274,6 +344,21 @@ type AdminServer interface {
 	// EvictReplica withdraws what a replica was given: its authorities are
 	// revoked, its JWT key leaves the trust bundle, its policy key is forgotten.
 	EvictReplica(context.Context, *EvictReplicaRequest) (*EvictReplicaResponse, error)
+	// ListAuthorities names every signing key, its state, and what its next step
+	// waits for.
+	ListAuthorities(context.Context, *ListAuthoritiesRequest) (*ListAuthoritiesResponse, error)
+	// PrepareAuthority makes a new key and publishes it in the trust bundle; it
+	// signs nothing yet. A root is made on the replica that holds the root key, a
+	// JWT key on the replica that is asked, for itself.
+	PrepareAuthority(context.Context, *PrepareAuthorityRequest) (*PrepareAuthorityResponse, error)
+	// ActivateAuthority lets a published key sign, in place of the one before.
+	// FAILED_PRECONDITION says what it waits for.
+	ActivateAuthority(context.Context, *ActivateAuthorityRequest) (*ActivateAuthorityResponse, error)
+	// TaintAuthority lets agents replace at once what an old key has signed.
+	TaintAuthority(context.Context, *TaintAuthorityRequest) (*TaintAuthorityResponse, error)
+	// RevokeAuthority takes a key out of the trust bundle, and revokes what it has
+	// signed. FAILED_PRECONDITION says what it waits for.
+	RevokeAuthority(context.Context, *RevokeAuthorityRequest) (*RevokeAuthorityResponse, error)
 	// BackupStore streams a backup of the store as of one revision: the bytes of
 	// a backup file. No key is in it.
 	BackupStore(*BackupStoreRequest, grpc.ServerStreamingServer[BackupStoreResponse]) error
@@ -328,6 +413,21 @@ func (UnimplementedAdminServer) ListReplicas(context.Context, *ListReplicasReque
 }
 func (UnimplementedAdminServer) EvictReplica(context.Context, *EvictReplicaRequest) (*EvictReplicaResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method EvictReplica not implemented")
+}
+func (UnimplementedAdminServer) ListAuthorities(context.Context, *ListAuthoritiesRequest) (*ListAuthoritiesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListAuthorities not implemented")
+}
+func (UnimplementedAdminServer) PrepareAuthority(context.Context, *PrepareAuthorityRequest) (*PrepareAuthorityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PrepareAuthority not implemented")
+}
+func (UnimplementedAdminServer) ActivateAuthority(context.Context, *ActivateAuthorityRequest) (*ActivateAuthorityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ActivateAuthority not implemented")
+}
+func (UnimplementedAdminServer) TaintAuthority(context.Context, *TaintAuthorityRequest) (*TaintAuthorityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method TaintAuthority not implemented")
+}
+func (UnimplementedAdminServer) RevokeAuthority(context.Context, *RevokeAuthorityRequest) (*RevokeAuthorityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RevokeAuthority not implemented")
 }
 func (UnimplementedAdminServer) BackupStore(*BackupStoreRequest, grpc.ServerStreamingServer[BackupStoreResponse]) error {
 	return status.Error(codes.Unimplemented, "method BackupStore not implemented")
@@ -575,6 +675,96 @@ func _Admin_EvictReplica_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ListAuthorities_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListAuthoritiesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListAuthorities(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListAuthorities_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListAuthorities(ctx, req.(*ListAuthoritiesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_PrepareAuthority_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PrepareAuthorityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).PrepareAuthority(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_PrepareAuthority_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).PrepareAuthority(ctx, req.(*PrepareAuthorityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ActivateAuthority_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ActivateAuthorityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ActivateAuthority(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ActivateAuthority_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ActivateAuthority(ctx, req.(*ActivateAuthorityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_TaintAuthority_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(TaintAuthorityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).TaintAuthority(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_TaintAuthority_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).TaintAuthority(ctx, req.(*TaintAuthorityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_RevokeAuthority_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevokeAuthorityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).RevokeAuthority(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_RevokeAuthority_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).RevokeAuthority(ctx, req.(*RevokeAuthorityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_BackupStore_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(BackupStoreRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -676,6 +866,26 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "EvictReplica",
 			Handler:    _Admin_EvictReplica_Handler,
+		},
+		{
+			MethodName: "ListAuthorities",
+			Handler:    _Admin_ListAuthorities_Handler,
+		},
+		{
+			MethodName: "PrepareAuthority",
+			Handler:    _Admin_PrepareAuthority_Handler,
+		},
+		{
+			MethodName: "ActivateAuthority",
+			Handler:    _Admin_ActivateAuthority_Handler,
+		},
+		{
+			MethodName: "TaintAuthority",
+			Handler:    _Admin_TaintAuthority_Handler,
+		},
+		{
+			MethodName: "RevokeAuthority",
+			Handler:    _Admin_RevokeAuthority_Handler,
 		},
 		{
 			MethodName: "GetPolicy",

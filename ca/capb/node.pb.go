@@ -12,6 +12,7 @@ package capb
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -533,7 +534,8 @@ func (x *LogCheckpoint) GetGrowth() [][]byte {
 type SyncAck struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Revision uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
-	// Sequence number of the trust bundle.
+	// Sequence number of the trust bundle. Of one that names tainted authorities:
+	// nothing that they signed is served any more.
 	TrustBundleSequence uint64 `protobuf:"varint,2,opt,name=trust_bundle_sequence,json=trustBundleSequence,proto3" json:"trust_bundle_sequence,omitempty"`
 	// Generation of the active policy bundle; 0 for none.
 	PolicyGeneration uint64 `protobuf:"varint,3,opt,name=policy_generation,json=policyGeneration,proto3" json:"policy_generation,omitempty"`
@@ -1285,7 +1287,14 @@ type TrustBundle struct {
 	// Rises with every change of content.
 	Sequence uint64 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	// The SPIFFE trust bundle document (JWKS).
-	Jwks          []byte `protobuf:"bytes,3,opt,name=jwks,proto3" json:"jwks,omitempty"`
+	Jwks []byte `protobuf:"bytes,3,opt,name=jwks,proto3" json:"jwks,omitempty"`
+	// Keys in it that are about to leave it, by ID: subject key ID of a root, kid
+	// of a JWT key. The agent replaces the SVIDs that they signed, its own too,
+	// and acknowledges this sequence only once it serves none of them.
+	TaintedAuthorityIds []string `protobuf:"bytes,4,rep,name=tainted_authority_ids,json=taintedAuthorityIds,proto3" json:"tainted_authority_ids,omitempty"`
+	// Over how long agents spread that, so that all of them together do not ask
+	// for more than the CA can sign. Unset: at once.
+	RenewSpread   *durationpb.Duration `protobuf:"bytes,5,opt,name=renew_spread,json=renewSpread,proto3" json:"renew_spread,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1337,6 +1346,20 @@ func (x *TrustBundle) GetSequence() uint64 {
 func (x *TrustBundle) GetJwks() []byte {
 	if x != nil {
 		return x.Jwks
+	}
+	return nil
+}
+
+func (x *TrustBundle) GetTaintedAuthorityIds() []string {
+	if x != nil {
+		return x.TaintedAuthorityIds
+	}
+	return nil
+}
+
+func (x *TrustBundle) GetRenewSpread() *durationpb.Duration {
+	if x != nil {
+		return x.RenewSpread
 	}
 	return nil
 }
@@ -1620,7 +1643,7 @@ var File_ca_capb_node_proto protoreflect.FileDescriptor
 
 const file_ca_capb_node_proto_rawDesc = "" +
 	"\n" +
-	"\x12ca/capb/node.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"N\n" +
+	"\x12ca/capb/node.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"N\n" +
 	"\rAttestRequest\x12\x1f\n" +
 	"\n" +
 	"join_token\x18\x01 \x01(\tH\x00R\tjoinToken\x12\x10\n" +
@@ -1718,11 +1741,13 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"rolePrefix\"4\n" +
 	"\bSelector\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value\"`\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\"\xd2\x01\n" +
 	"\vTrustBundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x12\n" +
-	"\x04jwks\x18\x03 \x01(\fR\x04jwks\"o\n" +
+	"\x04jwks\x18\x03 \x01(\fR\x04jwks\x122\n" +
+	"\x15tainted_authority_ids\x18\x04 \x03(\tR\x13taintedAuthorityIds\x12<\n" +
+	"\frenew_spread\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\vrenewSpread\"o\n" +
 	"\fPolicyBundle\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
 	"\n" +
@@ -1795,6 +1820,7 @@ var file_ca_capb_node_proto_goTypes = []any{
 	(*Revocation)(nil),            // 21: merlon.ca.v1.Revocation
 	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
 	(Role)(0),                     // 23: merlon.ca.v1.Role
+	(*durationpb.Duration)(nil),   // 24: google.protobuf.Duration
 }
 var file_ca_capb_node_proto_depIdxs = []int32{
 	18, // 0: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
@@ -1816,23 +1842,24 @@ var file_ca_capb_node_proto_depIdxs = []int32{
 	22, // 16: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
 	22, // 17: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
 	23, // 18: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
-	20, // 19: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
-	22, // 20: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	0,  // 21: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
-	2,  // 22: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
-	4,  // 23: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
-	10, // 24: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
-	14, // 25: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
-	1,  // 26: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
-	3,  // 27: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
-	9,  // 28: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
-	12, // 29: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
-	15, // 30: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
-	26, // [26:31] is the sub-list for method output_type
-	21, // [21:26] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	24, // 19: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
+	20, // 20: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
+	22, // 21: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	0,  // 22: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
+	2,  // 23: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
+	4,  // 24: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
+	10, // 25: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
+	14, // 26: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
+	1,  // 27: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
+	3,  // 28: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
+	9,  // 29: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
+	12, // 30: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
+	15, // 31: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
+	27, // [27:32] is the sub-list for method output_type
+	22, // [22:27] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_node_proto_init() }

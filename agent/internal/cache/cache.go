@@ -63,6 +63,7 @@ type Cache struct {
 	coming    update // what is not complete yet
 	revision  uint64 // everything up to here is held
 	seen      uint64 // the highest revision ever, also before a restart
+	clean     uint64 // the last trust bundle, before this one, of which nothing tainted was served
 	relist    bool   // what is held cannot be resumed from
 	synced    bool   // a full listing was completed, ever
 	connected bool   // the CA's stream is open and has said synced

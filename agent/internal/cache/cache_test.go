@@ -506,11 +506,11 @@ func TestAckWaitsForTheSlowestStream(t *testing.T) {
 		s2.Delivered(1)
 		f.apply(&capb.SyncResponse{TrustBundle: f.trust(2)})
 		s1.Delivered(2)
-		if _, got := f.Ack(); got != 1 {
+		if _, got := f.Ack(false); got != 1 {
 			t.Errorf("Ack() = %d while one stream has 1; want 1", got)
 		}
 		s2.Close()
-		if _, got := f.Ack(); got != 2 {
+		if _, got := f.Ack(false); got != 2 {
 			t.Errorf("Ack() = %d; want 2", got)
 		}
 		s1.Close()

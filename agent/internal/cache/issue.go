@@ -414,11 +414,12 @@ func (c *Cache) settle(ctx context.Context, w want, made *SVID, err error) {
 		if made.Entry != sl.entry { // its hint changed meanwhile
 			made.Entry = sl.entry
 		}
-		sl.svid, sl.reissue, sl.failures, sl.nextTry = made, false, 0, time.Time{}
+		sl.svid, sl.reissue, sl.failures, sl.nextTry = c.hurry(made), false, 0, time.Time{}
 		c.log.LogAttrs(ctx, slog.LevelInfo, "SVID issued",
 			slog.String("spiffe_id", made.Peer.ID.String()), slog.String("entry_id", made.Entry.ID),
 			slog.String("serial", made.Peer.SerialHex), slog.Time("not_after", made.Peer.NotAfter))
 		sl.notifyUsers()
+		signal(c.served) // it may have been the last tainted one
 	}
 	c.turn(sl)
 }

@@ -145,12 +145,17 @@ func (s *Subscription) Close() {
 }
 
 // Ack is what every open stream has been sent: the revision that is held and
-// the oldest trust bundle that some stream still has.
-func (c *Cache) Ack() (revision, trustSequence uint64) {
+// the oldest trust bundle that some stream still has. While something is served
+// that a tainted authority signed (ownTainted: to the agent itself), the trust
+// bundle that taints it does not count.
+func (c *Cache) Ack(ownTainted bool) (revision, trustSequence uint64) {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
 	if t := c.trust.Load(); t != nil {
 		trustSequence = t.Sequence
+		if ownTainted || c.servesTainted(t) {
+			trustSequence = min(trustSequence, c.clean)
+		}
 	}
 	for sequence := range c.behind {
 		trustSequence = min(trustSequence, sequence)

@@ -4,8 +4,10 @@ package cache
 
 import (
 	"context"
+	"crypto/x509"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -27,6 +29,21 @@ type Trust struct {
 	JWKS []byte
 	// Document is the whole bundle as the CA sent it.
 	Document []byte
+	// Tainted are the IDs of the keys whose SVIDs are to be replaced, within
+	// RenewSpread.
+	Tainted     []string
+	RenewSpread time.Duration
+}
+
+// Taints says whether any of the authorities, by ID, is tainted.
+func (t *Trust) Taints(authorityIDs []string) bool {
+	return t != nil && slices.ContainsFunc(authorityIDs, func(id string) bool { return slices.Contains(t.Tainted, id) })
+}
+
+// Ended says whether every root has ended, so that the bundle vouches for
+// nobody any more.
+func (t *Trust) Ended(now time.Time) bool {
+	return !slices.ContainsFunc(t.Bundle.X509Authorities(), func(root *x509.Certificate) bool { return !now.After(root.NotAfter) })
 }
 
 // ParseTrust reads the trust bundle that the CA sent for its trust domain. It
@@ -44,7 +61,10 @@ func ParseTrust(pb *capb.TrustBundle, trustDomain string) (*Trust, error) {
 	if err != nil {
 		return nil, fmt.Errorf("parse trust bundle: %w", err)
 	}
-	t := &Trust{Sequence: pb.GetSequence(), Bundle: b, Document: pb.GetJwks()}
+	t := &Trust{
+		Sequence: pb.GetSequence(), Bundle: b, Document: pb.GetJwks(),
+		Tainted: pb.GetTaintedAuthorityIds(), RenewSpread: min(max(pb.GetRenewSpread().AsDuration(), 0), maxSpread),
+	}
 	for _, cert := range b.X509Authorities() {
 		t.X509 = append(t.X509, cert.Raw...)
 	}
@@ -56,6 +76,9 @@ func ParseTrust(pb *capb.TrustBundle, trustDomain string) (*Trust, error) {
 	}
 	return t, nil
 }
+
+// maxSpread keeps what a CA says from putting a replacement off.
+const maxSpread = time.Minute
 
 func (c *Cache) parseTrust(pb *capb.TrustBundle) (*Trust, error) {
 	if pb == nil {
@@ -89,9 +112,13 @@ func (c *Cache) swapTrust(ctx context.Context, t *Trust) {
 		if t.Sequence == held.Sequence {
 			return
 		}
+		if !c.servesTainted(held) {
+			c.clean = held.Sequence
+		}
 	}
 	c.trust.Store(t)
 	c.jwts.forgetAll()
+	c.replaceTainted(t)
 	c.log.LogAttrs(ctx, slog.LevelInfo, "trust bundle changed", slog.Uint64("sequence", t.Sequence))
 	c.notifyAll()
 }

@@ -103,6 +103,7 @@ func (c *Client) adopt(ctx context.Context, picture *cache.Cache, chain [][]byte
 	}
 	picture.SetTrust(ctx, trust)
 	c.setOwn(&x509svid.SVID{ID: peer.ID, Certificates: certs, PrivateKey: key}, time.Now())
+	c.replaceOwn(trust, time.Now().Add(againPause))
 	c.cfg.Logger.LogAttrs(ctx, slog.LevelInfo, "agent has an SVID",
 		slog.String("spiffe_id", peer.ID.String()), slog.String("serial", peer.SerialHex),
 		slog.Time("not_after", peer.NotAfter))
@@ -111,12 +112,14 @@ func (c *Client) adopt(ctx context.Context, picture *cache.Cache, chain [][]byte
 
 // firstContact is a TLS configuration without a client certificate that goes
 // through with only if the server is the CA: by the trust bundle, if one is
-// held, or by the pinned root.
+// held, or by the pinned root. A trust bundle whose roots have all ended vouches
+// for nobody, and would keep the agent away for ever from a CA that had to begin
+// with a new root.
 func (c *Client) firstContact(picture *cache.Cache) *tls.Config {
 	cfg := svid.TLS{}.Client()
 	cfg.GetClientCertificate = nil
 	cfg.VerifyConnection = func(cs tls.ConnectionState) error {
-		if trust := picture.Trust(); trust != nil {
+		if trust := picture.Trust(); trust != nil && !trust.Ended(time.Now()) {
 			return c.checkCA(cs.PeerCertificates, trust.Bundle)
 		}
 		peer, err := svid.VerifyPinned(cs.PeerCertificates, c.cfg.TrustDomain, c.cfg.RootHash, time.Now())

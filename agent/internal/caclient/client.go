@@ -59,6 +59,7 @@ type Client struct {
 	trust    *cache.Trust // from the disk, for Run
 	revision uint64       // likewise: the highest seen
 	gotOwn   chan struct{}
+	hurry    chan struct{} // the agent's own SVID is to be renewed sooner
 	ackAgain chan struct{}
 	sawMore  chan struct{}
 	links    *links
@@ -109,7 +110,7 @@ func New(cfg Config) (*Client, error) {
 	}
 	c := &Client{
 		cfg: cfg, caID: caID, firstWord: firstWord, lookAgain: lookForFresh, links: newLinks(),
-		gotOwn: make(chan struct{}, 1), ackAgain: make(chan struct{}, 1), sawMore: make(chan struct{}, 1),
+		gotOwn: make(chan struct{}, 1), hurry: make(chan struct{}, 1), ackAgain: make(chan struct{}, 1), sawMore: make(chan struct{}, 1),
 	}
 	if c.trust, err = c.loadTrust(); err != nil {
 		return nil, err
@@ -129,6 +130,7 @@ func New(cfg Config) (*Client, error) {
 	}
 	if held != nil && c.trust != nil {
 		c.setOwn(held, held.Certificates[0].NotBefore)
+		c.replaceOwn(c.trust, time.Now())
 	}
 	c.standing = newStanding(cfg.Addresses, cfg.Logger, cfg.Registerer)
 	cfg.Registerer.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{

@@ -35,6 +35,7 @@ type storedTrust struct {
 	TrustDomain string          `json:"trust_domain"`
 	Sequence    uint64          `json:"sequence"`
 	JWKS        json.RawMessage `json:"jwks"`
+	Tainted     []string        `json:"tainted,omitempty"`
 }
 
 // ReadFile reads what durable.WriteFile wrote; nil when there is no such file. It
@@ -112,7 +113,7 @@ func (c *Client) saveTrust(t *cache.Trust) error {
 	if t.Sequence < c.saved {
 		return nil
 	}
-	content, err := json.Marshal(storedTrust{TrustDomain: c.cfg.TrustDomain.Name(), Sequence: t.Sequence, JWKS: t.Document})
+	content, err := json.Marshal(storedTrust{TrustDomain: c.cfg.TrustDomain.Name(), Sequence: t.Sequence, JWKS: t.Document, Tainted: t.Tainted})
 	if err != nil {
 		return fmt.Errorf("encode the trust bundle: %w", err)
 	}
@@ -134,7 +135,7 @@ func (c *Client) loadTrust() (*cache.Trust, error) {
 		return nil, fmt.Errorf("read %s: %w", filepath.Join(c.cfg.DataDir, trustFile), err)
 	}
 	return cache.ParseTrust(&capb.TrustBundle{
-		TrustDomain: stored.TrustDomain, Sequence: stored.Sequence, Jwks: stored.JWKS,
+		TrustDomain: stored.TrustDomain, Sequence: stored.Sequence, Jwks: stored.JWKS, TaintedAuthorityIds: stored.Tainted,
 	}, c.cfg.TrustDomain.Name())
 }
 

@@ -4,6 +4,7 @@ package caclient
 
 import (
 	"context"
+	"encoding/hex"
 	"fmt"
 	"log/slog"
 	"time"
@@ -29,7 +30,7 @@ func (c *Client) keepRenewed(ctx context.Context, picture *cache.Cache) {
 		if failures > 0 {
 			wait = max(wait, retryIn(10+failures))
 		}
-		if pause(ctx, wait) != nil {
+		if c.rest(ctx, wait) != nil {
 			return
 		}
 		now := time.Now()
@@ -48,6 +49,49 @@ func (c *Client) keepRenewed(ctx context.Context, picture *cache.Cache) {
 		}
 		failures = 0
 	}
+}
+
+// rest pauses, unless the SVID is to be renewed sooner than was thought.
+func (c *Client) rest(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-c.hurry:
+	case <-t.C:
+	}
+	return nil
+}
+
+// againPause is how long a replacement is put off that a tainted authority
+// signed, too: the replica has no other yet.
+const againPause = 5 * time.Second
+
+// replaceOwn plans the replacement of the agent's own SVID after from, if trust
+// taints the authority that signed it.
+func (c *Client) replaceOwn(trust *cache.Trust, from time.Time) {
+	own := c.own.Load()
+	if own == nil || !own.taintedBy(trust) {
+		return
+	}
+	sooner := *own
+	if at := cache.Within(from, trust.RenewSpread); at.Before(own.renewAt) {
+		sooner.renewAt = at
+	}
+	if c.own.CompareAndSwap(own, &sooner) {
+		signal(c.hurry)
+	}
+}
+
+// taintedBy says whether trust taints an authority of the chain, of which the
+// root is known by its ID alone.
+func (o *ownSVID) taintedBy(trust *cache.Trust) bool {
+	var authorities []string
+	for _, cert := range o.Certificates {
+		authorities = append(authorities, hex.EncodeToString(cert.AuthorityKeyId))
+	}
+	return trust.Taints(authorities)
 }
 
 // renew obtains a new SVID for the agent with a new key.

@@ -162,6 +162,7 @@ func (c *Client) apply(ctx context.Context, picture *cache.Cache, m *capb.SyncRe
 	before := picture.Trust()
 	err := picture.Apply(ctx, m)
 	if trust := picture.Trust(); trust != before {
+		c.replaceOwn(trust, time.Now())
 		if err := c.saveTrust(trust); err != nil {
 			// It is in use; only a restart would not have it.
 			c.cfg.Logger.LogAttrs(ctx, slog.LevelError, "trust bundle not saved", slog.Any("err", err))
@@ -180,7 +181,8 @@ func (c *Client) checkClock(ctx context.Context, m *capb.SyncResponse) {
 }
 
 func (c *Client) ack(picture *cache.Cache) *capb.SyncAck {
-	revision, sequence := picture.Ack()
+	own := c.own.Load()
+	revision, sequence := picture.Ack(own != nil && own.taintedBy(picture.Trust()))
 	return &capb.SyncAck{Revision: revision, TrustBundleSequence: sequence, PolicyGeneration: c.cfg.PolicyGeneration()}
 }
 

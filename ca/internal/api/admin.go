@@ -238,7 +238,7 @@ func (s *Service) GetTrustBundle(context.Context, *capb.GetTrustBundleRequest) (
 	if b == nil {
 		return nil, status.Error(codes.Unavailable, "no trust bundle is published yet")
 	}
-	resp := &capb.GetTrustBundleResponse{TrustBundle: trustToProto(b)}
+	resp := &capb.GetTrustBundleResponse{TrustBundle: s.trustToProto(b)}
 	for _, root := range b.Keys.X509Authorities() {
 		resp.RootHashes = append(resp.RootHashes, svid.KeyHash(root))
 	}

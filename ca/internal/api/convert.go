@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"merlon.dev/ca/capb"
@@ -94,11 +95,29 @@ func entryToProto(e *entry.Entry) *capb.Entry {
 	return p
 }
 
-func trustToProto(b *trust.Bundle) *capb.TrustBundle {
+func (s *Service) trustToProto(b *trust.Bundle) *capb.TrustBundle {
 	if b == nil {
 		return nil
 	}
-	return &capb.TrustBundle{TrustDomain: b.TrustDomain.Name(), Sequence: b.Sequence, Jwks: b.JWKS}
+	p := &capb.TrustBundle{TrustDomain: b.TrustDomain.Name(), Sequence: b.Sequence, Jwks: b.JWKS, TaintedAuthorityIds: b.Tainted}
+	if len(b.Tainted) > 0 {
+		p.RenewSpread = durationpb.New(s.renewSpread())
+	}
+	return p
+}
+
+const (
+	// signingPace is what the CA signs of a replacement of everything: 250 a
+	// second, which leaves most of two cores to others.
+	signingPace = 4 * time.Millisecond
+	// maxSpread keeps the replacement within the minute, whatever there is.
+	maxSpread = 45 * time.Second
+)
+
+// renewSpread is over how long agents spread the replacement of everything.
+func (s *Service) renewSpread() time.Duration {
+	entries, agents, _, _ := s.registry.Counts()
+	return min(time.Duration(entries+agents)*signingPace, maxSpread)
 }
 
 func revocationToProto(r *revocation.Record) *capb.Revocation {

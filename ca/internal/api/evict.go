@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -18,8 +17,8 @@ import (
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
-	"merlon.dev/ca/internal/trust"
 	"merlon.dev/sdk/svid"
 )
 
@@ -72,7 +71,7 @@ func (s *Service) replicaToProto(rec *replica.Record) *capb.CAReplica {
 		Self: rec.Name == s.opts.ReplicaName,
 	}
 	// One that the root does not vouch for signs no policy, and has none.
-	if key, err := rec.PolicyKey(s.opts.Keys.Anchor(), time.Now()); err == nil {
+	if key, err := rec.PolicyKey(s.opts.Keys.Anchors(), time.Now()); err == nil {
 		p.PolicyKeyId = key.KID
 	}
 	return p
@@ -133,16 +132,22 @@ func (s *Service) tryEvict(ctx context.Context, name string) (*replica.Record, [
 	if err != nil {
 		return nil, nil, 0, err
 	}
-	change, err := trust.Plan(ctx, s.opts.Store, s.opts.TrustDomain, func(published *spiffebundle.Bundle) error {
-		published.RemoveJWTAuthority(rec.JWTKeyID)
-		return nil
+	now := time.Now()
+	keys := []string{rec.JWTKeyID}
+	step, err := s.opts.Domain.Plan(ctx, func(set rotation.Set) (rotation.Set, error) {
+		for _, a := range set.All() {
+			if a.Kind == rotation.JWT && a.Replica == name && a.State.Trusted() && a.ID != rec.JWTKeyID {
+				keys = append(keys, a.ID)
+			}
+		}
+		return set.Evicted(name, now), nil
 	})
 	if err != nil {
 		return nil, nil, 0, err
 	}
-	ops := append(change.Ops, store.Delete(replica.Prefix+name), replica.Mark())
+	ops := append(step.Ops, store.Delete(replica.Prefix+name), replica.Mark())
 	var revocations []*revocation.Record
-	for _, r := range withdrawn(rec, time.Now()) {
+	for _, r := range withdrawn(rec, keys, now) {
 		put, key, err := revocation.PutForGood(r)
 		if err != nil {
 			return nil, nil, 0, err
@@ -150,7 +155,7 @@ func (s *Service) tryEvict(ctx context.Context, name string) (*replica.Record, [
 		ops = append(ops, put)
 		revocations = append(revocations, &revocation.Record{Revocation: r, Key: key})
 	}
-	res, err := s.opts.Store.Txn(ctx, []store.Cmp{rec.Cmp(), change.Cmp}, ops, nil)
+	res, err := s.opts.Store.Txn(ctx, append(step.Cmps, rec.Cmp()), ops, nil)
 	if err != nil {
 		return nil, nil, 0, fmt.Errorf("evict replica %s: %w", name, err)
 	}
@@ -162,9 +167,11 @@ func (s *Service) tryEvict(ctx context.Context, name string) (*replica.Record, [
 
 // withdrawn are the revocations of everything that rec can have signed. They
 // have no limit by revision: it may go on signing, with numbers of its choice.
-func withdrawn(rec *replica.Record, now time.Time) []svid.Revocation {
+func withdrawn(rec *replica.Record, jwtKeys []string, now time.Time) (revocations []svid.Revocation) {
 	note := "replica " + rec.Name + " evicted"
-	revocations := []svid.Revocation{{AuthorityID: rec.JWTKeyID, ExpiresAt: now.Add(recordLife), Note: note}}
+	for _, kid := range jwtKeys {
+		revocations = append(revocations, svid.Revocation{AuthorityID: kid, ExpiresAt: now.Add(recordLife), Note: note})
+	}
 	for _, a := range rec.Authorities {
 		revocations = append(revocations, svid.Revocation{AuthorityID: a.ID, ExpiresAt: a.NotAfter.Add(evictedLife), Note: note})
 	}
@@ -173,7 +180,7 @@ func withdrawn(rec *replica.Record, now time.Time) []svid.Revocation {
 
 // reseal signs the current policy bundles that rec signed with our own key.
 func (s *Service) reseal(ctx context.Context, rec *replica.Record) error {
-	key, err := rec.PolicyKey(s.opts.Keys.Anchor(), time.Now())
+	key, err := rec.PolicyKey(s.opts.Keys.Anchors(), time.Now())
 	if err != nil {
 		return nil //nolint:nilerr // a key that the root does not vouch for has signed nothing that counts
 	}

@@ -67,7 +67,7 @@ func (s *Service) Attest(ctx context.Context, req *capb.AttestRequest) (*capb.At
 	if err := s.registry.Wait(ctx, agent.Revision); err != nil {
 		return nil, err
 	}
-	return &capb.AttestResponse{X509Svid: chainOf(ca, leaf), TrustBundle: trustToProto(s.registry.Trust())}, nil
+	return &capb.AttestResponse{X509Svid: chainOf(ca, leaf), TrustBundle: s.trustToProto(s.registry.Trust())}, nil
 }
 
 func attestReason(err error) string {
@@ -105,7 +105,7 @@ func (s *Service) Renew(ctx context.Context, req *capb.RenewRequest) (*capb.Rene
 	if err := s.renewed(ctx, g.Agent.ID, leaf.NotAfter); err != nil {
 		return nil, err
 	}
-	return &capb.RenewResponse{X509Svid: chainOf(ca, leaf), TrustBundle: trustToProto(s.registry.Trust())}, nil
+	return &capb.RenewResponse{X509Svid: chainOf(ca, leaf), TrustBundle: s.trustToProto(s.registry.Trust())}, nil
 }
 
 // renewed notes the end of an agent's newest SVID, for operators to see. A

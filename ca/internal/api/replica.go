@@ -16,7 +16,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -26,8 +25,8 @@ import (
 	"merlon.dev/ca/internal/authority"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
-	"merlon.dev/ca/internal/trust"
 )
 
 // RootKeys is what the replica that holds the root key does for others;
@@ -36,6 +35,8 @@ type RootKeys interface {
 	attest.Sealer
 	SignIntermediate(key crypto.PublicKey, now time.Time) (*x509.Certificate, error)
 	CertifyPolicyKey(name string, key crypto.PublicKey, now time.Time) (*x509.Certificate, error)
+	// RootOf is the root that signed cert, one of its own making.
+	RootOf(cert *x509.Certificate) *x509.Certificate
 }
 
 var (
@@ -147,7 +148,7 @@ func (s *Service) newReplica(name string, keys replicaKeys, now time.Time) (*rep
 }
 
 func authorityOf(cert *x509.Certificate) replica.Authority {
-	return replica.Authority{ID: hex.EncodeToString(cert.SubjectKeyId), NotAfter: cert.NotAfter}
+	return replica.Authority{ID: hex.EncodeToString(cert.SubjectKeyId), Root: hex.EncodeToString(cert.AuthorityKeyId), NotAfter: cert.NotAfter}
 }
 
 // enrollReplica prepares the transaction that makes rec a replica: with the
@@ -159,9 +160,15 @@ func (s *Service) enrollReplica(ctx context.Context, rec *replica.Record, keys r
 	case !errors.Is(err, store.ErrNotFound):
 		return nil, nil, fmt.Errorf("read the record of replica %s: %w", rec.Name, err)
 	}
-	change, err := trust.Plan(ctx, s.opts.Store, s.opts.TrustDomain, func(published *spiffebundle.Bundle) error {
-		return published.AddJWTAuthority(keys.jwtID, keys.jwt)
-	})
+	der, err := x509.MarshalPKIXPublicKey(keys.jwt)
+	if err != nil {
+		return nil, nil, fmt.Errorf("encode the JWT key of replica %s: %w", rec.Name, err)
+	}
+	key := rotation.Authority{
+		ID: keys.jwtID, Kind: rotation.JWT, Replica: rec.Name, PublicKey: der,
+		NotBefore: rec.JoinedAt, NotAfter: rec.JoinedAt.Add(s.opts.JWTKeyTTL),
+	}
+	step, err := s.opts.Domain.Plan(ctx, func(set rotation.Set) (rotation.Set, error) { return set.Enrolled(key, rec.JoinedAt) })
 	if err != nil {
 		return nil, nil, err
 	}
@@ -169,7 +176,7 @@ func (s *Service) enrollReplica(ctx context.Context, rec *replica.Record, keys r
 	if err != nil {
 		return nil, nil, err
 	}
-	return []store.Cmp{rec.Cmp(), change.Cmp}, append(change.Ops, put, replica.Mark()), nil
+	return append(step.Cmps, rec.Cmp()), append(step.Ops, put, replica.Mark()), nil
 }
 
 // certificates is the answer once the picture holds what it says.
@@ -178,8 +185,8 @@ func (s *Service) certificates(ctx context.Context, rec *replica.Record, interme
 		return nil, err
 	}
 	return &capb.ReplicaCertificates{
-		Intermediate: [][]byte{intermediate.Raw}, Root: s.opts.Keys.X509().Root.Raw,
-		PolicyCertificate: rec.PolicyCertificate, TrustBundle: trustToProto(s.registry.Trust()), Name: rec.Name,
+		Intermediate: [][]byte{intermediate.Raw}, Root: s.opts.Root.RootOf(intermediate).Raw,
+		PolicyCertificate: rec.PolicyCertificate, TrustBundle: s.trustToProto(s.registry.Trust()), Name: rec.Name,
 	}, nil
 }
 
@@ -201,12 +208,11 @@ func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) 
 		if err != nil {
 			return nil, s.refuse(ctx, caller, audit.Record{Detail: what}, s.toStatus(ctx, err))
 		}
-		next := rec.WithAuthority(authorityOf(intermediate), now)
-		put, err := next.Put()
+		next, ops, err := s.recertified(rec, keys, intermediate, now)
 		if err != nil {
 			return nil, err
 		}
-		res, err := s.opts.Store.Txn(ctx, []store.Cmp{rec.Cmp()}, []store.Op{put}, nil)
+		res, err := s.opts.Store.Txn(ctx, []store.Cmp{rec.Cmp()}, ops, nil)
 		if err != nil {
 			return nil, fmt.Errorf("write the record of replica %s: %w", rec.Name, err)
 		}
@@ -235,6 +241,24 @@ func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) 
 	return nil, fmt.Errorf("write the record of replica %s: others keep changing it", caller.Replica.Name)
 }
 
+// recertified is the record with the new intermediate, and with a policy
+// certificate under the same root, with the writes that store it.
+func (s *Service) recertified(rec *replica.Record, keys replicaKeys, intermediate *x509.Certificate, now time.Time) (*replica.Record, []store.Op, error) {
+	next := rec.WithAuthority(authorityOf(intermediate), now)
+	var ops []store.Op
+	root := s.opts.Root.RootOf(intermediate)
+	if _, err := rec.PolicyKey([]*x509.Certificate{root}, now); err != nil {
+		policy, err := s.opts.Root.CertifyPolicyKey(rec.Name, keys.policy, now)
+		if err != nil {
+			return nil, nil, err
+		}
+		next.PolicyCertificate = policy.Raw
+		ops = append(ops, replica.Mark())
+	}
+	put, err := next.Put()
+	return next, append(ops, put), err
+}
+
 // liveReplica reads the caller's record anew and judges it by everything that
 // the store holds: a replica that is being evicted gets nothing more.
 func (s *Service) liveReplica(ctx context.Context, caller *Caller, keys replicaKeys, now time.Time) (*replica.Record, error) {
@@ -246,16 +270,23 @@ func (s *Service) liveReplica(ctx context.Context, caller *Caller, keys replicaK
 		return nil, err
 	}
 	issuer := issuerOf(caller.Peer)
-	policy, err := rec.PolicyKey(s.opts.Keys.Anchor(), now)
+	policy, err := rec.PolicyKey(s.opts.Keys.Anchors(), now)
 	switch {
 	case !rec.Holds(issuer):
 		return nil, status.Errorf(codes.PermissionDenied, "authority %s is not one of replica %s", issuer, rec.Name)
 	case err != nil:
 		return nil, status.Error(codes.PermissionDenied, err.Error())
-	case !policy.Public.Equal(keys.policy) || rec.JWTKeyID != keys.jwtID:
+	case !policy.Public.Equal(keys.policy) || !s.ownsJWT(rec, keys.jwtID):
 		return nil, status.Errorf(codes.PermissionDenied, "replica %s has joined with other keys", rec.Name)
 	}
 	return rec, s.checkAuthorities(rec, now)
+}
+
+// ownsJWT says whether a JWT key is the replica's: that of its record, or one that
+// signed before, or will.
+func (s *Service) ownsJWT(rec *replica.Record, kid string) bool {
+	a, ok := s.registry.Authorities().Get(kid)
+	return rec.JWTKeyID == kid || ok && a.Replica == rec.Name && a.State != rotation.Revoked
 }
 
 // checkAuthorities refuses a replica of which an authority is revoked, whatever
@@ -274,7 +305,7 @@ func (s *Service) Standing() error {
 		return nil
 	}
 	rec, ok := s.registry.Replica(s.opts.ReplicaName)
-	if !ok || rec.JWTKeyID != s.opts.Keys.JWT().KeyID {
+	if !ok || !s.opts.Keys.HoldsJWT(rec.JWTKeyID) {
 		return errEvicted
 	}
 	return nil

@@ -49,6 +49,7 @@ func newRootHolder(t *testing.T) (*Service, *upstream.Keys) {
 		t.Fatal(err)
 	}
 	s.opts.Keys, s.opts.Root, s.opts.ReplicaName = keys, keys, keys.Name()
+	s.opts.Domain, s.opts.JWTKeyTTL = trust.Domain{Store: s.opts.Store, TrustDomain: td}, time.Hour
 	s.opts.Reseal = func(context.Context, replica.PolicyKey) ([]*release.Head, error) { return nil, nil }
 	return s, keys
 }
@@ -294,7 +295,7 @@ func TestStoreAloneMakesNoReplica(t *testing.T) {
 		if !ok {
 			t.Fatal("the record is not followed")
 		}
-		if key, err := stored.PolicyKey(root, now); err == nil {
+		if key, err := stored.PolicyKey([]*x509.Certificate{root}, now); err == nil {
 			t.Errorf("%s: policy key %+v", name, key)
 		}
 	}

@@ -34,7 +34,9 @@ import (
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/role"
+	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/trust"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/unixsock"
 )
@@ -62,9 +64,21 @@ const (
 // authorities that it returns are immutable.
 type Keys interface {
 	X509() *authority.X509Authority
-	// Anchor is the CA's own root, which vouches for policy keys.
-	Anchor() *x509.Certificate
 	JWT() *authority.JWTAuthority
+	// HoldsJWT says whether a JWT key of that ID is here.
+	HoldsJWT(kid string) bool
+	// Anchors are the CA's own roots, which vouch for policy keys. It trusts them by
+	// itself, not by what the store says.
+	Anchors() []*x509.Certificate
+}
+
+// Authorities takes the steps of rotation. Refusals are *rotation.RefusedError,
+// rotation.ErrUnknown or statuses.
+type Authorities interface {
+	// Prepare makes a key of the given kind and publishes it. It returns its ID.
+	Prepare(ctx context.Context, kind rotation.Kind) (id string, revision uint64, err error)
+	// Take takes one step of an authority that is there.
+	Take(ctx context.Context, c rotation.Command) (revision uint64, err error)
 }
 
 // Options are the parts of a Service. All are required but UIDs, Tokens, and Root
@@ -75,7 +89,11 @@ type Options struct {
 	StoreKind   string // "badger" or "etcd", for backups
 	Registry    *registry.Registry
 	Keys        Keys
-	Releases    *release.Publisher
+	Authorities Authorities
+	// Domain is how the authorities are stored, Rotation how they are judged.
+	Domain   trust.Domain
+	Rotation rotation.Policy
+	Releases *release.Publisher
 	// ReplicaName is the name of this replica.
 	ReplicaName string
 	// Root is nil on a replica that does not hold the root key.
@@ -95,6 +113,8 @@ type Options struct {
 	X509SVIDTTL, JWTSVIDTTL, AgentSVIDTTL time.Duration
 	// JWTMaxAudiences is how many audiences one JWT-SVID may have.
 	JWTMaxAudiences int
+	// JWTKeyTTL is how long the JWT key of a new replica lives.
+	JWTKeyTTL time.Duration
 }
 
 // Service implements the Node, Admin and Replica services. It is safe for concurrent
@@ -122,6 +142,8 @@ type Service struct {
 	// keys knows whose the public keys are that were signed here.
 	keys *authority.KeyUse
 
+	// keeping holds a token for each acknowledgement that is being written.
+	keeping  chan struct{}
 	reach    *reach
 	stopping chan struct{}
 	stop     sync.Once
@@ -139,6 +161,7 @@ func New(o Options) *Service {
 		powerless: rate.NewLimiter(refusalsPerSecond, refusalsBurst),
 		proving:   make(chan struct{}, 1),
 		evidence:  evidenceLog(),
+		keeping:   make(chan struct{}, maxKeeping),
 		reach:     newReach(),
 		stopping:  make(chan struct{}),
 	}
@@ -351,6 +374,9 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 	if e, ok := errors.AsType[*release.RefusedError](err); ok {
 		return status.Error(codes.InvalidArgument, e.Error())
 	}
+	if e, ok := errors.AsType[*rotation.RefusedError](err); ok {
+		return status.Error(codes.FailedPrecondition, e.Error())
+	}
 	if errors.Is(err, store.ErrUnavailable) {
 		err = errUnreachable
 	}
@@ -361,6 +387,7 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 		{registry.ErrNoEntry, codes.NotFound},
 		{release.ErrNone, codes.NotFound},
 		{attest.ErrUnknownAgent, codes.NotFound},
+		{rotation.ErrUnknown, codes.NotFound},
 		{attest.ErrUnknownToken, codes.PermissionDenied},
 		{attest.ErrExpiredToken, codes.PermissionDenied},
 		{store.ErrTooLarge, codes.InvalidArgument},

@@ -6,6 +6,8 @@ package api
 
 import (
 	"context"
+	"log/slog"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -15,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/registry"
 )
@@ -49,29 +52,59 @@ func (s *Service) Sync(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.Sy
 		return s.behind(err)
 	}
 	defer feed.Close()
-	noteAck(feed, first)
+	s.noteAck(ctx, feed, caller, first)
 	ended := make(chan struct{})
 	// The goroutine ends with the stream, whose handler this is.
-	go receiveAcks(stream, feed, ended)
+	go s.receiveAcks(stream, feed, caller, ended)
 	return s.push(ctx, stream, feed, caller, witness, ended)
 }
 
-func receiveAcks(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.SyncResponse], feed *registry.Feed, ended chan<- struct{}) {
+func (s *Service) receiveAcks(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.SyncResponse], feed *registry.Feed, caller *Caller, ended chan<- struct{}) {
 	defer close(ended)
 	for {
 		req, err := stream.Recv()
 		if err != nil {
 			return
 		}
-		noteAck(feed, req)
+		s.noteAck(stream.Context(), feed, caller, req)
 	}
 }
 
-func noteAck(feed *registry.Feed, req *capb.SyncRequest) {
+func (s *Service) noteAck(ctx context.Context, feed *registry.Feed, caller *Caller, req *capb.SyncRequest) {
 	if a := req.GetAck(); a != nil {
 		feed.Ack(registry.Ack{
 			Revision: a.GetRevision(), TrustBundleSequence: a.GetTrustBundleSequence(), PolicyGeneration: a.GetPolicyGeneration(),
 		})
+		s.keepAck(ctx, feed, caller)
+	}
+}
+
+const (
+	// maxKeeping is how many acknowledgements are written at the same time: with
+	// the next key of the trust bundle all agents acknowledge at once.
+	maxKeeping  = 64
+	keepTimeout = 5 * time.Second
+)
+
+// keepAck writes down which trust bundle the agent serves, where a step of an
+// authority may wait for that: other replicas learn it so, and a CA that starts
+// again. What fails is tried again with the next heartbeat.
+func (s *Service) keepAck(ctx context.Context, feed *registry.Feed, caller *Caller) {
+	ack, ok := feed.Acked()
+	if !ok || s.Stale() || !s.registry.AckDue(caller.Agent.ID, ack.TrustBundleSequence) {
+		return
+	}
+	select {
+	case s.keeping <- struct{}{}:
+		defer func() { <-s.keeping }()
+	case <-ctx.Done():
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, keepTimeout)
+	defer cancel()
+	if err := attest.Acknowledged(ctx, s.opts.Store, caller.Agent.ID, ack.TrustBundleSequence, caller.Peer.NotAfter); err != nil {
+		s.log.LogAttrs(ctx, slog.LevelDebug, "acknowledgement not written down yet",
+			slog.String("spiffe_id", caller.Name), slog.Any("err", err))
 	}
 }
 
@@ -82,12 +115,18 @@ func (s *Service) push(ctx context.Context, stream grpc.ServerStreamingServer[ca
 	defer beat.Stop()
 	expiry := time.NewTimer(time.Until(caller.Peer.NotAfter))
 	defer expiry.Stop()
+	var keeping sync.WaitGroup
+	defer keeping.Wait()
 	reach := s.reach.state.Load()
 	for {
 		select {
 		case <-reach.turned:
 		case <-feed.Due():
 		case <-beat.C:
+			if ack, ok := feed.Acked(); ok && s.registry.AckDue(caller.Agent.ID, ack.TrustBundleSequence) {
+				// Beside: a slow store must not hold up what is pushed.
+				keeping.Go(func() { s.keepAck(ctx, feed, caller) })
+			}
 		case <-expiry.C:
 		case <-ended:
 			return nil
@@ -122,7 +161,7 @@ func (s *Service) messagesOf(u registry.Update) []*capb.SyncResponse {
 	var p packer
 	p.start(0).Reset_ = u.Reset
 	if u.Trust != nil {
-		b := trustToProto(u.Trust)
+		b := s.trustToProto(u.Trust)
 		p.start(proto.Size(b)).TrustBundle = b
 	}
 	// Revocations first: an agent must not serve an entry that they concern.

@@ -6,6 +6,7 @@
 package attest
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/binary"
@@ -45,8 +46,12 @@ type Agent struct {
 	AttestedAt  time.Time
 	// NotAfter is the end of its newest X509-SVID.
 	NotAfter time.Time
-	// Revision is the store revision of the record.
-	Revision uint64
+	// TrustSequence is that of the trust bundle that it acknowledged last, as far
+	// as something hung on it.
+	TrustSequence uint64
+	// AttestedRevision is the store revision at which it attested last, Revision
+	// that of the record.
+	AttestedRevision, Revision uint64
 }
 
 type storedAgent struct {
@@ -56,6 +61,9 @@ type storedAgent struct {
 	Attestation string      `json:"attestation"`
 	AttestedAt  time.Time   `json:"attested_at"`
 	NotAfter    time.Time   `json:"not_after"`
+
+	TrustSequence    uint64 `json:"trust_sequence,omitempty"`
+	AttestedRevision uint64 `json:"attested_revision,omitempty"` // 0: that of the record, which nobody has written since
 }
 
 // DecodeAgent reads an agent's record.
@@ -69,7 +77,8 @@ func DecodeAgent(kv store.KV) (*Agent, error) {
 	}
 	return &Agent{
 		ID: s.ID, Handle: s.Handle, Attestation: s.Attestation,
-		AttestedAt: s.AttestedAt, NotAfter: s.NotAfter, Revision: kv.ModRevision,
+		AttestedAt: s.AttestedAt, NotAfter: s.NotAfter, TrustSequence: s.TrustSequence,
+		AttestedRevision: cmp.Or(s.AttestedRevision, kv.ModRevision), Revision: kv.ModRevision,
 	}, nil
 }
 
@@ -77,6 +86,7 @@ func (a *Agent) put() (store.Op, error) {
 	b, err := json.Marshal(storedAgent{
 		Version: encodingVersion, ID: a.ID, Handle: a.Handle, Attestation: a.Attestation,
 		AttestedAt: a.AttestedAt.UTC(), NotAfter: a.NotAfter.UTC(),
+		TrustSequence: a.TrustSequence, AttestedRevision: a.AttestedRevision,
 	})
 	if err != nil {
 		return store.Op{}, fmt.Errorf("encode the record of %s: %w", a.ID, err)
@@ -93,6 +103,22 @@ func handleKey(handle uint64) string { return fmt.Sprintf("%s%012x", handlePrefi
 
 // Renewed records that the agent's newest SVID ends at notAfter.
 func Renewed(ctx context.Context, st store.Store, id spiffeid.ID, notAfter time.Time) error {
+	return change(ctx, st, id, func(a *Agent) { a.NotAfter = notAfter })
+}
+
+// Acknowledged records the trust bundle that the agent serves, which showed an
+// SVID that ends at notAfter.
+func Acknowledged(ctx context.Context, st store.Store, id spiffeid.ID, sequence uint64, notAfter time.Time) error {
+	return change(ctx, st, id, func(a *Agent) {
+		a.TrustSequence = sequence
+		if notAfter.After(a.NotAfter) { // its renewal could not be noted
+			a.NotAfter = notAfter
+		}
+	})
+}
+
+// change writes the record of a live agent anew.
+func change(ctx context.Context, st store.Store, id spiffeid.ID, edit func(*Agent)) error {
 	for range maxAttempts {
 		kv, _, err := st.Get(ctx, agentKey(id))
 		if errors.Is(err, store.ErrNotFound) {
@@ -105,7 +131,7 @@ func Renewed(ctx context.Context, st store.Store, id spiffeid.ID, notAfter time.
 		if err != nil {
 			return err
 		}
-		a.NotAfter = notAfter
+		edit(a)
 		op, err := a.put()
 		if err != nil {
 			return err

@@ -149,6 +149,14 @@ func (f *Feed) Ack(a Ack) {
 	f.registry.acks[f.agent] = a
 }
 
+// Acked is what the agent said last that it serves, on any stream.
+func (f *Feed) Acked() (Ack, bool) {
+	f.registry.mu.Lock()
+	defer f.registry.mu.Unlock()
+	ack, ok := f.registry.acks[f.agent]
+	return ack, ok
+}
+
 // Take returns what the stream must be told to be at the current revision; the
 // next Take begins there.
 func (f *Feed) Take(now time.Time) Update {

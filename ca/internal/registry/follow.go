@@ -126,6 +126,9 @@ func (r *Registry) apply(ctx context.Context, b store.Batch) error {
 	if c.heads {
 		r.newHeads()
 	}
+	if c.steps {
+		r.newSteps()
+	}
 	return nil
 }
 
@@ -152,6 +155,7 @@ func (r *Registry) relist(ctx context.Context) error {
 	r.history = history{known: pic.revision}
 	r.eachFeed((*Feed).relist)
 	r.newHeads()
+	r.newSteps()
 	return nil
 }
 
@@ -167,6 +171,12 @@ func (r *Registry) publish(pic *picture) {
 func (r *Registry) newHeads() {
 	close(r.heads)
 	r.heads = make(chan struct{})
+}
+
+// newSteps wakes those who do what the authorities ask for. r.mu is held.
+func (r *Registry) newSteps() {
+	close(r.steps)
+	r.steps = make(chan struct{})
 }
 
 // eachFeed calls do for every open stream. r.mu is held.

@@ -19,6 +19,7 @@ import (
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
 )
@@ -31,6 +32,7 @@ type picture struct {
 	agents      index.Tree[*attest.Agent] // by name
 	revocations revocation.Set
 	trust       *trust.Bundle
+	authorities rotation.Set
 	heads       map[string]*release.Head // by name; few
 	replicas    replicas
 }
@@ -87,7 +89,8 @@ type change struct {
 	// lost are the agents whose records went.
 	lost []spiffeid.ID
 	// forAll: it concerns every node. heads: those who wait for policy bundles.
-	forAll, heads bool
+	// steps: those who do what the authorities ask for.
+	forAll, heads, steps bool
 	// leftOut says which records could not be read.
 	leftOut []error
 }
@@ -154,6 +157,13 @@ func (p *picture) put(kv store.KV, dec *entry.Decoder, c *change) error {
 		}
 		p.trust = b
 		c.forAll = true
+	case kv.Key == trust.AuthoritiesKey:
+		set, err := rotation.Decode(kv.Value)
+		if err != nil {
+			return err
+		}
+		p.authorities = set
+		c.steps = true
 	case strings.HasPrefix(kv.Key, release.HeadPrefix):
 		h, err := release.DecodeHead(kv)
 		if err != nil {
@@ -241,4 +251,4 @@ func (p *picture) removeEntry(id string, revision uint64, c *change) {
 }
 
 // kinds are the prefixes of what the picture holds.
-var kinds = []string{EntryPrefix, attest.AgentPrefix, revocation.Prefix, trust.Key, release.HeadPrefix, replica.Prefix, replica.MarkKey}
+var kinds = []string{EntryPrefix, attest.AgentPrefix, revocation.Prefix, trust.Key, trust.AuthoritiesKey, release.HeadPrefix, replica.Prefix, replica.MarkKey}

@@ -49,6 +49,7 @@ type Registry struct {
 	mu      sync.Mutex    // guards everything below
 	changed chan struct{} // closed and replaced with every new revision
 	heads   chan struct{} // closed and replaced with every new policy head
+	steps   chan struct{} // closed and replaced with every step of the authorities
 	feeds   map[spiffeid.ID]map[*Feed]struct{}
 	acks    map[spiffeid.ID]Ack
 	history history
@@ -68,7 +69,7 @@ func Open(ctx context.Context, st store.Store, log *slog.Logger) (*Registry, err
 func newRegistry(st store.Store, log *slog.Logger, pic *picture) *Registry {
 	r := &Registry{
 		store: st, log: log, reading: make(chan struct{}, 1),
-		changed: make(chan struct{}), heads: make(chan struct{}),
+		changed: make(chan struct{}), heads: make(chan struct{}), steps: make(chan struct{}),
 		feeds: make(map[spiffeid.ID]map[*Feed]struct{}), acks: make(map[spiffeid.ID]Ack),
 		history: history{known: pic.revision},
 	}

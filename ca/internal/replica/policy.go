@@ -29,16 +29,19 @@ type PolicyKey struct {
 }
 
 // VerifyPolicyCertificate returns the key that a policy certificate names, if
-// root vouches for it at now.
-func VerifyPolicyCertificate(der []byte, root *x509.Certificate, now time.Time) (PolicyKey, error) {
+// one of roots vouches for it at now.
+func VerifyPolicyCertificate(der []byte, roots []*x509.Certificate, now time.Time) (PolicyKey, error) {
 	cert, err := x509.ParseCertificate(der)
 	if err != nil {
 		return PolicyKey{}, fmt.Errorf("read a policy certificate: %w", err)
 	}
+	signer := slices.IndexFunc(roots, func(root *x509.Certificate) bool {
+		return bytes.Equal(cert.RawIssuer, root.RawSubject) && cert.CheckSignatureFrom(root) == nil
+	})
 	key, isEC := cert.PublicKey.(*ecdsa.PublicKey)
 	units := cert.Subject.OrganizationalUnit
 	switch {
-	case !bytes.Equal(cert.RawIssuer, root.RawSubject) || cert.CheckSignatureFrom(root) != nil:
+	case signer < 0:
 		err = errors.New("it is not the root's")
 	case !cert.BasicConstraintsValid || cert.IsCA:
 		err = errors.New("it is a signing certificate")
@@ -51,7 +54,7 @@ func VerifyPolicyCertificate(der []byte, root *x509.Certificate, now time.Time) 
 		err = errors.New("its subject is not a replica")
 	case !isEC || key.Curve != elliptic.P256():
 		err = errors.New("its key is not a P-256 key")
-	case now.Before(cert.NotBefore) || now.After(cert.NotAfter) || now.After(root.NotAfter):
+	case now.Before(cert.NotBefore) || now.After(cert.NotAfter) || now.After(roots[signer].NotAfter):
 		err = errors.New("it is not valid now")
 	}
 	if err != nil {
@@ -64,10 +67,10 @@ func VerifyPolicyCertificate(der []byte, root *x509.Certificate, now time.Time) 
 	return PolicyKey{Replica: cert.Subject.CommonName, KID: kid, Public: key, PKIX: cert.RawSubjectPublicKeyInfo}, nil
 }
 
-// PolicyKey is the key that r's certificate names, if root vouches for it at now
-// and for this very replica.
-func (r *Record) PolicyKey(root *x509.Certificate, now time.Time) (PolicyKey, error) {
-	key, err := VerifyPolicyCertificate(r.PolicyCertificate, root, now)
+// PolicyKey is the key that r's certificate names, if one of roots vouches for it
+// at now and for this very replica.
+func (r *Record) PolicyKey(roots []*x509.Certificate, now time.Time) (PolicyKey, error) {
+	key, err := VerifyPolicyCertificate(r.PolicyCertificate, roots, now)
 	if err == nil && key.Replica != r.Name {
 		return PolicyKey{}, fmt.Errorf("policy certificate of %s refused: the record is of replica %s", key.Replica, r.Name)
 	}

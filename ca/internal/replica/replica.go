@@ -27,8 +27,9 @@ const MarkKey = "policy/keys"
 const (
 	encodingVersion = 1
 	// maxAuthorities is how many intermediates of a replica are remembered: SVIDs
-	// live for at most a day, and intermediates are renewed at half of theirs.
-	maxAuthorities = 16
+	// live for at most a day, and intermediates are renewed at half of theirs, or
+	// when another root becomes active.
+	maxAuthorities = 64
 )
 
 var validName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
@@ -52,7 +53,10 @@ type Record struct {
 // Authority is one intermediate of a replica.
 type Authority struct {
 	// ID is the hex subject key ID, as in revocations.
-	ID       string    `json:"id"`
+	ID string `json:"id"`
+	// Root is the ID of the root above it; empty in records of an older Merlon,
+	// which knew one root only.
+	Root     string    `json:"root,omitempty"`
 	NotAfter time.Time `json:"not_after"`
 }
 

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -20,7 +21,8 @@ import (
 // Key is where the store keeps the trust bundle.
 const Key = "trust/bundle"
 
-// RefreshHint is how often those who poll the trust bundle should.
+// RefreshHint is how often those who poll the trust bundle should, unless the
+// configuration says otherwise.
 const RefreshHint = 5 * time.Minute
 
 const (
@@ -37,6 +39,9 @@ type Bundle struct {
 	JWKS []byte
 	// Keys is JWKS parsed.
 	Keys *spiffebundle.Bundle
+	// Tainted are the IDs of keys that are in it for now: agents replace what
+	// they have signed.
+	Tainted []string
 	// Revision is the store revision that wrote it.
 	Revision uint64
 }
@@ -46,6 +51,14 @@ type stored struct {
 	TrustDomain string          `json:"trust_domain"`
 	Sequence    uint64          `json:"sequence"`
 	JWKS        json.RawMessage `json:"jwks"`
+	Tainted     []string        `json:"tainted,omitempty"`
+}
+
+// content is what a sequence number stands for.
+type content struct {
+	keys    *spiffebundle.Bundle
+	tainted []string
+	hint    time.Duration
 }
 
 // ErrOtherRoot is returned where a CA wants to publish keys under a root that
@@ -111,31 +124,35 @@ type Change struct {
 // the same content gets a number too: others may have seen a later one that is
 // lost.
 func Plan(ctx context.Context, st store.Store, td spiffeid.TrustDomain, edit func(published *spiffebundle.Bundle) error) (*Change, error) {
+	return plan(ctx, st, td, func(c *content) error { return edit(c.keys) })
+}
+
+func plan(ctx context.Context, st store.Store, td spiffeid.TrustDomain, edit func(*content) error) (*Change, error) {
 	current, err := Current(ctx, st)
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return nil, err
 	}
 	change := &Change{Cmp: store.Cmp{Key: Key}}
-	keys := spiffebundle.New(td)
+	next := content{keys: spiffebundle.New(td), hint: RefreshHint}
 	if current != nil {
 		if current.TrustDomain != td {
 			return nil, fmt.Errorf("the store belongs to trust domain %s, and this CA is configured for %s", current.TrustDomain, td)
 		}
 		change.Cmp.ModRevision = current.Revision
-		keys = current.Keys.Clone()
+		next = current.content()
 	}
-	if err := edit(keys); err != nil {
+	if err := edit(&next); err != nil {
 		return nil, err
 	}
 	revision, err := st.Revision(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("publish the trust bundle: %w", err)
 	}
-	if current != nil && !store.BeforeEpoch(revision, current.Sequence) && sameKeys(current.Keys, keys) {
+	if current != nil && !store.BeforeEpoch(revision, current.Sequence) && current.content().equal(next) {
 		change.Bundle = current
 		return change, nil
 	}
-	if change.Bundle, err = successor(current, keys, revision); err != nil {
+	if change.Bundle, err = successor(current, next, revision); err != nil {
 		return nil, err
 	}
 	op, err := change.Bundle.put()
@@ -169,28 +186,36 @@ func Decode(kv store.KV) (*Bundle, error) {
 	if err != nil {
 		return nil, fmt.Errorf("decode the trust bundle: %w", err)
 	}
-	return &Bundle{TrustDomain: td, Sequence: s.Sequence, JWKS: s.JWKS, Keys: keys, Revision: kv.ModRevision}, nil
+	return &Bundle{TrustDomain: td, Sequence: s.Sequence, JWKS: s.JWKS, Keys: keys, Tainted: s.Tainted, Revision: kv.ModRevision}, nil
 }
 
-// sameKeys compares the keys alone.
-func sameKeys(a, b *spiffebundle.Bundle) bool {
-	a, b = a.Clone(), b.Clone()
+// content returns what is published, to be edited.
+func (b *Bundle) content() content {
+	hint, ok := b.Keys.RefreshHint()
+	if !ok {
+		hint = RefreshHint
+	}
+	return content{keys: b.Keys.Clone(), tainted: b.Tainted, hint: hint}
+}
+
+func (c content) equal(other content) bool {
+	a, b := c.keys.Clone(), other.keys.Clone()
 	for _, x := range []*spiffebundle.Bundle{a, b} {
 		x.ClearSequenceNumber()
 		x.ClearRefreshHint()
 	}
-	return a.Equal(b)
+	return a.Equal(b) && slices.Equal(c.tainted, other.tainted) && c.hint == other.hint
 }
 
-// successor gives keys the number after current's in the epoch of revision.
-func successor(current *Bundle, keys *spiffebundle.Bundle, revision uint64) (*Bundle, error) {
+// successor gives content the number after current's in the epoch of revision.
+func successor(current *Bundle, c content, revision uint64) (*Bundle, error) {
 	var last uint64
 	if current != nil {
 		last = current.Sequence
 	}
-	next := &Bundle{TrustDomain: keys.TrustDomain(), Sequence: store.InEpoch(revision, last), Keys: keys.Clone()}
+	next := &Bundle{TrustDomain: c.keys.TrustDomain(), Sequence: store.InEpoch(revision, last), Keys: c.keys.Clone(), Tainted: c.tainted}
 	next.Keys.SetSequenceNumber(next.Sequence)
-	next.Keys.SetRefreshHint(RefreshHint)
+	next.Keys.SetRefreshHint(c.hint)
 	var err error
 	if next.JWKS, err = next.Keys.Marshal(); err != nil {
 		return nil, fmt.Errorf("encode the trust bundle: %w", err)
@@ -199,7 +224,7 @@ func successor(current *Bundle, keys *spiffebundle.Bundle, revision uint64) (*Bu
 }
 
 func (b *Bundle) put() (store.Op, error) {
-	value, err := json.Marshal(stored{Version: encodingVersion, TrustDomain: b.TrustDomain.Name(), Sequence: b.Sequence, JWKS: b.JWKS})
+	value, err := json.Marshal(stored{Version: encodingVersion, TrustDomain: b.TrustDomain.Name(), Sequence: b.Sequence, JWKS: b.JWKS, Tainted: b.Tainted})
 	if err != nil {
 		return store.Op{}, fmt.Errorf("encode the trust bundle: %w", err)
 	}

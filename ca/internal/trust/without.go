@@ -1,12 +1,29 @@
-// Taking keys out of a stored trust bundle before there is a store for it.
+// Taking keys out of a stored trust bundle, and what is known of them, before
+// there is a store for it.
 
 package trust
 
 import (
 	"fmt"
+	"time"
 
+	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
 )
+
+// AuthoritiesWithout returns the stored authorities of kv without the JWT keys
+// of the named replicas.
+func AuthoritiesWithout(kv store.KV, now time.Time, replicas ...string) (store.KV, error) {
+	set, err := rotation.Decode(kv.Value)
+	if err != nil {
+		return store.KV{}, err
+	}
+	for _, name := range replicas {
+		set = set.Evicted(name, now)
+	}
+	kv.Value, err = set.Encode()
+	return kv, err
+}
 
 // Without returns the stored trust bundle of kv without the named JWT keys. Its
 // sequence number stays: it is for a store that goes on in the next epoch,

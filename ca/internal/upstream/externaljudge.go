@@ -98,7 +98,7 @@ func (k *Keys) openUpstream(ctx context.Context, now time.Time) error {
 		if len(gen.chain) == 0 || !gen.chain[len(gen.chain)-1].Equal(k.external.root) {
 			return fmt.Errorf("%w than upstream_root_file says", ErrOtherUpstream)
 		}
-		a := k.authorityOf(gen)
+		a := authorityOf(gen, k.root())
 		if now.Before(a.NotAfter()) {
 			k.x509.Store(a)
 		}
@@ -135,7 +135,7 @@ func (k *Keys) renewFromUpstream(ctx context.Context, now time.Time) error {
 		k.cfg.Logger.LogAttrs(ctx, slog.LevelWarn, "the upstream authority left out the name constraint: a thief of the intermediate's key could make SVIDs of any trust domain that trusts this root",
 			slog.String("permitted", template.PermittedURIDomains[0]))
 	}
-	k.x509.Store(k.authorityOf(gen))
+	k.x509.Store(authorityOf(gen, k.root()))
 	if err := k.dir.removeOlder(gen); err != nil {
 		return fmt.Errorf("remove old intermediates: %w", err)
 	}
@@ -155,7 +155,7 @@ func (k *Keys) certifyUpstream(ctx context.Context, template *x509.Certificate, 
 	if gen.chain, err = k.external.path(got); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUpstreamAnswer, err)
 	}
-	if err := probe(k.authorityOf(gen), k.cfg.TrustDomain, now); err != nil {
+	if err := probe(authorityOf(gen, k.root()), k.cfg.TrustDomain, now); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUpstreamAnswer, err)
 	}
 	return gen, nil

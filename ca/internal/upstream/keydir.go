@@ -167,6 +167,28 @@ func (d *keyDir) newest(what kind) (*generation, error) {
 	return d.load(what, numbers[len(numbers)-1])
 }
 
+// all loads every generation of a kind, oldest first.
+func (d *keyDir) all(what kind) ([]*generation, error) {
+	var all []*generation
+	for _, number := range d.numbers[what] {
+		gen, err := d.load(what, number)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, gen)
+	}
+	return all, nil
+}
+
+// remove removes one generation.
+func (d *keyDir) remove(gen *generation) error {
+	if err := d.removeGeneration(gen.kind, gen.number); err != nil {
+		return fmt.Errorf("remove a key: %w", err)
+	}
+	d.numbers[gen.kind] = slices.DeleteFunc(d.numbers[gen.kind], func(number int) bool { return number == gen.number })
+	return durable.SyncDir(d.path)
+}
+
 func (d *keyDir) load(what kind, number int) (*generation, error) {
 	folder := d.folder(what, number)
 	if err := checkMode(folder, fs.ModeDir, 0o700); err != nil {
@@ -407,13 +429,22 @@ func (d *keyDir) removeOlder(gen *generation) error {
 	return errors.Join(errs...)
 }
 
-// removeGeneration removes a key from the KMS first: its name is in the folder.
+// removeGeneration removes a key. The folder gets another name first: a crash
+// leaves all of it, or nothing that counts, but perhaps a key in the KMS that
+// nobody names any more.
 func (d *keyDir) removeGeneration(what kind, number int) error {
 	name, err := d.keyURI(what, number)
-	if err == nil && name != "" && d.kms != nil {
+	if err != nil {
+		return err
+	}
+	gone := filepath.Join(d.path, unfinished+string(what)+"-"+strconv.Itoa(number))
+	if err := os.Rename(d.folder(what, number), gone); err != nil {
+		return err
+	}
+	if name != "" && d.kms != nil {
 		err = d.kms.remove(name)
 	}
-	return errors.Join(err, os.RemoveAll(d.folder(what, number)))
+	return errors.Join(err, os.RemoveAll(gone))
 }
 
 func writeSynced(path string, text []byte) error {

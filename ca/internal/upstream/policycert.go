@@ -30,7 +30,7 @@ func (k *Keys) CertifyPolicyKey(name string, key crypto.PublicKey, now time.Time
 	if err != nil {
 		return nil, err
 	}
-	root := k.root.cert
+	root := k.root().cert
 	template := &x509.Certificate{
 		Subject: pkix.Name{
 			Organization: root.Subject.Organization, OrganizationalUnit: []string{replica.PolicyUnit}, CommonName: name, SerialNumber: generation,
@@ -46,7 +46,7 @@ func (k *Keys) CertifyPolicyKey(name string, key crypto.PublicKey, now time.Time
 	if err != nil {
 		return nil, fmt.Errorf("certify the policy key of %s: %w", name, err)
 	}
-	if _, err := replica.VerifyPolicyCertificate(cert.Raw, root, now); err != nil {
+	if _, err := replica.VerifyPolicyCertificate(cert.Raw, []*x509.Certificate{root}, now); err != nil {
 		return nil, fmt.Errorf("certify the policy key of %s: the certificate that was made is not the one asked for: %w", name, err)
 	}
 	return cert, nil
@@ -54,7 +54,7 @@ func (k *Keys) CertifyPolicyKey(name string, key crypto.PublicKey, now time.Time
 
 // signByRoot has softcas sign template, whose PublicKey is that of the subject.
 func (k *Keys) signByRoot(template *x509.Certificate) (*x509.Certificate, error) {
-	return signBy(k.root, template)
+	return signBy(k.root(), template)
 }
 
 func signBy(issuer *generation, template *x509.Certificate) (*x509.Certificate, error) {

@@ -45,12 +45,12 @@ func (k *Keys) makeIntermediate(now time.Time) (*generation, error) {
 	if err != nil {
 		return nil, err
 	}
-	return k.makeAuthority(kindIntermediate, template, k.root)
+	return k.makeAuthority(kindIntermediate, template, k.root())
 }
 
 // intermediateTemplate is the profile of every replica's intermediate.
 func (k *Keys) intermediateTemplate(now time.Time) (*x509.Certificate, error) {
-	root := k.root.cert
+	root := k.root().cert
 	if !now.Before(root.NotAfter) {
 		return nil, fmt.Errorf("the root ended at %s", root.NotAfter.Format(time.RFC3339))
 	}

@@ -54,41 +54,45 @@ func (k *Keys) openReplica(ctx context.Context, now time.Time) error {
 	if err := k.openPlainKeys(); err != nil {
 		return err
 	}
-	anchor, err := k.dir.newest(kindAnchor)
+	anchors, err := k.dir.all(kindAnchor)
 	if err != nil {
 		return err
 	}
-	if anchor == nil {
+	if len(anchors) == 0 {
 		return k.join(ctx, now)
 	}
-	k.root = anchor
-	if err := k.checkRoot(anchor.cert, now); err != nil {
-		return err
-	}
-	if err := k.checkOwnPolicy(now); err != nil {
-		return err
-	}
+	k.roots.Store(&roots{all: anchors})
 	gen, err := k.dir.newest(kindIntermediate)
 	switch {
 	case err != nil:
 		return err
 	case gen == nil:
 		return errors.New("the intermediate is missing")
-	case gen.cert.CheckSignatureFrom(anchor.cert) != nil:
+	}
+	root := k.rootOf(gen.cert)
+	if root == nil {
 		return errors.New("the intermediate is not the root's")
-	case !now.Before(gen.cert.NotAfter):
+	}
+	k.roots.Store(&roots{active: root, all: anchors})
+	if err := k.checkRoot(root.cert, now); err != nil {
+		return err
+	}
+	if err := k.checkOwnPolicy(now); err != nil {
+		return err
+	}
+	if !now.Before(gen.cert.NotAfter) {
 		return fmt.Errorf("%w: at %s", ErrEnded, gen.cert.NotAfter.Format(time.RFC3339))
 	}
-	k.x509.Store(k.authorityOf(gen))
+	k.x509.Store(authorityOf(gen, root))
 	return nil
 }
 
-// checkOwnPolicy: the certificate beside the policy key is the root's for it.
+// checkOwnPolicy: the certificate beside the policy key is a root's for it.
 func (k *Keys) checkOwnPolicy(now time.Time) error {
 	if k.policy.cert == nil {
 		return errors.New("the policy key has no certificate")
 	}
-	key, err := replica.VerifyPolicyCertificate(k.policy.cert.Raw, k.root.cert, now)
+	key, err := replica.VerifyPolicyCertificate(k.policy.cert.Raw, k.Anchors(), now)
 	k.name = key.Replica
 	return err
 }
@@ -104,7 +108,8 @@ func (k *Keys) join(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return k.dir.discard(key, err)
 	}
-	k.root = &generation{kind: kindAnchor, cert: got.Root}
+	anchor := &generation{kind: kindAnchor, cert: got.Root}
+	k.roots.Store(&roots{active: anchor, all: []*generation{anchor}})
 	if err := k.checkRoot(got.Root, now); err != nil {
 		return k.dir.discard(key, err)
 	}
@@ -114,7 +119,10 @@ func (k *Keys) join(ctx context.Context, now time.Time) error {
 	if err := k.checkOwnPolicy(now); err != nil {
 		return err
 	}
-	_, err = k.dir.add(kindAnchor, madeKey{}, got.Root)
+	anchor, err = k.dir.add(kindAnchor, madeKey{}, got.Root)
+	if err == nil {
+		k.roots.Store(&roots{active: anchor, all: []*generation{anchor}})
+	}
 	return err
 }
 
@@ -128,7 +136,7 @@ func (k *Keys) requests() (madeKey, KeyRequests, error) {
 	for _, request := range []struct {
 		to   *[]byte
 		with crypto.Signer
-	}{{&r.Intermediate, key.signer}, {&r.Policy, k.policy.signer}, {&r.JWT, k.jwt.Signer}} {
+	}{{&r.Intermediate, key.signer}, {&r.Policy, k.policy.signer}, {&r.JWT, k.JWT().Signer}} {
 		if *request.to, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, request.with); err != nil {
 			return madeKey{}, KeyRequests{}, fmt.Errorf("make a CSR: %w", err)
 		}
@@ -142,7 +150,7 @@ func (k *Keys) checkAnswer(got *Certificates, made madeKey, now time.Time) error
 	if err != nil {
 		return err
 	}
-	want.NotAfter = k.root.cert.NotAfter // how long it lives is the root holder's matter
+	want.NotAfter = k.root().cert.NotAfter // how long it lives is the root holder's matter
 	key, ok := made.signer.Public().(*ecdsa.PublicKey)
 	if !ok {
 		return fmt.Errorf("the intermediate's key is a %T", made.signer.Public())
@@ -150,7 +158,7 @@ func (k *Keys) checkAnswer(got *Certificates, made madeKey, now time.Time) error
 	if err := k.checkIntermediate(got.Intermediate, want, key); err != nil {
 		return fmt.Errorf("the intermediate that the root holder made: %w", err)
 	}
-	policyKey, err := replica.VerifyPolicyCertificate(got.Policy.Raw, k.root.cert, now)
+	policyKey, err := replica.VerifyPolicyCertificate(got.Policy.Raw, []*x509.Certificate{k.root().cert}, now)
 	if err != nil {
 		return err
 	}
@@ -174,7 +182,7 @@ func (k *Keys) takeOver(got *Certificates, made madeKey, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	k.x509.Store(k.authorityOf(gen))
+	k.x509.Store(authorityOf(gen, k.root()))
 	if err := k.dir.removeOlder(gen); err != nil {
 		return fmt.Errorf("remove old intermediates: %w", err)
 	}
@@ -191,8 +199,16 @@ func (k *Keys) recertify(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return k.dir.discard(key, fmt.Errorf("ask the root holder: %w", err))
 	}
-	if !got.Root.Equal(k.root.cert) {
+	// Another root than before is one of which a root that was here has said that
+	// it follows.
+	before, root := k.roots.Load(), k.anchor(rootID(got.Root))
+	if root == nil || !got.Root.Equal(root.cert) {
 		return k.dir.discard(key, errors.New("the root holder answers with another root"))
 	}
-	return k.takeOver(got, key, now)
+	k.roots.Store(&roots{active: root, all: before.all})
+	if err := k.takeOver(got, key, now); err != nil {
+		k.roots.Store(before)
+		return err
+	}
+	return nil
 }

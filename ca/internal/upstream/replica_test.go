@@ -61,7 +61,7 @@ func (h *holder) certify(call string, r KeyRequests) (*Certificates, error) {
 	if err != nil {
 		return nil, err
 	}
-	got := &Certificates{Intermediate: intermediate, Policy: policy, Root: h.keys.root.cert}
+	got := &Certificates{Intermediate: intermediate, Policy: policy, Root: h.keys.root().cert}
 	if h.alter != nil {
 		h.alter(got)
 	}
@@ -127,8 +127,8 @@ func TestReplicaRefusesWhatTheRootHolderMustNotMake(t *testing.T) {
 	root, other := open(t, config(t)), open(t, config(t))
 	for name, alter := range map[string]func(*Certificates){
 		"another replica's":  func(c *Certificates) { c.Intermediate = root.X509().Chain[0] },
-		"another root's":     func(c *Certificates) { c.Root = other.root.cert },
-		"the root itself":    func(c *Certificates) { c.Intermediate = root.root.cert },
+		"another root's":     func(c *Certificates) { c.Root = other.root().cert },
+		"the root itself":    func(c *Certificates) { c.Intermediate = root.root().cert },
 		"no CA":              func(c *Certificates) { c.Intermediate = c.Policy },
 		"CA as policy":       func(c *Certificates) { c.Policy = c.Intermediate },
 		"another policy key": func(c *Certificates) { c.Policy = root.policy.cert },
@@ -215,7 +215,7 @@ func TestPolicyCertificateIsGoodForPolicyAlone(t *testing.T) {
 		t.Errorf("Seal on a replica: %v", err)
 	}
 	now := time.Now()
-	key, err := replica.VerifyPolicyCertificate(r.PolicyCertificate(), root.root.cert, now)
+	key, err := replica.VerifyPolicyCertificate(r.PolicyCertificate(), root.Anchors(), now)
 	if kid, _ := r.Policy(); err != nil || key.Replica != "ca-2" || key.KID != kid || !key.Public.Equal(r.policy.signer.Public()) {
 		t.Errorf("VerifyPolicyCertificate = %+v, %v", key, err)
 	}
@@ -223,7 +223,7 @@ func TestPolicyCertificateIsGoodForPolicyAlone(t *testing.T) {
 	if _, err := verify(t, root, [][]byte{r.policy.cert.Raw}); err == nil {
 		t.Error("a policy certificate authenticates as an SVID")
 	}
-	abused := &authority.X509Authority{Chain: []*x509.Certificate{r.policy.cert}, Root: root.root.cert, Signer: r.policy.signer}
+	abused := &authority.X509Authority{Chain: []*x509.Certificate{r.policy.cert}, Root: root.root().cert, Signer: r.policy.signer}
 	leafKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -245,16 +245,16 @@ func TestPolicyCertificateIsGoodForPolicyAlone(t *testing.T) {
 	for name, der := range map[string][]byte{
 		"another root's": other.PolicyCertificate(),
 		"intermediate":   r.X509().Chain[0].Raw,
-		"root":           root.root.cert.Raw,
+		"root":           root.root().cert.Raw,
 		"workload":       issue(t, root, "/web")[0],
 		"forged":         foreign.Leaf("/web").Chain[0].Raw,
 		"noise":          []byte("noise"),
 	} {
-		if _, err := replica.VerifyPolicyCertificate(der, root.root.cert, now); err == nil {
+		if _, err := replica.VerifyPolicyCertificate(der, root.Anchors(), now); err == nil {
 			t.Errorf("%s passes as a policy certificate", name)
 		}
 	}
-	if _, err := replica.VerifyPolicyCertificate(r.PolicyCertificate(), root.root.cert, root.root.cert.NotAfter.Add(time.Minute)); err == nil {
+	if _, err := replica.VerifyPolicyCertificate(r.PolicyCertificate(), root.Anchors(), root.root().cert.NotAfter.Add(time.Minute)); err == nil {
 		t.Error("a policy certificate outlives its root")
 	}
 }

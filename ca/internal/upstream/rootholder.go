@@ -13,6 +13,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -20,7 +21,10 @@ import (
 var ErrNoRootKey = errors.New("this replica does not hold the root key")
 
 // HoldsRoot says whether the root's key is here.
-func (k *Keys) HoldsRoot() bool { return k.root != nil && k.root.signer != nil }
+func (k *Keys) HoldsRoot() bool {
+	root := k.root()
+	return root != nil && root.signer != nil
+}
 
 // SignIntermediate makes an intermediate for a replica's key: of the profile and
 // the life of the root holder's own, with a subject and a key ID of its own.
@@ -55,7 +59,7 @@ func (k *Keys) checkIntermediate(cert, want *x509.Certificate, key *ecdsa.Public
 	if err := checkAuthority(cert, want); err != nil {
 		return err
 	}
-	if err := cert.CheckSignatureFrom(k.root.cert); err != nil {
+	if err := cert.CheckSignatureFrom(k.root().cert); err != nil {
 		return fmt.Errorf("it is not the root's: %w", err)
 	}
 	if !key.Equal(cert.PublicKey) {
@@ -64,9 +68,12 @@ func (k *Keys) checkIntermediate(cert, want *x509.Certificate, key *ecdsa.Public
 	return nil
 }
 
-// sealContext keeps what the root's key says here apart from certificates, which
-// begin with another byte.
-const sealContext = "merlon replica token v1\n"
+// The contexts keep what the root's key says here apart, also from certificates,
+// which begin with another byte.
+const (
+	sealAdmission  = "merlon replica token v1\n"
+	sealSuccession = "merlon next root v1\n"
+)
 
 // Seal signs statement, what is stored of a replica's token, with the root's
 // key: who can write the store alone cannot let a replica in.
@@ -74,24 +81,31 @@ func (k *Keys) Seal(statement []byte) ([]byte, error) {
 	if !k.HoldsRoot() {
 		return nil, ErrNoRootKey
 	}
-	digest := sealDigest(statement)
-	seal, err := k.root.signer.Sign(rand.Reader, digest, crypto.SHA384)
+	return k.root().seal(sealAdmission, statement)
+}
+
+// Sealed says whether seal is a root's for statement.
+func (k *Keys) Sealed(statement, seal []byte) bool {
+	return slices.ContainsFunc(k.Anchors(), func(root *x509.Certificate) bool { return sealed(root, sealAdmission, statement, seal) })
+}
+
+func (g *generation) seal(context string, statement []byte) ([]byte, error) {
+	seal, err := g.signer.Sign(rand.Reader, sealDigest(context, statement), crypto.SHA384)
 	if err != nil {
-		return nil, fmt.Errorf("seal a token: %w", err)
+		return nil, fmt.Errorf("seal with the root's key: %w", err)
 	}
-	if !k.Sealed(statement, seal) {
-		return nil, errors.New("seal a token: the signer gave a wrong signature")
+	if !sealed(g.cert, context, statement, seal) {
+		return nil, errors.New("seal with the root's key: the signer gave a wrong signature")
 	}
 	return seal, nil
 }
 
-// Sealed says whether seal is the root's for statement.
-func (k *Keys) Sealed(statement, seal []byte) bool {
-	key, ok := k.root.cert.PublicKey.(*ecdsa.PublicKey)
-	return ok && ecdsa.VerifyASN1(key, sealDigest(statement), seal)
+func sealed(root *x509.Certificate, context string, statement, seal []byte) bool {
+	key, ok := root.PublicKey.(*ecdsa.PublicKey)
+	return ok && ecdsa.VerifyASN1(key, sealDigest(context, statement), seal)
 }
 
-func sealDigest(statement []byte) []byte {
-	sum := sha512.Sum384(append([]byte(sealContext), statement...))
+func sealDigest(context string, statement []byte) []byte {
+	sum := sha512.Sum384(append([]byte(context), statement...))
 	return sum[:]
 }

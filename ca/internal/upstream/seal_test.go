@@ -210,7 +210,7 @@ func TestNothingPrivateLiesInClear(t *testing.T) {
 	k := open(t, cfg)
 	_, policy := k.Policy()
 	secrets := map[string][]byte{}
-	for name, signer := range map[string]any{"root": k.root.signer, "intermediate": k.X509().Signer, "jwt": k.JWT().Signer, "policy": policy} {
+	for name, signer := range map[string]any{"root": k.root().signer, "intermediate": k.X509().Signer, "jwt": k.JWT().Signer, "policy": policy} {
 		key := signer.(*ecdsa.PrivateKey)
 		d, err := key.Bytes()
 		if err != nil {

@@ -39,6 +39,8 @@ const (
 	ES256     = "ES256"
 	RS256     = "RS256"
 	rs256Bits = 2048
+	// MinTTL is the shortest life of an authority.
+	MinTTL = 10 * time.Second
 )
 
 // Config says where keys are and how long authorities live.
@@ -60,6 +62,12 @@ type Config struct {
 	// JWTAlgorithm is what JWT keys made from now on sign with: ES256 (also if
 	// empty) or RS256.
 	JWTAlgorithm string
+	// ActiveRoot is the ID of the root that signs, as the store says, and ActiveJWT
+	// that of the JWT key of the named replica. Empty, and nil: the newest.
+	ActiveRoot string
+	ActiveJWT  func(replica string) string
+	// NewRoot makes a root, where the one that signs has ended.
+	NewRoot bool
 	// RootTTL and IntermediateTTL apply to authorities made from now on. Zero means
 	// the defaults.
 	RootTTL, IntermediateTTL time.Duration
@@ -77,17 +85,19 @@ type Config struct {
 type Keys struct {
 	cfg      Config
 	keys     kmsapi.KeyManager
-	external *external   // nil: our own root signs
-	root     *generation // without a signer on a replica
-	jwt      *authority.JWTAuthority
+	external *external // nil: our own root signs
 	policy   *generation
 	log      *generation
 	name     string
 
-	x509 atomic.Pointer[authority.X509Authority]
+	x509    atomic.Pointer[authority.X509Authority]
+	roots   atomic.Pointer[roots]
+	jwt     atomic.Pointer[authority.JWTAuthority]
+	jwtKeys atomic.Pointer[[]*generation]
 
-	mu  sync.Mutex // guards the making of generations and the fields below
-	dir *keyDir
+	mu     sync.Mutex // guards the making of generations and the fields below
+	dir    *keyDir
+	wanted string // ID of the root that is to sign for this replica; empty: as it is
 }
 
 // Open loads the keys in cfg.Dir, and makes those that are missing: all of them
@@ -119,8 +129,8 @@ func Open(ctx context.Context, cfg Config) (*Keys, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
-	if cfg.RootTTL < time.Minute || cfg.IntermediateTTL < time.Minute {
-		return nil, errors.New("open the CA keys: an authority lives at least 1m")
+	if cfg.RootTTL < MinTTL || cfg.IntermediateTTL < MinTTL {
+		return nil, fmt.Errorf("open the CA keys: an authority lives at least %s", MinTTL)
 	}
 	k := &Keys{cfg: cfg}
 	if err := k.open(ctx); err != nil {
@@ -150,6 +160,9 @@ func (k *Keys) open(ctx context.Context) error {
 	if err == nil && k.cfg.Name != "" && k.cfg.Name != k.name {
 		err = fmt.Errorf("the keys here are those of replica %s, not %s", k.name, k.cfg.Name)
 	}
+	if err == nil && k.cfg.ActiveJWT != nil && k.HoldsJWT(k.cfg.ActiveJWT(k.name)) {
+		err = k.UseJWT(k.cfg.ActiveJWT(k.name))
+	}
 	return err
 }
 
@@ -168,18 +181,8 @@ func (k *Keys) openRootHolder(ctx context.Context, now time.Time) error {
 	if err := k.openPlainKeys(); err != nil {
 		return err
 	}
-	if k.policy.cert == nil {
-		name := k.cfg.Name
-		if name == "" {
-			name = DefaultName
-		}
-		cert, err := k.CertifyPolicyKey(name, k.policy.signer.Public(), now)
-		if err != nil {
-			return err
-		}
-		if err := k.dir.certify(k.policy, cert); err != nil {
-			return err
-		}
+	if err := k.certifyOwnPolicy(now); err != nil {
+		return err
 	}
 	if err := k.checkOwnPolicy(now); err != nil {
 		return err
@@ -188,24 +191,20 @@ func (k *Keys) openRootHolder(ctx context.Context, now time.Time) error {
 }
 
 func (k *Keys) openRoot(now time.Time) error {
-	root, err := k.dir.newest(kindRoot)
+	all, err := k.dir.all(kindRoot)
 	switch {
 	case err != nil:
 		return err
 	case k.dir.holds(kindAnchor):
 		return ErrIsReplica
-	case root != nil:
-		k.root = root
-		return k.checkRoot(root.cert, now)
+	case len(all) > 0:
+		return k.openRoots(all, now)
 	case k.cfg.ExistingRoot:
 		return ErrNoKeys
 	case k.dir.holds(kindIntermediate, kindJWT, kindPolicy):
 		return errors.New("the root is missing while other keys are there; restore it from a backup, or remove all of them to begin a new trust domain")
 	}
-	if k.root, err = k.makeRoot(now); err != nil {
-		return fmt.Errorf("make a root: %w", err)
-	}
-	return nil
+	return k.firstRoot(nil, now)
 }
 
 func (k *Keys) checkRoot(root *x509.Certificate, now time.Time) error {
@@ -216,22 +215,17 @@ func (k *Keys) checkRoot(root *x509.Certificate, now time.Time) error {
 		return fmt.Errorf("the root was made with development=%t and the configuration says development=%t", dev, k.cfg.Development)
 	}
 	if now.After(root.NotAfter) {
-		return fmt.Errorf("the root ended at %s", root.NotAfter.Format(time.RFC3339))
+		return fmt.Errorf("%w at %s", ErrRootEnded, root.NotAfter.Format(time.RFC3339))
 	}
 	return nil
 }
 
 // openPlainKeys loads or makes the keys that have no certificate.
 func (k *Keys) openPlainKeys() error {
-	jwt, err := k.plainKey(kindJWT)
-	if err != nil {
+	if err := k.openJWT(); err != nil {
 		return err
 	}
-	kid, err := keyID(jwt.signer)
-	if err != nil {
-		return err
-	}
-	k.jwt = &authority.JWTAuthority{TrustDomain: k.cfg.TrustDomain, KeyID: kid, Signer: jwt.signer}
+	var err error
 	if k.policy, err = k.plainKey(kindPolicy); err != nil {
 		return err
 	}
@@ -241,22 +235,21 @@ func (k *Keys) openPlainKeys() error {
 
 func (k *Keys) plainKey(what kind) (*generation, error) {
 	gen, err := k.dir.newest(what)
+	if err == nil && gen == nil {
+		return k.makePlainKey(what)
+	}
 	if err != nil {
 		return nil, err
 	}
-	if gen == nil {
-		key, err := k.dir.create(what)
-		if err != nil {
-			return nil, err
-		}
-		if gen, err = k.dir.add(what, key, nil); err != nil {
-			return nil, err
-		}
-	}
-	if err := k.checkPlainKey(what, gen.signer.Public()); err != nil {
+	return gen, k.checkPlainKey(what, gen.signer.Public())
+}
+
+func (k *Keys) makePlainKey(what kind) (*generation, error) {
+	key, err := k.dir.create(what)
+	if err != nil {
 		return nil, err
 	}
-	return gen, nil
+	return k.dir.add(what, key, nil)
 }
 
 func (k *Keys) checkPlainKey(what kind, key crypto.PublicKey) error {
@@ -281,7 +274,7 @@ func (k *Keys) checkJWTKey(key crypto.PublicKey) error {
 		return fmt.Errorf("the JWT key: %w", err)
 	}
 	if alg != k.cfg.JWTAlgorithm {
-		k.cfg.Logger.Warn("the JWT key stays as it is: jwt_algorithm is for JWT keys that are made from now on",
+		k.cfg.Logger.Warn("the JWT key stays as it is: jwt_algorithm is for JWT keys that are made from now on, such as by merlon authority prepare --kind jwt",
 			slog.String("signs", alg), slog.String("jwt_algorithm", k.cfg.JWTAlgorithm))
 	}
 	return nil
@@ -299,26 +292,26 @@ func (k *Keys) openIntermediate(ctx context.Context, now time.Time) error {
 		return fmt.Errorf("%w: an upstream authority signed it, and none is configured", ErrOtherUpstream)
 	}
 	if gen != nil {
-		if err := gen.cert.CheckSignatureFrom(k.root.cert); err != nil {
-			return fmt.Errorf("the intermediate is not the root's: %w", err)
+		root := k.rootOf(gen.cert)
+		if root == nil {
+			return errors.New("the intermediate is not the root's")
 		}
-		k.x509.Store(k.authorityOf(gen))
+		if root == k.root() { // or else another root has become active meanwhile
+			k.x509.Store(authorityOf(gen, root))
+		}
 	}
 	_, err = k.RenewIntermediate(ctx, now)
 	return err
 }
 
-func (k *Keys) authorityOf(gen *generation) *authority.X509Authority {
-	chain, root := []*x509.Certificate{gen.cert}, k.root.cert
-	if n := len(gen.chain); n > 0 {
-		chain, root = append(chain, gen.chain[:n-1]...), gen.chain[n-1]
+func authorityOf(gen, root *generation) *authority.X509Authority {
+	if n := len(gen.chain); n > 0 { // an upstream authority signed it
+		return &authority.X509Authority{
+			Chain: append([]*x509.Certificate{gen.cert}, gen.chain[:n-1]...), Root: gen.chain[n-1], Signer: gen.signer,
+		}
 	}
-	return &authority.X509Authority{Chain: chain, Root: root, Signer: gen.signer}
+	return &authority.X509Authority{Chain: []*x509.Certificate{gen.cert}, Root: root.cert, Signer: gen.signer}
 }
-
-// Anchor is our own root, which vouches for policy keys. SVIDs are verified with
-// it too, unless an upstream authority signs our intermediates.
-func (k *Keys) Anchor() *x509.Certificate { return k.root.cert }
 
 // HasUpstream says whether somebody else signs our intermediates.
 func (k *Keys) HasUpstream() bool { return k.external != nil }
@@ -328,7 +321,7 @@ func (k *Keys) HasUpstream() bool { return k.external != nil }
 func (k *Keys) X509() *authority.X509Authority { return k.x509.Load() }
 
 // JWT is the current JWT authority.
-func (k *Keys) JWT() *authority.JWTAuthority { return k.jwt }
+func (k *Keys) JWT() *authority.JWTAuthority { return k.jwt.Load() }
 
 // Policy is the ES256 key that signs policy bundles, with its key ID.
 func (k *Keys) Policy() (kid string, signer crypto.Signer) {
@@ -345,27 +338,29 @@ func (k *Keys) Name() string { return k.name }
 // PolicyCertificate is the DER certificate of the policy key.
 func (k *Keys) PolicyCertificate() []byte { return bytes.Clone(k.policy.cert.Raw) }
 
-// TrustBundle is what others verify this CA's SVIDs with: root and JWT key. It is
-// a fresh copy without a sequence number, which ca/internal/trust adds.
+// TrustBundle is what others verify this CA's SVIDs with: the root and the JWT
+// key that sign. It is a fresh copy without a sequence number, which
+// ca/internal/trust adds.
 func (k *Keys) TrustBundle() (*spiffebundle.Bundle, error) {
 	bundle := spiffebundle.New(k.cfg.TrustDomain)
 	bundle.AddX509Authority(k.X509().Root)
-	if err := bundle.AddJWTAuthority(k.jwt.KeyID, k.jwt.Signer.Public()); err != nil {
+	jwt := k.JWT()
+	if err := bundle.AddJWTAuthority(jwt.KeyID, jwt.Signer.Public()); err != nil {
 		return nil, fmt.Errorf("assemble the trust bundle: %w", err)
 	}
 	return bundle, nil
 }
 
 // RenewIntermediate replaces the intermediate by a new generation, with another
-// subject and key, once half of its life is over. The old one's key is removed.
-// A replica asks the root holder.
+// subject and key, once half of its life is over, or at once where another root
+// is to sign. The old one's key is removed. A replica asks the root holder.
 func (k *Keys) RenewIntermediate(ctx context.Context, now time.Time) (renewed bool, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if err := ctx.Err(); err != nil {
 		return false, err
 	}
-	if current := k.x509.Load(); current != nil && !pastHalf(current.Chain[0], now) {
+	if current := k.x509.Load(); current != nil && !pastHalf(current.Chain[0], now) && k.underWanted(current) {
 		return false, nil
 	}
 	if k.external != nil {
@@ -384,7 +379,7 @@ func (k *Keys) RenewIntermediate(ctx context.Context, now time.Time) (renewed bo
 	if err != nil {
 		return false, fmt.Errorf("make an intermediate: %w", err)
 	}
-	k.x509.Store(k.authorityOf(gen))
+	k.x509.Store(authorityOf(gen, k.root()))
 	if err := k.dir.removeOlder(gen); err != nil {
 		return true, fmt.Errorf("remove old intermediates: %w", err)
 	}

@@ -125,7 +125,11 @@ func (s *Server) trustBundle(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Cache-Control", "max-age="+strconv.Itoa(int(trust.RefreshHint/time.Second)))
+	hint, ok := b.Keys.RefreshHint()
+	if !ok {
+		hint = trust.RefreshHint
+	}
+	w.Header().Set("Cache-Control", "max-age="+strconv.Itoa(int(hint/time.Second)))
 	w.Header().Set("Content-Length", strconv.Itoa(len(b.JWKS)))
 	if r.Method == http.MethodHead {
 		return

@@ -1,0 +1,36 @@
+// The settings of rotation: how long keys live, and how long one waits before it
+// signs.
+
+package ca
+
+import (
+	"fmt"
+	"time"
+
+	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/rotation"
+	"merlon.dev/ca/internal/upstream"
+)
+
+// maxRefreshHint keeps trust bundles from being so old that nothing helps.
+const maxRefreshHint = time.Hour
+
+func (c Config) checkRotation() error {
+	for _, ttl := range []struct {
+		key   string
+		value time.Duration
+	}{{"root_ttl", c.RootTTL}, {"intermediate_ttl", c.IntermediateTTL}, {"jwt_key_ttl", c.JWTKeyTTL}} {
+		if ttl.value < upstream.MinTTL {
+			return fmt.Errorf("%s: %s is less than %s", ttl.key, ttl.value, upstream.MinTTL)
+		}
+	}
+	if c.TrustRefreshHint < time.Second || c.TrustRefreshHint > maxRefreshHint || c.TrustRefreshHint%time.Second != 0 {
+		return fmt.Errorf("trust_refresh_hint: %s is not a number of seconds between 1s and %s", c.TrustRefreshHint, maxRefreshHint)
+	}
+	return nil
+}
+
+// rotation is what the steps of authorities are judged by.
+func (c Config) rotation() rotation.Policy {
+	return rotation.Policy{RefreshHint: c.TrustRefreshHint, MaxJWTTTL: entry.MaxJWTSVIDTTL, Keep: keepRevoked}
+}
