@@ -5,7 +5,7 @@ LINT := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 
 .DEFAULT_GOAL := help
-.PHONY: help build full test lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd
+.PHONY: help build full test lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -69,3 +69,9 @@ fault-etcd: ## kill, halt for 30 s and cut off the leader of three etcd members;
 MERLON_SWEEP ?= 100000
 crash-sweep: ## damage Badger's files at every record boundary; MERLON_SWEEP boundaries a file at most
 	MERLON_SWEEP=$(MERLON_SWEEP) $(CRASH) TestDamagedBadger
+
+ROTATIONS ?= 20
+HANDSHAKES ?= 500
+WORKLOADS ?= 200
+rotate: ## replace the root ROTATIONS times under HANDSHAKES a second, with kills of the CA; about 6 minutes
+	ROTATIONS=$(ROTATIONS) HANDSHAKES=$(HANDSHAKES) WORKLOADS=$(WORKLOADS) go test -count 1 -timeout 2h -v ./integration -run TestRootRotatesUnderHandshakes

@@ -1,0 +1,254 @@
+// Rotation of the root as workloads see it: not at all. Handshakes go on while
+// roots come and go and the CA is killed.
+
+package integration_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"merlon.dev/integration/stage"
+	"merlon.dev/sdk"
+)
+
+// sizeOf is a setting of `make rotate`, or its small value.
+func sizeOf(t *testing.T, name string, small int) int {
+	t.Helper()
+	text := os.Getenv(name)
+	if text == "" {
+		return small
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil || n < 1 {
+		t.Fatalf("%s=%q is no number", name, text)
+	}
+	return n
+}
+
+// authority is an authority as `merlon authority list -o json` shows it.
+type authority struct {
+	ID      string `json:"authority_id"`
+	Kind    string `json:"kind"`
+	State   string `json:"state"`
+	Root    string `json:"root_authority_id"`
+	Pending *struct {
+		Agents []string `json:"agents"`
+		Ready  bool     `json:"ready"`
+	} `json:"pending"`
+}
+
+// authorityIn is the authority of a kind and state, if there is one and the CA
+// answers.
+func authorityIn(d *stage.Domain, kind, state string) (authority, error) {
+	stdout, stderr, err := d.Try("authority", "list", "-o", "json")
+	if err != nil {
+		return authority{}, fmt.Errorf("%w: %s", err, stderr)
+	}
+	var all []authority
+	stage.Decode(d.TB, stdout, &all)
+	for _, a := range all {
+		if a.Kind == kind && a.State == state {
+			return a, nil
+		}
+	}
+	return authority{}, fmt.Errorf("no %s is %s in %s", kind, state, stdout)
+}
+
+// done repeats a command until it succeeds: it waits, or the CA is away.
+func done(d *stage.Domain, args ...string) {
+	d.TB.Helper()
+	stage.Eventually(d.TB, "merlon "+strings.Join(args, " "), func() error {
+		_, stderr, err := d.Try(args...)
+		if err != nil {
+			return errors.New(stderr)
+		}
+		return nil
+	})
+}
+
+// rotate takes a new root through all its states, and the one before out.
+// between is called between the steps.
+func rotate(t *testing.T, d *stage.Domain, between func()) {
+	t.Helper()
+	before, err := authorityIn(d, "x509-root", "active")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Merlon("authority", "prepare", "--kind", "x509-root")
+	between()
+	var next authority
+	stage.Eventually(t, "the new root is published", func() (err error) {
+		next, err = authorityIn(d, "x509-root", "published")
+		return err
+	})
+	done(d, "authority", "activate", next.ID)
+	between()
+	stage.Eventually(t, "the new root signs", func() error {
+		i, err := authorityIn(d, "x509-intermediate", "active")
+		if err == nil && i.Root != next.ID {
+			err = fmt.Errorf("the intermediate is under %s, not %s", i.Root, next.ID)
+		}
+		return err
+	})
+	done(d, "authority", "taint", before.ID)
+	between()
+	done(d, "authority", "revoke", before.ID)
+}
+
+// echo answers each connection with one byte.
+func echo(t *testing.T, id *sdk.Identity) string {
+	t.Helper()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var serving sync.WaitGroup
+	t.Cleanup(func() { lis.Close(); serving.Wait() })
+	serving.Go(func() {
+		for {
+			raw, err := lis.Accept()
+			if err != nil {
+				return
+			}
+			serving.Go(func() {
+				defer raw.Close()
+				conn, err := id.ServerHandshake(context.Background(), raw)
+				if err != nil {
+					return // the client sees it, and counts
+				}
+				defer conn.Close()
+				conn.Write([]byte{1})
+			})
+		}
+	})
+	return lis.Addr().String()
+}
+
+// handshake makes one connection, and waits for the byte, which comes when both
+// sides have accepted each other.
+func handshake(ctx context.Context, id *sdk.Identity, address string) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	conn, err := id.DialTLS(sdk.Service("me"))(ctx, "tcp", address)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(10 * time.Second))
+	_, err = io.ReadFull(conn, make([]byte, 1))
+	return err
+}
+
+// P13. `make rotate` runs it 20 times under 500 handshakes a second, with 200
+// workloads.
+func TestRootRotatesUnderHandshakes(t *testing.T) {
+	rounds, perSecond, workloads := sizeOf(t, "ROTATIONS", 2), sizeOf(t, "HANDSHAKES", 50), sizeOf(t, "WORKLOADS", 4)
+	d := stage.Separate(t, "trust_refresh_hint: 1s")
+	d.Entry("/me")
+	var ids []*sdk.Identity
+	var addresses []string
+	for range workloads {
+		id, err := sdk.Open(t.Context(), sdk.WithAgentAddress(d.WorkloadAPI))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(id.Close)
+		ids = append(ids, id)
+		addresses = append(addresses, echo(t, id))
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	var made, failed atomic.Int64
+	var running sync.WaitGroup
+	running.Go(func() {
+		pace := time.NewTicker(time.Second / time.Duration(perSecond))
+		defer pace.Stop()
+		for n := 0; ; n++ {
+			select {
+			case <-ctx.Done():
+				return
+			case <-pace.C:
+			}
+			running.Go(func() {
+				made.Add(1)
+				if err := handshake(context.WithoutCancel(ctx), ids[n%workloads], addresses[(n/workloads)%workloads]); err != nil && failed.Add(1) <= 5 {
+					t.Errorf("handshake %d: %v", n, err)
+				}
+			})
+		}
+	})
+	begun := time.Now()
+	kills := 0
+	for round := range rounds {
+		rotate(t, d, func() {
+			if round%2 == 1 { // the first round shows that it works without
+				d.CA.Kill()
+				d.CA.Restart()
+				kills++
+			}
+		})
+	}
+	took := time.Since(begun)
+	stop()
+	running.Wait()
+	t.Logf("%d rotations in %s, %d kills of the CA, %d handshakes (%.0f a second), %d failed",
+		rounds, took.Round(time.Second), kills, made.Load(), float64(made.Load())/took.Seconds(), failed.Load())
+	if n := failed.Load(); n > 0 {
+		t.Errorf("%d of %d handshakes failed; want none", n, made.Load())
+	}
+}
+
+// An agent that stands still holds a new root back, and is named.
+func TestStuckAgentHoldsActivationBack(t *testing.T) {
+	d := stage.Separate(t, "trust_refresh_hint: 1s")
+	d.Entry("/me")
+	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, d); return err })
+	if err := syscall.Kill(d.Agent.PID(), syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	d.Merlon("authority", "prepare", "--kind", "x509-root")
+	time.Sleep(4 * time.Second) // three hints
+	next, err := authorityIn(d, "x509-root", "published")
+	if err != nil || next.Pending == nil || next.Pending.Ready || !slices.Equal(next.Pending.Agents, []string{d.AgentID()}) {
+		t.Errorf("pending = %+v, %v; want it to wait for %s", next.Pending, err, d.AgentID())
+	}
+	if status := d.Merlon("authority", "status"); !strings.Contains(status, "1 agents: "+d.AgentID()) {
+		t.Errorf("status = %s; want it to name %s", status, d.AgentID())
+	}
+	if _, stderr, err := d.Try("authority", "activate", next.ID); err == nil || !strings.Contains(stderr, d.AgentID()) || !strings.Contains(stderr, "hint: merlon authority status") {
+		t.Errorf("activate: %v %s; want it to name %s", err, stderr, d.AgentID())
+	}
+	if err := syscall.Kill(d.Agent.PID(), syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	done(d, "authority", "activate", next.ID)
+	// Nothing is lost: the agent serves SVIDs under the new root when it is time.
+	done(d, "authority", "taint", mustBe(t, d, "old").ID)
+	stage.Eventually(t, "the SVID is replaced", func() error {
+		own, err := fetch(t, d)
+		if err == nil && len(own.Certificates) > 1 && fmt.Sprintf("%x", own.Certificates[len(own.Certificates)-1].AuthorityKeyId) != next.ID {
+			err = errors.New("it is under the old root")
+		}
+		return err
+	})
+}
+
+func mustBe(t *testing.T, d *stage.Domain, state string) authority {
+	t.Helper()
+	a, err := authorityIn(d, "x509-root", state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
