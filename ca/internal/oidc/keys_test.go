@@ -142,6 +142,13 @@ func TestProvidersThatAreNotBelieved(t *testing.T) {
 		"endless document": func(p *provider, a *oidcprovider.Answers) {
 			a.Instead[oidcprovider.DiscoveryPath] = answer(strings.Repeat(" ", maxAnswerBytes+1))
 		},
+		"good keys, endless": func(_ *provider, a *oidcprovider.Answers) {
+			keys := jose.JSONWebKeySet{Keys: a.Keys}
+			a.Instead["/keys"] = func(w http.ResponseWriter, _ *http.Request) {
+				_ = json.NewEncoder(w).Encode(keys)
+				_, _ = w.Write(bytes.Repeat([]byte(" "), maxAnswerBytes))
+			}
+		},
 		"many keys": func(p *provider, a *oidcprovider.Answers) {
 			a.Instead["/keys"] = answer(`{"keys":[` + strings.Repeat("{},", maxKeys) + `{}]}`)
 		},
