@@ -49,6 +49,7 @@ func (p *parts) watchStore(ctx context.Context) error {
 	p.health.Check("picture", p.registry.Fault)
 	p.health.Check("authority", func() error { return p.checkAuthority(time.Now()) })
 	p.health.Check("audit", p.service.AuditFault)
+	p.health.Check("keys", p.service.KeyFault)
 	p.health.Check("replica", p.service.Standing)
 	probe := time.NewTicker(probeInterval)
 	defer probe.Stop()

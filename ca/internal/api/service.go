@@ -327,6 +327,11 @@ func (s *Service) write(ctx context.Context, to func(context.Context, ...audit.R
 	return to(ctx, acts...)
 }
 
+// KeyFault says why the keys at hand sign nothing.
+func (s *Service) KeyFault() error {
+	return errors.Join(s.opts.Keys.X509().Fault(), s.opts.Keys.JWT().Fault())
+}
+
 // AuditFault says why the audit log takes no records; without them nothing is
 // issued.
 func (s *Service) AuditFault() error { return s.opts.Audit.Fault() }

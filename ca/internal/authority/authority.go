@@ -81,6 +81,9 @@ func (a *X509Authority) TrustDomain() (spiffeid.TrustDomain, error) {
 	if err != nil {
 		return spiffeid.TrustDomain{}, fmt.Errorf("read the SPIFFE ID of the issuing certificate: %w", err)
 	}
+	if id.Path() != "" { // X6
+		return spiffeid.TrustDomain{}, fmt.Errorf("the SPIFFE ID of the issuing certificate, %q, is a workload's", id)
+	}
 	return id.TrustDomain(), nil
 }
 
@@ -110,6 +113,14 @@ func (a *X509Authority) ready() error {
 		}
 	})
 	return a.fault
+}
+
+// Fault says why the authority signs nothing: it is incomplete, or ErrFaultyKey.
+func (a *X509Authority) Fault() error {
+	if err := a.ready(); err != nil {
+		return err
+	}
+	return a.key.fault()
 }
 
 func (a *X509Authority) prepare() (*leafForm, *signing, error) {

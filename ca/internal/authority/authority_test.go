@@ -222,10 +222,11 @@ func TestIssueRefuses(t *testing.T) {
 
 func TestIncompleteAuthoritiesSignNothing(t *testing.T) {
 	good := newAuthority(t, "example.org")
-	nameless := forge.New(t, "example.org", forge.URIs()).Intermediate()
+	nameless := forge.New(t, "example.org").Intermediate(forge.URIs())
+	workload := forge.New(t, "example.org").Intermediate(forge.URIs("spiffe://example.org/web"))
 	for name, a := range map[string]*authority.X509Authority{
 		"nil": nil, "zero": {}, "no root": {Chain: good.Chain, Signer: good.Signer}, "no signer": {Chain: good.Chain, Root: good.Root},
-		"no chain": {Root: good.Root, Signer: good.Signer}, "root names no trust domain": authorityOf(nameless),
+		"no chain": {Root: good.Root, Signer: good.Signer}, "issuer names no trust domain": authorityOf(nameless), "X6 issuer names a workload": authorityOf(workload),
 		"key of another": {Chain: good.Chain, Root: good.Root, Signer: workloadKey},
 	} {
 		if leaf, err := a.Issue(request()); err == nil {

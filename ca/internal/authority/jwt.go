@@ -102,6 +102,14 @@ func (a *JWTAuthority) ready() error {
 	return a.fault
 }
 
+// Fault says why the authority signs nothing: it is incomplete, or ErrFaultyKey.
+func (a *JWTAuthority) Fault() error {
+	if err := a.ready(); err != nil {
+		return err
+	}
+	return a.key.fault()
+}
+
 func (a *JWTAuthority) prepare() (string, *signing, error) {
 	alg, err := JWSAlgorithm(a.Signer.Public())
 	if err != nil {

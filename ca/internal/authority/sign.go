@@ -88,8 +88,8 @@ func newSigning(signer crypto.Signer) (*signing, error) {
 
 // sign gives a signature of message: ASN.1 of ECDSA, PKCS #1 v1.5 of RSA.
 func (s *signing) sign(message []byte) ([]byte, error) {
-	if s.faulty.Load() {
-		return nil, ErrFaultyKey
+	if err := s.fault(); err != nil {
+		return nil, err
 	}
 	signature, err := crypto.SignMessage(s.signer, rand.Reader, message, s.hash)
 	if err != nil {
@@ -103,6 +103,13 @@ func (s *signing) sign(message []byte) ([]byte, error) {
 		return nil, ErrFaultyKey
 	}
 	return nil, errors.New("the signer gave a wrong signature")
+}
+
+func (s *signing) fault() error {
+	if s.faulty.Load() {
+		return ErrFaultyKey
+	}
+	return nil
 }
 
 // due says whether the next signature is to be checked.

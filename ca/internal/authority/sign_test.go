@@ -95,6 +95,28 @@ type flippedKey struct {
 
 func (f flippedKey) Public() crypto.PublicKey { return f.public }
 
+// Both authorities say so, for the CA to be taken out of service.
+func TestAuthoritiesSayThatTheirKeyIsFaulty(t *testing.T) {
+	ca := forge.New(t, "example.org").Intermediate()
+	a := &X509Authority{Chain: []*x509.Certificate{ca.Cert}, Root: ca.Root().Cert, Signer: ca.Key}
+	j := &JWTAuthority{TrustDomain: ca.TrustDomain, KeyID: "k", Signer: ecKey(t, elliptic.P256())}
+	if err := errors.Join(a.Fault(), j.Fault()); err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []*signing{a.key, j.key} {
+		key.signer = flippedKey{ecKey(t, elliptic.P256()), key.signer.Public()}
+		if _, err := key.sign([]byte("message")); !errors.Is(err, ErrFaultyKey) {
+			t.Fatal(err)
+		}
+	}
+	if !errors.Is(a.Fault(), ErrFaultyKey) || !errors.Is(j.Fault(), ErrFaultyKey) {
+		t.Errorf("after a wrong signature: %v, %v", a.Fault(), j.Fault())
+	}
+	if (&X509Authority{}).Fault() == nil || (&JWTAuthority{}).Fault() == nil {
+		t.Error("incomplete authorities say that they sign")
+	}
+}
+
 func TestOneInSixteenOfAPlainKeysSignaturesIsChecked(t *testing.T) {
 	s, err := newSigning(ecKey(t, elliptic.P256()))
 	if err != nil {
