@@ -231,7 +231,7 @@ func (p *parts) renewPolicies(ctx context.Context, now time.Time, fence ...store
 func (p *parts) enterEpoch(ctx context.Context, now time.Time) {
 	renewed, err := p.releases.EnterEpoch(ctx, now)
 	if err := p.recordRenewed(ctx, now, renewed, err); err != nil {
-		p.log.LogAttrs(ctx, slog.LevelError, "policy bundles not renewed after a restore", slog.Any("err", err))
+		p.log.LogAttrs(ctx, slog.LevelError, "policy bundles not renewed after a restore: merlon policy push each that is named", slog.Any("err", err))
 	}
 }
 

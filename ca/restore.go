@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"iter"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -51,6 +52,11 @@ type Restored struct {
 	Revision uint64
 	// Since is what the audit log says was done after the backup.
 	Since []Act
+
+	// jwtKeys are those of Replicas; instead is what is written in place of what
+	// was left out, in order of keys.
+	jwtKeys []string
+	instead []store.KV
 }
 
 // Act is an administrator's act that a restore takes back.
@@ -104,6 +110,11 @@ func RestoreStore(ctx context.Context, cfg Config, path string, o RestoreOptions
 			return r, &LossError{backup, head, r.Since}
 		}
 		if r.Revision, err = nextEpoch(cfg, max(backup.Revision, head)); err != nil {
+			return r, err
+		}
+	}
+	if !r.Lossless {
+		if err := r.readBackup(path, func(pairs iter.Seq2[store.KV, error]) error { return r.leaveOut(cfg, pairs) }); err != nil {
 			return r, err
 		}
 	}
@@ -162,8 +173,6 @@ func (r *Restored) fill(ctx context.Context, cfg Config, path string) error {
 	}); err != nil {
 		return fmt.Errorf("restore: %w", err)
 	}
-	tokens, replicas := r.Tokens, r.Replicas
-	defer func() { r.Tokens, r.Replicas = tokens, replicas }()
 	st, err := openStore(ctx, cfg)
 	if err != nil {
 		return fmt.Errorf("look at what was restored: %w", err)
@@ -178,8 +187,13 @@ func (r *Restored) fill(ctx context.Context, cfg Config, path string) error {
 	return nil
 }
 
-// eachPair calls do with what of the backup is restored.
+// eachPair calls do with what is restored.
 func (r *Restored) eachPair(cfg Config, path string, do func(iter.Seq2[store.KV, error]) error) error {
+	return r.readBackup(path, func(pairs iter.Seq2[store.KV, error]) error { return do(sameTrustDomain(cfg, r.kept(pairs))) })
+}
+
+// readBackup calls do with what is in the backup.
+func (r *Restored) readBackup(path string, do func(iter.Seq2[store.KV, error]) error) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
@@ -192,8 +206,7 @@ func (r *Restored) eachPair(cfg Config, path string, do func(iter.Seq2[store.KV,
 	if backup.Header().Revision != r.Backup.Revision {
 		return errors.New("the backup was changed meanwhile")
 	}
-	r.Tokens, r.Replicas = nil, nil
-	return do(sameTrustDomain(cfg, r.kept(backup.All())))
+	return do(backup.All())
 }
 
 func importStore(ctx context.Context, cfg Config, at uint64, pairs iter.Seq2[store.KV, error]) error {
@@ -221,36 +234,50 @@ func sameTrustDomain(cfg Config, pairs iter.Seq2[store.KV, error]) iter.Seq2[sto
 	})
 }
 
-// kept leaves out what is dangerous to bring back when later records are lost:
+// leaveOut decides what is dangerous to bring back when later records are lost:
 // a token that was used since would work again; a replica that was evicted
 // since would be one again, and its JWT key trusted.
+func (r *Restored) leaveOut(cfg Config, pairs iter.Seq2[store.KV, error]) error {
+	var authorities store.KV
+	for kv, err := range pairs {
+		switch {
+		case err != nil:
+			return err
+		case attest.SingleUse(kv.Key):
+			r.Tokens = append(r.Tokens, kv.Key)
+		case kv.Key == trust.AuthoritiesKey:
+			authorities = kv
+		case strings.HasPrefix(kv.Key, replica.Prefix):
+			if err := r.dropReplica(kv); err != nil {
+				return err
+			}
+		}
+	}
+	if err := r.dropJWTKeys(authorities); err != nil {
+		return err
+	}
+	return r.withdraw(certifiedSince(cfg, r.Backup.CreatedAt, time.Now()))
+}
+
+// kept passes on what is not left out, with what is written in place of it.
 func (r *Restored) kept(pairs iter.Seq2[store.KV, error]) iter.Seq2[store.KV, error] {
 	if r.Lossless {
 		return pairs
 	}
-	var keyIDs []string
-	return mapPairs(pairs, func(kv store.KV) (store.KV, bool, error) {
+	return r.withInstead(mapPairs(pairs, func(kv store.KV) (store.KV, bool, error) {
+		name, isReplica := strings.CutPrefix(kv.Key, replica.Prefix)
 		switch {
-		case attest.SingleUse(kv.Key):
-			r.Tokens = append(r.Tokens, kv.Key)
-			return kv, false, nil
-		case strings.HasPrefix(kv.Key, replica.Prefix):
-			rec, err := replica.Decode(kv)
-			if err != nil || rec.RootHolder {
-				return kv, true, err
-			}
-			r.Replicas = append(r.Replicas, rec.Name)
-			keyIDs = append(keyIDs, rec.JWTKeyID)
+		case attest.SingleUse(kv.Key), isReplica && slices.Contains(r.Replicas, name):
 			return kv, false, nil
 		case kv.Key == trust.AuthoritiesKey && len(r.Replicas) > 0:
 			kv, err := trust.AuthoritiesWithout(kv, r.Backup.CreatedAt, r.Replicas...)
 			return kv, true, err
-		case kv.Key == trust.Key && len(keyIDs) > 0: // after replica/ in order of keys
-			kv, err := trust.Without(kv, keyIDs...)
+		case kv.Key == trust.Key && len(r.jwtKeys) > 0:
+			kv, err := trust.Without(kv, r.jwtKeys...)
 			return kv, true, err
 		}
 		return kv, true, nil
-	})
+	}))
 }
 
 // mapPairs calls each for every pair, which says what becomes of it and

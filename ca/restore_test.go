@@ -7,6 +7,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"encoding/json"
 	"errors"
 	"math/big"
 	"os"
@@ -20,7 +21,10 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/replica"
+	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
 	"merlon.dev/ca/internal/store/snapshot"
@@ -58,6 +62,15 @@ func haStore(t *testing.T) Config {
 		}
 		ops = append(ops, op)
 	}
+	next, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := keys.AddJWTAuthority("key-east-next", next.Public()); err != nil {
+		t.Fatal(err)
+	}
+	ops = append(ops, storedAuthorities(t, rotation.Authority{ID: "key-east", Replica: "east", State: rotation.Active},
+		rotation.Authority{ID: "key-east-next", Replica: "east", State: rotation.Published}, rotation.Authority{ID: "key-ca", Replica: "ca", State: rotation.Active}))
 	ops = append(ops, store.Put("entry/1", []byte("e")), store.Put("revocation/1", []byte("r")), store.Put("agent/n1", []byte("a")),
 		store.Put("token/mrt/1", []byte("replica")), store.Put("token/new/1", []byte("of a kind to come")))
 	if _, err := st.Txn(t.Context(), nil, ops, nil); err != nil {
@@ -79,6 +92,21 @@ func haStore(t *testing.T) Config {
 	return cfg
 }
 
+func storedAuthorities(t *testing.T, jwtKeys ...rotation.Authority) store.Op {
+	t.Helper()
+	for i := range jwtKeys {
+		jwtKeys[i].Kind, jwtKeys[i].PublicKey, jwtKeys[i].NotAfter = rotation.JWT, []byte("key"), time.Now().Add(time.Hour)
+	}
+	b, err := json.Marshal(map[string]any{"v": 1, "authorities": jwtKeys})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := rotation.Decode(b); err != nil {
+		t.Fatal(err)
+	}
+	return store.Put(trust.AuthoritiesKey, b)
+}
+
 func someRoot(t *testing.T) *x509.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -95,6 +123,25 @@ func someRoot(t *testing.T) *x509.Certificate {
 		t.Fatal(err)
 	}
 	return root
+}
+
+func writeAudit(t *testing.T, cfg Config, records ...audit.Record) {
+	t.Helper()
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	log, err := audit.Open(cfg.auditPath(), cfg.auditOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range records {
+		if err := log.Append(t.Context(), r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := log.Close(); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func backupFile(t *testing.T, cfg Config) string {
@@ -126,8 +173,13 @@ func stored(t *testing.T, cfg Config) (keys []string, published *trust.Bundle) {
 			t.Fatal(err)
 		}
 		key := kv.Key
-		if strings.HasPrefix(key, "token/m") {
-			key = key[:len("token/mjt")]
+		for _, random := range []string{"token/mjt", "token/mbr", "token/mrt"} {
+			if strings.HasPrefix(key, random) {
+				key = random
+			}
+		}
+		if rec, err := revocation.Decode(kv); strings.HasPrefix(key, revocation.Prefix) && err == nil {
+			key = revocation.Prefix + rec.AuthorityID
 		}
 		keys = append(keys, key)
 		if kv.Key == trust.Key {
@@ -147,6 +199,13 @@ func TestRestoreWithALossLeavesOutWhatIsDangerous(t *testing.T) {
 	to := from
 	to.DataDir = filepath.Join(t.TempDir(), "b")
 
+	writeAudit(t, to,
+		audit.Record{Type: audit.Renew, Detail: "intermediate of replica east", AuthorityID: "id-later", NotAfter: time.Now().Add(time.Hour)},
+		audit.Record{Type: audit.Attest, Detail: "replica north joins, JWT key k", AuthorityID: "id-north", NotAfter: time.Now().Add(time.Hour)},
+		audit.Record{Type: audit.Renew, Detail: "intermediate of replica east", AuthorityID: "id-ended", NotAfter: time.Now()},
+		audit.Record{Type: audit.Renew, Detail: "intermediate", AuthorityID: "id-own", NotAfter: time.Now().Add(time.Hour)},
+		audit.Record{Time: time.Now().Add(-time.Hour), Type: audit.Renew, Detail: "intermediate of replica long-gone", AuthorityID: "id-before", NotAfter: time.Now().Add(time.Hour)},
+	)
 	_, err := RestoreStore(t.Context(), to, file, RestoreOptions{})
 	if _, ok := errors.AsType[*LossError](err); !ok {
 		t.Fatalf("without AcceptLoss: %v; want a LossError", err)
@@ -156,7 +215,12 @@ func TestRestoreWithALossLeavesOutWhatIsDangerous(t *testing.T) {
 		t.Fatal(err)
 	}
 	keys, published := stored(t, to)
-	want := []string{"agent/n1", "entry/1", "replica/ca", "revocation/1", "token/mbr", trust.Key}
+	slices.Sort(keys) // revocations have random keys
+	want := []string{
+		"agent/n1", "entry/1", "former-replica/east", "former-replica/west", "replica/ca", "revocation/1",
+		"revocation/id-east", "revocation/id-later", "revocation/id-north", "revocation/id-west", "revocation/key-east", "revocation/key-east-next", "revocation/key-west",
+		"token/mbr", trust.AuthoritiesKey, trust.Key,
+	}
 	if !slices.Equal(keys, want) {
 		t.Errorf("restored %q; want %q", keys, want)
 	}

@@ -173,6 +173,7 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	p.authorities.registry = p.registry
 	p.policy = &policyKeys{trustDomain: s.td.Name(), keys: p.keys, registry: p.registry}
 	p.releases = s.publisher(p.store, p.policy)
+	p.resealFormer(ctx, time.Now())
 	p.enterEpoch(ctx, time.Now())
 	return p, s.assemble(ctx, p)
 }

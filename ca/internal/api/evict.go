@@ -147,7 +147,7 @@ func (s *Service) tryEvict(ctx context.Context, name string) (*replica.Record, [
 	}
 	ops := append(step.Ops, store.Delete(replica.Prefix+name), replica.Mark())
 	var revocations []*revocation.Record
-	for _, r := range withdrawn(rec, keys, now) {
+	for _, r := range Withdrawn(rec, keys, now) {
 		put, key, err := revocation.PutForGood(r)
 		if err != nil {
 			return nil, nil, 0, err
@@ -165,9 +165,10 @@ func (s *Service) tryEvict(ctx context.Context, name string) (*replica.Record, [
 	return rec, revocations, res.Revision, nil
 }
 
-// withdrawn are the revocations of everything that rec can have signed. They
-// have no limit by revision: it may go on signing, with numbers of its choice.
-func withdrawn(rec *replica.Record, jwtKeys []string, now time.Time) (revocations []svid.Revocation) {
+// Withdrawn are the revocations of everything that rec can have signed, JWT-SVIDs
+// with jwtKeys. They have no limit by revision: it may go on signing, with numbers
+// of its choice.
+func Withdrawn(rec *replica.Record, jwtKeys []string, now time.Time) (revocations []svid.Revocation) {
 	note := "replica " + rec.Name + " evicted"
 	for _, kid := range jwtKeys {
 		revocations = append(revocations, svid.Revocation{AuthorityID: kid, ExpiresAt: now.Add(recordLife), Note: note})

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -122,7 +123,7 @@ func (s *Service) Join(ctx context.Context, req *capb.ReplicaJoinRequest) (*capb
 		return nil, s.refuse(ctx, caller, audit.Record{Detail: what}, s.toStatus(ctx, err))
 	}
 	if err := s.audit(ctx, audit.Record{
-		Time: now, Type: audit.Attest, Actor: caller.Name, Detail: "replica " + rec.Name + " joins, JWT key " + rec.JWTKeyID,
+		Time: now, Type: audit.Attest, Actor: caller.Name, Detail: detailOfReplica + rec.Name + " joins, JWT key " + rec.JWTKeyID,
 		AuthorityID: rec.Current().ID, NotAfter: rec.Current().NotAfter,
 	}); err != nil {
 		return nil, fmt.Errorf("record that replica %s joins: %w", rec.Name, err)
@@ -145,6 +146,26 @@ func (s *Service) newReplica(name string, keys replicaKeys, now time.Time) (*rep
 	}
 	rec := &replica.Record{Name: name, JoinedAt: now, JWTKeyID: keys.jwtID, PolicyCertificate: policy.Raw}
 	return rec.WithAuthority(authorityOf(intermediate), now), intermediate, nil
+}
+
+// What the audit log says of a replica's new authority begins with these.
+const (
+	detailOfReplica      = "replica "
+	detailOfIntermediate = "intermediate of replica "
+)
+
+// CertifiedReplica names the replica whose new authority an audit record is of.
+func CertifiedReplica(r audit.Record) (name string, ok bool) {
+	switch {
+	case r.AuthorityID == "":
+	case r.Type == audit.Attest:
+		if name, ok = strings.CutPrefix(r.Detail, detailOfReplica); ok {
+			name, _, ok = strings.Cut(name, " ")
+		}
+	case r.Type == audit.Renew:
+		name, ok = strings.CutPrefix(r.Detail, detailOfIntermediate)
+	}
+	return name, ok
 }
 
 func authorityOf(cert *x509.Certificate) replica.Authority {
@@ -227,7 +248,7 @@ func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) 
 			return nil, s.refuse(ctx, caller, audit.Record{Detail: what}, err)
 		}
 		if err := s.audit(ctx, audit.Record{
-			Time: now, Type: audit.Renew, Actor: caller.Name, Detail: "intermediate of replica " + rec.Name,
+			Time: now, Type: audit.Renew, Actor: caller.Name, Detail: detailOfIntermediate + rec.Name,
 			AuthorityID: next.Current().ID, NotAfter: next.Current().NotAfter,
 		}); err != nil {
 			return nil, fmt.Errorf("record the intermediate of replica %s: %w", rec.Name, err)

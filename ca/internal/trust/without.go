@@ -11,6 +11,21 @@ import (
 	"merlon.dev/ca/internal/store"
 )
 
+// JWTKeys names the replica of each JWT key among the stored authorities of kv.
+func JWTKeys(kv store.KV) (map[string]string, error) {
+	set, err := rotation.Decode(kv.Value)
+	if err != nil {
+		return nil, err
+	}
+	replicas := make(map[string]string)
+	for _, a := range set.All() {
+		if a.Kind == rotation.JWT && a.State.Trusted() {
+			replicas[a.ID] = a.Replica
+		}
+	}
+	return replicas, nil
+}
+
 // AuthoritiesWithout returns the stored authorities of kv without the JWT keys
 // of the named replicas.
 func AuthoritiesWithout(kv store.KV, now time.Time, replicas ...string) (store.KV, error) {

@@ -1,0 +1,157 @@
+// What becomes of replicas when a restore loses something: none comes back, as
+// one that was evicted since would be one again. What they can have signed is
+// withdrawn for good, as if each were evicted; their records are kept aside
+// until the policy bundles that they signed are signed anew.
+
+package ca
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"log/slog"
+	"slices"
+	"time"
+
+	"merlon.dev/ca/internal/api"
+	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/replica"
+	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/trust"
+	"merlon.dev/sdk/svid"
+)
+
+// dropReplica leaves out the replica of a record, unless it holds the root.
+func (r *Restored) dropReplica(kv store.KV) error {
+	rec, err := replica.Decode(kv)
+	if err != nil || rec.RootHolder {
+		return err
+	}
+	former, err := rec.PutFormer()
+	if err != nil {
+		return err
+	}
+	r.write(former)
+	r.Replicas, r.jwtKeys = append(r.Replicas, rec.Name), append(r.jwtKeys, rec.JWTKeyID)
+	return r.withdraw(api.Withdrawn(rec, []string{rec.JWTKeyID}, time.Now()))
+}
+
+// dropJWTKeys leaves out what the stored authorities name beside the keys that
+// sign: those that the replicas signed with before, or were about to.
+func (r *Restored) dropJWTKeys(authorities store.KV) error {
+	if authorities.Key == "" { // of an older Merlon
+		return nil
+	}
+	keys, err := trust.JWTKeys(authorities)
+	if err != nil {
+		return err
+	}
+	for kid, name := range keys {
+		if !slices.Contains(r.Replicas, name) || slices.Contains(r.jwtKeys, kid) {
+			continue
+		}
+		r.jwtKeys = append(r.jwtKeys, kid)
+		if err := r.withdraw(api.Withdrawn(&replica.Record{Name: name}, []string{kid}, time.Now())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (r *Restored) withdraw(revocations []svid.Revocation) error {
+	for _, revoked := range revocations {
+		put, _, err := revocation.PutForGood(revoked)
+		if err != nil {
+			return err
+		}
+		r.write(put)
+	}
+	return nil
+}
+
+// write adds to what is written in place of what is left out.
+func (r *Restored) write(op store.Op) {
+	at, _ := slices.BinarySearchFunc(r.instead, op.Key, func(kv store.KV, key string) int { return cmp.Compare(kv.Key, key) })
+	r.instead = slices.Insert(r.instead, at, store.KV{Key: op.Key, Value: op.Value, ModRevision: r.Revision})
+}
+
+// certifiedSince withdraws the authorities that replicas got after t, as far as
+// the root holder's audit log is here to name them: the backup knows nothing of
+// them.
+func certifiedSince(cfg Config, t, now time.Time) (revocations []svid.Revocation) {
+	first, err := audit.Begin(cfg.auditPath())
+	if err != nil {
+		return nil
+	}
+	for line, err := range audit.Lines(cfg.auditPath(), first) {
+		if err != nil {
+			return revocations
+		}
+		var r audit.Record
+		if json.Unmarshal(line.Text, &r) != nil || r.Time.Before(t) || !now.Before(r.NotAfter) {
+			continue
+		}
+		if name, ok := api.CertifiedReplica(r); ok {
+			rec := &replica.Record{Name: name, Authorities: []replica.Authority{{ID: r.AuthorityID, NotAfter: r.NotAfter}}}
+			revocations = append(revocations, api.Withdrawn(rec, nil, now)...)
+		}
+	}
+	return revocations
+}
+
+// withInstead passes pairs on, with those that are written in place of others,
+// all in order of their keys.
+func (r *Restored) withInstead(pairs iter.Seq2[store.KV, error]) iter.Seq2[store.KV, error] {
+	return func(yield func(store.KV, error) bool) {
+		left := r.instead
+		for kv, err := range pairs {
+			for ; err == nil && len(left) > 0 && left[0].Key < kv.Key; left = left[1:] {
+				if !yield(left[0], nil) {
+					return
+				}
+			}
+			if err == nil && len(left) > 0 && left[0].Key == kv.Key {
+				kv, left = left[0], left[1:]
+			}
+			if !yield(kv, err) || err != nil {
+				return
+			}
+		}
+		for _, kv := range left {
+			if !yield(kv, nil) {
+				return
+			}
+		}
+	}
+}
+
+// resealFormer signs again what replicas signed that a restore left out, and
+// forgets them. A bundle for which that does not work is no reason not to serve;
+// the next start tries it once more.
+func (p *parts) resealFormer(ctx context.Context, now time.Time) {
+	former, err := replica.Former(ctx, p.store)
+	errs := []error{err}
+	for _, rec := range former {
+		errs = append(errs, p.resealOne(ctx, rec, now))
+	}
+	if err := errors.Join(errs...); err != nil {
+		p.log.LogAttrs(ctx, slog.LevelError, "policy bundles of replicas that a restore left out not signed again: merlon policy push each that is named", slog.Any("err", err))
+	}
+}
+
+func (p *parts) resealOne(ctx context.Context, rec *replica.Record, now time.Time) error {
+	// A key that the root does not vouch for has signed nothing that counts.
+	if key, err := rec.PolicyKey(p.keys.Anchors(), now); err == nil {
+		renewed, err := p.reseal(ctx, key)
+		if err := p.recordRenewed(ctx, now, renewed, err); err != nil {
+			return fmt.Errorf("sign the policy bundles of former replica %s again: %w", rec.Name, err)
+		}
+	}
+	cmp, forget := rec.Forget()
+	_, err := p.store.Txn(ctx, []store.Cmp{cmp}, []store.Op{forget}, nil)
+	return err
+}
