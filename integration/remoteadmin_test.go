@@ -122,6 +122,8 @@ func TestTokenAdministersOverTheNetwork(t *testing.T) {
 	check("another audience", expect(as(hash, other)("policy", "push", quickstartPolicy))(4, "not meant for"))
 	// The token stays at home when the CA is not the one that is pinned.
 	check("another root", expect(as(strings.Repeat("0", 64), claims("ci"))("policy", "push", quickstartPolicy))(1, "not the configured root_hash"))
+	check("the other of two roots", expect(as(strings.Repeat("0", 64)+","+hash, claims("ci"))("policy", "push", quickstartPolicy))(0, "generation"))
+	check("a root and noise", expect(as(hash+",", claims("ci"))("policy", "push", quickstartPolicy))(2, "merlon trust show"))
 	check("no root", expect(as("", claims("ci"))("policy", "push", quickstartPolicy))(2, "merlon trust show"))
 	check("no token", expect(ci("--token-file", filepath.Join(dir, "none"), "agent", "list"))(1, "hint: name a file"))
 	if out, stderr, err := d.Try("--token-file", "x", "agent", "list"); err == nil || !strings.Contains(stderr, "add --ca HOST:PORT") {

@@ -7,11 +7,13 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -28,7 +30,7 @@ import (
 const maxTokenBytes = 16 << 10
 
 func (o *options) withToken(do func(capb.AdminClient) error) error {
-	if b, err := hex.DecodeString(o.rootHash); err != nil || len(b) != sha256.Size {
+	if !o.pinned() {
 		return usageError{"--root-hash is missing or no SHA-256 in hex: a token is shown to no CA that cannot be told from another", "on the CA's host, merlon trust show prints root_hashes; give one with --root-hash or MERLON_ROOT_HASH"}
 	}
 	token, err := readToken(o.tokenFile)
@@ -53,7 +55,17 @@ func (o *options) withToken(do func(capb.AdminClient) error) error {
 	return err
 }
 
-// verifyPinned lets the connection through to a CA under the pinned root, which
+// rootHashes are the pinned roots: two while one replaces the other.
+func (o *options) rootHashes() []string { return strings.Split(o.rootHash, ",") }
+
+func (o *options) pinned() bool {
+	return !slices.ContainsFunc(o.rootHashes(), func(hash string) bool {
+		b, err := hex.DecodeString(hash)
+		return err != nil || len(b) != sha256.Size
+	})
+}
+
+// verifyPinned lets the connection through to a CA under a pinned root, which
 // names its trust domain.
 func (o *options) verifyPinned(cs tls.ConnectionState) error {
 	if len(cs.PeerCertificates) == 0 {
@@ -67,7 +79,7 @@ func (o *options) verifyPinned(cs tls.ConnectionState) error {
 	if err != nil {
 		return err
 	}
-	peer, err := svid.VerifyPinned(cs.PeerCertificates, td, o.rootHash, time.Now())
+	peer, err := o.verifyRoots(cs.PeerCertificates, td)
 	if err != nil {
 		return err
 	}
@@ -76,6 +88,16 @@ func (o *options) verifyPinned(cs tls.ConnectionState) error {
 		return err
 	}
 	return svid.AdmitID(caID)(peer)
+}
+
+// verifyRoots is svid.VerifyPinned with whichever of the pinned roots it is.
+func (o *options) verifyRoots(presented []*x509.Certificate, td spiffeid.TrustDomain) (peer *svid.Peer, err error) {
+	for _, hash := range o.rootHashes() {
+		if peer, err = svid.VerifyPinned(presented, td, hash, time.Now()); err == nil {
+			return peer, nil
+		}
+	}
+	return nil, err
 }
 
 func readToken(path string) (string, error) {

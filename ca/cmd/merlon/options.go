@@ -47,7 +47,7 @@ func (o *options) register(root *cobra.Command) {
 	f.StringVar(&o.admin, "admin", os.Getenv("MERLON_ADMIN"), "admin socket (default $MERLON_ADMIN, then "+defaultCAAdmin+")")
 	f.StringVar(&o.ca, "ca", "", "CA address host:port: administer over the network with the SVID from SPIFFE_ENDPOINT_SOCKET, or with --token-file")
 	f.StringVar(&o.tokenFile, "token-file", os.Getenv("MERLON_TOKEN_FILE"), "with --ca: file with an OIDC token, in place of an SVID (default $MERLON_TOKEN_FILE)")
-	f.StringVar(&o.rootHash, "root-hash", os.Getenv("MERLON_ROOT_HASH"), "with --token-file: SHA-256 of the CA root's public key, as `merlon trust show` prints it (default $MERLON_ROOT_HASH)")
+	f.StringVar(&o.rootHash, "root-hash", os.Getenv("MERLON_ROOT_HASH"), "with --token-file: SHA-256 of the CA root's public key, as 'merlon trust show' prints it; two with a comma while one root replaces another (default $MERLON_ROOT_HASH)")
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
 		// `trust show` has formats of its own and checks them itself.
 		if cmd.Flags().Lookup("output") == root.PersistentFlags().Lookup("output") && o.output != "table" && o.output != "json" {
