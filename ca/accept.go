@@ -17,15 +17,24 @@ import (
 
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/store/etcd"
 	"merlon.dev/sdk/durable"
 )
 
-// settleEpoch says whether the store has been accepted, where it was to be, and
-// remembers its epoch.
+// settleEpoch refuses a store of an earlier epoch than this data_dir remembers,
+// says whether one has been accepted, where it was to be, and remembers its
+// epoch.
 func (p *parts) settleEpoch(ctx context.Context, cfg Config) error {
 	revision, err := p.store.Revision(ctx)
 	if err != nil {
 		return fmt.Errorf("read the store's revision: %w", err)
+	}
+	last, err := lastEpoch(cfg)
+	if err != nil {
+		return err
+	}
+	if err := store.CheckEpoch(revision, last); err != nil {
+		return fmt.Errorf("%s: %w", filepath.Join(cfg.DataDir, epochFile), err)
 	}
 	if accepted := cfg.AcceptOlderStore; accepted != 0 {
 		if store.Epoch(revision) <= store.Epoch(accepted) {
@@ -62,6 +71,17 @@ func lastEpoch(cfg Config) (uint64, error) {
 		return 0, fmt.Errorf("read the last epoch: %s: %w", path, err)
 	}
 	return revision, nil
+}
+
+// seenEpoch is lastEpoch, or what etcd remembers beside the prefix if that is
+// higher: a data_dir belongs to one machine, and a restore may run on another.
+func seenEpoch(ctx context.Context, cfg Config) (uint64, error) {
+	last, err := lastEpoch(cfg)
+	if err != nil || cfg.Store != storeEtcd {
+		return last, err
+	}
+	seen, err := etcd.LastEpoch(ctx, cfg.etcd())
+	return max(last, seen), err
 }
 
 // rememberEpoch notes that the store is at revision, where its epoch is a new

@@ -10,7 +10,6 @@ import (
 	"io"
 	"strings"
 
-	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/etcd"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/ca/internal/upstream"
@@ -158,6 +157,9 @@ func Hint(err error) string {
 	if _, ok := errors.AsType[*usageError](err); ok {
 		return "merlon-ca -h shows every flag and an example"
 	}
+	if hint := storeHint(err); hint != "" {
+		return hint
+	}
 	if hint := partHint(err); hint != "" {
 		return hint
 	}
@@ -168,8 +170,6 @@ func Hint(err error) string {
 		return "merlon-ca -trust-domain example.org, or trust_domain in the file of -config"
 	case strings.Contains(text, "address already in use"):
 		return "another process has the port: choose another with -address, -https-address or -health-address"
-	case errors.Is(err, store.ErrInUse):
-		return "another merlon-ca runs on this data directory"
 	case strings.Contains(text, "another process listens there"):
 		return "another merlon-ca runs here: stop it, or choose another socket with -admin-socket"
 	case strings.HasPrefix(text, "read the configuration: open"):
@@ -206,7 +206,6 @@ func partHint(err error) string {
 		{trust.ErrOtherRoot, "a store is of no use without its keys: put the keys folder of the CA that it is from into data_dir; replicas share one store, at the same etcd_endpoints and etcd_prefix"},
 		{errNoJoinToken, "run `" + create + "` on the CA that holds the root key, then set join_token_file and root_hash"},
 		{errJoinRefused, "a token works once and for a short time: run `" + create + "` again"},
-		{store.ErrUnavailable, "look at etcd and at etcd_endpoints: etcdctl endpoint health"},
 	} {
 		if errors.Is(err, known.is) {
 			return known.hint

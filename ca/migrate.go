@@ -24,8 +24,9 @@ type Migrated struct {
 // MigrateStore copies the store of from, which nobody may use, into the empty
 // one of to, and compares the two. from is left as it is. With plan it only
 // looks whether it could.
-func MigrateStore(ctx context.Context, from, to Config, plan bool) (Migrated, error) {
-	m := Migrated{From: from.place(), To: to.place()}
+func MigrateStore(ctx context.Context, from, to Config, plan bool) (m Migrated, err error) {
+	defer func() { err = hinted(err) }()
+	m = Migrated{From: from.place(), To: to.place()}
 	if m.From == m.To {
 		return m, &StoreError{fmt.Errorf("both configurations name %s", m.From), "name the one that is in use with --from, and the one that is to be with --to"}
 	}

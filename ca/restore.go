@@ -89,7 +89,8 @@ func (e *LossError) Error() string {
 // RestoreStore fills the empty store of cfg, whose CA must not run, from a
 // backup file. Without AcceptLoss a *LossError says what would be lost, unless
 // nothing would.
-func RestoreStore(ctx context.Context, cfg Config, path string, o RestoreOptions) (Restored, error) {
+func RestoreStore(ctx context.Context, cfg Config, path string, o RestoreOptions) (_ Restored, err error) {
+	defer func() { err = hinted(err) }()
 	backup, err := VerifyBackup(path)
 	if err != nil {
 		return Restored{}, err
@@ -105,13 +106,15 @@ func RestoreStore(ctx context.Context, cfg Config, path string, o RestoreOptions
 	if err != nil {
 		return r, err
 	}
-	if r.Lossless = head == backup.Revision; !r.Lossless {
+	seen, err := seenEpoch(ctx, cfg)
+	if err != nil {
+		return r, err
+	}
+	if r.Lossless = head == backup.Revision && store.CheckEpoch(head, seen) == nil; !r.Lossless {
 		if !o.AcceptLoss {
 			return r, &LossError{backup, head, r.Since}
 		}
-		if r.Revision, err = nextEpoch(cfg, max(backup.Revision, head)); err != nil {
-			return r, err
-		}
+		r.Revision = store.NextEpoch(max(backup.Revision, head, seen))
 	}
 	if !r.Lossless {
 		if err := r.readBackup(path, func(pairs iter.Seq2[store.KV, error]) error { return r.leaveOut(cfg, pairs) }); err != nil {
@@ -210,6 +213,13 @@ func (r *Restored) readBackup(path string, do func(iter.Seq2[store.KV, error]) e
 }
 
 func importStore(ctx context.Context, cfg Config, at uint64, pairs iter.Seq2[store.KV, error]) error {
+	last, err := seenEpoch(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	if err := store.CheckEpoch(at, last); err != nil {
+		return err
+	}
 	if cfg.Store == storeEtcd {
 		return etcd.Import(ctx, cfg.etcd(), at, pairs)
 	}
@@ -307,12 +317,6 @@ func (r *Restored) record(ctx context.Context, cfg Config) error {
 		Detail: fmt.Sprintf("restore the store from a backup of revision %d, to go on above revision %d", r.Backup.Revision, r.Revision),
 	})
 	return errors.Join(err, log.Close())
-}
-
-// nextEpoch is the first revision of an epoch that this data_dir has not seen.
-func nextEpoch(cfg Config, revision uint64) (uint64, error) {
-	last, err := lastEpoch(cfg)
-	return store.NextEpoch(max(revision, last)), err
 }
 
 // maxActs bounds how much of the audit log is held.

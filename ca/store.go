@@ -20,16 +20,20 @@ const (
 
 // openStore avoids an interface that holds a nil *badger.Store.
 func openStore(ctx context.Context, cfg Config) (store.Store, error) {
+	seen, err := lastEpoch(cfg)
+	if err != nil {
+		return nil, err
+	}
 	if cfg.Store == storeEtcd {
 		if cfg.AcceptOlderStore != 0 {
-			if err := etcd.NextEpoch(ctx, cfg.etcd(), cfg.AcceptOlderStore); err != nil {
+			if err := etcd.NextEpoch(ctx, cfg.etcd(), cfg.AcceptOlderStore, seen); err != nil {
 				return nil, err
 			}
 		}
 		return etcd.Open(ctx, cfg.etcd())
 	}
 	st, err := badger.Open(cfg.storeDir(), badger.Options{
-		Logger: cfg.Logger, AcceptOlder: cfg.AcceptOlderStore, ReserveBytes: cfg.diskReserve(),
+		Logger: cfg.Logger, AcceptOlder: cfg.AcceptOlderStore, Seen: seen, ReserveBytes: cfg.diskReserve(),
 	})
 	if err != nil {
 		return nil, err

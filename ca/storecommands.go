@@ -44,19 +44,6 @@ type StoreReport struct {
 	Bytes     int64
 }
 
-// StoreError is a reason why a store cannot be backed up, restored or moved,
-// with what to do about it.
-type StoreError struct {
-	Err  error
-	Hint string
-}
-
-// Error implements error.
-func (e *StoreError) Error() string { return e.Err.Error() }
-
-// Unwrap returns the reason.
-func (e *StoreError) Unwrap() error { return e.Err }
-
 // ReadStoreConfig reads the settings that say where a store is: from the file
 // of merlon-ca and its environment, or, where file is empty, the Badger store
 // in dataDir.
@@ -73,7 +60,8 @@ func ReadStoreConfig(file, dataDir string, getenv func(string) string) (Config, 
 
 // BackupStore writes a backup of the store of cfg, which no CA may have open,
 // to w.
-func BackupStore(ctx context.Context, cfg Config, w io.Writer) (StoreReport, error) {
+func BackupStore(ctx context.Context, cfg Config, w io.Writer) (_ StoreReport, err error) {
+	defer func() { err = hinted(err) }()
 	st, err := openIdle(ctx, cfg)
 	if err != nil {
 		return StoreReport{}, err
@@ -109,7 +97,8 @@ func reportOf(s snapshot.Summary, path string) StoreReport {
 
 // VerifyStore looks whether the store of cfg is whole. A Badger store must not
 // be open; of etcd every record is read, while others may go on.
-func VerifyStore(ctx context.Context, cfg Config) (StoreReport, error) {
+func VerifyStore(ctx context.Context, cfg Config) (_ StoreReport, err error) {
+	defer func() { err = hinted(err) }()
 	if cfg.Store != storeEtcd {
 		return VerifyStoreDir(cfg.storeDir())
 	}
@@ -131,7 +120,8 @@ func VerifyStore(ctx context.Context, cfg Config) (StoreReport, error) {
 }
 
 // VerifyStoreDir looks whether the Badger store in dir is whole.
-func VerifyStoreDir(dir string) (StoreReport, error) {
+func VerifyStoreDir(dir string) (_ StoreReport, err error) {
+	defer func() { err = hinted(err) }()
 	if _, err := os.Stat(dir); err != nil {
 		return StoreReport{}, fmt.Errorf("verify the store: %w", err)
 	}

@@ -140,8 +140,13 @@ func (l *ledger) restoredIntoEtcd(file, used string) {
 	l.agentServes(epoch, epoch)
 	l.CA.Stop()
 
-	// The store of before, which is whole: the agent knows better.
+	// The store of before, which is whole: the data_dir knows better, and without
+	// it the agent does.
 	l.config = used
+	l.refuses("epoch 1 has begun already")
+	if err := os.Remove(filepath.Join(l.data, "epoch")); err != nil {
+		t.Fatal(err)
+	}
 	l.start()
 	stage.Eventually(t, "the CA notices", func() error {
 		if !strings.Contains(l.CA.Log(), "the store was put back to an earlier state") {

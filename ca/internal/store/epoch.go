@@ -5,6 +5,8 @@ package store
 // seen what was written at them. It therefore goes on in the next epoch, above
 // every revision that the lost one can have given out.
 
+import "fmt"
+
 // epochBits is how many revisions an epoch has; a serial number keeps 47 bits
 // of a revision, so there are 32 768 epochs.
 const epochBits = 32
@@ -26,3 +28,23 @@ func InEpoch(revision, last uint64) uint64 { return max(last+1, EpochStart(revis
 // BeforeEpoch says whether number was made in an earlier epoch than that of
 // revision: whoever remembers what came after it must not find it again.
 func BeforeEpoch(revision, number uint64) bool { return Epoch(number) < Epoch(revision) }
+
+// OlderError is returned for a store at Revision that belongs to an earlier
+// epoch than one that is known to have begun, at Seen: an earlier state of it
+// was put back, and would give out numbers again.
+type OlderError struct{ Revision, Seen uint64 }
+
+// Error implements error.
+func (e *OlderError) Error() string {
+	return fmt.Sprintf("the store is at revision %d, in epoch %d, and epoch %d has begun already: an earlier state of it was put back, and would give out numbers again",
+		e.Revision, Epoch(e.Revision), Epoch(e.Seen))
+}
+
+// CheckEpoch returns an *OlderError where the epoch of revision comes before
+// that of seen.
+func CheckEpoch(revision, seen uint64) error {
+	if BeforeEpoch(seen, revision) {
+		return &OlderError{revision, seen}
+	}
+	return nil
+}

@@ -59,3 +59,23 @@ func TestWholeStoreGoesOnInTheNextEpochWhenItsRevisionIsNamed(t *testing.T) {
 		t.Errorf("the next write: %+v, %v; want revision %d", next, err, want+1)
 	}
 }
+
+// A store that is put back twice goes on above what was given out meanwhile.
+func TestAcceptedStoreGoesOnAboveEveryEpochThatWasSeen(t *testing.T) {
+	dir := t.TempDir()
+	st, err := badger.Open(dir, badger.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Close(); err != nil {
+		t.Fatal(err)
+	}
+	seen := store.NextEpoch(store.NextEpoch(0)) + 7
+	if st, err = badger.Open(dir, badger.Options{AcceptOlder: 1, Seen: seen}); err != nil {
+		t.Fatal(err)
+	}
+	defer st.Close()
+	if revision, err := st.Revision(t.Context()); err != nil || revision != store.NextEpoch(seen) {
+		t.Errorf("revision %d, %v; want %d", revision, err, store.NextEpoch(seen))
+	}
+}

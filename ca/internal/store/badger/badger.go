@@ -54,6 +54,9 @@ type Options struct {
 	// the next epoch, and gives up what is missing. Any other revision does
 	// nothing to a store that is whole.
 	AcceptOlder uint64
+	// Seen is the highest revision that is known from elsewhere: what AcceptOlder
+	// opens goes on in an epoch above that of Seen, too.
+	Seen uint64
 	// ReserveBytes is how much of the disk stays free: below it Txn answers
 	// ErrReadOnly. Zero means DefaultReserveBytes.
 	ReserveBytes uint64

@@ -239,7 +239,7 @@ func acceptOlder(dir string, opts Options, damaged *DamagedError) error {
 func goOn(dir string, opts Options) error {
 	head, headErr := readHead(dir)
 	_, err := examineCopy(dir, badgerOptions(dir, opts.Logger), head, headErr, func(db *bdg.DB, f *inspection) error {
-		return stage(dir, opts, store.NextEpoch(f.highest), snapshot(db, f.tip.revision))
+		return stage(dir, opts, store.NextEpoch(max(f.highest, opts.Seen)), snapshot(db, f.tip.revision))
 	})
 	if _, ok := errors.AsType[*DamagedError](err); err != nil && !ok {
 		return err

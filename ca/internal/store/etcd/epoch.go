@@ -5,7 +5,6 @@ package etcd
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"slices"
 
@@ -26,64 +25,72 @@ func Exists(ctx context.Context, cfg Config) (there bool, err error) {
 	return m.laid != nil && !m.importing, err
 }
 
+// LastEpoch is a revision of the highest epoch that a store under the prefix
+// ever had, also one that has been removed; 0: the first.
+func LastEpoch(ctx context.Context, cfg Config) (uint64, error) {
+	s, err := connect(ctx, cfg)
+	if err != nil {
+		return 0, err
+	}
+	defer s.disconnect()
+	m, err := s.readMarks(ctx)
+	return m.seen, err
+}
+
 // NextEpoch makes the store, which nobody may use and which must be at
-// revision, go on in the next epoch; every ModRevision stays. A store that is
-// in a later epoch than revision already is left alone.
-func NextEpoch(ctx context.Context, cfg Config, revision uint64) error {
+// revision, go on in the next epoch, above that of seen too; every ModRevision
+// stays. A store that is in a later epoch than revision already is left alone.
+func NextEpoch(ctx context.Context, cfg Config, revision, seen uint64) error {
 	s, err := connect(ctx, cfg)
 	if err != nil {
 		return err
 	}
 	defer s.disconnect()
-	if err := s.nextEpoch(ctx, revision); err != nil {
+	if err := s.nextEpoch(ctx, revision, seen); err != nil {
 		return fmt.Errorf("accept revision %d of the store in etcd: %w", revision, err)
 	}
 	return nil
 }
 
-func (s *Store) nextEpoch(ctx context.Context, revision uint64) error {
-	var res *clientv3.GetResponse
-	err := s.read(ctx, "read the layout", func(ctx context.Context, c *clientv3.Client) (err error) {
-		res, err = c.Get(ctx, s.keys.layout())
-		return err
-	})
+func (s *Store) nextEpoch(ctx context.Context, revision, seen uint64) error {
+	m, err := s.readMarks(ctx)
 	if err != nil {
 		return err
 	}
-	if len(res.Kvs) == 0 {
+	if m.laid == nil {
 		return fmt.Errorf("there is no store under %s", s.keys.prefix)
 	}
-	before, now := res.Kvs[0], res.Header.Revision
-	l, err := s.decodeLayout(before)
+	l, err := s.decodeLayout(m.laid)
 	if err != nil {
 		return err
 	}
-	at := l.revision(now)
+	at := l.revision(m.now)
 	switch {
 	case store.Epoch(at) > store.Epoch(revision):
 		return nil
 	case at != revision:
 		return fmt.Errorf("it is at revision %d; nothing was changed", at)
 	}
+	first := store.NextEpoch(max(at, seen, m.seen))
 	next := l.layoutRecord
-	next.Past = append(slices.Clone(l.Past), pastBase{Base: l.Base, Until: now})
-	next.Base = store.NextEpoch(at) - uint64(now)
-	value, err := json.Marshal(next)
+	next.Past = append(slices.Clone(l.Past), pastBase{Base: l.Base, Until: m.now})
+	next.Base = first - uint64(m.now)
+	ops, err := s.putLayout(next, first, m.seen)
 	if err != nil {
 		return err
 	}
-	return s.writeEpoch(ctx, before.ModRevision, now, value)
+	return s.writeEpoch(ctx, m.laid.ModRevision, m.now, ops)
 }
 
 // writeEpoch replaces the layout, if nobody has written since etcd's revision
 // now, and nobody leads.
-func (s *Store) writeEpoch(ctx context.Context, before, now int64, value []byte) error {
+func (s *Store) writeEpoch(ctx context.Context, before, now int64, ops []clientv3.Op) error {
 	key, lead := s.keys.layout(), s.keys.data(store.LeaderPrefix)
 	res, err := s.commit(ctx, []clientv3.Cmp{
 		compare(key, before),
 		clientv3.Compare(clientv3.ModRevision(s.keys.prefix), "<", now+1).WithPrefix(),
 		clientv3.Compare(clientv3.CreateRevision(lead), "=", 0).WithPrefix(),
-	}, []clientv3.Op{clientv3.OpPut(key, encodeRecord(key, 0, value))}, nil)
+	}, ops, nil)
 	if err != nil {
 		return err
 	}

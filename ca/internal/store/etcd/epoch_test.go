@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	clientv3 "go.etcd.io/etcd/client/v3"
+
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/etcd"
 	"merlon.dev/integration/stage"
@@ -24,7 +26,7 @@ func TestNextEpochKeepsWhatIsThereAndCountsOnAbove(t *testing.T) {
 		t.Fatalf("Exists after = %t, %v", there, err)
 	}
 	for name, revision := range map[string]uint64{"lower": b - 1, "higher": b + 1} {
-		if err := etcd.NextEpoch(t.Context(), cfg, revision); err == nil || !strings.Contains(err.Error(), "it is at revision") {
+		if err := etcd.NextEpoch(t.Context(), cfg, revision, 0); err == nil || !strings.Contains(err.Error(), "it is at revision") {
 			t.Errorf("a %s revision: %v", name, err)
 		}
 	}
@@ -36,7 +38,7 @@ func TestNextEpochKeepsWhatIsThereAndCountsOnAbove(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := etcd.NextEpoch(t.Context(), cfg, led); err == nil || !strings.Contains(err.Error(), "a CA replica uses it") {
+	if err := etcd.NextEpoch(t.Context(), cfg, led, 0); err == nil || !strings.Contains(err.Error(), "a CA replica uses it") {
 		t.Errorf("while somebody leads: %v", err)
 	}
 	if err := lead.Resign(t.Context()); err != nil {
@@ -54,7 +56,7 @@ func TestNextEpochKeepsWhatIsThereAndCountsOnAbove(t *testing.T) {
 	var epochs []uint64
 	for range 2 { // and once more in the next epoch
 		for range 2 { // a flag that is left in place does not count twice
-			if err := etcd.NextEpoch(t.Context(), cfg, last); err != nil {
+			if err := etcd.NextEpoch(t.Context(), cfg, last, 0); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -102,4 +104,71 @@ func TestNextEpochKeepsWhatIsThereAndCountsOnAbove(t *testing.T) {
 	if epochs[0] != 1 || epochs[1] != 2 {
 		t.Errorf("epochs %v; want 1 and 2", epochs)
 	}
+}
+
+// Whoever removes the store to restore a backup, on whatever machine, does not
+// remove what is known of its epochs.
+func TestEpochsAreRememberedBesideThePrefix(t *testing.T) {
+	e := stage.StartEtcd(t, 1)
+	cfg := config(e)
+	client := e.Client()
+	remove := func() {
+		t.Helper()
+		if _, err := client.Delete(t.Context(), cfg.Prefix, clientv3.WithPrefix()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	seen := func(want uint64) {
+		t.Helper()
+		if last, err := etcd.LastEpoch(t.Context(), cfg); err != nil || store.Epoch(last) != want {
+			t.Fatalf("the last epoch is %d, %v; want %d", store.Epoch(last), err, want)
+		}
+	}
+	seen(0)
+	second := store.NextEpoch(store.NextEpoch(0))
+	if err := etcd.Import(t.Context(), cfg, second, each(past(1))); err != nil {
+		t.Fatal(err)
+	}
+	seen(2)
+	remove()
+	seen(2)
+	if err := etcd.Import(t.Context(), cfg, pastRevision, each(past(1))); !isOlder(err) {
+		t.Errorf("an import that goes on in epoch 0: %v; want an OlderError", err)
+	}
+	// A new store begins above them.
+	s := open(t, cfg)
+	revision, err := s.Revision(t.Context())
+	if err := errors.Join(err, s.Close()); err != nil || store.Epoch(revision) != 3 {
+		t.Fatalf("a new store is at revision %d, %v; want one of epoch 3", revision, err)
+	}
+	seen(3)
+	// One that is accepted goes above all that anybody knows of.
+	if err := etcd.NextEpoch(t.Context(), cfg, revision, 9<<32); err != nil {
+		t.Fatal(err)
+	}
+	seen(10)
+	// And a store of an earlier epoch is not opened.
+	remove()
+	key := strings.TrimSuffix(cfg.Prefix, "/") + ".epoch"
+	kept, err := client.Get(t.Context(), key)
+	if err != nil || len(kept.Kvs) != 1 {
+		t.Fatalf("%s: %v, %v", key, kept, err)
+	}
+	if _, err := client.Delete(t.Context(), key); err != nil {
+		t.Fatal(err)
+	}
+	if err := open(t, cfg).Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Put(t.Context(), key, string(kept.Kvs[0].Value)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := etcd.Open(t.Context(), cfg); !isOlder(err) {
+		t.Errorf("a store of epoch 0 opens where epoch 10 has been: %v; want an OlderError", err)
+	}
+}
+
+func isOlder(err error) bool {
+	_, older := errors.AsType[*store.OlderError](err)
+	return older
 }

@@ -64,7 +64,7 @@ func explain(ctx context.Context, what string, err error) error {
 	case isAny(err, rpctypes.ErrRequestTooLarge, rpctypes.ErrTooManyOps):
 		return fmt.Errorf("%s: %w: etcd must allow max-request-bytes 1572864 and max-txn-ops 128, its defaults: %v", what, store.ErrTooLarge, err)
 	case isAny(err, rpctypes.ErrPermissionDenied, rpctypes.ErrUserEmpty, rpctypes.ErrInvalidAuthToken):
-		return fmt.Errorf("%s: etcd does not let this client certificate in; grant its common name a role over the prefix: %v", what, err)
+		return fmt.Errorf("%s: etcd does not let this client certificate in; grant its common name a role that reads and writes all keys that begin with the prefix without its last slash (/merlon: the store, and /merlon.epoch beside it): %v", what, err)
 	case isAny(err, rpctypes.ErrLeaseNotFound):
 		return fmt.Errorf("%s: %w", what, errLeaseGone)
 	case status.Code(err) == codes.Unimplemented:

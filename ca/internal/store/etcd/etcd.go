@@ -50,7 +50,8 @@ func open(ctx context.Context, cfg Config) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.layout, err = s.openLayout(ctx); err != nil {
+	l, err := s.openLayout(ctx)
+	if err != nil {
 		s.disconnect()
 		if errors.Is(err, store.ErrUnavailable) {
 			// A client certificate that is refused looks like a broken connection.
@@ -58,6 +59,7 @@ func open(ctx context.Context, cfg Config) (*Store, error) {
 		}
 		return nil, fmt.Errorf("open the store in etcd: %w", err)
 	}
+	s.layout = *l
 	s.running.Go(s.compactInTurns)
 	return s, nil
 }

@@ -6,7 +6,6 @@ package etcd
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
@@ -42,10 +41,19 @@ type importer struct {
 	store *Store
 	at    uint64
 	mark  int64 // etcd's revision of m/import
+	seen  uint64
 	count int64 // pairs so far
 }
 
 func (m *importer) run(ctx context.Context, pairs iter.Seq2[store.KV, error]) error {
+	before, err := m.store.readMarks(ctx)
+	if err != nil {
+		return err
+	}
+	if err := store.CheckEpoch(m.at, before.seen); err != nil {
+		return err
+	}
+	m.seen = before.seen
 	if err := m.begin(ctx); err != nil {
 		return err
 	}
@@ -175,19 +183,14 @@ func (m *importer) finish(ctx context.Context) error {
 	if etcd := uint64(res.Header.Revision); m.at > etcd {
 		record.Base = m.at - etcd // what is written from now on lies above at
 	}
-	value, err := json.Marshal(record)
+	ops, err := s.putLayout(record, m.at, m.seen)
 	if err != nil {
 		return err
 	}
-	key := s.keys.layout()
-	err = m.write(ctx, []clientv3.Op{
-		clientv3.OpPut(key, encodeRecord(key, 0, value)),
-		clientv3.OpDelete(s.keys.importing()),
-	})
-	if err == nil {
+	if err = m.write(ctx, append(ops, clientv3.OpDelete(s.keys.importing()))); err == nil {
 		return nil
 	}
-	if _, done, _ := s.readLayout(ctx); done {
+	if done, _, _ := s.readLayout(ctx); done != nil {
 		return nil // carried out the first time, and asked again
 	}
 	return err

@@ -2,7 +2,9 @@ package etcd
 
 // The layout of the store in etcd: k/KEY are the store's keys, m/… is about
 // the store itself. m/layout is written once, and again for a new epoch; it
-// says which format the store has, and from where its revisions count.
+// says which format the store has, and from where its revisions count. The
+// highest epoch ever is remembered beside the prefix, where whoever removes the
+// store to restore a backup does not remove it too.
 
 import (
 	"context"
@@ -10,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"strconv"
 	"strings"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -28,6 +31,7 @@ type keys struct{ prefix string }
 func (k keys) data(key string) string  { return k.prefix + "k/" + key }
 func (k keys) layout() string          { return k.prefix + "m/layout" }
 func (k keys) importing() string       { return k.prefix + "m/import" }
+func (k keys) epoch() string           { return strings.TrimSuffix(k.prefix, "/") + ".epoch" }
 func (k keys) strip(key []byte) string { return strings.TrimPrefix(string(key), k.data("")) }
 
 // under returns the range of etcd's keys that begin with k/prefix.
@@ -97,7 +101,7 @@ func nativeIn(revision, base uint64, after int64) int64 {
 }
 
 // openLayout reads the layout, and writes it into an empty prefix.
-func (s *Store) openLayout(ctx context.Context) (l layout, err error) {
+func (s *Store) openLayout(ctx context.Context) (l *layout, err error) {
 	for range openTries {
 		if l, err = s.tryLayout(ctx); !errors.Is(err, store.ErrUnavailable) {
 			break
@@ -106,29 +110,32 @@ func (s *Store) openLayout(ctx context.Context) (l layout, err error) {
 	return l, err
 }
 
-func (s *Store) tryLayout(ctx context.Context) (layout, error) {
+func (s *Store) tryLayout(ctx context.Context) (*layout, error) {
 	for {
-		l, found, err := s.readLayout(ctx)
-		if found || err != nil {
+		l, seen, err := s.readLayout(ctx)
+		if l != nil || err != nil {
 			return l, err
 		}
-		value, err := json.Marshal(layoutRecord{Format: format})
-		if err != nil {
-			return layout{}, err
+		record := layoutRecord{Format: format}
+		if seen > 0 { // there was a store here before
+			record.Base = store.NextEpoch(seen)
 		}
-		key := s.keys.layout()
+		ops, err := s.putLayout(record, record.Base, seen)
+		if err != nil {
+			return nil, err
+		}
 		// Whoever else does the same at the same time writes the same.
-		res, err := s.commit(ctx, s.nothingUnderPrefix(), []clientv3.Op{clientv3.OpPut(key, encodeRecord(key, 0, value))}, nil)
+		res, err := s.commit(ctx, s.nothingUnderPrefix(), ops, nil)
 		switch {
 		case err != nil:
-			return layout{}, err
+			return nil, err
 		case res.Succeeded:
 			continue
 		}
-		if l, found, err = s.readLayout(ctx); found || err != nil {
+		if l, _, err = s.readLayout(ctx); l != nil || err != nil {
 			return l, err
 		}
-		return layout{}, fmt.Errorf("there are keys under %s that are not a store's; give the CA a prefix of its own", s.keys.prefix)
+		return nil, fmt.Errorf("there are keys under %s that are not a store's; give the CA a prefix of its own", s.keys.prefix)
 	}
 }
 
@@ -136,45 +143,83 @@ func (s *Store) nothingUnderPrefix() []clientv3.Cmp {
 	return []clientv3.Cmp{clientv3.Compare(clientv3.CreateRevision(s.keys.prefix).WithPrefix(), "=", 0)}
 }
 
-// readLayout says found where there is a store that can be opened.
-func (s *Store) readLayout(ctx context.Context) (l layout, found bool, err error) {
-	m, err := s.readMarks(ctx)
+// putLayout writes the layout of a store that goes on above revision at, and
+// remembers its epoch if it is higher than what was seen.
+func (s *Store) putLayout(record layoutRecord, at, seen uint64) ([]clientv3.Op, error) {
+	value, err := json.Marshal(record)
 	if err != nil {
-		return layout{}, false, err
+		return nil, err
 	}
-	if err := s.members.sameCluster(m.cluster); err != nil {
-		return layout{}, false, fmt.Errorf("etcd endpoints: %v", err)
+	key := s.keys.layout()
+	ops := []clientv3.Op{clientv3.OpPut(key, encodeRecord(key, 0, value))}
+	if store.Epoch(at) > store.Epoch(seen) {
+		key := s.keys.epoch()
+		ops = append(ops, clientv3.OpPut(key, encodeRecord(key, 0, strconv.AppendUint(nil, at, 10))))
 	}
-	if m.importing {
-		return layout{}, false, fmt.Errorf("an import into %s has not ended; run it again if it was broken off", s.keys.prefix)
-	}
-	if m.laid == nil {
-		return layout{}, false, nil
-	}
-	l, err = s.decodeLayout(m.laid)
-	return l, err == nil, err
+	return ops, nil
 }
 
-// marks are what m/… says, at one revision.
+// readLayout returns nil where there is no store, and a revision of the highest
+// epoch that any had here. A store of an earlier epoch is an error.
+func (s *Store) readLayout(ctx context.Context) (*layout, uint64, error) {
+	m, err := s.readMarks(ctx)
+	if err != nil {
+		return nil, 0, err
+	}
+	if err := s.members.sameCluster(m.cluster); err != nil {
+		return nil, 0, fmt.Errorf("etcd endpoints: %v", err)
+	}
+	if m.importing {
+		return nil, 0, fmt.Errorf("an import into %s has not ended; run it again if it was broken off", s.keys.prefix)
+	}
+	if m.laid == nil {
+		return nil, m.seen, nil
+	}
+	l, err := s.decodeLayout(m.laid)
+	if err != nil {
+		return nil, 0, err
+	}
+	return &l, m.seen, store.CheckEpoch(l.revision(m.now), m.seen)
+}
+
+// marks are what is said about the store, at one revision.
 type marks struct {
 	laid      *mvccpb.KeyValue // m/layout; nil: there is none
 	importing bool             // an import has begun and not ended
+	seen      uint64           // of the highest epoch; 0: the first
+	now       int64            // etcd's revision
 	cluster   uint64
 }
 
 func (s *Store) readMarks(ctx context.Context) (m marks, err error) {
-	err = s.read(ctx, "read the layout", func(ctx context.Context, c *clientv3.Client) error {
-		res, err := c.Txn(ctx).Then(clientv3.OpGet(s.keys.layout()), clientv3.OpGet(s.keys.importing())).Commit()
-		if err != nil {
-			return err
-		}
-		m = marks{importing: len(rangeOf(res.Responses[1]).Kvs) > 0, cluster: res.Header.ClusterId}
-		if laid := rangeOf(res.Responses[0]).Kvs; len(laid) > 0 {
-			m.laid = laid[0]
-		}
-		return nil
+	var res *clientv3.TxnResponse
+	err = s.read(ctx, "read the layout", func(ctx context.Context, c *clientv3.Client) (err error) {
+		res, err = c.Txn(ctx).Then(clientv3.OpGet(s.keys.layout()), clientv3.OpGet(s.keys.importing()), clientv3.OpGet(s.keys.epoch())).Commit()
+		return err
 	})
+	if err != nil {
+		return m, err
+	}
+	m = marks{importing: len(rangeOf(res.Responses[1]).Kvs) > 0, now: res.Header.Revision, cluster: res.Header.ClusterId}
+	if laid := rangeOf(res.Responses[0]).Kvs; len(laid) > 0 {
+		m.laid = laid[0]
+	}
+	if seen := rangeOf(res.Responses[2]).Kvs; len(seen) > 0 {
+		m.seen, err = decodeSeen(seen[0])
+	}
 	return m, err
+}
+
+func decodeSeen(kv *mvccpb.KeyValue) (uint64, error) {
+	value, _, err := decodeRecord(string(kv.Key), kv.Value)
+	if err != nil {
+		return 0, err
+	}
+	seen, err := strconv.ParseUint(string(value), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("read %s: %v", kv.Key, err)
+	}
+	return seen, nil
 }
 
 func (s *Store) decodeLayout(kv *mvccpb.KeyValue) (l layout, err error) {

@@ -1,0 +1,89 @@
+// Stores that were put back, and the epochs that they go on in.
+
+package ca_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"merlon.dev/ca"
+	"merlon.dev/ca/internal/store"
+)
+
+// startFails runs a CA that must not start, and returns why.
+func startFails(t *testing.T, dir string, changes ...func(*ca.Config)) error {
+	t.Helper()
+	cfg := ca.Config{
+		TrustDomain: "shop.test", DataDir: filepath.Join(dir, "data"), AdminSocket: filepath.Join(dir, "s", "a.sock"),
+		Address: "127.0.0.1:0", HTTPSAddress: "127.0.0.1:0", HealthAddress: "127.0.0.1:0", Development: true,
+	}
+	for _, change := range changes {
+		change(&cfg)
+	}
+	srv, err := ca.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- srv.Run(ctx) }()
+	select {
+	case err := <-done:
+		if err == nil {
+			t.Fatal("the CA ended without an error")
+		}
+		return err
+	case <-srv.Ready():
+		cancel()
+		<-done
+		t.Fatal("the CA serves")
+	}
+	return nil
+}
+
+func accepting(revision uint64) func(*ca.Config) {
+	return func(cfg *ca.Config) { cfg.AcceptOlderStore = revision }
+}
+
+func replaceDir(t *testing.T, dir, by string) {
+	t.Helper()
+	if err := errors.Join(os.RemoveAll(dir), os.CopyFS(dir, os.DirFS(by))); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A snapshot that is put back twice takes two epochs: agents have seen what was
+// written in the first.
+func TestEveryAcceptedStoreTakesAnEpochOfItsOwn(t *testing.T) {
+	dir, snapshot := tempDir(t), filepath.Join(tempDir(t), "snapshot")
+	data := filepath.Join(dir, "data", "store")
+	c := startCA(t, dir)
+	at := c.entry("n1", "kept").GetRevision()
+	c.stop()
+	if err := os.CopyFS(snapshot, os.DirFS(data)); err != nil {
+		t.Fatal(err)
+	}
+	for epoch := uint64(1); epoch <= 3; epoch++ {
+		replaceDir(t, data, snapshot)
+		c = startCA(t, dir, accepting(at))
+		if revision := c.entry("n1", "new").GetRevision(); store.Epoch(revision) != epoch {
+			t.Fatalf("accepted for the time %d, it goes on at revision %d; want epoch %d", epoch, revision, epoch)
+		}
+		c.stop()
+	}
+	// Without the flag it is not used.
+	replaceDir(t, data, snapshot)
+	err := startFails(t, dir)
+	if older, ok := errors.AsType[*store.OlderError](err); !ok || older.Revision != at {
+		t.Fatalf("the CA ended with %v; want an OlderError of revision %d", err, at)
+	}
+	if hint := ca.Hint(err); !strings.Contains(hint, "-accept-older-store=") {
+		t.Errorf("hint %q", hint)
+	}
+}

@@ -1,0 +1,53 @@
+// What to do next about a store that cannot be opened: one answer for merlon-ca
+// and merlon store.
+
+package ca
+
+import (
+	"errors"
+	"fmt"
+
+	"merlon.dev/ca/internal/store"
+)
+
+// StoreError is a reason why a store cannot be backed up, restored or moved,
+// with what to do about it.
+type StoreError struct {
+	Err  error
+	Hint string
+}
+
+// Error implements error.
+func (e *StoreError) Error() string { return e.Err.Error() }
+
+// Unwrap returns the reason.
+func (e *StoreError) Unwrap() error { return e.Err }
+
+// hinted adds what to do about err, where that is known and not said yet.
+func hinted(err error) error {
+	if _, done := errors.AsType[*StoreError](err); err == nil || done {
+		return err
+	}
+	if hint := storeHint(err); hint != "" {
+		return &StoreError{err, hint}
+	}
+	return err
+}
+
+// storeHint says what to do about an error of the store; empty if that is not
+// known.
+func storeHint(err error) string {
+	if e, ok := errors.AsType[*StoreError](err); ok {
+		return e.Hint
+	}
+	if older, ok := errors.AsType[*store.OlderError](err); ok {
+		return fmt.Sprintf("put the later store back, or restore the newest backup (merlon store restore -h); to give up what is lost, start once with -accept-older-store=%d, with etcd while every other replica is stopped", older.Revision)
+	}
+	switch {
+	case errors.Is(err, store.ErrInUse):
+		return "another merlon-ca runs on this data directory"
+	case errors.Is(err, store.ErrUnavailable):
+		return "look at etcd and at etcd_endpoints: etcdctl endpoint health"
+	}
+	return ""
+}
