@@ -3,8 +3,11 @@
 package ca_test
 
 import (
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
+	"encoding/pem"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -21,6 +24,7 @@ import (
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk/svid"
+	"merlon.dev/sdk/svid/forge"
 )
 
 const (
@@ -94,6 +98,7 @@ func eventuallyDone(t *testing.T, what string, step func() error) {
 }
 
 func TestRootIsReplacedStepByStep(t *testing.T) {
+	t.Parallel() // it mostly waits
 	c := startCA(t, tempDir(t), quick)
 	agent := c.agent("n1")
 	entry := c.entry("n1", "web")
@@ -179,6 +184,7 @@ func glob(t *testing.T, dir, pattern string) (names []string) {
 }
 
 func TestForceDoesNotWaitAndIsAudited(t *testing.T) {
+	t.Parallel() // it mostly waits
 	c := startCA(t, tempDir(t)) // with hints of 5 minutes
 	agent := c.agent("n1")
 	until(t, agent.sync(0), synced)
@@ -210,6 +216,7 @@ func TestForceDoesNotWaitAndIsAudited(t *testing.T) {
 func text(v any) string { s, _ := v.(string); return s }
 
 func TestJWTKeyIsReplaced(t *testing.T) {
+	t.Parallel() // it mostly waits
 	dir := tempDir(t)
 	c := startCA(t, dir, quick)
 	agent := c.agent("n1")
@@ -269,6 +276,7 @@ func (a *testClient) jwtKeyID(e *capb.Entry) string {
 // The other replicas follow: their intermediates, their policy certificates, and
 // they stay what they are.
 func TestReplicaFollowsTheNewRoot(t *testing.T) {
+	t.Parallel() // it mostly waits
 	e := stage.StartEtcd(t, 1)
 	a := startCA(t, tempDir(t), onEtcd(e), quick)
 	dirB := tempDir(t)
@@ -354,6 +362,7 @@ func TestOlderStoreIsUpgraded(t *testing.T) {
 
 // A restored store may know nothing of the root that signs by now.
 func TestForgottenKeysComeBack(t *testing.T) {
+	t.Parallel() // it mostly waits
 	dir := tempDir(t)
 	c := startCA(t, dir, quick)
 	old := c.authority(rootKind, "active", "").GetAuthorityId()
@@ -421,6 +430,7 @@ func value(t *testing.T, dir, key string) []byte {
 // Left alone, keys that live for seconds follow each other, and nobody is
 // without an SVID.
 func TestKeysRotateByThemselves(t *testing.T) {
+	t.Parallel() // it mostly waits
 	c := startCA(t, tempDir(t), quick, func(cfg *ca.Config) {
 		cfg.RootTTL, cfg.IntermediateTTL, cfg.JWTKeyTTL = 16*time.Second, 16*time.Second, 16*time.Second
 	})
@@ -451,4 +461,39 @@ func TestKeysRotateByThemselves(t *testing.T) {
 	})
 	c.stop()
 	<-done
+}
+
+// Below an upstream authority its root signs: it is on the list, and is replaced
+// there. JWT keys are the CA's own.
+func TestUpstreamRootIsNotReplacedHere(t *testing.T) {
+	t.Parallel() // it mostly waits
+	root := forge.New(t, "shop.test")
+	dir := t.TempDir()
+	key, err := x509.MarshalPKCS8PrivateKey(root.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, block := range map[string]*pem.Block{
+		"root.pem": {Type: "CERTIFICATE", Bytes: root.Cert.Raw}, "key.pem": {Type: "PRIVATE KEY", Bytes: key},
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c := startCA(t, tempDir(t), func(cfg *ca.Config) {
+		cfg.Upstream, cfg.UpstreamRootFile = "disk", filepath.Join(dir, "root.pem")
+		cfg.UpstreamCertFile, cfg.UpstreamKeyFile = cfg.UpstreamRootFile, filepath.Join(dir, "key.pem")
+	})
+	if got := c.authority(rootKind, "active", "").GetRootHash(); got != svid.KeyHash(root.Cert) {
+		t.Errorf("the root that signs has hash %s; want the upstream's", got)
+	}
+	_, err = c.admin.PrepareAuthority(t.Context(), &capb.PrepareAuthorityRequest{Kind: rootKind})
+	wantCode(t, err, codes.FailedPrecondition)
+	jwt := c.prepare(jwtKind)
+	if err := c.activate(jwt, true); err != nil {
+		t.Fatal(err)
+	}
+	agent := c.agent("n1")
+	entry := c.entry("n1", "web")
+	eventually(t, "the new JWT key signs", func() bool { return agent.jwtKeyID(entry) == jwt })
 }

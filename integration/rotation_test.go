@@ -154,6 +154,7 @@ func handshake(ctx context.Context, id *sdk.Identity, address string) error {
 // P13. `make rotate` runs it 20 times under 500 handshakes a second, with 200
 // workloads.
 func TestRootRotatesUnderHandshakes(t *testing.T) {
+	t.Parallel() // it mostly waits
 	rounds, perSecond, workloads := sizeOf(t, "ROTATIONS", 2), sizeOf(t, "HANDSHAKES", 50), sizeOf(t, "WORKLOADS", 4)
 	d := stage.Separate(t, "trust_refresh_hint: 1s")
 	d.Entry("/me")
@@ -211,6 +212,7 @@ func TestRootRotatesUnderHandshakes(t *testing.T) {
 
 // An agent that stands still holds a new root back, and is named.
 func TestStuckAgentHoldsActivationBack(t *testing.T) {
+	t.Parallel() // it mostly waits
 	d := stage.Separate(t, "trust_refresh_hint: 1s")
 	d.Entry("/me")
 	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, d); return err })
