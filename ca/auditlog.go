@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/entry"
@@ -15,6 +16,9 @@ const (
 	issuanceStrict = "strict"
 	issuanceAsync  = "async"
 	minAuditMiB    = 64
+
+	verifyTries = 3
+	verifyPause = 100 * time.Millisecond
 )
 
 func (c Config) auditPath() string { return filepath.Join(c.DataDir, "audit.jsonl") }
@@ -65,6 +69,11 @@ func VerifyAuditLog(cfg Config) (LogReport, error) {
 		return LogReport{}, fmt.Errorf("verify the audit log: %w", err)
 	}
 	r, err := audit.Verify(path)
+	// The CA may be writing a line, or turning to the next file.
+	for try := 1; err != nil && try < verifyTries; try++ {
+		time.Sleep(verifyPause)
+		r, err = audit.Verify(path)
+	}
 	report := LogReport{Path: path, First: r.First, Last: r.Last}
 	if err != nil {
 		report.Problem = err.Error()

@@ -496,3 +496,26 @@ func copyLog(t *testing.T, from, to string) {
 		t.Fatal(err)
 	}
 }
+
+// TestRefusalOfEveryRPCIsRecorded walks the descriptors, so that a new RPC is
+// walked too.
+func TestRefusalOfEveryRPCIsRecorded(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	a := c.agent("n1")
+	workload := c.client(a.svid(c.entry("n1", "web")))
+	want := 0
+	for _, m := range rpcs() {
+		method := fmt.Sprintf("/%s/%s", m.Parent().FullName(), m.Name())
+		if !isDenial(call(t, workload.conn, method, m.IsStreamingClient())) {
+			continue // open to everyone
+		}
+		want++
+		records := c.auditRecords()
+		if last := records[len(records)-1]; last["type"] != "refuse" || last["detail"] != method || last["actor"] != "spiffe://shop.test/web" || last["reason"] == nil {
+			t.Errorf("the refusal of %s is recorded as %v", method, last)
+		}
+	}
+	if want < 15 {
+		t.Errorf("%d RPCs refuse a workload", want)
+	}
+}

@@ -4,8 +4,12 @@
 package integration_test
 
 import (
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -105,6 +109,7 @@ func TestReplicasIssueUnderOneRootWithKeysOfTheirOwn(t *testing.T) {
 			t.Errorf("JWT-SVID by %s: %v", serving.ID, err)
 		}
 		kids[strings.SplitN(token.Marshal(), ".", 2)[0]] = true
+		checkWhoseLog(t, c, serving, svid.Certificates[0], token.Marshal())
 
 		serving.Kill()
 		last := svid.Certificates[0].AuthorityKeyId
@@ -123,6 +128,34 @@ func TestReplicasIssueUnderOneRootWithKeysOfTheirOwn(t *testing.T) {
 	}
 	if len(issuers) != 2 || len(kids) != 2 {
 		t.Errorf("%d intermediates and %d JWT keys were used; want 2 and 2", len(issuers), len(kids))
+	}
+}
+
+// checkWhoseLog: what a replica issued is in its log, and the log of another one
+// says whose it is.
+func checkWhoseLog(t *testing.T, c *stage.Cluster, by *stage.Replica, cert *x509.Certificate, token string) {
+	t.Helper()
+	dir := t.TempDir()
+	files := []string{filepath.Join(dir, "svid.pem"), filepath.Join(dir, "svid.jwt")}
+	for i, content := range [][]byte{pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}), []byte(token)} {
+		if err := os.WriteFile(files[i], content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	type verdict struct{ Result, Replica string }
+	var own []verdict
+	stage.Decode(t, c.By(by).Merlon("log", "audit", files[0], files[1], "-o", "json"), &own)
+	if len(own) != 2 || own[0].Result != "logged" || own[1].Result != "logged" {
+		t.Errorf("the log of %s says %v of what it issued", by.ID, own)
+	}
+	stdout, _, err := c.By(c.Other(by)).Try("log", "audit", files[0], "-o", "json")
+	if err == nil {
+		t.Error("another replica's log is taken for the one that is meant")
+	}
+	var other []verdict
+	stage.Decode(t, stdout, &other)
+	if len(other) != 1 || other[0].Result != "elsewhere" || other[0].Replica != own[0].Replica {
+		t.Errorf("the log of another replica says %v; want elsewhere, and %s", other, own[0].Replica)
 	}
 }
 

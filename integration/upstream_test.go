@@ -6,6 +6,7 @@ package integration_test
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -49,6 +50,14 @@ func TestCABelowStepCA(t *testing.T) {
 			intermediate.URIs, intermediate.MaxPathLen, intermediate.PermittedURIDomains)
 	}
 	shakeHands(t, mine, step.Root)
+	// The log's checkpoint is verified under step-ca's root, too.
+	file := filepath.Join(t.TempDir(), "svid.pem")
+	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: mine.Certificates[0].Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := d.Merlon("log", "audit", file); !strings.Contains(got, "logged") {
+		t.Errorf("merlon log audit: %s", got)
+	}
 
 	// Without step-ca everything goes on, also over a restart.
 	step.Kill()

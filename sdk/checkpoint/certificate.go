@@ -18,7 +18,7 @@ import (
 const Unit = "log"
 
 // maxChain is how many certificates there may be, without the root.
-const maxChain = 5
+const maxChain = 8
 
 // VerifyChain returns the key that a log's certificate names, if the chain from
 // it (DER, without the root) ends at one of roots at now.
@@ -36,7 +36,8 @@ func VerifyChain(chain [][]byte, roots []*x509.Certificate, trustDomain string, 
 	}
 	cert := certs[0]
 	if _, err := cert.Verify(x509.VerifyOptions{
-		Roots: pool, Intermediates: above, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageCodeSigning},
+		Roots: pool, Intermediates: above, CurrentTime: now,
+		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}, // keyOf judges; those of a larger PKI above are its own
 	}); err != nil {
 		return Key{}, fmt.Errorf("certificate of a log refused: %w", err)
 	}

@@ -280,7 +280,7 @@ func TestOnlyACertificateOfALogsKeyIsTaken(t *testing.T) {
 		"that ended":       {root.sign(t, template(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) }), key.Public).Raw},
 		"none":             nil,
 		"garbage":          {[]byte("x")},
-		"too many":         {good.Raw, good.Raw, good.Raw, good.Raw, good.Raw, good.Raw},
+		"too many":         {good.Raw, good.Raw, good.Raw, good.Raw, good.Raw, good.Raw, good.Raw, good.Raw, good.Raw},
 	} {
 		if got, err := checkpoint.VerifyChain(chain, []*x509.Certificate{root.cert}, "shop.test", time.Now()); err == nil {
 			t.Errorf("%s: %+v was taken", name, got)

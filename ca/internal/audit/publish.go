@@ -161,8 +161,8 @@ func (l *Log) keepSaved(ctx context.Context) {
 	}
 }
 
-// save puts the tree away with a checkpoint. While the disk is low it does not:
-// the lines are enough.
+// save puts the tree away with a checkpoint. While the disk is low or full it
+// does not: the lines are enough.
 func (l *Log) save() error {
 	l.signing.Lock()
 	keyed := l.key != nil
@@ -170,7 +170,10 @@ func (l *Log) save() error {
 	if !keyed || l.low.Load() || l.tree.Unsaved() == 0 {
 		return nil
 	}
-	return l.tree.Save(l.state)
+	if err := l.tree.Save(l.state); !isFull(err) {
+		return err
+	}
+	return nil
 }
 
 // state replaces the checkpoint on disk.

@@ -112,6 +112,45 @@ func TestStretchIsThereAfterAStartOnAFullDisk(t *testing.T) {
 	wantVerified(t, path, 2)
 }
 
+// TestTreeWaitsForSpace: on a full disk the tree is not saved, and is not needed:
+// checkpoints are signed, a crash loses nothing, and with space all is saved.
+func TestTreeWaitsForSpace(t *testing.T) {
+	disk := stage.SmallDisk(t, "size=16m")
+	path := filepath.Join(disk, "audit.jsonl")
+	key, opts := testKey(t), Options{ReserveBytes: 4 << 20}
+	l := openSigned(t, path, key, opts)
+	appendRecord(t, l, Record{Type: Issue})
+	if err := l.save(); err != nil {
+		t.Fatal(err)
+	}
+	appendRecord(t, l, Record{Type: Issue})
+	empty := fill(t, disk)
+	if err := l.save(); err != nil { // before a write has shown that the disk is low
+		t.Fatal(err)
+	}
+	total := 2 + appendUntilFull(t, l)
+	if err := l.save(); err != nil {
+		t.Fatal(err)
+	}
+	if c, err := l.Checkpoint(); err != nil || c.Size != int64(total) {
+		t.Fatalf("Checkpoint = %+v, %v; want %d records", c, err, total)
+	}
+	closeLog(t, l)
+	if r, err := Verify(path); err != nil || r.Last != uint64(total) || r.Checkpoint.Size != 1 {
+		t.Fatalf("Verify = %+v, %v; want %d records, one under the checkpoint", r, err, total)
+	}
+	l = openSigned(t, path, key, opts)
+	if c, err := l.Checkpoint(); err != nil || c.Size != int64(total) {
+		t.Fatalf("Checkpoint after a restart = %+v, %v; want %d records", c, err, total)
+	}
+	empty()
+	appendRecord(t, l, Record{Type: Issue})
+	closeLog(t, l)
+	if r, err := Verify(path); err != nil || r.Checkpoint.Size != int64(total)+1 {
+		t.Fatalf("Verify with space = %+v, %v", r, err)
+	}
+}
+
 // A limit on the size of files cuts a write off in the middle, as a full disk
 // does where nothing can be set aside.
 func TestWriteThatIsCutOffLeavesNothingBehind(t *testing.T) {

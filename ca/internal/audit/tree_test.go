@@ -692,3 +692,49 @@ func cpuTime(b *testing.B) time.Duration {
 	}
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
+
+// TestRecordOnItsWayIsNotProven: it is in the file, and its SVID has not left.
+func TestRecordOnItsWayIsNotProven(t *testing.T) {
+	l := openSigned(t, filepath.Join(t.TempDir(), "audit.jsonl"), testKey(t), Options{})
+	issued := Record{Type: Issue, Serial: "a1", SignedHash: "00"}
+	appendRecord(t, l, issued)
+	hold, syncing := make(chan struct{}), make(chan struct{})
+	l.sync = func(f *os.File) error {
+		close(syncing)
+		<-hold
+		return f.Sync()
+	}
+	done := make(chan error, 1)
+	go func() { done <- l.Append(context.Background(), Record{Type: Issue, Serial: "a2", SignedHash: "00"}) }()
+	<-syncing
+	proofs, under, _, err := l.Prove(t.Context(), "a1", "a2")
+	if err != nil || len(proofs) != 1 || proofs[0].Serial != "a1" || under.Size != 1 {
+		t.Errorf("Prove = %v under %d, %v; want a1 alone", proofs, under.Size, err)
+	}
+	close(hold)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if proofs, _, _, err := l.Prove(t.Context(), "a1", "a2"); err != nil || len(proofs) != 2 {
+		t.Errorf("Prove after the sync = %v, %v", proofs, err)
+	}
+}
+
+// TestNothingIsDroppedBeforeACheckpointCountsIt, as while the disk is low.
+func TestNothingIsDroppedBeforeACheckpointCountsIt(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.jsonl")
+	l, err := Open(path, Options{MaxBytes: maxParts})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closeLog(t, l)
+	for range 3 {
+		appendRecord(t, l, Record{Type: Issue})
+	}
+	if err := l.retain(t.Context(), time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if first, err := Begin(path); err != nil || first != 1 {
+		t.Errorf("the log begins with record %d, %v", first, err)
+	}
+}

@@ -225,19 +225,18 @@ func LastCheckpoint(path string) (signed []byte, r Report, err error) {
 // keyFrom returns the key that the chain, with its root, vouches for. It may
 // have ended since: what it signed stays signed.
 func keyFrom(chain [][]byte, of checkpoint.Checkpoint) (key checkpoint.Key, rootHash string, err error) {
-	if len(chain) < 2 {
-		return key, "", errors.New("the certificate of the log's key is missing, or its root")
+	if len(chain) < 3 {
+		return key, "", errors.New("the certificate of the log's key is missing, or one above it")
 	}
-	cert, err := x509.ParseCertificate(chain[0])
-	if err != nil {
-		return key, "", err
+	certs := make([]*x509.Certificate, len(chain))
+	for i, der := range chain {
+		if certs[i], err = x509.ParseCertificate(der); err != nil {
+			return key, "", err
+		}
 	}
-	root, err := x509.ParseCertificate(chain[len(chain)-1])
-	if err != nil {
-		return key, "", err
-	}
+	cert, root := certs[0], certs[len(certs)-1]
 	sum := sha256.Sum256(root.RawSubjectPublicKeyInfo)
-	td, err := trustDomainOf(root)
+	td, err := trustDomainOf(certs[1])
 	if err != nil {
 		return key, "", err
 	}
@@ -248,11 +247,13 @@ func keyFrom(chain [][]byte, of checkpoint.Checkpoint) (key checkpoint.Key, root
 	return key, hex.EncodeToString(sum[:]), err
 }
 
-func trustDomainOf(root *x509.Certificate) (string, error) {
-	if len(root.URIs) != 1 || root.URIs[0].Scheme != "spiffe" {
-		return "", errors.New("the root does not carry the SPIFFE ID of a trust domain")
+// trustDomainOf is the one that an issuing certificate is for; the root may be
+// that of a larger PKI.
+func trustDomainOf(issuer *x509.Certificate) (string, error) {
+	if len(issuer.URIs) != 1 || issuer.URIs[0].Scheme != "spiffe" {
+		return "", errors.New("the issuing certificate does not carry the SPIFFE ID of a trust domain")
 	}
-	return root.URIs[0].Host, nil
+	return issuer.URIs[0].Host, nil
 }
 
 func readChain(path string) (chain [][]byte, err error) {
