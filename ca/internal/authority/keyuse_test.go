@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"runtime"
 	"testing"
 	"time"
 
@@ -104,4 +105,27 @@ func TestKeyUseSurvivesAClockThatJumps(t *testing.T) {
 			t.Errorf("after a jump of %s a key changed its owner", jump)
 		}
 	}
+}
+
+// BenchmarkClaim fills the memory and goes on claiming.
+func BenchmarkClaim(b *testing.B) {
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	u, now := NewKeyUse(MaxKeys), time.Now()
+	claim := func(n int) {
+		if err := u.Claim(numbered(n), owner(0), now.Add(time.Duration(n%60)*time.Minute), now); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for n := range MaxKeys {
+		claim(n)
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	b.ReportAllocs()
+	for n := 0; b.Loop(); n++ {
+		claim(MaxKeys + n)
+	}
+	b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/MaxKeys, "B/key")
 }

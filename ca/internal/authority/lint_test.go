@@ -173,6 +173,34 @@ func TestLintAcceptsOneEncodingOnly(t *testing.T) {
 	}
 }
 
+// Whatever bytes come, what is accepted is what would have been written.
+func FuzzLint(f *testing.F) {
+	ca := forge.New(f, "example.org").Intermediate()
+	a := &X509Authority{Chain: []*x509.Certificate{ca.Cert}, Root: ca.Root().Cert, Signer: ca.Key}
+	if err := a.ready(); err != nil {
+		f.Fatal(err)
+	}
+	req := LeafRequest{
+		SPIFFEID: spiffeid.RequireFromString("spiffe://example.org/web"), PublicKey: ecKey(f, elliptic.P256()).Public(),
+		Serial: svid.Serial{Agent: 1, Revision: 2, Random: 3}, TTL: time.Hour, DNSNames: []string{"web"}, Now: time.Now(),
+	}
+	want, _, err := a.values(req)
+	if err != nil {
+		f.Fatal(err)
+	}
+	sound, err := a.form.encode(want)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(sound)
+	f.Add(ca.Cert.RawTBSCertificate)
+	f.Fuzz(func(t *testing.T, tbs []byte) {
+		if lintLeaf(tbs, req, want, ca.Cert) == nil && !bytes.Equal(tbs, sound) {
+			t.Errorf("accepted for %x:\n%x", sound, tbs)
+		}
+	})
+}
+
 // lintingSigner hands what it should sign to the lint: it is a
 // crypto.MessageSigner, to whom crypto/x509 gives the message.
 type lintingSigner struct {

@@ -195,6 +195,16 @@ func TestJWTKeyIsOfTheAlgorithmItWasMadeFor(t *testing.T) {
 		if err != nil || alg != test.first || again.JWT().KeyID != made.JWT().KeyID {
 			t.Errorf("made for %s, opened for %s: it signs %s, %v", test.first, test.later, alg, err)
 		}
+		next, err := again.PrepareJWT()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := again.UseJWT(next.KeyID); err != nil {
+			t.Fatal(err)
+		}
+		if alg, err := authority.JWSAlgorithm(again.JWT().Signer.Public()); err != nil || alg != test.later {
+			t.Errorf("the next one, prepared for %s, signs %s, %v", test.later, alg, err)
+		}
 		if warned := strings.Contains(log.String(), "jwt_algorithm is for JWT keys"); warned != (test.first != test.later) {
 			t.Errorf("made for %s, opened for %s: warned %t", test.first, test.later, warned)
 		}
