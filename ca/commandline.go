@@ -187,7 +187,7 @@ func partHint(err error) string {
 		is   error
 		hint string
 	}{
-		{upstream.ErrNoKeys, "to add a replica, run `" + create + "` on the CA that holds the root key and set join_address, join_token_file and root_hash; to be that CA itself, put the keys folder of the CA that it is from into data_dir"},
+		{upstream.ErrNoKeys, "to add a replica, run `" + create + "` on the CA that holds the root key and set join_address, join_token_file and root_hash; to be that CA itself, put the keys folder of the CA that it is from, and the kek beside it, into data_dir"},
 		{upstream.ErrIsReplica, "set join_address to the CA that holds the root key"},
 		{upstream.ErrIsRootHolder, "remove join_address, or use another data_dir for the replica"},
 		{upstream.ErrEnded, rejoin},
@@ -203,7 +203,7 @@ func partHint(err error) string {
 		{upstream.ErrKeysInUse, "stop the merlon-ca that runs on this data_dir"},
 		{upstream.ErrRootEnded, "nobody trusts anything under it any more: on the CA with the root key, start once with -new-root, then give every agent and replica a new token and root_hash (merlon token create)"},
 		{errEvicted, rejoin},
-		{trust.ErrOtherRoot, "a store is of no use without its keys: put the keys folder of the CA that it is from into data_dir; replicas share one store, at the same etcd_endpoints and etcd_prefix"},
+		{trust.ErrOtherRoot, "a store is of no use without its keys: put the keys folder of the CA that it is from, and the kek beside it, into data_dir; replicas share one store, at the same etcd_endpoints and etcd_prefix"},
 		{errNoJoinToken, "run `" + create + "` on the CA that holds the root key, then set join_token_file and root_hash"},
 		{errJoinRefused, "a token works once and for a short time: run `" + create + "` again"},
 	} {

@@ -8,6 +8,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"syscall"
 )
 
 // Main runs the CA as args, without the program's name, and the environment say,
@@ -39,11 +40,22 @@ func (cl *CommandLine) run(ctx context.Context, stdout, stderr io.Writer) error 
 		return err
 	}
 	cl.Config.Logger = log
+	if err := noCoreDumps(); err != nil {
+		return err
+	}
 	s, err := New(cl.Config)
 	if err != nil {
 		return err
 	}
 	return s.Run(ctx)
+}
+
+// noCoreDumps keeps private keys out of files that a crash would leave.
+func noCoreDumps() error {
+	if err := syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{}); err != nil {
+		return fmt.Errorf("forbid core dumps: %w", err)
+	}
+	return nil
 }
 
 func complain(w io.Writer, err error) {

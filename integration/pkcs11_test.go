@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -72,6 +73,9 @@ func TestCAWithItsKeysInAToken(t *testing.T) {
 	}
 	if _, err := jwtsvid.ParseAndValidate(token.Marshal(), keys, []string{"orders"}); err != nil {
 		t.Error(err)
+	}
+	if limits, err := os.ReadFile(fmt.Sprintf("/proc/%d/limits", d.CA.PID())); err != nil || !regexp.MustCompile(`Max core file size +0 +0`).Match(limits) {
+		t.Errorf("a crash of the CA would leave its memory in a file (%v):\n%s", err, limits)
 	}
 	d.CA.Restart()
 	stage.Eventually(t, "the CA is back with the same keys", func() error { _, _, err := d.Try("agent", "list"); return err })

@@ -11,8 +11,11 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -63,6 +66,8 @@ func TestCABelowStepCA(t *testing.T) {
 	step.Kill()
 	d.CA.Restart()
 	stage.Eventually(t, "the CA is back without step-ca", func() error { _, _, err := d.Try("agent", "list"); return err })
+	wantExpiry(t, d, `{authority="intermediate"} `, intermediate.NotAfter)
+	wantExpiry(t, d, `{authority="root"} `, step.Root.NotAfter)
 	d.Entry("/while-away")
 	stage.Eventually(t, "an SVID is issued without step-ca", func() error {
 		svids, err := workloadapi.FetchX509SVIDs(t.Context(), workloadapi.WithAddr(d.WorkloadAPI))
@@ -76,6 +81,22 @@ func TestCABelowStepCA(t *testing.T) {
 		}
 		return errors.New("not yet")
 	})
+}
+
+// wantExpiry: the CA's metrics say when an authority ends.
+func wantExpiry(t *testing.T, d *stage.Domain, authority string, end time.Time) {
+	t.Helper()
+	line := "merlon_ca_expiry_timestamp_seconds" + authority + strconv.FormatFloat(float64(end.Unix()), 'g', -1, 64)
+	client := &http.Client{Timeout: 10 * time.Second}
+	resp, err := client.Get("http://" + d.Health + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil || !strings.Contains(string(text), line) {
+		t.Errorf("no %q among the metrics (%v):\n%s", line, err, strings.Join(slices.DeleteFunc(strings.Split(string(text), "\n"), func(l string) bool { return !strings.Contains(l, "expiry") }), "\n"))
+	}
 }
 
 // shakeHands: mutual TLS by nothing but crypto/tls and step-ca's root.

@@ -22,6 +22,7 @@ type Domain struct {
 	HTTPS       string `json:"https"`
 	CABundle    string `json:"ca"`
 	GRPC        string `json:"-"`
+	Health      string `json:"-"` // host:port of StartCA's CA
 
 	// CA and Agent are the processes; one and the same for Dev.
 	CA, Agent *Process
@@ -75,14 +76,15 @@ func (d *Domain) StartCA() {
 	d.GRPC = fmt.Sprintf("127.0.0.1:%d", FreePort(d.TB))
 	https := FreePort(d.TB)
 	d.HTTPS = fmt.Sprintf("https://localhost:%d", https)
+	d.Health = fmt.Sprintf("127.0.0.1:%d", FreePort(d.TB))
 	config := filepath.Join(d.dir, "ca.yaml")
 	d.write(config, fmt.Sprintf(`trust_domain: %s
 data_dir: %s
 address: %s
 https_address: 127.0.0.1:%d
-health_address: 127.0.0.1:%d
+health_address: %s
 admin_socket: %s
-`, d.TrustDomain, filepath.Join(d.dir, "ca-data"), d.GRPC, https, FreePort(d.TB), d.Admin)+strings.Join(append(d.settings, ""), "\n"))
+`, d.TrustDomain, filepath.Join(d.dir, "ca-data"), d.GRPC, https, d.Health, d.Admin)+strings.Join(append(d.settings, ""), "\n"))
 	if d.binary == "" {
 		d.binary = "merlon-ca"
 	}

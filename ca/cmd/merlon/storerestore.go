@@ -208,7 +208,7 @@ func (o *options) printMigrated(cmd *cobra.Command, m ca.Migrated, from, to ca.C
 		return silentError{exitUsage}
 	}
 	if from.DataDir != to.DataDir {
-		fmt.Fprintf(cmd.ErrOrStderr(), "hint: copy keys, epoch (if it is there), audit*.jsonl and audit.tree from %s to %s: they are not in the store\n", from.DataDir, to.DataDir)
+		fmt.Fprintf(cmd.ErrOrStderr(), "hint: copy keys, kek and epoch (if they are there), audit*.jsonl and audit.tree from %s to %s: they are not in the store\n", from.DataDir, to.DataDir)
 	}
 	_, err = fmt.Fprintf(cmd.ErrOrStderr(), "hint: start the CA with -config %s, and never again on the old store: move it away\n", file)
 	return err
