@@ -14,7 +14,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -66,8 +65,8 @@ func TestCABelowStepCA(t *testing.T) {
 	step.Kill()
 	d.CA.Restart()
 	stage.Eventually(t, "the CA is back without step-ca", func() error { _, _, err := d.Try("agent", "list"); return err })
-	wantExpiry(t, d, `{authority="intermediate"} `, intermediate.NotAfter)
-	wantExpiry(t, d, `{authority="root"} `, step.Root.NotAfter)
+	wantExpiry(t, d, "intermediate", intermediate.NotAfter)
+	wantExpiry(t, d, "root", step.Root.NotAfter)
 	d.Entry("/while-away")
 	stage.Eventually(t, "an SVID is issued without step-ca", func() error {
 		svids, err := workloadapi.FetchX509SVIDs(t.Context(), workloadapi.WithAddr(d.WorkloadAPI))
@@ -86,17 +85,76 @@ func TestCABelowStepCA(t *testing.T) {
 // wantExpiry: the CA's metrics say when an authority ends.
 func wantExpiry(t *testing.T, d *stage.Domain, authority string, end time.Time) {
 	t.Helper()
-	line := "merlon_ca_expiry_timestamp_seconds" + authority + strconv.FormatFloat(float64(end.Unix()), 'g', -1, 64)
-	client := &http.Client{Timeout: 10 * time.Second}
-	resp, err := client.Get("http://" + d.Health + "/metrics")
+	if got, err := expiry(d, authority); err != nil || !got.Equal(end) {
+		t.Errorf("%s ends at %s, %v; want %s", authority, got, err, end)
+	}
+}
+
+func expiry(d *stage.Domain, authority string) (time.Time, error) {
+	text, _, err := healthPage(d, "/metrics")
 	if err != nil {
-		t.Fatal(err)
+		return time.Time{}, err
+	}
+	_, value, ok := strings.Cut(text, `merlon_ca_expiry_timestamp_seconds{authority="`+authority+`"} `)
+	value, _, _ = strings.Cut(value, "\n")
+	seconds, err := strconv.ParseFloat(value, 64)
+	if !ok || err != nil {
+		return time.Time{}, fmt.Errorf("no expiry of %s among the metrics: %w", authority, err)
+	}
+	return time.Unix(int64(seconds), 0), nil
+}
+
+func healthPage(d *stage.Domain, path string) (text string, status int, err error) {
+	client := &http.Client{Timeout: 10 * time.Second}
+	resp, err := client.Get("http://" + d.Health + path)
+	if err != nil {
+		return "", 0, err
 	}
 	defer resp.Body.Close()
-	text, err := io.ReadAll(resp.Body)
-	if err != nil || !strings.Contains(string(text), line) {
-		t.Errorf("no %q among the metrics (%v):\n%s", line, err, strings.Join(slices.DeleteFunc(strings.Split(string(text), "\n"), func(l string) bool { return !strings.Contains(l, "expiry") }), "\n"))
+	body, err := io.ReadAll(resp.Body)
+	return string(body), resp.StatusCode, err
+}
+
+// Renewal goes to step-ca; while that is away the CA says so, before its
+// intermediate ends, and it recovers by itself.
+func TestRenewalByStepCA(t *testing.T) {
+	t.Parallel()
+	step := stage.StartStepCA(t)
+	binary := stage.Build(t, "merlon-ca-step", "ca/cmd/merlon-ca-full", "stepcas")
+	// Half of its life, with 60 s before it begins, is over at once: each look renews.
+	d := stage.CAAlone(t, binary, nil, append(step.Settings(stage.StepIntermediates), "intermediate_ttl: 20s", "x509_svid_ttl: 10s")...)
+	renewed := func(what string) {
+		t.Helper()
+		before, err := expiry(d, "intermediate")
+		if err != nil {
+			t.Fatal(err)
+		}
+		stage.Eventually(t, what, func() error {
+			if now, err := expiry(d, "intermediate"); err != nil || !now.After(before) {
+				return fmt.Errorf("still ends at %s, %v", now, err)
+			}
+			return nil
+		})
 	}
+	ready := func(want int, words string) func() error {
+		return func() error {
+			text, status, err := healthPage(d, "/ready")
+			if err != nil || status != want || !strings.Contains(text, words) {
+				return fmt.Errorf("/ready = %d, %v: %s", status, err, text)
+			}
+			return nil
+		}
+	}
+	renewed("the intermediate is renewed")
+	stage.Eventually(t, "the CA is ready", ready(http.StatusOK, ""))
+	step.Kill()
+	stage.Eventually(t, "the CA says that its intermediate ends", ready(http.StatusServiceUnavailable, "could not be renewed"))
+	if log := d.CA.Log(); !strings.Contains(log, "upstream authority stepcas") {
+		t.Errorf("the log does not say why:\n%s", log)
+	}
+	step.Start()
+	renewed("the intermediate is renewed when step-ca is back")
+	stage.Eventually(t, "the CA is ready again", ready(http.StatusOK, ""))
 }
 
 // shakeHands: mutual TLS by nothing but crypto/tls and step-ca's root.

@@ -61,12 +61,19 @@ func Separate(tb testing.TB, settings ...string) *Domain {
 // environment and further lines of its configuration.
 func SeparateAs(tb testing.TB, binary string, env []string, settings ...string) *Domain {
 	tb.Helper()
-	dir := Dir(tb)
-	d := &Domain{TB: tb, dir: dir, binary: binary, env: env, settings: settings, TrustDomain: "shop.test", Admin: filepath.Join(dir, "ca", "admin.sock")}
-	d.StartCA()
+	d := CAAlone(tb, binary, env, settings...)
 	token := d.Token()
 	d.StartAgent(token.Token, token.RootHash)
 	d.agentID = token.AgentID
+	return d
+}
+
+// CAAlone is SeparateAs without an agent.
+func CAAlone(tb testing.TB, binary string, env []string, settings ...string) *Domain {
+	tb.Helper()
+	dir := Dir(tb)
+	d := &Domain{TB: tb, dir: dir, binary: binary, env: env, settings: settings, TrustDomain: "shop.test", Admin: filepath.Join(dir, "ca", "admin.sock")}
+	d.StartCA()
 	return d
 }
 

@@ -141,7 +141,7 @@ func (s *StepCA) configure() {
 		"root": s.file("root.pem"), "crt": s.file("ca.pem"), "key": s.file("ca.key"),
 		"address": s.address, "dnsNames": []string{"127.0.0.1", "localhost"}, "logger": map[string]any{"format": "text"},
 		"authority": map[string]any{"provisioners": []any{
-			map[string]any{"type": "JWK", "name": StepIntermediates, "key": jwk, "options": map[string]any{"x509": map[string]any{"template": stepTemplate}}},
+			map[string]any{"type": "JWK", "name": StepIntermediates, "key": jwk, "claims": map[string]any{"minTLSCertDuration": "1s"}, "options": map[string]any{"x509": map[string]any{"template": stepTemplate}}},
 			map[string]any{"type": "JWK", "name": StepLeaves, "key": jwk},
 		}},
 	})
