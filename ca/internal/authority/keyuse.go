@@ -151,4 +151,4 @@ func (o KeyOwner) hash() [8]byte {
 	return [8]byte(sum[:8])
 }
 
-func minuteOf(t time.Time) minute { return minute(t.Unix() / 60) } //nolint:gosec // until the year 10000
+func minuteOf(t time.Time) minute { return minute(t.Unix() / 60) }
