@@ -184,7 +184,7 @@ func glob(t *testing.T, dir, pattern string) (names []string) {
 }
 
 func TestForceDoesNotWaitAndIsAudited(t *testing.T) {
-	t.Parallel() // it mostly waits
+	t.Parallel()                // it mostly waits
 	c := startCA(t, tempDir(t)) // with hints of 5 minutes
 	agent := c.agent("n1")
 	until(t, agent.sync(0), synced)
