@@ -231,7 +231,7 @@ func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) 
 		}
 		next, ops, err := s.recertified(rec, keys, intermediate, now)
 		if err != nil {
-			return nil, err
+			return nil, s.refuse(ctx, caller, audit.Record{Detail: what}, s.toStatus(ctx, err))
 		}
 		res, err := s.opts.Store.Txn(ctx, []store.Cmp{rec.Cmp()}, ops, nil)
 		if err != nil {
@@ -266,6 +266,10 @@ func (s *Service) Certify(ctx context.Context, req *capb.ReplicaCertifyRequest) 
 // certificate under the same root, with the writes that store it.
 func (s *Service) recertified(rec *replica.Record, keys replicaKeys, intermediate *x509.Certificate, now time.Time) (*replica.Record, []store.Op, error) {
 	next := rec.WithAuthority(authorityOf(intermediate), now)
+	if next.Overfull() {
+		return nil, nil, status.Errorf(codes.ResourceExhausted, "replica %s has %d intermediates that have not ended; more only once one has (%s): see whether it can write its keys, or evict it",
+			rec.Name, replica.MaxAuthorities, next.Authorities[0].NotAfter.UTC().Format(time.RFC3339))
+	}
 	var ops []store.Op
 	root := s.opts.Root.RootOf(intermediate)
 	if _, err := rec.PolicyKey([]*x509.Certificate{root}, now); err != nil {

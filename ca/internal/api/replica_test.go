@@ -242,6 +242,51 @@ func TestCertifyIsForLiveReplicas(t *testing.T) {
 	}
 }
 
+// A replica cannot outrun its eviction: each authority that it was given is
+// remembered until it ends, and there are only so many.
+func TestCertifyForgetsNoLivingAuthority(t *testing.T) {
+	s, _ := newRootHolder(t)
+	j := newJoiner(t)
+	joined := s.joined(t, j, "ca-2")
+	given := []string{certID(t, joined.GetIntermediate()[0])}
+	caller := s.PeerCaller(s.peerUnder(t, given[0], certID(t, joined.GetRoot())))
+	certify := func() (string, error) {
+		resp, err := s.Certify(as(t, caller), &capb.ReplicaCertifyRequest{Keys: j.keys(t)})
+		if err != nil {
+			return "", err
+		}
+		return certID(t, resp.GetCertificates().GetIntermediate()[0]), nil
+	}
+	for len(given) < replica.MaxAuthorities {
+		j.intermediate = newJoiner(t).intermediate
+		id, err := certify()
+		if err != nil {
+			t.Fatal(err)
+		}
+		given = append(given, id)
+	}
+	if id, err := certify(); err != nil || id != given[len(given)-1] {
+		t.Errorf("the same key again: %s, %v; want %s", id, err, given[len(given)-1])
+	}
+	j.intermediate = newJoiner(t).intermediate
+	if _, err := certify(); status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("one more: %v; want ResourceExhausted", err)
+	}
+	resp, err := s.EvictReplica(as(t, admin()), &capb.EvictReplicaRequest{Name: "ca-2"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	revoked := make(map[string]bool)
+	for _, r := range resp.GetRevocations() {
+		revoked[r.GetAuthorityId()] = true
+	}
+	for i, id := range given {
+		if !revoked[id] {
+			t.Errorf("authority %d of %d outlives the eviction", i, len(given))
+		}
+	}
+}
+
 // A replica is evicted between the look at its caller and the answer.
 func TestCertifyOfAnEvictedReplicaIsRefused(t *testing.T) {
 	s, _ := newRootHolder(t)

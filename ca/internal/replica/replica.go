@@ -24,13 +24,13 @@ const Prefix = "replica/"
 // that the set of policy keys is another.
 const MarkKey = "policy/keys"
 
-const (
-	encodingVersion = 1
-	// maxAuthorities is how many intermediates of a replica are remembered: SVIDs
-	// live for at most a day, and intermediates are renewed at half of theirs, or
-	// when another root becomes active.
-	maxAuthorities = 64
-)
+const encodingVersion = 1
+
+// MaxAuthorities is how many living intermediates a replica may have. None is
+// forgotten before it ends, or an eviction would not reach it. Two or three are
+// usual: intermediates are renewed at half of their life, or when another root
+// becomes active.
+const MaxAuthorities = 64
 
 var validName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
 
@@ -133,18 +133,24 @@ func (r *Record) Holds(id string) bool {
 }
 
 // WithAuthority returns a copy whose current intermediate is a; those that
-// ended before now are left out.
+// ended before now are left out. One that is there already, as when a replica
+// asks again for the same key, is replaced.
 func (r *Record) WithAuthority(a Authority, now time.Time) *Record {
 	next := *r
 	next.Authorities = nil
 	for _, old := range r.Authorities {
-		if old.ID != a.ID && now.Before(old.NotAfter) {
+		switch {
+		case old.ID == a.ID:
+			if old.NotAfter.After(a.NotAfter) {
+				a.NotAfter = old.NotAfter
+			}
+		case now.Before(old.NotAfter):
 			next.Authorities = append(next.Authorities, old)
 		}
 	}
 	next.Authorities = append(next.Authorities, a)
-	if extra := len(next.Authorities) - maxAuthorities; extra > 0 {
-		next.Authorities = next.Authorities[extra:]
-	}
 	return &next
 }
+
+// Overfull says whether a replica has more living intermediates than it may.
+func (r *Record) Overfull() bool { return len(r.Authorities) > MaxAuthorities }

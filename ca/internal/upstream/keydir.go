@@ -320,15 +320,24 @@ func loadCert(path string, signer crypto.Signer) (*x509.Certificate, error) {
 	return cert, nil
 }
 
-// add puts a key away as the next generation of its kind; an anchor has none. When
-// it returns without error, the key survives a crash.
+// add is put, for a key that is of no use where that fails.
 func (d *keyDir) add(what kind, key madeKey, cert *x509.Certificate, chain ...*x509.Certificate) (*generation, error) {
+	gen, err := d.put(what, key, cert, chain...)
+	if err != nil {
+		return nil, d.discard(key, err)
+	}
+	return gen, nil
+}
+
+// put puts a key away as the next generation of its kind; an anchor has none. When
+// it returns without error, the key survives a crash.
+func (d *keyDir) put(what kind, key madeKey, cert *x509.Certificate, chain ...*x509.Certificate) (*generation, error) {
 	number := 1
 	if numbers := d.numbers[what]; len(numbers) > 0 {
 		number = numbers[len(numbers)-1] + 1
 	}
 	if err := d.write(what, number, key, cert, chain); err != nil {
-		return nil, d.discard(key, fmt.Errorf("put %s generation %d away: %w", what, number, err))
+		return nil, fmt.Errorf("put %s generation %d away: %w", what, number, err)
 	}
 	d.numbers[what] = append(d.numbers[what], number)
 	return &generation{kind: what, number: number, signer: key.signer, cert: cert, chain: chain}, nil

@@ -100,9 +100,13 @@ func (k *Keys) checkOwnPolicy(now time.Time) error {
 // join has the keys certified for the first time. The root is put away last: it
 // is what makes the folder a replica's.
 func (k *Keys) join(ctx context.Context, now time.Time) error {
-	key, requests, err := k.requests()
+	key, err := k.dir.create(kindIntermediate)
 	if err != nil {
 		return err
+	}
+	requests, err := k.requests(key)
+	if err != nil {
+		return k.dir.discard(key, err)
 	}
 	got, err := k.cfg.RootHolder.Join(ctx, requests)
 	if err != nil {
@@ -113,10 +117,11 @@ func (k *Keys) join(ctx context.Context, now time.Time) error {
 	if err := k.checkRoot(got.Root, now); err != nil {
 		return k.dir.discard(key, err)
 	}
-	if err := k.takeOver(got, key, now); err != nil {
-		return err
+	gen, err := k.takeOver(got, key, now)
+	if err != nil {
+		return k.dir.discard(key, err)
 	}
-	if err := k.checkOwnPolicy(now); err != nil {
+	if err := errors.Join(k.dir.removeOlder(gen), k.checkOwnPolicy(now)); err != nil {
 		return err
 	}
 	anchor, err = k.dir.add(kindAnchor, madeKey{}, got.Root)
@@ -126,22 +131,17 @@ func (k *Keys) join(ctx context.Context, now time.Time) error {
 	return err
 }
 
-// requests makes a key for a new intermediate, and asks for all three.
-func (k *Keys) requests() (madeKey, KeyRequests, error) {
-	key, err := k.dir.create(kindIntermediate)
-	if err != nil {
-		return madeKey{}, KeyRequests{}, err
-	}
-	var r KeyRequests
+// requests asks for an intermediate with key, and for the other two.
+func (k *Keys) requests(key madeKey) (r KeyRequests, err error) {
 	for _, request := range []struct {
 		to   *[]byte
 		with crypto.Signer
 	}{{&r.Intermediate, key.signer}, {&r.Policy, k.policy.signer}, {&r.JWT, k.JWT().Signer}} {
 		if *request.to, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, request.with); err != nil {
-			return madeKey{}, KeyRequests{}, fmt.Errorf("make a CSR: %w", err)
+			return KeyRequests{}, fmt.Errorf("make a CSR: %w", err)
 		}
 	}
-	return key, r, nil
+	return r, nil
 }
 
 // checkAnswer judges what the root holder made for the key.
@@ -169,46 +169,57 @@ func (k *Keys) checkAnswer(got *Certificates, made madeKey, now time.Time) error
 }
 
 // takeOver checks what the root holder made, and puts it away.
-func (k *Keys) takeOver(got *Certificates, made madeKey, now time.Time) error {
+func (k *Keys) takeOver(got *Certificates, made madeKey, now time.Time) (*generation, error) {
 	if err := k.checkAnswer(got, made, now); err != nil {
-		return k.dir.discard(made, err)
+		return nil, err
 	}
 	if k.policy.cert == nil || !k.policy.cert.Equal(got.Policy) {
 		if err := k.dir.certify(k.policy, got.Policy); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	gen, err := k.dir.add(kindIntermediate, made, got.Intermediate)
+	gen, err := k.dir.put(kindIntermediate, made, got.Intermediate)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	k.x509.Store(authorityOf(gen, k.root()))
-	if err := k.dir.removeOlder(gen); err != nil {
-		return fmt.Errorf("remove old intermediates: %w", err)
-	}
-	return nil
+	return gen, nil
 }
 
-// recertify asks the root holder for the next intermediate. k.mu is held.
+// recertify asks the root holder for the next intermediate. k.mu is held. A key
+// that was not put away is asked for again: the root holder may have certified it,
+// and each further one would be an authority more of which nobody has the key.
 func (k *Keys) recertify(ctx context.Context, now time.Time) error {
-	key, requests, err := k.requests()
+	if k.pending == nil {
+		key, err := k.dir.create(kindIntermediate)
+		if err != nil {
+			return err
+		}
+		k.pending = &key
+	}
+	requests, err := k.requests(*k.pending)
 	if err != nil {
 		return err
 	}
 	got, err := k.cfg.RootHolder.Certify(ctx, requests)
 	if err != nil {
-		return k.dir.discard(key, fmt.Errorf("ask the root holder: %w", err))
+		return fmt.Errorf("ask the root holder: %w", err)
 	}
 	// Another root than before is one of which a root that was here has said that
 	// it follows.
 	before, root := k.roots.Load(), k.anchor(rootID(got.Root))
 	if root == nil || !got.Root.Equal(root.cert) {
-		return k.dir.discard(key, errors.New("the root holder answers with another root"))
+		return errors.New("the root holder answers with another root")
 	}
 	k.roots.Store(&roots{active: root, all: before.all})
-	if err := k.takeOver(got, key, now); err != nil {
+	gen, err := k.takeOver(got, *k.pending, now)
+	if err != nil {
 		k.roots.Store(before)
 		return err
+	}
+	k.pending = nil
+	if err := k.dir.removeOlder(gen); err != nil {
+		return fmt.Errorf("remove old intermediates: %w", err)
 	}
 	return nil
 }

@@ -122,6 +122,38 @@ func TestReplicaRenewsAtHalfLifeWithTheRootHolder(t *testing.T) {
 	}
 }
 
+// A disk that is full for an hour costs one authority, not sixty.
+func TestReplicaAsksAgainForTheKeyThatItCouldNotPutAway(t *testing.T) {
+	root := open(t, config(t))
+	cfg := replicaConfig(t, root, "ca-2")
+	k := open(t, cfg)
+	first, later := k.X509().ID(), time.Now().Add(13*time.Hour)
+	asked := make(map[string]int)
+	cfg.RootHolder.(*holder).alter = func(c *Certificates) { asked[rootID(c.Intermediate)]++ }
+	inTheWay := filepath.Join(cfg.Dir, "intermediate-2")
+	if err := os.MkdirAll(filepath.Join(inTheWay, "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		if renewed, err := k.RenewIntermediate(t.Context(), later); renewed || err == nil || k.X509().ID() != first {
+			t.Fatalf("RenewIntermediate = %t, %v under %s; want it to fail and go on under %s", renewed, err, k.X509().ID(), first)
+		}
+	}
+	if err := os.RemoveAll(inTheWay); err != nil {
+		t.Fatal(err)
+	}
+	if renewed, err := k.RenewIntermediate(t.Context(), later); !renewed || err != nil {
+		t.Fatalf("with space: %t, %v", renewed, err)
+	}
+	if asked[k.X509().ID()] != 4 || len(asked) != 1 {
+		t.Errorf("asked for %v; want %s each time", asked, k.X509().ID())
+	}
+	// The one after that is another.
+	if renewed, err := k.RenewIntermediate(t.Context(), later.Add(24*time.Hour)); !renewed || err != nil || len(asked) != 2 {
+		t.Errorf("the next: %t, %v, asked for %v; want a key of its own", renewed, err, asked)
+	}
+}
+
 // A root holder that was taken over, or mixes answers up, is not believed.
 func TestReplicaRefusesWhatTheRootHolderMustNotMake(t *testing.T) {
 	root, other := open(t, config(t)), open(t, config(t))

@@ -95,9 +95,10 @@ type Keys struct {
 	jwt     atomic.Pointer[authority.JWTAuthority]
 	jwtKeys atomic.Pointer[[]*generation]
 
-	mu     sync.Mutex // guards the making of generations and the fields below
-	dir    *keyDir
-	wanted string // ID of the root that is to sign for this replica; empty: as it is
+	mu      sync.Mutex // guards the making of generations and the fields below
+	dir     *keyDir
+	pending *madeKey // for a replica's next intermediate, not put away yet
+	wanted  string   // ID of the root that is to sign for this replica; empty: as it is
 }
 
 // Open loads the keys in cfg.Dir, and makes those that are missing: all of them
@@ -171,7 +172,11 @@ func (k *Keys) Close() error {
 	if k.dir == nil {
 		return nil
 	}
-	return k.dir.kms.close()
+	var err error
+	if k.pending != nil {
+		err = k.dir.discard(*k.pending, nil)
+	}
+	return errors.Join(err, k.dir.kms.close())
 }
 
 func (k *Keys) openRootHolder(ctx context.Context, now time.Time) error {
