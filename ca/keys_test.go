@@ -4,7 +4,9 @@ package ca_test
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
@@ -70,12 +72,21 @@ func plant(t *testing.T, path, blockType string, der []byte) {
 	}
 }
 
-// holds says whether data has the private scalar of key in some common form.
-func holds(data []byte, key *ecdsa.PrivateKey) bool {
-	d, err := key.Bytes()
-	if err != nil {
-		panic(err)
+// secretOf is what of a private key is secret.
+func secretOf(t *testing.T, key crypto.Signer) []byte {
+	t.Helper()
+	if key, ok := key.(ed25519.PrivateKey); ok {
+		return key.Seed()
 	}
+	d, err := key.(*ecdsa.PrivateKey).Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// holds says whether data has the secret d in some common form.
+func holds(data, d []byte) bool {
 	forms := [][]byte{d, []byte(hex.EncodeToString(d)), []byte(strings.ToUpper(hex.EncodeToString(d)))}
 	for skip := range 3 { // base64 of it behind anything
 		cut := d[skip:]
@@ -113,7 +124,10 @@ func TestPrivateKeysNeverEnterTheStore(t *testing.T) {
 	if !private["policy"].PublicKey.Equal(policy.Public()) || !private["jwt"].PublicKey.Equal(keys.JWT().Signer.Public()) || !private["root"].PublicKey.Equal(keys.X509().Root.PublicKey) {
 		t.Fatal("the CA did not take the planted keys")
 	}
-	private["intermediate"] = keys.X509().Signer.(*ecdsa.PrivateKey)
+	secrets := map[string][]byte{"intermediate": secretOf(t, keys.X509().Signer), "log": secretOf(t, keys.Log())}
+	for name, key := range private {
+		secrets[name] = secretOf(t, key)
+	}
 
 	cfg := ca.Config{TrustDomain: "shop.test", DataDir: data, Store: "badger"}
 	backup, err := os.Create(filepath.Join(data, "a.backup"))
@@ -124,13 +138,13 @@ func TestPrivateKeysNeverEnterTheStore(t *testing.T) {
 	if _, err := ca.BackupStore(t.Context(), cfg, backup); err != nil {
 		t.Fatal(err)
 	}
-	for name, key := range private {
-		searchFiles(t, data, name, key)
-		searchValues(t, filepath.Join(data, "store"), name, key)
+	for name, secret := range secrets {
+		searchFiles(t, data, name, secret)
+		searchValues(t, filepath.Join(data, "store"), name, secret)
 	}
 }
 
-func searchFiles(t *testing.T, dir, name string, key *ecdsa.PrivateKey) {
+func searchFiles(t *testing.T, dir, name string, secret []byte) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
@@ -140,7 +154,7 @@ func searchFiles(t *testing.T, dir, name string, key *ecdsa.PrivateKey) {
 		if block, _ := pem.Decode(b); block != nil {
 			b = append(b, block.Bytes...)
 		}
-		if holds(b, key) {
+		if holds(b, secret) {
 			t.Errorf("%s holds the %s key", path, name)
 		}
 		return err
@@ -151,21 +165,17 @@ func searchFiles(t *testing.T, dir, name string, key *ecdsa.PrivateKey) {
 }
 
 // searchValues looks behind Badger's compression.
-func searchValues(t *testing.T, dir, name string, key *ecdsa.PrivateKey) {
+func searchValues(t *testing.T, dir, name string, secret []byte) {
 	t.Helper()
 	st, err := badger.Open(dir, badger.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer st.Close()
-	d, err := key.Bytes()
-	if err != nil {
-		t.Fatal(err)
-	}
 	found := 0
 	for _, planted := range []bool{false, true} {
 		if planted { // what the search would find
-			if _, err := st.Txn(t.Context(), nil, []store.Op{store.Put("planted/"+name, []byte("key: "+base64.StdEncoding.EncodeToString(d)))}, nil); err != nil {
+			if _, err := st.Txn(t.Context(), nil, []store.Op{store.Put("planted/"+name, []byte("key: "+base64.StdEncoding.EncodeToString(secret)))}, nil); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -174,7 +184,7 @@ func searchValues(t *testing.T, dir, name string, key *ecdsa.PrivateKey) {
 			t.Fatalf("list: %v, more %t", err, more)
 		}
 		for _, kv := range kvs {
-			if holds(kv.Value, key) {
+			if holds(kv.Value, secret) {
 				found++
 				if !strings.HasPrefix(kv.Key, "planted/") {
 					t.Errorf("the store holds the %s key in %s", name, kv.Key)
