@@ -49,6 +49,8 @@ type authorities struct {
 	registry *registry.Registry
 	audit    *audit.Log
 	log      *slog.Logger
+	// registered makes the store say of this replica what is so.
+	registered func(context.Context, time.Time) error
 	// x509SVIDTTL is what SVIDs live whose entry does not say, jwtKeyTTL what a
 	// JWT key does.
 	x509SVIDTTL, jwtKeyTTL time.Duration
@@ -118,9 +120,24 @@ func (a *authorities) jwtAuthority(key upstream.JWTKey, now time.Time) *rotation
 	}
 }
 
-// Take implements api.Authorities. A key is activated where it is, so that it
-// signs from then on, and not before.
+// Take implements api.Authorities. What was activated signs when it returns.
 func (a *authorities) Take(ctx context.Context, c rotation.Command) (uint64, error) {
+	revision, err := a.takeHere(ctx, c)
+	if err != nil || c.Verb != rotation.Activate {
+		return revision, err
+	}
+	if err := a.registry.Wait(ctx, revision); err != nil {
+		return revision, err
+	}
+	if err := a.follow(ctx); err != nil { // run comes by it again
+		a.log.LogAttrs(ctx, slog.LevelWarn, "step of an authority not followed yet", slog.Any("err", err))
+	}
+	return revision, nil
+}
+
+// takeHere takes one step. A key is activated where it is, so that it signs from
+// then on, and not before.
+func (a *authorities) takeHere(ctx context.Context, c rotation.Command) (uint64, error) {
 	if c.Verb == rotation.Activate {
 		if held, ok := a.registry.Authorities().Get(c.ID); ok && held.Replica != a.keys.Name() {
 			return 0, status.Errorf(codes.FailedPrecondition, "activate %s: its key is on replica %s: ask that one", c.ID, held.Replica)
@@ -174,14 +191,14 @@ func (a *authorities) withStep(ctx context.Context, step *trust.Step, c rotation
 }
 
 // run does what steps ask for, and takes those that are due, until ctx ends.
-func (a *authorities) run(ctx context.Context, standing func() error, registered func(context.Context, time.Time) error) error {
+func (a *authorities) run(ctx context.Context, standing func() error) error {
 	tick := time.NewTicker(min(max(a.policy.RefreshHint/4, minTick), maxTick))
 	defer tick.Stop()
 	for {
 		steps := a.registry.StepsTaken()
 		wait := time.Duration(1<<62 - 1)
 		if standing() == nil {
-			if err := a.follow(ctx, registered); err != nil && ctx.Err() == nil {
+			if err := a.follow(ctx); err != nil && ctx.Err() == nil {
 				a.log.LogAttrs(ctx, slog.LevelWarn, "step of an authority not followed yet", slog.Any("err", err))
 				wait = followRetry
 			}
@@ -202,7 +219,7 @@ func (a *authorities) run(ctx context.Context, standing func() error, registered
 
 // follow brings this replica's keys to what the store says: roots that are to be
 // trusted, the root and the JWT key that sign, and nothing that is revoked.
-func (a *authorities) follow(ctx context.Context, registered func(context.Context, time.Time) error) error {
+func (a *authorities) follow(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, choreTimeout)
 	defer cancel()
 	set := a.registry.Authorities()
@@ -213,7 +230,7 @@ func (a *authorities) follow(ctx context.Context, registered func(context.Contex
 		}
 	}
 	if root := set.Root(); root != nil {
-		errs = append(errs, a.useRoot(ctx, root.ID, registered))
+		errs = append(errs, a.useRoot(ctx, root.ID))
 	}
 	if jwt := set.JWT(a.keys.Name()); jwt != nil {
 		errs = append(errs, a.keys.UseJWT(jwt.ID))
@@ -242,7 +259,7 @@ func (a *authorities) trustRoot(root rotation.Authority) error {
 	return a.keys.AddAnchor(cert, root.Seal, root.SealedBy)
 }
 
-func (a *authorities) useRoot(ctx context.Context, id string, registered func(context.Context, time.Time) error) error {
+func (a *authorities) useRoot(ctx context.Context, id string) error {
 	now := time.Now()
 	if rootID(a.keys.X509().Root) == id {
 		return nil
@@ -257,7 +274,7 @@ func (a *authorities) useRoot(ctx context.Context, id string, registered func(co
 		Time: now, Type: audit.Renew, Actor: "ca", Detail: "intermediate under root " + id, AuthorityID: ca.ID(), NotAfter: ca.Chain[0].NotAfter,
 	})}
 	if a.keys.HoldsRoot() { // of others the root holder has written it down
-		errs = append(errs, registered(ctx, now))
+		errs = append(errs, a.registered(ctx, now))
 	}
 	return errors.Join(errs...)
 }
@@ -292,7 +309,7 @@ func (a *authorities) takeOne(ctx context.Context, c rotation.Command) error {
 	if c.Verb == rotation.Prepare {
 		c.ID, revision, err = a.prepare(ctx, c.Kind)
 	} else {
-		revision, err = a.Take(ctx, c)
+		revision, err = a.takeHere(ctx, c)
 	}
 	if err != nil {
 		return err

@@ -62,7 +62,7 @@ func (s *Server) openKeys(ctx context.Context, p *parts) error {
 		return err
 	}
 	p.authorities = &authorities{
-		domain: p.domain, policy: s.cfg.rotation(), keys: p.keys, audit: p.audit, log: s.log,
+		domain: p.domain, policy: s.cfg.rotation(), keys: p.keys, audit: p.audit, log: s.log, registered: p.register,
 		x509SVIDTTL: s.cfg.X509SVIDTTL, jwtKeyTTL: s.cfg.JWTKeyTTL,
 	}
 	if p.keys.HoldsRoot() {

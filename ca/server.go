@@ -317,7 +317,7 @@ func (s *Server) serve(ctx context.Context, p *parts, l *listeners) error {
 	base.Go(func() error { return p.watchStore(inner) })
 	base.Go(func() error { return p.maintain(inner) })
 	base.Go(func() error { return p.lead(inner) })
-	base.Go(func() error { return p.authorities.run(inner, p.service.Standing, p.register) })
+	base.Go(func() error { return p.authorities.run(inner, p.service.Standing) })
 
 	outer, stopOuter := context.WithCancel(ctx)
 	defer stopOuter()
@@ -362,7 +362,12 @@ func (s *Server) tlsConfig(p *parts, protos ...string) *tls.Config {
 // serveGRPC serves until ctx ends, then ends the streams, lets calls finish
 // and after a while cuts them.
 func serveGRPC(ctx context.Context, g *errgroup.Group, p *parts, srv *grpc.Server, lis net.Listener) {
-	g.Go(func() error { return srv.Serve(lis) })
+	g.Go(func() error {
+		if err := srv.Serve(lis); !errors.Is(err, grpc.ErrServerStopped) { // the stop was faster
+			return err
+		}
+		return nil
+	})
 	g.Go(func() error {
 		<-ctx.Done()
 		p.service.StopStreams()
