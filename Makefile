@@ -5,7 +5,7 @@ LINT := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 
 .DEFAULT_GOAL := help
-.PHONY: help build full test lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate
+.PHONY: help build full test lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate taint
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -73,5 +73,9 @@ crash-sweep: ## damage Badger's files at every record boundary; MERLON_SWEEP bou
 ROTATIONS ?= 20
 HANDSHAKES ?= 500
 WORKLOADS ?= 200
-rotate: ## replace the root ROTATIONS times under HANDSHAKES a second, with kills of the CA; about 6 minutes
+rotate: ## replace the root ROTATIONS times under HANDSHAKES a second, with kills of the CA; about 3 minutes
 	ROTATIONS=$(ROTATIONS) HANDSHAKES=$(HANDSHAKES) WORKLOADS=$(WORKLOADS) go test -count 1 -timeout 2h -v ./integration -run TestRootRotatesUnderHandshakes
+
+TAINTED ?= 10000
+taint: ## replace TAINTED SVIDs of one agent after their root was tainted; about 3 minutes
+	TAINTED=$(TAINTED) go test -count 1 -timeout 1h -v ./agent/internal/caclient -run TestTaintIsOverWithinAMinute

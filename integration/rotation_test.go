@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"slices"
@@ -161,7 +162,7 @@ func TestRootRotatesUnderHandshakes(t *testing.T) {
 	var ids []*sdk.Identity
 	var addresses []string
 	for range workloads {
-		id, err := sdk.Open(t.Context(), sdk.WithAgentAddress(d.WorkloadAPI))
+		id, err := sdk.Open(t.Context(), sdk.WithAgentAddress(d.WorkloadAPI), sdk.WithLogger(slog.New(slog.DiscardHandler)))
 		if err != nil {
 			t.Fatal(err)
 		}
