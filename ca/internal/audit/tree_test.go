@@ -738,3 +738,31 @@ func TestNothingIsDroppedBeforeACheckpointCountsIt(t *testing.T) {
 		t.Errorf("the log begins with record %d, %v", first, err)
 	}
 }
+
+// BenchmarkProve looks for one SVID among 50 000 records.
+func BenchmarkProve(b *testing.B) {
+	path := filepath.Join(b.TempDir(), "audit.jsonl")
+	l := openSigned(b, path, testKey(b), Options{})
+	records := slices.Repeat([]Record{{
+		Time: time.Now(), Type: Issue, Actor: "spiffe://shop.test/agent/n1", SPIFFEID: "spiffe://shop.test/web",
+		EntryID: "0195b7a2-5c1e-7c55-8d0e-111111111111", Serial: strings.Repeat("a", 40), AuthorityID: strings.Repeat("b", 40),
+		SignedHash: strings.Repeat("c", 64), NotAfter: time.Now().Add(time.Hour),
+	}}, 500)
+	for range 100 {
+		if err := l.Append(b.Context(), records...); err != nil {
+			b.Fatal(err)
+		}
+	}
+	appendRecord(b, l, Record{Type: Issue, Serial: "1234", SignedHash: "00"})
+	info, err := os.Stat(path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.SetBytes(info.Size())
+	for b.Loop() {
+		if proofs, _, _, err := l.Prove(b.Context(), "1234"); err != nil || len(proofs) != 1 {
+			b.Fatal(len(proofs), err)
+		}
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/50_001, "ns/record")
+}
