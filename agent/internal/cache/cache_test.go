@@ -3,6 +3,7 @@
 package cache
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -46,6 +47,7 @@ type signer struct {
 	requests []int // items of each
 	jwts     int
 	change   func(*x509.Certificate)
+	warning  string
 }
 
 func (s *signer) Sign(_ context.Context, items []*capb.SignItem) ([]*capb.SignResult, error) {
@@ -86,7 +88,7 @@ func (s *signer) Sign(_ context.Context, items []*capb.SignItem) ([]*capb.SignRe
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, &capb.SignResult{X509Svid: [][]byte{der}})
+		out = append(out, &capb.SignResult{X509Svid: [][]byte{der}, Warning: s.warning})
 	}
 	return out, nil
 }
@@ -240,6 +242,26 @@ func TestFirstDemandOrdersOneRequest(t *testing.T) {
 		}
 		if !slices.Equal(f.ca.requests, []int{2}) {
 			t.Errorf("requests with items %v; want one with 2", f.ca.requests)
+		}
+	})
+}
+
+// An SVID that the CA had to cut short is served like any other, and the log says
+// why it is short.
+func TestSVIDsThatWereCutAreServedAndLogged(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		var log bytes.Buffer
+		f.log = slog.New(slog.NewTextHandler(&log, nil))
+		f.ca.set(func(s *signer) { s.warning = "cut at the end of the registration entry" })
+		f.sync(newEntry("e1", "/a", "unix:uid:1"))
+		s := f.Subscribe()
+		defer s.Close()
+		s.View([]string{"unix:uid:1"}, true)
+		if v := take(t, s, "unix:uid:1"); paths(v) != "/a" {
+			t.Errorf("SVIDs = %q", paths(v))
+		}
+		if text := log.String(); !strings.Contains(text, "level=WARN") || !strings.Contains(text, "cut at the end of the registration entry") {
+			t.Errorf("the log says %s", text)
 		}
 	})
 }
