@@ -136,6 +136,7 @@ func TestEverythingAcknowledgedSurvivesARestart(t *testing.T) {
 		t.Errorf("full listing has %d entries; want %s, %s and the new one", len(listing.GetEntries()), kept.GetEntryId(), old.GetEntryId())
 	}
 	node := c.client(nil, nil).node
+	_, csr = newCSR(t) // the key of the one before is known, too
 	_, err := node.Attest(t.Context(), &capb.AttestRequest{Evidence: &capb.AttestRequest_JoinToken{JoinToken: used}, Csr: csr})
 	wantCode(t, err, codes.PermissionDenied)
 	if _, err := node.Attest(t.Context(), &capb.AttestRequest{Evidence: &capb.AttestRequest_JoinToken{JoinToken: fresh}, Csr: csr}); err != nil {
