@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/entry"
@@ -53,7 +54,12 @@ func (p *parts) watchStore(ctx context.Context) error {
 	p.health.Check("replica", p.service.Standing)
 	probe := time.NewTicker(probeInterval)
 	defer probe.Stop()
+	evicted := false
 	for {
+		if err := p.service.Standing(); err != nil && !evicted {
+			evicted = true
+			p.log.LogAttrs(ctx, slog.LevelError, "evicted", slog.Any("err", err))
+		}
 		err := p.probeStore(ctx)
 		if ctx.Err() != nil {
 			return nil
@@ -194,7 +200,7 @@ func (p *parts) each(ctx context.Context, chores map[string]func(context.Context
 		cancel()
 		if err != nil && ctx.Err() == nil {
 			level := slog.LevelError
-			if errors.Is(err, store.ErrReadOnly) || errors.Is(err, store.ErrUnavailable) {
+			if errors.Is(err, store.ErrReadOnly) || errors.Is(err, store.ErrUnavailable) || errors.Is(err, api.ErrEvicted) {
 				level = slog.LevelDebug // /ready says so, and the chore comes again
 			}
 			p.log.LogAttrs(ctx, level, "upkeep failed", slog.String("chore", name), slog.Any("err", err))

@@ -20,6 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/authority"
 	"merlon.dev/ca/internal/entry"
@@ -136,7 +137,11 @@ func (o *ownSVID) run(ctx context.Context, log *slog.Logger) error {
 			return nil
 		}
 		if err := o.renew(ctx, time.Now()); err != nil && ctx.Err() == nil {
-			log.LogAttrs(ctx, slog.LevelError, "own X509-SVID not renewed", slog.Any("err", err))
+			level := slog.LevelError
+			if errors.Is(err, api.ErrEvicted) {
+				level = slog.LevelDebug // it was said once, and /ready says it
+			}
+			log.LogAttrs(ctx, level, "own X509-SVID not renewed", slog.Any("err", err))
 			select {
 			case <-ctx.Done():
 				return nil

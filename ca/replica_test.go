@@ -7,10 +7,12 @@ import (
 	"crypto/ecdsa"
 	"crypto/x509"
 	"io"
+	"log/slog"
 	"net/http"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -234,7 +236,8 @@ func TestEvictedReplicaIsCutOff(t *testing.T) {
 	e := stage.StartEtcd(t, 1)
 	a := startCA(t, tempDir(t), onEtcd(e))
 	dirB := tempDir(t)
-	b := startCA(t, dirB, onEtcd(e), a.joining("ca-2"))
+	log := &logLines{}
+	b := startCA(t, dirB, onEtcd(e), a.joining("ca-2"), func(cfg *ca.Config) { cfg.Logger = slog.New(slog.NewTextHandler(log, nil)) })
 	agent := a.agent("n1")
 	entry := a.entry("n1", "web")
 	until(t, agent.at(b).sync(0), synced)
@@ -317,8 +320,23 @@ func TestEvictedReplicaIsCutOff(t *testing.T) {
 	wantCode(t, err, codes.Unavailable)
 	eventually(t, "/ready names the eviction", func() bool {
 		code, body := b.get("/ready")
-		return code == http.StatusServiceUnavailable && strings.Contains(body, "evicted")
+		return code == http.StatusServiceUnavailable && strings.Contains(body, "evicted") && !strings.Contains(body, "rpc error")
 	})
+	for _, path := range []string{"/v1/trust/bundle", "/v1/policy/bundles/main", "/log/ca-2/checkpoint"} {
+		resp, err := httpClient(t, agent.key, agent.chain).Get("https://" + b.srv.HTTPSAddress().String() + path) //nolint:noctx // the client has a timeout
+		if err != nil {
+			t.Fatal(err)
+		}
+		body, err := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if err != nil || resp.StatusCode != http.StatusServiceUnavailable || !strings.Contains(string(body), "evicted") {
+			t.Errorf("GET %s of an evicted replica = %d %s, %v; want 503 and why", path, resp.StatusCode, body, err)
+		}
+	}
+	eventually(t, "the log speaks of it", func() bool { return log.count("msg=evicted") > 0 })
+	if n := log.count("has been evicted"); n != 1 {
+		t.Errorf("the log speaks %d times of the eviction; want once", n)
+	}
 	b.stop()
 	if err := refusedCA(t, dirB, onEtcd(e), func(cfg *ca.Config) { cfg.JoinAddress = a.srv.Address().String() }); !strings.Contains(ca.Hint(err), "keys away") {
 		t.Errorf("started again: %v, hint %q", err, ca.Hint(err))
@@ -326,6 +344,31 @@ func TestEvictedReplicaIsCutOff(t *testing.T) {
 	if _, chain := agent.svid(entry); len(chain) == 0 {
 		t.Error("the other replica does not issue")
 	}
+}
+
+// logLines counts what a CA says.
+type logLines struct {
+	mu sync.Mutex
+	// guarded by mu
+	lines []string
+}
+
+func (l *logLines) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lines = append(l.lines, string(b))
+	return len(b), nil
+}
+
+func (l *logLines) count(text string) (n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, line := range l.lines {
+		if strings.Contains(line, text) {
+			n++
+		}
+	}
+	return n
 }
 
 func TestReplicaThatIsCutOffSaysSo(t *testing.T) {

@@ -43,8 +43,20 @@ type RootKeys interface {
 var (
 	errNoRoot      = status.Error(codes.FailedPrecondition, "this replica does not hold the root key: ask the one that does (merlon replica list)")
 	errReplicaName = status.Error(codes.AlreadyExists, "a replica of this name is there: evict it first, or choose another name")
-	errEvicted     = status.Error(codes.Unavailable, "this replica has been evicted, and serves nobody any more")
 )
+
+// ErrEvicted is what Standing says.
+var ErrEvicted error = evicted{}
+
+type evicted struct{}
+
+// Error implements error.
+func (evicted) Error() string {
+	return "this replica has been evicted, and serves nobody any more: stop it, or move its keys away and join with a new token"
+}
+
+// GRPCStatus is how callers hear of it: they go to another replica.
+func (e evicted) GRPCStatus() *status.Status { return status.New(codes.Unavailable, e.Error()) }
 
 // replicaKeys are the public keys of one request.
 type replicaKeys struct {
@@ -331,7 +343,7 @@ func (s *Service) Standing() error {
 	}
 	rec, ok := s.registry.Replica(s.opts.ReplicaName)
 	if !ok || !s.opts.Keys.HoldsJWT(rec.JWTKeyID) {
-		return errEvicted
+		return ErrEvicted
 	}
 	return nil
 }

@@ -99,6 +99,10 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener, cfg *tls.Config) e
 func (s *Server) Handler() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("X-Content-Type-Options", "nosniff")
+		if err := s.opts.Service.Standing(); err != nil {
+			problem(w, http.StatusServiceUnavailable, err.Error())
+			return
+		}
 		path := r.URL.EscapedPath()
 		name, isBundle := strings.CutPrefix(path, bundlesPath)
 		switch {
