@@ -395,6 +395,11 @@ func TestForgottenKeysComeBack(t *testing.T) {
 	if got := c.authority(rootKind, "active", "").GetAuthorityId(); got != next {
 		t.Errorf("root = %s; want %s, whose key is there", got, next)
 	}
+	if !slices.ContainsFunc(c.auditRecords(), func(r map[string]any) bool {
+		return r["authority_id"] == next && text(r["detail"]) == "activate authority by force, in place of "+old
+	}) {
+		t.Error("no audit record says that another root signs")
+	}
 	c.agent("n1")
 }
 
@@ -432,7 +437,7 @@ func value(t *testing.T, dir, key string) []byte {
 func TestKeysRotateByThemselves(t *testing.T) {
 	t.Parallel() // it mostly waits
 	c := startCA(t, tempDir(t), quick, func(cfg *ca.Config) {
-		cfg.RootTTL, cfg.IntermediateTTL, cfg.JWTKeyTTL = 16*time.Second, 16*time.Second, 16*time.Second
+		cfg.RootTTL, cfg.IntermediateTTL, cfg.JWTKeyTTL = 30*time.Second, 30*time.Second, 30*time.Second
 	})
 	root, jwt := c.authority(rootKind, "active", "").GetAuthorityId(), c.authority(jwtKind, "active", "ca").GetAuthorityId()
 	agent := c.agent("n1")
@@ -451,14 +456,20 @@ func TestKeysRotateByThemselves(t *testing.T) {
 			}
 		}
 	}()
-	eventually(t, "a new root and JWT key", func() bool {
+	// By half of their life, some seconds more, and what a slow machine takes.
+	for deadline := time.Now().Add(29 * time.Second); ; time.Sleep(200 * time.Millisecond) {
 		_, chain := agent.svid(entry)
 		keys, _ := c.trustBundle()
 		if _, err := svid.VerifyRawChain(chain, keys.X509Bundle(), time.Now()); err != nil {
 			t.Fatal(err)
 		}
-		return c.authority(rootKind, "active", "").GetAuthorityId() != root && c.authority(jwtKind, "active", "ca").GetAuthorityId() != jwt
-	})
+		if c.authority(rootKind, "active", "").GetAuthorityId() != root && c.authority(jwtKind, "active", "ca").GetAuthorityId() != jwt {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("authorities = %v; want a new root and JWT key", c.authorities())
+		}
+	}
 	c.stop()
 	<-done
 }

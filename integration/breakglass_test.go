@@ -14,7 +14,7 @@ import (
 
 func TestEverythingHasExpiredAndComesBack(t *testing.T) {
 	t.Parallel() // it mostly waits
-	const life = 12 * time.Second
+	const life = 20 * time.Second
 	d := stage.Separate(t, "trust_refresh_hint: 1s", fmt.Sprintf("root_ttl: %s", life), fmt.Sprintf("intermediate_ttl: %s", life))
 	d.Entry("/me")
 	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, d); return err })
