@@ -221,6 +221,7 @@ func (c *Client) Run(ctx context.Context, picture *cache.Cache) error {
 	defer c.links.use(nil)
 	aside.Go(func() { c.keepRenewed(ctx, picture) })
 	aside.Go(func() { c.keepSeen(ctx, picture, c.revision) })
+	aside.Go(func() { c.logs.keep(ctx) })
 	defer aside.Wait()
 	t := newTour(c.cfg.Addresses)
 	for ctx.Err() == nil {

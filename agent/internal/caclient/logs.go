@@ -57,6 +57,7 @@ type logs struct {
 	dir, trustDomain string
 	log              *slog.Logger
 	forks            prometheus.Counter
+	changed          chan struct{}
 
 	mu sync.Mutex
 	// guarded by mu
@@ -69,6 +70,7 @@ type logs struct {
 func openLogs(cfg Config) (*logs, error) {
 	l := &logs{
 		dir: cfg.DataDir, trustDomain: cfg.TrustDomain.Name(), log: cfg.Logger, seen: map[string]storedLog{}, said: map[string]string{},
+		changed: make(chan struct{}, 1),
 		forks: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "merlon_agent_log_forks_total", Help: "Checkpoints of the CA's audit logs that do not go on from the one before: a log was forked or put back.",
 		}),
@@ -152,7 +154,8 @@ func (l *logs) verify(ctx context.Context, m *capb.LogCheckpoint, trust *cache.T
 		l.log.LogAttrs(ctx, slog.LevelError, "a replica of the CA has begun another audit log",
 			slog.String("origin", origin), slog.String("before", other))
 	}
-	return origin, l.remember(origin, storedLog{Size: c.Size, Root: c.Root, At: now})
+	l.remember(origin, storedLog{Size: c.Size, Root: c.Root, At: now})
+	return origin, nil
 }
 
 // ofReplica is a log of the same replica as origin under another key, the last
@@ -166,20 +169,39 @@ func (l *logs) ofReplica(origin string) (other string) {
 	return other
 }
 
-// remember writes the memory down before it counts. l.mu is held.
-func (l *logs) remember(origin string, s storedLog) error {
-	next := maps.Clone(l.seen)
-	next[origin] = s
-	for len(next) > maxLogs {
-		delete(next, slices.MinFunc(slices.Collect(maps.Keys(next)), func(a, b string) int { return next[a].At.Compare(next[b].At) }))
+// remember has the memory written down, too. l.mu is held.
+func (l *logs) remember(origin string, s storedLog) {
+	l.seen[origin] = s
+	for len(l.seen) > maxLogs {
+		delete(l.seen, slices.MinFunc(slices.Collect(maps.Keys(l.seen)), func(a, b string) int { return l.seen[a].At.Compare(l.seen[b].At) }))
 	}
-	content, err := json.Marshal(storedLogs{TrustDomain: l.trustDomain, Logs: next})
+	signal(l.changed)
+}
+
+// keep writes the memory down as it changes, until ctx ends and then once more.
+// It has a goroutine of its own: a slow disk holds up nothing.
+func (l *logs) keep(ctx context.Context) {
+	failing := false
+	for open := true; open; {
+		select {
+		case <-ctx.Done():
+			open = false
+		case <-l.changed:
+		}
+		err := l.save()
+		if err != nil && !failing {
+			l.log.LogAttrs(ctx, slog.LevelError, "checkpoints of the CA's audit logs not saved", slog.Any("err", err))
+		}
+		failing = err != nil
+	}
+}
+
+func (l *logs) save() error {
+	l.mu.Lock()
+	content, err := json.Marshal(storedLogs{TrustDomain: l.trustDomain, Logs: l.seen})
+	l.mu.Unlock()
 	if err != nil {
 		return fmt.Errorf("encode what is remembered of the CA's logs: %w", err)
 	}
-	if err := durable.WriteFile(l.dir, logsFile, content); err != nil {
-		return err
-	}
-	l.seen = next
-	return nil
+	return durable.WriteFile(l.dir, logsFile, content)
 }

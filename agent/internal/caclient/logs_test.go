@@ -210,6 +210,9 @@ func TestLogThatIsForkedOrPutBackIsNoticed(t *testing.T) {
 	m.wants(root, forked.message(0), now.Add(logMemory-time.Second), 5, 5, "")
 
 	// It is remembered across a restart, and the CA hears of it.
+	ctx, end := context.WithCancel(t.Context())
+	end()
+	m.keep(ctx)
 	m = openMemory(t, dir)
 	states := m.states()
 	if len(states) != 1 || states[0].GetSize() != 5 || states[0].GetOrigin() != log.key.Origin() {
