@@ -24,21 +24,28 @@ const (
 // back.
 var errBackwards = errors.New("the store went back to an earlier state, as after a restore: start the CA again")
 
-// Run keeps the picture current until ctx ends. While the store is away it
-// keeps the last picture and goes on trying. It returns early only with a
-// record that it must not overlook (see put) and with a store that went back.
+// Run keeps the picture current until ctx ends. While the store is away, or
+// holds a record that is damaged, it keeps the last picture and goes on trying.
+// It returns early only with a record that it must not overlook (see put) and
+// with a store that went back.
 func (r *Registry) Run(ctx context.Context) error {
-	delay := retryDelay
+	delay, list := retryDelay, false
 	for {
 		before := r.Revision()
-		err := r.follow(ctx)
-		if errors.Is(err, store.ErrCompacted) {
+		var err error
+		if !list {
+			err = r.follow(ctx)
+			// A watch that ends where it began cannot go on from there.
+			list = errors.Is(err, store.ErrCompacted) || err == nil && r.Revision() == before
+		}
+		if list && ctx.Err() == nil {
 			err = r.relist(ctx)
+			list = err != nil
 		}
 		switch {
 		case ctx.Err() != nil || errors.Is(err, store.ErrClosed):
 			return nil
-		case err != nil && !errors.Is(err, store.ErrUnavailable):
+		case err != nil && !errors.Is(err, store.ErrUnavailable) && !errors.Is(err, store.ErrDamaged):
 			return err
 		case r.Revision() != before:
 			delay = retryDelay

@@ -80,10 +80,22 @@ func newRegistry(st store.Store, log *slog.Logger, pic *picture) *Registry {
 // Revision is the store revision of the picture.
 func (r *Registry) Revision() uint64 { return r.pic.Load().revision }
 
+// ErrBehind is returned by Wait: the picture does not follow the store.
+var ErrBehind = errors.New("this CA does not follow its store")
+
+// waitPatience bounds Wait, for callers whose context does not.
+const waitPatience = 10 * time.Second
+
 // Wait returns once the picture is at revision or later: after it, whoever
-// wrote at that revision sees the effect.
+// wrote at that revision sees the effect. ErrBehind: the picture does not get
+// there; what was written stays.
 func (r *Registry) Wait(ctx context.Context, revision uint64) error {
-	for r.Revision() < revision {
+	if r.Revision() >= revision {
+		return nil
+	}
+	patience := time.NewTimer(waitPatience)
+	defer patience.Stop()
+	for {
 		r.mu.Lock()
 		now, changed := r.Revision(), r.changed
 		r.mu.Unlock()
@@ -93,10 +105,11 @@ func (r *Registry) Wait(ctx context.Context, revision uint64) error {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-patience.C:
+			return fmt.Errorf("%w: its picture is at revision %d, and %d is stored: %v", ErrBehind, now, revision, r.Fault())
 		case <-changed:
 		}
 	}
-	return nil
 }
 
 // Grounds is what an issuance rests on, all of one revision.

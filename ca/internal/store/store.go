@@ -29,6 +29,9 @@ var (
 	// ErrUnavailable is returned when the store cannot be reached, e.g. an etcd
 	// without a quorum. What a Txn did that fails so is unknown.
 	ErrUnavailable = errors.New("store unavailable")
+	// ErrDamaged is returned by reads of a record that is not what was written,
+	// as its checksum shows. A watch that comes upon one ends. Others can be read.
+	ErrDamaged = errors.New("record damaged")
 	// ErrInUse is returned where another process has the store open.
 	ErrInUse = errors.New("data_dir in use by another merlon-ca")
 	// ErrClosed is returned once the store has been closed.
@@ -125,8 +128,8 @@ type Store interface {
 	Txn(ctx context.Context, cmps []Cmp, then, otherwise []Op) (TxnResult, error)
 	// Watch sends every batch above afterRevision, in order, until ctx ends or
 	// the store closes; then the channel is closed. A slow reader delays only
-	// itself; one that falls behind the compaction point finds the channel
-	// closed while ctx lives, and lists again. Watching from 0 gives all of a
+	// itself; one that falls behind the compaction point, or comes upon a damaged
+	// record, finds the channel closed while ctx lives, and lists again. Watching from 0 gives all of a
 	// history that has never been compacted.
 	Watch(ctx context.Context, prefix string, afterRevision uint64) (<-chan Batch, error)
 	// Campaign blocks until this process leads name (or ctx ends). A leader

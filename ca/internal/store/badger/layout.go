@@ -24,6 +24,8 @@ import (
 	"slices"
 
 	bdg "github.com/dgraph-io/badger/v4"
+
+	"merlon.dev/ca/internal/store"
 )
 
 // format is the version of the layout.
@@ -117,7 +119,7 @@ func decodeValue(storedKey, b []byte) (state, error) {
 	}
 	crc := binary.BigEndian.Uint32(b)
 	if checksum(storedKey, b[4:]) != crc {
-		return state{}, fmt.Errorf("read key %q: damaged: its checksum does not match", trimDataPrefix(storedKey))
+		return state{}, fmt.Errorf("read key %q: %w: its checksum does not match", trimDataPrefix(storedKey), store.ErrDamaged)
 	}
 	revision := binary.BigEndian.Uint64(b[4:])
 	if revision == 0 {

@@ -43,11 +43,11 @@ func checksum(key string, record []byte) uint32 {
 func decodeRecord(key string, record []byte) (value []byte, imported uint64, err error) {
 	switch {
 	case len(record) < headerBytes:
-		return nil, 0, fmt.Errorf("record of key %q is damaged: it has %d bytes", key, len(record))
+		return nil, 0, fmt.Errorf("read key %q: %w: it has %d bytes", key, store.ErrDamaged, len(record))
 	case record[0] != recordFormat:
 		return nil, 0, fmt.Errorf("record of key %q has format %d, this version reads format %d", key, record[0], recordFormat)
 	case binary.BigEndian.Uint32(record[9:]) != checksum(key, record):
-		return nil, 0, fmt.Errorf("record of key %q is damaged: its checksum is wrong", key)
+		return nil, 0, fmt.Errorf("read key %q: %w: its checksum is wrong", key, store.ErrDamaged)
 	}
 	return record[headerBytes:], binary.BigEndian.Uint64(record[1:]), nil
 }

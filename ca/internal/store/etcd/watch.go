@@ -22,8 +22,8 @@ import (
 
 const maxResumeDelay = time.Second
 
-// errDamaged is a change whose record cannot be trusted.
-var errDamaged = errors.New("damaged")
+// errUnreadable is a change whose record is damaged, or of another format.
+var errUnreadable = errors.New("change cannot be read")
 
 // Watch implements store.Store.
 func (s *Store) Watch(ctx context.Context, prefix string, afterRevision uint64) (<-chan store.Batch, error) {
@@ -83,7 +83,7 @@ func (w *watch) follow(ctx context.Context) {
 		switch {
 		case ctx.Err() != nil:
 			return
-		case errors.Is(err, store.ErrCompacted), errors.Is(err, errDamaged):
+		case errors.Is(err, store.ErrCompacted), errors.Is(err, errUnreadable):
 			w.log(ctx, slog.LevelWarn, "watch ended, its reader must list again", err)
 			return
 		}
@@ -194,14 +194,14 @@ func (w *watch) event(ev *mvccpb.Event) (store.Event, error) {
 	} else {
 		kv, err := w.store.keyValue(ev.Kv)
 		if err != nil {
-			return store.Event{}, fmt.Errorf("%w: %v", errDamaged, err)
+			return store.Event{}, fmt.Errorf("%w: %w", errUnreadable, err)
 		}
 		e.KV = kv
 	}
 	if ev.PrevKv != nil {
 		prev, err := w.store.keyValue(ev.PrevKv)
 		if err != nil {
-			return store.Event{}, fmt.Errorf("%w: %v", errDamaged, err)
+			return store.Event{}, fmt.Errorf("%w: %w", errUnreadable, err)
 		}
 		e.Prev = prev.Value
 		return e, nil
