@@ -225,8 +225,13 @@ func (a *authorities) follow(ctx context.Context) error {
 	set := a.registry.Authorities()
 	var errs []error
 	for _, root := range set.All() {
-		if root.Kind == rotation.Root && root.State.Trusted() {
-			errs = append(errs, a.trustRoot(root))
+		if root.Kind != rotation.Root || !root.State.Trusted() {
+			continue
+		}
+		// One that is old may have been before this replica's time, or be what
+		// leads to the one that signs.
+		if err := a.trustRoot(root); root.State == rotation.Published || root.State == rotation.Active {
+			errs = append(errs, err)
 		}
 	}
 	if root := set.Root(); root != nil {

@@ -339,6 +339,25 @@ func TestReplicaFollowsTheNewRoot(t *testing.T) {
 	}
 }
 
+// A replica that joins between two roots knows neither the one before nor what
+// that one has sealed.
+func TestReplicaThatJoinsBetweenRootsFollows(t *testing.T) {
+	t.Parallel() // it mostly waits
+	e := stage.StartEtcd(t, 1)
+	a := startCA(t, tempDir(t), onEtcd(e), quick)
+	second, third := a.prepare(rootKind), a.prepare(rootKind) // both sealed by the first
+	if err := a.activate(second, true); err != nil {
+		t.Fatal(err)
+	}
+	b := startCA(t, tempDir(t), onEtcd(e), a.joining("ca-2"), quick)
+	if err := a.activate(third, true); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "ca-2 under the third root", func() bool {
+		return b.authority("x509-intermediate", "active", "ca-2").GetRootAuthorityId() == third
+	})
+}
+
 // A store of an older Merlon has no authorities: they are written down, and the
 // trust bundle stays as it is.
 func TestOlderStoreIsUpgraded(t *testing.T) {

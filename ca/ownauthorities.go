@@ -127,9 +127,11 @@ func (p *parts) ownRoots(set rotation.Set, roots []*upstream.Root, now time.Time
 	}
 	for _, root := range roots {
 		var err error
-		if set, err = adopt(set, p.authorities.rootAuthority(root), lost && rootID(root.Certificate) == signing, now); err != nil {
+		a := p.authorities.rootAuthority(root)
+		if set, err = adopt(set, a, lost && a.ID == signing, now); err != nil {
 			return set, err
 		}
+		set = set.Resealed(a.ID, a.Seal, a.SealedBy)
 	}
 	return set, nil
 }

@@ -390,6 +390,25 @@ func TestPreparedByHandWaitsForItsTime(t *testing.T) {
 	}
 }
 
+// Who joins after a root became active has only that one to know the next by.
+func TestOnlyRootsToComeAreResealed(t *testing.T) {
+	b := newRoot("b", start)
+	b.Seal, b.SealedBy = []byte("1"), "x"
+	s := step(t, begin(t), Command{Verb: Prepare, New: &b}, View{}, start)
+	s = s.Resealed("b", []byte("2"), "a")
+	if got, _ := s.Get("b"); got.SealedBy != "a" || string(got.Seal) != "2" {
+		t.Errorf("sealed by %q: %q; want the one that signs", got.SealedBy, got.Seal)
+	}
+	for _, id := range []string{"a", "none"} { // it signs, and is sealed by whoever was before
+		if !s.Resealed(id, []byte("3"), "b").Equal(s) {
+			t.Errorf("%s was sealed anew", id)
+		}
+	}
+	if again := s.Resealed("b", []byte("4"), "a"); !again.Equal(s) {
+		t.Error("the same root sealed it twice")
+	}
+}
+
 func TestEncodeDecode(t *testing.T) {
 	s := begin(t)
 	b, err := s.Encode()

@@ -154,6 +154,19 @@ func (s Set) Stamped(sequence uint64) Set {
 	return next
 }
 
+// Resealed returns the set with another root's seal over a root that is to come:
+// of the one that signs now, which replicas have that joined since.
+func (s Set) Resealed(id string, seal []byte, by string) Set {
+	a, ok := s.Get(id)
+	if !ok || a.SealedBy == by || a.State != Prepared && a.State != Published {
+		return s
+	}
+	next := s.clone()
+	a, _ = next.Get(id)
+	a.Seal, a.SealedBy = seal, by
+	return next
+}
+
 // Equal says whether two sets say the same.
 func (s Set) Equal(other Set) bool {
 	a, errA := s.Encode()
