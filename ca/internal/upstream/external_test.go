@@ -102,7 +102,11 @@ func TestIntermediatesFromDiskChainToTheOperatorsRoot(t *testing.T) {
 	p := newPKI(t, nil)
 	cfg := config(t)
 	cfg.Upstream = p.config()
+	cfg.RootTTL = time.Hour // for roots that SVIDs are verified with
 	k := open(t, cfg)
+	if end := k.root().cert.NotAfter; end.Before(time.Now().Add(5 * 365 * 24 * time.Hour)) {
+		t.Errorf("our own root ends at %s, and nothing replaces it", end)
+	}
 	chain := issue(t, k, "/web", "web.internal")
 	if len(chain) != 3 {
 		t.Errorf("%d certificates in the chain; want leaf, intermediate and the operator's CA", len(chain))

@@ -117,7 +117,7 @@ func (d *keyDir) list() error {
 	}
 	for _, entry := range entries {
 		if strings.HasPrefix(entry.Name(), unfinished) {
-			if err := os.RemoveAll(filepath.Join(path, entry.Name())); err != nil {
+			if err := removeUnfinished(path, entry.Name()); err != nil {
 				return fmt.Errorf("remove an unfinished key: %w", err)
 			}
 			continue
@@ -135,6 +135,22 @@ func (d *keyDir) list() error {
 		slices.Sort(numbers)
 	}
 	return nil
+}
+
+// removeUnfinished takes what a crash left out of the way in one step: if somebody
+// is still writing it, either it gets its name, whole, or he fails.
+func removeUnfinished(dir, name string) error {
+	suffix, err := randomHex(8)
+	if err != nil {
+		return err
+	}
+	gone := filepath.Join(dir, unfinished+"gone-"+suffix)
+	if err := os.Rename(filepath.Join(dir, name), gone); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	return os.RemoveAll(gone)
 }
 
 func parseGeneration(name string) (kind, int, bool) {

@@ -129,8 +129,8 @@ func TestPKCS11TokenHoldsNoKeysForNothing(t *testing.T) {
 			t.Fatal("renewed with an answer that is wrong")
 		}
 	}
-	if _, keys := inToken(t); len(keys) != 3 {
-		t.Errorf("%d keys in the token after renewals that failed; want 3", len(keys))
+	if _, keys := inToken(t); len(keys) != 4 {
+		t.Errorf("%d keys in the token after renewals that failed; want one more, which is asked for again", len(keys))
 	}
 	holder.alter = nil
 	if renewed, err := k.RenewIntermediate(t.Context(), later); err != nil || !renewed {
@@ -142,6 +142,54 @@ func TestPKCS11TokenHoldsNoKeysForNothing(t *testing.T) {
 	if _, err := verify(t, root, issue(t, k, "/web")); err != nil {
 		t.Error(err)
 	}
+	holder.alter = func(c *Certificates) { c.Root = c.Policy }
+	if _, err := k.RenewIntermediate(t.Context(), later.Add(24*time.Hour)); err == nil {
+		t.Fatal("renewed with an answer that is wrong")
+	}
+	if err := k.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, keys := inToken(t); len(keys) != 3 {
+		t.Errorf("%d keys in the token after the end; want 3", len(keys))
+	}
+}
+
+// Keys that follow each other are made in the token, and leave it when they are
+// revoked.
+func TestPKCS11KeysAreReplacedInTheToken(t *testing.T) {
+	cfg := config(t)
+	cfg.KMS.URI, _ = newToken(t)
+	k := openToken(t, cfg)
+	oldRoot, oldJWT := rootID(k.X509().Root), k.JWT().KeyID
+	root, err := k.PrepareRoot(time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	jwt, err := k.PrepareJWT()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, keys := inToken(t); len(keys) != 6 {
+		t.Errorf("%d keys in the token; want 6", len(keys))
+	}
+	if changed, err := k.UseRoot(t.Context(), rootID(root.Certificate), time.Now()); err != nil || !changed {
+		t.Fatalf("UseRoot = %t, %v", changed, err)
+	}
+	if err := k.UseJWT(jwt.KeyID); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []string{oldRoot, oldJWT} {
+		if found, err := k.Discard(id); err != nil || !found {
+			t.Errorf("Discard(%s) = %t, %v", id, found, err)
+		}
+	}
+	if _, keys := inToken(t); len(keys) != 4 {
+		t.Errorf("%d keys in the token; want 4", len(keys))
+	}
+	if _, err := verify(t, k, issue(t, k, "/web")); err != nil || !k.X509().Root.Equal(root.Certificate) {
+		t.Errorf("under the new root: %v", err)
+	}
+	sameKeys(t, k, openToken(t, cfg))
 }
 
 func TestPKCS11RootAloneInTheToken(t *testing.T) {

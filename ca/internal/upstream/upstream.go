@@ -114,9 +114,9 @@ func Open(ctx context.Context, cfg Config) (*Keys, error) {
 	}
 	if cfg.RootTTL == 0 {
 		cfg.RootTTL = DefaultRootTTL
-		if cfg.Upstream.Type != "" {
-			cfg.RootTTL = externalRootTTL // nobody verifies SVIDs with it
-		}
+	}
+	if cfg.Upstream.Type != "" {
+		cfg.RootTTL = externalRootTTL // nobody verifies SVIDs with it, and nothing replaces it
 	}
 	if cfg.IntermediateTTL == 0 {
 		cfg.IntermediateTTL = DefaultIntermediateTTL
