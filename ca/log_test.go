@@ -268,7 +268,7 @@ func TestKilledCAHasLoggedWhatLeft(t *testing.T) {
 	received := make(map[string]string)
 	var a *testClient
 	var e *capb.Entry
-	const rounds = 6
+	const rounds = 4
 	for round := range rounds {
 		cmd, admin := startProcess(t, dir, "-address", address)
 		c := &testCA{t: t, dir: dir, admin: admin, address: address}
