@@ -118,8 +118,8 @@ func (p *picture) apply(b store.Batch, dec *entry.Decoder) (change, error) {
 
 // put takes one record over. What cannot be read fails closed, each kind in its
 // way: an entry, an agent or a replica is left out, so nobody has anything of
-// it; a revocation, trust bundle or policy head may take something away, and
-// an authority that overlooks that would be worse than none.
+// it; a revocation, trust bundle, policy head or the state of an authority may
+// take something away, and a CA that overlooks that would be worse than none.
 func (p *picture) put(kv store.KV, dec *entry.Decoder, c *change) error {
 	switch {
 	case strings.HasPrefix(kv.Key, EntryPrefix):
@@ -239,6 +239,8 @@ func (p *picture) remove(kv store.KV, c *change) {
 		p.replicas = p.replicas.without(name)
 	} else if kv.Key == trust.Key {
 		p.trust = nil
+	} else if kv.Key == trust.AuthoritiesKey {
+		p.authorities = rotation.Set{} // until the root holder writes them down again
 	}
 }
 
