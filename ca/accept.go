@@ -18,7 +18,6 @@ import (
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/etcd"
-	"merlon.dev/sdk/durable"
 )
 
 // settleEpoch refuses a store of an earlier epoch than this data_dir remembers,
@@ -91,8 +90,5 @@ func rememberEpoch(cfg Config, revision uint64) error {
 	if err != nil || store.Epoch(revision) <= store.Epoch(last) {
 		return err
 	}
-	if err := durable.WriteFile(cfg.DataDir, epochFile, fmt.Appendf(nil, "%d\n", revision)); err != nil {
-		return fmt.Errorf("remember the epoch: %w", err)
-	}
-	return nil
+	return writeEpoch(cfg, revision)
 }

@@ -91,6 +91,7 @@ func ParseCommandLine(args []string, getenv func(string) string, out io.Writer) 
 	file := set.String("config", "", "YAML file with the settings")
 	set.BoolVar(&cl.ValidateOnly, "validate", false, "look at the settings and leave")
 	older := set.Uint64("accept-older-store", 0, "`revision` of a store that is known to have lost its latest writes, such as one from a backup: open it all the same")
+	newStore := set.Bool("new-store", false, "begin with a new store where the one before is lost for good, with every entry, agent and revocation in it")
 	newRoot := set.Bool("new-root", false, "begin with a new root where the old one has ended: every agent needs a new join token")
 	given := make(map[string]string)
 	for _, key := range Keys() {
@@ -119,7 +120,7 @@ func ParseCommandLine(args []string, getenv func(string) string, out io.Writer) 
 	if err := cl.load(*file, getenv, given); err != nil {
 		return nil, err
 	}
-	cl.Config.AcceptOlderStore, cl.Config.NewRoot = *older, *newRoot
+	cl.Config.AcceptOlderStore, cl.Config.NewStore, cl.Config.NewRoot = *older, *newStore, *newRoot
 	return &cl, cl.Config.Validate()
 }
 

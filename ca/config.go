@@ -247,6 +247,10 @@ type Config struct {
 	// goes on in the next epoch. 0: such a store is refused.
 	AcceptOlderStore uint64 `yaml:"-"`
 
+	// NewStore lets the CA begin with a new store where the one that it had is lost
+	// for good. Otherwise such a CA does not start.
+	NewStore bool `yaml:"-"`
+
 	// NewRoot lets the CA begin with a new root where the old one has ended, and
 	// with it everything. Otherwise such a CA does not start.
 	NewRoot bool `yaml:"-"`

@@ -22,6 +22,9 @@ func (c Config) checkStore() error {
 	if c.DiskReserveMiB < 0 {
 		return fmt.Errorf("disk_reserve_mib: %d is negative", c.DiskReserveMiB)
 	}
+	if c.NewStore && (c.AcceptOlderStore != 0 || c.JoinAddress != "") {
+		return errors.New("-new-store: a replica that joins, or a store that is accepted, needs one that is there")
+	}
 	switch c.Store {
 	case storeBadger:
 		if len(c.EtcdEndpoints) > 0 {

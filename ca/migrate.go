@@ -56,7 +56,7 @@ func (m *Migrated) run(ctx context.Context, source store.Store, to Config, plan 
 	if err := importStore(ctx, to, m.Revision, snapshot.NewPages(source).All(ctx)); err != nil {
 		return fmt.Errorf("copy %s: %w", m.From, err)
 	}
-	target, err := openStore(ctx, to)
+	target, err := openExisting(ctx, to)
 	if err != nil {
 		return fmt.Errorf("look at the copy: %w", err)
 	}

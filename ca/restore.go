@@ -132,21 +132,20 @@ func checkEmpty(ctx context.Context, cfg Config) error {
 	if err := checkStopped(cfg); err != nil {
 		return err
 	}
+	there, err := storeExists(ctx, cfg)
+	if err != nil {
+		return err
+	}
 	if cfg.Store == storeEtcd {
-		there, err := etcd.Exists(ctx, cfg.etcd())
-		if err != nil || !there {
-			return err
+		if !there {
+			return nil
 		}
 		return &StoreError{
 			fmt.Errorf("there is a store already: %s", cfg.place()),
 			"choose another etcd_prefix, or back it up and remove it: etcdctl del --prefix " + cfg.etcdPrefix(),
 		}
 	}
-	empty, err := emptyDir(cfg.storeDir())
-	if err != nil {
-		return err
-	}
-	if !empty {
+	if there {
 		dir := cfg.storeDir()
 		return &StoreError{fmt.Errorf("there is a store already: %s", dir), fmt.Sprintf("move it away and name it: mv %s %s.old, then --replaces %s.old", dir, dir, dir)}
 	}
@@ -176,7 +175,7 @@ func (r *Restored) fill(ctx context.Context, cfg Config, path string) error {
 	}); err != nil {
 		return fmt.Errorf("restore: %w", err)
 	}
-	st, err := openStore(ctx, cfg)
+	st, err := openExisting(ctx, cfg)
 	if err != nil {
 		return fmt.Errorf("look at what was restored: %w", err)
 	}

@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"io"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -290,6 +291,33 @@ func TestEveryRestoreTakesAnEpochOfItsOwn(t *testing.T) {
 		}
 		if err := os.RemoveAll(to.storeDir()); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// A restore that was killed has left no store: nothing takes it for one, and the
+// same command goes on.
+func TestRestoreGoesOnWhereOneWasBrokenOff(t *testing.T) {
+	from := haStore(t)
+	file := backupFile(t, from)
+	for _, state := range []string{"incoming-partial", "incoming"} {
+		to := from
+		to.DataDir = filepath.Join(t.TempDir(), "b")
+		if err := badger.Import(filepath.Join(to.storeDir(), state), badger.Options{}, 1, nothing); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Mkdir(filepath.Join(to.storeDir(), "lost+found"), 0o700); err != nil { // a disk of its own
+			t.Fatal(err)
+		}
+		_, err := BackupStore(t.Context(), to, io.Discard)
+		if !errors.Is(err, store.ErrUnfinished) || !strings.Contains(storeHint(err), "run that command again") {
+			t.Errorf("%s: a backup of it: %v", state, err)
+		}
+		if _, err := VerifyStore(t.Context(), to); !errors.Is(err, store.ErrUnfinished) {
+			t.Errorf("%s: verify: %v", state, err)
+		}
+		if r, err := RestoreStore(t.Context(), to, file, RestoreOptions{AcceptLoss: true}); err != nil || r.Keys == 0 {
+			t.Errorf("%s: restore again: %+v, %v", state, r, err)
 		}
 	}
 }

@@ -164,6 +164,9 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	if err := s.openKeys(ctx, p); err != nil {
 		return nil, err
 	}
+	if err := p.noteStore(ctx, s.cfg); err != nil {
+		return nil, err
+	}
 	if err := p.publishLog(s.td); err != nil {
 		return nil, err
 	}
@@ -200,7 +203,7 @@ func (s *Server) openStore(ctx context.Context) (store.Store, error) {
 	deadline := time.Now().Add(storePatience)
 	for {
 		attempt, cancel := context.WithTimeout(ctx, storeAttempt)
-		st, err := openStore(attempt, s.cfg)
+		st, err := s.openServed(attempt)
 		cancel()
 		if !unreachable(err) || ctx.Err() != nil {
 			return st, err

@@ -18,8 +18,18 @@ const (
 	storeEtcd   = "etcd"
 )
 
-// openStore avoids an interface that holds a nil *badger.Store.
+// openStore opens the store, and begins one where there is none.
 func openStore(ctx context.Context, cfg Config) (store.Store, error) {
+	return openStoreOf(ctx, cfg, false)
+}
+
+// openExisting opens a store that is there; store.ErrNone: there is none.
+func openExisting(ctx context.Context, cfg Config) (store.Store, error) {
+	return openStoreOf(ctx, cfg, true)
+}
+
+// openStoreOf avoids an interface that holds a nil *badger.Store.
+func openStoreOf(ctx context.Context, cfg Config, existing bool) (store.Store, error) {
 	seen, err := lastEpoch(cfg)
 	if err != nil {
 		return nil, err
@@ -30,10 +40,12 @@ func openStore(ctx context.Context, cfg Config) (store.Store, error) {
 				return nil, err
 			}
 		}
-		return etcd.Open(ctx, cfg.etcd())
+		in := cfg.etcd()
+		in.Existing = existing
+		return etcd.Open(ctx, in)
 	}
 	st, err := badger.Open(cfg.storeDir(), badger.Options{
-		Logger: cfg.Logger, AcceptOlder: cfg.AcceptOlderStore, Seen: seen, ReserveBytes: cfg.diskReserve(),
+		Logger: cfg.Logger, AcceptOlder: cfg.AcceptOlderStore, Seen: seen, Existing: existing, ReserveBytes: cfg.diskReserve(),
 	})
 	if err != nil {
 		return nil, err

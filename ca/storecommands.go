@@ -102,7 +102,10 @@ func VerifyStore(ctx context.Context, cfg Config) (_ StoreReport, err error) {
 	if cfg.Store != storeEtcd {
 		return VerifyStoreDir(cfg.storeDir())
 	}
-	st, err := etcd.Open(ctx, cfg.etcd())
+	st, err := openExisting(ctx, cfg)
+	if errors.Is(err, store.ErrNone) {
+		return StoreReport{}, noStore(cfg)
+	}
 	if err != nil {
 		return StoreReport{}, err
 	}
@@ -155,14 +158,10 @@ func openIdle(ctx context.Context, cfg Config) (store.Store, error) {
 	if cfg.Store != storeEtcd {
 		return openIdleBadger(ctx, cfg)
 	}
-	there, err := etcd.Exists(ctx, cfg.etcd())
-	if err != nil {
-		return nil, err
-	}
-	if !there {
+	st, err := openExisting(ctx, cfg)
+	if errors.Is(err, store.ErrNone) {
 		return nil, noStore(cfg)
 	}
-	st, err := openStore(ctx, cfg)
 	if err != nil {
 		return nil, err
 	}
@@ -173,15 +172,15 @@ func openIdle(ctx context.Context, cfg Config) (store.Store, error) {
 }
 
 func openIdleBadger(ctx context.Context, cfg Config) (store.Store, error) {
-	if empty, err := emptyDir(cfg.storeDir()); err != nil {
+	if there, err := badger.Exists(cfg.storeDir()); err != nil {
 		return nil, err
-	} else if empty {
+	} else if !there {
 		return nil, noStore(cfg)
 	}
 	if err := checkOwner(cfg.storeDir()); err != nil {
 		return nil, err
 	}
-	st, err := openStore(ctx, cfg)
+	st, err := openExisting(ctx, cfg)
 	if errors.Is(err, store.ErrInUse) {
 		return nil, &StoreError{err, "stop the CA; a backup of one that runs is taken through its admin socket: merlon store backup FILE"}
 	}
@@ -190,23 +189,6 @@ func openIdleBadger(ctx context.Context, cfg Config) (store.Store, error) {
 
 func noStore(cfg Config) error {
 	return &StoreError{fmt.Errorf("there is no store in %s", cfg.place()), "name the CA's configuration with --config, or its data_dir with --data-dir"}
-}
-
-// emptyDir says whether dir is not there or has nothing in it.
-func emptyDir(dir string) (bool, error) {
-	f, err := os.Open(dir)
-	if errors.Is(err, os.ErrNotExist) {
-		return true, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	defer f.Close()
-	_, err = f.Readdirnames(1)
-	if errors.Is(err, io.EOF) {
-		return true, nil
-	}
-	return false, err
 }
 
 // checkStopped refuses while a CA answers on the admin socket of cfg.

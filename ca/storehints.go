@@ -43,7 +43,12 @@ func storeHint(err error) string {
 	if older, ok := errors.AsType[*store.OlderError](err); ok {
 		return fmt.Sprintf("put the later store back, or restore the newest backup (merlon store restore -h); to give up what is lost, start once with -accept-older-store=%d, with etcd while every other replica is stopped", older.Revision)
 	}
+	if lost, ok := errors.AsType[*LostStoreError](err); ok {
+		return "one of three: set data_dir, or etcd_endpoints and etcd_prefix, to where the store is (is its disk mounted?); or restore a backup: merlon store restore -h; or, if " + lost.Place + " is lost for good, begin a new one: start once with -new-store"
+	}
 	switch {
+	case errors.Is(err, store.ErrUnfinished):
+		return "run that command again: it clears away what it left, and goes on"
 	case errors.Is(err, store.ErrInUse):
 		return "another merlon-ca runs on this data directory"
 	case errors.Is(err, store.ErrUnavailable):

@@ -34,6 +34,12 @@ var (
 	ErrDamaged = errors.New("record damaged")
 	// ErrInUse is returned where another process has the store open.
 	ErrInUse = errors.New("data_dir in use by another merlon-ca")
+	// ErrNone is returned by those who open a store that must be there already
+	// where there is none.
+	ErrNone = errors.New("there is no store")
+	// ErrUnfinished is returned where a restore or a migration into the store was
+	// broken off: what is there is no store yet. The same command goes on.
+	ErrUnfinished = errors.New("a restore or a migration into it was broken off")
 	// ErrClosed is returned once the store has been closed.
 	ErrClosed = errors.New("store closed")
 )

@@ -57,6 +57,8 @@ type Options struct {
 	// Seen is the highest revision that is known from elsewhere: what AcceptOlder
 	// opens goes on in an epoch above that of Seen, too.
 	Seen uint64
+	// Existing makes Open refuse, with store.ErrNone, to begin a new store.
+	Existing bool
 	// ReserveBytes is how much of the disk stays free: below it Txn answers
 	// ErrReadOnly. Zero means DefaultReserveBytes.
 	ReserveBytes uint64

@@ -139,7 +139,7 @@ func TestCreationSurvivesACrash(t *testing.T) {
 	openStore(t, whole, Options{}).Close()
 	files := content(t, whole)
 	born := t.TempDir()
-	if _, err := examineEmpty(born, headSlot{}, errNoHead); err != nil {
+	if _, err := examineEmpty(born, Options{}, headSlot{}, errNoHead); err != nil {
 		t.Fatal(err)
 	}
 	unborn := content(t, born)[headName]

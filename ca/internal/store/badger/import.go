@@ -7,9 +7,11 @@ package badger
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"iter"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	bdg "github.com/dgraph-io/badger/v4"
@@ -31,10 +33,41 @@ const (
 	damagedName = "damaged-"
 )
 
+// Exists tells whether there is a store in dir, or what is left of one. Where
+// there is none, but an import was broken off before it was one, the error is
+// store.ErrUnfinished. A folder that is there for other reasons, such as
+// lost+found, is neither.
+func Exists(dir string) (bool, error) {
+	begun, err := hasBadger(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil || begun || hasAny(dir, headName, clearingName, movingName) {
+		return err == nil, err
+	}
+	if hasAny(dir, partialName, incomingName) {
+		return false, store.ErrUnfinished
+	}
+	return false, nil
+}
+
+func hasAny(dir string, names ...string) bool {
+	return slices.ContainsFunc(names, func(name string) bool {
+		_, err := os.Lstat(filepath.Join(dir, name))
+		return err == nil
+	})
+}
+
+// dropStaged removes what was being staged and is not wanted.
+func dropStaged(dir string) error {
+	return errors.Join(os.RemoveAll(filepath.Join(dir, partialName)), os.RemoveAll(filepath.Join(dir, incomingName)))
+}
+
 // Import makes a new store in dir and fills it with pairs, which come in order
 // of their keys and keep their ModRevision; the store goes on above revision
 // at, which is at least the highest of them. A directory that holds a store
-// already is an error, and an import that fails leaves none.
+// already is an error, and an import that fails leaves none; what one left that
+// was broken off is removed.
 func Import(dir string, opts Options, at uint64, pairs iter.Seq2[store.KV, error]) error {
 	if at == 0 {
 		return errors.New("import at revision 0: a store begins at 1")
@@ -57,11 +90,9 @@ func importLocked(dir string, opts Options, at uint64, pairs iter.Seq2[store.KV,
 	if err := finishInstall(dir); err != nil {
 		return err
 	}
-	begun, err := hasBadger(dir)
-	if err != nil {
+	if there, err := Exists(dir); err != nil && !errors.Is(err, store.ErrUnfinished) {
 		return err
-	}
-	if _, err := os.Stat(filepath.Join(dir, headName)); begun || err == nil {
+	} else if there {
 		return errors.New("there is a store already; it takes a new folder")
 	}
 	if err := stage(dir, opts, at, pairs); err != nil {
@@ -73,7 +104,7 @@ func importLocked(dir string, opts Options, at uint64, pairs iter.Seq2[store.KV,
 // stage builds a whole store in the folder incomingName.
 func stage(dir string, opts Options, at uint64, pairs iter.Seq2[store.KV, error]) (err error) {
 	partial, incoming := filepath.Join(dir, partialName), filepath.Join(dir, incomingName)
-	if err := errors.Join(os.RemoveAll(partial), os.RemoveAll(incoming)); err != nil {
+	if err := dropStaged(dir); err != nil {
 		return err
 	}
 	if err := os.Mkdir(partial, 0o700); err != nil {

@@ -9,6 +9,7 @@ import (
 	"iter"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -145,7 +146,83 @@ func TestVerifyTellsWhatIsThere(t *testing.T) {
 	if got, err := Verify(dir); err != nil || got != want {
 		t.Errorf("Verify = %+v, %v; want %+v", got, err, want)
 	}
-	if _, err := Verify(t.TempDir()); err == nil || !strings.Contains(err.Error(), "there is no store in this folder") {
+	if _, err := Verify(t.TempDir()); !errors.Is(err, store.ErrNone) {
 		t.Errorf("Verify of nothing = %v", err)
 	}
+}
+
+// A kill in the middle of an import leaves no store, and nothing may take it for
+// one but the import that comes after it.
+func TestImportThatWasBrokenOffIsNoStore(t *testing.T) {
+	for _, state := range []string{"incoming-partial", "incoming"} {
+		t.Run(state, func(t *testing.T) {
+			dir := t.TempDir()
+			left := filepath.Join(dir, state)
+			if err := Import(left, Options{}, 5, seq(nil)); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Mkdir(filepath.Join(dir, "lost+found"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			if there, err := Exists(dir); there || !errors.Is(err, store.ErrUnfinished) {
+				t.Errorf("Exists = %t, %v", there, err)
+			}
+			if _, err := Open(dir, Options{}); !errors.Is(err, store.ErrUnfinished) {
+				t.Errorf("Open = %v", err)
+			}
+			if _, err := Verify(dir); !errors.Is(err, store.ErrUnfinished) {
+				t.Errorf("Verify = %v", err)
+			}
+			want := []store.KV{{Key: "a", Value: []byte("1"), ModRevision: 3}}
+			if err := Import(dir, Options{}, 7, seq(nil, want...)); err != nil {
+				t.Fatal(err)
+			}
+			// Beside a store it is nothing but waste, such as an accepted store leaves.
+			if err := Import(left, Options{}, 5, seq(nil)); err != nil {
+				t.Fatal(err)
+			}
+			st, err := Open(dir, Options{Existing: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer st.Close()
+			if kv, revision, err := st.Get(t.Context(), "a"); err != nil || revision != 7 || kv.ModRevision != 3 {
+				t.Errorf("Get = %+v at revision %d, %v", kv, revision, err)
+			}
+			if _, err := os.Stat(left); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("%s is still there: %v", state, err)
+			}
+		})
+	}
+}
+
+func TestOpenBeginsNoStoreWhereOneMustBe(t *testing.T) {
+	empty := t.TempDir()
+	if err := os.Mkdir(filepath.Join(empty, "lost+found"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{empty, filepath.Join(empty, "nowhere")} {
+		if _, err := Open(dir, Options{Existing: true}); !errors.Is(err, store.ErrNone) {
+			t.Errorf("Open(%s) = %v; want ErrNone", dir, err)
+		}
+	}
+	// All that is left is a head that says nothing.
+	if err := os.WriteFile(filepath.Join(empty, "HEAD"), []byte("torn"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(empty, Options{Existing: true}); !isDamaged(err) {
+		t.Errorf("Open of a torn head = %v; want a DamagedError", err)
+	}
+	st, err := Open(empty, Options{}) // the first start of all
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func isDamaged(err error) bool {
+	_, damaged := errors.AsType[*DamagedError](err)
+	return damaged
 }

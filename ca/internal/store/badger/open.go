@@ -3,6 +3,7 @@ package badger
 // Opening a store.
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,8 +22,14 @@ import (
 // existing one is given too). It refuses a directory that another process has
 // open and a format that it does not know; a store that has lost something
 // that was acknowledged is refused with a *DamagedError and left as it was
-// found (see Options.AcceptOlder). Close it.
+// found (see Options.AcceptOlder); one that an import was to make and did not is
+// store.ErrUnfinished. Close it.
 func Open(dir string, opts Options) (*Store, error) {
+	if opts.Existing { // before a folder is made
+		if there, err := Exists(dir); err != nil || !there {
+			return nil, fmt.Errorf("open store %s: %w", dir, cmp.Or(err, store.ErrNone))
+		}
+	}
 	if err := makePrivate(dir); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
@@ -55,6 +62,9 @@ func makePrivate(dir string) error {
 
 func openLocked(dir string, lock *dirLock, guard *guard, opts Options) (*Store, error) {
 	if err := finishInstall(dir); err != nil {
+		return nil, err
+	}
+	if _, err := Exists(dir); err != nil {
 		return nil, err
 	}
 	found, err := examine(dir, opts)
@@ -92,7 +102,7 @@ func examine(dir string, opts Options) (*inspection, error) {
 		return nil, err
 	}
 	if !begun {
-		return examineEmpty(dir, head, headErr)
+		return examineEmpty(dir, opts, head, headErr)
 	}
 	return examineCopy(dir, badgerOptions(dir, opts.Logger), head, headErr, nil)
 }
@@ -117,14 +127,14 @@ func examineCopy(dir string, opts bdg.Options, head headSlot, headErr error, mor
 
 // examineEmpty judges a folder in which Badger has nothing yet. The head of a
 // new store comes first: a database without one is a store that lost it.
-func examineEmpty(dir string, last headSlot, headErr error) (*inspection, error) {
+func examineEmpty(dir string, opts Options, last headSlot, headErr error) (*inspection, error) {
 	f := &inspection{head: last, headErr: headErr}
-	if headErr == nil {
+	if headErr == nil || opts.Existing {
 		f.empty()
 		return f, f.damage(dir)
 	}
 	if _, err := os.Stat(filepath.Join(dir, headName)); err == nil {
-		// Torn when it was made: nothing was ever in it.
+		// Torn when it was made: nothing was ever in it, as far as the caller knows.
 		if err := os.Remove(filepath.Join(dir, headName)); err != nil {
 			return nil, err
 		}
@@ -158,7 +168,7 @@ func hasBadger(dir string) (bool, error) {
 // openWhole opens a store that was found whole, or one that is yet to be laid
 // out, and starts it.
 func openWhole(dir string, lock *dirLock, guard *guard, opts Options, found *inspection) (*Store, error) {
-	if err := dropUseless(dir); err != nil {
+	if err := errors.Join(dropUseless(dir), dropStaged(dir)); err != nil {
 		return nil, err
 	}
 	db, err := openDB(badgerOptions(dir, opts.Logger).WithLogger(gate{logger{opts.Logger}, guard}))

@@ -3,6 +3,7 @@ package badger
 // Looking at a store without opening it.
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -10,6 +11,8 @@ import (
 	"path/filepath"
 
 	bdg "github.com/dgraph-io/badger/v4"
+
+	"merlon.dev/ca/internal/store"
 )
 
 // Report is what Verify found.
@@ -53,16 +56,16 @@ func verify(dir string) (r Report, err error) {
 			return r, errors.New("an import was broken off; merlon-ca finishes it when it starts")
 		}
 	}
+	if there, err := Exists(dir); err != nil || !there {
+		return r, cmp.Or(err, store.ErrNone)
+	}
 	head, headErr := readHead(dir)
 	if headErr != nil && !errors.Is(headErr, errNoHead) {
 		return r, headErr
 	}
 	begun, err := hasBadger(dir)
-	switch {
-	case err != nil:
+	if err != nil {
 		return r, err
-	case !begun && headErr != nil:
-		return r, errors.New("there is no store in this folder")
 	}
 	f := &inspection{head: head, headErr: headErr}
 	if begun {

@@ -31,6 +31,8 @@ type Config struct {
 	CAFile, CertFile, KeyFile string
 	// Prefix begins all keys; empty means DefaultPrefix.
 	Prefix string
+	// Existing makes Open refuse, with store.ErrNone, to begin a new store.
+	Existing bool
 	// RequestTimeout is how long one request may take, whatever its context
 	// allows. Zero means 5 s.
 	RequestTimeout time.Duration

@@ -168,6 +168,23 @@ func TestEpochsAreRememberedBesideThePrefix(t *testing.T) {
 	}
 }
 
+// Whoever looks for a store that must be there leaves nothing behind.
+func TestOpenBeginsNoStoreWhereOneMustBe(t *testing.T) {
+	e := stage.StartEtcd(t, 1)
+	cfg := config(e)
+	cfg.Existing = true
+	if _, err := etcd.Open(t.Context(), cfg); !errors.Is(err, store.ErrNone) {
+		t.Errorf("Open = %v; want ErrNone", err)
+	}
+	if there, err := etcd.Exists(t.Context(), cfg); err != nil || there {
+		t.Errorf("Exists = %t, %v", there, err)
+	}
+	found, err := e.Client().Get(t.Context(), cfg.Prefix, clientv3.WithPrefix(), clientv3.WithCountOnly())
+	if err != nil || found.Count != 0 || found.Header.Revision != 1 {
+		t.Errorf("%d keys under the prefix, etcd at revision %d, %v; want none", found.Count, found.Header.Revision, err)
+	}
+}
+
 func isOlder(err error) bool {
 	_, older := errors.AsType[*store.OlderError](err)
 	return older

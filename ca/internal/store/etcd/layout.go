@@ -116,6 +116,9 @@ func (s *Store) tryLayout(ctx context.Context) (*layout, error) {
 		if l != nil || err != nil {
 			return l, err
 		}
+		if s.cfg.Existing {
+			return nil, fmt.Errorf("%s: %w", s.keys.prefix, store.ErrNone)
+		}
 		record := layoutRecord{Format: format}
 		if seen > 0 { // there was a store here before
 			record.Base = store.NextEpoch(seen)
@@ -170,7 +173,7 @@ func (s *Store) readLayout(ctx context.Context) (*layout, uint64, error) {
 		return nil, 0, fmt.Errorf("etcd endpoints: %v", err)
 	}
 	if m.importing {
-		return nil, 0, fmt.Errorf("an import into %s has not ended; run it again if it was broken off", s.keys.prefix)
+		return nil, 0, fmt.Errorf("%s: %w, or is under way", s.keys.prefix, store.ErrUnfinished)
 	}
 	if m.laid == nil {
 		return nil, m.seen, nil

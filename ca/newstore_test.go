@@ -1,0 +1,155 @@
+// A CA whose store is gone does not take an empty one for it.
+
+package ca_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"merlon.dev/ca"
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/store/badger"
+)
+
+func newStore(cfg *ca.Config) { cfg.NewStore = true }
+
+// away moves what matches away from data_dir, for good.
+func away(t *testing.T, dir string, patterns ...string) {
+	t.Helper()
+	for _, pattern := range patterns {
+		found, err := filepath.Glob(filepath.Join(dir, "data", pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range found {
+			if err := os.RemoveAll(path); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+func TestCAThatHadAStoreBeginsNoOther(t *testing.T) {
+	for name, test := range map[string]struct {
+		gone  []string // beside the store
+		prove func(t *testing.T, data string)
+		proof string
+	}{
+		"epoch file": {proof: "epoch"},
+		"audit log":  {gone: []string{"epoch"}, proof: "audit.jsonl"},
+		"keys alone": {gone: []string{"epoch", "audit*"}, proof: "intermediate-2", prove: func(t *testing.T, data string) {
+			t.Helper()
+			if err := os.CopyFS(filepath.Join(data, "keys", "intermediate-2"), os.DirFS(filepath.Join(data, "keys", "intermediate-1"))); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		"epoch file, after the keys were removed": {gone: []string{"keys"}, proof: "epoch"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := tempDir(t)
+			data := filepath.Join(dir, "data")
+			c := startCA(t, dir)
+			c.entry("n1", "lost")
+			c.stop()
+			away(t, dir, append(test.gone, "store")...)
+			if test.prove != nil {
+				test.prove(t, data)
+			}
+			err := startFails(t, dir)
+			lost, ok := errors.AsType[*ca.LostStoreError](err)
+			if !ok || filepath.Base(lost.Proof) != test.proof || lost.Place != filepath.Join(data, "store") {
+				t.Fatalf("the CA ended with %v; want a LostStoreError by %s", err, test.proof)
+			}
+			for _, way := range []string{"data_dir", "etcd_prefix", "merlon store restore", "-new-store"} {
+				if hint := ca.Hint(err); !strings.Contains(hint, way) {
+					t.Errorf("hint %q does not name %s", hint, way)
+				}
+			}
+			if _, err := os.Stat(filepath.Join(data, "store")); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("the CA that refuses made a store: %v", err)
+			}
+		})
+	}
+}
+
+// An empty store that somebody made is no store of this CA's.
+func TestEmptyStoreIsNotTakenForTheOneThatWas(t *testing.T) {
+	dir := tempDir(t)
+	startCA(t, dir).stop()
+	away(t, dir, "store")
+	emptyStore(t, dir)
+	if _, ok := errors.AsType[*ca.LostStoreError](startFails(t, dir)); !ok {
+		t.Error("the CA serves an empty store")
+	}
+	c := startCA(t, dir, newStore)
+	if revision := c.entry("n1", "new").GetRevision(); store.Epoch(revision) != 1 {
+		t.Errorf("it goes on at revision %d; want epoch 1", revision)
+	}
+}
+
+func emptyStore(t *testing.T, dir string) {
+	t.Helper()
+	st, err := badger.Open(filepath.Join(dir, "data", "store"), badger.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The new store's numbers lie above all that agents remember of the old one.
+func TestNewStoreIsBegunWhereItIsAskedForOnce(t *testing.T) {
+	dir := tempDir(t)
+	c := startCA(t, dir)
+	before := c.entry("n1", "lost").GetRevision()
+	c.stop()
+	away(t, dir, "store")
+	c = startCA(t, dir, newStore)
+	if len(c.entriesOf("lost")) != 0 {
+		t.Error("the entry of the lost store is there")
+	}
+	if after := c.entry("n1", "new").GetRevision(); store.Epoch(after) != store.Epoch(before)+1 {
+		t.Errorf("it goes on at revision %d after %d; want the next epoch", after, before)
+	}
+	recorded := false
+	for _, r := range c.auditRecords() {
+		detail, _ := r["detail"].(string)
+		recorded = recorded || strings.HasPrefix(detail, "begin a new store")
+	}
+	if !recorded {
+		t.Error("it is not in the audit log")
+	}
+	c.stop()
+	if err := startFails(t, dir, newStore); !strings.Contains(err.Error(), "start without -new-store") {
+		t.Errorf("with the flag again: %v", err)
+	}
+	if c = startCA(t, dir); len(c.entriesOf("new")) != 1 {
+		t.Error("the entry of the new store is gone")
+	}
+}
+
+// A first start that is killed between the making of the keys and the first
+// write leaves keys and no store, or one with nothing in it.
+func TestFirstStartThatWasKilledIsBegunAgain(t *testing.T) {
+	for name, left := range map[string]func(*testing.T, string){
+		"no store":       func(*testing.T, string) {},
+		"an empty store": emptyStore,
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := tempDir(t)
+			c := startCA(t, dir)
+			root := c.srv.Root()
+			c.stop()
+			away(t, dir, "store", "epoch", "audit*")
+			left(t, dir)
+			if c = startCA(t, dir); !c.srv.Root().Equal(root) {
+				t.Error("it has another root")
+			}
+			c.entry("n1", "web")
+		})
+	}
+}
