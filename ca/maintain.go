@@ -186,10 +186,12 @@ func (p *parts) upkeep(ctx context.Context, now time.Time) {
 func (p *parts) chores(ctx context.Context, now time.Time, fence store.Cmp) {
 	p.each(ctx, map[string]func(context.Context) error{
 		"remove expired entries": func(ctx context.Context) error { return p.removeEntries(ctx, now, fence) },
-		"remove old revocations": func(ctx context.Context) error { return p.remove(ctx, p.registry.ExpiredRevocations(now), fence) },
-		"remove expired tokens":  func(ctx context.Context) error { return p.removeTokens(ctx, now, fence) },
-		"renew policy bundles":   func(ctx context.Context) error { return p.renewPolicies(ctx, now, fence) },
-		"remove stray policies":  func(ctx context.Context) error { return p.releases.Prune(ctx, now, fence) },
+		"remove old revocations": func(ctx context.Context) error {
+			return p.remove(ctx, p.overdue.ripe(p.registry.ExpiredRevocations(now), now), fence)
+		},
+		"remove expired tokens": func(ctx context.Context) error { return p.removeTokens(ctx, now, fence) },
+		"renew policy bundles":  func(ctx context.Context) error { return p.renewPolicies(ctx, now, fence) },
+		"remove stray policies": func(ctx context.Context) error { return p.releases.Prune(ctx, now, fence) },
 	})
 }
 

@@ -120,6 +120,7 @@ type parts struct {
 	own         *ownSVID
 	health      *health.Server
 	log         *slog.Logger
+	overdue     overdue // of the leader
 
 	x509SVIDTTL, intermediateTTL time.Duration
 }
@@ -143,7 +144,7 @@ func (p *parts) close() error {
 }
 
 func (s *Server) open(ctx context.Context) (_ *parts, err error) {
-	p := &parts{log: s.log, x509SVIDTTL: s.cfg.X509SVIDTTL, intermediateTTL: s.cfg.IntermediateTTL} // no named result: the returns below would make it nil before close
+	p := &parts{log: s.log, overdue: make(overdue), x509SVIDTTL: s.cfg.X509SVIDTTL, intermediateTTL: s.cfg.IntermediateTTL} // no named result: the returns below would make it nil before close
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.close())

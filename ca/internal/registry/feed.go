@@ -167,7 +167,7 @@ func (f *Feed) Take(now time.Time) Update {
 	} else {
 		u.Entries, u.Removed = pic.entries.now(f.agent, pending)
 	}
-	u.Revocations = pic.revocations.After(since, now)
+	u.Revocations = pic.revocations.After(since, time.Time{}) // the agent judges by its own clock what has expired
 	if pic.trust != nil && pic.trust.Revision > since {
 		u.Trust = pic.trust
 	}

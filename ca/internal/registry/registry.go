@@ -283,9 +283,8 @@ func (r *Registry) Revocations(now time.Time) []*revocation.Record {
 	return r.pic.Load().revocations.After(0, now)
 }
 
-// ExpiredRevocations returns the store keys of the records that concern nobody
-// any more.
-func (r *Registry) ExpiredRevocations(now time.Time) []string {
+// ExpiredRevocations returns the records that concern nobody any more at now.
+func (r *Registry) ExpiredRevocations(now time.Time) []*revocation.Record {
 	return r.pic.Load().revocations.Expired(now)
 }
 

@@ -23,6 +23,8 @@ const encodingVersion = 1
 type Record struct {
 	svid.Revocation
 	Key string
+	// CreatedAt is zero for a record of an older Merlon.
+	CreatedAt time.Time
 	// Revision is that of the transaction that wrote it.
 	Revision uint64
 }
@@ -35,6 +37,7 @@ type stored struct {
 	AuthorityID string    `json:"authority_id,omitempty"`
 	Serial      string    `json:"serial,omitempty"`
 	ExpiresAt   time.Time `json:"expires_at"`
+	CreatedAt   time.Time `json:"created_at,omitzero"`
 	Note        string    `json:"note,omitempty"`
 	// ForGood: also what is issued later is withdrawn.
 	ForGood bool `json:"for_good,omitempty"`
@@ -53,7 +56,7 @@ func PutForGood(r svid.Revocation) (store.Op, string, error) { return put(r, tru
 func put(r svid.Revocation, forGood bool) (store.Op, string, error) {
 	b, err := json.Marshal(stored{
 		Version: encodingVersion, SPIFFEID: r.SPIFFEID, AgentID: r.AgentID, AgentHandle: r.AgentHandle,
-		AuthorityID: r.AuthorityID, Serial: r.Serial, ExpiresAt: r.ExpiresAt.UTC(), Note: r.Note, ForGood: forGood,
+		AuthorityID: r.AuthorityID, Serial: r.Serial, ExpiresAt: r.ExpiresAt.UTC(), CreatedAt: time.Now().UTC(), Note: r.Note, ForGood: forGood,
 	})
 	if err != nil {
 		return store.Op{}, "", fmt.Errorf("encode a revocation: %w", err)
@@ -73,7 +76,7 @@ func Decode(kv store.KV) (*Record, error) {
 	if s.Version != encodingVersion {
 		return nil, fmt.Errorf("decode %s: version %d is not known", kv.Key, s.Version)
 	}
-	r := &Record{Key: kv.Key, Revision: kv.ModRevision, Revocation: svid.Revocation{
+	r := &Record{Key: kv.Key, Revision: kv.ModRevision, CreatedAt: s.CreatedAt, Revocation: svid.Revocation{
 		SPIFFEID: s.SPIFFEID, AgentID: s.AgentID, AgentHandle: s.AgentHandle,
 		AuthorityID: s.AuthorityID, Serial: s.Serial, ExpiresAt: s.ExpiresAt, Note: s.Note,
 	}}
@@ -84,6 +87,18 @@ func Decode(kv store.KV) (*Record, error) {
 		return nil, fmt.Errorf("decode %s: %w", kv.Key, err)
 	}
 	return r, nil
+}
+
+// maxLife is that of any SVID.
+const maxLife = 24 * time.Hour
+
+// Life is how long the record was made for: as long as what it concerns could
+// still live then.
+func (r *Record) Life() time.Duration {
+	if r.CreatedAt.IsZero() {
+		return maxLife
+	}
+	return r.ExpiresAt.Sub(r.CreatedAt)
 }
 
 // Expired says whether the record concerns no living SVID any more.

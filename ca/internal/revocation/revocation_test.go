@@ -46,6 +46,9 @@ func TestRecordSurvivesTheStore(t *testing.T) {
 			r.BeforeRevision = 1
 		}
 		got := written(t, r, 42)
+		if life := got.Life(); life > time.Until(end)+time.Minute || life < time.Until(end)-time.Minute {
+			t.Errorf("%s: Life() = %v; want about %v", name, life, time.Until(end))
+		}
 		if d := cmp.Diff(want, got.Revocation); d != "" || got.Revision != 42 || !strings.HasPrefix(got.Key, Prefix) {
 			t.Errorf("%s: key %s, revision %d (-want +got):\n%s", name, got.Key, got.Revision, d)
 		}
@@ -149,7 +152,11 @@ func TestSetIsItsRecords(t *testing.T) {
 		if got := s.After(after, end); !slices.Equal(got, want) {
 			rt.Errorf("After(%d) = %d records; want %d", after, len(got), len(want))
 		}
-		if got := s.Expired(end); !slices.Equal(slices.Sorted(slices.Values(got)), slices.Sorted(slices.Values(expired))) {
+		var got []string
+		for _, r := range s.Expired(end) {
+			got = append(got, r.Key)
+		}
+		if slices.Sort(got); !slices.Equal(got, slices.Sorted(slices.Values(expired))) {
 			rt.Errorf("Expired() = %v; want %v", got, expired)
 		}
 		if s.Len() != len(all)-len(gone) {

@@ -59,19 +59,19 @@ func (s Set) After(revision uint64, now time.Time) []*Record {
 	return records
 }
 
-// Expired returns the keys of the records that concern nobody any more; it
-// looks at no others.
-func (s Set) Expired(now time.Time) []string {
-	var keys []string
+// Expired returns the records that concern nobody any more, if the clock is
+// right; it looks at no others.
+func (s Set) Expired(now time.Time) []*Record {
+	var records []*Record
 	for k, r := range s.byExpiry.All() {
 		if k[0] > index.Time(now) {
 			break
 		}
 		if r.Expired(now) {
-			keys = append(keys, r.Key)
+			records = append(records, r)
 		}
 	}
-	return keys
+	return records
 }
 
 // Concerning returns a record that withdraws the peer's SVID.

@@ -365,7 +365,7 @@ func (k *Keys) RenewIntermediate(ctx context.Context, now time.Time) (renewed bo
 	if err := ctx.Err(); err != nil {
 		return false, err
 	}
-	if current := k.x509.Load(); current != nil && !pastHalf(current.Chain[0], now) && k.underWanted(current) {
+	if current := k.x509.Load(); current != nil && inFirstHalf(current.Chain[0], now) && k.underWanted(current) {
 		return false, nil
 	}
 	if k.external != nil {
@@ -391,8 +391,10 @@ func (k *Keys) RenewIntermediate(ctx context.Context, now time.Time) (renewed bo
 	return true, nil
 }
 
-func pastHalf(cert *x509.Certificate, now time.Time) bool {
-	return now.After(cert.NotBefore.Add(cert.NotAfter.Sub(cert.NotBefore) / 2))
+// inFirstHalf says whether cert need not be replaced yet. One that is not valid
+// yet, made while the clock was ahead, must be.
+func inFirstHalf(cert *x509.Certificate, now time.Time) bool {
+	return !now.Before(cert.NotBefore) && !now.After(cert.NotBefore.Add(cert.NotAfter.Sub(cert.NotBefore)/2))
 }
 
 // keyID names a key by its contents, so that no two keys share one.

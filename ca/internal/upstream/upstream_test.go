@@ -224,7 +224,7 @@ func TestIntermediateIsRenewedPastHalfItsLife(t *testing.T) {
 	for _, tt := range []struct {
 		after time.Duration
 		want  bool
-	}{{11 * time.Hour, false}, {13 * time.Hour, true}, {13 * time.Hour, false}, {26 * time.Hour, true}} {
+	}{{11 * time.Hour, false}, {13 * time.Hour, true}, {13 * time.Hour, false}, {26 * time.Hour, true}, {0, true}} { // the last: it is not valid yet
 		renewed, err := k.RenewIntermediate(t.Context(), now.Add(tt.after))
 		if err != nil || renewed != tt.want {
 			t.Fatalf("RenewIntermediate(+%s) = %t, %v; want %t", tt.after, renewed, err, tt.want)
@@ -237,7 +237,7 @@ func TestIntermediateIsRenewedPastHalfItsLife(t *testing.T) {
 	if string(fresh.Chain[0].SubjectKeyId) == string(old.Chain[0].SubjectKeyId) {
 		t.Error("two generations have one key ID")
 	}
-	if got := generations(t, cfg.Dir); !slices.Equal(got, []string{"intermediate-3", "jwt-1", "log-1", "policy-1", "root-1"}) {
+	if got := generations(t, cfg.Dir); !slices.Equal(got, []string{"intermediate-4", "jwt-1", "log-1", "policy-1", "root-1"}) {
 		t.Errorf("on disk: %v; want only the newest intermediate", got)
 	}
 	if again := open(t, cfg); again.X509().ID() != fresh.ID() {
@@ -258,6 +258,20 @@ func generations(t *testing.T, dir string) (names []string) {
 }
 
 // The intermediate never outlives the root, nor is one made below an ended root.
+// One start with a clock that is ahead must not leave a CA that cannot issue.
+func TestIntermediateMadeUnderAnotherClockIsReplaced(t *testing.T) {
+	k := open(t, config(t))
+	now := time.Now()
+	for _, at := range []time.Time{now.Add(48 * time.Hour), now} {
+		if renewed, err := k.RenewIntermediate(t.Context(), at); err != nil || !renewed {
+			t.Fatalf("RenewIntermediate(%v) = %t, %v; want a new one", at, renewed, err)
+		}
+		if got := k.X509().Chain[0]; at.Before(got.NotBefore) || at.After(got.NotAfter) {
+			t.Errorf("at %v the intermediate is valid from %v to %v", at, got.NotBefore, got.NotAfter)
+		}
+	}
+}
+
 func TestIntermediateEndsWithTheRoot(t *testing.T) {
 	cfg := config(t)
 	cfg.RootTTL = time.Hour
