@@ -64,6 +64,9 @@ func (p *parts) watchStore(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		if errors.Is(err, store.ErrReplaced) {
+			return err // what is in memory is of another store
+		}
 		storeState.Store(&err)
 		p.service.SetStale(unreachable(err) || p.registry.Fault() != nil)
 		select {
@@ -134,7 +137,7 @@ func (p *parts) lead(ctx context.Context) error {
 func (p *parts) leadUntilLost(ctx context.Context, l store.Leadership) {
 	upkeep := time.NewTicker(upkeepInterval)
 	defer upkeep.Stop()
-	for now := time.Now(); p.service.Standing() == nil; {
+	for now := time.Now(); p.service.Standing() == nil && p.holds(ctx, l.Fence()); {
 		p.chores(ctx, now, l.Fence())
 		select {
 		case <-l.Lost():
@@ -150,6 +153,15 @@ func (p *parts) leadUntilLost(ctx context.Context, l store.Leadership) {
 	if err := l.Resign(resigning); err != nil {
 		p.log.LogAttrs(ctx, slog.LevelWarn, "upkeep not handed over", slog.Any("err", err))
 	}
+}
+
+// holds says whether a fence does, as far as that can be known: its key may have
+// been removed behind our back, and then nobody leads until somebody campaigns.
+func (p *parts) holds(ctx context.Context, fence store.Cmp) bool {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	res, err := p.store.Txn(ctx, []store.Cmp{fence}, nil, nil)
+	return err != nil || res.Succeeded
 }
 
 // checkAuthority says why the CA could not issue.

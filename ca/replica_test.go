@@ -346,6 +346,38 @@ func TestEvictedReplicaIsCutOff(t *testing.T) {
 	}
 }
 
+// A CA whose store is replaced under it ends, and says why: its picture is of
+// another one.
+func TestCAEndsWhenItsStoreIsReplaced(t *testing.T) {
+	e := stage.StartEtcd(t, 1)
+	dir := tempDir(t)
+	cfg := ca.Config{
+		TrustDomain: "shop.test", DataDir: filepath.Join(dir, "data"), AdminSocket: filepath.Join(dir, "s", "a.sock"),
+		Address: "127.0.0.1:0", HTTPSAddress: "127.0.0.1:0", HealthAddress: "127.0.0.1:0", Development: true,
+	}
+	onEtcd(e)(&cfg)
+	srv, err := ca.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- srv.Run(t.Context()) }()
+	select {
+	case <-srv.Ready():
+	case err := <-done:
+		t.Fatal(err)
+	}
+	e.Remove("/")
+	select {
+	case err := <-done:
+		if err == nil || !strings.Contains(err.Error(), "replaced") || !strings.Contains(ca.Hint(err), "start merlon-ca again") {
+			t.Errorf("Run = %v, hint %q; want it to say that the store was replaced", err, ca.Hint(err))
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("it still runs")
+	}
+}
+
 // logLines counts what a CA says.
 type logLines struct {
 	mu sync.Mutex

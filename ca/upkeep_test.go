@@ -42,6 +42,24 @@ func TestChoresOfAFormerLeaderAreFenced(t *testing.T) {
 	}
 }
 
+// Somebody removed the leader's key: nobody leads until it is campaigned for.
+func TestLeaderWhoseKeyIsGoneCampaignsAgain(t *testing.T) {
+	p, _ := openParts(t)
+	l := p.leads(t)
+	p.put(t, store.Delete(store.LeaderPrefix+upkeepLeader))
+	done := make(chan struct{})
+	go func() { p.leadUntilLost(t.Context(), l); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(20 * time.Second):
+		t.Fatal("it still leads")
+	}
+	next := p.leads(t)
+	if !p.holds(t.Context(), next.Fence()) || p.holds(t.Context(), l.Fence()) {
+		t.Error("want the fence of the next term to hold, and not that of the one before")
+	}
+}
+
 func TestReadyEndsBeforeTheAuthorityDoes(t *testing.T) {
 	p, _ := openParts(t)
 	end := p.keys.X509().NotAfter()

@@ -186,6 +186,14 @@ func (e *Etcd) Client(members ...*EtcdMember) *clientv3.Client {
 	return client
 }
 
+// Remove deletes all keys under prefix, as an operator does who makes room.
+func (e *Etcd) Remove(prefix string) {
+	e.TB.Helper()
+	if _, err := e.Client().Delete(e.TB.Context(), prefix, clientv3.WithPrefix()); err != nil {
+		e.TB.Fatal(err)
+	}
+}
+
 func (e *Etcd) dial(urls []string) (*clientv3.Client, error) {
 	config, err := e.Files.tls()
 	if err != nil {

@@ -397,6 +397,7 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 		{attest.ErrExpiredToken, codes.PermissionDenied},
 		{store.ErrTooLarge, codes.InvalidArgument},
 		{store.ErrClosed, codes.Unavailable},
+		{store.ErrReplaced, codes.Unavailable},
 		{errUnreachable, codes.Unavailable},
 	} {
 		if errors.Is(err, known.is) {

@@ -32,6 +32,10 @@ var (
 	// ErrDamaged is returned by reads of a record that is not what was written,
 	// as its checksum shows. A watch that comes upon one ends. Others can be read.
 	ErrDamaged = errors.New("record damaged")
+	// ErrReplaced is returned by Txn when another store is now in the place of
+	// the one that was opened, or it was put into another epoch: nothing that was
+	// read holds, and it has to be opened anew. Nothing was written.
+	ErrReplaced = errors.New("the store was replaced by another one, or put back, since it was opened")
 	// ErrInUse is returned where another process has the store open.
 	ErrInUse = errors.New("data_dir in use by another merlon-ca")
 	// ErrNone is returned by those who open a store that must be there already

@@ -75,7 +75,7 @@ func (s *Store) campaign(ctx context.Context, name, term string, ttl time.Durati
 func (s *Store) take(ctx context.Context, name, term string, held *lease) (led *leadership, seen int64, err error) {
 	key := store.LeaderPrefix + name
 	at := s.keys.data(key)
-	res, err := s.commit(ctx, []clientv3.Cmp{compare(at, 0)},
+	res, err := s.commitHere(ctx, []clientv3.Cmp{compare(at, 0)},
 		[]clientv3.Op{clientv3.OpPut(at, encodeRecord(key, 0, []byte(term)), clientv3.WithLease(held.id))},
 		[]clientv3.Op{clientv3.OpGet(at)})
 	if errors.Is(err, errLeaseGone) {

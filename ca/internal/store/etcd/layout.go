@@ -64,6 +64,9 @@ type layout struct {
 	// first is the store's revision when it was laid out: all that it has
 	// written by itself lies above.
 	first uint64
+	// mod is etcd's ModRevision of m/layout: another one is another store, or
+	// another epoch.
+	mod int64
 }
 
 // revision returns the store's revision at one of etcd's.
@@ -236,7 +239,7 @@ func (s *Store) decodeLayout(kv *mvccpb.KeyValue) (l layout, err error) {
 	if l.Format != format {
 		return layout{}, fmt.Errorf("the store under %s has format %d, this version reads format %d", s.keys.prefix, l.Format, format)
 	}
-	l.first = l.revision(kv.CreateRevision)
+	l.first, l.mod = l.revision(kv.CreateRevision), kv.ModRevision
 	return l, nil
 }
 

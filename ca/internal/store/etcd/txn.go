@@ -5,6 +5,7 @@ package etcd
 
 import (
 	"context"
+	"fmt"
 	"math"
 
 	clientv3 "go.etcd.io/etcd/client/v3"
@@ -28,15 +29,52 @@ func (s *Store) Txn(ctx context.Context, cmps []store.Cmp, then, otherwise []sto
 	if err != nil {
 		return store.TxnResult{}, err
 	}
-	res, err := s.commit(ctx, compares, s.ops(then), s.ops(otherwise))
+	res, err := s.commitHere(ctx, compares, s.ops(then), s.ops(otherwise))
 	if err != nil {
 		return store.TxnResult{}, err
 	}
 	return store.TxnResult{Succeeded: res.Succeeded, Revision: s.layout.revision(res.Header.Revision)}, nil
 }
 
+// commitHere is commit as long as the store is the one that was opened: who has
+// another layout in mind would take revisions for what they are not. A
+// transaction as large as etcd takes them leaves no room to ask; the next one
+// does.
+func (s *Store) commitHere(ctx context.Context, compares []clientv3.Cmp, then, otherwise []clientv3.Op) (*clientv3.TxnResponse, error) {
+	at := s.keys.layout()
+	here, look := compare(at, s.layout.mod), []clientv3.Op{clientv3.OpGet(at, clientv3.WithKeysOnly())}
+	do := s.write
+	if len(then)+len(otherwise) == 0 {
+		do, then = s.read, look // as in commit
+	}
+	switch {
+	case max(len(compares), len(then), len(otherwise)) == store.MaxTxnOps && len(otherwise) > 0, len(compares) == store.MaxTxnOps:
+		return s.commit(ctx, compares, then, otherwise)
+	case len(otherwise) > 0: // which must not be written elsewhere either
+		res, err := s.transact(ctx, do, []clientv3.Cmp{here}, []clientv3.Op{clientv3.OpTxn(compares, then, otherwise)}, nil)
+		if err != nil {
+			return nil, err
+		}
+		if !res.Succeeded {
+			return nil, errReplaced
+		}
+		inner := res.Responses[0].GetResponseTxn()
+		return &clientv3.TxnResponse{Header: res.Header, Succeeded: inner.Succeeded, Responses: inner.Responses}, nil
+	}
+	res, err := s.transact(ctx, do, append(compares, here), then, look)
+	if err != nil || res.Succeeded {
+		return res, err
+	}
+	if found := rangeOf(res.Responses[0]).Kvs; len(found) == 0 || found[0].ModRevision != s.layout.mod {
+		return nil, errReplaced
+	}
+	return res, nil
+}
+
+var errReplaced = fmt.Errorf("write to the store: %w", store.ErrReplaced)
+
 // commit runs a transaction on etcd's own keys.
-func (s *Store) commit(ctx context.Context, compares []clientv3.Cmp, then, otherwise []clientv3.Op) (res *clientv3.TxnResponse, err error) {
+func (s *Store) commit(ctx context.Context, compares []clientv3.Cmp, then, otherwise []clientv3.Op) (*clientv3.TxnResponse, error) {
 	do := s.write
 	if len(then) == 0 && len(otherwise) == 0 {
 		// etcd answers a transaction without operations from whatever state
@@ -44,6 +82,10 @@ func (s *Store) commit(ctx context.Context, compares []clientv3.Cmp, then, other
 		then = []clientv3.Op{clientv3.OpGet(s.keys.layout(), clientv3.WithCountOnly())}
 		do = s.read
 	}
+	return s.transact(ctx, do, compares, then, otherwise)
+}
+
+func (s *Store) transact(ctx context.Context, do func(context.Context, string, ask) error, compares []clientv3.Cmp, then, otherwise []clientv3.Op) (res *clientv3.TxnResponse, err error) {
 	err = do(ctx, "write to the store", func(ctx context.Context, c *clientv3.Client) (err error) {
 		res, err = c.Txn(ctx).If(compares...).Then(then...).Else(otherwise...).Commit()
 		return err
