@@ -53,7 +53,7 @@ func (m *Migrated) run(ctx context.Context, source store.Store, to Config, plan 
 	if plan {
 		return nil
 	}
-	if err := importStore(ctx, to, m.Revision, snapshot.NewPages(source).All(ctx)); err != nil {
+	if err := importStore(ctx, to, m.Revision, 0, snapshot.NewPages(source).All(ctx)); err != nil {
 		return fmt.Errorf("copy %s: %w", m.From, err)
 	}
 	target, err := openExisting(ctx, to)

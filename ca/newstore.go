@@ -155,7 +155,7 @@ func beginStore(ctx context.Context, cfg Config) (accept uint64, err error) {
 		}
 		cfg.Logger.LogAttrs(ctx, slog.LevelWarn, "new store, as it was told to: entries, agents and revocations of the one before are gone; start without -new-store from now on",
 			slog.String("place", cfg.place()))
-		return 0, importStore(ctx, cfg, store.NextEpoch(last), nothing)
+		return 0, importStore(ctx, cfg, store.NextEpoch(last), 0, nothing)
 	}
 	st, err := openExisting(ctx, cfg)
 	if err != nil {

@@ -171,7 +171,7 @@ func lostHead(dir string) (uint64, error) {
 // fill imports the backup and compares what is there then with what should be.
 func (r *Restored) fill(ctx context.Context, cfg Config, path string) error {
 	if err := r.eachPair(cfg, path, func(pairs iter.Seq2[store.KV, error]) error {
-		return importStore(ctx, cfg, r.Revision, pairs)
+		return importStore(ctx, cfg, r.Revision, uint64(r.Backup.Bytes), pairs)
 	}); err != nil {
 		return fmt.Errorf("restore: %w", err)
 	}
@@ -211,7 +211,9 @@ func (r *Restored) readBackup(path string, do func(iter.Seq2[store.KV, error]) e
 	return do(backup.All())
 }
 
-func importStore(ctx context.Context, cfg Config, at uint64, pairs iter.Seq2[store.KV, error]) error {
+// importStore fills the empty store of cfg with about size bytes, 0 if that is
+// not known.
+func importStore(ctx context.Context, cfg Config, at, size uint64, pairs iter.Seq2[store.KV, error]) error {
 	last, err := seenEpoch(ctx, cfg)
 	if err != nil {
 		return err
@@ -225,7 +227,7 @@ func importStore(ctx context.Context, cfg Config, at uint64, pairs iter.Seq2[sto
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return fmt.Errorf("make data_dir: %w", err)
 	}
-	return badger.Import(cfg.storeDir(), badger.Options{Logger: cfg.Logger}, at, pairs)
+	return badger.Import(cfg.storeDir(), badger.Options{Logger: cfg.Logger, ReserveBytes: cfg.diskReserve(), ImportBytes: size}, at, pairs)
 }
 
 // sameTrustDomain passes pairs on, and refuses the store of another trust

@@ -62,6 +62,9 @@ type Options struct {
 	// ReserveBytes is how much of the disk stays free: below it Txn answers
 	// ErrReadOnly. Zero means DefaultReserveBytes.
 	ReserveBytes uint64
+	// ImportBytes is about how much Import will write; zero: that is not known. It
+	// does not begin what does not fit above the reserve.
+	ImportBytes uint64
 	// Logger takes what Badger reports, at debug and warn. Nil discards it.
 	Logger *slog.Logger
 }

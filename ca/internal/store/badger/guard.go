@@ -137,6 +137,42 @@ func (g *guard) check() error {
 	return nil
 }
 
+// stagingRoom looks after the disk while a store is being staged. Badger ends
+// the process over a table that it cannot make there, so it is stopped before.
+type stagingRoom struct{ guard *guard }
+
+// minStagingBytes are more than Badger has under way at any time while it is
+// loaded: 16 tables and what they are made of.
+const minStagingBytes = 96 << 20
+
+func newRoom(dir string, opts Options) (*stagingRoom, error) {
+	g, err := newGuard(dir, opts.ReserveBytes, opts.Logger)
+	if err != nil {
+		return nil, err
+	}
+	g.reserve = max(g.reserve, minStagingBytes)
+	return &stagingRoom{g}, nil
+}
+
+// check says whether the reserve stays free when more bytes are written.
+func (r *stagingRoom) check(more uint64) error {
+	disk, err := spaceOf(r.guard.dir)
+	if err != nil {
+		return fmt.Errorf("ask how much of the disk of %s is free: %v", r.guard.dir, err)
+	}
+	need := r.guard.reserve + more
+	switch {
+	case disk.readOnly:
+		return shortf("the disk of %s is mounted read-only", r.guard.dir)
+	case disk.free < need:
+		return shortf("the disk of %s has %s free, and %s are needed, of which %s stay free: make room there, or lower disk_reserve_mib",
+			r.guard.dir, mebibytes(disk.free), mebibytes(need), mebibytes(r.guard.reserve))
+	case disk.inodes < disk.inodesNeeded():
+		return shortf("the disk of %s has %d inodes free, and %d are needed: remove some files there", r.guard.dir, disk.inodes, disk.inodesNeeded())
+	}
+	return nil
+}
+
 // inodesNeeded is how many must stay free; 0 where they are not counted.
 func (d diskSpace) inodesNeeded() uint64 { return min(reserveInodes, d.inodeMax/8) }
 

@@ -80,10 +80,20 @@ func Import(dir string, opts Options, at uint64, pairs iter.Seq2[store.KV, error
 		return fmt.Errorf("import into %s: %w", dir, err)
 	}
 	lock.sign()
-	if err := errors.Join(importLocked(dir, opts.withDefaults(), at, pairs), lock.release()); err != nil {
+	if err := errors.Join(importGuarded(dir, opts.withDefaults(), at, pairs), lock.release()); err != nil {
 		return fmt.Errorf("import into %s: %w", dir, err)
 	}
 	return nil
+}
+
+func importGuarded(dir string, opts Options, at uint64, pairs iter.Seq2[store.KV, error]) error {
+	guard, err := newGuard(dir, opts.ReserveBytes, opts.Logger)
+	if err != nil {
+		return err
+	}
+	guard.watch()
+	defer guard.unwatch()
+	return importLocked(dir, opts, at, pairs)
 }
 
 func importLocked(dir string, opts Options, at uint64, pairs iter.Seq2[store.KV, error]) error {
@@ -101,10 +111,17 @@ func importLocked(dir string, opts Options, at uint64, pairs iter.Seq2[store.KV,
 	return install(dir)
 }
 
-// stage builds a whole store in the folder incomingName.
+// stage builds a whole store in the folder incomingName, whose guard watches.
 func stage(dir string, opts Options, at uint64, pairs iter.Seq2[store.KV, error]) (err error) {
 	partial, incoming := filepath.Join(dir, partialName), filepath.Join(dir, incomingName)
 	if err := dropStaged(dir); err != nil {
+		return err
+	}
+	room, err := newRoom(dir, opts)
+	if err != nil {
+		return err
+	}
+	if err := room.check(opts.ImportBytes + walBytes); err != nil {
 		return err
 	}
 	if err := os.Mkdir(partial, 0o700); err != nil {
@@ -119,7 +136,7 @@ func stage(dir string, opts Options, at uint64, pairs iter.Seq2[store.KV, error]
 	if err != nil {
 		return err
 	}
-	start, err := load(db, at, pairs)
+	start, err := load(db, room, at, pairs)
 	if err := errors.Join(err, db.Close()); err != nil {
 		return err
 	}
@@ -134,12 +151,12 @@ func stage(dir string, opts Options, at uint64, pairs iter.Seq2[store.KV, error]
 }
 
 // load streams the pairs into an empty database, as finished tables.
-func load(db *bdg.DB, at uint64, pairs iter.Seq2[store.KV, error]) (point, error) {
+func load(db *bdg.DB, room *stagingRoom, at uint64, pairs iter.Seq2[store.KV, error]) (point, error) {
 	w := db.NewStreamWriter()
 	if err := w.Prepare(); err != nil {
 		return point{}, err
 	}
-	s := stream{writer: w, buf: z.NewBuffer(streamBytes+store.MaxValueBytes, "import"), at: at}
+	s := stream{writer: w, buf: z.NewBuffer(streamBytes+store.MaxValueBytes, "import"), at: at, room: room}
 	defer func() { _ = s.buf.Release() }()
 	start, err := s.fill(pairs)
 	if err != nil {
@@ -157,6 +174,7 @@ type stream struct {
 	writer *bdg.StreamWriter
 	buf    *z.Buffer
 	at     uint64
+	room   *stagingRoom
 }
 
 func (s *stream) fill(pairs iter.Seq2[store.KV, error]) (point, error) {
@@ -200,6 +218,9 @@ func (s *stream) add(key, value []byte) error {
 }
 
 func (s *stream) send() error {
+	if err := s.room.check(0); err != nil {
+		return err
+	}
 	err := s.writer.Write(s.buf)
 	s.buf.Reset()
 	return err

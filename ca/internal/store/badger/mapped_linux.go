@@ -63,7 +63,7 @@ func beforeMapping(fd int, offset, length int64) error {
 		return nil //nolint:nilerr // no /proc: see Open
 	}
 	dir := filepath.Dir(path)
-	if filepath.Base(dir) == scratchName {
+	if inside := filepath.Base(dir); inside == scratchName || inside == partialName {
 		dir = filepath.Dir(dir)
 	}
 	g, ours := guards.Load(dir)
