@@ -193,6 +193,7 @@ func partHint(err error) string {
 		{upstream.ErrIsReplica, "set join_address to the CA that holds the root key"},
 		{upstream.ErrIsRootHolder, "remove join_address, or use another data_dir for the replica"},
 		{upstream.ErrEnded, rejoin},
+		{upstream.ErrOtherReplica, "set replica_name to the name that the keys have, or leave it out; a name is for good"},
 		{upstream.ErrNoKEK, "put it back to where it was, or say where it is with key_file, key_credential or key_passphrase_file; without it the keys are lost, and only a backup of both helps"},
 		{upstream.ErrWrongKEK, "set key_file, key_credential or key_passphrase_file to the one they were sealed under; after `merlon key reseal` was interrupted, run it again. If all of that is right the file is damaged: restore data_dir/keys from a backup"},
 		{upstream.ErrSealBroken, "restore the file from a backup of data_dir/keys; nothing was changed"},
@@ -208,6 +209,7 @@ func partHint(err error) string {
 		{store.ErrReplaced, "start merlon-ca again, and so every other replica: it opens the store that is there now"},
 		{trust.ErrOtherRoot, "a store is of no use without its keys: put the keys folder of the CA that it is from, and the kek beside it, into data_dir; replicas share one store, at the same etcd_endpoints and etcd_prefix"},
 		{errNoJoinToken, "run `" + create + "` on the CA that holds the root key, then set join_token_file and root_hash"},
+		{errJoinOther, "let join_address be the CA that holds the root key, and replica_name the name that the token was made for, or leave replica_name out"},
 		{errJoinRefused, "a token works once and for a short time: run `" + create + "` again"},
 	} {
 		if errors.Is(err, known.is) {

@@ -39,6 +39,7 @@ const (
 var (
 	errNoJoinToken = errors.New("join the CA: there is no join token")
 	errJoinRefused = errors.New("join the CA: the token is refused")
+	errJoinOther   = errors.New("join the CA: not like this, and the token stays good")
 )
 
 // rootHolder implements upstream.RootHolder over gRPC.
@@ -79,12 +80,15 @@ func (h *rootHolder) Join(ctx context.Context, keys upstream.KeyRequests) (*upst
 	}
 	var answer *capb.ReplicaCertificates
 	err = h.call(ctx, cfg, func(ctx context.Context, ca capb.ReplicaClient) error {
-		resp, err := ca.Join(ctx, &capb.ReplicaJoinRequest{Token: token, Keys: requestsToProto(keys)})
+		resp, err := ca.Join(ctx, &capb.ReplicaJoinRequest{Token: token, Keys: requestsToProto(keys), Name: h.cfg.ReplicaName})
 		answer = resp.GetCertificates()
 		return err
 	})
 	if code := status.Code(err); code == codes.PermissionDenied || code == codes.AlreadyExists {
 		return nil, fmt.Errorf("%w: %s", errJoinRefused, status.Convert(err).Message())
+	}
+	if status.Code(err) == codes.FailedPrecondition {
+		return nil, fmt.Errorf("%w: %s", errJoinOther, status.Convert(err).Message())
 	}
 	if err != nil {
 		return nil, fmt.Errorf("join the CA at %s: %w", h.cfg.JoinAddress, err)

@@ -192,7 +192,8 @@ func TestReplicasAreOneCA(t *testing.T) {
 		"not the root's": {func(cfg *ca.Config) {
 			joining(cfg)
 			cfg.JoinAddress = b.srv.Address().String()
-		}, ""},
+		}, "that holds the root key"},
+		"another name": {func(cfg *ca.Config) { a.joining("ca-9")(cfg); cfg.ReplicaName = "zz" }, "or leave replica_name out"},
 	} {
 		err := refusedCA(t, tempDir(t), onEtcd(e), test.change)
 		if hint := ca.Hint(err); !strings.Contains(hint, test.want) {

@@ -26,8 +26,11 @@ const (
 type ReplicaJoinRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Single use, as printed by `merlon token create --kind replica`.
-	Token         string       `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
-	Keys          *ReplicaKeys `protobuf:"bytes,2,opt,name=keys,proto3" json:"keys,omitempty"`
+	Token string       `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	Keys  *ReplicaKeys `protobuf:"bytes,2,opt,name=keys,proto3" json:"keys,omitempty"`
+	// What the replica is configured to be called; empty: as the token says. Another
+	// name than the token's is refused, and the token stays good.
+	Name          string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -74,6 +77,13 @@ func (x *ReplicaJoinRequest) GetKeys() *ReplicaKeys {
 		return x.Keys
 	}
 	return nil
+}
+
+func (x *ReplicaJoinRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
 }
 
 type ReplicaJoinResponse struct {
@@ -355,10 +365,11 @@ var File_ca_capb_replica_proto protoreflect.FileDescriptor
 
 const file_ca_capb_replica_proto_rawDesc = "" +
 	"\n" +
-	"\x15ca/capb/replica.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x12ca/capb/node.proto\"Y\n" +
+	"\x15ca/capb/replica.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x12ca/capb/node.proto\"m\n" +
 	"\x12ReplicaJoinRequest\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12-\n" +
-	"\x04keys\x18\x02 \x01(\v2\x19.merlon.ca.v1.ReplicaKeysR\x04keys\"\\\n" +
+	"\x04keys\x18\x02 \x01(\v2\x19.merlon.ca.v1.ReplicaKeysR\x04keys\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\"\\\n" +
 	"\x13ReplicaJoinResponse\x12E\n" +
 	"\fcertificates\x18\x01 \x01(\v2!.merlon.ca.v1.ReplicaCertificatesR\fcertificates\"F\n" +
 	"\x15ReplicaCertifyRequest\x12-\n" +

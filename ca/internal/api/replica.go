@@ -123,6 +123,9 @@ func (s *Service) Join(ctx context.Context, req *capb.ReplicaJoinRequest) (*capb
 	var rec *replica.Record
 	var intermediate *x509.Certificate
 	revision, err := attest.RedeemReplicaToken(ctx, s.opts.Store, s.opts.Root, req.GetToken(), now, func(name string) ([]store.Cmp, []store.Op, error) {
+		if want := req.GetName(); want != "" && want != name {
+			return nil, nil, status.Errorf(codes.FailedPrecondition, "the token is for replica %s, and this one is configured as %s", name, want)
+		}
 		if rec == nil { // not again when others get in between
 			var err error
 			if rec, intermediate, err = s.newReplica(name, keys, now); err != nil {

@@ -169,7 +169,10 @@ func TestJoinRefusesBadKeysAndKeepsTheToken(t *testing.T) {
 			t.Errorf("%s: %v; want InvalidArgument", name, err)
 		}
 	}
-	got, err := s.Join(as(t, Anonymous()), &capb.ReplicaJoinRequest{Token: token, Keys: j.keys(t)})
+	if _, err := s.Join(as(t, Anonymous()), &capb.ReplicaJoinRequest{Token: token, Keys: j.keys(t), Name: "ca-3"}); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("another name than the token's: %v; want FailedPrecondition", err)
+	}
+	got, err := s.Join(as(t, Anonymous()), &capb.ReplicaJoinRequest{Token: token, Keys: j.keys(t), Name: "ca-2"})
 	if err != nil || got.GetCertificates().GetName() != "ca-2" {
 		t.Fatalf("with the token that is left: %v, %v", got, err)
 	}

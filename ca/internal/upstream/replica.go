@@ -25,6 +25,8 @@ var (
 	// ErrIsRootHolder: the root's key is here, and somebody else is named who
 	// should hold it.
 	ErrIsRootHolder = errors.New("the root key is here: this CA is no replica of another")
+	// ErrOtherReplica: the keys here are certified for another name.
+	ErrOtherReplica = errors.New("the keys here are another replica's")
 	// ErrEnded: the replica was away for longer than its intermediate lived.
 	ErrEnded = errors.New("the replica's intermediate has ended")
 )

@@ -159,7 +159,7 @@ func (k *Keys) open(ctx context.Context) error {
 		err = k.openRootHolder(ctx, now)
 	}
 	if err == nil && k.cfg.Name != "" && k.cfg.Name != k.name {
-		err = fmt.Errorf("the keys here are those of replica %s, not %s", k.name, k.cfg.Name)
+		err = fmt.Errorf("%w: those of %s, and this CA is configured as %s", ErrOtherReplica, k.name, k.cfg.Name)
 	}
 	if err == nil && k.cfg.ActiveJWT != nil && k.HoldsJWT(k.cfg.ActiveJWT(k.name)) {
 		err = k.UseJWT(k.cfg.ActiveJWT(k.name))
