@@ -38,8 +38,8 @@ func profiles(t *testing.T) map[string]*x509.Certificate {
 		"leaf":                 leaf,
 		"development_root":     open(t, dev).X509().Root,
 		"address_intermediate": open(t, address).X509().Chain[0],
-		"policy":               k.policy.cert,
-		"replica_policy":       r.policy.cert,
+		"policy":               k.policy.Load().cert,
+		"replica_policy":       r.policy.Load().cert,
 	}
 }
 

@@ -428,15 +428,17 @@ func encodeCerts(certs []*x509.Certificate) (text []byte) {
 	return text
 }
 
-// certify puts a certificate beside the key of gen, which had none. A crash leaves
-// all of it or nothing that counts.
-func (d *keyDir) certify(gen *generation, cert *x509.Certificate) error {
+// certify puts a certificate beside the key of gen, in place of one that may be
+// there, and returns the two together. A crash leaves all of it or nothing that
+// counts.
+func (d *keyDir) certify(gen *generation, cert *x509.Certificate) (*generation, error) {
 	folder := d.folder(gen.kind, gen.number)
 	if err := durable.WriteFile(folder, certFile, encodeCert(cert)); err != nil {
-		return fmt.Errorf("put the certificate of %s away: %w", folder, err)
+		return nil, fmt.Errorf("put the certificate of %s away: %w", folder, err)
 	}
-	gen.cert = cert
-	return nil
+	certified := *gen
+	certified.cert = cert
+	return &certified, nil
 }
 
 // removeOlder removes the generations before gen of its kind.

@@ -91,10 +91,11 @@ func (k *Keys) openReplica(ctx context.Context, now time.Time) error {
 
 // checkOwnPolicy: the certificate beside the policy key is a root's for it.
 func (k *Keys) checkOwnPolicy(now time.Time) error {
-	if k.policy.cert == nil {
+	cert := k.policy.Load().cert
+	if cert == nil {
 		return errors.New("the policy key has no certificate")
 	}
-	key, err := replica.VerifyPolicyCertificate(k.policy.cert.Raw, k.Anchors(), now)
+	key, err := replica.VerifyPolicyCertificate(cert.Raw, k.Anchors(), now)
 	k.name = key.Replica
 	return err
 }
@@ -138,7 +139,7 @@ func (k *Keys) requests(key madeKey) (r KeyRequests, err error) {
 	for _, request := range []struct {
 		to   *[]byte
 		with crypto.Signer
-	}{{&r.Intermediate, key.signer}, {&r.Policy, k.policy.signer}, {&r.JWT, k.JWT().Signer}} {
+	}{{&r.Intermediate, key.signer}, {&r.Policy, k.policy.Load().signer}, {&r.JWT, k.JWT().Signer}} {
 		if *request.to, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, request.with); err != nil {
 			return KeyRequests{}, fmt.Errorf("make a CSR: %w", err)
 		}
@@ -164,7 +165,7 @@ func (k *Keys) checkAnswer(got *Certificates, made madeKey, now time.Time) error
 	if err != nil {
 		return err
 	}
-	if !policyKey.Public.Equal(k.policy.signer.Public()) {
+	if !policyKey.Public.Equal(k.policy.Load().signer.Public()) {
 		return errors.New("the policy certificate that the root holder made has another key")
 	}
 	return nil
@@ -175,10 +176,12 @@ func (k *Keys) takeOver(got *Certificates, made madeKey, now time.Time) (*genera
 	if err := k.checkAnswer(got, made, now); err != nil {
 		return nil, err
 	}
-	if k.policy.cert == nil || !k.policy.cert.Equal(got.Policy) {
-		if err := k.dir.certify(k.policy, got.Policy); err != nil {
+	if policy := k.policy.Load(); policy.cert == nil || !policy.cert.Equal(got.Policy) {
+		policy, err := k.dir.certify(policy, got.Policy)
+		if err != nil {
 			return nil, err
 		}
+		k.policy.Store(policy)
 	}
 	gen, err := k.dir.put(kindIntermediate, made, got.Intermediate)
 	if err != nil {

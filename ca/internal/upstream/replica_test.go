@@ -163,8 +163,8 @@ func TestReplicaRefusesWhatTheRootHolderMustNotMake(t *testing.T) {
 		"the root itself":    func(c *Certificates) { c.Intermediate = root.root().cert },
 		"no CA":              func(c *Certificates) { c.Intermediate = c.Policy },
 		"CA as policy":       func(c *Certificates) { c.Policy = c.Intermediate },
-		"another policy key": func(c *Certificates) { c.Policy = root.policy.cert },
-		"foreign policy":     func(c *Certificates) { c.Policy = other.policy.cert },
+		"another policy key": func(c *Certificates) { c.Policy = root.policy.Load().cert },
+		"foreign policy":     func(c *Certificates) { c.Policy = other.policy.Load().cert },
 	} {
 		cfg := replicaConfig(t, root, "ca-2")
 		cfg.RootHolder.(*holder).alter = alter
@@ -237,10 +237,10 @@ func TestReplicaThatWasAwayTooLongIsTold(t *testing.T) {
 func TestPolicyCertificateIsGoodForPolicyAlone(t *testing.T) {
 	root := open(t, config(t))
 	r := open(t, replicaConfig(t, root, "ca-2"))
-	if _, err := r.SignIntermediate(r.policy.signer.Public(), time.Now()); !errors.Is(err, ErrNoRootKey) {
+	if _, err := r.SignIntermediate(r.policy.Load().signer.Public(), time.Now()); !errors.Is(err, ErrNoRootKey) {
 		t.Errorf("SignIntermediate on a replica: %v", err)
 	}
-	if _, err := r.CertifyPolicyKey("x", r.policy.signer.Public(), time.Now()); !errors.Is(err, ErrNoRootKey) {
+	if _, err := r.CertifyPolicyKey("x", r.policy.Load().signer.Public(), time.Now()); !errors.Is(err, ErrNoRootKey) {
 		t.Errorf("CertifyPolicyKey on a replica: %v", err)
 	}
 	if _, err := r.Seal([]byte("x")); !errors.Is(err, ErrNoRootKey) {
@@ -248,14 +248,14 @@ func TestPolicyCertificateIsGoodForPolicyAlone(t *testing.T) {
 	}
 	now := time.Now()
 	key, err := replica.VerifyPolicyCertificate(r.PolicyCertificate(), root.Anchors(), now)
-	if kid, _ := r.Policy(); err != nil || key.Replica != "ca-2" || key.KID != kid || !key.Public.Equal(r.policy.signer.Public()) {
+	if kid, _ := r.Policy(); err != nil || key.Replica != "ca-2" || key.KID != kid || !key.Public.Equal(r.policy.Load().signer.Public()) {
 		t.Errorf("VerifyPolicyCertificate = %+v, %v", key, err)
 	}
 	// As an SVID, and as the issuer of one.
-	if _, err := verify(t, root, [][]byte{r.policy.cert.Raw}); err == nil {
+	if _, err := verify(t, root, [][]byte{r.policy.Load().cert.Raw}); err == nil {
 		t.Error("a policy certificate authenticates as an SVID")
 	}
-	abused := &authority.X509Authority{Chain: []*x509.Certificate{r.policy.cert}, Root: root.root().cert, Signer: r.policy.signer}
+	abused := &authority.X509Authority{Chain: []*x509.Certificate{r.policy.Load().cert}, Root: root.root().cert, Signer: r.policy.Load().signer}
 	leafKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -268,7 +268,7 @@ func TestPolicyCertificateIsGoodForPolicyAlone(t *testing.T) {
 		SPIFFEID: spiffeid.RequireFromPath(root.cfg.TrustDomain, "/web"), PublicKey: leafKey.Public(), Serial: serial, TTL: time.Minute, Now: now,
 	})
 	if err == nil {
-		if _, err := verify(t, root, [][]byte{leaf.DER, r.policy.cert.Raw}); err == nil {
+		if _, err := verify(t, root, [][]byte{leaf.DER, r.policy.Load().cert.Raw}); err == nil {
 			t.Error("an SVID under a policy key verifies")
 		}
 	}

@@ -220,7 +220,8 @@ func (k *Keys) wantRoot(id string, now time.Time) error {
 // certifyOwnPolicy gives the root holder's own policy key a certificate under the
 // root that signs, unless it has that. k.mu is held, or Open runs.
 func (k *Keys) certifyOwnPolicy(now time.Time) error {
-	if k.policy.cert != nil && k.policy.cert.CheckSignatureFrom(k.root().cert) == nil {
+	policy := k.policy.Load()
+	if policy.cert != nil && policy.cert.CheckSignatureFrom(k.root().cert) == nil {
 		return nil
 	}
 	name := k.name
@@ -230,11 +231,15 @@ func (k *Keys) certifyOwnPolicy(now time.Time) error {
 	if name == "" {
 		name = DefaultName
 	}
-	cert, err := k.CertifyPolicyKey(name, k.policy.signer.Public(), now)
+	cert, err := k.CertifyPolicyKey(name, policy.signer.Public(), now)
 	if err != nil {
 		return err
 	}
-	return k.dir.certify(k.policy, cert)
+	if policy, err = k.dir.certify(policy, cert); err != nil {
+		return err
+	}
+	k.policy.Store(policy)
+	return nil
 }
 
 // underWanted says whether the issuing authority is under the root that is to

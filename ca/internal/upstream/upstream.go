@@ -86,7 +86,7 @@ type Keys struct {
 	cfg      Config
 	keys     kmsapi.KeyManager
 	external *external // nil: our own root signs
-	policy   *generation
+	policy   atomic.Pointer[generation] // its certificate changes with the root
 	log      *generation
 	name     string
 
@@ -230,10 +230,11 @@ func (k *Keys) openPlainKeys() error {
 	if err := k.openJWT(); err != nil {
 		return err
 	}
-	var err error
-	if k.policy, err = k.plainKey(kindPolicy); err != nil {
+	policy, err := k.plainKey(kindPolicy)
+	if err != nil {
 		return err
 	}
+	k.policy.Store(policy)
 	k.log, err = k.plainKey(kindLog)
 	return err
 }
@@ -330,8 +331,9 @@ func (k *Keys) JWT() *authority.JWTAuthority { return k.jwt.Load() }
 
 // Policy is the ES256 key that signs policy bundles, with its key ID.
 func (k *Keys) Policy() (kid string, signer crypto.Signer) {
-	kid, _ = keyID(k.policy.signer) // a P-256 key always encodes; Open has checked the type
-	return kid, k.policy.signer
+	signer = k.policy.Load().signer
+	kid, _ = keyID(signer) // a P-256 key always encodes; Open has checked the type
+	return kid, signer
 }
 
 // Log is the Ed25519 key that signs the checkpoints of this replica's log.
@@ -341,7 +343,7 @@ func (k *Keys) Log() crypto.Signer { return k.log.signer }
 func (k *Keys) Name() string { return k.name }
 
 // PolicyCertificate is the DER certificate of the policy key.
-func (k *Keys) PolicyCertificate() []byte { return bytes.Clone(k.policy.cert.Raw) }
+func (k *Keys) PolicyCertificate() []byte { return bytes.Clone(k.policy.Load().cert.Raw) }
 
 // TrustBundle is what others verify this CA's SVIDs with: the root and the JWT
 // key that sign. It is a fresh copy without a sequence number, which

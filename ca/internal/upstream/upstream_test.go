@@ -564,7 +564,14 @@ func TestConcurrentFirstUseMakesOneRoot(t *testing.T) {
 	cfg := config(t)
 	var wg sync.WaitGroup
 	for range 4 {
-		wg.Go(func() { _, _ = Open(context.WithoutCancel(t.Context()), cfg) }) // losers may fail; nobody may win twice
+		wg.Go(func() { // as a CA does it: losers fail, nobody may win twice
+			lock, err := Lock(cfg.Dir)
+			if err != nil {
+				return
+			}
+			defer lock.Close()
+			_, _ = Open(context.WithoutCancel(t.Context()), cfg)
+		})
 	}
 	wg.Wait()
 	open(t, cfg)
