@@ -85,7 +85,7 @@ type Config struct {
 type Keys struct {
 	cfg      Config
 	keys     kmsapi.KeyManager
-	external *external // nil: our own root signs
+	external *external                  // nil: our own root signs
 	policy   atomic.Pointer[generation] // its certificate changes with the root
 	log      *generation
 	name     string
