@@ -206,6 +206,7 @@ func partHint(err error) string {
 		{upstream.ErrKeysInUse, "stop the merlon-ca that runs on this data_dir"},
 		{upstream.ErrRootEnded, "nobody trusts anything under it any more: on the CA with the root key, start once with -new-root, then give every agent and replica a new token and root_hash (merlon token create)"},
 		{errEvicted, rejoin},
+		{errOtherHolder, "stop one of the two; a further replica joins with keys of its own (merlon token create --kind replica)"},
 		{store.ErrReplaced, "start merlon-ca again, and so every other replica: it opens the store that is there now"},
 		{trust.ErrOtherRoot, "a store is of no use without its keys: put the keys folder of the CA that it is from, and the kek beside it, into data_dir; replicas share one store, at the same etcd_endpoints and etcd_prefix"},
 		{errNoJoinToken, "run `" + create + "` on the CA that holds the root key, then set join_token_file and root_hash"},

@@ -174,6 +174,14 @@ func TestReplicasAreOneCA(t *testing.T) {
 		}
 	}
 
+	etcd := e.Client()
+	for _, name := range []string{"ca", "ca-2"} {
+		eventually(t, name+" holds its name", func() bool {
+			held, err := etcd.Get(t.Context(), "/merlon/k/leader/replica-"+name)
+			return err == nil && held.Count == 1
+		})
+	}
+
 	// After a restart it is the same replica, and needs no token.
 	b.stop()
 	b = startCA(t, dirB, onEtcd(e), joining)

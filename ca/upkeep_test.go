@@ -60,6 +60,40 @@ func TestLeaderWhoseKeyIsGoneCampaignsAgain(t *testing.T) {
 	}
 }
 
+// A copied keys folder: of two CAs under one name one ends, and says why; a name
+// that was let go of is taken.
+func TestOneNameIsOneCAs(t *testing.T) {
+	p, _ := openParts(t)
+	ctx, stop := context.WithCancel(t.Context())
+	held, err := p.store.Campaign(t.Context(), "replica-ca", time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.holdName(ctx, time.Second/4); !errors.Is(err, errOtherHolder) || !strings.Contains(Hint(err), "stop one of the two") {
+		t.Errorf("holdName = %v, hint %q; want errOtherHolder", err, Hint(err))
+	}
+	if err := held.Resign(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- p.holdName(ctx, time.Second/4) }()
+	for {
+		if _, _, err := p.store.Get(t.Context(), store.LeaderPrefix+"replica-ca"); err == nil {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	select {
+	case err := <-done:
+		t.Errorf("holdName = %v; want it to hold the name", err)
+	case <-time.After(time.Second):
+	}
+	stop()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 func TestReadyEndsBeforeTheAuthorityDoes(t *testing.T) {
 	p, _ := openParts(t)
 	end := p.keys.X509().NotAfter()
