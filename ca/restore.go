@@ -32,7 +32,7 @@ type RestoreOptions struct {
 	// AcceptLoss: go on without what was written after the backup.
 	AcceptLoss bool
 	// Replaces is the folder of the Badger store that the backup replaces,
-	// moved out of the way. If it ends at the backup's revision, nothing is
+	// moved out of the way. If it ended with what is in the backup, nothing is
 	// lost.
 	Replaces string
 }
@@ -79,7 +79,11 @@ type LossError struct {
 func (e *LossError) Error() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "everything written after revision %d of %s would be lost", e.Backup.Revision, e.Backup.CreatedAt.Format(time.RFC3339))
-	if e.Head != 0 {
+	switch e.Head {
+	case 0:
+	case e.Backup.Revision:
+		b.WriteString(" (the store that it replaces ended at that revision too, and held something else: it is another one, or had another history)")
+	default:
 		fmt.Fprintf(&b, " (the store ended at revision %d)", e.Head)
 	}
 	b.WriteString(": entries and agents made since are gone, entries deleted since are back, and revocations made since are forgotten")
@@ -102,7 +106,11 @@ func RestoreStore(ctx context.Context, cfg Config, path string, o RestoreOptions
 	if err := checkEmpty(ctx, cfg); err != nil {
 		return r, err
 	}
-	head, err := lostHead(o.Replaces)
+	lost, err := lostContent(o.Replaces)
+	if err != nil {
+		return r, err
+	}
+	all, err := holdsAll(path, lost)
 	if err != nil {
 		return r, err
 	}
@@ -110,11 +118,11 @@ func RestoreStore(ctx context.Context, cfg Config, path string, o RestoreOptions
 	if err != nil {
 		return r, err
 	}
-	if r.Lossless = head == backup.Revision && store.CheckEpoch(head, seen) == nil; !r.Lossless {
+	if r.Lossless = all && store.CheckEpoch(lost.Revision, seen) == nil; !r.Lossless {
 		if !o.AcceptLoss {
-			return r, &LossError{backup, head, r.Since}
+			return r, &LossError{backup, lost.Revision, r.Since}
 		}
-		r.Revision = store.NextEpoch(max(backup.Revision, head, seen))
+		r.Revision = store.NextEpoch(max(backup.Revision, lost.Revision, seen))
 	}
 	if !r.Lossless {
 		if err := r.readBackup(path, func(pairs iter.Seq2[store.KV, error]) error { return r.leaveOut(cfg, pairs) }); err != nil {
@@ -152,20 +160,42 @@ func checkEmpty(ctx context.Context, cfg Config) error {
 	return checkOwner(cfg.storeDir())
 }
 
-// lostHead is the last revision that the store in dir has acknowledged, also
-// where it is damaged; 0 if that is not known.
-func lostHead(dir string) (uint64, error) {
+// lostContent is what the store in dir held at the last revision that it has
+// acknowledged, also where it is damaged; zero if that is not known.
+func lostContent(dir string) (badger.Content, error) {
 	if dir == "" {
-		return 0, nil
+		return badger.Content{}, nil
 	}
-	if _, err := os.Stat(dir); err != nil {
-		return 0, fmt.Errorf("look at the store that is replaced: %w", err)
+	if _, err := badger.Exists(dir); err != nil {
+		return badger.Content{}, fmt.Errorf("look at the store that is replaced: %w", err)
 	}
-	r, err := badger.Verify(dir)
+	c, err := badger.Acknowledged(dir)
 	if err != nil {
-		return 0, fmt.Errorf("look at the store that is replaced: %w", err)
+		return c, fmt.Errorf("look at the store that is replaced: %w", err)
 	}
-	return r.Acknowledged, nil
+	return c, nil
+}
+
+// holdsAll says whether the backup holds all that a store did.
+func holdsAll(path string, lost badger.Content) (bool, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	backup, err := snapshot.NewReader(f)
+	if err != nil || backup.Header().Revision != lost.Revision {
+		return false, err
+	}
+	content, err := badger.ContentOf(lost.Revision, func(yield func(store.KV, error) bool) {
+		for _, led := range backup.Header().Led {
+			if !yield(store.KV{Key: led.Key, Value: led.Value, ModRevision: led.ModRevision}, nil) {
+				return
+			}
+		}
+		backup.All()(yield)
+	})
+	return content == lost, err
 }
 
 // fill imports the backup and compares what is there then with what should be.

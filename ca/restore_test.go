@@ -321,3 +321,40 @@ func TestRestoreGoesOnWhereOneWasBrokenOff(t *testing.T) {
 		}
 	}
 }
+
+// What a store was is not told by the number of its last revision: another store
+// that happens to end there does not show that nothing is lost.
+func TestAnotherStoreOfTheSameRevisionShowsNothing(t *testing.T) {
+	from, other := haStore(t), haStore(t)
+	file := backupFile(t, from)
+	to := from
+	to.DataDir = filepath.Join(t.TempDir(), "b")
+	_, err := RestoreStore(t.Context(), to, file, RestoreOptions{Replaces: other.storeDir()})
+	if loss, ok := errors.AsType[*LossError](err); !ok || loss.Head != loss.Backup.Revision || !strings.Contains(err.Error(), "held something else") {
+		t.Errorf("RestoreStore = %v; want a LossError that says that it is another store", err)
+	}
+}
+
+// A store that is beyond repair still says what it held, campaigns included.
+func TestDamagedStoreShowsThatNothingIsLost(t *testing.T) {
+	from := haStore(t)
+	st, err := badger.Open(from.storeDir(), badger.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := st.Campaign(t.Context(), "upkeep", time.Minute); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Close(); err != nil {
+		t.Fatal(err)
+	}
+	file := backupFile(t, from)
+	if err := os.Remove(filepath.Join(from.storeDir(), "MANIFEST")); err != nil {
+		t.Fatal(err)
+	}
+	to := from
+	to.DataDir = filepath.Join(t.TempDir(), "b")
+	if r, err := RestoreStore(t.Context(), to, file, RestoreOptions{Replaces: from.storeDir()}); err != nil || !r.Lossless {
+		t.Errorf("RestoreStore = %+v, %v; want nothing lost", r, err)
+	}
+}

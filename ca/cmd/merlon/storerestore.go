@@ -56,7 +56,7 @@ its configuration says, whichever the backup was taken from.
 What was written after the backup is lost: entries, agents and revocations.
 Without --accept-loss the command refuses, and lists from the audit log what
 administrators have done since, unless --replaces names the store that is
-replaced and that one ends at the backup's revision. With a loss the store goes
+replaced and that one held what is in the backup. With a loss the store goes
 on 4294967296 revisions higher, so that serial numbers, revocations and what
 agents remember stay in order; join tokens and the records of replicas other
 than the root holder are left out, because a token that was used since would

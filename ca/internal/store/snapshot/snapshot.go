@@ -59,7 +59,23 @@ type Header struct {
 	// Store is the kind of the store, "badger" or "etcd"; any kind can take the
 	// backup.
 	Store string `json:"store"`
+	// Led is what campaigns had written, which is left out: with it a backup can
+	// be held against the store that it was taken from.
+	Led []Led `json:"led,omitempty"`
 }
+
+// Led is a pair that a campaign wrote.
+type Led struct {
+	Key         string `json:"key"`
+	Value       []byte `json:"value,omitempty"`
+	ModRevision uint64 `json:"mod_revision"`
+}
+
+// How many are noted, and how large they are at most: the header is small.
+const (
+	maxLed      = 16
+	maxLedBytes = 100
+)
 
 type storedHeader struct {
 	Format int `json:"format"`
@@ -88,6 +104,15 @@ func Write(ctx context.Context, w io.Writer, st store.Store, kind string, now ti
 		return Summary{}, fmt.Errorf("back up the store: %w", err)
 	}
 	s := Summary{Header: Header{Revision: pages.Revision(), CreatedAt: now.UTC().Truncate(time.Millisecond), Store: kind}}
+	led, _, _, err := st.List(ctx, store.LeaderPrefix, "", maxLed, s.Revision)
+	if err != nil {
+		return Summary{}, fmt.Errorf("back up the store: %w", err)
+	}
+	for _, kv := range led {
+		if len(kv.Key)+len(kv.Value) <= maxLedBytes {
+			s.Led = append(s.Led, Led{kv.Key, append([]byte(nil), kv.Value...), kv.ModRevision})
+		}
+	}
 	if err := out.header(s.Header); err != nil {
 		return Summary{}, fmt.Errorf("back up the store: %w", err)
 	}

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
 
 	"merlon.dev/ca/internal/store"
@@ -91,11 +92,12 @@ func TestBackupIsTheStoreAtOneRevision(t *testing.T) {
 	}
 
 	raw, s := backup(t, st)
-	wantSummary := Summary{Header{revision, at, "badger"}, uint64(len(want)), int64(len(raw)), s.SHA256}
-	if s != wantSummary {
+	led := []Led{{Key: lead.Fence().Key, ModRevision: lead.Fence().ModRevision}}
+	wantSummary := Summary{Header{revision, at, "badger", led}, uint64(len(want)), int64(len(raw)), s.SHA256}
+	if !cmp.Equal(s, wantSummary) {
 		t.Errorf("Write = %+v; want %+v", s, wantSummary)
 	}
-	if got, err := Verify(bytes.NewReader(raw)); err != nil || got != s {
+	if got, err := Verify(bytes.NewReader(raw)); err != nil || !cmp.Equal(got, s) {
 		t.Errorf("Verify = %+v, %v; want %+v", got, err, s)
 	}
 	r, err := NewReader(bytes.NewReader(raw))
