@@ -114,7 +114,7 @@ root nobody has.`,
 		},
 	}
 	from.register(cmd)
-	cmd.Flags().BoolVar(&force, "force", false, "replace the file if it exists")
+	cmd.Flags().BoolVar(&force, "force", false, "replace the file if it exists; only a regular file, that behind a link")
 	return cmd
 }
 
