@@ -39,6 +39,11 @@ func (p *parts) settleEpoch(ctx context.Context, cfg Config) error {
 		if store.Epoch(revision) <= store.Epoch(accepted) {
 			return fmt.Errorf("-accept-older-store=%d: the store is whole, at revision %d; nothing was changed. If it is older than it should be: -accept-older-store=%d", accepted, revision, revision)
 		}
+		if store.Epoch(revision) <= store.Epoch(last) { // that was an earlier start
+			p.log.LogAttrs(ctx, slog.LevelWarn, "-accept-older-store names a revision of an epoch that has ended, nothing was done: start without it",
+				slog.Uint64("accepted_revision", accepted), slog.Uint64("revision", revision))
+			return nil
+		}
 		p.log.LogAttrs(ctx, slog.LevelWarn, "older store accepted, what was written since is lost: start without -accept-older-store from now on",
 			slog.Uint64("accepted_revision", accepted), slog.Uint64("revision", revision))
 		if err := p.audit.Append(ctx, audit.Record{

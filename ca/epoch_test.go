@@ -87,3 +87,25 @@ func TestEveryAcceptedStoreTakesAnEpochOfItsOwn(t *testing.T) {
 		t.Errorf("hint %q", hint)
 	}
 }
+
+// A flag that was left in the unit file does nothing, and nobody says that it
+// did.
+func TestStoreIsSaidToBeAcceptedOnce(t *testing.T) {
+	dir := tempDir(t)
+	c := startCA(t, dir)
+	at := c.entry("n1", "kept").GetRevision()
+	c.stop()
+	for _, revision := range []uint64{at, at, 1} {
+		c = startCA(t, dir, accepting(revision))
+		c.stop()
+	}
+	accepted := 0
+	for _, r := range c.auditRecords() {
+		if detail, _ := r["detail"].(string); strings.HasPrefix(detail, "accept the store") {
+			accepted++
+		}
+	}
+	if accepted != 1 {
+		t.Errorf("it is accepted %d times in the audit log; want 1", accepted)
+	}
+}
