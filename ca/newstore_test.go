@@ -153,3 +153,21 @@ func TestFirstStartThatWasKilledIsBegunAgain(t *testing.T) {
 		})
 	}
 }
+
+// Root's files in the store of the CA's own user would be out of its reach.
+func TestRootServesNoStoreOfAnotherUser(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give files to another user")
+	}
+	for _, given := range []string{"", "store"} {
+		dir := tempDir(t)
+		startCA(t, dir).stop()
+		if err := os.Chown(filepath.Join(dir, "data", given), 65534, 65534); err != nil {
+			t.Fatal(err)
+		}
+		err := startFails(t, dir)
+		if !strings.Contains(err.Error(), "belongs to uid 65534") || !strings.Contains(ca.Hint(err), "as that user") {
+			t.Errorf("data/%s of another user: %v, hint %q", given, err, ca.Hint(err))
+		}
+	}
+}

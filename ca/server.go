@@ -153,6 +153,9 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	if err := openDataDir(s.cfg.DataDir); err != nil {
 		return nil, err
 	}
+	if err := s.cfg.checkOwners(); err != nil {
+		return nil, err
+	}
 	if p.store, err = s.openStore(ctx); err != nil {
 		return nil, err
 	}

@@ -201,6 +201,21 @@ func checkStopped(cfg Config) error {
 	return &StoreError{fmt.Errorf("a CA runs on %s", cfg.AdminSocket), "stop it first: it must not write while its store is copied or replaced"}
 }
 
+// checkOwners refuses to serve, as root, from what belongs to the CA's own user,
+// who could not read what root writes there any more.
+func (c Config) checkOwners() error {
+	for _, path := range []string{c.DataDir, c.storeDir()} {
+		err := checkOwner(path)
+		if owner, ok := errors.AsType[*StoreError](err); ok {
+			owner.Hint = "run merlon-ca as that user, or give it all of data_dir: chown -R"
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // checkOwner refuses to write as root into what belongs to the CA's own user,
 // who could not read it any more.
 func checkOwner(path string) error {
