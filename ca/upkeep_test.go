@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/store"
 )
@@ -23,6 +24,17 @@ func TestChoresOfAFormerLeaderAreFenced(t *testing.T) {
 	p, log := openParts(t)
 	e, put := newStoredEntry(t, time.Now().Add(time.Hour))
 	p.put(t, put)
+	if _, err := attest.CreateJoinToken(t.Context(), p.store, "n1", time.Now().Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	tokens := func() int {
+		kvs, _, _, err := p.store.List(t.Context(), attest.TokenPrefix, "", 10, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(kvs)
+	}
+	head := pushBundle(t, p)
 	former := p.leads(t)
 	if err := former.Resign(t.Context()); err != nil {
 		t.Fatal(err)
@@ -36,7 +48,19 @@ func TestChoresOfAFormerLeaderAreFenced(t *testing.T) {
 	if n := recorded(t, log, e.ID); n != 0 {
 		t.Errorf("%d audit records of a removal that was none", n)
 	}
+	if tokens() != 1 {
+		t.Error("a former leader removed the token")
+	}
+	if err := p.renewPolicies(t.Context(), head.NotAfter, former.Fence()); err != nil || p.contents(t).Metadata.Generation != 1 {
+		t.Errorf("a former leader signed generation %d, %v; want 1 still", p.contents(t).Metadata.Generation, err)
+	}
 	p.chores(t.Context(), later, next.Fence())
+	if tokens() != 0 {
+		t.Error("the leader left the token")
+	}
+	if err := p.renewPolicies(t.Context(), head.NotAfter, next.Fence()); err != nil || p.contents(t).Metadata.Generation != 2 {
+		t.Errorf("the leader signed generation %d, %v; want 2", p.contents(t).Metadata.Generation, err)
+	}
 	if _, _, err := p.store.Get(t.Context(), registry.EntryPrefix+e.ID); !errors.Is(err, store.ErrNotFound) {
 		t.Errorf("the leader left the entry: %v", err)
 	}
