@@ -189,3 +189,30 @@ func isOlder(err error) bool {
 	_, older := errors.AsType[*store.OlderError](err)
 	return older
 }
+
+// Whatever happens to the store after it was looked at, another epoch is not
+// begun: numbers that were given out meanwhile would be given out again.
+func TestEpochIsOfTheStoreThatWasLookedAt(t *testing.T) {
+	e := stage.StartEtcd(t, 1)
+	for name, between := range map[string]func(cfg etcd.Config, s store.Store){
+		"a write":   func(_ etcd.Config, s store.Store) { put(t, s, "b", "2") },
+		"a removal": func(cfg etcd.Config, _ store.Store) { e.Remove(cfg.Prefix) },
+		"a leader":  func(_ etcd.Config, s store.Store) { lead(t, s) },
+		"nothing":   func(etcd.Config, store.Store) {},
+	} {
+		cfg := config(e)
+		s := open(t, cfg)
+		put(t, s, "a", "1")
+		looked, err := etcd.Look(t.Context(), s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		between(cfg, s)
+		if err := etcd.WriteEpoch(t.Context(), s, looked); (err == nil) != (name == "nothing") {
+			t.Errorf("after %s: %v; want an error but after nothing", name, err)
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}

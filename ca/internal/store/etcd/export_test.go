@@ -1,0 +1,28 @@
+package etcd
+
+// For tests of what happens between two steps.
+
+import (
+	"context"
+
+	"merlon.dev/ca/internal/store"
+)
+
+// Looked is what a new epoch is decided by.
+type Looked struct{ m marks }
+
+// Look is the first step of NextEpoch.
+func Look(ctx context.Context, s store.Store) (Looked, error) {
+	m, err := s.(*Store).readMarks(ctx)
+	return Looked{m}, err
+}
+
+// WriteEpoch is the last one; the layout stays as it was.
+func WriteEpoch(ctx context.Context, st store.Store, l Looked) error {
+	s := st.(*Store)
+	ops, err := s.putLayout(s.layout.layoutRecord, s.layout.first, l.m.seen)
+	if err != nil {
+		return err
+	}
+	return s.writeEpoch(ctx, l.m.laid.ModRevision, l.m.now, ops)
+}
