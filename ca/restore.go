@@ -269,7 +269,10 @@ func sameTrustDomain(cfg Config, pairs iter.Seq2[store.KV, error]) iter.Seq2[sto
 		}
 		b, err := trust.Decode(kv)
 		if err == nil && b.TrustDomain.Name() != cfg.TrustDomain {
-			err = fmt.Errorf("it is of trust domain %s, and this CA is configured for %s", b.TrustDomain, cfg.TrustDomain)
+			err = &StoreError{
+				fmt.Errorf("it is of trust domain %s, and this CA is configured for %s", b.TrustDomain, cfg.TrustDomain),
+				"name a backup or a store of this trust domain, or the configuration of the CA that it is from; there is no store yet",
+			}
 		}
 		return kv, true, err
 	})

@@ -125,11 +125,15 @@ func VerifyStore(ctx context.Context, cfg Config) (_ StoreReport, err error) {
 // VerifyStoreDir looks whether the Badger store in dir is whole.
 func VerifyStoreDir(dir string) (_ StoreReport, err error) {
 	defer func() { err = hinted(err) }()
-	if _, err := os.Stat(dir); err != nil {
-		return StoreReport{}, fmt.Errorf("verify the store: %w", err)
-	}
 	r, err := badger.Verify(dir)
-	if err != nil {
+	switch {
+	case errors.Is(err, os.ErrNotExist), errors.Is(err, store.ErrNone):
+		return StoreReport{}, &StoreError{err, "a Badger store is the folder store in the CA's data_dir: merlon store verify --config FILE finds it"}
+	case errors.Is(err, store.ErrInUse):
+		return StoreReport{}, &StoreError{err, "stop the CA; of one that runs, take a backup, which is a store read whole: merlon store backup FILE"}
+	case errors.Is(err, syscall.EROFS):
+		return StoreReport{}, &StoreError{err, "its logs are checked in a copy beside it: mount the disk read-write, or copy the folder to one that is and verify the copy"}
+	case err != nil:
 		return StoreReport{}, err
 	}
 	report := StoreReport{Kind: storeBadger, Place: dir, Revision: r.Revision, Keys: r.Keys}
@@ -222,6 +226,9 @@ func checkOwner(path string) error {
 	for ; ; path = filepath.Dir(path) {
 		fi, err := os.Stat(path)
 		if errors.Is(err, os.ErrNotExist) && path != filepath.Dir(path) {
+			if os.Geteuid() != 0 {
+				return nil // what it makes belongs to it
+			}
 			continue
 		}
 		if err != nil {

@@ -6,6 +6,7 @@ package ca
 import (
 	"errors"
 	"fmt"
+	"strings"
 
 	"merlon.dev/ca/internal/store"
 )
@@ -51,6 +52,10 @@ func storeHint(err error) string {
 		return "run that command again: it clears away what it left, and goes on"
 	case errors.Is(err, store.ErrInUse):
 		return "another merlon-ca runs on this data directory"
+	case errors.Is(err, store.ErrReadOnly) && strings.Contains(err.Error(), "disk_reserve_mib"):
+		return "free some space on that disk, or set disk_reserve_mib lower"
+	case errors.Is(err, store.ErrUnavailable) && strings.Contains(err.Error(), "tls: "):
+		return "etcd and this CA do not know each other's certificates: look at etcd_ca_file, etcd_cert_file and etcd_key_file, and at etcd's --trusted-ca-file"
 	case errors.Is(err, store.ErrUnavailable):
 		return "look at etcd and at etcd_endpoints: etcdctl endpoint health"
 	}

@@ -204,8 +204,8 @@ func (o *options) printMigrated(cmd *cobra.Command, m ca.Migrated, from, to ca.C
 		return err
 	}
 	if !m.Done {
-		fmt.Fprintln(cmd.ErrOrStderr(), "hint: add --yes to do it")
-		return silentError{exitUsage}
+		_, err := fmt.Fprintln(cmd.ErrOrStderr(), "hint: add --yes to do it")
+		return err
 	}
 	if from.DataDir != to.DataDir {
 		fmt.Fprintf(cmd.ErrOrStderr(), "hint: copy keys, kek and epoch (if they are there), audit*.jsonl and audit.tree from %s to %s: they are not in the store\n", from.DataDir, to.DataDir)

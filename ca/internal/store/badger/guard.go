@@ -126,7 +126,7 @@ func (g *guard) check() error {
 	case disk.readOnly:
 		return shortf("the disk of %s is mounted read-only: mount it read-write and start again", g.dir)
 	case disk.free < need:
-		return shortf("the disk of %s has %s free, below its reserve of %s: free some space there, then writes go on by themselves",
+		return shortf("the disk of %s has %s free, below its reserve of %s (disk_reserve_mib): free some space there, then writes go on by themselves",
 			g.dir, mebibytes(disk.free), mebibytes(need))
 	case disk.inodes < disk.inodesNeeded():
 		return shortf("the disk of %s has %d inodes free, below its reserve of %d: remove some files there, then writes go on by themselves",

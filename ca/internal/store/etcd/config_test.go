@@ -91,6 +91,13 @@ func TestMutualTLS(t *testing.T) {
 	if _, err := etcd.Open(t.Context(), cfg); !errors.Is(err, store.ErrUnavailable) || !strings.Contains(err.Error(), "certificate") {
 		t.Errorf("Open with a certificate of another CA = %v; want an error that hints at it", err)
 	}
+	// Also where the caller gives up before the request would.
+	cfg.RequestTimeout = 0
+	hurry, stop := context.WithTimeout(t.Context(), 3*time.Second)
+	defer stop()
+	if _, err := etcd.Open(hurry, cfg); err == nil || !strings.Contains(err.Error(), "tls: ") {
+		t.Errorf("Open in a hurry with a certificate of another CA = %v; want the reason of TLS", err)
+	}
 	cfg = config(e)
 	cfg.RequestTimeout = 500 * time.Millisecond
 	cfg.CAFile = foreign.Files.CA

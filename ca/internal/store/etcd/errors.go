@@ -69,6 +69,8 @@ func explain(ctx context.Context, what string, err error) error {
 		return fmt.Errorf("%s: %w", what, errLeaseGone)
 	case status.Code(err) == codes.Unimplemented:
 		return fmt.Errorf("%s: etcd is older than version 3.7; upgrade it: %v", what, err)
+	case ctx.Err() != nil && errors.Is(err, errNotConnected): // it says why
+		return fmt.Errorf("%s: %w: %v", what, ctx.Err(), err)
 	case ctx.Err() != nil:
 		return fmt.Errorf("%s: %w", what, ctx.Err())
 	case faultOf(err) != permanent:
