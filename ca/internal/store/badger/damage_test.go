@@ -168,7 +168,7 @@ func TestOpenRefusesWhatHasLostSomething(t *testing.T) {
 		},
 		"changed value": {
 			flip(dataKey("k3")), 0,
-			DamagedError{Reason: `read key "k3": damaged: its checksum does not match`},
+			DamagedError{Reason: `read key "k3": record damaged: its checksum does not match`},
 		},
 		"other value": {
 			func(txn *bdg.Txn) error { return txn.Set(dataKey("k3"), newState("k3", []byte("other"), 3).stored) }, 0,

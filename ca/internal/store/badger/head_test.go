@@ -286,13 +286,13 @@ func TestDamagedValueIsAnErrorWhereItIsRead(t *testing.T) {
 	if err := errors.Join(flip(dataKey("k/rotten"))(view), view.CommitAt(revision, nil)); err != nil {
 		t.Fatal(err)
 	}
-	const want = `read key "k/rotten": damaged: its checksum does not match`
+	const want = `read key "k/rotten": record damaged: its checksum does not match`
 	_, _, getErr := s.Get(t.Context(), "k/rotten")
 	_, _, _, listErr := s.List(t.Context(), "", "", 10, 0)
 	_, cmpErr := s.Txn(t.Context(), []store.Cmp{{Key: "k/rotten", ModRevision: revision}}, nil, nil)
 	_, putErr := s.Txn(t.Context(), nil, []store.Op{store.Put("k/rotten", nil)}, nil)
 	for what, err := range map[string]error{"Get": getErr, "List": listErr, "compare": cmpErr, "Put": putErr} {
-		if err == nil || err.Error() != want {
+		if err == nil || err.Error() != want || !errors.Is(err, store.ErrDamaged) {
 			t.Errorf("%s = %v; want %s", what, err, want)
 		}
 	}
