@@ -3,49 +3,15 @@
 package ca_test
 
 import (
-	"context"
 	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"merlon.dev/ca"
 	"merlon.dev/ca/internal/store"
 )
-
-// startFails runs a CA that must not start, and returns why.
-func startFails(t *testing.T, dir string, changes ...func(*ca.Config)) error {
-	t.Helper()
-	cfg := ca.Config{
-		TrustDomain: "shop.test", DataDir: filepath.Join(dir, "data"), AdminSocket: filepath.Join(dir, "s", "a.sock"),
-		Address: "127.0.0.1:0", HTTPSAddress: "127.0.0.1:0", HealthAddress: "127.0.0.1:0", Development: true,
-	}
-	for _, change := range changes {
-		change(&cfg)
-	}
-	srv, err := ca.New(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	done := make(chan error, 1)
-	go func() { done <- srv.Run(ctx) }()
-	select {
-	case err := <-done:
-		if err == nil {
-			t.Fatal("the CA ended without an error")
-		}
-		return err
-	case <-srv.Ready():
-		cancel()
-		<-done
-		t.Fatal("the CA serves")
-	}
-	return nil
-}
 
 func accepting(revision uint64) func(*ca.Config) {
 	return func(cfg *ca.Config) { cfg.AcceptOlderStore = revision }
@@ -79,7 +45,7 @@ func TestEveryAcceptedStoreTakesAnEpochOfItsOwn(t *testing.T) {
 	}
 	// Without the flag it is not used.
 	replaceDir(t, data, snapshot)
-	err := startFails(t, dir)
+	err := refusedCA(t, dir)
 	if older, ok := errors.AsType[*store.OlderError](err); !ok || older.Revision != at {
 		t.Fatalf("the CA ended with %v; want an OlderError of revision %d", err, at)
 	}

@@ -12,6 +12,7 @@ import (
 	"merlon.dev/ca"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
+	"merlon.dev/integration/stage"
 )
 
 func newStore(cfg *ca.Config) { cfg.NewStore = true }
@@ -58,7 +59,7 @@ func TestCAThatHadAStoreBeginsNoOther(t *testing.T) {
 			if test.prove != nil {
 				test.prove(t, data)
 			}
-			err := startFails(t, dir)
+			err := refusedCA(t, dir)
 			lost, ok := errors.AsType[*ca.LostStoreError](err)
 			if !ok || filepath.Base(lost.Proof) != test.proof || lost.Place != filepath.Join(data, "store") {
 				t.Fatalf("the CA ended with %v; want a LostStoreError by %s", err, test.proof)
@@ -81,7 +82,7 @@ func TestEmptyStoreIsNotTakenForTheOneThatWas(t *testing.T) {
 	startCA(t, dir).stop()
 	away(t, dir, "store")
 	emptyStore(t, dir)
-	if _, ok := errors.AsType[*ca.LostStoreError](startFails(t, dir)); !ok {
+	if _, ok := errors.AsType[*ca.LostStoreError](refusedCA(t, dir)); !ok {
 		t.Error("the CA serves an empty store")
 	}
 	c := startCA(t, dir, newStore)
@@ -124,7 +125,7 @@ func TestNewStoreIsBegunWhereItIsAskedForOnce(t *testing.T) {
 		t.Error("it is not in the audit log")
 	}
 	c.stop()
-	if err := startFails(t, dir, newStore); !strings.Contains(err.Error(), "start without -new-store") {
+	if err := refusedCA(t, dir, newStore); !strings.Contains(err.Error(), "start without -new-store") {
 		t.Errorf("with the flag again: %v", err)
 	}
 	if c = startCA(t, dir); len(c.entriesOf("new")) != 1 {
@@ -154,6 +155,33 @@ func TestFirstStartThatWasKilledIsBegunAgain(t *testing.T) {
 	}
 }
 
+// A mistyped prefix is no new store, and is left as it is; nor is one that
+// somebody has removed.
+func TestCAOnEtcdBeginsNoOtherStore(t *testing.T) {
+	e := stage.StartEtcd(t, 1)
+	dir := tempDir(t)
+	c := startCA(t, dir, onEtcd(e))
+	c.entry("n1", "web")
+	c.stop()
+	elsewhere := func(cfg *ca.Config) { cfg.EtcdPrefix = "/elsewhere/" }
+	if _, ok := errors.AsType[*ca.LostStoreError](refusedCA(t, dir, onEtcd(e), elsewhere)); !ok {
+		t.Error("the CA serves an empty prefix")
+	}
+	if n := e.Remove("/elsewhere"); n != 0 {
+		t.Errorf("the CA that refused wrote %d keys there", n)
+	}
+	if n := e.Remove("/merlon/"); n == 0 {
+		t.Fatal("there was nothing under /merlon/")
+	}
+	if _, ok := errors.AsType[*ca.LostStoreError](refusedCA(t, dir, onEtcd(e))); !ok {
+		t.Error("the CA begins another store in place of one that was removed")
+	}
+	c = startCA(t, dir, onEtcd(e), newStore)
+	if revision := c.entry("n1", "new").GetRevision(); store.Epoch(revision) != 1 {
+		t.Errorf("a new one goes on at revision %d; want epoch 1", revision)
+	}
+}
+
 // Root's files in the store of the CA's own user would be out of its reach.
 func TestRootServesNoStoreOfAnotherUser(t *testing.T) {
 	if os.Geteuid() != 0 {
@@ -165,7 +193,7 @@ func TestRootServesNoStoreOfAnotherUser(t *testing.T) {
 		if err := os.Chown(filepath.Join(dir, "data", given), 65534, 65534); err != nil {
 			t.Fatal(err)
 		}
-		err := startFails(t, dir)
+		err := refusedCA(t, dir)
 		if !strings.Contains(err.Error(), "belongs to uid 65534") || !strings.Contains(ca.Hint(err), "as that user") {
 			t.Errorf("data/%s of another user: %v, hint %q", given, err, ca.Hint(err))
 		}

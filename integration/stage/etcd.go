@@ -186,12 +186,15 @@ func (e *Etcd) Client(members ...*EtcdMember) *clientv3.Client {
 	return client
 }
 
-// Remove deletes all keys under prefix, as an operator does who makes room.
-func (e *Etcd) Remove(prefix string) {
+// Remove removes every key that begins with prefix, behind everybody's back, and
+// says how many there were.
+func (e *Etcd) Remove(prefix string) int64 {
 	e.TB.Helper()
-	if _, err := e.Client().Delete(e.TB.Context(), prefix, clientv3.WithPrefix()); err != nil {
+	removed, err := e.Client().Delete(e.TB.Context(), prefix, clientv3.WithPrefix())
+	if err != nil {
 		e.TB.Fatal(err)
 	}
+	return removed.Deleted
 }
 
 func (e *Etcd) dial(urls []string) (*clientv3.Client, error) {
