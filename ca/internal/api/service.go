@@ -396,6 +396,7 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 		{attest.ErrUnknownToken, codes.PermissionDenied},
 		{attest.ErrExpiredToken, codes.PermissionDenied},
 		{store.ErrTooLarge, codes.InvalidArgument},
+		{trust.ErrContended, codes.Aborted},
 		{store.ErrClosed, codes.Unavailable},
 		{store.ErrReplaced, codes.Unavailable},
 		{errUnreachable, codes.Unavailable},

@@ -148,6 +148,9 @@ func (c *content) remove(a rotation.Authority) error {
 	return nil
 }
 
+// ErrContended is returned by Take where others were faster each time.
+var ErrContended = errors.New("others keep changing the authorities")
+
 // Take takes one step, with what extra adds to its transaction, and returns the
 // revision that wrote it; 0 where it changes nothing. Where others get in
 // between it begins anew; extra may be nil.
@@ -173,5 +176,5 @@ func (d Domain) Take(ctx context.Context, take func(rotation.Set) (rotation.Set,
 			return step, res.Revision, nil
 		}
 	}
-	return nil, 0, errors.New("write the authorities: others keep changing them")
+	return nil, 0, fmt.Errorf("write the authorities: %w: nothing was written, try again", ErrContended)
 }
