@@ -11,11 +11,8 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"flag"
-	"os"
-	"path/filepath"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc/codes"
 
 	"merlon.dev/ca/capb"
@@ -71,23 +68,6 @@ func profiles(t *testing.T) map[string]*x509.Certificate {
 
 func TestProfilesAreTheGoldenOnes(t *testing.T) {
 	for name, cert := range profiles(t) {
-		golden(t, name, forge.Dump(cert))
-	}
-}
-
-func golden(t *testing.T, name, got string) {
-	t.Helper()
-	path := filepath.Join("testdata", name+".golden")
-	if *update {
-		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("profile %s changed (-want +got):\n%s", name, diff)
+		forge.Golden(t, *update, name, forge.Dump(cert))
 	}
 }

@@ -5,11 +5,7 @@ package authority_test
 
 import (
 	"flag"
-	"os"
-	"path/filepath"
 	"testing"
-
-	"github.com/google/go-cmp/cmp"
 
 	"merlon.dev/ca/internal/authority"
 	"merlon.dev/sdk/svid/forge"
@@ -29,23 +25,6 @@ func TestLeafProfileIsTheGoldenOne(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		golden(t, name, forge.Dump(parse(t, leaf.DER)))
-	}
-}
-
-func golden(t *testing.T, name, got string) {
-	t.Helper()
-	path := filepath.Join("testdata", name+".golden")
-	if *update {
-		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("profile %s changed (-want +got):\n%s", name, diff)
+		forge.Golden(t, *update, name, forge.Dump(parse(t, leaf.DER)))
 	}
 }

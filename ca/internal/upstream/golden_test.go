@@ -6,11 +6,8 @@ package upstream
 import (
 	"crypto/x509"
 	"flag"
-	"os"
-	"path/filepath"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/sdk/svid/forge"
@@ -45,23 +42,6 @@ func profiles(t *testing.T) map[string]*x509.Certificate {
 
 func TestAuthorityProfilesAreTheGoldenOnes(t *testing.T) {
 	for name, cert := range profiles(t) {
-		golden(t, name, forge.Dump(cert))
-	}
-}
-
-func golden(t *testing.T, name, got string) {
-	t.Helper()
-	path := filepath.Join("testdata", name+".golden")
-	if *update {
-		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("profile %s changed (-want +got):\n%s", name, diff)
+		forge.Golden(t, *update, name, forge.Dump(cert))
 	}
 }
