@@ -4,6 +4,7 @@
 package ca_test
 
 import (
+	"context"
 	"crypto/ecdsa"
 	"crypto/x509"
 	"io"
@@ -61,7 +62,16 @@ func refusedCA(t *testing.T, dir string, changes ...func(*ca.Config)) error {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = srv.Run(t.Context())
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- srv.Run(ctx) }()
+	select {
+	case <-srv.Ready():
+		cancel()
+		t.Fatalf("the CA serves, and then: %v", <-done)
+	case err = <-done:
+	}
 	if err == nil {
 		t.Fatal("it ran")
 	}
