@@ -60,14 +60,14 @@ CRASH := go test -count 1 -timeout 12h -v ./ca/internal/store/crashtest -run
 crash: ## SIGKILL the Badger store KILLS times (default 1000) under 32 writers; about 15 minutes
 	KILLS=$(KILLS) $(CRASH) TestKilledBadger
 
-crash-etcd: ## kill and pause three etcd members and their client KILLS times (default 1000); about an hour
+crash-etcd: ## kill and pause three etcd members and their client KILLS times (default 1000); about 20 minutes
 	KILLS=$(KILLS) $(CRASH) TestKilledEtcd
 
 fault-etcd: ## kill, halt for 30 s and cut off the leader of three etcd members; needs root for the last
 	MERLON_LONG=1 go test -race -count 1 -v ./ca/internal/store/etcd -run TestLeader
 
 MERLON_SWEEP ?= 100000
-crash-sweep: ## damage Badger's files at every record boundary; MERLON_SWEEP boundaries a file at most
+crash-sweep: ## damage Badger's files at every record boundary; MERLON_SWEEP boundaries a file at most; about half an hour
 	MERLON_SWEEP=$(MERLON_SWEEP) $(CRASH) TestDamagedBadger
 
 ROTATIONS ?= 20
