@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"sync/atomic"
 	"time"
 
 	"merlon.dev/ca/internal/api"
@@ -37,12 +36,11 @@ const (
 	resignTimeout = time.Second
 )
 
-// watchStore keeps in mind whether the store can be reached and written, until
-// ctx ends, and tells the agents.
-func (p *parts) watchStore(ctx context.Context) error {
-	var storeState atomic.Pointer[error]
+// checkReadiness says what the CA needs to be ready. It comes before anybody can
+// ask: without a check a server is ready.
+func (p *parts) checkReadiness() {
 	p.health.Check("store", func() error {
-		if err := storeState.Load(); err != nil {
+		if err := p.storeFault.Load(); err != nil {
 			return *err
 		}
 		return nil
@@ -52,6 +50,11 @@ func (p *parts) watchStore(ctx context.Context) error {
 	p.health.Check("audit", p.service.AuditFault)
 	p.health.Check("keys", p.service.KeyFault)
 	p.health.Check("replica", p.service.Standing)
+}
+
+// watchStore keeps in mind whether the store can be reached and written, until
+// ctx ends, and tells the agents.
+func (p *parts) watchStore(ctx context.Context) error {
 	probe := time.NewTicker(probeInterval)
 	defer probe.Stop()
 	evicted := false
@@ -67,7 +70,7 @@ func (p *parts) watchStore(ctx context.Context) error {
 		if errors.Is(err, store.ErrReplaced) {
 			return err // what is in memory is of another store
 		}
-		storeState.Store(&err)
+		p.storeFault.Store(&err)
 		p.service.SetStale(unreachable(err) || p.registry.Fault() != nil)
 		select {
 		case <-ctx.Done():

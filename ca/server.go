@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -121,6 +122,8 @@ type parts struct {
 	health      *health.Server
 	log         *slog.Logger
 	overdue     overdue // of the leader
+	// storeFault is what the last look at the store said.
+	storeFault atomic.Pointer[error]
 
 	x509SVIDTTL, intermediateTTL time.Duration
 }
@@ -255,6 +258,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 	if err := p.own.renew(ctx, time.Now()); err != nil {
 		return err
 	}
+	p.checkReadiness()
 	watchKeys(p.health.Registry(), p.keys)
 	s.root = p.keys.X509().Root
 	return nil

@@ -206,7 +206,7 @@ func TestHealthSaysReady(t *testing.T) {
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	base := "http://" + c.srv.HealthAddress().String()
 	code, _, body := do(t, client, "GET", base+"/ready", nil, nil)
-	for _, check := range []string{"authority", "store", "audit"} {
+	for _, check := range []string{"authority", "store", "audit", "picture", "keys", "replica"} {
 		if code != 200 || !strings.Contains(body, check) {
 			t.Errorf("/ready: %d %s; want 200 with %s", code, body, check)
 		}
