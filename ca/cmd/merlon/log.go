@@ -187,8 +187,8 @@ func logProve(o *options) *cobra.Command {
 	return &cobra.Command{
 		Use:   "prove SERIAL",
 		Short: "Prove that the log holds the SVID with this serial number",
-		Long: `Prove that the log of the CA holds the SVID with this serial number (lower-case
-hex, as in audit records and in a JWT-SVID's jti): the record, its place, and an
+		Long: `Prove that the log of the CA holds the SVID with this serial number (hex, as
+openssl prints it, and as audit records and a JWT-SVID's jti have it): the record, its place, and an
 inclusion proof under a signed checkpoint. The proof is verified here, under the
 roots of the trust bundle. With -o json it can be handed on: proof is a C2SP
 tlog-proof of entry, and certificates vouch for the key of its checkpoint.`,
@@ -196,14 +196,18 @@ tlog-proof of entry, and certificates vouch for the key of its checkpoint.`,
   merlon log prove 1f3c… -o json > proof.json`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			serial, err := serialNumber(args[0], "merlon log prove 1f3c…; merlon log audit FILE reads it from an SVID")
+			if err != nil {
+				return err
+			}
 			return o.withCA(cmd.Context(), func(c capb.AdminClient) error {
-				log, err := proveIssuances(cmd.Context(), c, args)
+				log, err := proveIssuances(cmd.Context(), c, []string{serial})
 				if err != nil {
 					return err
 				}
 				if len(log.resp.GetProofs()) == 0 {
 					return hintError{
-						fmt.Errorf("the log of replica %s holds no SVID with serial number %s", log.resp.GetReplicaName(), args[0]),
+						fmt.Errorf("the log of replica %s holds no SVID with serial number %s", log.resp.GetReplicaName(), serial),
 						fmt.Sprintf("it has records since %s; each replica has its own log: ask others with --ca; for a certificate, merlon log audit says whose", formatTime(log.resp.GetBeginsAt())),
 					}
 				}

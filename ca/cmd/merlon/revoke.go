@@ -3,6 +3,8 @@
 package main
 
 import (
+	"fmt"
+	"math/big"
 	"strconv"
 	"strings"
 	"time"
@@ -47,7 +49,18 @@ func revocationSubject(r *capb.Revocation) (kind, value string) {
 // plainHex is the hex number that openssl prints in upper case, in pairs of
 // digits or with colons.
 func plainHex(s string) string {
-	return strings.TrimLeft(strings.ToLower(strings.ReplaceAll(s, ":", "")), "0")
+	s = strings.ToLower(strings.ReplaceAll(strings.TrimSpace(s), ":", ""))
+	return strings.TrimLeft(strings.TrimPrefix(s, "0x"), "0")
+}
+
+// serialNumber reads one as records and revocations have it; what is no hex
+// number is a mistake in the command line, not the number of no SVID.
+func serialNumber(s, example string) (string, error) {
+	plain := plainHex(s)
+	if n, ok := new(big.Int).SetString(plain, 16); !ok || n.Sign() <= 0 || n.Text(16) != plain {
+		return "", usageError{fmt.Sprintf("%q is no serial number: it is a hex number above 0, as openssl x509 -serial or a JWT-SVID's jti has it", s), example}
+	}
+	return plain, nil
 }
 
 func revokeCommand(o *options) *cobra.Command {
@@ -63,6 +76,12 @@ SVID at once; to take its identity away, delete the entry.`,
   merlon revoke --agent spiffe://shop.test/agent/node-1`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if cmd.Flags().Changed("serial") {
+				var err error
+				if serial, err = serialNumber(serial, "merlon revoke --serial 1f3c…"); err != nil {
+					return err
+				}
+			}
 			req := &capb.RevokeRequest{Note: note}
 			given := 0
 			for _, flag := range []struct {
@@ -72,7 +91,7 @@ SVID at once; to take its identity away, delete the entry.`,
 				{spiffeID, func() { req.Subject = &capb.RevokeRequest_SpiffeId{SpiffeId: spiffeID} }},
 				{agentID, func() { req.Subject = &capb.RevokeRequest_AgentId{AgentId: agentID} }},
 				{authorityID, func() { req.Subject = &capb.RevokeRequest_AuthorityId{AuthorityId: authorityID} }},
-				{serial, func() { req.Subject = &capb.RevokeRequest_Serial{Serial: plainHex(serial)} }},
+				{serial, func() { req.Subject = &capb.RevokeRequest_Serial{Serial: serial} }},
 			} {
 				if flag.value != "" {
 					given++
