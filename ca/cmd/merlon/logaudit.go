@@ -12,13 +12,16 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/entry"
 	"merlon.dev/sdk/checkpoint"
 )
 
@@ -34,14 +37,18 @@ type shown struct {
 	File     string `json:"file"`
 	Serial   string `json:"serial"`
 	SPIFFEID string `json:"spiffe_id"`
-	// Result is "logged", "missing", "elsewhere" (another replica issued it) or
-	// "too old" (issued before the log begins).
+	// Result is "logged", "missing", "elsewhere" (another replica issued it),
+	// "too old" (issued before the log begins) or "unreadable".
 	Result  string `json:"result"`
 	Replica string `json:"replica,omitempty"`
+	// Problem says why a file is unreadable.
+	Problem string `json:"problem,omitempty"`
 
 	signedHash, issuer string
-	issuedAt           time.Time
+	issuedAt, notAfter time.Time
 }
+
+const unreadable = "unreadable"
 
 func logAudit(o *options) *cobra.Command {
 	return &cobra.Command{
@@ -51,7 +58,9 @@ func logAudit(o *options) *cobra.Command {
 the CA, and verify the proof that it is there. Exit code 1 means that one is not:
 result "missing" says that the CA's key signed what its log does not hold, or
 that somebody else did. Each replica has its own log: "elsewhere" names the one
-to ask with --ca. "too old": issued before the first record that is kept.`,
+to ask with --ca. "too old": by its times issued before the first record that is
+kept, and with an end that such an SVID can have.
+"unreadable": the file, or a part of it, holds no SVID; the others are looked for.`,
 		Example: `  merlon log audit svid.pem
   merlon log audit --ca ca-2.example.org:8443 captured/*.pem -o json`,
 		Args: cobra.MinimumNArgs(1),
@@ -59,6 +68,9 @@ to ask with --ca. "too old": issued before the first record that is kept.`,
 			svids, err := readShown(files)
 			if err != nil {
 				return err
+			}
+			if !slices.ContainsFunc(svids, func(s *shown) bool { return s.Result == "" }) {
+				return printAudited(cmd, o.output, svids) // no question is left for a CA
 			}
 			return o.withCA(cmd.Context(), func(c capb.AdminClient) error {
 				if err := judge(cmd.Context(), c, svids); err != nil {
@@ -70,22 +82,16 @@ to ask with --ca. "too old": issued before the first record that is kept.`,
 	}
 }
 
+// readShown reads all files: one that cannot be read must not hide the others.
 func readShown(files []string) (svids []*shown, err error) {
 	for _, name := range files {
-		info, err := os.Stat(name)
-		if err != nil {
-			return nil, err
+		var found []*shown
+		content, err := readBounded(name)
+		if err == nil {
+			found, err = shownIn(content)
 		}
-		if info.Size() > maxSVIDFile {
-			return nil, fmt.Errorf("%s has more than %d bytes: it is no file with SVIDs", name, maxSVIDFile)
-		}
-		content, err := os.ReadFile(name)
 		if err != nil {
-			return nil, err
-		}
-		found, err := shownIn(content)
-		if err != nil {
-			return nil, hintError{fmt.Errorf("read %s: %w", name, err), "name files with X509-SVIDs in PEM, or one JWT-SVID each"}
+			found = append(found, &shown{Result: unreadable, Problem: err.Error()})
 		}
 		for _, s := range found {
 			s.File = name
@@ -98,11 +104,28 @@ func readShown(files []string) (svids []*shown, err error) {
 	return svids, nil
 }
 
-// shownIn reads the SVIDs of one file; authorities above them are passed over.
+func readBounded(name string) ([]byte, error) {
+	file, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	content, err := io.ReadAll(io.LimitReader(file, maxSVIDFile+1))
+	if err == nil && len(content) > maxSVIDFile {
+		err = fmt.Errorf("it has more than %d bytes: it is no file with SVIDs", maxSVIDFile)
+	}
+	return content, err
+}
+
+// shownIn reads the SVIDs of one file, also those before something that is none;
+// authorities above them are passed over.
 func shownIn(content []byte) (svids []*shown, err error) {
 	if !bytes.Contains(content, []byte("-----BEGIN")) {
 		s, err := shownToken(strings.TrimSpace(string(content)))
-		return []*shown{s}, err
+		if err != nil {
+			return nil, err
+		}
+		return []*shown{s}, nil
 	}
 	for block, rest := pem.Decode(content); block != nil; block, rest = pem.Decode(rest) {
 		if block.Type != "CERTIFICATE" {
@@ -110,17 +133,17 @@ func shownIn(content []byte) (svids []*shown, err error) {
 		}
 		cert, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
-			return nil, err
+			return svids, err
 		}
 		if cert.IsCA {
 			continue
 		}
-		s := &shown{Serial: cert.SerialNumber.Text(16), issuer: fmt.Sprintf("%x", cert.AuthorityKeyId), issuedAt: cert.NotBefore}
+		s := &shown{Serial: cert.SerialNumber.Text(16), issuer: fmt.Sprintf("%x", cert.AuthorityKeyId), issuedAt: cert.NotBefore, notAfter: cert.NotAfter}
 		if len(cert.URIs) > 0 {
 			s.SPIFFEID = cert.URIs[0].String()
 		}
 		if s.signedHash, err = checkpoint.CertificateHash(cert.Raw); err != nil {
-			return nil, err
+			return svids, err
 		}
 		svids = append(svids, s)
 	}
@@ -139,6 +162,7 @@ func shownToken(token string) (*shown, error) {
 		ID       string `json:"jti"`
 		Subject  string `json:"sub"`
 		IssuedAt int64  `json:"iat"`
+		Expiry   int64  `json:"exp"`
 	}
 	payload, err := base64.RawURLEncoding.DecodeString(strings.Split(token, ".")[1])
 	if err == nil {
@@ -147,14 +171,22 @@ func shownToken(token string) (*shown, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read a JWT-SVID: %w", err)
 	}
-	return &shown{Serial: claims.ID, SPIFFEID: claims.Subject, signedHash: hash, issuedAt: time.Unix(claims.IssuedAt, 0)}, nil
+	return &shown{
+		Serial: claims.ID, SPIFFEID: claims.Subject, signedHash: hash,
+		issuedAt: time.Unix(claims.IssuedAt, 0), notAfter: time.Unix(claims.Expiry, 0),
+	}, nil
 }
 
 // judge says of each SVID what the log says.
 func judge(ctx context.Context, c capb.AdminClient, svids []*shown) error {
 	var serials []string
 	for _, s := range svids {
-		serials = append(serials, s.Serial)
+		if s.Result == "" && s.Serial != "" {
+			serials = append(serials, s.Serial)
+		}
+	}
+	if len(serials) == 0 {
+		serials = []string{"0"} // no SVID has it; what the CA says of its log is needed all the same
 	}
 	log, err := proveIssuances(ctx, c, serials)
 	if err != nil {
@@ -174,19 +206,29 @@ func judge(ctx context.Context, c capb.AdminClient, svids []*shown) error {
 	}
 	self := log.resp.GetReplicaName()
 	for _, s := range svids {
+		if s.Result != "" {
+			continue
+		}
 		s.Replica = issuers[s.issuer]
 		switch {
 		case signed[s.Serial+" "+s.signedHash]:
 			s.Result, s.Replica = "logged", self
 		case s.Replica != "" && s.Replica != self:
 			s.Result = "elsewhere"
-		case log.resp.GetFirstIndex() > 0 && s.issuedAt.Before(log.resp.GetBeginsAt().AsTime()):
+		case log.resp.GetFirstIndex() > 0 && s.before(log.resp.GetBeginsAt().AsTime()):
 			s.Result = "too old"
 		default:
 			s.Result = "missing"
 		}
 	}
 	return nil
+}
+
+// before says whether s can have been issued before begin. Its own word alone
+// is not taken for that: a forger writes the time that he likes. What was issued
+// before has ended within the longest life of an SVID after.
+func (s *shown) before(begin time.Time) bool {
+	return s.issuedAt.Before(begin) && s.notAfter.Before(begin.Add(entry.MaxSVIDTTL))
 }
 
 func printAudited(cmd *cobra.Command, output string, svids []*shown) error {
@@ -203,9 +245,14 @@ func printAudited(cmd *cobra.Command, output string, svids []*shown) error {
 			return err
 		}
 	}
-	missing, unjudged := 0, 0
+	missing, unjudged, unread := 0, 0, 0
 	for _, s := range svids {
 		switch s.Result {
+		case unreadable:
+			unread++
+			if output != "json" {
+				fmt.Fprintf(cmd.ErrOrStderr(), "%s: %s\n", s.File, s.Problem)
+			}
 		case "missing":
 			missing++
 		case "elsewhere", "too old":
@@ -215,11 +262,22 @@ func printAudited(cmd *cobra.Command, output string, svids []*shown) error {
 	switch {
 	case missing > 0:
 		return hintError{
-			fmt.Errorf("%d of %d SVIDs are not in the log: the key of an authority signed them without the CA, or they are forged", missing, len(svids)),
+			fmt.Errorf("%d of %d SVIDs are not in the log: the key of an authority signed them without the CA, or they are forged", missing, len(svids)-unread),
 			"revoke each: merlon revoke --serial SERIAL; and find out who has the key",
 		}
+	case unread > 0:
+		return hintError{fmt.Errorf("%d of %d files hold something that is no SVID, or cannot be read", unread, countFiles(svids)), "name files with X509-SVIDs in PEM, or one JWT-SVID each"}
 	case unjudged > 0:
 		return hintError{fmt.Errorf("%d of %d SVIDs cannot be judged by this log", unjudged, len(svids)), "ask the replica that issued them: --ca"}
 	}
 	return nil
+}
+
+// countFiles is from how many files they are.
+func countFiles(svids []*shown) int {
+	names := make(map[string]bool)
+	for _, s := range svids {
+		names[s.File] = true
+	}
+	return len(names)
 }

@@ -54,7 +54,7 @@ func (l *Log) Prove(ctx context.Context, serials ...string) (proofs []Proof, und
 		if err != nil {
 			return nil, under, begins, fmt.Errorf("look into the audit log: %w", err)
 		}
-		if serial := issuedIn(line.Text); wanted[serial] {
+		if serial := issuedIn(line.Text); serial != "" && wanted[serial] {
 			proofs = append(proofs, Proof{Serial: serial, Index: int64(line.Seq) - 1, Entry: bytes.Clone(line.Text)})
 		}
 	}
