@@ -308,6 +308,21 @@ func (a *authorities) takeDue(ctx context.Context) {
 	}
 }
 
+// endangered says that the root may end before the next one signs, and what lets
+// that one sign at once.
+func (a *authorities) endangered(now time.Time) error {
+	if !a.keys.HoldsRoot() || a.keys.HasUpstream() {
+		return nil
+	}
+	set, view := a.registry.Rotation(now, a.x509SVIDTTL)
+	next, waits := rotation.Endangered(set, view, a.policy, now)
+	if !waits {
+		return nil
+	}
+	return fmt.Errorf("root %s ends at %s, and with it every SVID under it; the next one waits: %s; mend that, or let it sign at once: merlon authority activate %s --force",
+		set.Root().ID, set.Root().NotAfter.UTC().Format(time.RFC3339), next.Wait, next.ID)
+}
+
 func (a *authorities) takeOne(ctx context.Context, c rotation.Command) error {
 	revision := uint64(0)
 	var err error

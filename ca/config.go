@@ -223,7 +223,8 @@ type Config struct {
 
 	// RootTTL is how long a root lives, IntermediateTTL an intermediate, and
 	// JWTKeyTTL a key that signs JWT-SVIDs. Each is replaced by itself at half of
-	// it. Defaults: 8760h, 24h, 720h.
+	// it, so roots and JWT keys live ten TrustRefreshHints at least. Defaults:
+	// 8760h, 24h, 720h.
 	RootTTL         time.Duration `yaml:"root_ttl"`
 	IntermediateTTL time.Duration `yaml:"intermediate_ttl"`
 	JWTKeyTTL       time.Duration `yaml:"jwt_key_ttl"`

@@ -32,6 +32,9 @@ func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 		"DNS name":          {"trust_domain: a.test\ndns_names: ['*.a.test']\n", "dns_names: "},
 		"long TTL":          {"trust_domain: a.test\nx509_svid_ttl: 48h\n", "x509_svid_ttl: "},
 		"negative TTL":      {"trust_domain: a.test\nagent_svid_ttl: -1h\n", "agent_svid_ttl: "},
+		"root and hint":     {"trust_domain: a.test\nroot_ttl: 40s\ntrust_refresh_hint: 8s\n", "root_ttl: 40s is too short for a trust_refresh_hint of 8s: the next key is made at half of it, and signs three hints after that at the soonest; make root_ttl at least 1m20s, or trust_refresh_hint at most 4s"},
+		"root, usual hint":  {"trust_domain: a.test\nroot_ttl: 49m59s\n", "root_ttl: "},
+		"JWT key and hint":  {"trust_domain: a.test\njwt_key_ttl: 49m59s\n", "make jwt_key_ttl at least 50m0s"},
 		"JWT algorithm":     {"trust_domain: a.test\njwt_algorithm: HS256\n", "jwt_algorithm: "},
 		"nine audiences":    {"trust_domain: a.test\njwt_max_audiences: 9\n", "jwt_max_audiences: "},
 		"log level":         {"trust_domain: a.test\nlog_level: loud\n", "log_level: "},
@@ -77,6 +80,8 @@ func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 		"joined":       etcdYAML(localEtcd + "join_address: ca:8443\n"),
 		"with a name":  "trust_domain: a.test\nreplica_name: ca-1\n",
 		"small budget": "trust_domain: a.test\ndisk_reserve_mib: 1\n",
+		"short lives":  "trust_domain: a.test\nroot_ttl: 50m\njwt_key_ttl: 50m\n",
+		"shortest":     "trust_domain: a.test\nroot_ttl: 10s\njwt_key_ttl: 10s\ntrust_refresh_hint: 1s\n",
 	} {
 		if c, err := ParseConfig("ca.yaml", []byte(yaml)); err != nil || c.Validate() != nil {
 			t.Errorf("%s: %v, %v", name, err, c.Validate())

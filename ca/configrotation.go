@@ -27,6 +27,21 @@ func (c Config) checkRotation() error {
 	if c.TrustRefreshHint < time.Second || c.TrustRefreshHint > maxRefreshHint || c.TrustRefreshHint%time.Second != 0 {
 		return fmt.Errorf("trust_refresh_hint: %s is not a number of seconds between 1s and %s", c.TrustRefreshHint, maxRefreshHint)
 	}
+	return c.checkLives()
+}
+
+// checkLives refuses keys that end before the next one may sign.
+func (c Config) checkLives() error {
+	least := c.rotation().MinLife()
+	for _, ttl := range []struct {
+		key   string
+		value time.Duration
+	}{{"root_ttl", c.RootTTL}, {"jwt_key_ttl", c.JWTKeyTTL}} {
+		if ttl.value < least {
+			return fmt.Errorf("%s: %s is too short for a trust_refresh_hint of %s: the next key is made at half of it, and signs three hints after that at the soonest; make %s at least %s, or trust_refresh_hint at most %s",
+				ttl.key, ttl.value, c.TrustRefreshHint, ttl.key, least, (ttl.value / (least / c.TrustRefreshHint)).Truncate(time.Second))
+		}
+	}
 	return nil
 }
 

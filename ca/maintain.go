@@ -193,6 +193,7 @@ func (p *parts) checkAuthority(now time.Time) error {
 func (p *parts) upkeep(ctx context.Context, now time.Time) {
 	p.each(ctx, map[string]func(context.Context) error{
 		"renew the intermediate": func(ctx context.Context) error { return p.renewIntermediate(ctx, now) },
+		"replace the root":       func(context.Context) error { return p.authorities.endangered(now) },
 	})
 }
 

@@ -6,6 +6,7 @@ package ca
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"log/slog"
 	"path/filepath"
@@ -16,6 +17,7 @@ import (
 
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
 )
 
@@ -129,6 +131,45 @@ func TestReadyEndsBeforeTheAuthorityDoes(t *testing.T) {
 }
 
 // The root holder's record comes back by itself: nobody can evict it.
+// A root that is about to end with nobody to follow is in the log, with the
+// command that helps.
+func TestUpkeepNamesWhatKeepsTheNextRootWaiting(t *testing.T) {
+	p, _ := openParts(t)
+	var log logged
+	p.log = slog.New(slog.NewTextHandler(&log, nil))
+	next, revision, err := p.authorities.Prepare(t.Context(), rotation.Root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.registry.Wait(t.Context(), revision); err != nil {
+		t.Fatal(err)
+	}
+	root := p.registry.Authorities().Root()
+	now := root.NotAfter.Add(-time.Hour)
+	if err := p.authorities.endangered(now); err != nil {
+		t.Errorf("nothing is waited for: %v", err)
+	}
+	agent, err := json.Marshal(map[string]any{
+		"v": 1, "spiffe_id": "spiffe://shop.test/agent/n7", "handle": 7, "attestation": "join_token",
+		"attested_at": now, "not_after": now.Add(2 * time.Hour), "trust_sequence": 1,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.put(t, store.Put(attest.AgentPrefix+"n7", agent))
+	if err := p.authorities.endangered(time.Now()); err != nil {
+		t.Errorf("the root is new: %v", err)
+	}
+	p.each(t.Context(), map[string]func(context.Context) error{
+		"replace the root": func(context.Context) error { return p.authorities.endangered(now) },
+	})
+	for _, want := range []string{"upkeep failed", "1 agents have not acknowledged: spiffe://shop.test/agent/n7", "merlon authority activate " + next + " --force"} {
+		if !log.holds(want) {
+			t.Errorf("log = %s; want %q in it", log.text.String(), want)
+		}
+	}
+}
+
 func TestRootHolderRegistersAgain(t *testing.T) {
 	p, _ := openParts(t)
 	rec, ok := p.registry.Replica("ca")

@@ -27,6 +27,21 @@ func Waiting(s Set, v View, p Policy, now time.Time) (pending []Pending) {
 	return pending
 }
 
+// Endangered returns the step of the root that is to sign next where the one that
+// signs has an eighth of its life left, and something is still waited for.
+func Endangered(s Set, v View, p Policy, now time.Time) (Pending, bool) {
+	root := s.Root()
+	if root == nil || root.NotAfter.Sub(now) > root.NotAfter.Sub(root.NotBefore)/8 {
+		return Pending{}, false
+	}
+	for _, next := range Waiting(s, v, p, now) {
+		if a, ok := s.Get(next.ID); ok && a.Kind == Root && next.Next == Activate && !next.Wait.Over(now) {
+			return next, true
+		}
+	}
+	return Pending{}, false
+}
+
 // Due returns what is to be done now by replica, of its own JWT keys, and, if it
 // replaces the roots, of those: the steps hold in the order given. An
 // authority that an operator has prepared is not activated before its time;
@@ -60,8 +75,9 @@ func (s Set) dueIn(place slot, v View, p Policy, now time.Time) (due []Command) 
 		case a.State == Prepared:
 			due = append(due, Command{Verb: Publish, ID: a.ID})
 			successor = true
-		case a.State == Published && (a.ends(now) || a.pastHalf(now)):
-			due = append(due, Command{Verb: Revoke, ID: a.ID}) // nobody wanted it
+		// Nobody wanted it; but a successor that is waited for is not withdrawn.
+		case a.State == Published && (a.ends(now) || a.pastHalf(now) && !replace):
+			due = append(due, Command{Verb: Revoke, ID: a.ID})
 		case a.State == Published:
 			if replace && !successor && s.activation(a, v, p, now).Over(now) {
 				due = append(due, Command{Verb: Activate, ID: a.ID})

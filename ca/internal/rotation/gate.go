@@ -92,8 +92,18 @@ func named(names []string) string {
 	return strings.Join(names[:maxNamed], ", ") + ", …"
 }
 
-// activation is what stands between a and signing.
+// MinLife is the shortest life of a root or JWT key: by half of it the next one
+// is published, and must sign before the end. That takes three hints, and the
+// two more are for agents, the clock and a slow store.
+func (p Policy) MinLife() time.Duration { return 2 * (hints + 2) * p.RefreshHint }
+
+// activation is what stands between a and signing. A root that has ended
+// protects nobody any more: nothing lives under it, so the next one waits for
+// nothing. A JWT key has no end of its own, and signs on.
 func (s Set) activation(a *Authority, v View, p Policy, now time.Time) Wait {
+	if root := s.Root(); a.Kind == Root && root != nil && root.ends(now) {
+		return Wait{}
+	}
 	return Wait{Agents: v.missing(a.Sequence, now), Until: a.Since[Published].Add(hints * p.RefreshHint)}
 }
 

@@ -138,6 +138,24 @@ func TestRevocationWaitsForWhatIsAlive(t *testing.T) {
 	}
 }
 
+// What is tainted never signs again, not even by force.
+func TestTaintedSignsNothing(t *testing.T) {
+	b := newRoot("b", start)
+	s := step(t, begin(t), Command{Verb: Prepare, New: &b}, View{}, start)
+	s = step(t, s, Command{Verb: Publish, ID: "b"}, View{}, start).Stamped(2)
+	s = step(t, s, Command{Verb: Activate, ID: "b", Force: true}, View{}, start)
+	s = step(t, s, Command{Verb: Taint, ID: "a"}, View{}, start).Stamped(3)
+	for _, force := range []bool{false, true} {
+		next, err := Step(s, Command{Verb: Activate, ID: "a", Force: force}, View{}, policy, start.Add(time.Hour))
+		if refusal, ok := errors.AsType[*RefusedError](err); !ok || refusal.Reason != "it is tainted" {
+			t.Errorf("activate what is tainted, force %t: %v; want a refusal", force, err)
+		}
+		if next.Root().ID != "b" {
+			t.Errorf("force %t: root %s signs", force, next.Root().ID)
+		}
+	}
+}
+
 func TestWhatSignsStays(t *testing.T) {
 	for _, id := range []string{"a", "j"} {
 		for _, verb := range []Verb{Taint, Revoke, Forget, Publish, Activate} {
@@ -189,6 +207,7 @@ type world struct {
 	agents   []Agent
 	issuers  []Issuer
 	made     int
+	life     time.Duration // of roots that are made; 0: newRoot's
 }
 
 func (w *world) view() View { return View{Agents: w.agents, Issuers: w.issuers} }
@@ -201,6 +220,9 @@ func (w *world) take(c Command) {
 		a := newJWT(fmt.Sprintf("j%d", w.made), "ca", w.now)
 		if c.Kind == Root {
 			a = newRoot(fmt.Sprintf("r%d", w.made), w.now)
+			if w.life > 0 {
+				a.NotAfter = w.now.Add(w.life)
+			}
 		}
 		c.New = &a
 	}
@@ -232,9 +254,12 @@ func (w *world) issue() {
 	for i := range w.issuers {
 		w.issuers[i].Current = false
 	}
-	w.issuers = append(w.issuers, Issuer{
-		Replica: "ca", ID: fmt.Sprint(len(w.issuers)), Root: w.set.Root().ID, NotAfter: w.now.Add(24 * time.Hour), Current: true,
-	})
+	root := w.set.Root()
+	end := w.now.Add(24 * time.Hour)
+	if root.NotAfter.Before(end) { // an intermediate ends with its root
+		end = root.NotAfter
+	}
+	w.issuers = append(w.issuers, Issuer{Replica: "ca", ID: fmt.Sprint(len(w.issuers)), Root: root.ID, NotAfter: end, Current: true})
 }
 
 func ids(s Set) (in []string) {
@@ -260,7 +285,8 @@ func (w *world) check(c Command, before Set) {
 	if c.Force {
 		return
 	}
-	// What signs is in the trust bundle of every agent that counts.
+	// What signs is in the trust bundle of every agent that counts, unless the root
+	// before has ended: then nothing that anybody has is worth anything.
 	for _, a := range w.agents {
 		if !a.counts(w.now) {
 			continue
@@ -268,6 +294,9 @@ func (w *world) check(c Command, before Set) {
 		for _, signs := range []*Authority{root, jwt} {
 			if was, ok := before.Get(signs.ID); ok && was.State == Active {
 				continue // since an earlier step
+			}
+			if signs.Kind == Root && before.Root().ends(w.now) {
+				continue
 			}
 			if !slices.Contains(w.bundles[a.Sequence], signs.ID) {
 				w.t.Fatalf("%v: %s signs, and %s has trust bundle %d: %v", c, signs.ID, a.Name, a.Sequence, w.bundles[a.Sequence])
@@ -295,13 +324,25 @@ func (w *world) check(c Command, before Set) {
 	}
 }
 
+// due takes what is due, and says what it may be: nothing that is to follow goes.
+func (w *world) due() {
+	for _, c := range Due(w.set, "ca", true, w.view(), policy, w.now) {
+		if a, ok := w.set.Get(c.ID); ok && c.Verb == Revoke && a.State == Published && !a.ends(w.now) && w.set.active(a.slot()).pastHalf(w.now) {
+			w.t.Fatalf("%s is withdrawn, and %s needs a successor", a.ID, w.set.active(a.slot()).ID)
+		}
+		w.take(c)
+	}
+}
+
 // Never a moment without a valid signing key; without force never an SVID under
 // a key that a counting agent does not have, and nothing is withdrawn that
-// somebody needs.
+// somebody needs. A root that ends has a successor, whoever does not acknowledge.
 func TestRotationLaws(t *testing.T) {
 	first := begin(t)
 	rapid.Check(t, func(t *rapid.T) {
 		w := &world{t: t, set: first, now: start, sequence: 1, bundles: map[uint64][]string{1: {"a", "j"}}}
+		// The first root lives 30 days; those that follow may end sooner.
+		w.life = time.Duration(rapid.IntRange(2, 60).Draw(t, "hours that a root lives")) * time.Hour
 		w.issue()
 		for i := range rapid.IntRange(0, 3).Draw(t, "agents") {
 			w.agents = append(w.agents, Agent{Name: fmt.Sprint("n", i), Sequence: 1, Until: start.Add(time.Hour)})
@@ -334,9 +375,14 @@ func TestRotationLaws(t *testing.T) {
 				c.ID = all[rapid.IntRange(0, len(all)-1).Draw(t, "which")].ID
 				w.take(c)
 			},
-			"what is due": func(t *rapid.T) {
-				for _, c := range Due(w.set, "ca", true, w.view(), policy, w.now) {
-					w.take(c)
+			"what is due":   func(*rapid.T) { w.due() },
+			"a root's life": func(*rapid.T) { w.now = w.now.Add(w.life) },
+			"all that is due": func(t *rapid.T) {
+				for range 6 { // prepared, published, active; what has ended goes first
+					w.due()
+				}
+				if root := w.set.Root(); root.ends(w.now) {
+					t.Fatalf("root %s has ended, and nothing that is due replaces it: %+v", root.ID, w.set.All())
 				}
 			},
 		})
@@ -366,6 +412,43 @@ func TestLeftAloneItRotates(t *testing.T) {
 		}
 		if n := len(w.set.All()); w.made < 8 || n > 8 {
 			rt.Fatalf("after 100 days of authorities that live 30, %d were made and %d are left", w.made, n)
+		}
+	})
+}
+
+// An agent that lives and never acknowledges holds the next root up to the end
+// of the one before: it is not withdrawn meanwhile, and signs then.
+func TestSilentAgentHoldsTheNextRootUntilTheEnd(t *testing.T) {
+	first := begin(t)
+	rapid.Check(t, func(rt *rapid.T) {
+		w := &world{t: rt, set: first, now: start, sequence: 1, bundles: map[uint64][]string{1: {"a", "j"}}}
+		w.issue()
+		pause := time.Duration(rapid.IntRange(1, 12).Draw(rt, "hours")) * time.Hour
+		end, warned := newRoot("a", start).NotAfter, false
+		next := ""
+		for w.set.Root().ID == "a" {
+			w.now = w.now.Add(pause)
+			if w.now.After(end.Add(pause)) {
+				rt.Fatal("the root has ended, and the next does not sign")
+			}
+			w.agents = []Agent{{Name: "n1", Sequence: 1, Until: w.now.Add(time.Hour)}}
+			pending, endangered := Endangered(w.set, w.view(), policy, w.now)
+			if want := end.Sub(w.now) <= 90*time.Hour && w.now.Before(end); endangered != want || want && pending.ID != next {
+				rt.Fatalf("%s before the end: endangered = %t, %+v; want %t of %s", end.Sub(w.now), endangered, pending, want, next)
+			}
+			warned = warned || endangered
+			w.due()
+			for _, a := range w.set.All() {
+				if a.Kind == Root && a.ID != "a" && next == "" {
+					next = a.ID
+				}
+			}
+			if a, ok := w.set.Get(next); next != "" && (!ok || a.State == Revoked) {
+				rt.Fatalf("the next root was withdrawn %s before the end", end.Sub(w.now))
+			}
+		}
+		if root := w.set.Root(); root.ID != next || w.now.Before(end) || !warned {
+			rt.Fatalf("%s signs %s before the end, warned %t; want %s, at the end", root.ID, end.Sub(w.now), warned, next)
 		}
 	})
 }
