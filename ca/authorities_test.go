@@ -23,6 +23,7 @@ import (
 	"merlon.dev/ca/internal/store/badger"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/integration/stage"
+	"merlon.dev/sdk/checkpoint"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/svid/forge"
 )
@@ -229,8 +230,34 @@ func TestJWTKeyIsReplaced(t *testing.T) {
 	if kid := agent.jwtKeyID(entry); kid != before {
 		t.Errorf("a JWT-SVID is signed with %s before the activation; want %s", kid, before)
 	}
-	eventuallyDone(t, "activate", func() error { return c.activate(next, false) })
-	eventually(t, "the new JWT key signs", func() bool { return agent.jwtKeyID(entry) == next })
+	signedBy := make(map[string]string) // what was signed → kid
+	sign := func() (kid string) {
+		token, kid := agent.jwtSVID(entry)
+		hash, err := checkpoint.TokenHash(token)
+		if err != nil {
+			t.Fatal(err)
+		}
+		signedBy[hash] = kid
+		return kid
+	}
+	activated := make(chan struct{})
+	go func() {
+		defer close(activated)
+		for deadline := time.Now().Add(20 * time.Second); c.activate(next, false) != nil && time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		}
+	}()
+	eventually(t, "the new JWT key signs", func() bool { return sign() == next })
+	<-activated
+	for _, r := range c.auditRecords() { // also of those that were signed meanwhile
+		if kid, ok := signedBy[text(r["signed_sha256"])]; ok && r["authority_id"] != kid {
+			t.Errorf("a JWT-SVID that %s signed is recorded under %v", kid, r["authority_id"])
+		} else if ok {
+			delete(signedBy, text(r["signed_sha256"]))
+		}
+	}
+	if len(signedBy) > 0 {
+		t.Errorf("%d JWT-SVIDs are not recorded", len(signedBy))
+	}
 	if r := c.replicas()["ca"]; r.GetJwtKeyId() != next {
 		t.Errorf("the replica's record names JWT key %s; want %s", r.GetJwtKeyId(), next)
 	}
@@ -258,6 +285,13 @@ func (a *testClient) renew() {
 // jwtKeyID is the key that signs a JWT-SVID of e now.
 func (a *testClient) jwtKeyID(e *capb.Entry) string {
 	a.t.Helper()
+	_, kid := a.jwtSVID(e)
+	return kid
+}
+
+// jwtSVID is a JWT-SVID of e, and the key that its header names.
+func (a *testClient) jwtSVID(e *capb.Entry) (token, kid string) {
+	a.t.Helper()
 	resp, err := a.node.SignJWT(a.t.Context(), &capb.SignJWTRequest{EntryId: e.GetEntryId(), Audience: []string{"x"}})
 	if err != nil {
 		a.t.Fatal(err)
@@ -270,7 +304,7 @@ func (a *testClient) jwtKeyID(e *capb.Entry) string {
 	if err := json.Unmarshal(raw, &header); err != nil {
 		a.t.Fatal(err)
 	}
-	return header.Kid
+	return resp.GetToken(), header.Kid
 }
 
 // The other replicas follow: their intermediates, their policy certificates, and

@@ -292,7 +292,7 @@ func (s *Service) SignJWT(ctx context.Context, req *capb.SignJWTRequest) (*capb.
 		return nil, err
 	}
 	r := audit.Record{Time: now, Type: audit.Issue, Actor: caller.Name, EntryID: printable(req.GetEntryId()), Serial: serial.String(), Detail: "JWT"}
-	token, exp, err := s.issueJWT(g, req.GetAudience(), serial, now)
+	made, err := s.issueJWT(g, req.GetAudience(), serial, now)
 	if err != nil {
 		err = s.toStatus(ctx, err)
 		r.Type, r.Serial, r.Detail, r.Reason = audit.Refuse, "", "sign JWT", status.Convert(err).Message()
@@ -300,37 +300,47 @@ func (s *Service) SignJWT(ctx context.Context, req *capb.SignJWTRequest) (*capb.
 		s.metrics.issued.WithLabelValues("jwt", "refused").Inc()
 		return nil, err
 	}
-	r.SPIFFEID, r.NotAfter, r.AuthorityID = g.Entries[0].SPIFFEID.String(), exp, s.opts.Keys.JWT().KeyID
-	if r.SignedHash, err = checkpoint.TokenHash(token); err != nil {
+	r.SPIFFEID, r.NotAfter, r.AuthorityID = g.Entries[0].SPIFFEID.String(), made.expires, made.keyID
+	if r.SignedHash, err = checkpoint.TokenHash(made.token); err != nil {
 		return nil, err
 	}
 	if err := s.issued(ctx, r); err != nil {
 		return nil, fmt.Errorf("record a JWT-SVID: %w", err)
 	}
 	s.metrics.issued.WithLabelValues("jwt", "ok").Inc()
-	return &capb.SignJWTResponse{Token: token, IssuedAt: timestamp(now), ExpiresAt: timestamp(exp)}, nil
+	return &capb.SignJWTResponse{Token: made.token, IssuedAt: timestamp(now), ExpiresAt: timestamp(made.expires)}, nil
 }
 
-func (s *Service) issueJWT(g registry.Grounds, audience []string, serial svid.Serial, now time.Time) (string, time.Time, error) {
+// issuedToken is a JWT-SVID with the key that signed it: another may sign by the
+// time it is recorded.
+type issuedToken struct {
+	token   string
+	expires time.Time
+	keyID   string
+}
+
+func (s *Service) issueJWT(g registry.Grounds, audience []string, serial svid.Serial, now time.Time) (made issuedToken, err error) {
 	e := g.Entries[0]
 	if err := mayIssue(e, g.Agent, now); err != nil {
-		return "", time.Time{}, err
+		return made, err
 	}
 	if n := len(audience); n > s.opts.JWTMaxAudiences {
-		return "", time.Time{}, &entry.InvalidError{Field: "audience", Reason: fmt.Sprintf("%d given; the CA signs for %d at most (jwt_max_audiences): ask for a token each", n, s.opts.JWTMaxAudiences)}
+		return made, &entry.InvalidError{Field: "audience", Reason: fmt.Sprintf("%d given; the CA signs for %d at most (jwt_max_audiences): ask for a token each", n, s.opts.JWTMaxAudiences)}
 	}
 	for _, aud := range audience {
 		if len(aud) > maxAudienceBytes {
-			return "", time.Time{}, &entry.InvalidError{Field: "audience", Reason: fmt.Sprintf("one has %d bytes; at most %d", len(aud), maxAudienceBytes)}
+			return made, &entry.InvalidError{Field: "audience", Reason: fmt.Sprintf("one has %d bytes; at most %d", len(aud), maxAudienceBytes)}
 		}
 	}
 	jwt := s.opts.Keys.JWT()
 	if published := s.registry.Trust(); published == nil || !published.Keys.HasJWTAuthority(jwt.KeyID) {
-		return "", time.Time{}, status.Error(codes.Unavailable, "this replica's JWT key is not in the trust bundle yet: nobody could verify what it signs")
+		return made, status.Error(codes.Unavailable, "this replica's JWT key is not in the trust bundle yet: nobody could verify what it signs")
 	}
-	return jwt.Issue(authority.JWTRequest{
+	made.keyID = jwt.KeyID
+	made.token, made.expires, err = jwt.Issue(authority.JWTRequest{
 		SPIFFEID: e.SPIFFEID, Audience: audience, Serial: serial, TTL: e.JWTTTL(now, s.opts.JWTSVIDTTL), Now: now,
 	})
+	return made, err
 }
 
 // chainOf is what a client presents: leaf, then intermediates.

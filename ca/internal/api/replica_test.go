@@ -424,7 +424,7 @@ func TestJWTKeyIsPublishedBeforeItSigns(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.opts.JWTMaxAudiences = 1
-	if _, _, err := s.issueJWT(g, []string{"x"}, serial, time.Now()); status.Code(err) != codes.Unavailable {
+	if _, err := s.issueJWT(g, []string{"x"}, serial, time.Now()); status.Code(err) != codes.Unavailable {
 		t.Errorf("issueJWT = %v; want Unavailable", err)
 	}
 }
