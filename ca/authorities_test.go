@@ -3,10 +3,12 @@
 package ca_test
 
 import (
+	"bytes"
 	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -454,6 +456,52 @@ func TestForgottenKeysComeBack(t *testing.T) {
 		t.Error("no audit record says that another root signs")
 	}
 	c.agent("n1")
+}
+
+// A key that is lost is replaced, and nobody has to find that out.
+func TestLostJWTKeyIsReplacedAndRecorded(t *testing.T) {
+	dir := tempDir(t)
+	c := startCA(t, dir)
+	lost, intermediate := c.authority(jwtKind, "active", "ca").GetAuthorityId(), c.authority("x509-intermediate", "active", "ca").GetAuthorityId()
+	c.stop()
+	for _, pattern := range []string{"jwt-*", "intermediate-*"} {
+		for _, name := range glob(t, dir, pattern) {
+			if err := os.RemoveAll(filepath.Join(dir, "data", "keys", name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	var log bytes.Buffer
+	c = startCA(t, dir, func(cfg *ca.Config) { cfg.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
+	next, made := c.authority(jwtKind, "active", "ca").GetAuthorityId(), c.authority("x509-intermediate", "active", "ca").GetAuthorityId()
+	if next == lost || made == intermediate {
+		t.Fatalf("JWT key %s and intermediate %s sign; their keys are gone", next, made)
+	}
+	if n := c.recordsOf(next, "admin", "activate authority by force, in place of "+lost); n != 1 {
+		t.Errorf("%d records that another JWT key signs; want 1", n)
+	}
+	if n := c.recordsOf(made, "renew", "intermediate"); n != 1 {
+		t.Errorf("%d records of the intermediate that was made at the start; want 1", n)
+	}
+	c.stop()
+	if !strings.Contains(log.String(), "another JWT key signs from now on") {
+		t.Errorf("the log does not say so: %s", log.String())
+	}
+	c = startCA(t, dir)
+	if n := c.recordsOf(made, "renew", "intermediate"); n != 1 {
+		t.Errorf("%d records of the intermediate after another start; want 1", n)
+	}
+}
+
+// recordsOf counts the records of an authority.
+func (c *testCA) recordsOf(id, kind, detail string) (n int) {
+	c.t.Helper()
+	for _, r := range c.auditRecords() {
+		if r["authority_id"] == id && r["type"] == kind && text(r["detail"]) == detail {
+			n++
+		}
+	}
+	return n
 }
 
 // edit writes to the store of a CA that is stopped.

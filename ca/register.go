@@ -65,10 +65,28 @@ func (s *Server) openKeys(ctx context.Context, p *parts) error {
 		domain: p.domain, policy: s.cfg.rotation(), keys: p.keys, audit: p.audit, log: s.log, registered: p.register,
 		x509SVIDTTL: s.cfg.X509SVIDTTL, jwtKeyTTL: s.cfg.JWTKeyTTL,
 	}
-	if p.keys.HoldsRoot() {
-		return p.register(ctx, time.Now())
+	if !p.keys.HoldsRoot() {
+		return p.checkRegistered(ctx)
 	}
-	return p.checkRegistered(ctx)
+	now := time.Now()
+	if err := p.recordIntermediate(ctx, now); err != nil {
+		return err
+	}
+	return p.register(ctx, now)
+}
+
+// recordIntermediate writes down the intermediate that was made while the keys
+// were opened, in place of the one that the store knows. The record comes before
+// the store knows it: twice rather than never.
+func (p *parts) recordIntermediate(ctx context.Context, now time.Time) error {
+	rec, err := p.record(ctx)
+	ca := p.keys.X509()
+	if err != nil || rec == nil || rec.Holds(ca.ID()) {
+		return err
+	}
+	return p.audit.Append(ctx, audit.Record{
+		Time: now, Type: audit.Renew, Actor: "ca", Detail: "intermediate", AuthorityID: ca.ID(), NotAfter: ca.Chain[0].NotAfter,
+	})
 }
 
 // ownIdentity is what this replica shows to the root holder, and the roots by
@@ -90,22 +108,34 @@ func (p *parts) ownIdentity() (*x509svid.SVID, []*x509.Certificate, error) {
 func (p *parts) register(ctx context.Context, now time.Time) error {
 	p.authorities.making.Lock()
 	defer p.authorities.making.Unlock()
-	var before *rotation.Authority
+	var before rotation.Set
 	step, _, err := p.domain.Take(ctx, func(set rotation.Set) (rotation.Set, error) {
-		before = set.Root()
+		before = set
 		return p.ownAuthorities(ctx, set, now)
 	}, func(step *trust.Step) error { return p.withRecord(ctx, step, now) })
 	if err != nil {
 		return fmt.Errorf("register this replica: %w", err)
 	}
-	root := step.Authorities.Root()
-	if before == nil || before.ID == root.ID {
-		return nil
+	var errs []error
+	if was, is := before.Root(), step.Authorities.Root(); replaced(was, is) {
+		p.log.LogAttrs(ctx, slog.LevelError, "another root signs from now on, because the one before has ended or its key is not here: agents that do not know it need a new join token and root_hash",
+			slog.String("authority_id", is.ID), slog.String("before", was.ID))
+		errs = append(errs, p.recordForced(ctx, was, is, now))
 	}
-	p.log.LogAttrs(ctx, slog.LevelError, "another root signs from now on, because the one before has ended or its key is not here: agents that do not know it need a new join token and root_hash",
-		slog.String("authority_id", root.ID), slog.String("before", before.ID))
+	if was, is := before.JWT(p.keys.Name()), step.Authorities.JWT(p.keys.Name()); replaced(was, is) {
+		p.log.LogAttrs(ctx, slog.LevelError, "another JWT key signs from now on, because the one before is not here: its JWT-SVIDs are refused by those who have not read the trust bundle since",
+			slog.String("authority_id", is.ID), slog.String("before", was.ID))
+		errs = append(errs, p.recordForced(ctx, was, is, now))
+	}
+	return errors.Join(errs...)
+}
+
+func replaced(was, is *rotation.Authority) bool { return was != nil && is != nil && was.ID != is.ID }
+
+// recordForced writes down what nobody was asked for, and what waited for nobody.
+func (p *parts) recordForced(ctx context.Context, was, is *rotation.Authority, now time.Time) error {
 	return p.audit.Append(ctx, audit.Record{
-		Time: now, Type: audit.Admin, Actor: "ca", Detail: "activate authority by force, in place of " + before.ID, AuthorityID: root.ID, NotAfter: root.NotAfter,
+		Time: now, Type: audit.Admin, Actor: "ca", Detail: "activate authority by force, in place of " + was.ID, AuthorityID: is.ID, NotAfter: is.NotAfter,
 	})
 }
 

@@ -130,7 +130,6 @@ func TestReadyEndsBeforeTheAuthorityDoes(t *testing.T) {
 	}
 }
 
-// The root holder's record comes back by itself: nobody can evict it.
 // A root that is about to end with nobody to follow is in the log, with the
 // command that helps.
 func TestUpkeepNamesWhatKeepsTheNextRootWaiting(t *testing.T) {
@@ -170,6 +169,7 @@ func TestUpkeepNamesWhatKeepsTheNextRootWaiting(t *testing.T) {
 	}
 }
 
+// The root holder's record comes back by itself: nobody can evict it.
 func TestRootHolderRegistersAgain(t *testing.T) {
 	p, _ := openParts(t)
 	rec, ok := p.registry.Replica("ca")
