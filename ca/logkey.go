@@ -44,8 +44,10 @@ func (p *parts) publishLog(td spiffeid.TrustDomain) error {
 	if err := p.audit.Publish(audit.Key{Key: k.Key, Signer: p.keys.Log(), Chain: k.certificates}); err != nil {
 		return err
 	}
-	_, err := k.certificates()
-	return err
+	if _, err := k.certificates(); err != nil {
+		return err
+	}
+	return p.audit.Vouch(context.Background())
 }
 
 // certificates is the chain under the authority that issues now, and its root.

@@ -6,7 +6,9 @@ package ca
 import (
 	"bytes"
 	"crypto/x509"
+	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -66,21 +68,27 @@ func countRecords(t *testing.T, path, detail string) (n int) {
 	return n
 }
 
-// TestVerifyNamesWhatIsThere: from the folder alone, also of a log that has no
-// checkpoint yet.
+// TestVerifyNamesWhatIsThere: from the folder alone; and a log that had a
+// checkpoint and has none is not whole.
 func TestVerifyNamesWhatIsThere(t *testing.T) {
 	p, path := openParts(t)
 	cfg := Config{DataDir: filepath.Dir(path)}
 	r, err := VerifyAuditLog(cfg)
-	if err != nil || r.Problem != "" || r.Last < 2 || r.Size != 0 || r.RootHash != "" {
-		t.Errorf("before the first checkpoint is saved: %+v, %v", r, err)
+	if err != nil || r.Problem != "" || r.Last < 3 || r.Size < 1 || uint64(r.Size) >= r.Last || r.RootHash == "" {
+		t.Errorf("with the checkpoint of the start: %+v, %v", r, err)
 	}
 	if err := p.audit.Close(); err != nil {
 		t.Fatal(err)
 	}
 	r, err = VerifyAuditLog(cfg)
 	if err != nil || r.Problem != "" || r.Size != int64(r.Last) || r.Origin == "" || r.VerifierKey == "" || len(r.RootHash) != 64 {
-		t.Errorf("with a checkpoint: %+v, %v", r, err)
+		t.Errorf("with the last checkpoint: %+v, %v", r, err)
+	}
+	if err := os.Remove(filepath.Join(cfg.DataDir, "audit.tree", "checkpoint")); err != nil {
+		t.Fatal(err)
+	}
+	if r, err = VerifyAuditLog(cfg); err != nil || !strings.Contains(r.Problem, "it was taken away") {
+		t.Errorf("without it: %+v, %v", r, err)
 	}
 	if _, err := VerifyAuditLog(Config{DataDir: t.TempDir()}); err == nil {
 		t.Error("a log that is not there is verified")

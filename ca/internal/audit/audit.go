@@ -68,6 +68,8 @@ type Record struct {
 	Reason string `json:"reason,omitempty"`
 	// DroppedThrough is the last record that retention drops by this one.
 	DroppedThrough uint64 `json:"dropped_through,omitempty"`
+	// CheckpointSize is that of a checkpoint which lay beside the log before.
+	CheckpointSize uint64 `json:"checkpoint_size,omitempty"`
 }
 
 // ErrClosed is returned by Append once the log has been closed.
@@ -96,6 +98,7 @@ type Log struct {
 
 	waiting chan *pending
 	writer  *writer
+	beyond  int64          // records that it had beyond its checkpoint when it was opened
 	written sync.WaitGroup // it
 	publisher
 
@@ -168,12 +171,15 @@ func open(path string, file *os.File, opts Options) (*Log, error) {
 	if err := replay(path, tree, end); err != nil {
 		return nil, err
 	}
+	if err := checkDropped(path, tree, last.Size); err != nil {
+		return nil, err
+	}
 	info, err := file.Stat()
 	if err != nil {
 		return nil, err
 	}
 	l := &Log{
-		path: path, log: opts.Logger, opts: opts, tree: tree, sync: (*os.File).Sync,
+		path: path, log: opts.Logger, opts: opts, tree: tree, beyond: tree.Unsaved(), sync: (*os.File).Sync,
 		writer:  &writer{file: file, first: end.seq + 1, since: time.Now(), end: end},
 		waiting: make(chan *pending, maxGroup), publisher: newPublisher(),
 	}

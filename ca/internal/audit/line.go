@@ -133,6 +133,12 @@ type header struct {
 	Time           time.Time `json:"time"`
 	Type           Type      `json:"type"`
 	DroppedThrough uint64    `json:"dropped_through"`
+	CheckpointSize uint64    `json:"checkpoint_size"`
+}
+
+// uncounted: the log has less of a checkpoint than h says that it had.
+func (h header) uncounted(counted int64) error {
+	return badError(fmt.Sprintf("a checkpoint of %d records was saved before it, and the one that is there counts %d: it was taken away or put back", h.CheckpointSize, counted))
 }
 
 // parseLine checks a line, without its newline, against its own hash.

@@ -176,6 +176,32 @@ func (l *Log) save() error {
 	return nil
 }
 
+// savedSize is how many records the checkpoint on disk counts.
+func (l *Log) savedSize() int64 { return l.tree.Size() - l.tree.Unsaved() }
+
+// Vouch saves the tree with a checkpoint, and appends a record that there is
+// one: from then on a log without it is one that was robbed of it. What a crash,
+// or anybody else, left beyond the checkpoint that was there is named in a
+// record before it is signed for. Call it once, after Publish.
+func (l *Log) Vouch(ctx context.Context) error {
+	if n := l.tree.Unsaved(); l.beyond > 0 {
+		l.log.LogAttrs(ctx, slog.LevelWarn, "audit log goes on beyond its last checkpoint, as after a crash: the records are taken over",
+			slog.Int64("checkpoint_size", l.tree.Size()-n), slog.Int64("records", l.beyond))
+		detail := fmt.Sprintf("take over %d audit records beyond the last checkpoint", l.beyond)
+		if err := l.Append(ctx, Record{Type: Admin, Actor: "ca", Detail: detail}); err != nil {
+			return err
+		}
+	}
+	if err := l.save(); err != nil {
+		return err
+	}
+	size := l.savedSize()
+	if size == 0 {
+		return nil // the disk is low: the next start has it
+	}
+	return l.Append(ctx, Record{Type: Admin, Actor: "ca", Detail: "save a checkpoint of the audit log", CheckpointSize: uint64(size)})
+}
+
 // state replaces the checkpoint on disk.
 func (l *Log) state(size int64) error {
 	l.signing.Lock()

@@ -5,21 +5,28 @@
 package audit
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
+	"golang.org/x/mod/sumdb/tlog"
+
+	"merlon.dev/ca/internal/merkle"
 	"merlon.dev/sdk/durable"
 )
 
 // retain drops what is too old or too much.
 func (l *Log) retain(ctx context.Context, now time.Time) error {
 	segments, err := rotated(l.path)
-	if err != nil || len(segments) == 0 {
-		return err
+	if err != nil || len(segments) == 0 || l.low.Load() {
+		return err // while the disk is low no checkpoint is saved
 	}
 	n, why, err := l.excess(segments, now)
 	if err != nil || n == 0 {
@@ -32,10 +39,11 @@ func (l *Log) retain(ctx context.Context, now time.Time) error {
 	if err := l.Append(ctx, Record{Type: Admin, Actor: "ca", Detail: "drop old audit records: " + why, DroppedThrough: first - 1}); err != nil {
 		return err
 	}
+	said := l.tree.Size() // with that record
 	if err := l.save(); err != nil {
 		return err
 	}
-	if l.tree.Size()-l.tree.Unsaved() < int64(first)-1 {
+	if l.savedSize() < said {
 		return nil // the disk is low: later
 	}
 	for _, s := range segments[:n] {
@@ -48,6 +56,59 @@ func (l *Log) retain(ctx context.Context, now time.Time) error {
 	}
 	return l.tree.Prune(int64(first) - 1)
 }
+
+// checkDropped refuses a log that does not begin with its first record where no
+// record that the checkpoint counts says that those before were dropped. That
+// one is in the newest files, since what it drops is in the oldest.
+func checkDropped(path string, tree *merkle.Tree, counted int64) error {
+	if counted == 0 {
+		return nil // the walk over it has begun with record 1
+	}
+	begin, err := Begin(path)
+	if err != nil || begin <= 1 {
+		return err
+	}
+	segments, err := rotated(path)
+	if err != nil {
+		return err
+	}
+	for _, s := range slices.Backward(append(segments, segment{path: path})) {
+		if said, err := saysDropped(s.path, begin-1, tree, counted); said || err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("it begins with record %d, and no record that its checkpoint counts says that those before were dropped: records are missing", begin)
+}
+
+// saysDropped looks in one file for a record that says so of those through seq.
+func saysDropped(path string, seq uint64, tree *merkle.Tree, counted int64) (bool, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return false, err
+	}
+	defer file.Close()
+	for lines := bufio.NewReaderSize(file, maxLine); ; {
+		line, err := lines.ReadSlice('\n')
+		if errors.Is(err, io.EOF) {
+			return false, nil
+		}
+		if err != nil {
+			return false, fmt.Errorf("read %s: %w", path, err)
+		}
+		if line = line[:len(line)-1]; !bytes.Contains(line, droppedMember) {
+			continue
+		}
+		h, _, err := parseLine(line)
+		if err != nil || h.DroppedThrough < seq || h.Seq > uint64(counted) {
+			continue
+		}
+		if leaf, err := tree.Leaf(int64(h.Seq) - 1); err != nil || leaf == tlog.RecordHash(line) {
+			return err == nil, err
+		}
+	}
+}
+
+var droppedMember = []byte(`"dropped_through":`)
 
 // excess is how many files are to go, and why.
 func (l *Log) excess(segments []segment, now time.Time) (n int, why string, err error) {

@@ -79,6 +79,9 @@ func replay(path string, tree *merkle.Tree, end link) error {
 		if err == nil && (before.seq > 0 || h.Seq == 1) {
 			err = h.follows(before)
 		}
+		if err == nil && h.CheckpointSize > size {
+			err = h.uncounted(int64(size))
+		}
 		if err != nil {
 			return fmt.Errorf("record %d: %w", line.Seq, err)
 		}

@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"math/big"
 	"net/url"
 	"os"
@@ -274,7 +275,23 @@ func TestSignedLogIsRefusedWhenItWasChanged(t *testing.T) {
 		},
 		"beginning dropped": {
 			edit(func(l []string) []string { return l[300:] }),
-			"begins with record 301, and retention says that it dropped those to 0", "",
+			"begins with record 301, and no record under its checkpoint says", "begins with record 301, and no record that its checkpoint counts says",
+		},
+		"beginning dropped, and a record that nobody signed says so": {
+			edit(func(l []string) []string {
+				return append(l[300:], forge(l[n-1], `{"type":"admin","dropped_through":300}`))
+			}),
+			"begins with record 301, and no record under its checkpoint says", "begins with record 301, and no record that its checkpoint counts says",
+		},
+		"checkpoint taken away, and the tail cut off": {
+			func(t *testing.T, path string) {
+				t.Helper()
+				edit(func(l []string) []string {
+					return append(l[:300], forge(l[299], `{"type":"admin","checkpoint_size":300}`))
+				})(t, path)
+				remove("audit.tree/checkpoint")(t, path)
+			},
+			"a checkpoint of 300 records was saved before it, and the one that is there counts 0", "a checkpoint of 300 records was saved",
 		},
 		"byte of a full tile": {
 			flip("audit.tree/tile/0/001"), "the tree that the checkpoint signs is damaged", "",
@@ -367,6 +384,71 @@ func rechain(changed string, lines []string, i int) []string {
 		end = end.append(&buf, []byte("{"+line[begin:len(line)-1-tailLength]+"}"))
 	}
 	return append(lines[:i:i], strings.SplitAfter(buf.String(), "\n")...)
+}
+
+// forge makes a record that follows a line.
+func forge(after, body string) string {
+	var buf bytes.Buffer
+	_, end, _ := parseLine([]byte(strings.TrimSuffix(after, "\n")))
+	end.append(&buf, []byte(body))
+	return buf.String()
+}
+
+// TestLogSaysThatItHasACheckpoint: one that was robbed of it, or got an older
+// one, is not taken for a new one, however much is cut off its end; and what
+// nobody has signed for is named before it is signed.
+func TestLogSaysThatItHasACheckpoint(t *testing.T) {
+	key := testKey(t)
+	path := filepath.Join(t.TempDir(), "audit.jsonl")
+	first := openSigned(t, path, key, Options{})
+	appendRecord(t, first, Record{Type: Issue})
+	if err := first.Vouch(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	older := t.TempDir()
+	if err := os.CopyFS(older, os.DirFS(treeDir(path))); err != nil {
+		t.Fatal(err)
+	}
+	closeLog(t, first)
+	edit(func(l []string) []string { return append(l, forge(l[1], `{"type":"issue","serial":"f"}`)) })(t, path)
+
+	var said bytes.Buffer
+	second := openSigned(t, path, key, Options{Logger: slog.New(slog.NewTextHandler(&said, nil))})
+	if err := second.Vouch(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	closeLog(t, second)
+	lines := readLines(t, path)
+	if r, err := Verify(path); err != nil || r.Checkpoint.Size != 5 || len(lines) != 5 {
+		t.Fatalf("Verify = %+v, %v, %d lines; want 5, all under the checkpoint", r, err, len(lines))
+	}
+	if !strings.Contains(lines[1], `"checkpoint_size":1`) || !strings.Contains(lines[3], "take over 1 audit records beyond the last checkpoint") ||
+		!strings.Contains(lines[4], `"checkpoint_size":4`) || !strings.Contains(said.String(), "level=WARN") || !strings.Contains(said.String(), "records=1") {
+		t.Fatalf("%s\nlogged: %s", strings.Join(lines, ""), said.String())
+	}
+
+	edit(func(l []string) []string { return l[:2] })(t, path) // no more than that there was one
+	wantRobbed := func(want string) {
+		t.Helper()
+		if _, err := Verify(path); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("Verify = %v; want %q", err, want)
+		}
+		if l, err := Open(path, Options{}); err == nil || !strings.Contains(err.Error(), want) {
+			if err == nil {
+				closeLog(t, l)
+			}
+			t.Errorf("Open = %v; want %q", err, want)
+		}
+	}
+	if err := os.RemoveAll(treeDir(path)); err != nil {
+		t.Fatal(err)
+	}
+	wantRobbed("a checkpoint of 1 records was saved before it, and the one that is there counts 0")
+	edit(func([]string) []string { return lines })(t, path)
+	if err := os.CopyFS(treeDir(path), os.DirFS(older)); err != nil {
+		t.Fatal(err)
+	}
+	wantRobbed("a checkpoint of 4 records was saved before it, and the one that is there counts 1")
 }
 
 func TestLogOfAnotherKeyIsRefused(t *testing.T) {
@@ -736,6 +818,27 @@ func TestNothingIsDroppedBeforeACheckpointCountsIt(t *testing.T) {
 	}
 	if first, err := Begin(path); err != nil || first != 1 {
 		t.Errorf("the log begins with record %d, %v", first, err)
+	}
+	// A checkpoint counts the records, and none will count the one that says so.
+	if err := l.Publish(testKey(t)); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.save(); err != nil {
+		t.Fatal(err)
+	}
+	l.low.Store(true)
+	if err := l.retain(t.Context(), time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if first, err := Begin(path); err != nil || first != 1 {
+		t.Errorf("while the disk is low: the log begins with record %d, %v", first, err)
+	}
+	l.low.Store(false)
+	if err := l.retain(t.Context(), time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if first, err := Begin(path); err != nil || first == 1 {
+		t.Errorf("later: the log begins with record %d, %v", first, err)
 	}
 }
 

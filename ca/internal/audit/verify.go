@@ -119,7 +119,9 @@ func (v *verifier) record(h header, line []byte) error {
 	if v.report.First == 0 {
 		v.report.First = h.Seq
 	}
-	v.dropped = max(v.dropped, h.DroppedThrough)
+	if h.CheckpointSize > uint64(v.report.Checkpoint.Size) {
+		return h.uncounted(v.report.Checkpoint.Size)
+	}
 	if index := int64(h.Seq) - 1; index < v.report.Checkpoint.Size {
 		leaf, err := v.leaf(index)
 		if err != nil {
@@ -128,6 +130,7 @@ func (v *verifier) record(h header, line []byte) error {
 		if leaf != tlog.RecordHash(line) {
 			return badError("it is not the record that the checkpoint counts")
 		}
+		v.dropped = max(v.dropped, h.DroppedThrough) // nobody vouches for what is beyond the checkpoint
 	}
 	v.report.Last = h.Seq
 	return nil
@@ -157,7 +160,7 @@ func (v *verifier) ending() error {
 		return fmt.Errorf("the audit log ends with record %d, and its checkpoint counts %d: records that were acknowledged are missing", r.Last, r.Checkpoint.Size)
 	}
 	if r.First > 1 && v.dropped < r.First-1 {
-		return fmt.Errorf("the audit log begins with record %d, and retention says that it dropped those to %d: records are missing", r.First, v.dropped)
+		return fmt.Errorf("the audit log begins with record %d, and no record under its checkpoint says that retention dropped more than those to %d: records are missing", r.First, v.dropped)
 	}
 	return nil
 }
