@@ -5,6 +5,8 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -60,13 +62,19 @@ Records behind the checkpoint, those of the last seconds, are in the chain only.
 			if !of.given() {
 				return usageError{"whose log?", "name its folder: merlon log verify --data-dir /var/lib/merlon/ca"}
 			}
+			if cmd.Flags().Changed("root-hash") {
+				sum, err := hex.DecodeString(pinned)
+				if err != nil || len(sum) != sha256.Size {
+					return usageError{fmt.Sprintf("--root-hash %q is no SHA-256 in hex", pinned), "merlon trust show has that of each root"}
+				}
+			}
 			cfg, err := of.read()
 			if err != nil {
 				return err
 			}
 			r, err := ca.VerifyAuditLog(cfg)
 			if err != nil {
-				return err
+				return hintError{err, "name the folder that merlon-ca has as its data_dir, as a user who may read it"}
 			}
 			return printLog(cmd, o.output, r, pinned)
 		},

@@ -65,6 +65,8 @@ func TestMistakesAboutTheLogAreUsageErrors(t *testing.T) {
 	for want, args := range map[string][]string{
 		`"zzz" is no serial number`: {"log", "prove", "zzz"},
 		`"zz" is no serial number`:  {"revoke", "--serial", "zz"},
+		`--root-hash "zz" is no SH`: {"log", "verify", "--data-dir", t.TempDir(), "--root-hash", "zz"},
+		`--root-hash "" is no SHA`:  {"log", "verify", "--data-dir", t.TempDir(), "--root-hash", ""},
 		`"" is no serial number`:    {"revoke", "--serial", ""},
 	} {
 		var out, stderr bytes.Buffer
