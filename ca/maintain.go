@@ -182,8 +182,31 @@ func (p *parts) checkAuthority(now time.Time) error {
 	if life := end.Sub(ca.Chain[0].NotBefore); end.Sub(now) < min(p.x509SVIDTTL, life/4) {
 		return fmt.Errorf("the issuing chain ends at %s and could not be renewed", end.Format(time.RFC3339))
 	}
-	if p.registry.Trust() == nil {
+	published := p.registry.Trust()
+	if published == nil {
 		return errors.New("no trust bundle is published")
+	}
+	return p.checkJWTKey(published.Keys.HasJWTAuthority)
+}
+
+// checkJWTKey says why nobody would verify JWT-SVIDs for long. A key that is
+// here and active already is the next to sign (follow), and until it does the
+// one before is good.
+func (p *parts) checkJWTKey(trusted func(kid string) bool) error {
+	kid := p.keys.JWT().KeyID
+	if !trusted(kid) {
+		return fmt.Errorf("JWT key %s signs here, and is not in the trust bundle: start this CA again, or let it join anew", kid)
+	}
+	set := p.registry.Authorities()
+	if len(set.All()) == 0 {
+		return nil // of an older Merlon, until the root holder writes them down
+	}
+	active := set.JWT(p.keys.Name())
+	if active == nil {
+		return fmt.Errorf("JWT key %s signs here, and no JWT key of this replica is active: see merlon authority list", kid)
+	}
+	if !p.keys.HoldsJWT(active.ID) {
+		return fmt.Errorf("JWT key %s signs here, and the active one, %s, is missing: bring back data_dir/keys, or start this CA again", kid, active.ID)
 	}
 	return nil
 }

@@ -137,18 +137,34 @@ func (p *parts) ownRoots(set rotation.Set, roots []*upstream.Root, now time.Time
 }
 
 func (p *parts) ownJWTKeys(set rotation.Set, now time.Time) (rotation.Set, error) {
+	active := set.JWT(p.keys.Name())
+	lost := active == nil || !p.keys.HoldsJWT(active.ID)
+	if lost && spent(set, p.keys.JWT().KeyID, now) {
+		next, err := p.keys.PrepareJWT()
+		if err != nil {
+			return set, err
+		}
+		if err := p.keys.UseJWT(next.KeyID); err != nil {
+			return set, err
+		}
+	}
 	keys, err := p.keys.JWTKeys()
 	if err != nil {
 		return set, err
 	}
-	active := set.JWT(p.keys.Name())
-	lost := active == nil || !p.keys.HoldsJWT(active.ID)
 	for _, key := range keys {
 		if set, err = adopt(set, p.authorities.jwtAuthority(key, now), lost && key.KeyID == p.keys.JWT().KeyID, now); err != nil {
 			return set, err
 		}
 	}
 	return set, nil
+}
+
+// spent says whether the authority cannot sign again: it was withdrawn, or its
+// life is over. An old copy of the keys may hold nothing else.
+func spent(set rotation.Set, id string, now time.Time) bool {
+	a, ok := set.Get(id)
+	return ok && (a.State == rotation.Tainted || a.State == rotation.Revoked || !now.Before(a.NotAfter))
 }
 
 // adopt adds a to set if it is not there, and lets it sign at once if it is what

@@ -19,6 +19,7 @@ import (
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/trust"
 )
 
 // What a leader of before had begun does not come through.
@@ -127,6 +128,56 @@ func TestReadyEndsBeforeTheAuthorityDoes(t *testing.T) {
 		if err := p.checkAuthority(end.Add(-before)); (err == nil) != want {
 			t.Errorf("%s before the end: %v; want ready=%t", before, err, want)
 		}
+	}
+}
+
+func TestReadyEndsWhereNobodyVerifiesJWTSVIDs(t *testing.T) {
+	p, _ := openParts(t)
+	before := p.keys.JWT().KeyID
+	published, _, err := p.store.Get(t.Context(), trust.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unpublished, err := trust.Without(published, before)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.put(t, store.Put(trust.Key, unpublished.Value))
+	if err := p.checkAuthority(time.Now()); err == nil || !strings.Contains(err.Error(), "not in the trust bundle") {
+		t.Errorf("its JWT key is not in the trust bundle: %v", err)
+	}
+	p.put(t, store.Put(trust.Key, published.Value))
+	if err := p.checkAuthority(time.Now()); err != nil {
+		t.Error(err)
+	}
+	stored, _, err := p.store.Get(t.Context(), trust.AuthoritiesKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct{ old, new, want string }{
+		"another is active": {`"` + before + `"`, `"elsewhere"`, "the active one, elsewhere, is missing"},
+		"none is active":    {`"state":"active"`, `"state":"old"`, "no JWT key of this replica is active"},
+	} {
+		p.put(t, store.Put(trust.AuthoritiesKey, []byte(strings.ReplaceAll(string(stored.Value), test.old, test.new))))
+		if err := p.checkAuthority(time.Now()); err == nil || !strings.Contains(err.Error(), test.want) {
+			t.Errorf("%s: %v; want %q", name, err, test.want)
+		}
+	}
+	p.put(t, store.Put(trust.AuthoritiesKey, stored.Value))
+	// One that is active and here is about to sign: nothing is wrong.
+	next, _, err := p.authorities.Prepare(t.Context(), rotation.JWT)
+	if err != nil {
+		t.Fatal(err)
+	}
+	revision, err := p.authorities.takeHere(t.Context(), rotation.Command{Verb: rotation.Activate, ID: next, Force: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.registry.Wait(t.Context(), revision); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.checkAuthority(time.Now()); err != nil || p.keys.JWT().KeyID != before {
+		t.Errorf("%s signs, and %s is to: %v", p.keys.JWT().KeyID, next, err)
 	}
 }
 
