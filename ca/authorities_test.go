@@ -212,9 +212,17 @@ func TestForceDoesNotWaitAndIsAudited(t *testing.T) {
 			details = append(details, strings.TrimSpace(r["type"].(string)+" "+text(r["detail"])))
 		}
 	}
-	for _, want := range []string{"admin prepare authority, x509-root", "refuse activate authority", "admin activate authority by force", "admin revoke authority by force"} {
+	for _, want := range []string{
+		"admin prepare authority, x509-root", "refuse activate authority", "admin activate authority by force", "admin revoke authority by force",
+	} {
 		if !slices.Contains(details, want) {
 			t.Errorf("no audit record %q in %q", want, details)
+		}
+	}
+	for _, act := range []string{"activate", "revoke"} { // a CA that is killed in between has the first
+		begun := slices.Index(details, "admin begin to "+act+" authority by force")
+		if done := slices.Index(details, "admin "+act+" authority by force"); begun < 0 || done < begun {
+			t.Errorf("%s by force is not recorded before it is done: %q", act, details)
 		}
 	}
 }

@@ -127,7 +127,9 @@ func (s *Service) RevokeAuthority(ctx context.Context, req *capb.RevokeAuthority
 	return &capb.RevokeAuthorityResponse{Authority: a}, nil
 }
 
-// step takes one step and records it, or that it was refused.
+// step takes one step and records it, or that it was refused. That it is about
+// to be taken is on disk before: a CA that is killed in between has done nothing
+// to its authorities that the log does not know of.
 func (s *Service) step(ctx context.Context, c rotation.Command) (*capb.CAAuthority, error) {
 	if len(c.ID) > maxAuthorityBytes {
 		return nil, s.refuseAdmin(ctx, audit.Record{Detail: string(c.Verb) + " authority"}, &entry.InvalidError{Field: "authority_id", Reason: "is too long"})
@@ -135,6 +137,9 @@ func (s *Service) step(ctx context.Context, c rotation.Command) (*capb.CAAuthori
 	what := string(c.Verb) + " authority"
 	if c.Force {
 		what += " by force"
+	}
+	if err := s.begin(ctx, audit.Record{Detail: what, AuthorityID: c.ID}); err != nil {
+		return nil, err
 	}
 	revision, err := s.opts.Authorities.Take(ctx, c)
 	if err != nil {

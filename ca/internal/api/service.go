@@ -348,13 +348,26 @@ func (s *Service) record(ctx context.Context, r audit.Record) {
 // admin writes the audit record of an administrative act; it is an error when
 // that fails, although the act itself is done.
 func (s *Service) admin(ctx context.Context, r audit.Record) error {
-	r.Time, r.Type = time.Now(), audit.Admin
-	caller := callerFrom(ctx)
-	r.Actor, r.Role = caller.Name, caller.roleUsed()
-	if err := s.audit(ctx, r); err != nil {
+	if err := s.audit(ctx, byCaller(ctx, r)); err != nil {
 		return fmt.Errorf("%s was done and not recorded: %w", r.Detail, err)
 	}
 	return nil
+}
+
+// begin records that the act of r is about to be done; without that it is not.
+func (s *Service) begin(ctx context.Context, r audit.Record) error {
+	what := r.Detail
+	r.Detail = "begin to " + what
+	if err := s.audit(ctx, byCaller(ctx, r)); err != nil {
+		return fmt.Errorf("%s was not done, since it cannot be recorded: %w", what, err)
+	}
+	return nil
+}
+
+func byCaller(ctx context.Context, r audit.Record) audit.Record {
+	caller := callerFrom(ctx)
+	r.Time, r.Type, r.Actor, r.Role = time.Now(), audit.Admin, caller.Name, caller.roleUsed()
+	return r
 }
 
 // shortage says what there is too little of: all of it to those who are known.
