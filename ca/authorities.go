@@ -51,9 +51,10 @@ type authorities struct {
 	log      *slog.Logger
 	// registered makes the store say of this replica what is so.
 	registered func(context.Context, time.Time) error
-	// x509SVIDTTL is what SVIDs live whose entry does not say, jwtKeyTTL what a
-	// JWT key does.
-	x509SVIDTTL, jwtKeyTTL time.Duration
+	// ttls are what SVIDs live whose entry does not say, jwtKeyTTL what a JWT key
+	// does.
+	ttls      registry.TTLs
+	jwtKeyTTL time.Duration
 
 	// making is held while a key is made, written down and published, so that
 	// nobody takes it for one that the store has lost, or a crash left behind.
@@ -153,7 +154,7 @@ func (a *authorities) take(ctx context.Context, c rotation.Command) (*trust.Step
 	var before rotation.Set
 	return a.domain.Take(ctx, func(set rotation.Set) (rotation.Set, error) {
 		before = set
-		_, view := a.registry.Rotation(now, a.x509SVIDTTL)
+		_, view := a.registry.Rotation(now, a.ttls)
 		return rotation.Step(set, c, view, a.policy, now)
 	}, func(step *trust.Step) error { return a.withStep(ctx, step, c, before, now) })
 }
@@ -291,7 +292,7 @@ func (a *authorities) takeDue(ctx context.Context) {
 	a.making.Lock()
 	defer a.making.Unlock()
 	now := time.Now()
-	set, view := a.registry.Rotation(now, a.x509SVIDTTL)
+	set, view := a.registry.Rotation(now, a.ttls)
 	if len(set.All()) == 0 {
 		return // the root holder writes them down first
 	}
@@ -314,7 +315,7 @@ func (a *authorities) endangered(now time.Time) error {
 	if !a.keys.HoldsRoot() || a.keys.HasUpstream() {
 		return nil
 	}
-	set, view := a.registry.Rotation(now, a.x509SVIDTTL)
+	set, view := a.registry.Rotation(now, a.ttls)
 	next, waits := rotation.Endangered(set, view, a.policy, now)
 	if !waits {
 		return nil

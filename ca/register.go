@@ -16,6 +16,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
@@ -63,7 +64,7 @@ func (s *Server) openKeys(ctx context.Context, p *parts) error {
 	}
 	p.authorities = &authorities{
 		domain: p.domain, policy: s.cfg.rotation(), keys: p.keys, audit: p.audit, log: s.log, registered: p.register,
-		x509SVIDTTL: s.cfg.X509SVIDTTL, jwtKeyTTL: s.cfg.JWTKeyTTL,
+		ttls: registry.TTLs{X509SVID: s.cfg.X509SVIDTTL, JWTSVID: s.cfg.JWTSVIDTTL}, jwtKeyTTL: s.cfg.JWTKeyTTL,
 	}
 	if !p.keys.HoldsRoot() {
 		return p.checkRegistered(ctx)

@@ -17,6 +17,7 @@ import (
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/sdk/svid"
@@ -36,7 +37,7 @@ func (s *Service) ListAuthorities(context.Context, *capb.ListAuthoritiesRequest)
 
 // authorities are the roots and JWT keys, each with its next step.
 func (s *Service) authorities(now time.Time) (all []*capb.CAAuthority) {
-	set, view := s.registry.Rotation(now, s.opts.X509SVIDTTL)
+	set, view := s.registry.Rotation(now, registry.TTLs{X509SVID: s.opts.X509SVIDTTL, JWTSVID: s.opts.JWTSVIDTTL})
 	pending := make(map[string]rotation.Pending)
 	for _, p := range rotation.Waiting(set, view, s.opts.Rotation, now) {
 		pending[p.ID] = p

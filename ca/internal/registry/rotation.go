@@ -23,14 +23,16 @@ func (r *Registry) StepsTaken() <-chan struct{} {
 	return r.steps
 }
 
-// Rotation returns the authorities and the view of one picture. defaultTTL is
-// what SVIDs live whose entry does not say.
-func (r *Registry) Rotation(now time.Time, defaultTTL time.Duration) (rotation.Set, rotation.View) {
+// TTLs are what SVIDs live whose entry does not say.
+type TTLs struct{ X509SVID, JWTSVID time.Duration }
+
+// Rotation returns the authorities and the view of one picture.
+func (r *Registry) Rotation(now time.Time, defaults TTLs) (rotation.Set, rotation.View) {
 	pic := r.pic.Load()
-	return pic.authorities, rotation.View{Agents: pic.counted(now, defaultTTL), Issuers: pic.issuers(now)}
+	return pic.authorities, rotation.View{Agents: pic.counted(now, defaults), Issuers: pic.issuers(now)}
 }
 
-func (p *picture) counted(now time.Time, defaultTTL time.Duration) []rotation.Agent {
+func (p *picture) counted(now time.Time, defaults TTLs) []rotation.Agent {
 	banned := make(map[string]uint64) // agent → revision of its latest ban
 	for _, rec := range p.revocations.After(0, now) {
 		if rec.AgentID != "" {
@@ -42,7 +44,7 @@ func (p *picture) counted(now time.Time, defaultTTL time.Duration) []rotation.Ag
 		counted := rotation.Agent{Name: a.ID.String(), Sequence: a.TrustSequence, Until: a.NotAfter}
 		counted.Banned = banned[counted.Name] > a.AttestedRevision
 		if !now.Before(a.NotAfter) { // what its workloads got last may live on
-			counted.Until = a.NotAfter.Add(p.longestTTL(a.ID, defaultTTL))
+			counted.Until = a.NotAfter.Add(p.longestTTL(a.ID, defaults))
 		}
 		agents = append(agents, counted)
 	}
@@ -51,10 +53,10 @@ func (p *picture) counted(now time.Time, defaultTTL time.Duration) []rotation.Ag
 
 // longestTTL is what an SVID that was issued through the agent can live: what
 // was issued for an entry that is gone is revoked, or ended with it.
-func (p *picture) longestTTL(agent spiffeid.ID, defaultTTL time.Duration) time.Duration {
+func (p *picture) longestTTL(agent spiffeid.ID, defaults TTLs) time.Duration {
 	var longest time.Duration
 	for e := range p.entries.below(agent) {
-		longest = max(longest, cmp.Or(e.X509SVIDTTL, defaultTTL), e.JWTSVIDTTL)
+		longest = max(longest, cmp.Or(e.X509SVIDTTL, defaults.X509SVID), cmp.Or(e.JWTSVIDTTL, defaults.JWTSVID))
 	}
 	return longest
 }

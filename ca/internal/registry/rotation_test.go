@@ -19,6 +19,8 @@ import (
 	"merlon.dev/sdk/svid"
 )
 
+var defaults = TTLs{X509SVID: time.Hour, JWTSVID: 5 * time.Minute}
+
 // agentRecord is what the store holds of an agent.
 func agentRecord(t *testing.T, notAfter time.Time, sequence, attested uint64) store.Op {
 	t.Helper()
@@ -34,7 +36,7 @@ func agentRecord(t *testing.T, notAfter time.Time, sequence, attested uint64) st
 
 func counted(t *testing.T, r *Registry, now time.Time) rotation.Agent {
 	t.Helper()
-	_, view := r.Rotation(now, time.Hour)
+	_, view := r.Rotation(now, defaults)
 	if len(view.Agents) != 1 || view.Agents[0].Name != nodeA.String() {
 		t.Fatalf("agents = %+v; want %s", view.Agents, nodeA)
 	}
@@ -65,6 +67,41 @@ func TestAgentCountsUntilItsLastSVIDHasExpired(t *testing.T) {
 	write(t, st, r, store.Put(EntryPrefix+e.ID, value))
 	if a := counted(t, r, end.Add(time.Second)); !a.Until.Equal(end.Add(8 * time.Hour)) {
 		t.Errorf("it counts until %s; want the longest TTL of its entries after its own SVID", a.Until)
+	}
+}
+
+// Whichever lives longest counts: an entry's TTLs, or the CA's where it has none.
+func TestAgentCountsForItsJWTSVIDsToo(t *testing.T) {
+	for name, test := range map[string]struct {
+		x509, jwt time.Duration // of the entry
+		defaults  TTLs
+		want      time.Duration
+	}{
+		"the entry's JWT TTL":     {x509: time.Minute, jwt: 30 * time.Minute, defaults: defaults, want: 30 * time.Minute},
+		"the entry's X.509 TTL":   {x509: 2 * time.Hour, jwt: 30 * time.Minute, defaults: defaults, want: 2 * time.Hour},
+		"the default JWT TTL":     {x509: time.Minute, defaults: defaults, want: 5 * time.Minute},
+		"the default X.509 TTL":   {jwt: time.Minute, defaults: defaults, want: time.Hour},
+		"both defaults":           {defaults: TTLs{X509SVID: time.Minute, JWTSVID: time.Hour}, want: time.Hour},
+		"the entry's are shorter": {x509: time.Minute, jwt: 2 * time.Minute, defaults: defaults, want: 2 * time.Minute},
+	} {
+		t.Run(name, func(t *testing.T) {
+			st := openStore(t)
+			r := start(t, st)
+			end := time.Now().Add(time.Hour).UTC().Truncate(time.Second)
+			e := &entry.Entry{
+				ID: entry.NewID(), SPIFFEID: spiffeid.RequireFromPath(td, "/batch"), ParentID: nodeA, X509SVIDTTL: test.x509, JWTSVIDTTL: test.jwt,
+				Selectors: []entry.Selector{{Type: "unix", Value: "uid:2"}},
+			}
+			value, err := entry.Encode(e)
+			if err != nil {
+				t.Fatal(err)
+			}
+			write(t, st, r, agentRecord(t, end, 5, 0), store.Put(EntryPrefix+e.ID, value))
+			_, view := r.Rotation(end.Add(time.Second), test.defaults)
+			if len(view.Agents) != 1 || !view.Agents[0].Until.Equal(end.Add(test.want)) {
+				t.Errorf("agents = %+v; want it to count until %s after its own SVID", view.Agents, test.want)
+			}
+		})
 	}
 }
 
@@ -149,11 +186,11 @@ func TestIssuersNameTheirRoot(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, st, r, store.Put(trust.AuthoritiesKey, value), record)
-	_, view := r.Rotation(now, time.Hour)
+	_, view := r.Rotation(now, defaults)
 	if len(view.Issuers) != 2 || view.Issuers[0].Root != "a0" || view.Issuers[0].Current || view.Issuers[1].Root != "b0" || !view.Issuers[1].Current {
 		t.Errorf("issuers = %+v", view.Issuers)
 	}
-	if _, view := r.Rotation(now.Add(2*time.Minute), time.Hour); len(view.Issuers) != 1 {
+	if _, view := r.Rotation(now.Add(2*time.Minute), defaults); len(view.Issuers) != 1 {
 		t.Errorf("issuers later = %+v; want the one that lives", view.Issuers)
 	}
 }
