@@ -503,6 +503,25 @@ func TestAsyncDoesNotWaitForTheDisk(t *testing.T) {
 	wantVerified(t, path, 101)
 }
 
+// TestStrictWaitsForTheDisk: an SVID leaves when its record is synced.
+func TestStrictWaitsForTheDisk(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.jsonl")
+	l := openLog(t, path)
+	hold := make(chan struct{})
+	l.sync = func(f *os.File) error { <-hold; return f.Sync() }
+	short, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if err := l.Issue(short, Record{Type: Issue}); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("an SVID did not wait: %v", err)
+	}
+	close(hold)
+	if err := l.Issue(t.Context(), Record{Type: Issue}); err != nil {
+		t.Error(err)
+	}
+	closeLog(t, l)
+	wantVerified(t, path, 2)
+}
+
 func TestAsyncLogThatFailedTakesNothing(t *testing.T) {
 	l := openLog(t, filepath.Join(t.TempDir(), "audit.jsonl"))
 	l.opts.Async = true
