@@ -63,11 +63,16 @@ func command(c rotation.Command) func(rotation.Set) (rotation.Set, error) {
 
 func (d Domain) must(t testing.TB, c rotation.Command) *Step {
 	t.Helper()
-	step, _, err := d.Take(t.Context(), command(c), nil)
-	if err != nil {
-		t.Fatal(err)
+	for {
+		step, _, err := d.Take(t.Context(), command(c), nil)
+		if errors.Is(err, ErrContended) {
+			continue // by the other one of compete
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return step
 	}
-	return step
 }
 
 func TestEachStepPublishesWhatItTrusts(t *testing.T) {
