@@ -20,7 +20,7 @@ import (
 type syncCall struct {
 	from, to int64
 	name     string // fsync, fdatasync or msync
-	file     string // empty for msync, which strace knows by address only
+	file     string // of an msync too: what was mapped at its address
 	ok       bool
 	injected bool
 }
@@ -29,7 +29,7 @@ type syncCall struct {
 // in each thread from its n-th on; 0: none fails.
 func traced(output string, n int) []string {
 	const calls = "fsync,fdatasync,msync"
-	args := []string{"strace", "-f", "-y", "-ttt", "-T", "-s", "0", "--seccomp-bpf", "-e", "signal=none", "-e", "trace=" + calls, "-o", output}
+	args := []string{"strace", "-f", "-y", "-ttt", "-T", "-s", "0", "--seccomp-bpf", "-e", "signal=none", "-e", "trace=mmap,mremap," + calls, "-o", output}
 	if n > 0 {
 		args = append(args, "-e", fmt.Sprintf("inject=%s:error=EIO:when=%d+", calls, n))
 	}
@@ -38,9 +38,9 @@ func traced(output string, n int) []string {
 
 // Lines of strace: a whole call, its first half, its second half.
 var (
-	wholeCall  = regexp.MustCompile(`^(\d+) +([\d.]+) (\w+)\((.*)\) += (-?\d+)(.*)<([\d.]+)>$`)
+	wholeCall  = regexp.MustCompile(`^(\d+) +([\d.]+) (\w+)\((.*)\) += (-?\w+)(.*)<([\d.]+)>$`)
 	firstHalf  = regexp.MustCompile(`^(\d+) +([\d.]+) (\w+)\((.*) <unfinished \.\.\.>$`)
-	secondHalf = regexp.MustCompile(`^(\d+) +([\d.]+) <\.\.\. (\w+) resumed>.*\) += (-?\d+)(.*)<([\d.]+)>$`)
+	secondHalf = regexp.MustCompile(`^(\d+) +([\d.]+) <\.\.\. (\w+) resumed>.*\) += (-?\w+)(.*)<([\d.]+)>$`)
 	fdPath     = regexp.MustCompile(`<([^>]*)>`)
 )
 
@@ -52,24 +52,45 @@ func readTrace(path string, offset int64) (calls []syncCall, err error) {
 		return nil, err
 	}
 	defer f.Close()
-	begun := make(map[string]syncCall) // by thread
+	type half struct {
+		at   int64
+		args string
+	}
+	begun := make(map[string]half)    // by thread
+	mapped := make(map[string]string) // address -> file
+	ended := func(from, to int64, name, args, result, note string) {
+		switch {
+		case name == "mmap":
+			mapped[result] = fileOf(args)
+			return
+		case name == "mremap":
+			mapped[result] = mapped[firstArg(args)]
+			return
+		}
+		c := syncCall{from: from, to: to, name: name, file: fileOf(args), ok: result == "0", injected: strings.Contains(note, "INJECTED")}
+		if name == "msync" {
+			c.file = mapped[firstArg(args)]
+		}
+		calls = append(calls, c)
+	}
 	for lines := bufio.NewScanner(f); lines.Scan(); {
 		text := lines.Text()
 		if m := wholeCall.FindStringSubmatch(text); m != nil {
 			from := stamp(m[2]) - offset
-			calls = append(calls, syncCall{
-				from: from, to: from + stamp(m[7]), name: m[3], file: fileOf(m[4]), ok: m[5] == "0", injected: strings.Contains(m[6], "INJECTED"),
-			})
+			ended(from, from+stamp(m[7]), m[3], m[4], m[5], m[6])
 		} else if m := firstHalf.FindStringSubmatch(text); m != nil {
-			begun[m[1]] = syncCall{from: stamp(m[2]) - offset, name: m[3], file: fileOf(m[4])}
+			begun[m[1]] = half{stamp(m[2]) - offset, m[4]}
 		} else if m := secondHalf.FindStringSubmatch(text); m != nil {
-			c := begun[m[1]]
-			c.to, c.ok, c.injected = stamp(m[2])-offset, m[4] == "0", strings.Contains(m[5], "INJECTED")
-			calls = append(calls, c)
+			ended(begun[m[1]].at, stamp(m[2])-offset, m[3], begun[m[1]].args, m[4], m[5])
 		}
 	}
 	slices.SortFunc(calls, func(a, b syncCall) int { return cmp.Compare(a.from, b.from) })
 	return calls, nil
+}
+
+func firstArg(args string) string {
+	first, _, _ := strings.Cut(args, ",")
+	return first
 }
 
 // stamp reads seconds with six digits behind the point as nanoseconds.

@@ -210,3 +210,25 @@ func join(t testing.TB, files ...string) string {
 	}
 	return path
 }
+
+// Whether a member's refusal of our certificate is read before the connection is
+// gone is luck; one attempt that heard it is enough to say so.
+func TestReasonOfTLSIsKept(t *testing.T) {
+	t.Parallel()
+	refused, cut := errors.New("remote error: tls: bad certificate"), errors.New("write tcp 127.0.0.1:1->127.0.0.1:2: write: broken pipe")
+	reset, down := errors.New("read: connection reset by peer"), errors.New("dial tcp 127.0.0.1:2: connect: connection refused")
+	for name, test := range map[string]struct {
+		because []error
+		want    error
+	}{
+		"cut after the refusal":          {[]error{refused, cut, reset}, refused},
+		"cut before the refusal":         {[]error{cut, refused}, refused},
+		"only cut":                       {[]error{cut, reset}, reset},
+		"went down after it had refused": {[]error{refused, down}, down},
+		"connected in between":           {[]error{refused, nil, cut}, cut},
+	} {
+		if got := etcd.Reason(test.because...); !errors.Is(got, test.want) {
+			t.Errorf("%s: the reason is %v; want %v", name, got, test.want)
+		}
+	}
+}

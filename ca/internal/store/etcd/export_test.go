@@ -26,3 +26,13 @@ func WriteEpoch(ctx context.Context, st store.Store, l Looked) error {
 	}
 	return s.writeEpoch(ctx, l.m.laid.ModRevision, l.m.now, ops)
 }
+
+// Reason is what is said of a member that was not connected for each of these,
+// one after the other; nil is a connection.
+func Reason(because ...error) error {
+	m := &member{}
+	for _, err := range because {
+		m.setReason(err)
+	}
+	return m.reason(nil)
+}

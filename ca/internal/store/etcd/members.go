@@ -8,8 +8,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"slices"
+	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -309,6 +313,7 @@ func (m *member) connected(ctx context.Context) error {
 		state := conn.GetState()
 		switch state {
 		case connectivity.Ready:
+			m.setReason(nil)
 			return nil
 		case connectivity.TransientFailure, connectivity.Shutdown:
 			return m.notConnected(ctx)
@@ -328,11 +333,33 @@ func (m *member) notConnected(ctx context.Context) error {
 	if err == nil {
 		err = errors.New("connecting")
 	} else if ctx.Err() == nil {
-		m.mu.Lock()
-		m.because = err
-		m.mu.Unlock()
+		m.setReason(err)
 	}
 	return fmt.Errorf("%s: %w: %v", m.url, errNotConnected, m.reason(err))
+}
+
+// setReason keeps why an attempt to connect failed; nil when it did not. In TLS
+// 1.3 a member that refuses our certificate cuts the connection behind its alert,
+// and whether the alert is read first is luck: what an earlier attempt heard of
+// TLS is not replaced by a mere cut.
+func (m *member) setReason(err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err == nil || m.because == nil || !ofTLS(m.because) || !cut(err) {
+		m.because = err
+	}
+}
+
+// ofTLS says whether an attempt failed by TLS; gRPC passes reasons on as text.
+func ofTLS(err error) bool {
+	return strings.Contains(err.Error(), "tls: ") || strings.Contains(err.Error(), "x509: ")
+}
+
+// cut says whether the other side ended the connection without a word.
+func cut(err error) bool {
+	return slices.ContainsFunc([]string{syscall.EPIPE.Error(), syscall.ECONNRESET.Error(), io.EOF.Error()}, func(words string) bool {
+		return strings.Contains(err.Error(), words)
+	})
 }
 
 // reason is why it was not connected when that was last known, else err.
