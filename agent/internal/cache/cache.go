@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"merlon.dev/agent/internal/workload"
 	"merlon.dev/ca/capb"
 	"merlon.dev/sdk/svid"
 )
@@ -56,7 +57,8 @@ type Cache struct {
 	index     index
 	subs      map[*Subscription]struct{}
 	bySel     map[string]map[*Subscription]struct{}
-	behind    map[uint64]int // trust bundle sequence → streams that were sent it last
+	blind     map[workload.Kinds]map[*Subscription]struct{} // kind → streams of which nothing of it was read
+	behind    map[uint64]int                                // trust bundle sequence → streams that were sent it last
 	slots     map[string]*slot
 	queue     []*slot
 	feed      feed
@@ -78,7 +80,7 @@ func New(o Options) *Cache {
 		td: o.TrustDomain, authority: o.Authority, log: o.Logger,
 		wake: make(chan struct{}, 1), served: make(chan struct{}, 1),
 		entries: map[string]*Entry{}, index: newIndex(),
-		subs: map[*Subscription]struct{}{}, bySel: map[string]map[*Subscription]struct{}{},
+		subs: map[*Subscription]struct{}{}, bySel: map[string]map[*Subscription]struct{}{}, blind: map[workload.Kinds]map[*Subscription]struct{}{},
 		behind: map[uint64]int{}, slots: map[string]*slot{}, expiries: map[string]*time.Timer{},
 		feed: newFeed(), jwts: newTokens(),
 	}
@@ -108,21 +110,19 @@ func (c *Cache) State() State {
 	}
 }
 
-// WantsDigest says whether some entry of this node asks for a unix:sha256
-// selector.
-func (c *Cache) WantsDigest() bool {
+// Wants are the kinds of selectors that some entry of this node asks for.
+func (c *Cache) Wants() workload.Kinds {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
-	return c.index.hashed > 0
+	return c.index.wants()
 }
 
-// Entitled returns the entries that proved (sorted) satisfies, in their order,
-// and whether the picture is current: only then does none mean that there is
-// none.
-func (c *Cache) Entitled(proved []string) (entries []*Entry, current bool) {
+// Entitled returns the entries that the proof satisfies, in their order, and
+// whether it is everything: only then does none mean that there is none.
+func (c *Cache) Entitled(proof workload.Proof) (entries []*Entry, current bool) {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
-	return c.match(proved, time.Now()), c.current()
+	return c.match(proof.Selectors, time.Now()), c.current() && c.index.unread(proof) == 0
 }
 
 // match returns the entries that proved (sorted) satisfies: none before the

@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"merlon.dev/agent/internal/workload"
 	"merlon.dev/ca/capb"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/svid/forge"
@@ -189,6 +190,15 @@ func newEntry(id, path string, selectors ...string) *capb.Entry {
 	return e
 }
 
+// proves is the proof of a process that was asked for nothing but what it proved.
+func proves(selectors ...string) workload.Proof {
+	p := workload.Proof{Selectors: sorted(selectors)}
+	for _, s := range selectors {
+		p.Read |= workload.KindOf(s)
+	}
+	return p
+}
+
 // take expects that s is woken, and returns its view when nothing more comes.
 func take(t *testing.T, s *Subscription, proved ...string) View {
 	t.Helper()
@@ -198,12 +208,12 @@ func take(t *testing.T, s *Subscription, proved ...string) View {
 	default:
 		t.Fatal("the stream was not woken")
 	}
-	v := s.View(proved, true)
+	v := s.View(proves(proved...), true)
 	for {
 		synctest.Wait() // what the view ordered may have come
 		select {
 		case <-s.Woken():
-			v = s.View(proved, true)
+			v = s.View(proves(proved...), true)
 		default:
 			return v
 		}
@@ -233,7 +243,7 @@ func TestFirstDemandOrdersOneRequest(t *testing.T) {
 		f.sync(newEntry("e1", "/a", "unix:uid:1"), newEntry("e2", "/b", "unix:uid:1"), newEntry("e3", "/c", "unix:uid:2"))
 		s := f.Subscribe()
 		defer s.Close()
-		if v := s.View([]string{"unix:uid:1"}, true); !v.Pending || len(v.SVIDs) != 0 {
+		if v := s.View(proves("unix:uid:1"), true); !v.Pending || len(v.SVIDs) != 0 {
 			t.Fatalf("View() = %+v; want SVIDs pending", v)
 		}
 		v := take(t, s, "unix:uid:1")
@@ -256,7 +266,7 @@ func TestSVIDsThatWereCutAreServedAndLogged(t *testing.T) {
 		f.sync(newEntry("e1", "/a", "unix:uid:1"))
 		s := f.Subscribe()
 		defer s.Close()
-		s.View([]string{"unix:uid:1"}, true)
+		s.View(proves("unix:uid:1"), true)
 		if v := take(t, s, "unix:uid:1"); paths(v) != "/a" {
 			t.Errorf("SVIDs = %q", paths(v))
 		}
@@ -272,8 +282,8 @@ func TestOnlyConcernedStreamsAreWoken(t *testing.T) {
 		s1, s2 := f.Subscribe(), f.Subscribe()
 		defer s1.Close()
 		defer s2.Close()
-		s1.View([]string{"unix:uid:1"}, true)
-		s2.View([]string{"unix:uid:2"}, true)
+		s1.View(proves("unix:uid:1"), true)
+		s2.View(proves("unix:uid:2"), true)
 		take(t, s1, "unix:uid:1")
 		take(t, s2, "unix:uid:2")
 		f.apply(&capb.SyncResponse{Entries: []*capb.Entry{newEntry("e3", "/c", "unix:uid:2")}})
@@ -288,8 +298,47 @@ func TestOnlyConcernedStreamsAreWoken(t *testing.T) {
 		// An entry by digest concerns whoever was not hashed yet.
 		f.apply(&capb.SyncResponse{Entries: []*capb.Entry{newEntry("e4", "/d", "unix:sha256:00", "unix:uid:1")}})
 		asleep(t, s2)
-		if v := take(t, s1, "unix:sha256:00", "unix:uid:1"); len(v.Entries) != 1 || !f.WantsDigest() {
+		if v := take(t, s1, "unix:sha256:00", "unix:uid:1"); len(v.Entries) != 1 || f.Wants() != workload.Digest {
 			t.Errorf("View() = %+v; want the entry by digest", v)
+		}
+	})
+}
+
+// An entry that asks for more than was read of a process, which came while the
+// process was looked at: it is looked at again, and nothing is certain before.
+func TestProcessIsReadAgainForANewKindOfSelector(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		f.sync()
+		if got := f.Wants(); got != 0 {
+			t.Fatalf("Wants() = %b without entries; want nothing", got)
+		}
+		s, other := f.Subscribe(), f.Subscribe()
+		defer s.Close()
+		defer other.Close()
+		before := proves("unix:uid:1")
+		f.apply(&capb.SyncResponse{Entries: []*capb.Entry{newEntry("e1", "/a", "systemd:unit:web.service", "unix:user:web")}})
+		if got := f.Wants(); got != workload.Names|workload.ControlGroups {
+			t.Errorf("Wants() = %b; want names and control groups", got)
+		}
+		if v := s.View(before, true); v.Current || len(v.Entries) != 0 {
+			t.Errorf("View() = %+v of a process that was not asked; want nothing that is certain", v)
+		}
+		if entries, current := f.Entitled(before); current || len(entries) != 0 {
+			t.Errorf("Entitled() = %v, current=%t; want none, and not certain", entries, current)
+		}
+		if v := take(t, s, "systemd:unit:web.service", "unix:uid:1", "unix:user:web"); paths(v) != "/a" {
+			t.Errorf("SVIDs = %q; want /a", paths(v))
+		}
+		// Asked for everything, and not meant by the next one.
+		other.View(workload.Proof{Selectors: []string{"unix:uid:2"}, Read: workload.AllKinds}, true)
+		f.apply(&capb.SyncResponse{Entries: []*capb.Entry{newEntry("e2", "/b", "unix:user:web")}})
+		asleep(t, other)
+		if v := take(t, s, "systemd:unit:web.service", "unix:uid:1", "unix:user:web"); paths(v) != "/a /b" {
+			t.Errorf("SVIDs = %q; want /a /b", paths(v))
+		}
+		f.apply(&capb.SyncResponse{RemovedEntryIds: []string{"e1"}})
+		if got := f.Wants(); got != workload.Names {
+			t.Errorf("Wants() = %b with one entry by user name; want names", got)
 		}
 	})
 }
@@ -298,7 +347,7 @@ func TestRenewalAtHalfLife(t *testing.T) {
 	run(t, func(t *testing.T, f *fixture) {
 		f.sync(newEntry("e1", "/a", "unix:uid:1"))
 		s := f.Subscribe()
-		s.View([]string{"unix:uid:1"}, true)
+		s.View(proves("unix:uid:1"), true)
 		first := take(t, s, "unix:uid:1").SVIDs[0]
 		time.Sleep(26 * time.Minute) // half an hour - 10 % and a little
 		asleep(t, s)
@@ -323,12 +372,12 @@ func TestExpiredSVIDIsNeverServed(t *testing.T) {
 		f.sync(newEntry("e1", "/a", "unix:uid:1"))
 		s := f.Subscribe()
 		defer s.Close()
-		s.View([]string{"unix:uid:1"}, true)
+		s.View(proves("unix:uid:1"), true)
 		first := take(t, s, "unix:uid:1").SVIDs[0]
 		f.Disconnected()
 		f.ca.set(func(c *signer) { c.err = status.Error(codes.Unavailable, "away") })
 		time.Sleep(59 * time.Minute)
-		if v := s.View([]string{"unix:uid:1"}, true); len(v.SVIDs) != 1 {
+		if v := s.View(proves("unix:uid:1"), true); len(v.SVIDs) != 1 {
 			t.Fatalf("%d SVIDs a minute before the end; want the old one", len(v.SVIDs))
 		}
 		time.Sleep(time.Minute)
@@ -366,7 +415,7 @@ func TestAnswersThatAreNotWhatWasAskedAreRefused(t *testing.T) {
 				f.sync(newEntry("e1", "/a", "unix:uid:1"))
 				s := f.Subscribe()
 				defer s.Close()
-				s.View([]string{"unix:uid:1"}, true)
+				s.View(proves("unix:uid:1"), true)
 				if v := take(t, s, "unix:uid:1"); len(v.SVIDs) != 0 || v.Pending {
 					t.Errorf("View() = %+v; want no SVID", v)
 				}
@@ -380,7 +429,7 @@ func TestRevocationRenewsAtOnce(t *testing.T) {
 		f.sync(newEntry("e1", "/a", "unix:uid:1"))
 		s := f.Subscribe()
 		defer s.Close()
-		s.View([]string{"unix:uid:1"}, true)
+		s.View(proves("unix:uid:1"), true)
 		first := take(t, s, "unix:uid:1").SVIDs[0]
 		f.ca.set(func(c *signer) { c.revision = 100 })
 		f.apply(&capb.SyncResponse{Revocations: []*capb.Revocation{{
@@ -400,16 +449,16 @@ func TestListingForgetsWhatItDoesNotRepeatAtItsEnd(t *testing.T) {
 		if err := f.Apply(t.Context(), &capb.SyncResponse{Reset_: true, Entries: []*capb.Entry{newEntry("e2", "/b", "unix:uid:1")}}); err != nil {
 			t.Fatal(err)
 		}
-		if got, _ := f.Entitled([]string{"unix:uid:1"}); len(got) != 2 {
+		if got, _ := f.Entitled(proves("unix:uid:1")); len(got) != 2 {
 			t.Errorf("%d entries in the middle of a listing; want 2 still", len(got))
 		}
 		f.Disconnected() // the listing was cut off
 		f.apply(&capb.SyncResponse{})
-		if got, _ := f.Entitled([]string{"unix:uid:1"}); len(got) != 2 {
+		if got, _ := f.Entitled(proves("unix:uid:1")); len(got) != 2 {
 			t.Errorf("%d entries after a listing that was cut off; want 2", len(got))
 		}
 		f.sync(newEntry("e2", "/b", "unix:uid:1"))
-		if got, _ := f.Entitled([]string{"unix:uid:1"}); len(got) != 1 {
+		if got, _ := f.Entitled(proves("unix:uid:1")); len(got) != 1 {
 			t.Errorf("%d entries after the listing; want 1", len(got))
 		}
 	})
@@ -422,7 +471,7 @@ func TestEntryExpires(t *testing.T) {
 		f.sync(e)
 		s := f.Subscribe()
 		defer s.Close()
-		s.View([]string{"unix:uid:1"}, true)
+		s.View(proves("unix:uid:1"), true)
 		take(t, s, "unix:uid:1")
 		time.Sleep(time.Minute)
 		if v := take(t, s, "unix:uid:1"); len(v.Entries) != 0 {
@@ -436,7 +485,7 @@ func TestChangedEntry(t *testing.T) {
 		f.sync(newEntry("e1", "/a", "unix:uid:1"))
 		s := f.Subscribe()
 		defer s.Close()
-		s.View([]string{"unix:uid:1"}, true)
+		s.View(proves("unix:uid:1"), true)
 		first := take(t, s, "unix:uid:1").SVIDs[0]
 		hinted := newEntry("e1", "/a", "unix:uid:1")
 		hinted.Hint = "internal"
@@ -454,7 +503,7 @@ func TestChangedEntry(t *testing.T) {
 func TestJWTSVIDsAreUsedAgainForHalfTheirLife(t *testing.T) {
 	run(t, func(t *testing.T, f *fixture) {
 		f.sync(newEntry("e1", "/a", "unix:uid:1"))
-		entries, _ := f.Entitled([]string{"unix:uid:1"})
+		entries, _ := f.Entitled(proves("unix:uid:1"))
 		get := func(audience ...string) string {
 			t.Helper()
 			token, err := f.JWTSVID(t.Context(), entries[0], audience)
@@ -490,7 +539,7 @@ func TestJWTSVIDsAreUsedAgainForHalfTheirLife(t *testing.T) {
 func TestRevokedJWTSVIDIsForgotten(t *testing.T) {
 	run(t, func(t *testing.T, f *fixture) {
 		f.sync(newEntry("e1", "/a", "unix:uid:1"))
-		entries, _ := f.Entitled([]string{"unix:uid:1"})
+		entries, _ := f.Entitled(proves("unix:uid:1"))
 		first, err := f.JWTSVID(t.Context(), entries[0], []string{"x"})
 		if err != nil {
 			t.Fatal(err)
@@ -588,7 +637,7 @@ func TestRefusalsAreRetriedWithPauses(t *testing.T) {
 		f.sync(newEntry("e1", "/a", "unix:uid:1"))
 		s := f.Subscribe()
 		defer s.Close()
-		s.View([]string{"unix:uid:1"}, true)
+		s.View(proves("unix:uid:1"), true)
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
 		if n := f.ca.count(); n < 3 || n > 20 {

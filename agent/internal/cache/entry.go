@@ -13,6 +13,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"merlon.dev/agent/internal/workload"
 	"merlon.dev/ca/capb"
 )
 
@@ -108,11 +109,11 @@ func compareEntries(a, b *Entry) int {
 type index struct {
 	buckets map[string]map[string]*Entry // selector → entry ID → entry
 	home    map[string]string            // entry ID → selector
-	hashed  int                          // entries that ask for a digest
+	asking  map[workload.Kinds]int       // kind → selectors of it
 }
 
 func newIndex() index {
-	return index{buckets: map[string]map[string]*Entry{}, home: map[string]string{}}
+	return index{buckets: map[string]map[string]*Entry{}, home: map[string]string{}, asking: map[workload.Kinds]int{}}
 }
 
 func (x *index) add(e *Entry) {
@@ -127,9 +128,7 @@ func (x *index) add(e *Entry) {
 	}
 	x.buckets[home][e.ID] = e
 	x.home[e.ID] = home
-	if asksForDigest(e) {
-		x.hashed++
-	}
+	x.count(e, 1)
 }
 
 func (x *index) remove(e *Entry) {
@@ -142,10 +141,31 @@ func (x *index) remove(e *Entry) {
 	if len(x.buckets[home]) == 0 {
 		delete(x.buckets, home)
 	}
-	if asksForDigest(e) {
-		x.hashed--
+	x.count(e, -1)
+}
+
+// count adds or takes away the kinds that e asks for.
+func (x *index) count(e *Entry, n int) {
+	for _, s := range e.Selectors {
+		if kind := workload.KindOf(s); kind != 0 {
+			if x.asking[kind] += n; x.asking[kind] == 0 {
+				delete(x.asking, kind)
+			}
+		}
 	}
 }
+
+// wants are the kinds that some entry asks for.
+func (x *index) wants() (kinds workload.Kinds) {
+	for kind := range x.asking {
+		kinds |= kind
+	}
+	return kinds
+}
+
+// unread are the kinds that some entry asks for, and the proof does not speak
+// of.
+func (x *index) unread(proof workload.Proof) workload.Kinds { return x.wants() &^ proof.Read }
 
 // match returns the entries that proved (sorted) satisfies, in their order.
 func (x *index) match(proved []string, now time.Time) []*Entry {
@@ -166,17 +186,11 @@ func (x *index) match(proved []string, now time.Time) []*Entry {
 	return found
 }
 
-const digestSelector = "unix:sha256:"
-
-func isDigest(selector string) bool { return strings.HasPrefix(selector, digestSelector) }
-
-func asksForDigest(e *Entry) bool { return slices.ContainsFunc(e.Selectors, isDigest) }
-
 // commonness ranks selectors by how many workloads share them, where the
 // buckets do not tell yet.
 func commonness(selector string) int {
 	switch {
-	case isDigest(selector), strings.HasPrefix(selector, "unix:path:"), strings.HasPrefix(selector, "systemd:unit:"),
+	case workload.KindOf(selector) == workload.Digest, strings.HasPrefix(selector, "unix:path:"), strings.HasPrefix(selector, "systemd:unit:"),
 		strings.HasPrefix(selector, "container:id:"), strings.HasPrefix(selector, "k8s:pod-uid:"):
 		return 0
 	default:

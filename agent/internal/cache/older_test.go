@@ -17,7 +17,7 @@ import (
 
 // held lists what a workload of user 1 would get.
 func (f *fixture) held() (paths string) {
-	entries, _ := f.Entitled([]string{"unix:uid:1"})
+	entries, _ := f.Entitled(proves("unix:uid:1"))
 	for _, e := range entries {
 		paths += e.SPIFFEID.Path()
 	}
@@ -111,7 +111,7 @@ func TestStaleCADoesNotMakeThePictureFresher(t *testing.T) {
 		}
 		s := f.Subscribe()
 		defer s.Close()
-		if v := s.View([]string{"unix:uid:2"}, true); v.Current || !f.State().Stale {
+		if v := s.View(proves("unix:uid:2"), true); v.Current || !f.State().Stale {
 			t.Error("that there is no entry counts as certain, although the CA cannot reach its store")
 		}
 		if err := say(&capb.SyncResponse{Synced: true, Revision: 101}); err != nil {

@@ -18,17 +18,17 @@ func TestNothingIsSaidBeforeTheFirstListingIsComplete(t *testing.T) {
 		s := f.Subscribe()
 		defer s.Close()
 		proved := []string{"unix:uid:1"}
-		s.View(proved, true)
+		s.View(proves(proved...), true)
 		half := &capb.SyncResponse{Reset_: true, TrustBundle: f.trust(1), Entries: []*capb.Entry{newEntry("e2", "/second", "unix:uid:1")}}
 		f.ca.set(func(c *signer) { c.ids["e2"] = "spiffe://" + td + "/second" })
 		if err := f.Apply(t.Context(), half); err != nil {
 			t.Fatal(err)
 		}
 		synctest.Wait()
-		if v := s.View(proved, true); len(v.Entries) != 0 || v.Current {
+		if v := s.View(proves(proved...), true); len(v.Entries) != 0 || v.Current {
 			t.Errorf("View() = %+v with half a listing; want nothing, and not current", v)
 		}
-		if entries, current := f.Entitled(proved); len(entries) != 0 || current {
+		if entries, current := f.Entitled(proves(proved...)); len(entries) != 0 || current {
 			t.Errorf("Entitled() = %d entries, current=%t with half a listing; want none, false", len(entries), current)
 		}
 		f.apply(&capb.SyncResponse{Entries: []*capb.Entry{newEntry("e1", "/first", "unix:uid:1")}})
@@ -43,7 +43,7 @@ func TestRevocationOvertakesAnSVIDOnItsWay(t *testing.T) {
 		f.sync(newEntry("e1", "/a", "unix:uid:1"))
 		s := f.Subscribe()
 		defer s.Close()
-		s.View([]string{"unix:uid:1"}, true)
+		s.View(proves("unix:uid:1"), true)
 		made := take(t, s, "unix:uid:1").SVIDs[0]
 
 		// The same answer again, accepted before the revocation, settled after.
@@ -76,9 +76,9 @@ func TestLateTimersAreCaughtUpWith(t *testing.T) {
 		s, gone := f.Subscribe(), f.Subscribe()
 		defer s.Close()
 		defer gone.Close()
-		s.View([]string{"unix:uid:1"}, true)
+		s.View(proves("unix:uid:1"), true)
 		take(t, s, "unix:uid:1")
-		gone.View([]string{"unix:uid:2"}, true)
+		gone.View(proves("unix:uid:2"), true)
 		take(t, gone, "unix:uid:2")
 		f.mu.Lock()
 		f.slots["e1"].stopTimer()

@@ -2,7 +2,13 @@
 
 package cache
 
-import "time"
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"merlon.dev/agent/internal/workload"
+)
 
 // Subscription is one open Workload API stream. Its methods may be called by
 // one goroutine at a time.
@@ -11,16 +17,15 @@ type Subscription struct {
 	woken chan struct{}
 
 	// guarded by c.mu
-	proved    []string
-	digest    bool // proved has a unix:sha256 selector
+	proof     workload.Proof
 	slots     map[string]*slot
 	delivered uint64 // sequence of the trust bundle sent last; 0 for none
 }
 
 // View is what a workload may have now.
 type View struct {
-	// Current says whether changes arrive from the CA, so that no Entries
-	// means that no entry matches.
+	// Current says whether changes arrive from the CA, and everything was read
+	// that some entry asks for, so that no Entries means that no entry matches.
 	Current bool
 	// Entries match, in their order: the first is the default identity.
 	Entries []*Entry
@@ -44,18 +49,22 @@ func (c *Cache) Subscribe() *Subscription {
 }
 
 // Woken receives when something changed that concerns the workload whose
-// selectors View was last called with.
+// proof View was last called with, or it must be asked for more.
 func (s *Subscription) Woken() <-chan struct{} { return s.woken }
 
-// View returns what a workload with these selectors (sorted) may have. With
-// wantSVIDs their SVIDs are ordered, and kept fresh until Close.
-func (s *Subscription) View(proved []string, wantSVIDs bool) View {
+// View returns what a workload with this proof may have. With wantSVIDs their
+// SVIDs are ordered, and kept fresh until Close.
+func (s *Subscription) View(proof workload.Proof, wantSVIDs bool) View {
 	c := s.c
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s.register(proved)
+	s.register(proof)
 	now := time.Now()
-	v := View{Current: c.current(), Entries: c.match(proved, now), Trust: c.trust.Load()}
+	unread := c.index.unread(proof)
+	if unread != 0 {
+		s.notify() // an entry came while the process was read
+	}
+	v := View{Current: c.current() && unread == 0, Entries: c.match(proof.Selectors, now), Trust: c.trust.Load()}
 	if !wantSVIDs {
 		return v
 	}
@@ -92,22 +101,43 @@ func (s *Subscription) release(keep map[string]*slot) {
 	}
 }
 
-// register indexes s under what it proved. c.mu is held.
-func (s *Subscription) register(proved []string) {
-	for _, sel := range s.proved {
-		set := s.c.bySel[sel]
-		delete(set, s)
-		if len(set) == 0 {
-			delete(s.c.bySel, sel)
+// register indexes s under what it proved, and what it was not asked. c.mu is
+// held.
+func (s *Subscription) register(proof workload.Proof) {
+	s.unregister()
+	s.proof = proof
+	for _, sel := range proof.Selectors {
+		enter(s.c.bySel, sel, s)
+	}
+	for kind := workload.Kinds(1); kind < workload.AllKinds; kind <<= 1 {
+		if proof.Read&kind == 0 {
+			enter(s.c.blind, kind, s)
 		}
 	}
-	s.proved, s.digest = proved, false
-	for _, sel := range proved {
-		if s.c.bySel[sel] == nil {
-			s.c.bySel[sel] = map[*Subscription]struct{}{}
-		}
-		s.c.bySel[sel][s] = struct{}{}
-		s.digest = s.digest || isDigest(sel)
+}
+
+func (s *Subscription) unregister() {
+	for _, sel := range s.proof.Selectors {
+		leave(s.c.bySel, sel, s)
+	}
+	for kind := workload.Kinds(1); kind < workload.AllKinds; kind <<= 1 {
+		leave(s.c.blind, kind, s)
+	}
+}
+
+// enter puts s into the set under key.
+func enter[K comparable](sets map[K]map[*Subscription]struct{}, key K, s *Subscription) {
+	if sets[key] == nil {
+		sets[key] = map[*Subscription]struct{}{}
+	}
+	sets[key][s] = struct{}{}
+}
+
+// leave takes s out of the set under key.
+func leave[K comparable](sets map[K]map[*Subscription]struct{}, key K, s *Subscription) {
+	delete(sets[key], s)
+	if len(sets[key]) == 0 {
+		delete(sets, key)
 	}
 }
 
@@ -138,7 +168,7 @@ func (s *Subscription) setDelivered(sequence uint64) {
 func (s *Subscription) Close() {
 	s.c.mu.Lock()
 	defer s.c.mu.Unlock()
-	s.register(nil)
+	s.unregister()
 	s.release(nil)
 	s.setDelivered(0)
 	delete(s.c.subs, s)
@@ -183,36 +213,32 @@ func (c *Cache) notifyAll() {
 	signal(c.served)
 }
 
-// notifyMatching wakes the streams of the workloads that e is for. A workload
-// whose program was not hashed, because no entry asked for it, may have any
-// digest: it is woken too, and looked at again. c.mu is held.
+// notifyMatching wakes the streams of the workloads that e is for. One that was
+// not read for a kind, because no entry asked for it, may have any selector of
+// that kind: it is woken too, and looked at again. c.mu is held.
 func (c *Cache) notifyMatching(e *Entry) {
 	if len(e.Selectors) == 0 {
 		return
 	}
-	var candidates map[*Subscription]struct{}
-	known := false
-	for _, sel := range e.Selectors {
-		if isDigest(sel) {
-			continue
-		}
-		if set := c.bySel[sel]; !known || len(set) < len(candidates) {
-			candidates, known = set, true
-		}
-	}
-	if !known {
-		candidates = c.subs
-	}
-	for s := range candidates {
-		if s.satisfies(e) {
-			s.notify()
+	// Whoever satisfies e satisfies the selector that concerns the fewest.
+	rarest := slices.MinFunc(e.Selectors, func(a, b string) int { return cmp.Compare(c.concerned(a), c.concerned(b)) })
+	for _, candidates := range []map[*Subscription]struct{}{c.bySel[rarest], c.blind[workload.KindOf(rarest)]} {
+		for s := range candidates {
+			if s.maySatisfy(e) {
+				s.notify()
+			}
 		}
 	}
 }
 
-func (s *Subscription) satisfies(e *Entry) bool {
-	for _, missing := range e.missing(s.proved) {
-		if !isDigest(missing) || s.digest {
+// concerned is how many streams have a selector, or may have it.
+func (c *Cache) concerned(selector string) int {
+	return len(c.bySel[selector]) + len(c.blind[workload.KindOf(selector)])
+}
+
+func (s *Subscription) maySatisfy(e *Entry) bool {
+	for _, missing := range e.missing(s.proof.Selectors) {
+		if workload.KindOf(missing)&^s.proof.Read == 0 {
 			return false
 		}
 	}

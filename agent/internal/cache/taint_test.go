@@ -46,7 +46,7 @@ func (f *fixture) workloads(n int) []*Subscription {
 	subs := make([]*Subscription, n)
 	for i := range subs {
 		subs[i] = f.Subscribe()
-		subs[i].View([]string{fmt.Sprintf("unix:uid:%d", i)}, true)
+		subs[i].View(proves(fmt.Sprintf("unix:uid:%d", i)), true)
 	}
 	synctest.Wait()
 	return subs
@@ -58,7 +58,7 @@ func under(t *testing.T, subs []*Subscription, root *forge.Authority) (n int) {
 	t.Helper()
 	id := hex.EncodeToString(root.Root().Cert.SubjectKeyId)
 	for i, s := range subs {
-		v := s.View([]string{fmt.Sprintf("unix:uid:%d", i)}, true)
+		v := s.View(proves(fmt.Sprintf("unix:uid:%d", i)), true)
 		if len(v.SVIDs) != 1 {
 			t.Fatalf("workload %d has %d SVIDs", i, len(v.SVIDs))
 		}

@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc"
 
 	"merlon.dev/agent/internal/cache"
+	"merlon.dev/agent/internal/workload"
 	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
 	"merlon.dev/sdk/svid"
@@ -134,7 +135,7 @@ func TestTaintIsOverWithinAMinute(t *testing.T) {
 // and delivers what they have.
 func holding(subs []*cache.Subscription, authority string) (n int) {
 	for i, s := range subs {
-		v := s.View([]string{fmt.Sprintf("unix:uid:%d", i)}, true)
+		v := s.View(workload.Proof{Selectors: []string{fmt.Sprintf("unix:uid:%d", i)}}, true)
 		if len(v.SVIDs) == 1 && (authority == "" || slices.Contains(v.SVIDs[0].Peer.AuthorityIDs, authority)) {
 			n++
 		}

@@ -57,7 +57,7 @@ func (c *Callers) Attest(ctx context.Context) (*workload.Process, error) {
 	if !ok {
 		return nil, status.Error(codes.Internal, "the connection does not say who calls")
 	}
-	p, err := c.Attestor.Attest(ctx, peer, c.Cache.WantsDigest())
+	p, err := c.Attestor.Attest(ctx, peer, c.Cache.Wants())
 	switch {
 	case err == nil:
 		return p, nil
@@ -90,7 +90,7 @@ func (c *Callers) Entitled(ctx context.Context) (*workload.Process, []*cache.Ent
 	if err != nil {
 		return nil, nil, err
 	}
-	entries, current := c.Cache.Entitled(p.Selectors())
+	entries, current := c.Cache.Entitled(p.Proof())
 	if len(entries) > 0 {
 		return p, entries, nil
 	}
@@ -110,7 +110,7 @@ func (c *Callers) awaitEntitled(ctx context.Context) (*workload.Process, []*cach
 		if err != nil {
 			return nil, nil, err
 		}
-		view := sub.View(p.Selectors(), false)
+		view := sub.View(p.Proof(), false)
 		if len(view.Entries) > 0 {
 			return p, view.Entries, nil
 		}

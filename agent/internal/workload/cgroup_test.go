@@ -198,7 +198,7 @@ func TestRealControlGroups(t *testing.T) {
 			a, p := newAttestor(t), startPeer(t, self(t))
 			group(t, h.kind, h.options, h.group, p.cmd.Process.Pid)
 			t.Cleanup(p.end) // before its group goes
-			got, err := a.Attest(t.Context(), p.peer, false)
+			got, err := a.Attest(t.Context(), p.peer, ControlGroups)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -110,12 +110,14 @@ func (p *Process) readIDs(dir int) error {
 // process is in the first line, with line breaks escaped by the kernel, so that
 // it cannot add lines; a line that comes twice is refused all the same.
 func parseStatus(b []byte) (uid, gid uint32, groups []uint32, err error) {
-	seen := make(map[string]bool, 3)
+	const uidLine, gidLine, groupsLine = 1, 2, 4
+	seen := 0
 	for line := range bytes.Lines(b) {
 		name, rest, ok := bytes.Cut(line, []byte(":\t"))
 		if !ok {
 			continue
 		}
+		this := 0
 		switch string(name) {
 		case "State":
 			// A zombie has no program any more, though other threads of it may
@@ -123,25 +125,25 @@ func parseStatus(b []byte) (uid, gid uint32, groups []uint32, err error) {
 			if rest = bytes.TrimSpace(rest); len(rest) > 0 && bytes.IndexByte([]byte("ZXx"), rest[0]) >= 0 {
 				return 0, 0, nil, ErrGone
 			}
-			continue
 		case "Uid":
+			this = uidLine
 			uid, err = effective(rest)
 		case "Gid":
+			this = gidLine
 			gid, err = effective(rest)
 		case "Groups":
+			this = groupsLine
 			groups, err = supplementary(rest)
-		default:
-			continue
 		}
-		if err == nil && seen[string(name)] {
+		if err == nil && seen&this != 0 {
 			err = fmt.Errorf("%w: two %s lines in status", ErrGone, name)
 		}
 		if err != nil {
 			return 0, 0, nil, err
 		}
-		seen[string(name)] = true
+		seen |= this
 	}
-	if len(seen) != 3 {
+	if seen != uidLine|gidLine|groupsLine {
 		return 0, 0, nil, fmt.Errorf("%w: no Uid, Gid or Groups in status", ErrGone)
 	}
 	return uid, gid, groups, nil
@@ -172,7 +174,7 @@ func effective(b []byte) (uint32, error) {
 }
 
 // readProgram finds path and digest of the program, or notes why not.
-func (a *Attestor) readProgram(ctx context.Context, dir int, p *Process, withHash bool) {
+func (a *Attestor) readProgram(ctx context.Context, dir int, p *Process) {
 	exe, err := statExe(dir)
 	if err != nil {
 		p.note("the program cannot be read (%v): the agent needs root or CAP_SYS_PTRACE to see programs of other users", err)
@@ -184,7 +186,7 @@ func (a *Attestor) readProgram(ctx context.Context, dir int, p *Process, withHas
 	} else {
 		p.Path = path
 	}
-	if !withHash {
+	if p.Read&Digest == 0 {
 		return
 	}
 	if sum, err := a.hashes.of(ctx, dir, exe); err != nil {

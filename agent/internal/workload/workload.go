@@ -36,6 +36,8 @@ type Process struct {
 	// Path is the program's absolute path, or empty when it is not beyond
 	// doubt; then Notes says why.
 	Path string
+	// Read are the kinds of facts that were looked for.
+	Read Kinds
 	// SHA256 is the lower-case hex digest of the program, when it was asked
 	// for and could be made.
 	SHA256 string
@@ -73,7 +75,7 @@ func (p *Process) Selectors() []string {
 		s = append(s, "unix:supplementary_group:"+name)
 	}
 	for _, fact := range []struct{ name, value string }{
-		{"systemd:unit:", p.Unit}, {"unix:group:", p.Group}, {"unix:path:", p.Path}, {"unix:sha256:", p.SHA256}, {"unix:user:", p.User},
+		{"systemd:unit:", p.Unit}, {"unix:group:", p.Group}, {"unix:path:", p.Path}, {digestSelector, p.SHA256}, {"unix:user:", p.User},
 	} {
 		if fact.value != "" {
 			s = append(s, fact.name+fact.value)
@@ -82,6 +84,9 @@ func (p *Process) Selectors() []string {
 	slices.Sort(s)
 	return slices.Compact(s)
 }
+
+// Proof is what p proved, for those who compare it with entries.
+func (p *Process) Proof() Proof { return Proof{Selectors: p.Selectors(), Read: p.Read} }
 
 func id(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
 
@@ -124,8 +129,8 @@ func New() (*Attestor, error) {
 // Close releases /proc.
 func (a *Attestor) Close() error { return a.proc.Close() }
 
-// Attest proves what it can about peer. The program is hashed only if
-// withHash. Attest returns ErrGone when the process ended before the end of
+// Attest proves what it can about peer, of the kinds in wanted. Attest returns
+// ErrGone when the process ended before the end of
 // the call, and ErrChanged when it is no longer the user that connected.
 //
 // With a pidfd (Linux 6.5 or later) the answer is about the process that
@@ -135,12 +140,12 @@ func (a *Attestor) Close() error { return a.proc.Close() }
 // at the end (SECURITY.md T2). Without, the process's start time is compared
 // before and after; a process that took over the number between connect and
 // the first look, with the same user and group, is not noticed.
-func (a *Attestor) Attest(ctx context.Context, peer *unixsock.Peer, withHash bool) (*Process, error) {
+func (a *Attestor) Attest(ctx context.Context, peer *unixsock.Peer, wanted Kinds) (*Process, error) {
 	if peer.PID <= 0 {
 		// The peer lives in a PID namespace that is not below ours.
 		return nil, fmt.Errorf("%w: the kernel has no process ID for it here", ErrGone)
 	}
-	p, err := a.read(ctx, peer.PID, withHash, !peer.Pinned(), peer.Alive)
+	p, err := a.read(ctx, peer.PID, wanted, !peer.Pinned(), peer.Alive)
 	if err != nil {
 		return nil, err
 	}
@@ -152,8 +157,8 @@ func (a *Attestor) Attest(ctx context.Context, peer *unixsock.Peer, withHash boo
 	return p, nil
 }
 
-// AttestPID proves what it can about the process with this number, hash
-// included. It is for explanations only: the number may come to mean another
+// AttestPID proves everything that it can about the process with this number.
+// It is for explanations only: the number may come to mean another
 // process as soon as AttestPID returns.
 func (a *Attestor) AttestPID(ctx context.Context, pid int32) (*Process, error) {
 	if pid <= 0 {
@@ -164,7 +169,7 @@ func (a *Attestor) AttestPID(ctx context.Context, pid int32) (*Process, error) {
 		return nil, fmt.Errorf("%w: process %d: %v", ErrGone, pid, err)
 	}
 	defer unix.Close(fd)
-	return a.read(ctx, pid, true, false, func() bool {
+	return a.read(ctx, pid, AllKinds, false, func() bool {
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
 		return err == nil && n == 0
 	})
@@ -172,7 +177,7 @@ func (a *Attestor) AttestPID(ctx context.Context, pid int32) (*Process, error) {
 
 // read looks at /proc/PID between two calls of alive, both of which must say
 // yes. weak says that alive can only tell that some process has the number.
-func (a *Attestor) read(ctx context.Context, pid int32, withHash, weak bool, alive func() bool) (*Process, error) {
+func (a *Attestor) read(ctx context.Context, pid int32, wanted Kinds, weak bool, alive func() bool) (*Process, error) {
 	dir, err := unix.Openat(int(a.proc.Fd()), fmt.Sprint(pid), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil, fmt.Errorf("%w: process %d: %v", ErrGone, pid, err)
@@ -182,8 +187,8 @@ func (a *Attestor) read(ctx context.Context, pid int32, withHash, weak bool, ali
 	if !alive() {
 		return nil, ErrGone
 	}
-	p := &Process{PID: pid}
-	if err := a.readFacts(ctx, dir, p, withHash, weak); err != nil {
+	p := &Process{PID: pid, Read: wanted}
+	if err := a.readFacts(ctx, dir, p, weak); err != nil {
 		return nil, err
 	}
 	if !alive() {
@@ -195,18 +200,22 @@ func (a *Attestor) read(ctx context.Context, pid int32, withHash, weak bool, ali
 // readFacts reads everything about the process whose directory is dir. User and
 // group are read between two looks at the program, which must agree, so that
 // they belong together.
-func (a *Attestor) readFacts(ctx context.Context, dir int, p *Process, withHash, weak bool) error {
+func (a *Attestor) readFacts(ctx context.Context, dir int, p *Process, weak bool) error {
 	if weak {
 		if err := p.readStart(dir); err != nil {
 			return err
 		}
 	}
-	a.readProgram(ctx, dir, p, withHash)
+	a.readProgram(ctx, dir, p)
 	if err := p.readIDs(dir); err != nil {
 		return err
 	}
-	p.readGroups(dir)
-	a.nameIDs(p)
+	if p.Read&ControlGroups != 0 {
+		p.readGroups(dir)
+	}
+	if p.Read&Names != 0 {
+		a.nameIDs(p)
+	}
 	a.afterRead()
 	if p.exe != (fileID{}) {
 		if id, err := statExe(dir); err != nil || !id.sameFile(p.exe) {

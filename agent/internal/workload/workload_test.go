@@ -161,7 +161,7 @@ func copyOf(t *testing.T, dir, name string) string {
 
 func TestSelectorsOfAProcess(t *testing.T) {
 	a, p := newAttestor(t), startPeer(t, self(t))
-	got, err := a.Attest(t.Context(), p.peer, true)
+	got, err := a.Attest(t.Context(), p.peer, AllKinds)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -198,7 +198,7 @@ func TestSelectorsOfAProcess(t *testing.T) {
 	if len(a.hashes.known) != 1 {
 		t.Errorf("%d digests are kept; want 1", len(a.hashes.known))
 	}
-	without, err := newAttestor(t).Attest(t.Context(), p.peer, false)
+	without, err := newAttestor(t).Attest(t.Context(), p.peer, 0)
 	if err != nil || without.SHA256 != "" {
 		t.Errorf("Attest without digest = %q, %v; want none", without.SHA256, err)
 	}
@@ -211,7 +211,7 @@ func TestSelectorsOfAProcess(t *testing.T) {
 func TestProcessThatEndedProvesNothing(t *testing.T) {
 	a, p := newAttestor(t), startPeer(t, self(t))
 	p.end()
-	if got, err := a.Attest(t.Context(), p.peer, false); !errors.Is(err, ErrGone) {
+	if got, err := a.Attest(t.Context(), p.peer, 0); !errors.Is(err, ErrGone) {
 		t.Errorf("Attest() = %v, %v; want ErrGone", got, err)
 	}
 }
@@ -219,7 +219,7 @@ func TestProcessThatEndedProvesNothing(t *testing.T) {
 func TestProcessThatEndsWhileItIsReadProvesNothing(t *testing.T) {
 	a, p := newAttestor(t), startPeer(t, self(t))
 	a.afterRead = p.end
-	if got, err := a.Attest(t.Context(), p.peer, false); !errors.Is(err, ErrGone) {
+	if got, err := a.Attest(t.Context(), p.peer, 0); !errors.Is(err, ErrGone) {
 		t.Errorf("Attest() = %v, %v; want ErrGone", got, err)
 	}
 }
@@ -236,7 +236,7 @@ func TestReusedProcessIDProvesNothing(t *testing.T) {
 		if victim == nil {
 			t.Skip("process IDs cannot be chosen here")
 		}
-		got, err := a.Attest(t.Context(), p.peer, false)
+		got, err := a.Attest(t.Context(), p.peer, 0)
 		_ = victim.Process.Kill()
 		_ = victim.Wait()
 		if !errors.Is(err, ErrGone) {
@@ -268,7 +268,7 @@ func startWithPID(t *testing.T, pid int) *exec.Cmd {
 // T3: another program in the same process is another workload.
 func TestExecAfterConnectIsSeen(t *testing.T) {
 	a, p := newAttestor(t), startPeer(t, self(t))
-	before, err := a.Attest(t.Context(), p.peer, false)
+	before, err := a.Attest(t.Context(), p.peer, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -278,7 +278,7 @@ func TestExecAfterConnectIsSeen(t *testing.T) {
 	}
 	p.tell(t, "exec "+other)
 	for deadline := time.Now().Add(10 * time.Second); ; {
-		after, err := a.Attest(t.Context(), p.peer, false)
+		after, err := a.Attest(t.Context(), p.peer, 0)
 		if err == nil && !after.Same(before) {
 			if slices.Contains(after.Selectors(), "unix:path:"+before.Path) {
 				t.Errorf("Selectors() = %q after exec of %s", after.Selectors(), other)
@@ -300,7 +300,7 @@ func TestChangeOfUserAfterConnectIsRefused(t *testing.T) {
 	if _, err := p.out.ReadString('\n'); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := a.Attest(t.Context(), p.peer, false); !errors.Is(err, ErrChanged) {
+	if got, err := a.Attest(t.Context(), p.peer, 0); !errors.Is(err, ErrChanged) {
 		t.Errorf("Attest() = %v, %v; want ErrChanged", got, err)
 	}
 }
@@ -338,12 +338,12 @@ func TestPathIsOnlyProvedByTheFileThatLiesThere(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			path := copyOf(t, t.TempDir(), "web")
 			a, p := newAttestor(t), startPeer(t, path)
-			before, err := a.Attest(t.Context(), p.peer, false)
+			before, err := a.Attest(t.Context(), p.peer, 0)
 			if err != nil || before.Path != path {
 				t.Fatalf("Attest() = %+v, %v; want path %s", before, err, path)
 			}
 			disturb(t, path)
-			after, err := a.Attest(t.Context(), p.peer, true)
+			after, err := a.Attest(t.Context(), p.peer, AllKinds)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -379,7 +379,7 @@ func TestPathInAnotherMountNamespaceIsNotProved(t *testing.T) {
 		t.Skip("mount namespaces cannot be made here")
 	}
 	a, p := newAttestor(t), startPeer(t, script)
-	got, err := a.Attest(t.Context(), p.peer, false)
+	got, err := a.Attest(t.Context(), p.peer, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -455,9 +455,37 @@ func FuzzParseProc(f *testing.F) {
 }
 
 func TestPeerOfAnotherPIDNamespaceProvesNothing(t *testing.T) {
-	if got, err := newAttestor(t).Attest(t.Context(), &unixsock.Peer{PID: 0}, false); !errors.Is(err, ErrGone) {
+	if got, err := newAttestor(t).Attest(t.Context(), &unixsock.Peer{PID: 0}, 0); !errors.Is(err, ErrGone) {
 		t.Errorf("Attest() = %v, %v; want ErrGone", got, err)
 	}
+}
+
+// What is not asked for is not read.
+func TestOnlyWantedKindsAreRead(t *testing.T) {
+	a, p := newAttestor(t), startPeer(t, self(t))
+	a.users.path, a.groups.path = writeNames(t, "me:x:%d:", os.Geteuid()), writeNames(t, "mine:x:%d:", os.Getegid())
+	for wanted := range AllKinds + 1 {
+		got, err := a.Attest(t.Context(), p.peer, wanted)
+		if err != nil || got.Read != wanted {
+			t.Fatalf("Attest() = %+v, %v; want kinds %b read", got, err, wanted)
+		}
+		var proved Kinds
+		for _, s := range got.Selectors() {
+			proved |= KindOf(s)
+		}
+		if proved &= Digest | Names; proved != wanted&(Digest|Names) { // in no container, and under no systemd, for all that is known
+			t.Errorf("kinds %b proved where %b are wanted", proved, wanted)
+		}
+	}
+}
+
+func writeNames(t *testing.T, format string, id int) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "names")
+	if err := os.WriteFile(path, fmt.Appendf(nil, format+"\n", id), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 func BenchmarkAttest(b *testing.B) {
@@ -474,10 +502,15 @@ func BenchmarkAttest(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer peer.Close()
-	for b.Loop() {
-		if _, err := a.Attest(context.Background(), peer, true); err != nil {
-			b.Fatal(err)
-		}
+	for name, wanted := range map[string]Kinds{"plain": 0, "digest": Digest, "names": Names, "groups": ControlGroups, "all": AllKinds} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := a.Attest(context.Background(), peer, wanted); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
 
@@ -501,7 +534,7 @@ func socketPair(b *testing.B) (server, client net.Conn) {
 func TestWithoutPidfdTheStartTimeIsCompared(t *testing.T) {
 	a := newAttestor(t)
 	peer := &unixsock.Peer{PID: int32(os.Getpid()), UID: uint32(os.Geteuid()), GID: uint32(os.Getegid())}
-	first, err := a.Attest(t.Context(), peer, false)
+	first, err := a.Attest(t.Context(), peer, 0)
 	if err != nil || first.startTicks == 0 {
 		t.Fatalf("Attest() = %+v, %v; want a start time", first, err)
 	}
@@ -517,7 +550,7 @@ func TestBothLooksMustFindTheProcessAlive(t *testing.T) {
 	for _, dead := range []int{1, 2} {
 		looks := 0
 		alive := func() bool { looks++; return looks != dead }
-		if got, err := a.read(t.Context(), int32(os.Getpid()), false, false, alive); !errors.Is(err, ErrGone) {
+		if got, err := a.read(t.Context(), int32(os.Getpid()), 0, false, alive); !errors.Is(err, ErrGone) {
 			t.Errorf("read() = %v, %v where look %d finds it dead; want ErrGone", got, err, dead)
 		}
 	}
@@ -538,7 +571,7 @@ func TestExecWhileTheProcessIsReadProvesNothing(t *testing.T) {
 			}
 		}
 	}
-	if got, err := a.Attest(t.Context(), p.peer, false); !errors.Is(err, ErrGone) {
+	if got, err := a.Attest(t.Context(), p.peer, 0); !errors.Is(err, ErrGone) {
 		t.Errorf("Attest() = %v, %v; want ErrGone", got, err)
 	}
 }

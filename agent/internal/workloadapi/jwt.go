@@ -58,7 +58,7 @@ func (s *Server) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest)
 	if p, err = s.sameCaller(ctx, p); err != nil {
 		return nil, err
 	}
-	still, _ := s.cache.Entitled(p.Selectors())
+	still, _ := s.cache.Entitled(p.Proof())
 	for _, e := range entries {
 		if !slices.Contains(still, e) {
 			return nil, status.Error(codes.Unavailable, "the registration entries changed meanwhile; ask again")

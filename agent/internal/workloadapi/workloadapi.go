@@ -75,7 +75,7 @@ func follow[M proto.Message](ctx context.Context, s *Server, svids bool, send fu
 		} else if !p.Same(first) {
 			return endpoint.Changed()
 		}
-		view := sub.View(p.Selectors(), svids)
+		view := sub.View(p.Proof(), svids)
 		if len(view.Entries) == 0 && view.Current {
 			return endpoint.NoEntry(p.PID)
 		}
