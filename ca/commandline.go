@@ -14,6 +14,7 @@ import (
 	"merlon.dev/ca/internal/store/etcd"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/ca/internal/upstream"
+	"merlon.dev/sdk/seal"
 )
 
 // EnvPrefix begins the environment variable of each setting, as in
@@ -194,9 +195,9 @@ func partHint(err error) string {
 		{upstream.ErrIsRootHolder, "remove join_address, or use another data_dir for the replica"},
 		{upstream.ErrEnded, rejoin},
 		{upstream.ErrOtherReplica, "set replica_name to the name that the keys have, or leave it out; a name is for good"},
-		{upstream.ErrNoKEK, "put it back to where it was, or say where it is with key_file, key_credential or key_passphrase_file; without it the keys are lost, and only a backup of both helps"},
-		{upstream.ErrWrongKEK, "set key_file, key_credential or key_passphrase_file to the one they were sealed under; after `merlon key reseal` was interrupted, run it again. If all of that is right the file is damaged: restore data_dir/keys from a backup"},
-		{upstream.ErrSealBroken, "restore the file from a backup of data_dir/keys; nothing was changed"},
+		{seal.ErrNoKey, "put it back to where it was, or say where it is with key_file, key_credential or key_passphrase_file; without it the keys are lost, and only a backup of both helps"},
+		{seal.ErrWrongKey, "set key_file, key_credential or key_passphrase_file to the one they were sealed under; after `merlon key reseal` was interrupted, run it again. If all of that is right the file is damaged: restore data_dir/keys from a backup"},
+		{seal.ErrBroken, "restore the file from a backup of data_dir/keys; nothing was changed"},
 		{upstream.ErrNoKMS, "set kms to where the key is"},
 		{upstream.ErrUpstreamNotBuilt, "build merlon-ca as the message says, from the source of the same version"},
 		{upstream.ErrUpstreamAnswer, "change the template, role or policy by which the upstream authority signs: ca/README.md, Upstream authorities, has one that works"},

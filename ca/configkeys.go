@@ -13,10 +13,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca/internal/upstream"
+	"merlon.dev/sdk/seal"
 )
-
-// credentialsDirectory is where systemd puts credentials.
-const credentialsDirectory = "CREDENTIALS_DIRECTORY"
 
 func (c Config) checkKeys() error {
 	if a := c.JWTAlgorithm; a != upstream.ES256 && a != upstream.RS256 {
@@ -60,16 +58,8 @@ func (c Config) kms() upstream.KMSConfig { return upstream.KMSConfig{URI: c.KMS,
 func (c Config) keysDir() string { return filepath.Join(c.DataDir, "keys") }
 
 // kek is where the key-encryption key is.
-func (c Config) kek() (upstream.KEKSource, error) {
-	source := upstream.KEKSource{File: c.KeyFile, PassphraseFile: c.KeyPassphraseFile}
-	if c.KeyCredential != "" {
-		dir := os.Getenv(credentialsDirectory)
-		if dir == "" {
-			return source, fmt.Errorf("key_credential: %w: $%s is not set, so systemd passes no credentials", upstream.ErrNoKEK, credentialsDirectory)
-		}
-		source.Credential = filepath.Join(dir, c.KeyCredential)
-	}
-	return source, nil
+func (c Config) kek() (seal.Source, error) {
+	return seal.FromSettings(c.KeyFile, c.KeyCredential, c.KeyPassphraseFile)
 }
 
 // upstream is what the settings say about keys and authorities.

@@ -26,6 +26,7 @@ import (
 	kmsapi "go.step.sm/crypto/kms/apiv1"
 
 	"merlon.dev/ca/internal/authority"
+	"merlon.dev/sdk/durable"
 )
 
 // Types of upstream authorities.
@@ -229,7 +230,7 @@ func (e *external) options() (apiv1.Options, error) {
 			issuer.Type = "x5c"
 		}
 		if e.cfg.PasswordFile != "" {
-			password, err := readGuarded(e.cfg.PasswordFile, 0o600, maxSecret)
+			password, err := durable.ReadGuarded(e.cfg.PasswordFile, 0o600, maxSecret)
 			if err != nil {
 				return options, fmt.Errorf("upstream_password_file: %w", err)
 			}
@@ -237,7 +238,7 @@ func (e *external) options() (apiv1.Options, error) {
 		}
 		options.CertificateIssuer = issuer
 	case UpstreamVault:
-		config, err := readGuarded(e.cfg.ConfigFile, 0o600, maxPEM)
+		config, err := durable.ReadGuarded(e.cfg.ConfigFile, 0o600, maxPEM)
 		if err != nil {
 			return options, fmt.Errorf("upstream_config_file: %w", err)
 		}
@@ -253,7 +254,7 @@ func (e *external) readDisk(options *apiv1.Options) error {
 	if err != nil {
 		return fmt.Errorf("upstream_cert_file: %w", err)
 	}
-	text, err := readGuarded(e.cfg.KeyFile, 0o600, maxPEM)
+	text, err := durable.ReadGuarded(e.cfg.KeyFile, 0o600, maxPEM)
 	if err != nil {
 		return fmt.Errorf("upstream_key_file: %w", err)
 	}

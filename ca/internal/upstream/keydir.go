@@ -25,6 +25,7 @@ import (
 	kmsapi "go.step.sm/crypto/kms/apiv1"
 
 	"merlon.dev/sdk/durable"
+	"merlon.dev/sdk/seal"
 )
 
 type kind string
@@ -45,6 +46,7 @@ const (
 	// Unfinished generations begin with a dot, which no kind does.
 	unfinished = ".new-"
 	maxPEM     = 64 << 10
+	maxSecret  = 1 << 10 // of a password or PIN
 )
 
 // generation is one key with its certificate.
@@ -73,8 +75,8 @@ type keyDir struct {
 	keys        kmsapi.KeyManager
 	rs256       bool     // JWT keys are made for RS256
 	kms         *outside // nil: all keys are files
-	source      KEKSource
-	kek         *kek // nil until it is needed
+	source      seal.Source
+	kek         *seal.Key // nil until it is needed
 	log         *slog.Logger
 	numbers     map[kind][]int // generations that are there, ascending
 }
@@ -105,7 +107,7 @@ func (d *keyDir) list() error {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return err
 	}
-	if err := checkMode(path, fs.ModeDir, 0o700); err != nil {
+	if err := durable.CheckMode(path, fs.ModeDir, 0o700); err != nil {
 		return err
 	}
 	if err := durable.SyncDir(filepath.Dir(path)); err != nil { // or a crash takes the new folder away
@@ -207,7 +209,7 @@ func (d *keyDir) remove(gen *generation) error {
 
 func (d *keyDir) load(what kind, number int) (*generation, error) {
 	folder := d.folder(what, number)
-	if err := checkMode(folder, fs.ModeDir, 0o700); err != nil {
+	if err := durable.CheckMode(folder, fs.ModeDir, 0o700); err != nil {
 		return nil, err
 	}
 	gen := &generation{kind: what, number: number}
@@ -247,7 +249,7 @@ func (d *keyDir) loadSigner(what kind, number int) (crypto.Signer, error) {
 	if err := d.openKEK(); err != nil {
 		return nil, err
 	}
-	private, err := d.kek.open(text, d.seat(what, number))
+	private, err := openKey(d.kek, text, d.seat(what, number))
 	if err != nil {
 		return nil, fmt.Errorf("load %s: %w", path, err)
 	}
@@ -399,14 +401,14 @@ func (d *keyDir) writeKey(folder string, key madeKey, at seat) error {
 	if key.uri != "" {
 		return writeSynced(filepath.Join(folder, uriFile), []byte(key.uri+"\n"))
 	}
-	sealed, err := d.sealKey(key.private, at)
+	sealed, err := d.sealSigner(key.private, at)
 	if err != nil {
 		return err
 	}
 	return writeSynced(filepath.Join(folder, sealedFile), sealed)
 }
 
-func (d *keyDir) sealKey(private crypto.PrivateKey, at seat) ([]byte, error) {
+func (d *keyDir) sealSigner(private crypto.PrivateKey, at seat) ([]byte, error) {
 	der, err := x509.MarshalPKCS8PrivateKey(private)
 	if err != nil {
 		return nil, err
@@ -414,7 +416,7 @@ func (d *keyDir) sealKey(private crypto.PrivateKey, at seat) ([]byte, error) {
 	if err := d.openKEK(); err != nil {
 		return nil, err
 	}
-	return d.kek.seal(der, at)
+	return sealKey(d.kek, der, at)
 }
 
 func encodeCert(cert *x509.Certificate) []byte {

@@ -16,6 +16,8 @@ import (
 	"go.step.sm/crypto/kms"
 	kmsapi "go.step.sm/crypto/kms/apiv1"
 	"go.step.sm/crypto/kms/uri"
+
+	"merlon.dev/sdk/durable"
 )
 
 const uriFile = "key.uri"
@@ -97,7 +99,7 @@ func openKMS(ctx context.Context, c KMSConfig) (*outside, error) {
 		return nil, fmt.Errorf("open the KMS %s: %w: %s", typ, ErrKMSNotBuilt, kmsBuild[typ])
 	}
 	if pin := u.Get("pin-source"); pin != "" {
-		if _, err := readGuarded(strings.TrimPrefix(pin, "file:"), 0o600, maxSecret); err != nil {
+		if _, err := durable.ReadGuarded(strings.TrimPrefix(pin, "file:"), 0o600, maxSecret); err != nil {
 			return nil, fmt.Errorf("open the KMS %s: read its PIN: %w", typ, err)
 		}
 	}

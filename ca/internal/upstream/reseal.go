@@ -15,6 +15,7 @@ import (
 	"syscall"
 
 	"merlon.dev/sdk/durable"
+	"merlon.dev/sdk/seal"
 )
 
 // ErrKeysInUse is returned while a CA has the folder open.
@@ -48,7 +49,7 @@ type Resealed struct {
 
 // Reseal seals the keys of cfg under the key of to instead of that of cfg.KEK,
 // which can be removed afterwards. The caller holds the Lock.
-func Reseal(ctx context.Context, cfg Config, to KEKSource) (Resealed, error) {
+func Reseal(ctx context.Context, cfg Config, to seal.Source) (Resealed, error) {
 	done, err := reseal(ctx, cfg, to)
 	if err != nil {
 		return done, fmt.Errorf("reseal the keys in %s: %w", cfg.Dir, err)
@@ -56,7 +57,7 @@ func Reseal(ctx context.Context, cfg Config, to KEKSource) (Resealed, error) {
 	return done, nil
 }
 
-func reseal(ctx context.Context, cfg Config, to KEKSource) (done Resealed, err error) {
+func reseal(ctx context.Context, cfg Config, to seal.Source) (done Resealed, err error) {
 	if cfg.KEK == to {
 		return done, errors.New("the old key-encryption key and the new one are the same")
 	}
@@ -89,11 +90,11 @@ func reseal(ctx context.Context, cfg Config, to KEKSource) (done Resealed, err e
 // configures, it is made although keys are sealed: under another.
 func (d *keyDir) openTarget() error {
 	var err error
-	if d.kek, err = readKEK(d.source, d.path); errors.Is(err, ErrNoKEK) && d.source == (KEKSource{}) {
-		if err := makeKEK(d.path); err != nil {
+	if d.kek, err = seal.Read(d.source, filepath.Dir(d.path)); errors.Is(err, seal.ErrNoKey) && d.source == (seal.Source{}) {
+		if err := seal.Make(filepath.Dir(d.path)); err != nil {
 			return fmt.Errorf("make a key-encryption key: %w", err)
 		}
-		d.kek, err = readKEK(d.source, d.path)
+		d.kek, err = seal.Read(d.source, filepath.Dir(d.path))
 	}
 	return err
 }
@@ -107,21 +108,21 @@ func resealOne(old, fresh *keyDir, what kind, number int, done *Resealed) error 
 	if err != nil {
 		return err
 	}
-	if _, err = fresh.kek.open(text, at); err == nil {
+	if _, err = openKey(fresh.kek, text, at); err == nil {
 		done.Already++
 		return nil
 	}
-	if !errors.Is(err, ErrWrongKEK) {
+	if !errors.Is(err, seal.ErrWrongKey) {
 		return fmt.Errorf("%s: %w", path, err)
 	}
 	if err := old.openKEK(); err != nil {
 		return err
 	}
-	private, err := old.kek.open(text, at)
+	private, err := openKey(old.kek, text, at)
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
-	sealed, err := fresh.kek.seal(private, at)
+	sealed, err := sealKey(fresh.kek, private, at)
 	if err != nil {
 		return err
 	}

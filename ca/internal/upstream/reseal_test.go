@@ -18,13 +18,15 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/sdk/seal"
 )
 
 func TestResealChangesTheKeyThatOpens(t *testing.T) {
 	cfg := config(t)
 	before := open(t, cfg)
-	phrase := KEKSource{PassphraseFile: writeFile(t, t.TempDir(), "phrase", "correct horse battery")}
-	for _, to := range []KEKSource{{File: newKEKFile(t, "kek2")}, phrase, {}} {
+	phrase := phraseSource(t)
+	for _, to := range []seal.Source{{File: newKEKFile(t, "kek2")}, phrase, {}} {
 		from := cfg
 		done, err := Reseal(t.Context(), cfg, to)
 		if err != nil || done != (Resealed{Sealed: 5}) {
@@ -35,8 +37,8 @@ func TestResealChangesTheKeyThatOpens(t *testing.T) {
 		}
 		cfg.KEK = to
 		sameKeys(t, before, open(t, cfg))
-		if from.KEK == (KEKSource{}) {
-			if err := os.Remove(filepath.Join(filepath.Dir(cfg.Dir), KEKFile)); err != nil {
+		if from.KEK == (seal.Source{}) {
+			if err := os.Remove(filepath.Join(filepath.Dir(cfg.Dir), seal.KeyFile)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -52,12 +54,12 @@ func TestResealRefusals(t *testing.T) {
 	missing := config(t)
 	for name, tt := range map[string]struct {
 		cfg  Config
-		to   KEKSource
+		to   seal.Source
 		want string
 	}{
-		"same":       {cfg, KEKSource{}, "are the same"},
-		"no keys":    {missing, KEKSource{File: newKEKFile(t, "kek2")}, "no such file"},
-		"no new key": {cfg, KEKSource{File: "/nowhere"}, "/nowhere does not exist"},
+		"same":       {cfg, seal.Source{}, "are the same"},
+		"no keys":    {missing, seal.Source{File: newKEKFile(t, "kek2")}, "no such file"},
+		"no new key": {cfg, seal.Source{File: "/nowhere"}, "/nowhere does not exist"},
 	} {
 		if _, err := Reseal(t.Context(), tt.cfg, tt.to); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%s: Reseal = %v; want %q", name, err, tt.want)
@@ -88,9 +90,9 @@ func TestOneHolderOfTheLock(t *testing.T) {
 
 const resealForever = "MERLON_TEST_RESEAL"
 
-func resealConfig(dir string) (Config, [2]KEKSource) {
+func resealConfig(dir string) (Config, [2]seal.Source) {
 	cfg := Config{TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"), Dir: filepath.Join(dir, "keys")}
-	return cfg, [2]KEKSource{{File: filepath.Join(dir, "kek-0")}, {File: filepath.Join(dir, "kek-1")}}
+	return cfg, [2]seal.Source{{File: filepath.Join(dir, "kek-0")}, {File: filepath.Join(dir, "kek-1")}}
 }
 
 // resealBackAndForth is the process that is killed.

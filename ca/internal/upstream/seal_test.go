@@ -21,11 +21,11 @@ import (
 	"pgregory.net/rapid"
 
 	"merlon.dev/integration/stage"
+	"merlon.dev/sdk/seal"
 	"merlon.dev/sdk/svid"
 )
 
 func TestMain(m *testing.M) {
-	scryptLogN = minLogN // what takes half a second is tested once
 	if dir := os.Getenv(resealForever); dir != "" {
 		resealBackAndForth(dir)
 	}
@@ -45,18 +45,16 @@ func writeFile(t testing.TB, dir, name, text string) string {
 
 func newKEKFile(t testing.TB, name string) string {
 	t.Helper()
-	secret := make([]byte, kekSize)
+	secret := make([]byte, 32)
 	rand.Read(secret)
 	return writeFile(t, t.TempDir(), name, hex.EncodeToString(secret)+"\n")
 }
 
-func readTestKEK(t testing.TB, source KEKSource) *kek {
+// phraseSource is a passphrase that is stretched little: half a second is spent
+// once, in package seal.
+func phraseSource(t testing.TB) seal.Source {
 	t.Helper()
-	k, err := readKEK(source, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return k
+	return seal.Source{PassphraseFile: writeFile(t, t.TempDir(), "phrase", "correct horse battery\n"), WorkFactor: 10}
 }
 
 func sameKeys(t *testing.T, a, b *Keys) {
@@ -70,9 +68,9 @@ func sameKeys(t *testing.T, a, b *Keys) {
 
 // Whatever is sealed opens again in its seat, and in no other.
 func TestSealedKeysOpenInTheirSeatAlone(t *testing.T) {
-	keks := []*kek{
-		readTestKEK(t, KEKSource{File: newKEKFile(t, "kek")}),
-		readTestKEK(t, KEKSource{PassphraseFile: writeFile(t, t.TempDir(), "phrase", "correct horse battery")}),
+	k, err := seal.Read(seal.Source{File: newKEKFile(t, "kek")}, "")
+	if err != nil {
+		t.Fatal(err)
 	}
 	seats := rapid.Custom(func(t *rapid.T) seat {
 		return seat{
@@ -82,122 +80,58 @@ func TestSealedKeysOpenInTheirSeatAlone(t *testing.T) {
 		}
 	})
 	rapid.Check(t, func(t *rapid.T) {
-		k := rapid.SampledFrom(keks).Draw(t, "kek")
 		private := rapid.SliceOfN(rapid.Byte(), 0, 300).Draw(t, "private")
 		at, other := seats.Draw(t, "seat"), seats.Draw(t, "other seat")
-		text, err := k.seal(private, at)
+		text, err := sealKey(k, private, at)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got, err := k.open(text, at); err != nil || !bytes.Equal(got, private) {
+		if got, err := openKey(k, text, at); err != nil || !bytes.Equal(got, private) {
 			t.Fatalf("open = %x, %v", got, err)
 		}
-		if len(private) > 8 && bytes.Contains(text, private) {
-			t.Fatal("the key lies in clear")
-		}
-		if _, err := k.open(text, other); other != at && !errors.Is(err, ErrSealBroken) {
+		if _, err := openKey(k, text, other); other != at && !errors.Is(err, seal.ErrBroken) {
 			t.Fatalf("open as %v, sealed as %v: %v", other, at, err)
 		}
-		again, err := k.seal(private, at)
-		if err != nil || bytes.Equal(again, text) {
-			t.Fatalf("sealed twice alike (%v): the nonce is not fresh", err)
+		for n := range len(text) {
+			if _, err := openKey(k, text[:n], at); !errors.Is(err, seal.ErrBroken) {
+				t.Fatalf("cut to %d bytes: %v", n, err)
+			}
 		}
 	})
 }
 
-// Every bit of the file counts.
-func TestFlippedBitsAreNoticed(t *testing.T) {
-	at := seat{"a.test", kindRoot, 1}
-	for _, source := range []KEKSource{
-		{File: newKEKFile(t, "kek")},
-		{PassphraseFile: writeFile(t, t.TempDir(), "phrase", "correct horse battery")},
-	} {
-		k := readTestKEK(t, source)
-		text, err := k.seal([]byte("a private key"), at)
-		if err != nil {
-			t.Fatal(err)
-		}
-		block, _ := pem.Decode(text)
-		for i := range len(block.Bytes) {
-			if i == 2 && k.passphrase {
-				continue // the work factor; 2^18 and more take seconds
-			}
-			for bit := range 8 {
-				spoiled := bytes.Clone(block.Bytes)
-				spoiled[i] ^= 1 << bit
-				if k.passphrase && i > 2 && i < 2+1+saltSize && bit > 0 {
-					continue // another salt is another derivation each
-				}
-				_, err := k.open(pem.EncodeToMemory(&pem.Block{Type: sealedType, Bytes: spoiled}), at)
-				if !errors.Is(err, ErrSealBroken) && !errors.Is(err, ErrWrongKEK) {
-					t.Fatalf("byte %d, bit %d flipped: %v", i, bit, err)
-				}
-			}
-		}
-		for n := range len(text) {
-			if _, err := k.open(text[:n], at); !errors.Is(err, ErrSealBroken) {
-				t.Fatalf("cut to %d bytes: %v", n, err)
-			}
-		}
-	}
-}
-
-func FuzzParseSealed(f *testing.F) {
-	k := readTestKEK(f, KEKSource{File: newKEKFile(f, "kek")})
-	text, err := k.seal([]byte("a private key"), seat{"a.test", kindRoot, 1})
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(text)
-	f.Add((&sealedKey{derivation: derivedScrypt, scrypt: scryptParams{logN: 17}, box: make([]byte, 40)}).encode())
+func FuzzDecodeSealed(f *testing.F) {
+	f.Add(encodeSealed([]byte("sealed")))
 	f.Add([]byte("-----BEGIN MERLON SEALED KEY-----\n-----END MERLON SEALED KEY-----\n"))
 	f.Fuzz(func(t *testing.T, text []byte) {
-		s, err := parseSealed(text)
+		sealed, err := decodeSealed(text)
 		if err != nil {
-			if !errors.Is(err, ErrSealBroken) {
+			if !errors.Is(err, seal.ErrBroken) {
 				t.Fatalf("error of another kind: %v", err)
 			}
 			return
 		}
-		if !bytes.Equal(s.encode(), text) {
-			t.Fatalf("accepted %q, which is not what encode writes", text)
-		}
-		if s.derivation == derivedScrypt && (s.scrypt.logN < minLogN || s.scrypt.logN > maxLogN) {
-			t.Fatalf("accepted N = 2^%d", s.scrypt.logN)
-		}
-	})
-}
-
-func FuzzParseSecret(f *testing.F) {
-	f.Add([]byte(strings.Repeat("0f", 32)+"\n"), false)
-	f.Add([]byte("correct horse battery\r\n"), true)
-	f.Fuzz(func(t *testing.T, text []byte, passphrase bool) {
-		secret, err := parseSecret(text, passphrase)
-		if err != nil {
-			return
-		}
-		if passphrase && len(secret) < minPassphrase || !passphrase && len(secret) != kekSize {
-			t.Fatalf("parseSecret(%q, %t) has %d bytes", text, passphrase, len(secret))
+		if !bytes.Equal(encodeSealed(sealed), text) {
+			t.Fatalf("accepted %q, which is not what encodeSealed writes", text)
 		}
 	})
 }
 
 func TestKeysOpenUnderEverySource(t *testing.T) {
-	phrase := writeFile(t, t.TempDir(), "phrase", "correct horse battery\n")
 	credential := newKEKFile(t, "credential")
 	if err := os.Chmod(credential, 0o440); err != nil { // as systemd shows it
 		t.Fatal(err)
 	}
-	for name, source := range map[string]KEKSource{
-		"made beside the folder": {}, "file": {File: newKEKFile(t, "kek")}, "credential": {Credential: credential}, "passphrase": {PassphraseFile: phrase},
+	for name, source := range map[string]seal.Source{
+		"made beside the folder": {}, "file": {File: newKEKFile(t, "kek")}, "credential": {Credential: credential}, "passphrase": phraseSource(t),
 	} {
 		t.Run(name, func(t *testing.T) {
 			cfg := config(t)
 			cfg.KEK = source
 			first := open(t, cfg)
 			sameKeys(t, first, open(t, cfg))
-			_, err := os.Stat(filepath.Join(filepath.Dir(cfg.Dir), KEKFile))
-			if made := err == nil; made != (source == KEKSource{}) {
+			_, err := os.Stat(filepath.Join(filepath.Dir(cfg.Dir), seal.KeyFile))
+			if made := err == nil; made != (source == seal.Source{}) {
 				t.Errorf("a key-encryption key was made: %t", made)
 			}
 		})
@@ -323,23 +257,23 @@ func TestSealedFilesThatDoNotBelongAreRefused(t *testing.T) {
 		words string
 	}{
 		"another key": {func(t *testing.T, cfg *Config) error {
-			cfg.KEK = KEKSource{File: newKEKFile(t, "kek2")}
+			cfg.KEK = seal.Source{File: newKEKFile(t, "kek2")}
 			return nil
-		}, ErrWrongKEK, "kek2 has ID "},
+		}, seal.ErrWrongKey, "kek2 has ID "},
 		"passphrase for a key": {func(t *testing.T, cfg *Config) error {
-			cfg.KEK = KEKSource{PassphraseFile: writeFile(t, t.TempDir(), "phrase", "correct horse battery")}
+			cfg.KEK = phraseSource(t)
 			return nil
-		}, ErrWrongKEK, "under a key, while "},
+		}, seal.ErrWrongKey, "under a key, while "},
 		"no key": {func(_ *testing.T, cfg *Config) error {
-			return os.Remove(filepath.Join(filepath.Dir(cfg.Dir), KEKFile))
-		}, ErrNoKEK, "keys are sealed under it"},
+			return os.Remove(filepath.Join(filepath.Dir(cfg.Dir), seal.KeyFile))
+		}, seal.ErrNoKey, "keys are sealed under it"},
 		"configured key missing": {func(_ *testing.T, cfg *Config) error {
-			cfg.KEK = KEKSource{File: filepath.Join(cfg.Dir, "..", "nowhere")}
+			cfg.KEK = seal.Source{File: filepath.Join(cfg.Dir, "..", "nowhere")}
 			return nil
-		}, ErrNoKEK, "nowhere does not exist"},
+		}, seal.ErrNoKey, "nowhere does not exist"},
 		"swapped files": {func(_ *testing.T, cfg *Config) error {
 			return copyFile(path(*cfg, "policy-1"), path(*cfg, "jwt-1"))
-		}, ErrSealBroken, "jwt-1"},
+		}, seal.ErrBroken, "jwt-1"},
 		"flipped byte": {func(_ *testing.T, cfg *Config) error {
 			text, err := os.ReadFile(path(*cfg, "root-1"))
 			if err != nil {
@@ -348,17 +282,17 @@ func TestSealedFilesThatDoNotBelongAreRefused(t *testing.T) {
 			block, _ := pem.Decode(text)
 			block.Bytes[len(block.Bytes)/2] ^= 1
 			return os.WriteFile(path(*cfg, "root-1"), pem.EncodeToMemory(block), 0o600)
-		}, ErrSealBroken, "root-1"},
+		}, seal.ErrBroken, "root-1"},
 		"truncated": {func(_ *testing.T, cfg *Config) error {
 			return os.Truncate(path(*cfg, "root-1"), 70)
-		}, ErrSealBroken, "root-1"},
+		}, seal.ErrBroken, "root-1"},
 		"of another trust domain": {func(t *testing.T, cfg *Config) error {
 			other := config(t)
 			other.TrustDomain = spiffeid.RequireTrustDomainFromString("other.test")
-			other.KEK.File = filepath.Join(filepath.Dir(cfg.Dir), KEKFile)
+			other.KEK.File = filepath.Join(filepath.Dir(cfg.Dir), seal.KeyFile)
 			open(t, other)
 			return copyFile(path(other, "root-1"), path(*cfg, "root-1"))
-		}, ErrSealBroken, "for another trust domain"},
+		}, seal.ErrBroken, "for another trust domain"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -396,33 +330,13 @@ func TestSecretsThatAreNoneAreRefused(t *testing.T) {
 			if err := os.Chmod(file, tt.mode); err != nil {
 				t.Fatal(err)
 			}
-			cfg.KEK = KEKSource{File: file}
+			cfg.KEK = seal.Source{File: file}
 			if tt.passphrase {
-				cfg.KEK = KEKSource{PassphraseFile: file}
+				cfg.KEK = seal.Source{PassphraseFile: file}
 			}
 			if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("Open = %v; want %q", err, tt.want)
 			}
 		})
-	}
-}
-
-// What is shipped is not what the other tests use.
-func TestPassphrasesAreStretched(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes a second")
-	}
-	cfg := config(t)
-	cfg.KEK = KEKSource{PassphraseFile: writeFile(t, t.TempDir(), "phrase", "correct horse battery")}
-	defer func() { scryptLogN = minLogN }()
-	scryptLogN = 17
-	open(t, cfg)
-	text, err := os.ReadFile(filepath.Join(cfg.Dir, "root-1", sealedFile))
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := parseSealed(text)
-	if err != nil || s.scrypt.logN != 17 || s.scrypt.salt == [saltSize]byte{} {
-		t.Errorf("sealed with %+v, %v", s, err)
 	}
 }

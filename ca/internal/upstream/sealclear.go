@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 
 	"merlon.dev/sdk/durable"
+	"merlon.dev/sdk/seal"
 )
 
 const (
@@ -30,8 +31,8 @@ func (d *keyDir) openKEK() error {
 	if d.kek != nil {
 		return nil
 	}
-	k, err := readKEK(d.source, d.path)
-	if errors.Is(err, ErrNoKEK) && d.source == (KEKSource{}) {
+	k, err := seal.Read(d.source, filepath.Dir(d.path))
+	if errors.Is(err, seal.ErrNoKey) && d.source == (seal.Source{}) {
 		sealed, err2 := d.anySealed()
 		switch {
 		case err2 != nil:
@@ -39,12 +40,12 @@ func (d *keyDir) openKEK() error {
 		case sealed:
 			return fmt.Errorf("%w, and keys are sealed under it", err)
 		}
-		if err := makeKEK(d.path); err != nil {
+		if err := seal.Make(filepath.Dir(d.path)); err != nil {
 			return fmt.Errorf("make a key-encryption key: %w", err)
 		}
-		if k, err = readKEK(d.source, d.path); err == nil {
+		if k, err = seal.Read(d.source, filepath.Dir(d.path)); err == nil {
 			d.log.LogAttrs(context.Background(), slog.LevelInfo, "key-encryption key made; it protects copies of the keys folder that are without it, and nothing from who can read this disk",
-				slog.String("file", k.place), slog.String("keys", d.path))
+				slog.String("file", k.Place()), slog.String("keys", d.path))
 		}
 	}
 	d.kek = k
@@ -68,7 +69,7 @@ func (d *keyDir) sealClear(ctx context.Context) error {
 				return fmt.Errorf("seal %s: %w", path, err)
 			}
 			d.log.LogAttrs(ctx, slog.LevelInfo, "key that lay in clear is sealed now; its bytes may stay on the disk until they are overwritten, and in older copies",
-				slog.String("was", path), slog.String("key_encryption_key", d.kek.place))
+				slog.String("was", path), slog.String("key_encryption_key", d.kek.Place()))
 		}
 	}
 	return nil
@@ -76,7 +77,7 @@ func (d *keyDir) sealClear(ctx context.Context) error {
 
 func (d *keyDir) sealOne(path string, what kind, number int) error {
 	folder := filepath.Dir(path)
-	if err := checkMode(folder, fs.ModeDir, 0o700); err != nil {
+	if err := durable.CheckMode(folder, fs.ModeDir, 0o700); err != nil {
 		return err
 	}
 	text, err := readPrivate(path)
@@ -108,7 +109,7 @@ func (d *keyDir) putSealed(private []byte, what kind, number int) error {
 	folder, at := d.folder(what, number), d.seat(what, number)
 	text, err := readPrivate(filepath.Join(folder, sealedFile))
 	if err == nil {
-		there, err := d.kek.open(text, at)
+		there, err := openKey(d.kek, text, at)
 		if err == nil && !bytes.Equal(there, private) {
 			err = fmt.Errorf("beside it %s holds another key; move away the one that does not belong to %s", sealedFile, certFile)
 		}
@@ -117,7 +118,7 @@ func (d *keyDir) putSealed(private []byte, what kind, number int) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	sealed, err := d.kek.seal(private, at)
+	sealed, err := sealKey(d.kek, private, at)
 	if err != nil {
 		return err
 	}

@@ -28,6 +28,7 @@ import (
 
 	"merlon.dev/ca/internal/authority"
 	"merlon.dev/ca/internal/replica"
+	"merlon.dev/sdk/seal"
 )
 
 // Defaults of Config.
@@ -72,7 +73,7 @@ type Config struct {
 	// the defaults.
 	RootTTL, IntermediateTTL time.Duration
 	// KEK is what the keys are sealed under. Zero: a file beside Dir.
-	KEK KEKSource
+	KEK seal.Source
 	// Upstream signs our intermediates. Zero: our own root.
 	Upstream AuthorityConfig
 	// KMS makes and holds keys. Zero: they are sealed files.

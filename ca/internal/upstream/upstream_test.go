@@ -386,7 +386,7 @@ func TestBrokenFoldersAreRefused(t *testing.T) {
 					return err
 				}
 				return os.WriteFile(filepath.Join(dir, "intermediate-1", sealedFile), key, 0o600)
-			}, "sealed as another generation",
+			}, "sealed as something else",
 		},
 		"foreign file": {
 			func(dir string) error { return os.WriteFile(filepath.Join(dir, "notes.txt"), nil, 0o600) }, "notes.txt does not belong here",

@@ -1,6 +1,7 @@
-// Files that nobody else may read or replace.
+// Files that nobody else may read or replace: what is read back was put there by
+// this user or root.
 
-package upstream
+package durable
 
 import (
 	"fmt"
@@ -10,17 +11,9 @@ import (
 	"syscall"
 )
 
-func readPrivate(path string) ([]byte, error) {
-	text, err := readGuarded(path, 0o600, maxPEM)
-	if err != nil {
-		return nil, fmt.Errorf("read a key file: %w", err)
-	}
-	return text, nil
-}
-
-// readGuarded reads a file that has at most the given mode and size. The file
-// that is checked is the one that is read.
-func readGuarded(path string, mode fs.FileMode, size int64) ([]byte, error) {
+// ReadGuarded reads a regular file of this user or root that has at most the given
+// mode and size. The file that is checked is the one that is read.
+func ReadGuarded(path string, mode fs.FileMode, size int64) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0) // nor wait for the writer of a pipe
 	if err != nil {
 		return nil, err
@@ -43,7 +36,9 @@ func readGuarded(path string, mode fs.FileMode, size int64) ([]byte, error) {
 	return text, nil
 }
 
-func checkMode(path string, typ, max fs.FileMode) error {
+// CheckMode refuses what is not of type typ, has more than the given mode, or
+// belongs to neither this user nor root.
+func CheckMode(path string, typ, max fs.FileMode) error {
 	info, err := os.Lstat(path)
 	if err != nil {
 		return err
