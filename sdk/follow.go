@@ -244,6 +244,7 @@ func revocationOf(pb *agentpb.Revocation) svid.Revocation {
 		Serial:         pb.GetSerial(),
 		AgentHandle:    pb.GetAgentHandle(),
 		BeforeRevision: pb.GetBeforeRevision(),
+		Realm:          pb.GetRealm(),
 		Note:           pb.GetNote(),
 	}
 	if pb.GetExpiresAt() != nil {

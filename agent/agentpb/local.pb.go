@@ -448,6 +448,7 @@ type Revocation struct {
 	ExpiresAt      *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
 	Note           string                 `protobuf:"bytes,7,opt,name=note,proto3" json:"note,omitempty"`
 	AgentHandle    uint64                 `protobuf:"varint,8,opt,name=agent_handle,json=agentHandle,proto3" json:"agent_handle,omitempty"`
+	Realm          uint32                 `protobuf:"varint,9,opt,name=realm,proto3" json:"realm,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -549,6 +550,13 @@ func (x *Revocation) GetNote() string {
 func (x *Revocation) GetAgentHandle() uint64 {
 	if x != nil {
 		return x.AgentHandle
+	}
+	return 0
+}
+
+func (x *Revocation) GetRealm() uint32 {
+	if x != nil {
+		return x.Realm
 	}
 	return 0
 }
@@ -942,7 +950,7 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\x11policy_generation\x18\x01 \x01(\x04R\x10policyGeneration\x12\x14\n" +
 	"\x05reset\x18\x02 \x01(\bR\x05reset\x12=\n" +
 	"\vrevocations\x18\x03 \x03(\v2\x1b.merlon.agent.v1.RevocationR\vrevocations\x12F\n" +
-	"\x11revocations_as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x0frevocationsAsOf\"\xad\x02\n" +
+	"\x11revocations_as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x0frevocationsAsOf\"\xc3\x02\n" +
 	"\n" +
 	"Revocation\x12\x1d\n" +
 	"\tspiffe_id\x18\x01 \x01(\tH\x00R\bspiffeId\x12\x1b\n" +
@@ -953,7 +961,8 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\n" +
 	"expires_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x12\x12\n" +
 	"\x04note\x18\a \x01(\tR\x04note\x12!\n" +
-	"\fagent_handle\x18\b \x01(\x04R\vagentHandleB\t\n" +
+	"\fagent_handle\x18\b \x01(\x04R\vagentHandle\x12\x14\n" +
+	"\x05realm\x18\t \x01(\rR\x05realmB\t\n" +
 	"\asubject\"*\n" +
 	"\x16ExplainIdentityRequest\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\"\xcd\x01\n" +

@@ -1501,7 +1501,10 @@ type Revocation struct {
 	// What the operator said, for humans.
 	Note string `protobuf:"bytes,7,opt,name=note,proto3" json:"note,omitempty"`
 	// 48 bits that serials issued through agent_id begin with.
-	AgentHandle   uint64 `protobuf:"varint,8,opt,name=agent_handle,json=agentHandle,proto3" json:"agent_handle,omitempty"`
+	AgentHandle uint64 `protobuf:"varint,8,opt,name=agent_handle,json=agentHandle,proto3" json:"agent_handle,omitempty"`
+	// Of which CA's store before_revision is: 0 is that of the CA that holds the
+	// root. SVIDs whose serial names another one are not concerned.
+	Realm         uint32 `protobuf:"varint,9,opt,name=realm,proto3" json:"realm,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1603,6 +1606,13 @@ func (x *Revocation) GetNote() string {
 func (x *Revocation) GetAgentHandle() uint64 {
 	if x != nil {
 		return x.AgentHandle
+	}
+	return 0
+}
+
+func (x *Revocation) GetRealm() uint32 {
+	if x != nil {
+		return x.Realm
 	}
 	return 0
 }
@@ -1757,7 +1767,7 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\tPolicyKey\x12\x10\n" +
 	"\x03kid\x18\x01 \x01(\tR\x03kid\x12\x1d\n" +
 	"\n" +
-	"public_key\x18\x02 \x01(\fR\tpublicKey\"\xad\x02\n" +
+	"public_key\x18\x02 \x01(\fR\tpublicKey\"\xc3\x02\n" +
 	"\n" +
 	"Revocation\x12\x1d\n" +
 	"\tspiffe_id\x18\x01 \x01(\tH\x00R\bspiffeId\x12\x1b\n" +
@@ -1768,7 +1778,8 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\n" +
 	"expires_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x12\x12\n" +
 	"\x04note\x18\a \x01(\tR\x04note\x12!\n" +
-	"\fagent_handle\x18\b \x01(\x04R\vagentHandleB\t\n" +
+	"\fagent_handle\x18\b \x01(\x04R\vagentHandle\x12\x14\n" +
+	"\x05realm\x18\t \x01(\rR\x05realmB\t\n" +
 	"\asubject2\x84\x03\n" +
 	"\x04Node\x12L\n" +
 	"\x06Attest\x12\x1b.merlon.ca.v1.AttestRequest\x1a\x1c.merlon.ca.v1.AttestResponse\"\a\xaa\xed\x18\x03\n" +

@@ -169,6 +169,7 @@ func (td *TD) watchResponse() (*agentpb.WatchResponse, <-chan struct{}) {
 		res.Revocations = append(res.Revocations, &agentpb.Revocation{
 			Subject:        &agentpb.Revocation_SpiffeId{SpiffeId: r.SPIFFEID},
 			BeforeRevision: r.BeforeRevision,
+			Realm:          r.Realm,
 			ExpiresAt:      timestamppb.New(r.ExpiresAt),
 			Note:           r.Note,
 		})

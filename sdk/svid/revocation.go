@@ -28,9 +28,11 @@ type Revocation struct {
 	// not known; then only SVIDs of AgentID itself are concerned.
 	AgentHandle uint64
 	// BeforeRevision limits the record to SVIDs whose number says that they were
-	// issued from an older store revision. Zero: no limit. Unused for Serial. An
-	// SVID whose number says nothing is always concerned.
+	// issued from an older revision of the same store, that of Realm. Zero: no
+	// limit. Unused for Serial. An SVID whose number says nothing is always
+	// concerned.
 	BeforeRevision uint64
+	Realm          uint32
 	// ExpiresAt is when the last SVID that it can concern has expired. Zero: never.
 	ExpiresAt time.Time
 	Note      string // what the operator said, for humans
@@ -74,10 +76,11 @@ func isSerial(text string) bool {
 type subject struct {
 	spiffeID, agentID, authorityID, serial string
 	agentHandle, beforeRevision            uint64
+	realm                                  uint32
 }
 
 func (r Revocation) subject() subject {
-	return subject{r.SPIFFEID, r.AgentID, r.AuthorityID, r.Serial, r.AgentHandle, r.BeforeRevision}
+	return subject{r.SPIFFEID, r.AgentID, r.AuthorityID, r.Serial, r.AgentHandle, r.BeforeRevision, r.Realm}
 }
 
 // Revocations is an immutable set, safe for concurrent use. The zero value and
@@ -209,9 +212,10 @@ func (r *Revocations) firstBefore(positions []int, d document) (Revocation, bool
 }
 
 // before: was the SVID issued before the record? One that cannot say when is
-// concerned, whoever made up its number.
+// concerned, whoever made up its number. One of another realm is not: the
+// revisions of two stores have no order.
 func before(rec Revocation, d document) bool {
-	return rec.BeforeRevision == 0 || !d.ours || d.serial.Revision < rec.BeforeRevision
+	return rec.BeforeRevision == 0 || !d.ours || d.serial.Realm == rec.Realm && d.serial.Revision < rec.BeforeRevision
 }
 
 func sameTrustDomain(agentID string, id spiffeid.ID) bool {

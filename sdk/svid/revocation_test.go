@@ -32,6 +32,8 @@ func TestRevocationConcerns(t *testing.T) {
 		want bool
 	}{
 		"ID, issued before":              {svid.Revocation{SPIFFEID: web, BeforeRevision: 101}, p, true},
+		"ID, issued by another CA":       {svid.Revocation{SPIFFEID: web, BeforeRevision: 101, Realm: 1}, p, false},
+		"ID, by any CA":                  {svid.Revocation{SPIFFEID: web, Realm: 1}, p, true},
 		"ID, issued at the revision":     {svid.Revocation{SPIFFEID: web, BeforeRevision: 100}, p, false},
 		"ID without a limit":             {svid.Revocation{SPIFFEID: web}, p, true},
 		"another ID":                     {svid.Revocation{SPIFFEID: "spiffe://td.test/we", BeforeRevision: 101}, p, false},
@@ -61,6 +63,23 @@ func TestRevocationConcerns(t *testing.T) {
 	}
 }
 
+// Revisions of two stores have no order: a record with a limit concerns SVIDs of
+// its own realm alone, however high or low, and one without a limit all.
+func TestRevocationsCompareRevisionsWithinARealmOnly(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		rec, p := recs.Draw(t, "rec"), peers.Draw(t, "p")
+		rec.ExpiresAt = time.Time{}
+		unlimited := rec
+		unlimited.BeforeRevision = 0
+		_, named := svid.NewRevocations([]svid.Revocation{unlimited}).Concerning(p)
+		_, got := svid.NewRevocations([]svid.Revocation{rec}).Concerning(p)
+		older := rec.Realm == p.Serial.Realm && p.Serial.Revision < rec.BeforeRevision
+		if want := named && (rec.Serial != "" || rec.BeforeRevision == 0 || !p.OurSerial || older); got != want {
+			t.Errorf("%+v concerns the SVID of realm %d, revision %d: %t; want %t", rec, p.Serial.Realm, p.Serial.Revision, got, want)
+		}
+	})
+}
+
 func TestRevocationConcernsJWTs(t *testing.T) {
 	s := svid.Serial{Agent: 7, Revision: 100, Random: 5}
 	j := &svid.JWT{ID: spiffeid.RequireFromString("spiffe://td.test/web"), KeyID: "k1", Serial: s, OurSerial: true, SerialHex: s.String()}
@@ -86,7 +105,7 @@ func TestRevocationConcernsJWTs(t *testing.T) {
 var (
 	ids  = rapid.SampledFrom([]string{"spiffe://td.test/a", "spiffe://td.test/b", "spiffe://td.test/agent/n", "spiffe://other.test/a"})
 	recs = rapid.Custom(func(t *rapid.T) svid.Revocation {
-		r := svid.Revocation{BeforeRevision: rapid.Uint64Range(0, 4).Draw(t, "before")}
+		r := svid.Revocation{BeforeRevision: rapid.Uint64Range(0, 4).Draw(t, "before"), Realm: rapid.Uint32Range(0, 2).Draw(t, "of")}
 		switch rapid.IntRange(0, 3).Draw(t, "kind") {
 		case 0:
 			r.SPIFFEID = ids.Draw(t, "id")
@@ -104,6 +123,7 @@ var (
 	})
 	peers = rapid.Custom(func(t *rapid.T) *svid.Peer {
 		p := peer(ids.Draw(t, "peer"), rapid.Uint64Range(0, 2).Draw(t, "agent"), rapid.Uint64Range(0, 4).Draw(t, "revision"))
+		p.Serial.Realm = rapid.Uint32Range(0, 2).Draw(t, "realm")
 		p.AuthorityIDs = rapid.SliceOfN(rapid.SampledFrom([]string{"aa", "bb", "cc"}), 1, 2).Draw(t, "authorities")
 		return p
 	})

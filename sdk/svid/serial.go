@@ -17,12 +17,15 @@ import (
 // allows 20 octets of a positive number, so the 160th bit stays clear.
 const (
 	agentBits    = 48
-	revisionBits = 47
+	realmBits    = 8
+	revisionBits = 39
 	randomBits   = 64
-	serialBits   = agentBits + revisionBits + randomBits
+	serialBits   = agentBits + realmBits + revisionBits + randomBits
 
 	// MaxAgent is the largest agent handle that a serial number can carry.
 	MaxAgent uint64 = 1<<agentBits - 1
+	// MaxRealm is the highest number of a CA with a store of its own.
+	MaxRealm uint32 = 1<<realmBits - 1
 	// MaxRevision is the largest store revision that a serial number can carry.
 	MaxRevision uint64 = 1<<revisionBits - 1
 )
@@ -30,13 +33,17 @@ const (
 // Serial is the number of an SVID: certificate serial number of an X509-SVID,
 // and in hex the jti of a JWT-SVID.
 type Serial struct {
-	Agent    uint64 // handle of the agent that it was issued through, 48 bits; 0 is the CA itself
-	Revision uint64 // store revision of the registry that it was issued from, 47 bits
+	Agent uint64 // handle of the agent that it was issued through, 48 bits; 0 is the CA itself
+	// Realm says of which CA's store Revision is: 0 is that of the CA that holds
+	// the root, each nested CA has a number of its own. Revisions of two realms
+	// say nothing about each other.
+	Realm    uint32 // 8 bits
+	Revision uint64 // store revision of the registry that it was issued from, 39 bits
 	Random   uint64 // makes it unique and its certificate unpredictable; never 0
 }
 
-// NewSerial makes a number with fresh randomness. It is an error when agent or
-// revision need more bits than there are.
+// NewSerial makes a number of realm 0 with fresh randomness. It is an error when
+// agent or revision need more bits than there are.
 func NewSerial(agent, revision uint64) (Serial, error) {
 	if agent > MaxAgent {
 		return Serial{}, fmt.Errorf("make a serial number: agent handle %d needs more than %d bits", agent, agentBits)
@@ -53,6 +60,12 @@ func NewSerial(agent, revision uint64) (Serial, error) {
 	return s, nil
 }
 
+// In is the number as realm gives it.
+func (s Serial) In(realm uint32) Serial {
+	s.Realm = realm
+	return s
+}
+
 // SerialFromBig reads a number. It is false for one that Merlon cannot have
 // given. The reverse does not hold: other authorities' numbers may look like
 // ours, so the parts say something only about an SVID of our trust domain.
@@ -65,6 +78,7 @@ func SerialFromBig(n *big.Int) (Serial, bool) {
 	high := uint64(binary.BigEndian.Uint32(b[0:4]))<<17 | uint64(binary.BigEndian.Uint32(b[4:8])>>15)
 	s := Serial{
 		Agent:    high & MaxAgent,
+		Realm:    uint32(binary.BigEndian.Uint64(b[4:12])>>revisionBits) & MaxRealm,
 		Revision: binary.BigEndian.Uint64(b[4:12]) & MaxRevision,
 		Random:   binary.BigEndian.Uint64(b[12:20]),
 	}
@@ -74,7 +88,7 @@ func SerialFromBig(n *big.Int) (Serial, bool) {
 // Big gives the number as crypto/x509 wants it.
 func (s Serial) Big() *big.Int {
 	n := new(big.Int).SetUint64(s.Agent)
-	n.Lsh(n, revisionBits).Or(n, new(big.Int).SetUint64(s.Revision))
+	n.Lsh(n, realmBits+revisionBits).Or(n, new(big.Int).SetUint64(uint64(s.Realm)<<revisionBits|s.Revision))
 	return n.Lsh(n, randomBits).Or(n, new(big.Int).SetUint64(s.Random))
 }
 

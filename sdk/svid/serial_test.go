@@ -19,7 +19,8 @@ func TestSerialKeepsItsParts(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if s.Agent != agent || s.Revision != revision || s.Random == 0 {
+		realm := rapid.Uint32Range(0, svid.MaxRealm).Draw(t, "realm")
+		if s = s.In(realm); s.Realm != realm || s.Agent != agent || s.Revision != revision || s.Random == 0 {
 			t.Fatalf("NewSerial(%d, %d) = %+v", agent, revision, s)
 		}
 		n := s.Big()
@@ -47,11 +48,14 @@ func TestSerialReadsEveryNumberWithoutLoss(t *testing.T) {
 
 func TestSerialLayout(t *testing.T) {
 	s := svid.Serial{Agent: 0xa1b2c3d4e5f6, Revision: 1, Random: 0x0123456789abcdef}
-	// 48 bits of agent, 47 of revision, 64 of randomness; the 160th bit is clear.
+	// 48 bits of agent, 8 of realm, 39 of revision, 64 of randomness; the 160th bit is clear.
 	if got, want := s.String(), "50d961ea72fb0000000000010123456789abcdef"; got != want {
 		t.Errorf("String() = %s; want %s", got, want)
 	}
-	top := svid.Serial{Agent: svid.MaxAgent, Revision: svid.MaxRevision, Random: 1<<64 - 1}
+	if got, want := s.In(3).String(), "50d961ea72fb0180000000010123456789abcdef"; got != want {
+		t.Errorf("In(3).String() = %s; want %s", got, want)
+	}
+	top := svid.Serial{Agent: svid.MaxAgent, Realm: svid.MaxRealm, Revision: svid.MaxRevision, Random: 1<<64 - 1}
 	if n := top.Big(); n.BitLen() != 159 || len(n.Bytes()) > 20 {
 		t.Errorf("the largest number has %d bits", n.BitLen())
 	}
@@ -62,7 +66,7 @@ func TestSerialRefusesWhatDoesNotFit(t *testing.T) {
 		t.Error("an agent handle of 49 bits was taken")
 	}
 	if _, err := svid.NewSerial(0, svid.MaxRevision+1); err == nil {
-		t.Error("a revision of 48 bits was taken")
+		t.Error("a revision of 40 bits was taken")
 	}
 	for _, n := range []*big.Int{nil, big.NewInt(0), big.NewInt(-5), new(big.Int).Lsh(big.NewInt(1), 159), new(big.Int).Lsh(big.NewInt(1), 64)} {
 		if s, ok := svid.SerialFromBig(n); ok {

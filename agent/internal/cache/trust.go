@@ -134,7 +134,7 @@ func (c *Cache) parseRevocations(ctx context.Context, pbs []*capb.Revocation) []
 		r := svid.Revocation{
 			SPIFFEID: pb.GetSpiffeId(), AgentID: pb.GetAgentId(),
 			AuthorityID: pb.GetAuthorityId(), Serial: pb.GetSerial(),
-			AgentHandle: pb.GetAgentHandle(), BeforeRevision: pb.GetBeforeRevision(), Note: pb.GetNote(),
+			AgentHandle: pb.GetAgentHandle(), BeforeRevision: pb.GetBeforeRevision(), Realm: pb.GetRealm(), Note: pb.GetNote(),
 		}
 		if t := pb.GetExpiresAt(); t != nil {
 			r.ExpiresAt = t.AsTime()

@@ -51,7 +51,7 @@ func decisionToPB(d policy.Decision) *agentpb.Decision {
 }
 
 func revocationToPB(r svid.Revocation) *agentpb.Revocation {
-	pb := &agentpb.Revocation{BeforeRevision: r.BeforeRevision, AgentHandle: r.AgentHandle, Note: r.Note}
+	pb := &agentpb.Revocation{BeforeRevision: r.BeforeRevision, Realm: r.Realm, AgentHandle: r.AgentHandle, Note: r.Note}
 	if !r.ExpiresAt.IsZero() {
 		pb.ExpiresAt = timestamppb.New(r.ExpiresAt)
 	}

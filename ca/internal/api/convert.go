@@ -122,7 +122,7 @@ func (s *Service) renewSpread() time.Duration {
 
 func revocationToProto(r *revocation.Record) *capb.Revocation {
 	p := &capb.Revocation{
-		BeforeRevision: r.BeforeRevision, ExpiresAt: timestamp(r.ExpiresAt), Note: r.Note, AgentHandle: r.AgentHandle,
+		BeforeRevision: r.BeforeRevision, Realm: r.Realm, ExpiresAt: timestamp(r.ExpiresAt), Note: r.Note, AgentHandle: r.AgentHandle,
 	}
 	switch {
 	case r.SPIFFEID != "":

@@ -65,7 +65,7 @@ func checkSubject(id spiffeid.ID, td spiffeid.TrustDomain) error {
 }
 
 func checkSerial(s svid.Serial) error {
-	if s.Random == 0 || s.Agent > svid.MaxAgent || s.Revision > svid.MaxRevision {
+	if s.Random == 0 || s.Agent > svid.MaxAgent || s.Realm > svid.MaxRealm || s.Revision > svid.MaxRevision {
 		return invalid("serial", "was not made by svid.NewSerial")
 	}
 	return nil

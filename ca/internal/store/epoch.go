@@ -7,7 +7,7 @@ package store
 
 import "fmt"
 
-// epochBits is how many revisions an epoch has; a serial number keeps 47 bits
+// epochBits is how many revisions an epoch has; a serial number keeps 39 bits
 // of a revision, so there are 32 768 epochs.
 const epochBits = 32
 
