@@ -236,7 +236,7 @@ func TestEveryActLeavesOneAuditRecord(t *testing.T) {
 		acts = append(acts, strings.TrimSpace(r["type"].(string)+" "+detail))
 	}
 	want := []string{
-		"renew certificate of the log's key", "admin save a checkpoint of the audit log", "issue", "admin create join token", "attest join_token", "admin create entry", "issue", "issue JWT", "renew join_token",
+		"admin begin with root", "admin begin with intermediate", "admin begin with JWT key", "renew certificate of the log's key", "admin save a checkpoint of the audit log", "issue", "admin create join token", "attest join_token", "admin create entry", "issue", "issue JWT", "renew join_token",
 		"refuse sign", "refuse /merlon.ca.v1.Admin/ListAgents", "refuse revoke", "admin revoke SPIFFE ID", "admin delete entry",
 		"admin push policy bundle main, generation 1",
 	}

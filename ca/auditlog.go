@@ -3,6 +3,7 @@
 package ca
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -28,6 +29,17 @@ func (c Config) auditOptions() audit.Options {
 		ReserveBytes: c.diskReserve(), Async: c.IssuanceLog == issuanceAsync, MaxAge: c.AuditMaxAge,
 		MaxBytes: int64(c.AuditMaxMiB) << 20, Logger: c.Logger,
 	}
+}
+
+// openAudit opens the log, and sees whether it is a new one.
+func (p *parts) openAudit(cfg Config) error {
+	first, err := audit.Begin(cfg.auditPath())
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("open audit log: %w", err)
+	}
+	p.newLog = first == 0
+	p.audit, err = audit.Open(cfg.auditPath(), cfg.auditOptions())
+	return err
 }
 
 // checkAudit: what an SVID was issued by stays for as long as the SVID lives.

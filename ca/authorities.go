@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -56,6 +57,9 @@ type authorities struct {
 	ttls      registry.TTLs
 	jwtKeyTTL time.Duration
 
+	// lastCalls counts the roots that began to sign without somebody.
+	lastCalls prometheus.Counter
+
 	// making is held while a key is made, written down and published, so that
 	// nobody takes it for one that the store has lost, or a crash left behind.
 	making sync.Mutex
@@ -70,11 +74,18 @@ func (a *authorities) Prepare(ctx context.Context, kind rotation.Kind) (string, 
 
 // prepare is Prepare while a.making is held.
 func (a *authorities) prepare(ctx context.Context, kind rotation.Kind) (string, uint64, error) {
+	if err := a.registry.Authorities().Room(kind, a.keys.Name()); err != nil {
+		return "", 0, err
+	}
 	made, err := a.makeKey(kind, time.Now())
 	if err != nil {
 		return "", 0, err
 	}
 	if _, _, err := a.take(ctx, rotation.Command{Verb: rotation.Prepare, New: made}); err != nil {
+		if _, refused := errors.AsType[*rotation.RefusedError](err); refused { // others were faster
+			_, gone := a.keys.Discard(made.ID)
+			err = errors.Join(err, gone)
+		}
 		return "", 0, err
 	}
 	_, revision, err := a.take(ctx, rotation.Command{Verb: rotation.Publish, ID: made.ID})
@@ -148,15 +159,36 @@ func (a *authorities) takeHere(ctx context.Context, c rotation.Command) (uint64,
 	return revision, err
 }
 
-// take takes one step, judged by the newest picture.
+// take takes one step, judged by a picture that has everything which the store
+// had when the step was begun.
 func (a *authorities) take(ctx context.Context, c rotation.Command) (*trust.Step, uint64, error) {
+	revision, err := a.domain.Store.Revision(ctx)
+	if err != nil {
+		return nil, 0, fmt.Errorf("read the store's revision: %w", err)
+	}
+	if err := a.registry.Wait(ctx, revision); err != nil {
+		return nil, 0, err
+	}
 	now := time.Now()
 	var before rotation.Set
-	return a.domain.Take(ctx, func(set rotation.Set) (rotation.Set, error) {
+	var left rotation.Wait
+	step, revision, err := a.domain.Take(ctx, func(set rotation.Set) (rotation.Set, error) {
 		before = set
 		_, view := a.registry.Rotation(now, a.ttls)
+		if c.Verb == rotation.Activate && !c.Force {
+			left = rotation.LeftBehind(set, c.ID, view, a.policy, now)
+		}
 		return rotation.Step(set, c, view, a.policy, now)
-	}, func(step *trust.Step) error { return a.withStep(ctx, step, c, before, now) })
+	}, func(step *trust.Step) error {
+		if err := a.recordLeftBehind(ctx, c.ID, left, before.Root(), now); err != nil {
+			return err
+		}
+		return a.withStep(ctx, step, c, before, now)
+	})
+	if err == nil {
+		a.sayLeftBehind(ctx, c.ID, left, before.Root())
+	}
+	return step, revision, err
 }
 
 // withStep adds what belongs to the step's transaction: the record of the replica
@@ -320,7 +352,7 @@ func (a *authorities) endangered(now time.Time) error {
 	if !waits {
 		return nil
 	}
-	return fmt.Errorf("root %s ends at %s, and with it every SVID under it; the next one waits: %s; mend that, or let it sign at once: merlon authority activate %s --force",
+	return fmt.Errorf("root %s ends at %s, and with it every SVID under it; the next one waits: %s; mend that, or whoever is missing then needs a new join token; to let it sign at once: merlon authority activate %s --force",
 		set.Root().ID, set.Root().NotAfter.UTC().Format(time.RFC3339), next.Wait, next.ID)
 }
 

@@ -47,5 +47,8 @@ func (c Config) checkLives() error {
 
 // rotation is what the steps of authorities are judged by.
 func (c Config) rotation() rotation.Policy {
-	return rotation.Policy{RefreshHint: c.TrustRefreshHint, MaxJWTTTL: entry.MaxJWTSVIDTTL, Keep: keepRevoked}
+	return rotation.Policy{
+		RefreshHint: c.TrustRefreshHint, MaxJWTTTL: entry.MaxJWTSVIDTTL, Keep: keepRevoked,
+		LastCall: c.AgentSVIDTTL, // each agent renews once in it
+	}
 }

@@ -119,8 +119,9 @@ func (p *parts) records(ctx context.Context) ([]*replica.Record, error) {
 func (p *parts) ownRoots(set rotation.Set, roots []*upstream.Root, now time.Time) (rotation.Set, error) {
 	signing := rootID(p.keys.X509().Root)
 	active := set.Root()
-	// The one that the store says is not here, or has ended and another was made.
-	lost := active == nil || !holds(roots, active.ID)
+	// The one that the store says is not here, or has ended, and another was made or
+	// was published by then.
+	lost := active == nil || !holds(roots, active.ID) || active.Ended(now)
 	if !lost && active.ID != signing {
 		_, known := set.Get(signing)
 		lost = !known

@@ -47,6 +47,9 @@ func (s *Server) openKeys(ctx context.Context, p *parts) error {
 	if root := set.Root(); root != nil {
 		cfg.ActiveRoot = root.ID
 	}
+	if next := set.Successor(time.Now()); next != nil {
+		cfg.ActiveRoot = next.ID // agents know it, unlike one that is made now
+	}
 	cfg.ActiveJWT = func(name string) string {
 		if jwt := set.JWT(name); jwt != nil {
 			return jwt.ID
@@ -90,6 +93,20 @@ func (p *parts) recordIntermediate(ctx context.Context, now time.Time) error {
 	})
 }
 
+// recordFirst lets a new log begin with the keys that sign. They are written down
+// once the store has them: a record is proof that there is a store.
+func (p *parts) recordFirst(ctx context.Context, now time.Time) error {
+	if !p.newLog {
+		return nil
+	}
+	ca := p.keys.X509()
+	first := func(what, id string, end time.Time) audit.Record {
+		return audit.Record{Time: now, Type: audit.Admin, Actor: "ca", Detail: "begin with " + what, AuthorityID: id, NotAfter: end}
+	}
+	return p.audit.Append(ctx, first("root", rootID(ca.Root), ca.Root.NotAfter),
+		first("intermediate", ca.ID(), ca.Chain[0].NotAfter), first("JWT key", p.keys.JWT().KeyID, time.Time{}))
+}
+
 // ownIdentity is what this replica shows to the root holder, and the roots by
 // which it knows it.
 func (p *parts) ownIdentity() (*x509svid.SVID, []*x509.Certificate, error) {
@@ -117,18 +134,38 @@ func (p *parts) register(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return fmt.Errorf("register this replica: %w", err)
 	}
-	var errs []error
-	if was, is := before.Root(), step.Authorities.Root(); replaced(was, is) {
-		p.log.LogAttrs(ctx, slog.LevelError, "another root signs from now on, because the one before has ended or its key is not here: agents that do not know it need a new join token and root_hash",
-			slog.String("authority_id", is.ID), slog.String("before", was.ID))
-		errs = append(errs, p.recordForced(ctx, was, is, now))
+	return errors.Join(p.rootReplaced(ctx, before, step.Authorities, now), p.jwtReplaced(ctx, before, step.Authorities, now))
+}
+
+// rootReplaced says and writes down that another root signs than the store said,
+// and why.
+func (p *parts) rootReplaced(ctx context.Context, before, after rotation.Set, now time.Time) error {
+	was, is := before.Root(), after.Root()
+	if !replaced(was, is) {
+		return nil
 	}
-	if was, is := before.JWT(p.keys.Name()), step.Authorities.JWT(p.keys.Name()); replaced(was, is) {
-		p.log.LogAttrs(ctx, slog.LevelError, "another JWT key signs from now on, because the one before is not here: its JWT-SVIDs are refused by those who have not read the trust bundle since",
-			slog.String("authority_id", is.ID), slog.String("before", was.ID))
-		errs = append(errs, p.recordForced(ctx, was, is, now))
+	if known, ok := before.Get(is.ID); ok && known.State == rotation.Published && was.Ended(now) {
+		p.log.LogAttrs(ctx, slog.LevelError, "the root ended while this CA was away, and the published one signs from now on: agents whose own SVID has ended need a new join token",
+			slog.String("authority_id", is.ID), slog.String("before", was.ID), slog.Time("before_ended", was.NotAfter))
+		return p.audit.Append(ctx, audit.Record{
+			Time: now, Type: audit.Admin, Actor: "ca", Detail: "activate authority in place of " + was.ID + ", which ended while this CA was away",
+			AuthorityID: is.ID, NotAfter: is.NotAfter,
+		})
 	}
-	return errors.Join(errs...)
+	p.log.LogAttrs(ctx, slog.LevelError, "another root signs from now on, because the one before has ended or its key is not here: agents that do not know it need a new join token and root_hash",
+		slog.String("authority_id", is.ID), slog.String("before", was.ID))
+	return p.recordForced(ctx, was, is, now)
+}
+
+// jwtReplaced is rootReplaced for this replica's JWT key.
+func (p *parts) jwtReplaced(ctx context.Context, before, after rotation.Set, now time.Time) error {
+	was, is := before.JWT(p.keys.Name()), after.JWT(p.keys.Name())
+	if !replaced(was, is) {
+		return nil
+	}
+	p.log.LogAttrs(ctx, slog.LevelError, "another JWT key signs from now on, because the one before is not here: its JWT-SVIDs are refused by those who have not read the trust bundle since",
+		slog.String("authority_id", is.ID), slog.String("before", was.ID))
+	return p.recordForced(ctx, was, is, now)
 }
 
 func replaced(was, is *rotation.Authority) bool { return was != nil && is != nil && was.ID != is.ID }

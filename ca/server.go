@@ -109,6 +109,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 type parts struct {
 	store    store.Store
 	audit    *audit.Log
+	newLog   bool // it held no record at the start
 	keysLock io.Closer
 	keys     *upstream.Keys
 	domain   trust.Domain
@@ -162,7 +163,7 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	if p.store, err = s.openStore(ctx); err != nil {
 		return nil, err
 	}
-	if p.audit, err = audit.Open(s.cfg.auditPath(), s.cfg.auditOptions()); err != nil {
+	if err := p.openAudit(s.cfg); err != nil {
 		return nil, err
 	}
 	if err := p.settleEpoch(ctx, s.cfg); err != nil {
@@ -172,6 +173,9 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 		return nil, err
 	}
 	if err := p.noteStore(ctx, s.cfg); err != nil {
+		return nil, err
+	}
+	if err := p.recordFirst(ctx, time.Now()); err != nil {
 		return nil, err
 	}
 	if err := p.publishLog(s.td); err != nil {
@@ -259,6 +263,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 		return err
 	}
 	p.checkReadiness()
+	p.authorities.lastCalls = newLastCalls(p.health.Registry())
 	watchKeys(p.health.Registry(), p.keys)
 	s.root = p.keys.X509().Root
 	return nil

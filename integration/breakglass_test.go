@@ -13,8 +13,8 @@ import (
 )
 
 func TestEverythingHasExpiredAndComesBack(t *testing.T) {
-	t.Parallel() // it mostly waits
-	const life = 20 * time.Second
+	t.Parallel()                  // it mostly waits
+	const life = 40 * time.Second // no successor is published in its first half
 	d := stage.Separate(t, "trust_refresh_hint: 1s", fmt.Sprintf("root_ttl: %s", life), fmt.Sprintf("intermediate_ttl: %s", life))
 	d.Entry("/me")
 	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, d); return err })

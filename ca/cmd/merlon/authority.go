@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"encoding/hex"
 	"fmt"
 	"strings"
 	"time"
@@ -41,6 +42,7 @@ type pendingJSON struct {
 	Agents    []string   `json:"agents"`
 	Replicas  []string   `json:"replicas"`
 	NotBefore *time.Time `json:"not_before,omitempty"`
+	LastCall  *time.Time `json:"last_call,omitempty"`
 }
 
 func newAuthorityJSON(a *capb.CAAuthority) authorityJSON {
@@ -55,7 +57,7 @@ func newAuthorityJSON(a *capb.CAAuthority) authorityJSON {
 		out.Since[state] = timeOf(t)
 	}
 	if p := a.GetPending(); p != nil {
-		out.Pending = &pendingJSON{p.GetStep(), p.GetReady(), notNil(p.GetAgents()), notNil(p.GetReplicas()), timeOf(p.GetNotBefore())}
+		out.Pending = &pendingJSON{p.GetStep(), p.GetReady(), notNil(p.GetAgents()), notNil(p.GetReplicas()), timeOf(p.GetNotBefore()), timeOf(p.GetLastCall())}
 	}
 	return out
 }
@@ -81,6 +83,9 @@ func waitsFor(p *capb.PendingStep) string {
 	}
 	if t := p.GetNotBefore(); t != nil && time.Now().Before(t.AsTime()) {
 		parts = append(parts, "until "+formatTime(t))
+	}
+	if t := p.GetLastCall(); t != nil && len(p.GetAgents())+len(p.GetReplicas()) > 0 {
+		parts = append(parts, "without them at "+formatTime(t))
 	}
 	return strings.Join(parts, "; ")
 }
@@ -169,6 +174,18 @@ func (o *options) authorityStep(cmd *cobra.Command, next string, step func(conte
 	})
 }
 
+// authorityID reads the ID of an authority: a key ID in hex.
+func authorityID(cmd *cobra.Command, text string) (string, error) {
+	id := strings.ToLower(strings.TrimSpace(text))
+	if raw, err := hex.DecodeString(id); err != nil || len(raw) < minAuthorityID {
+		return "", usageError{fmt.Sprintf("%s: %q is no authority ID, which is a key ID in hex", cmd.Name(), text), "merlon authority list shows them, whole"}
+	}
+	return id, nil
+}
+
+// minAuthorityID is the length of the shortest: that of a JWT key.
+const minAuthorityID = 16
+
 // stepHint says what helps against a refusal.
 func stepHint(err error) error {
 	switch status.Code(err) {
@@ -176,8 +193,12 @@ func stepHint(err error) error {
 		return hintError{err, "merlon authority list shows them"}
 	case codes.FailedPrecondition:
 		switch text := status.Convert(err).Message(); {
+		case strings.Contains(text, "it is an intermediate"):
+			return hintError{err, "merlon authority list shows the roots and JWT keys, which are replaced step by step"}
 		case strings.Contains(text, "not acknowledged"), strings.Contains(text, "not before"):
 			return hintError{err, "merlon authority status shows who is waited for; --force does not wait, and whoever has not acknowledged may fail"}
+		case strings.Contains(text, "sign nothing"), strings.Contains(text, "authorities already"):
+			return hintError{err, "merlon authority list shows them; merlon authority activate ID, or merlon authority revoke ID"}
 		case strings.Contains(text, "prepare and activate another"):
 			return hintError{err, "merlon authority prepare --kind x509-root|jwt"}
 		default:
@@ -223,9 +244,13 @@ passed for those who poll it. An old key can be activated again.`,
 		Example: "  merlon authority activate 3f2a…",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := authorityID(cmd, args[0])
+			if err != nil {
+				return err
+			}
 			return o.authorityStep(cmd, "the key before goes when what it has signed has expired; to be rid of it sooner: merlon authority taint, of its ID in `merlon authority list`",
 				func(ctx context.Context, ca capb.AdminClient) (*capb.CAAuthority, error) {
-					resp, err := ca.ActivateAuthority(ctx, &capb.ActivateAuthorityRequest{AuthorityId: args[0], Force: force})
+					resp, err := ca.ActivateAuthority(ctx, &capb.ActivateAuthorityRequest{AuthorityId: id, Force: force})
 					return resp.GetAuthority(), err
 				})
 		},
@@ -243,9 +268,13 @@ It stays in the trust bundle until it is revoked.`,
 		Example: "  merlon authority taint 3f2a…",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := authorityID(cmd, args[0])
+			if err != nil {
+				return err
+			}
 			return o.authorityStep(cmd, "merlon authority revoke ID, when `merlon authority status` shows that nothing is waited for",
 				func(ctx context.Context, ca capb.AdminClient) (*capb.CAAuthority, error) {
-					resp, err := ca.TaintAuthority(ctx, &capb.TaintAuthorityRequest{AuthorityId: args[0]})
+					resp, err := ca.TaintAuthority(ctx, &capb.TaintAuthorityRequest{AuthorityId: id})
 					return resp.GetAuthority(), err
 				})
 		},
@@ -264,9 +293,13 @@ revoked, and the key is removed.`,
 		Example: "  merlon authority revoke 3f2a…",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := authorityID(cmd, args[0])
+			if err != nil {
+				return err
+			}
 			return o.authorityStep(cmd, "pin another root where ID was pinned: merlon token create prints the hash of the one that signs",
 				func(ctx context.Context, ca capb.AdminClient) (*capb.CAAuthority, error) {
-					resp, err := ca.RevokeAuthority(ctx, &capb.RevokeAuthorityRequest{AuthorityId: args[0], Force: force})
+					resp, err := ca.RevokeAuthority(ctx, &capb.RevokeAuthorityRequest{AuthorityId: id, Force: force})
 					return resp.GetAuthority(), err
 				})
 		},

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"merlon.dev/ca/capb"
@@ -47,7 +49,7 @@ func (s *Service) authorities(now time.Time) (all []*capb.CAAuthority) {
 		if step, ok := pending[a.ID]; ok {
 			p.Pending = &capb.PendingStep{
 				Step: string(step.Next), Ready: step.Wait.Over(now), Agents: step.Wait.Agents, Replicas: step.Wait.Replicas,
-				NotBefore: timestamp(step.Wait.Until),
+				NotBefore: timestamp(step.Wait.Until), LastCall: timestamp(step.Wait.Latest),
 			}
 		}
 		all = append(all, p)
@@ -128,6 +130,26 @@ func (s *Service) RevokeAuthority(ctx context.Context, req *capb.RevokeAuthority
 	return &capb.RevokeAuthorityResponse{Authority: a}, nil
 }
 
+// takesStep says why an authority takes no steps, and what to do instead.
+func (s *Service) takesStep(c rotation.Command) error {
+	if c.ID == "" {
+		return &entry.InvalidError{Field: "authority_id", Reason: "is missing"}
+	}
+	if _, ok := s.registry.Authorities().Get(c.ID); ok {
+		return nil
+	}
+	rec, ok := s.registry.ReplicaOf(c.ID)
+	if !ok {
+		return status.Errorf(codes.NotFound, "%s %.80q: %v", c.Verb, c.ID, rotation.ErrUnknown)
+	}
+	instead := "it signs from when it is made, and is renewed by itself"
+	if c.Verb != rotation.Activate {
+		instead = "it is renewed by itself, and ends within a day; to replace all that is under its root, " + string(c.Verb) +
+			" the root; to revoke what it has signed, merlon revoke --authority " + c.ID + "; where its key is in wrong hands, evict the replica"
+	}
+	return status.Errorf(codes.FailedPrecondition, "%s %s: it is an intermediate, of replica %s: %s", c.Verb, c.ID, rec.Name, instead)
+}
+
 // step takes one step and records it, or that it was refused. That it is about
 // to be taken is on disk before: a CA that is killed in between has done nothing
 // to its authorities that the log does not know of.
@@ -138,6 +160,9 @@ func (s *Service) step(ctx context.Context, c rotation.Command) (*capb.CAAuthori
 	what := string(c.Verb) + " authority"
 	if c.Force {
 		what += " by force"
+	}
+	if err := s.takesStep(c); err != nil {
+		return nil, s.refuseAdmin(ctx, audit.Record{Detail: what, AuthorityID: c.ID}, err)
 	}
 	if err := s.begin(ctx, audit.Record{Detail: what, AuthorityID: c.ID}); err != nil {
 		return nil, err

@@ -54,9 +54,25 @@ func Due(s Set, replica string, roots bool, v View, p Policy, now time.Time) (du
 	for _, place := range slots {
 		due = append(due, s.dueIn(place, v, p, now)...)
 	}
+	return append(due, s.forgotten(replica, roots, p, now)...)
+}
+
+// forgotten leave the list: what has been revoked for long, and the first of
+// too many.
+func (s Set) forgotten(replica string, roots bool, p Policy, now time.Time) (due []Command) {
+	tooMany := -maxRevoked
 	for _, a := range s.all {
-		if (roots || a.Replica == replica) && a.State == Revoked && !now.Before(a.Since[Revoked].Add(p.Keep)) {
+		if a.State == Revoked {
+			tooMany++
+		}
+	}
+	for _, a := range s.all {
+		if a.State != Revoked || !roots && a.Replica != replica {
+			continue
+		}
+		if tooMany > 0 || !now.Before(a.Since[Revoked].Add(p.Keep)) {
 			due = append(due, Command{Verb: Forget, ID: a.ID})
+			tooMany--
 		}
 	}
 	return due
@@ -76,7 +92,7 @@ func (s Set) dueIn(place slot, v View, p Policy, now time.Time) (due []Command) 
 			due = append(due, Command{Verb: Publish, ID: a.ID})
 			successor = true
 		// Nobody wanted it; but a successor that is waited for is not withdrawn.
-		case a.State == Published && (a.ends(now) || a.pastHalf(now) && !replace):
+		case a.State == Published && (a.Ended(now) || a.pastHalf(now) && !replace):
 			due = append(due, Command{Verb: Revoke, ID: a.ID})
 		case a.State == Published:
 			if replace && !successor && s.activation(a, v, p, now).Over(now) {

@@ -51,6 +51,16 @@ type Policy struct {
 	MaxJWTTTL time.Duration
 	// Keep is how long a revoked authority stays on the list.
 	Keep time.Duration
+	// LastCall is how long before the end of a root its successor signs, whoever
+	// has not acknowledged it; at most an eighth of the root's life.
+	LastCall time.Duration
+}
+
+// lastCall is when the successor of root waits for nobody any more. What is
+// signed under root ends with it, so otherwise everybody loses; and since SVIDs
+// are renewed at half of their life, each is once more in what is left.
+func (p Policy) lastCall(root *Authority) time.Time {
+	return root.NotAfter.Add(-min(p.LastCall, root.NotAfter.Sub(root.NotBefore)/8))
 }
 
 // Wait is what a step waits for; the zero value is nothing.
@@ -60,12 +70,20 @@ type Wait struct {
 	Agents, Replicas []string
 	// Until is when those who poll have polled, or the last SVID has expired.
 	Until time.Time
+	// Latest is when it ends, whoever is waited for; zero: it has no such end.
+	Latest time.Time
 }
 
 // Over says whether the wait has ended at now.
 func (w Wait) Over(now time.Time) bool {
-	return len(w.Agents) == 0 && len(w.Replicas) == 0 && !now.Before(w.Until)
+	if !w.Latest.IsZero() && !now.Before(w.Latest) {
+		return true
+	}
+	return !w.asks() && !now.Before(w.Until)
 }
+
+// asks says whether somebody has yet to do something.
+func (w Wait) asks() bool { return len(w.Agents) > 0 || len(w.Replicas) > 0 }
 
 // maxNamed bounds how many are named in one sentence.
 const maxNamed = 5
@@ -82,6 +100,9 @@ func (w Wait) String() string {
 	if !w.Until.IsZero() {
 		parts = append(parts, "not before "+w.Until.UTC().Format(time.RFC3339))
 	}
+	if !w.Latest.IsZero() && w.asks() {
+		parts = append(parts, "without them at "+w.Latest.UTC().Format(time.RFC3339))
+	}
 	return strings.Join(parts, "; ")
 }
 
@@ -97,14 +118,39 @@ func named(names []string) string {
 // two more are for agents, the clock and a slow store.
 func (p Policy) MinLife() time.Duration { return 2 * (hints + 2) * p.RefreshHint }
 
-// activation is what stands between a and signing. A root that has ended
-// protects nobody any more: nothing lives under it, so the next one waits for
-// nothing. A JWT key has no end of its own, and signs on.
+// activation is what stands between a and signing. The root that signs sets it an
+// end: from its last call on nobody is waited for but those who poll, and they
+// for half of what is left at most. A JWT key has no end of its own, and signs on.
 func (s Set) activation(a *Authority, v View, p Policy, now time.Time) Wait {
-	if root := s.Root(); a.Kind == Root && root != nil && root.ends(now) {
+	w := Wait{Agents: v.missing(a.Sequence, now), Until: a.Since[Published].Add(hints * p.RefreshHint)}
+	root := s.Root()
+	if a.Kind != Root || root == nil {
+		return w
+	}
+	last := p.lastCall(root)
+	switch half := last.Add(root.NotAfter.Sub(last) / 2); {
+	case w.Until.After(half):
+		w.Latest = half
+	case w.Until.After(last):
+		w.Latest = w.Until
+	default:
+		w.Latest = last
+	}
+	return w
+}
+
+// LeftBehind is whom the activation of an authority does not wait for any more
+// at now, because the root that signs is about to end; zero where there is
+// nobody.
+func LeftBehind(s Set, id string, v View, p Policy, now time.Time) Wait {
+	a, ok := s.Get(id)
+	if !ok || a.Kind != Root || a.State != Published {
 		return Wait{}
 	}
-	return Wait{Agents: v.missing(a.Sequence, now), Until: a.Since[Published].Add(hints * p.RefreshHint)}
+	if w := s.activation(a, v, p, now); w.asks() && w.Over(now) {
+		return w
+	}
+	return Wait{}
 }
 
 // revocation is what stands between a and the end: whoever has an SVID under it

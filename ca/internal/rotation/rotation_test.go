@@ -13,7 +13,7 @@ import (
 
 var start = time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
 
-var policy = Policy{RefreshHint: 5 * time.Minute, MaxJWTTTL: time.Hour, Keep: 24 * time.Hour}
+var policy = Policy{RefreshHint: 5 * time.Minute, MaxJWTTTL: time.Hour, Keep: 24 * time.Hour, LastCall: time.Hour}
 
 func newRoot(id string, from time.Time) Authority {
 	return Authority{ID: id, Kind: Root, Replica: "ca", Certificate: []byte(id), NotBefore: from, NotAfter: from.Add(30 * 24 * time.Hour)}
@@ -51,6 +51,7 @@ func TestActivationWaitsForEveryCountingAgentAndThreeHints(t *testing.T) {
 	published = step(t, published, Command{Verb: Publish, ID: "b"}, View{}, start).Stamped(2)
 	enough := start.Add(15 * time.Minute)
 	later := enough.Add(time.Hour)
+	end := newRoot("a", start).NotAfter
 	for name, test := range map[string]struct {
 		agents []Agent
 		now    time.Time
@@ -63,6 +64,8 @@ func TestActivationWaitsForEveryCountingAgentAndThreeHints(t *testing.T) {
 		"one is behind":             {agents: []Agent{{Name: "n1", Sequence: 2, Until: later}, {Name: "n2", Sequence: 1, Until: later}}, now: enough, want: "1 agents have not acknowledged: n2"},
 		"its last SVID has expired": {agents: []Agent{{Name: "n2", Sequence: 1, Until: enough}}, now: enough},
 		"it is banned":              {agents: []Agent{{Name: "n2", Sequence: 1, Until: later, Banned: true}}, now: enough},
+		"the last call":             {agents: []Agent{{Name: "n2", Sequence: 1, Until: end}}, now: end.Add(-time.Hour)},
+		"before the last call":      {agents: []Agent{{Name: "n2", Sequence: 1, Until: end}}, now: end.Add(-time.Hour - 1), want: "n2; not before 2026-11-25T12:15:00Z; without them at 2026-12-25T11:00:00Z"},
 		"forced":                    {agents: []Agent{{Name: "n2", Sequence: 1, Until: later}}, now: start, force: true},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -285,8 +288,13 @@ func (w *world) check(c Command, before Set) {
 	if c.Force {
 		return
 	}
-	// What signs is in the trust bundle of every agent that counts, unless the root
-	// before has ended: then nothing that anybody has is worth anything.
+	for _, kind := range []Kind{Root, JWT} {
+		if n := upcoming(w.set, kind); n > maxUpcoming || len(w.set.All()) > maxAuthorities {
+			w.t.Fatalf("%v: %d of kind %s are to come, %d are there in all", c, n, kind, len(w.set.All()))
+		}
+	}
+	// What begins to sign is in the trust bundle of every agent that counts, but for
+	// a root since the last call of the one before.
 	for _, a := range w.agents {
 		if !a.counts(w.now) {
 			continue
@@ -295,7 +303,7 @@ func (w *world) check(c Command, before Set) {
 			if was, ok := before.Get(signs.ID); ok && was.State == Active {
 				continue // since an earlier step
 			}
-			if signs.Kind == Root && before.Root().ends(w.now) {
+			if signs.Kind == Root && !w.now.Before(policy.lastCall(before.Root())) {
 				continue
 			}
 			if !slices.Contains(w.bundles[a.Sequence], signs.ID) {
@@ -324,10 +332,19 @@ func (w *world) check(c Command, before Set) {
 	}
 }
 
+func upcoming(s Set, kind Kind) (n int) {
+	for _, a := range s.All() {
+		if a.Kind == kind && (a.State == Prepared || a.State == Published) {
+			n++
+		}
+	}
+	return n
+}
+
 // due takes what is due, and says what it may be: nothing that is to follow goes.
 func (w *world) due() {
 	for _, c := range Due(w.set, "ca", true, w.view(), policy, w.now) {
-		if a, ok := w.set.Get(c.ID); ok && c.Verb == Revoke && a.State == Published && !a.ends(w.now) && w.set.active(a.slot()).pastHalf(w.now) {
+		if a, ok := w.set.Get(c.ID); ok && c.Verb == Revoke && a.State == Published && !a.Ended(w.now) && w.set.active(a.slot()).pastHalf(w.now) {
 			w.t.Fatalf("%s is withdrawn, and %s needs a successor", a.ID, w.set.active(a.slot()).ID)
 		}
 		w.take(c)
@@ -381,7 +398,7 @@ func TestRotationLaws(t *testing.T) {
 				for range 6 { // prepared, published, active; what has ended goes first
 					w.due()
 				}
-				if root := w.set.Root(); root.ends(w.now) {
+				if root := w.set.Root(); root.Ended(w.now) {
 					t.Fatalf("root %s has ended, and nothing that is due replaces it: %+v", root.ID, w.set.All())
 				}
 			},
@@ -406,7 +423,7 @@ func TestLeftAloneItRotates(t *testing.T) {
 			for _, c := range Due(w.set, "ca", true, w.view(), policy, w.now) {
 				w.take(c)
 			}
-			if w.set.Root().ends(w.now) || w.set.JWT("ca").ends(w.now) {
+			if w.set.Root().Ended(w.now) || w.set.JWT("ca").Ended(w.now) {
 				rt.Fatal("what signs has ended")
 			}
 		}
@@ -416,27 +433,33 @@ func TestLeftAloneItRotates(t *testing.T) {
 	})
 }
 
-// An agent that lives and never acknowledges holds the next root up to the end
-// of the one before: it is not withdrawn meanwhile, and signs then.
-func TestSilentAgentHoldsTheNextRootUntilTheEnd(t *testing.T) {
+// An agent that lives and never acknowledges holds the next root up to the last
+// call of the one before: it is not withdrawn meanwhile, and signs then, while
+// everybody else can still renew.
+func TestSilentAgentHoldsTheNextRootUntilTheLastCall(t *testing.T) {
 	first := begin(t)
 	rapid.Check(t, func(rt *rapid.T) {
 		w := &world{t: rt, set: first, now: start, sequence: 1, bundles: map[uint64][]string{1: {"a", "j"}}}
 		w.issue()
-		pause := time.Duration(rapid.IntRange(1, 12).Draw(rt, "hours")) * time.Hour
+		pause := time.Duration(rapid.IntRange(10, 720).Draw(rt, "minutes")) * time.Minute
 		end, warned := newRoot("a", start).NotAfter, false
+		last := end.Add(-policy.LastCall)
 		next := ""
 		for w.set.Root().ID == "a" {
 			w.now = w.now.Add(pause)
-			if w.now.After(end.Add(pause)) {
-				rt.Fatal("the root has ended, and the next does not sign")
+			if w.now.After(last.Add(pause)) {
+				rt.Fatal("it is past the last call, and the next root does not sign")
 			}
 			w.agents = []Agent{{Name: "n1", Sequence: 1, Until: w.now.Add(time.Hour)}}
 			pending, endangered := Endangered(w.set, w.view(), policy, w.now)
-			if want := end.Sub(w.now) <= 90*time.Hour && w.now.Before(end); endangered != want || want && pending.ID != next {
+			if want := end.Sub(w.now) <= 90*time.Hour && w.now.Before(last); endangered != want || want && pending.ID != next {
 				rt.Fatalf("%s before the end: endangered = %t, %+v; want %t of %s", end.Sub(w.now), endangered, pending, want, next)
 			}
 			warned = warned || endangered
+			left := LeftBehind(w.set, next, w.view(), policy, w.now)
+			if want := next != "" && !w.now.Before(last); (len(left.Agents) == 1) != want {
+				rt.Fatalf("%s before the end %+v is left behind; want the agent: %t", end.Sub(w.now), left, want)
+			}
 			w.due()
 			for _, a := range w.set.All() {
 				if a.Kind == Root && a.ID != "a" && next == "" {
@@ -447,10 +470,83 @@ func TestSilentAgentHoldsTheNextRootUntilTheEnd(t *testing.T) {
 				rt.Fatalf("the next root was withdrawn %s before the end", end.Sub(w.now))
 			}
 		}
-		if root := w.set.Root(); root.ID != next || w.now.Before(end) || !warned {
-			rt.Fatalf("%s signs %s before the end, warned %t; want %s, at the end", root.ID, end.Sub(w.now), warned, next)
+		if root := w.set.Root(); root.ID != next || w.now.Before(last) || !warned {
+			rt.Fatalf("%s signs %s before the end, warned %t; want %s, from the last call on", root.ID, end.Sub(w.now), warned, next)
 		}
 	})
+}
+
+// A root that comes late is waited for by those who poll, but not for so long
+// that nobody could renew.
+func TestLastCallLeavesTimeToRenew(t *testing.T) {
+	end := newRoot("a", start).NotAfter
+	for before, want := range map[time.Duration]time.Duration{ // of the end: published → signs
+		24 * time.Hour:   time.Hour,
+		65 * time.Minute: 50 * time.Minute,
+		40 * time.Minute: 30 * time.Minute, // half of the last call
+		5 * time.Minute:  30 * time.Minute, // at once
+	} {
+		b := newRoot("b", end.Add(-before))
+		s := step(t, begin(t), Command{Verb: Prepare, New: &b}, View{}, end.Add(-before))
+		s = step(t, s, Command{Verb: Publish, ID: "b"}, View{}, end.Add(-before)).Stamped(2)
+		v := View{Agents: []Agent{{Name: "n1", Sequence: 1, Until: end}}}
+		if _, err := Step(s, Command{Verb: Activate, ID: "b"}, v, policy, end.Add(-want-1)); err == nil {
+			t.Errorf("published %s before the end: it signs before %s", before, want)
+		}
+		if _, err := Step(s, Command{Verb: Activate, ID: "b"}, v, policy, end.Add(-want)); err != nil {
+			t.Errorf("published %s before the end: at %s %v", before, want, err)
+		}
+	}
+	short := newRoot("a", start)
+	short.NotAfter = start.Add(time.Hour)
+	if got, want := policy.lastCall(&short), start.Add(time.Hour-time.Hour/8); !got.Equal(want) {
+		t.Errorf("last call of a root that lives an hour at %s; want %s", got, want)
+	}
+}
+
+// Whoever prepares without end is stopped, and what happens by itself is not.
+func TestPreparedAuthoritiesAreBounded(t *testing.T) {
+	s := begin(t)
+	prepare := func(a Authority) error {
+		next, err := Step(s, Command{Verb: Prepare, New: &a}, View{}, policy, start)
+		s = next
+		return err
+	}
+	for i := range maxUpcoming {
+		if err := prepare(newRoot(fmt.Sprint("r", i), start)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err := prepare(newRoot("r", start))
+	if _, ok := errors.AsType[*RefusedError](err); !ok || !strings.Contains(err.Error(), "activate one of them, or revoke") {
+		t.Errorf("one root too many: %v; want a refusal that says what to do", err)
+	}
+	if err := prepare(newJWT("k", "ca", start)); err != nil {
+		t.Errorf("a JWT key beside many roots: %v", err)
+	}
+	for i := 0; len(s.All()) < maxAuthorities; i++ {
+		if err := prepare(newJWT(fmt.Sprint("k", i), fmt.Sprint("ca-", i), start)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := prepare(newJWT("one-more", "ca-x", start)); err == nil || !strings.Contains(err.Error(), "revoke those") {
+		t.Errorf("one authority too many: %v; want a refusal that says what to do", err)
+	}
+	// Those that are revoked leave before their time where there are many.
+	for _, a := range s.All() {
+		if a.State == Prepared {
+			s = step(t, s, Command{Verb: Revoke, ID: a.ID}, View{}, start)
+		}
+	}
+	for _, c := range Due(s, "ca", true, View{}, policy, start) {
+		s = step(t, s, c, View{}, start)
+	}
+	if n := len(s.All()); n > maxRevoked+3 {
+		t.Errorf("%d authorities are left, of which 2 sign; want %d revoked ones at most", n, maxRevoked)
+	}
+	if err := prepare(newRoot("r", start)); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestPreparedByHandWaitsForItsTime(t *testing.T) {

@@ -67,8 +67,8 @@ type Authority struct {
 	Since map[State]time.Time `json:"since"`
 }
 
-// ends says whether the authority's life is over at now.
-func (a *Authority) ends(now time.Time) bool { return !now.Before(a.NotAfter) }
+// Ended says whether the authority's life is over at now.
+func (a *Authority) Ended(now time.Time) bool { return !now.Before(a.NotAfter) }
 
 // pastHalf says whether half of its life is over.
 func (a *Authority) pastHalf(now time.Time) bool {
@@ -119,6 +119,50 @@ func (a *Authority) slot() slot {
 		return slot{kind: Root}
 	}
 	return slot{a.Kind, a.Replica}
+}
+
+// Bounds of a set, which is one record, and of the trust bundle.
+const (
+	// maxUpcoming is how many in one place may be prepared or published.
+	maxUpcoming = 4
+	// maxRevoked is how many that are revoked stay on the list.
+	maxRevoked = 64
+	// maxAuthorities is how many there may be in all.
+	maxAuthorities = 256
+)
+
+// Room says why no further authority of a kind can be prepared for replica, as a
+// *RefusedError.
+func (s Set) Room(kind Kind, replica string) error {
+	place := (&Authority{Kind: kind, Replica: replica}).slot()
+	upcoming := 0
+	for i := range s.all {
+		if a := &s.all[i]; a.slot() == place && (a.State == Prepared || a.State == Published) {
+			upcoming++
+		}
+	}
+	c := Command{Verb: Prepare, ID: string(kind)}
+	switch {
+	case upcoming >= maxUpcoming:
+		return refused(c, "%d are prepared or published already, and sign nothing: activate one of them, or revoke those that nobody wants", upcoming)
+	case len(s.all) >= maxAuthorities:
+		return refused(c, "there are %d authorities already: revoke those that are old or tainted; what is revoked leaves the list by itself", len(s.all))
+	}
+	return nil
+}
+
+// Successor returns the root that is to sign because the one that does has ended
+// at now: of those published the one that lives longest; nil if there is none.
+func (s Set) Successor(now time.Time) (next *Authority) {
+	if root := s.Root(); root == nil || !root.Ended(now) {
+		return nil
+	}
+	for i := range s.all {
+		if a := &s.all[i]; a.Kind == Root && a.State == Published && !a.Ended(now) && (next == nil || a.NotAfter.After(next.NotAfter)) {
+			next = a
+		}
+	}
+	return next
 }
 
 // TaintedIDs are those of the tainted authorities, in order.

@@ -1,7 +1,15 @@
-// The steps: each takes a set on to the next, or says why not. Without force
-// nothing signs that a counting agent does not know, and nothing is withdrawn
-// that somebody still needs; with or without, whatever signs goes on to be in
-// the trust bundle, and there is always one that signs.
+// The steps: each takes a set on to the next, or says why not. Two laws hold,
+// which TestRotationLaws tries out:
+//
+// There is always a key that signs: one root in all, one JWT key in each place
+// that had one; it is in the trust bundle, and a root does not sign past its
+// end once what is due is done.
+//
+// Without force no key begins to sign while an agent that counts has not
+// acknowledged a trust bundle with it, and none is withdrawn while somebody has
+// an SVID under it that was not replaced. The one exception is a root from the
+// last call of the one before on (Policy.LastCall): then it signs, whoever lacks
+// it, because with the root before every SVID ends.
 
 package rotation
 
@@ -103,12 +111,15 @@ func (s Set) prepare(c Command, now time.Time) (Set, error) {
 	if _, taken := s.Get(a.ID); taken {
 		return s, refused(c, "it is there already")
 	}
+	if err := s.Room(a.Kind, a.Replica); err != nil {
+		return s, err
+	}
 	a.Since, a.Sequence = nil, 0
 	a.enter(Prepared, now)
 	if err := a.check(); err != nil {
 		return s, refused(c, "%v", err)
 	}
-	if a.ends(now) {
+	if a.Ended(now) {
 		return s, refused(c, "its life is over")
 	}
 	s.all = append(s.all, a)
@@ -132,7 +143,7 @@ func (s Set) activate(a *Authority, c Command, v View, p Policy, now time.Time) 
 		return refused(c, "it is in no trust bundle yet")
 	case a.State != Published && a.State != Old:
 		return refused(c, "it is %s", a.State)
-	case a.ends(now):
+	case a.Ended(now):
 		return refused(c, "its life is over since %s", a.NotAfter.UTC().Format(time.RFC3339))
 	}
 	if w := s.activation(a, v, p, now); !w.Over(now) && !c.Force {
