@@ -39,6 +39,7 @@ import (
 // user.
 const (
 	maxStreamsPerUser     = 1000
+	streamsPerSecond      = 100 // opened by one user, after as many at once as he may have
 	maxConnectionsPerUser = 1000
 	maxMessageBytes       = 1 << 20
 	maxHeaderBytes        = 16 << 10
@@ -223,7 +224,7 @@ func (a *Agent) serveSockets(ctx context.Context, group *errgroup.Group) error {
 func (a *Agent) publicServer() *grpc.Server {
 	s := grpc.NewServer(append(limits(),
 		grpc.Creds(endpoint.NewLimit(maxConnectionsPerUser).Credentials()),
-		grpc.InTapHandle(endpoint.NewLimit(maxStreamsPerUser).Tap),
+		grpc.InTapHandle(endpoint.NewLimit(maxStreamsPerUser).Tap(endpoint.NewRate(streamsPerSecond, maxStreamsPerUser))),
 		grpc.ChainUnaryInterceptor(endpoint.UnaryHeader),
 		grpc.ChainStreamInterceptor(endpoint.StreamHeader),
 	)...)
@@ -239,7 +240,7 @@ func (a *Agent) adminServer() *grpc.Server {
 	s := grpc.NewServer(append(limits(),
 		// Where admin_uids are set, others can connect and are refused call by call.
 		grpc.Creds(endpoint.NewLimit(maxConnectionsPerUser).Credentials()),
-		grpc.InTapHandle(endpoint.NewLimit(maxStreamsPerUser).Tap),
+		grpc.InTapHandle(endpoint.NewLimit(maxStreamsPerUser).Tap(nil)),
 		grpc.ChainUnaryInterceptor(unary), grpc.ChainStreamInterceptor(stream),
 	)...)
 	agentpb.RegisterDebugServer(s, a.local)

@@ -23,6 +23,7 @@ type Domain struct {
 	CABundle    string `json:"ca"`
 	GRPC        string `json:"-"`
 	Health      string `json:"-"` // host:port of StartCA's CA
+	AgentHealth string `json:"-"` // host:port of StartAgent's agent
 
 	// CA and Agent are the processes; one and the same for Dev.
 	CA, Agent *Process
@@ -109,17 +110,18 @@ func (d *Domain) StartAgent(token, rootHash string) {
 	public := filepath.Join(d.dir, "agent", "public", "api.sock")
 	d.WorkloadAPI = "unix://" + public
 	d.AgentAdmin = filepath.Join(d.dir, "agent", "admin", "admin.sock")
+	d.AgentHealth = fmt.Sprintf("127.0.0.1:%d", FreePort(d.TB))
 	d.write(config, fmt.Sprintf(`trust_domain: %s
 ca_address: %s
 ca_https_address: %s
 data_dir: %s
 public_socket: %s
 admin_socket: %s
-health_address: 127.0.0.1:%d
+health_address: %s
 join_token: %s
 root_hash: %s
 `, d.TrustDomain, d.GRPC, strings.TrimPrefix(d.HTTPS, "https://"), filepath.Join(d.dir, "agent-data"),
-		public, d.AgentAdmin, FreePort(d.TB), token, rootHash))
+		public, d.AgentAdmin, d.AgentHealth, token, rootHash))
 	d.Agent = Start(d.TB, "merlon-agent", nil, "-config", config)
 }
 

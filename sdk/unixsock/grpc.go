@@ -71,6 +71,7 @@ func handshake(conn net.Conn) (net.Conn, AuthInfo, error) {
 	if err != nil {
 		return nil, AuthInfo{}, err
 	}
+	p.hangup = conn.Close
 	info := AuthInfo{
 		// The kernel carries the bytes: nobody on a network can read them.
 		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},

@@ -21,6 +21,7 @@ type Peer struct {
 	PID      int32
 
 	pinned bool
+	hangup func() error // ends the connection; nil outside of gRPC
 	mu     sync.Mutex
 	pidfd  int // -1: the kernel has no SO_PEERPIDFD, or closed
 	closed bool
@@ -87,6 +88,13 @@ func (p *Peer) Alive() bool {
 			continue
 		}
 		return err == nil && n == 0
+	}
+}
+
+// Hangup ends the gRPC connection that the process made, and all calls on it.
+func (p *Peer) Hangup() {
+	if p.hangup != nil {
+		_ = p.hangup()
 	}
 }
 

@@ -506,7 +506,7 @@ func TestJWTSVIDsAreUsedAgainForHalfTheirLife(t *testing.T) {
 		entries, _ := f.Entitled(proves("unix:uid:1"))
 		get := func(audience ...string) string {
 			t.Helper()
-			token, err := f.JWTSVID(t.Context(), entries[0], audience)
+			token, err := f.JWTSVID(t.Context(), entries[0], audience, freely)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -530,8 +530,39 @@ func TestJWTSVIDsAreUsedAgainForHalfTheirLife(t *testing.T) {
 			t.Error("not used until its end while the CA is away")
 		}
 		time.Sleep(time.Minute)
-		if token, err := f.JWTSVID(t.Context(), entries[0], []string{"x", "y"}); status.Code(err) != codes.Unavailable {
+		if token, err := f.JWTSVID(t.Context(), entries[0], []string{"x", "y"}, freely); status.Code(err) != codes.Unavailable {
 			t.Errorf("JWTSVID() = %q, %v after its end; want Unavailable", token, err)
+		}
+	})
+}
+
+// freely admits every request for a JWT-SVID.
+func freely() error { return nil }
+
+// Whoever has had his share of requests to the CA gets what is held, for as long
+// as it is valid, and else is told.
+func TestJWTSVIDsThatAreHeldNeedNoAdmission(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		f.sync(newEntry("e1", "/a", "unix:uid:1"))
+		entries, _ := f.Entitled(proves("unix:uid:1"))
+		tooMany := errors.New("too many")
+		never := func() error { return tooMany }
+		if token, err := f.JWTSVID(t.Context(), entries[0], []string{"x"}, never); !errors.Is(err, tooMany) {
+			t.Errorf("JWTSVID() = %q, %v; want the refusal", token, err)
+		}
+		first, err := f.JWTSVID(t.Context(), entries[0], []string{"x"}, freely)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, age := range []time.Duration{0, 4 * time.Minute} { // at 4 min it would be renewed
+			time.Sleep(age)
+			if token, err := f.JWTSVID(t.Context(), entries[0], []string{"x"}, never); err != nil || token != first {
+				t.Errorf("JWTSVID() = %q, %v; want the one that is held", token, err)
+			}
+		}
+		time.Sleep(2 * time.Minute)
+		if token, err := f.JWTSVID(t.Context(), entries[0], []string{"x"}, never); !errors.Is(err, tooMany) {
+			t.Errorf("JWTSVID() = %q, %v after its end; want the refusal", token, err)
 		}
 	})
 }
@@ -540,7 +571,7 @@ func TestRevokedJWTSVIDIsForgotten(t *testing.T) {
 	run(t, func(t *testing.T, f *fixture) {
 		f.sync(newEntry("e1", "/a", "unix:uid:1"))
 		entries, _ := f.Entitled(proves("unix:uid:1"))
-		first, err := f.JWTSVID(t.Context(), entries[0], []string{"x"})
+		first, err := f.JWTSVID(t.Context(), entries[0], []string{"x"}, freely)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -548,7 +579,7 @@ func TestRevokedJWTSVIDIsForgotten(t *testing.T) {
 		f.apply(&capb.SyncResponse{Revocations: []*capb.Revocation{{
 			Subject: &capb.Revocation_SpiffeId{SpiffeId: "spiffe://" + td + "/a"}, BeforeRevision: 100,
 		}}})
-		if second, err := f.JWTSVID(t.Context(), entries[0], []string{"x"}); err != nil || second == first {
+		if second, err := f.JWTSVID(t.Context(), entries[0], []string{"x"}, freely); err != nil || second == first {
 			t.Errorf("JWTSVID() = the revoked one, %v; want a fresh one", err)
 		}
 	})

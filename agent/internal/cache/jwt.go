@@ -47,16 +47,17 @@ func newTokens() tokens {
 	return tokens{mu: new(sync.Mutex), byKey: map[string]*list.Element{}, order: list.New(), generation: new(uint64)}
 }
 
-// JWTSVID returns a JWT-SVID for e and audience, which must not be empty.
-// Errors carry gRPC codes if they are the CA's.
-func (c *Cache) JWTSVID(ctx context.Context, e *Entry, audience []string) (string, error) {
+// JWTSVID returns a JWT-SVID for e and audience, which must not be empty. Before
+// the CA is asked for one, admit is. Errors carry gRPC codes if they are the
+// CA's or admit's.
+func (c *Cache) JWTSVID(ctx context.Context, e *Entry, audience []string, admit func() error) (string, error) {
 	audience = slices.Compact(slices.Sorted(slices.Values(audience)))
 	key := tokenKey(e, audience)
 	held, generation := c.jwts.find(key, time.Now())
 	if held != nil && time.Now().Before(held.renewAt) {
 		return held.text, nil
 	}
-	made, err := c.signJWT(ctx, e, audience, key)
+	made, err := c.signJWT(ctx, e, audience, key, admit)
 	if err != nil {
 		// Asked again, because it may have been forgotten meanwhile.
 		if held, _ := c.jwts.find(key, time.Now()); held != nil {
@@ -72,7 +73,10 @@ func tokenKey(e *Entry, audience []string) string {
 	return fmt.Sprintf("%s %s %q", e.ID, e.SPIFFEID, audience)
 }
 
-func (c *Cache) signJWT(ctx context.Context, e *Entry, audience []string, key string) (*token, error) {
+func (c *Cache) signJWT(ctx context.Context, e *Entry, audience []string, key string, admit func() error) (*token, error) {
+	if err := admit(); err != nil {
+		return nil, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, jwtTimeout)
 	defer cancel()
 	text, err := c.authority.SignJWT(ctx, e.ID, audience)

@@ -36,6 +36,8 @@ const (
 	ProcessGone     = "PROCESS_GONE"      // the caller ended
 	ProcessChanged  = "PROCESS_CHANGED"   // the caller is not what it was when it connected
 	TooManyStreams  = "TOO_MANY_STREAMS"  // the caller's user has its share
+	RateLimited     = "RATE_LIMITED"      // the caller's user asks for more than his share
+	SlowReader      = "SLOW_READER"       // the caller does not read what he asked for
 	NotEntitled     = "NOT_ENTITLED"      // the caller asked for another identity
 )
 

@@ -9,6 +9,7 @@ import (
 	"net"
 	"sync"
 
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/tap"
@@ -50,8 +51,28 @@ func (l *Limit) Give(uid uint32) {
 
 // Tap bounds the open calls of a user, from their first header on: a call
 // whose request never comes reaches no interceptor, and holds a goroutine all
-// the same.
-func (l *Limit) Tap(ctx context.Context, _ *tap.Info) (context.Context, error) {
+// the same. How often he opens streams of the Workload API is bounded by opens,
+// if that is not nil.
+func (l *Limit) Tap(opens *Rate) tap.ServerInHandle {
+	return func(ctx context.Context, call *tap.Info) (context.Context, error) {
+		if opens != nil && workloadStreams[call.FullMethodName] {
+			if err := opens.Admit(ctx, "streams opened", "keep the stream open: what changes is sent on it"); err != nil {
+				return ctx, err
+			}
+		}
+		return l.take(ctx)
+	}
+}
+
+// workloadStreams are the methods that a client needs to call once.
+var workloadStreams = map[string]bool{
+	workload.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName:    true,
+	workload.SpiffeWorkloadAPI_FetchX509Bundles_FullMethodName: true,
+	workload.SpiffeWorkloadAPI_FetchJWTBundles_FullMethodName:  true,
+}
+
+// take takes one for the call of ctx.
+func (l *Limit) take(ctx context.Context) (context.Context, error) {
 	peer, ok := unixsock.PeerFromContext(ctx)
 	if !ok {
 		return ctx, Error(codes.Internal, ProcessGone, "the connection does not say who calls", "")

@@ -24,6 +24,13 @@ const (
 	maxAudienceBytes = 2048
 )
 
+// How many JWT-SVIDs the CA makes for the workloads of one user: at once after a
+// rest, and then each second. Those that are held already count nothing.
+const (
+	jwtBurst     = 500
+	jwtPerSecond = 50
+)
+
 // FetchJWTSVID returns a JWT-SVID for each of the caller's SPIFFE IDs, or for
 // the one that it asks for.
 func (s *Server) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest) (*workload.JWTSVIDResponse, error) {
@@ -48,9 +55,9 @@ func (s *Server) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest)
 	m := &workload.JWTSVIDResponse{}
 	var hints uniqueHints
 	for _, e := range entries {
-		token, err := s.cache.JWTSVID(ctx, e, req.GetAudience())
+		token, err := s.jwtSVID(ctx, e, req.GetAudience())
 		if err != nil {
-			return nil, s.unavailable(ctx, e, err)
+			return nil, err
 		}
 		m.Svids = append(m.Svids, &workload.JWTSVID{SpiffeId: e.SPIFFEID.String(), Svid: token, Hint: hints.next(e.Hint)})
 	}
@@ -65,6 +72,24 @@ func (s *Server) FetchJWTSVID(ctx context.Context, req *workload.JWTSVIDRequest)
 		}
 	}
 	return m, nil
+}
+
+// jwtSVID returns one JWT-SVID. The CA is asked for as many new ones as the
+// caller's user may have made.
+func (s *Server) jwtSVID(ctx context.Context, e *cache.Entry, audience []string) (string, error) {
+	var refused error
+	token, err := s.cache.JWTSVID(ctx, e, audience, func() error {
+		refused = s.signing.Admit(ctx, "new JWT-SVIDs", "ask for few audiences, and use a JWT-SVID again until it expires")
+		return refused
+	})
+	switch {
+	case err == nil:
+		return token, nil
+	case refused != nil:
+		return "", refused
+	default:
+		return "", s.unavailable(ctx, e, err)
+	}
 }
 
 // identities are the entries with each SPIFFE ID once, or with only one.

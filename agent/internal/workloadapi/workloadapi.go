@@ -6,6 +6,7 @@ package workloadapi
 import (
 	"context"
 	"log/slog"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -17,6 +18,7 @@ import (
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/endpoint"
 	attested "merlon.dev/agent/internal/workload"
+	"merlon.dev/sdk/unixsock"
 )
 
 // Server implements the Workload API. The WIT-SVID profile answers
@@ -24,15 +26,25 @@ import (
 type Server struct {
 	workload.UnimplementedSpiffeWorkloadAPIServer
 
-	callers *endpoint.Callers
-	cache   *cache.Cache
-	td      spiffeid.TrustDomain
-	log     *slog.Logger
+	callers  *endpoint.Callers
+	cache    *cache.Cache
+	signing  *endpoint.Rate
+	patience time.Duration // with a reader that takes nothing
+	td       spiffeid.TrustDomain
+	log      *slog.Logger
 }
+
+// patience is how long a message may wait for a reader that takes nothing. What
+// was sent before fills 64 KiB then, and the CA may be waiting for this stream to
+// know a new trust bundle.
+const patience = 30 * time.Second
 
 // New returns a Server for the workloads of trust domain td.
 func New(callers *endpoint.Callers, td spiffeid.TrustDomain, logger *slog.Logger) *Server {
-	return &Server{callers: callers, cache: callers.Cache, td: td, log: logger}
+	return &Server{
+		callers: callers, cache: callers.Cache, signing: endpoint.NewRate(jwtPerSecond, jwtBurst),
+		patience: patience, td: td, log: logger,
+	}
 }
 
 // FetchX509SVID streams the caller's X509-SVIDs, with keys and trust bundle.
@@ -84,7 +96,7 @@ func follow[M proto.Message](ctx context.Context, s *Server, svids bool, send fu
 				if err := s.callers.Alive(ctx); err != nil {
 					return err
 				}
-				if err := send(m); err != nil {
+				if err := deliver(ctx, s.patience, send, m); err != nil {
 					return err
 				}
 				last = m
@@ -96,6 +108,24 @@ func follow[M proto.Message](ctx context.Context, s *Server, svids bool, send fu
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
 		}
+	}
+}
+
+// deliver sends m. A reader that takes nothing for too long loses his connection,
+// because what is buffered for a stream stays until then.
+func deliver[M proto.Message](ctx context.Context, patience time.Duration, send func(M) error, m M) error {
+	sent := make(chan error, 1)
+	go func() { sent <- send(m) }() // ends with the stream
+	timeout := time.NewTimer(patience)
+	defer timeout.Stop()
+	select {
+	case err := <-sent:
+		return err
+	case <-timeout.C:
+		if peer, ok := unixsock.PeerFromContext(ctx); ok {
+			peer.Hangup()
+		}
+		return endpoint.Error(codes.Unavailable, endpoint.SlowReader, "the caller reads nothing", "read what the stream sends, and connect again")
 	}
 }
 
