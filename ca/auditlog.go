@@ -71,6 +71,16 @@ type LogReport struct {
 	Origin      string
 	VerifierKey string
 	RootHash    string
+	// Unfinished are administrative acts that begin and have no outcome: the CA
+	// was killed in them, or is at them now.
+	Unfinished []UnfinishedAct
+}
+
+// UnfinishedAct is the record that an act begins with.
+type UnfinishedAct struct {
+	Seq                uint64
+	Time               time.Time
+	Actor, Detail, Act string
 }
 
 // VerifyAuditLog reads the whole audit log of cfg, also of a CA that runs. The
@@ -87,6 +97,9 @@ func VerifyAuditLog(cfg Config) (LogReport, error) {
 		r, err = audit.Verify(path)
 	}
 	report := LogReport{Path: path, First: r.First, Last: r.Last}
+	for _, u := range r.Unfinished {
+		report.Unfinished = append(report.Unfinished, UnfinishedAct(u))
+	}
 	if err != nil {
 		report.Problem = err.Error()
 	}

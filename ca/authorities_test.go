@@ -215,7 +215,7 @@ func TestForceDoesNotWaitAndIsAudited(t *testing.T) {
 		}
 	}
 	for _, act := range []string{"activate", "revoke"} { // a CA that is killed in between has the first
-		begun := slices.Index(details, "admin begin to "+act+" authority by force")
+		begun := slices.Index(details, "admin begin to "+act+" authority (force: true)")
 		if done := slices.Index(details, "admin "+act+" authority by force"); begun < 0 || done < begun {
 			t.Errorf("%s by force is not recorded before it is done: %q", act, details)
 		}

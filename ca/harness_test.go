@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -303,6 +304,12 @@ func (c *testCA) auditRecords() []map[string]any {
 		records = append(records, r)
 	}
 	return records
+}
+
+// outcomes are the records but those with which acts begin.
+func (c *testCA) outcomes() []map[string]any {
+	c.t.Helper()
+	return slices.DeleteFunc(c.auditRecords(), func(r map[string]any) bool { return r["pending"] == true })
 }
 
 // httpClient calls the HTTPS port.

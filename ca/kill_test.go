@@ -4,10 +4,13 @@ package ca_test
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -16,6 +19,7 @@ import (
 
 	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/audit"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk/unixsock"
 )
@@ -127,5 +131,36 @@ func TestKilledCAComesBackWithAllItAcknowledged(t *testing.T) {
 	}
 	if len(acknowledged) == 0 {
 		t.Error("no entry was acknowledged in three rounds")
+	}
+	checkNothingUnrecorded(t, dir)
+}
+
+// checkNothingUnrecorded compares the entries of a CA that was killed with its
+// log: each has the record of its making, or that of its beginning.
+func checkNothingUnrecorded(t *testing.T, dir string) {
+	t.Helper()
+	cmd, admin := startProcess(t, dir)
+	list, err := admin.ListEntries(t.Context(), &capb.ListEntriesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait() // killed, as it should be
+	path := filepath.Join(dir, "data", "audit.jsonl")
+	recorded := make(map[string]bool)
+	for line, err := range audit.Lines(path, 1) {
+		var r audit.Record
+		if err := errors.Join(err, json.Unmarshal(line.Text, &r)); err != nil {
+			t.Fatal(err)
+		}
+		recorded[r.EntryID] = true
+	}
+	r, err := audit.Verify(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unrecorded := slices.DeleteFunc(list.GetEntries(), func(e *capb.Entry) bool { return recorded[e.GetEntryId()] })
+	if len(unrecorded) > len(r.Unfinished) {
+		t.Errorf("%d entries have no record of their making, and %d acts are unfinished", len(unrecorded), len(r.Unfinished))
 	}
 }

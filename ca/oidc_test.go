@@ -49,7 +49,7 @@ func TestTokenActsInItsRole(t *testing.T) {
 	wantCode(t, err, codes.PermissionDenied)
 	_, err = c.bearer(token("stranger")).admin.ListEntries(t.Context(), &capb.ListEntriesRequest{})
 	wantCode(t, err, codes.PermissionDenied)
-	records := c.auditRecords()
+	records := c.outcomes()
 	records = records[len(records)-3:]
 	made, refused, stranger := records[0], records[1], records[2]
 	if made["actor"] != p.URL+"#registrar" || made["role"] != "registrar of /ns/shop" || made["spiffe_id"] != "spiffe://shop.test/ns/shop/web" {

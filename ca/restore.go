@@ -357,8 +357,10 @@ func (r *Restored) record(ctx context.Context, cfg Config) error {
 const maxActs = 1000
 
 // actsSince reads in the audit log, as far as there is one, what administrators
-// did after t.
+// did after t. An act that has no outcome there may have been done.
 func actsSince(cfg Config, t time.Time) (acts []Act) {
+	begun := make(map[string]int) // where in acts each one begins
+	defer func() { acts = slices.DeleteFunc(acts, func(a Act) bool { return a == Act{} }) }()
 	first, err := audit.Begin(cfg.auditPath())
 	if err != nil {
 		return nil
@@ -368,8 +370,19 @@ func actsSince(cfg Config, t time.Time) (acts []Act) {
 			return acts
 		}
 		var r audit.Record
-		if json.Unmarshal(line.Text, &r) != nil || r.Type != audit.Admin || r.Detail == api.BackedUp || r.Time.Before(t) {
+		if json.Unmarshal(line.Text, &r) != nil || r.Time.Before(t) {
 			continue
+		}
+		begin, known := begun[r.Act]
+		if known && !r.Pending {
+			acts[begin] = Act{}
+		}
+		if r.Type != audit.Admin || strings.HasSuffix(r.Detail, api.BackedUp) {
+			continue
+		}
+		if !known && r.Pending {
+			begun[r.Act] = len(acts)
+			r.Detail += "; its outcome is not recorded"
 		}
 		acts = append(acts, Act{r.Time, r.Actor, r.Detail, r.SPIFFEID})
 	}

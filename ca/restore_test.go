@@ -18,9 +18,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/replica"
@@ -190,6 +192,38 @@ func stored(t *testing.T, cfg Config) (keys []string, published *trust.Bundle) {
 		}
 	}
 	return keys, published
+}
+
+// An act is one story, and one without an end may have been done.
+func TestActsSinceABackupAreToldOnce(t *testing.T) {
+	cfg := Config{DataDir: t.TempDir(), IssuanceLog: issuanceStrict}
+	begin := time.Now().Add(-time.Minute)
+	act := func(id, detail string, pending bool) audit.Record {
+		return audit.Record{Type: audit.Admin, Actor: "uid:0", Act: id, Detail: detail, Pending: pending}
+	}
+	refused := act("3", "revoke", false)
+	refused.Type = audit.Refuse
+	before := act("0", "begin to create entry", true)
+	before.Time = begin.Add(-time.Second)
+	writeAudit(t, cfg,
+		before, act("0", "create entry", false),
+		act("1", "begin to create entry", true), act("2", "begin to delete entry", true), act("1", "create entry", false),
+		act("3", "begin to revoke", true), refused,
+		act("4", "begin to evict replica", true), act("4", "sign policy bundle again", true), act("4", "evict replica b", false),
+		act("5", "begin to "+api.BackedUp, true), act("5", api.BackedUp, false),
+		act("", "entry expired", false), act("6", "begin to evict replica", true), act("6", "sign policy bundle again", true),
+	)
+	var told []string
+	for _, a := range actsSince(cfg, begin) {
+		told = append(told, a.What)
+	}
+	want := []string{
+		"create entry", "begin to delete entry; its outcome is not recorded", "create entry", "sign policy bundle again", "evict replica b",
+		"entry expired", "begin to evict replica; its outcome is not recorded", "sign policy bundle again",
+	}
+	if diff := cmp.Diff(want, told); diff != "" {
+		t.Errorf("acts (-want +got):\n%s", diff)
+	}
 }
 
 // A token that was used since, and a replica that was evicted since, must not

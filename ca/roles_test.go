@@ -124,7 +124,7 @@ func TestAuditNamesTheRole(t *testing.T) {
 	if err := revokeID(t, c, "spiffe://shop.test/gone"); err != nil { // on the socket: break-glass leaves its trace too
 		t.Fatal(err)
 	}
-	records := c.auditRecords()
+	records := c.outcomes()
 	own := records[len(records)-1]
 	records = records[:len(records)-1]
 	refused, made := records[len(records)-2], records[len(records)-1]

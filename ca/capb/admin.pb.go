@@ -2819,57 +2819,55 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x16TOKEN_KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fTOKEN_KIND_JOIN\x10\x01\x12\x1c\n" +
 	"\x18TOKEN_KIND_BUNDLE_READER\x10\x02\x12\x16\n" +
-	"\x12TOKEN_KIND_REPLICA\x10\x032\xdf\x0f\n" +
-	"\x05Admin\x12_\n" +
-	"\vCreateEntry\x12 .merlon.ca.v1.CreateEntryRequest\x1a!.merlon.ca.v1.CreateEntryResponse\"\v\xaa\xed\x18\a\n" +
-	"\x01\x03\x12\x02\x02\x04\x12`\n" +
-	"\vListEntries\x12 .merlon.ca.v1.ListEntriesRequest\x1a!.merlon.ca.v1.ListEntriesResponse\"\f\xaa\xed\x18\b\n" +
-	"\x01\x03\x12\x03\x01\x02\x04\x12W\n" +
-	"\bGetEntry\x12\x1d.merlon.ca.v1.GetEntryRequest\x1a\x1e.merlon.ca.v1.GetEntryResponse\"\f\xaa\xed\x18\b\n" +
-	"\x01\x03\x12\x03\x01\x02\x04\x12_\n" +
-	"\vDeleteEntry\x12 .merlon.ca.v1.DeleteEntryRequest\x1a!.merlon.ca.v1.DeleteEntryResponse\"\v\xaa\xed\x18\a\n" +
-	"\x01\x03\x12\x02\x02\x04\x12^\n" +
-	"\vCreateToken\x12 .merlon.ca.v1.CreateTokenRequest\x1a!.merlon.ca.v1.CreateTokenResponse\"\n" +
-	"\xaa\xed\x18\x06\n" +
-	"\x01\x03\x12\x01\x04\x12]\n" +
+	"\x12TOKEN_KIND_REPLICA\x10\x032\x9e\x11\n" +
+	"\x05Admin\x12m\n" +
+	"\vCreateEntry\x12 .merlon.ca.v1.CreateEntryRequest\x1a!.merlon.ca.v1.CreateEntryResponse\"\x19\xaa\xed\x18\x15\n" +
+	"\x01\x03\x12\x02\x02\x04\"\fcreate entry\x12b\n" +
+	"\vListEntries\x12 .merlon.ca.v1.ListEntriesRequest\x1a!.merlon.ca.v1.ListEntriesResponse\"\x0e\xaa\xed\x18\n" +
 	"\n" +
-	"ListAgents\x12\x1f.merlon.ca.v1.ListAgentsRequest\x1a .merlon.ca.v1.ListAgentsResponse\"\f\xaa\xed\x18\b\n" +
-	"\x01\x03\x12\x03\x01\x02\x04\x12j\n" +
-	"\x0eGetTrustBundle\x12#.merlon.ca.v1.GetTrustBundleRequest\x1a$.merlon.ca.v1.GetTrustBundleResponse\"\r\xaa\xed\x18\t\n" +
-	"\x01\x03\x12\x04\x01\x02\x03\x04\x12P\n" +
-	"\x06Revoke\x12\x1b.merlon.ca.v1.RevokeRequest\x1a\x1c.merlon.ca.v1.RevokeResponse\"\v\xaa\xed\x18\a\n" +
-	"\x01\x03\x12\x02\x02\x04\x12l\n" +
-	"\x0fListRevocations\x12$.merlon.ca.v1.ListRevocationsRequest\x1a%.merlon.ca.v1.ListRevocationsResponse\"\f\xaa\xed\x18\b\n" +
-	"\x01\x03\x12\x03\x01\x02\x04\x12\\\n" +
+	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12Y\n" +
+	"\bGetEntry\x12\x1d.merlon.ca.v1.GetEntryRequest\x1a\x1e.merlon.ca.v1.GetEntryResponse\"\x0e\xaa\xed\x18\n" +
 	"\n" +
-	"PushPolicy\x12\x1f.merlon.ca.v1.PushPolicyRequest\x1a .merlon.ca.v1.PushPolicyResponse\"\v\xaa\xed\x18\a\n" +
-	"\x01\x03\x12\x02\x03\x04\x12b\n" +
-	"\fListReplicas\x12!.merlon.ca.v1.ListReplicasRequest\x1a\".merlon.ca.v1.ListReplicasResponse\"\v\xaa\xed\x18\a\n" +
-	"\x01\x03\x12\x02\x01\x04\x12a\n" +
-	"\fEvictReplica\x12!.merlon.ca.v1.EvictReplicaRequest\x1a\".merlon.ca.v1.EvictReplicaResponse\"\n" +
-	"\xaa\xed\x18\x06\n" +
-	"\x01\x03\x12\x01\x04\x12k\n" +
-	"\x0fListAuthorities\x12$.merlon.ca.v1.ListAuthoritiesRequest\x1a%.merlon.ca.v1.ListAuthoritiesResponse\"\v\xaa\xed\x18\a\n" +
-	"\x01\x03\x12\x02\x01\x04\x12m\n" +
-	"\x10PrepareAuthority\x12%.merlon.ca.v1.PrepareAuthorityRequest\x1a&.merlon.ca.v1.PrepareAuthorityResponse\"\n" +
-	"\xaa\xed\x18\x06\n" +
-	"\x01\x03\x12\x01\x04\x12p\n" +
-	"\x11ActivateAuthority\x12&.merlon.ca.v1.ActivateAuthorityRequest\x1a'.merlon.ca.v1.ActivateAuthorityResponse\"\n" +
-	"\xaa\xed\x18\x06\n" +
-	"\x01\x03\x12\x01\x04\x12g\n" +
-	"\x0eTaintAuthority\x12#.merlon.ca.v1.TaintAuthorityRequest\x1a$.merlon.ca.v1.TaintAuthorityResponse\"\n" +
-	"\xaa\xed\x18\x06\n" +
-	"\x01\x03\x12\x01\x04\x12j\n" +
-	"\x0fRevokeAuthority\x12$.merlon.ca.v1.RevokeAuthorityRequest\x1a%.merlon.ca.v1.RevokeAuthorityResponse\"\n" +
-	"\xaa\xed\x18\x06\n" +
-	"\x01\x03\x12\x01\x04\x12`\n" +
-	"\vBackupStore\x12 .merlon.ca.v1.BackupStoreRequest\x1a!.merlon.ca.v1.BackupStoreResponse\"\n" +
-	"\xaa\xed\x18\x06\n" +
-	"\x01\x03\x12\x01\x040\x01\x12Z\n" +
-	"\tGetPolicy\x12\x1e.merlon.ca.v1.GetPolicyRequest\x1a\x1f.merlon.ca.v1.GetPolicyResponse\"\f\xaa\xed\x18\b\n" +
-	"\x01\x03\x12\x03\x01\x03\x04\x12h\n" +
-	"\x0eProveIssuances\x12#.merlon.ca.v1.ProveIssuancesRequest\x1a$.merlon.ca.v1.ProveIssuancesResponse\"\v\xaa\xed\x18\a\n" +
-	"\x01\x03\x12\x02\x01\x04B\x14Z\x12merlon.dev/ca/capbb\x06proto3"
+	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12m\n" +
+	"\vDeleteEntry\x12 .merlon.ca.v1.DeleteEntryRequest\x1a!.merlon.ca.v1.DeleteEntryResponse\"\x19\xaa\xed\x18\x15\n" +
+	"\x01\x03\x12\x02\x02\x04\"\fdelete entry\x12l\n" +
+	"\vCreateToken\x12 .merlon.ca.v1.CreateTokenRequest\x1a!.merlon.ca.v1.CreateTokenResponse\"\x18\xaa\xed\x18\x14\n" +
+	"\x01\x03\x12\x01\x04\"\fcreate token\x12_\n" +
+	"\n" +
+	"ListAgents\x12\x1f.merlon.ca.v1.ListAgentsRequest\x1a .merlon.ca.v1.ListAgentsResponse\"\x0e\xaa\xed\x18\n" +
+	"\n" +
+	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12l\n" +
+	"\x0eGetTrustBundle\x12#.merlon.ca.v1.GetTrustBundleRequest\x1a$.merlon.ca.v1.GetTrustBundleResponse\"\x0f\xaa\xed\x18\v\n" +
+	"\x01\x03\x12\x04\x01\x02\x03\x04\x18\x01\x12X\n" +
+	"\x06Revoke\x12\x1b.merlon.ca.v1.RevokeRequest\x1a\x1c.merlon.ca.v1.RevokeResponse\"\x13\xaa\xed\x18\x0f\n" +
+	"\x01\x03\x12\x02\x02\x04\"\x06revoke\x12n\n" +
+	"\x0fListRevocations\x12$.merlon.ca.v1.ListRevocationsRequest\x1a%.merlon.ca.v1.ListRevocationsResponse\"\x0e\xaa\xed\x18\n" +
+	"\n" +
+	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12i\n" +
+	"\n" +
+	"PushPolicy\x12\x1f.merlon.ca.v1.PushPolicyRequest\x1a .merlon.ca.v1.PushPolicyResponse\"\x18\xaa\xed\x18\x14\n" +
+	"\x01\x03\x12\x02\x03\x04\"\vpush policy\x12d\n" +
+	"\fListReplicas\x12!.merlon.ca.v1.ListReplicasRequest\x1a\".merlon.ca.v1.ListReplicasResponse\"\r\xaa\xed\x18\t\n" +
+	"\x01\x03\x12\x02\x01\x04\x18\x01\x12p\n" +
+	"\fEvictReplica\x12!.merlon.ca.v1.EvictReplicaRequest\x1a\".merlon.ca.v1.EvictReplicaResponse\"\x19\xaa\xed\x18\x15\n" +
+	"\x01\x03\x12\x01\x04\"\revict replica\x12m\n" +
+	"\x0fListAuthorities\x12$.merlon.ca.v1.ListAuthoritiesRequest\x1a%.merlon.ca.v1.ListAuthoritiesResponse\"\r\xaa\xed\x18\t\n" +
+	"\x01\x03\x12\x02\x01\x04\x18\x01\x12\x80\x01\n" +
+	"\x10PrepareAuthority\x12%.merlon.ca.v1.PrepareAuthorityRequest\x1a&.merlon.ca.v1.PrepareAuthorityResponse\"\x1d\xaa\xed\x18\x19\n" +
+	"\x01\x03\x12\x01\x04\"\x11prepare authority\x12\x84\x01\n" +
+	"\x11ActivateAuthority\x12&.merlon.ca.v1.ActivateAuthorityRequest\x1a'.merlon.ca.v1.ActivateAuthorityResponse\"\x1e\xaa\xed\x18\x1a\n" +
+	"\x01\x03\x12\x01\x04\"\x12activate authority\x12x\n" +
+	"\x0eTaintAuthority\x12#.merlon.ca.v1.TaintAuthorityRequest\x1a$.merlon.ca.v1.TaintAuthorityResponse\"\x1b\xaa\xed\x18\x17\n" +
+	"\x01\x03\x12\x01\x04\"\x0ftaint authority\x12|\n" +
+	"\x0fRevokeAuthority\x12$.merlon.ca.v1.RevokeAuthorityRequest\x1a%.merlon.ca.v1.RevokeAuthorityResponse\"\x1c\xaa\xed\x18\x18\n" +
+	"\x01\x03\x12\x01\x04\"\x10revoke authority\x12s\n" +
+	"\vBackupStore\x12 .merlon.ca.v1.BackupStoreRequest\x1a!.merlon.ca.v1.BackupStoreResponse\"\x1d\xaa\xed\x18\x19\n" +
+	"\x01\x03\x12\x01\x04\"\x11back up the store0\x01\x12\\\n" +
+	"\tGetPolicy\x12\x1e.merlon.ca.v1.GetPolicyRequest\x1a\x1f.merlon.ca.v1.GetPolicyResponse\"\x0e\xaa\xed\x18\n" +
+	"\n" +
+	"\x01\x03\x12\x03\x01\x03\x04\x18\x01\x12j\n" +
+	"\x0eProveIssuances\x12#.merlon.ca.v1.ProveIssuancesRequest\x1a$.merlon.ca.v1.ProveIssuancesResponse\"\r\xaa\xed\x18\t\n" +
+	"\x01\x03\x12\x02\x01\x04\x18\x01B\x14Z\x12merlon.dev/ca/capbb\x06proto3"
 
 var (
 	file_ca_capb_admin_proto_rawDescOnce sync.Once

@@ -41,6 +41,16 @@ type logJSON struct {
 	Origin      string `json:"origin,omitempty"`
 	VerifierKey string `json:"verifier_key,omitempty"`
 	RootHash    string `json:"root_hash,omitempty"`
+	// Acts that begin and have no outcome.
+	Unfinished []unfinishedJSON `json:"unfinished"`
+}
+
+type unfinishedJSON struct {
+	Seq    uint64    `json:"seq"`
+	Time   time.Time `json:"time"`
+	Actor  string    `json:"actor"`
+	Detail string    `json:"detail"`
+	Act    string    `json:"act"`
 }
 
 func logVerify(o *options) *cobra.Command {
@@ -54,7 +64,10 @@ before, is the leaf that the signed tree has in its place, and that none is
 missing but those that retention dropped. The CA may run. root_hash is that of
 the root which vouches for the key that signed the checkpoint; with --root-hash
 it is compared. Exit code 1 means that something was changed or is missing.
-Records behind the checkpoint, those of the last seconds, are in the chain only.`,
+Records behind the checkpoint, those of the last seconds, are in the chain only.
+What an administrator does is two records with one act: it begins, and its
+outcome. unfinished are those that begin and have no outcome: the CA was killed
+in them, or is at them now; look whether they were done.`,
 		Example: `  merlon log verify --data-dir /var/lib/merlon/ca
   merlon log verify --config /etc/merlon/ca.yaml --root-hash 3f…`,
 		Args: cobra.NoArgs,
@@ -89,7 +102,10 @@ func printLog(cmd *cobra.Command, output string, r ca.LogReport, pinned string) 
 	if r.Problem == "" && pinned != "" && !strings.EqualFold(pinned, r.RootHash) {
 		r.Problem = fmt.Sprintf("another root vouches for it than the one with hash %s", pinned)
 	}
-	out := logJSON{r.Path, r.Problem == "", r.Problem, r.First, r.Last, r.Size, r.Root, r.Origin, r.VerifierKey, r.RootHash}
+	out := logJSON{r.Path, r.Problem == "", r.Problem, r.First, r.Last, r.Size, r.Root, r.Origin, r.VerifierKey, r.RootHash, []unfinishedJSON{}}
+	for _, u := range r.Unfinished {
+		out.Unfinished = append(out.Unfinished, unfinishedJSON(u))
+	}
 	var err error
 	if output == "json" {
 		err = printJSON(cmd.OutOrStdout(), out)
@@ -97,7 +113,10 @@ func printLog(cmd *cobra.Command, output string, r ca.LogReport, pinned string) 
 		err = printFields(cmd.OutOrStdout(),
 			"path", out.Path, "first", strconv.FormatUint(out.First, 10), "last", strconv.FormatUint(out.Last, 10),
 			"checkpoint_size", strconv.FormatInt(out.Size, 10), "checkpoint_root", out.Root, "origin", out.Origin,
-			"verifier_key", out.VerifierKey, "root_hash", out.RootHash)
+			"verifier_key", out.VerifierKey, "root_hash", out.RootHash, "unfinished", strconv.Itoa(len(out.Unfinished)))
+		for _, u := range out.Unfinished {
+			fmt.Fprintf(cmd.ErrOrStderr(), "unfinished: record %d, %s, %s: %q has no outcome: look whether it was done\n", u.Seq, u.Time.Format(time.RFC3339), u.Actor, u.Detail)
+		}
 	}
 	switch {
 	case err != nil:

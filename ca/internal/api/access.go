@@ -39,6 +39,10 @@ type rule struct {
 	// roles are those of which an administrator needs one; without any, no
 	// administrator may call it.
 	roles []role.Name
+	// reads: it changes nothing. act is what an administrator does by it. With
+	// neither no administrator may call it.
+	reads bool
+	act   string
 }
 
 // accessOf reads the annotations of every service in files.
@@ -51,7 +55,7 @@ func accessOf(files ...protoreflect.FileDescriptor) access {
 			for j := range methods.Len() {
 				m := methods.Get(j)
 				if a, ok := proto.GetExtension(m.Options(), capb.E_Access).(*capb.Access); ok {
-					table[fmt.Sprintf("/%s/%s", services.Get(i).FullName(), m.Name())] = rule{a.GetCallers(), roleNames(a.GetRoles())}
+					table[fmt.Sprintf("/%s/%s", services.Get(i).FullName(), m.Name())] = rule{a.GetCallers(), roleNames(a.GetRoles()), a.GetReads(), a.GetAct()}
 				}
 			}
 		}
@@ -69,6 +73,9 @@ func roleNames(roles []capb.Role) []role.Name {
 	return names
 }
 
+// saysWhat says whether it is known what an administrator does by the RPC.
+func (r rule) saysWhat() bool { return r.reads || r.act != "" }
+
 // whom names for people whom the RPC is for: "agent", "viewer or operator".
 func (r rule) whom() string {
 	var kinds []string
@@ -81,7 +88,7 @@ func (r rule) whom() string {
 		for _, n := range r.roles {
 			names = append(names, string(n))
 		}
-		if len(names) > 0 {
+		if len(names) > 0 && r.saysWhat() {
 			kinds = append(kinds, strings.Join(names, " or "))
 		}
 	}
@@ -99,7 +106,7 @@ func (t access) permits(method string, c *Caller) (using []role.Role, ok bool) {
 			ok = true
 		default:
 			for _, r := range c.Roles {
-				if slices.Contains(rule.roles, r.Name) {
+				if rule.saysWhat() && slices.Contains(rule.roles, r.Name) {
 					using, ok = append(using, r), true
 				}
 			}

@@ -5,6 +5,7 @@ package api
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 
 	"google.golang.org/grpc/codes"
@@ -75,6 +76,24 @@ func TestAdminRPCWithoutRolesIsOpenToNobody(t *testing.T) {
 	}
 }
 
+// An RPC for administrators that does not say whether it changes something is for
+// none of them: it could change something without a record.
+func TestAdminRPCOfUnknownEffectIsOpenToNobody(t *testing.T) {
+	r := rule{callers: []capb.Caller{capb.Caller_CALLER_ADMIN}, roles: []role.Name{role.Operator}}
+	table := access{"/x/Y": r}
+	if _, ok := table.permits("/x/Y", everybody()); ok {
+		t.Error("an RPC of unknown effect is open to an administrator")
+	}
+	if err := table.authorize(everybody(), "/x/Y"); err == nil || !strings.Contains(err.Error(), "open to nobody") {
+		t.Errorf("authorize = %v; want that it is open to nobody", err)
+	}
+	for what, known := range map[string]rule{"reads": {callers: r.callers, roles: r.roles, reads: true}, "act": {callers: r.callers, roles: r.roles, act: "do"}} {
+		if _, ok := (access{"/x/Y": known}).permits("/x/Y", everybody()); !ok {
+			t.Errorf("an RPC that says %s is open to nobody", what)
+		}
+	}
+}
+
 // Who loses a role can call nothing that was closed before.
 func TestLosingARoleAddsNoPermission(t *testing.T) {
 	table := accessTable()
@@ -123,6 +142,16 @@ func TestRolesOfTheProtosAreThoseOfTheCA(t *testing.T) {
 	}
 }
 
+// checkEffect: an RPC that is named like one that changes something is an act.
+func checkEffect(t *testing.T, name string, r rule) {
+	t.Helper()
+	method := name[strings.LastIndex(name, "/")+1:]
+	onlyReads := slices.ContainsFunc([]string{"Get", "List", "Prove"}, func(verb string) bool { return strings.HasPrefix(method, verb) })
+	if r.reads == (r.act != "") || r.reads != onlyReads {
+		t.Errorf("%s: reads: %v, act: %q; what does not get, list or prove is an act, and what does is none", name, r.reads, r.act)
+	}
+}
+
 // Every RPC of the CA says who may call it, and no RPC that changes something
 // or tells secrets is for everyone.
 func TestEveryRPCIsAnnotated(t *testing.T) {
@@ -144,6 +173,9 @@ func TestEveryRPCIsAnnotated(t *testing.T) {
 				}
 				if svc.Name() != "Replica" && table.may(name, capb.Caller_CALLER_REPLICA) {
 					t.Errorf("%s is open to replicas", name)
+				}
+				if svc.Name() == "Admin" {
+					checkEffect(t, name, table[name])
 				}
 				if svc.Name() == "Admin" != slices.Contains(table[name].roles, role.Operator) {
 					t.Errorf("%s: operators may call Admin, all of it, and nothing else", name)

@@ -38,7 +38,7 @@ const (
 func (s *Service) CreateEntry(ctx context.Context, req *capb.CreateEntryRequest) (*capb.CreateEntryResponse, error) {
 	e, err := s.newEntry(ctx, req.GetEntry())
 	if err != nil {
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create entry", SPIFFEID: req.GetEntry().GetSpiffeId()}, err)
+		return nil, err
 	}
 	value, err := entry.Encode(e)
 	if err != nil {
@@ -53,7 +53,7 @@ func (s *Service) CreateEntry(ctx context.Context, req *capb.CreateEntryRequest)
 		return nil, errors.New("store a registration entry: the random generator repeats itself")
 	}
 	e.Revision = res.Revision
-	if err := s.admin(ctx, audit.Record{Detail: "create entry", EntryID: e.ID, SPIFFEID: e.SPIFFEID.String()}); err != nil {
+	if err := s.done(ctx, audit.Record{Detail: "create entry", EntryID: e.ID, SPIFFEID: e.SPIFFEID.String()}); err != nil {
 		return nil, err
 	}
 	if err := s.registry.Wait(ctx, res.Revision); err != nil {
@@ -155,7 +155,7 @@ func (s *Service) CreateToken(ctx context.Context, req *capb.CreateTokenRequest)
 	case capb.TokenKind_TOKEN_KIND_REPLICA:
 		return s.createReplicaToken(ctx, req)
 	default:
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, &entry.InvalidError{Field: "kind", Reason: "is missing"})
+		return nil, &entry.InvalidError{Field: "kind", Reason: "is missing"}
 	}
 }
 
@@ -166,17 +166,17 @@ func (s *Service) createJoinToken(ctx context.Context, req *capb.CreateTokenRequ
 	}
 	id, err := entry.AgentID(s.opts.TrustDomain, name)
 	if err != nil {
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, err)
+		return nil, err
 	}
 	expires, err := tokenExpiry(req.GetTtlSeconds(), defaultJoinTTL, maxJoinTTL)
 	if err != nil {
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, err)
+		return nil, err
 	}
 	token, err := attest.CreateJoinToken(ctx, s.opts.Store, name, expires)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.admin(ctx, audit.Record{Detail: "create join token", SPIFFEID: id.String(), NotAfter: expires}); err != nil {
+	if err := s.done(ctx, audit.Record{Detail: "create join token", SPIFFEID: id.String(), NotAfter: expires}); err != nil {
 		return nil, err
 	}
 	return &capb.CreateTokenResponse{
@@ -190,17 +190,17 @@ func (s *Service) createReaderToken(ctx context.Context, req *capb.CreateTokenRe
 		name = release.DefaultName
 	}
 	if err := release.CheckName(name); err != nil {
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, err)
+		return nil, err
 	}
 	expires, err := tokenExpiry(req.GetTtlSeconds(), defaultReaderTTL, maxReaderTTL)
 	if err != nil {
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, err)
+		return nil, err
 	}
 	token, err := attest.CreateReaderToken(ctx, s.opts.Store, name, expires)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.admin(ctx, audit.Record{Detail: "create bundle-reader token for " + name, NotAfter: expires}); err != nil {
+	if err := s.done(ctx, audit.Record{Detail: "create bundle-reader token for " + name, NotAfter: expires}); err != nil {
 		return nil, err
 	}
 	return &capb.CreateTokenResponse{Token: token, ExpiresAt: timestamp(expires)}, nil

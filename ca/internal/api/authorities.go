@@ -94,7 +94,7 @@ func intermediatesToProto(rec *replica.Record, now time.Time) (all []*capb.CAAut
 func (s *Service) PrepareAuthority(ctx context.Context, req *capb.PrepareAuthorityRequest) (*capb.PrepareAuthorityResponse, error) {
 	id, revision, err := s.opts.Authorities.Prepare(ctx, rotation.Kind(req.GetKind()))
 	if err != nil {
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "prepare authority"}, err)
+		return nil, err
 	}
 	a, err := s.stepped(ctx, "prepare authority, "+req.GetKind(), id, revision)
 	if err != nil {
@@ -150,26 +150,21 @@ func (s *Service) takesStep(c rotation.Command) error {
 	return status.Errorf(codes.FailedPrecondition, "%s %s: it is an intermediate, of replica %s: %s", c.Verb, c.ID, rec.Name, instead)
 }
 
-// step takes one step and records it, or that it was refused. That it is about
-// to be taken is on disk before: a CA that is killed in between has done nothing
-// to its authorities that the log does not know of.
+// step takes one step and records it.
 func (s *Service) step(ctx context.Context, c rotation.Command) (*capb.CAAuthority, error) {
 	if len(c.ID) > maxAuthorityBytes {
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: string(c.Verb) + " authority"}, &entry.InvalidError{Field: "authority_id", Reason: "is too long"})
+		return nil, &entry.InvalidError{Field: "authority_id", Reason: "is too long"}
 	}
 	what := string(c.Verb) + " authority"
 	if c.Force {
 		what += " by force"
 	}
 	if err := s.takesStep(c); err != nil {
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: what, AuthorityID: c.ID}, err)
-	}
-	if err := s.begin(ctx, audit.Record{Detail: what, AuthorityID: c.ID}); err != nil {
 		return nil, err
 	}
 	revision, err := s.opts.Authorities.Take(ctx, c)
 	if err != nil {
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: what, AuthorityID: c.ID}, err)
+		return nil, err
 	}
 	return s.stepped(ctx, what, c.ID, revision)
 }
@@ -177,7 +172,7 @@ func (s *Service) step(ctx context.Context, c rotation.Command) (*capb.CAAuthori
 // stepped records what was done, and returns the authority once the picture has
 // it.
 func (s *Service) stepped(ctx context.Context, what, id string, revision uint64) (*capb.CAAuthority, error) {
-	if err := s.admin(ctx, audit.Record{Detail: what, AuthorityID: id}); err != nil {
+	if err := s.done(ctx, audit.Record{Detail: what, AuthorityID: id}); err != nil {
 		return nil, err
 	}
 	if err := s.registry.Wait(ctx, revision); err != nil {

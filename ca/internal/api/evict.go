@@ -32,24 +32,24 @@ var errNoReplica = status.Error(codes.NotFound, "no such replica")
 // createReplicaToken makes a token with which a CA joins as the named replica.
 func (s *Service) createReplicaToken(ctx context.Context, req *capb.CreateTokenRequest) (*capb.CreateTokenResponse, error) {
 	if s.opts.Root == nil {
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, errNoRoot)
+		return nil, errNoRoot
 	}
 	name := req.GetReplicaName()
 	if err := replica.CheckName(name); err != nil {
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, err)
+		return nil, err
 	}
 	if _, taken := s.registry.Replica(name); taken {
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, errReplicaName)
+		return nil, errReplicaName
 	}
 	expires, err := tokenExpiry(req.GetTtlSeconds(), defaultJoinTTL, maxJoinTTL)
 	if err != nil {
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "create token"}, err)
+		return nil, err
 	}
 	token, err := attest.CreateReplicaToken(ctx, s.opts.Store, s.opts.Root, name, expires)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.admin(ctx, audit.Record{Detail: "create replica token for " + name, NotAfter: expires}); err != nil {
+	if err := s.done(ctx, audit.Record{Detail: "create replica token for " + name, NotAfter: expires}); err != nil {
 		return nil, err
 	}
 	return &capb.CreateTokenResponse{Token: token, ExpiresAt: timestamp(expires), RootHash: svid.KeyHash(s.opts.Keys.X509().Root)}, nil
@@ -81,15 +81,14 @@ func (s *Service) replicaToProto(rec *replica.Record) *capb.CAReplica {
 // signed are signed again first: were they left for later, a crash in between
 // would leave agents without a policy that they can verify.
 func (s *Service) EvictReplica(ctx context.Context, req *capb.EvictReplicaRequest) (*capb.EvictReplicaResponse, error) {
-	const what = "evict replica"
 	rec, ok := s.registry.Replica(req.GetName())
 	switch {
 	case !ok:
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: what}, errNoReplica)
+		return nil, errNoReplica
 	case rec.RootHolder:
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: what}, status.Errorf(codes.FailedPrecondition, "%s holds the root key: without it no replica could renew", rec.Name))
+		return nil, status.Errorf(codes.FailedPrecondition, "%s holds the root key: without it no replica could renew", rec.Name)
 	case rec.Name == s.opts.ReplicaName:
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: what}, status.Error(codes.FailedPrecondition, "a replica does not evict itself: ask another one"))
+		return nil, status.Error(codes.FailedPrecondition, "a replica does not evict itself: ask another one")
 	}
 	if err := s.reseal(ctx, rec); err != nil {
 		return nil, err
@@ -102,7 +101,7 @@ func (s *Service) EvictReplica(ctx context.Context, req *capb.EvictReplicaReques
 		if gone == nil {
 			continue // its record or the trust bundle changed under us
 		}
-		if err := s.admin(ctx, audit.Record{
+		if err := s.done(ctx, audit.Record{
 			Detail: "evict replica " + gone.Name + ", JWT key " + gone.JWTKeyID, AuthorityID: gone.Current().ID, NotAfter: gone.Current().NotAfter,
 		}); err != nil {
 			return nil, err
@@ -193,7 +192,7 @@ func (s *Service) reseal(ctx context.Context, rec *replica.Record) error {
 		s.log.LogAttrs(ctx, slog.LevelError, "policy bundle of a replica not signed again: push it anew", slog.String("replica", rec.Name), slog.Any("err", err))
 	}
 	for _, h := range heads {
-		if err := s.admin(ctx, audit.Record{Detail: fmt.Sprintf("sign policy bundle %s of replica %s again, generation %d", h.Name, rec.Name, h.Generation), NotAfter: h.NotAfter}); err != nil {
+		if err := s.part(ctx, audit.Record{Detail: fmt.Sprintf("sign policy bundle %s of replica %s again, generation %d", h.Name, rec.Name, h.Generation), NotAfter: h.NotAfter}); err != nil {
 			return err
 		}
 	}

@@ -17,32 +17,37 @@ func (s *Service) PushPolicy(ctx context.Context, req *capb.PushPolicyRequest) (
 	if name == "" {
 		name = release.DefaultName
 	}
-	head, err := s.Publish(ctx, callerFrom(ctx), name, req.GetBundle())
+	head, err := s.publish(ctx, name, req.GetBundle())
 	if err != nil {
 		return nil, err
 	}
 	return &capb.PushPolicyResponse{Name: head.Name, Generation: head.Generation, Etag: head.ETag()}, nil
 }
 
-// Publish makes unsigned the next generation of the policy bundle called name,
-// for caller, who was found to be allowed to, and records it. REST uploads come
-// here too. Errors are statuses.
-func (s *Service) Publish(ctx context.Context, caller *Caller, name string, unsigned []byte) (*release.Head, error) {
-	if err := s.Standing(); err != nil { // REST comes by no interceptor
+// Publish is PushPolicy for uploads over REST, which come by no interceptor, by a
+// caller who was found to be allowed to. Errors are statuses.
+func (s *Service) Publish(ctx context.Context, caller *Caller, name string, unsigned []byte) (head *release.Head, err error) {
+	if err := s.Standing(); err != nil {
 		return nil, err
 	}
+	ctx = context.WithValue(ctx, callerKey{}, caller)
+	err = door{s, s.access}.act(ctx, capb.Admin_PushPolicy_FullMethodName, &capb.PushPolicyRequest{Name: name}, func(ctx context.Context) error {
+		head, err = s.publish(ctx, name, unsigned)
+		return err
+	})
+	return head, err
+}
+
+// publish makes unsigned the next generation of the policy bundle called name.
+func (s *Service) publish(ctx context.Context, name string, unsigned []byte) (*release.Head, error) {
 	head, err := s.opts.Releases.Publish(ctx, name, unsigned)
 	if err != nil {
-		return nil, s.refuse(ctx, caller, audit.Record{Detail: "push policy"}, s.toStatus(ctx, err))
+		return nil, err
 	}
-	ctx = context.WithValue(ctx, callerKey{}, caller)
-	if err := s.admin(ctx, audit.Record{Detail: fmt.Sprintf("push policy bundle %s, generation %d", name, head.Generation)}); err != nil {
-		return nil, s.toStatus(ctx, err)
+	if err := s.done(ctx, audit.Record{Detail: fmt.Sprintf("push policy bundle %s, generation %d", name, head.Generation)}); err != nil {
+		return nil, err
 	}
-	if err := s.registry.Wait(ctx, head.Revision); err != nil {
-		return nil, s.toStatus(ctx, err)
-	}
-	return head, nil
+	return head, s.registry.Wait(ctx, head.Revision)
 }
 
 // GetPolicy implements capb.AdminServer. Before the first push it answers

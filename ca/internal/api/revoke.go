@@ -13,8 +13,6 @@ import (
 	"unicode"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/attest"
@@ -40,17 +38,13 @@ const (
 // and what was issued for its SPIFFE ID is revoked: nobody ever sees the one
 // without the other.
 func (s *Service) DeleteEntry(ctx context.Context, req *capb.DeleteEntryRequest) (*capb.DeleteEntryResponse, error) {
-	about := audit.Record{Detail: "delete entry", EntryID: req.GetEntryId()}
 	if !entry.ValidID(req.GetEntryId()) {
-		return nil, s.refuseAdmin(ctx, about, registry.ErrNoEntry)
+		return nil, registry.ErrNoEntry
 	}
 	for range maxTxnRetries {
 		e, rec, err := s.tryDelete(ctx, registry.EntryPrefix+req.GetEntryId())
-		if errors.Is(err, registry.ErrNoEntry) || status.Code(err) == codes.PermissionDenied {
-			if e != nil {
-				about.SPIFFEID = e.SPIFFEID.String()
-			}
-			return nil, s.refuseAdmin(ctx, about, err)
+		if err != nil && e != nil { // it is there, and not for this caller
+			return nil, s.refuseAdmin(ctx, audit.Record{Detail: "delete entry", EntryID: e.ID, SPIFFEID: e.SPIFFEID.String()}, err)
 		}
 		if err != nil {
 			return nil, err
@@ -58,7 +52,7 @@ func (s *Service) DeleteEntry(ctx context.Context, req *capb.DeleteEntryRequest)
 		if rec == nil {
 			continue // it changed under us
 		}
-		if err := s.admin(ctx, audit.Record{Detail: "delete entry", EntryID: e.ID, SPIFFEID: e.SPIFFEID.String()}); err != nil {
+		if err := s.done(ctx, audit.Record{Detail: "delete entry", EntryID: e.ID, SPIFFEID: e.SPIFFEID.String()}); err != nil {
 			return nil, err
 		}
 		if err := s.registry.Wait(ctx, rec.Revision); err != nil {
@@ -108,7 +102,7 @@ func (s *Service) Revoke(ctx context.Context, req *capb.RevokeRequest) (*capb.Re
 		err = s.mayRevoke(callerFrom(ctx), r)
 	}
 	if err != nil {
-		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "revoke", SPIFFEID: r.SPIFFEID + r.AgentID, Serial: r.Serial}, err)
+		return nil, err
 	}
 	put, key, err := revocation.Put(r)
 	if err != nil {
@@ -118,7 +112,7 @@ func (s *Service) Revoke(ctx context.Context, req *capb.RevokeRequest) (*capb.Re
 	if err != nil {
 		return nil, fmt.Errorf("store a revocation: %w", err)
 	}
-	if err := s.admin(ctx, audit.Record{Detail: "revoke " + subjectOf(r), Reason: r.Note, SPIFFEID: r.SPIFFEID + r.AgentID, Serial: r.Serial}); err != nil {
+	if err := s.done(ctx, audit.Record{Detail: "revoke " + subjectOf(r), Reason: r.Note, SPIFFEID: r.SPIFFEID + r.AgentID, Serial: r.Serial}); err != nil {
 		return nil, err
 	}
 	if err := s.registry.Wait(ctx, res.Revision); err != nil {

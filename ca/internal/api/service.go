@@ -9,7 +9,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
-	"fmt"
 	"log/slog"
 	"slices"
 	"strings"
@@ -182,7 +181,8 @@ func (s *Service) TLSServer(cfg *tls.Config) *grpc.Server {
 }
 
 // SocketServer returns the server of the admin socket. The services that
-// extra registers there are for operators, all of their RPCs.
+// extra registers there are for operators, all of their RPCs; they change nothing
+// of the CA's.
 func (s *Service) SocketServer(extra ...func(grpc.ServiceRegistrar)) *grpc.Server {
 	table := accessTable()
 	srv := grpc.NewServer(append(s.serverOptions(table), grpc.Creds(unixsock.ServerCredentials()))...)
@@ -195,7 +195,7 @@ func (s *Service) SocketServer(extra ...func(grpc.ServiceRegistrar)) *grpc.Serve
 			continue
 		}
 		for _, m := range info.Methods {
-			table["/"+name+"/"+m.Name] = rule{[]capb.Caller{capb.Caller_CALLER_ADMIN}, []role.Name{role.Operator}}
+			table["/"+name+"/"+m.Name] = rule{callers: []capb.Caller{capb.Caller_CALLER_ADMIN}, roles: []role.Name{role.Operator}, reads: true}
 		}
 	}
 	return srv
@@ -233,9 +233,12 @@ func (s door) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, ha
 	if err != nil {
 		return nil, err
 	}
-	resp, err := handler(ctx, req)
-	if err != nil {
-		return nil, s.toStatus(ctx, err)
+	var resp any
+	if err := s.act(ctx, info.FullMethod, req, func(ctx context.Context) (err error) {
+		resp, err = handler(ctx, req)
+		return err
+	}); err != nil {
+		return nil, err
 	}
 	return resp, nil
 }
@@ -245,10 +248,9 @@ func (s door) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerI
 	if err != nil {
 		return err
 	}
-	if err := handler(srv, &admittedStream{stream, ctx}); err != nil {
-		return s.toStatus(ctx, err)
-	}
-	return nil
+	return s.act(ctx, info.FullMethod, nil, func(ctx context.Context) error {
+		return handler(srv, &admittedStream{stream, ctx})
+	})
 }
 
 type admittedStream struct {
@@ -282,6 +284,9 @@ func (s *Service) refuse(ctx context.Context, caller *Caller, about audit.Record
 	if len(caller.Kinds) <= 1 && !limiter.Allow() {
 		s.metrics.unrecorded.Inc()
 		return cause
+	}
+	if a := actFrom(ctx); a != nil {
+		about.Act, a.ended = a.id, true
 	}
 	about.Type, about.Actor, about.Role, about.Reason = audit.Refuse, caller.Name, caller.roleUsed(), status.Convert(cause).Message()
 	s.record(ctx, about)
@@ -343,31 +348,6 @@ func (s *Service) record(ctx context.Context, r audit.Record) {
 	if err := s.audit(ctx, r); err != nil {
 		s.log.LogAttrs(ctx, slog.LevelError, "audit record not written", slog.String("type", string(r.Type)), slog.Any("err", err))
 	}
-}
-
-// admin writes the audit record of an administrative act; it is an error when
-// that fails, although the act itself is done.
-func (s *Service) admin(ctx context.Context, r audit.Record) error {
-	if err := s.audit(ctx, byCaller(ctx, r)); err != nil {
-		return fmt.Errorf("%s was done and not recorded: %w", r.Detail, err)
-	}
-	return nil
-}
-
-// begin records that the act of r is about to be done; without that it is not.
-func (s *Service) begin(ctx context.Context, r audit.Record) error {
-	what := r.Detail
-	r.Detail = "begin to " + what
-	if err := s.audit(ctx, byCaller(ctx, r)); err != nil {
-		return fmt.Errorf("%s was not done, since it cannot be recorded: %w", what, err)
-	}
-	return nil
-}
-
-func byCaller(ctx context.Context, r audit.Record) audit.Record {
-	caller := callerFrom(ctx)
-	r.Time, r.Type, r.Actor, r.Role = time.Now(), audit.Admin, caller.Name, caller.roleUsed()
-	return r
 }
 
 // shortage says what there is too little of: all of it to those who are known.

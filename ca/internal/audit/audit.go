@@ -66,6 +66,11 @@ type Record struct {
 	Detail   string    `json:"detail,omitempty"`
 	// Reason is why it was refused.
 	Reason string `json:"reason,omitempty"`
+	// Act joins the records of one administrative act: that it begins, which is on
+	// disk before anything is done, and what became of it.
+	Act string `json:"act,omitempty"`
+	// Pending: the act does not end with this record. Its last one does not say so.
+	Pending bool `json:"pending,omitempty"`
 	// DroppedThrough is the last record that retention drops by this one.
 	DroppedThrough uint64 `json:"dropped_through,omitempty"`
 	// CheckpointSize is that of a checkpoint which lay beside the log before.

@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -115,6 +116,39 @@ func TestChainGoesOnAfterReopening(t *testing.T) {
 	l = openLog(t, path)
 	appendRecord(t, l, Record{Type: Admin})
 	wantVerified(t, path, 5)
+}
+
+// Every act without an outcome is named, in the log's order; its parts are none.
+func TestVerifyNamesActsWithoutAnOutcome(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	l := openLog(t, path)
+	for _, r := range []Record{
+		{Act: "a", Detail: "begin to a", Pending: true},
+		{Act: "b", Detail: "begin to b", Pending: true, Actor: "uid:0"},
+		{Act: "c", Detail: "begin to c", Pending: true},
+		{Act: "b", Detail: "a part of b", Pending: true},
+		{Act: "a", Detail: "a"},
+		{Detail: "an act of the CA's own"},
+		{Act: "d", Detail: "begin to d", Pending: true},
+		{Act: "c", Type: Refuse},
+	} {
+		if r.Type == "" {
+			r.Type = Admin
+		}
+		appendRecord(t, l, r)
+	}
+	closeLog(t, l)
+	r, err := Verify(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, u := range r.Unfinished {
+		got = append(got, fmt.Sprint(u.Seq, " ", u.Act, " ", u.Detail, " ", u.Actor))
+	}
+	if want := []string{"2 b begin to b uid:0", "7 d begin to d "}; !slices.Equal(got, want) {
+		t.Errorf("unfinished: %q; want %q", got, want)
+	}
 }
 
 func TestRecordsOfOneAppendStayTogether(t *testing.T) {

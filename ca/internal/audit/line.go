@@ -81,7 +81,7 @@ func (r Record) encode(now time.Time) ([]byte, error) {
 
 func (r Record) encodeCut(at int) ([]byte, error) {
 	r.Type = Type(cut(string(r.Type), at))
-	for _, field := range []*string{&r.Actor, &r.Role, &r.SPIFFEID, &r.EntryID, &r.Serial, &r.AuthorityID, &r.SignedHash, &r.Detail, &r.Reason} {
+	for _, field := range []*string{&r.Actor, &r.Role, &r.SPIFFEID, &r.EntryID, &r.Serial, &r.AuthorityID, &r.SignedHash, &r.Detail, &r.Reason, &r.Act} {
 		*field = cut(*field, at)
 	}
 	b, err := json.Marshal(r)
@@ -134,6 +134,10 @@ type header struct {
 	Type           Type      `json:"type"`
 	DroppedThrough uint64    `json:"dropped_through"`
 	CheckpointSize uint64    `json:"checkpoint_size"`
+	Actor          string    `json:"actor"`
+	Detail         string    `json:"detail"`
+	Act            string    `json:"act"`
+	Pending        bool      `json:"pending"`
 }
 
 // uncounted: the log has less of a checkpoint than h says that it had.

@@ -7,6 +7,7 @@ package audit
 
 import (
 	"bufio"
+	"cmp"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
@@ -14,8 +15,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
 
@@ -47,6 +51,17 @@ type Report struct {
 	// root that vouches for the key, is to be compared with the known one.
 	Key      checkpoint.Key
 	RootHash string
+	// Unfinished are the administrative acts that the log holds the beginning of,
+	// and no outcome: what the CA was at when it was killed, or is at now. Whether
+	// they were done, the log cannot say.
+	Unfinished []Unfinished
+}
+
+// Unfinished is the beginning of an act.
+type Unfinished struct {
+	Seq                uint64
+	Time               time.Time
+	Actor, Detail, Act string
 }
 
 // Verify walks the whole log at path. The report says how far it is good; the
@@ -61,10 +76,13 @@ func Verify(path string) (Report, error) {
 	if signed != nil {
 		v.tree = merkle.Verified(treeDir(path), report.Checkpoint.Size, report.Checkpoint.Root)
 	}
-	if err := v.files(path); err != nil {
-		return v.report, err
+	v.begun = make(map[string]Unfinished)
+	err = v.files(path)
+	v.report.Unfinished = slices.SortedFunc(maps.Values(v.begun), func(a, b Unfinished) int { return cmp.Compare(a.Seq, b.Seq) })
+	if err == nil {
+		err = v.ending()
 	}
-	return v.report, v.ending()
+	return v.report, err
 }
 
 // verifier is one walk.
@@ -74,6 +92,7 @@ type verifier struct {
 	leaves  []tlog.Hash     // of one tile, from leaf begin on
 	begin   int64
 	dropped uint64 // what retention says
+	begun   map[string]Unfinished
 	end     link
 }
 
@@ -133,7 +152,19 @@ func (v *verifier) record(h header, line []byte) error {
 		v.dropped = max(v.dropped, h.DroppedThrough) // nobody vouches for what is beyond the checkpoint
 	}
 	v.report.Last = h.Seq
+	v.follow(h)
 	return nil
+}
+
+// follow keeps what of the acts has begun and not ended.
+func (v *verifier) follow(h header) {
+	switch {
+	case h.Act == "":
+	case !h.Pending:
+		delete(v.begun, h.Act)
+	case v.begun[h.Act].Seq == 0: // its beginning, not one of its parts
+		v.begun[h.Act] = Unfinished{h.Seq, h.Time, h.Actor, h.Detail, h.Act}
+	}
 }
 
 // leaf reads the leaves of a whole tile at once.
