@@ -5,7 +5,7 @@ LINT := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 
 .DEFAULT_GOAL := help
-.PHONY: help build full test lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate taint
+.PHONY: help build full test lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate pidreuse taint
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -75,6 +75,10 @@ HANDSHAKES ?= 500
 WORKLOADS ?= 200
 rotate: ## replace the root ROTATIONS times under HANDSHAKES a second, with kills of the CA; about 3 minutes
 	ROTATIONS=$(ROTATIONS) HANDSHAKES=$(HANDSHAKES) WORKLOADS=$(WORKLOADS) go test -count 1 -timeout 2h -v ./integration -run TestRootRotatesUnderHandshakes
+
+REUSES ?= 10000
+pidreuse: ## give the number of a connected process to another one REUSES times (default 10000); needs root; about a minute
+	REUSES=$(REUSES) go test -count 1 -timeout 1h -v ./integration -run TestReusedProcessIDGetsNoForeignSVID
 
 TAINTED ?= 10000
 taint: ## replace TAINTED SVIDs of one agent after their root was tainted; about 3 minutes

@@ -196,6 +196,9 @@ func (a *Agent) Run(ctx context.Context) error {
 }
 
 func (a *Agent) serveSockets(ctx context.Context, group *errgroup.Group) error {
+	if !unixsock.Exact() {
+		a.log.LogAttrs(ctx, slog.LevelWarn, "workloads are attested in a weaker mode: the kernel does not name the process at a socket (Linux 6.5 or later does), so one whose number is given to another before its connection is accepted is taken for the other")
+	}
 	public, err := unixsock.Listen(a.cfg.PublicSocket, unixsock.Public)
 	if err != nil {
 		return fmt.Errorf("open the public socket: %w", err)

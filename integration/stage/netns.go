@@ -38,6 +38,17 @@ func InNamespace(t *testing.T) bool {
 			t.Skipf("network namespaces need %s: %v", tool, err)
 		}
 	}
+	if _, err := buildEtcd(); err != nil { // there it could fetch no modules
+		t.Fatal(err)
+	}
+	again(t, "in a network of its own", inNamespace, syscall.CLONE_NEWNET)
+	return false
+}
+
+// again runs the test that calls it once more, in a process with namespaces of
+// its own, where the variable marker has the test's name.
+func again(t *testing.T, where, marker string, namespaces uintptr) {
+	t.Helper()
 	name := "^" + strings.ReplaceAll(t.Name(), "/", "$/^") + "$"
 	args := []string{"-test.run", name, "-test.count=1"}
 	if testing.Verbose() {
@@ -47,22 +58,18 @@ func InNamespace(t *testing.T) bool {
 		args = append(args, "-test.timeout", time.Until(deadline).String())
 	}
 	cmd := exec.Command("/proc/self/exe", args...)
-	if _, err := buildEtcd(); err != nil { // there it could fetch no modules
-		t.Fatal(err)
-	}
 	dir, err := binDir()
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd.Env = append(os.Environ(), inNamespace+"="+t.Name(), binDirEnv+"="+dir)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL}
+	cmd.Env = append(os.Environ(), marker+"="+t.Name(), binDirEnv+"="+dir)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: namespaces, Pdeathsig: syscall.SIGKILL}
 	out, err := cmd.CombinedOutput()
 	if err != nil {
-		t.Errorf("in a network of its own: %v\n%s", err, out)
+		t.Errorf("%s: %v\n%s", where, err, out)
 	} else {
-		t.Logf("in a network of its own:\n%s", out)
+		t.Logf("%s:\n%s", where, out)
 	}
-	return false
 }
 
 // Network is a bridge with machines at it; the test itself is one, too. Its

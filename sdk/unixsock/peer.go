@@ -23,13 +23,34 @@ type Peer struct {
 	pinned bool
 	hangup func() error // ends the connection; nil outside of gRPC
 	mu     sync.Mutex
-	pidfd  int // -1: the kernel has no SO_PEERPIDFD, or closed
+	pidfd  int // if pinned and not closed
 	closed bool
 }
 
 // PeerOf asks the kernel who is at the other end of conn, a Unix socket.
 // Close the result.
-func PeerOf(conn net.Conn) (*Peer, error) {
+func PeerOf(conn net.Conn) (*Peer, error) { return peerOf(conn, unix.SO_PEERPIDFD) }
+
+// Exact says whether this kernel names processes at sockets (Linux 6.5). Before,
+// a process that ends between connecting and being accepted, and whose number
+// another gets meanwhile, is taken for the other.
+func Exact() bool {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fds[0])
+	defer unix.Close(fds[1])
+	pidfd, err := unix.GetsockoptInt(fds[0], unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+	if err != nil {
+		return false
+	}
+	unix.Close(pidfd)
+	return true
+}
+
+// peerOf is PeerOf with the number of the socket option that gives a pidfd.
+func peerOf(conn net.Conn, option int) (*Peer, error) {
 	uc, ok := conn.(*net.UnixConn)
 	if !ok {
 		return nil, fmt.Errorf("ask for the peer of a %T: not a Unix socket", conn)
@@ -46,15 +67,7 @@ func PeerOf(conn net.Conn) (*Peer, error) {
 			return
 		}
 		peer.UID, peer.GID, peer.PID = cred.Uid, cred.Gid, cred.Pid
-		pidfd, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PEERPIDFD)
-		switch {
-		case err == nil:
-			peer.pidfd, peer.pinned = pidfd, true
-			unix.CloseOnExec(pidfd)
-		case !errors.Is(err, unix.ENOPROTOOPT):
-			// The kernel knows the option, and the process is gone already.
-			inner = fmt.Errorf("pin the peer's process: %w", err)
-		}
+		inner = peer.pin(int(fd), option)
 	})
 	if err == nil {
 		err = inner
@@ -63,6 +76,25 @@ func PeerOf(conn net.Conn) (*Peer, error) {
 		return nil, fmt.Errorf("read the peer's credentials: %w", err)
 	}
 	return peer, nil
+}
+
+// pin holds the process by a pidfd: that of the process which connected, where
+// the kernel gives it, or else of the one that has its number now.
+func (p *Peer) pin(fd, option int) (err error) {
+	p.pidfd, err = unix.GetsockoptInt(fd, unix.SOL_SOCKET, option)
+	if errors.Is(err, unix.ENOPROTOOPT) && p.PID > 0 {
+		p.pidfd, err = unix.PidfdOpen(int(p.PID), 0)
+	}
+	switch {
+	case err == nil:
+		p.pinned = true
+		unix.CloseOnExec(p.pidfd)
+		return nil
+	case errors.Is(err, unix.ENOPROTOOPT), errors.Is(err, unix.ENOSYS): // Linux before 5.3
+		return nil
+	default: // it is gone already
+		return fmt.Errorf("pin the peer's process: %w", err)
+	}
 }
 
 // Pinned says whether the peer is held by a pidfd, so that its PID cannot

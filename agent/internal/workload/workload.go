@@ -137,9 +137,10 @@ func (a *Attestor) Close() error { return a.proc.Close() }
 // connected and no other: /proc/PID is opened while the pidfd shows it alive,
 // everything is read below that directory, which stays with the process and
 // never passes to another that gets its number, and the pidfd is asked again
-// at the end (SECURITY.md T2). Without, the process's start time is compared
-// before and after; a process that took over the number between connect and
-// the first look, with the same user and group, is not noticed.
+// at the end (SECURITY.md T2). Before 6.5 that holds from when the connection was
+// accepted (package unixsock): a process that took over the number before, with
+// the same user and group, is not noticed. Before Linux 5.3 there are no pidfds,
+// and only the process's start time is compared, before and after it is read.
 func (a *Attestor) Attest(ctx context.Context, peer *unixsock.Peer, wanted Kinds) (*Process, error) {
 	if peer.PID <= 0 {
 		// The peer lives in a PID namespace that is not below ours.
