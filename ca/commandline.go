@@ -210,6 +210,7 @@ func partHint(err error) string {
 		{errOtherHolder, "stop one of the two; a further replica joins with keys of its own (merlon token create --kind replica)"},
 		{store.ErrReplaced, "start merlon-ca again, and so every other replica: it opens the store that is there now"},
 		{trust.ErrOtherRoot, "a store is of no use without its keys: put the keys folder of the CA that it is from, and the kek beside it, into data_dir; replicas share one store, at the same etcd_endpoints and etcd_prefix"},
+		{trust.ErrWithdrawn, "this is an old copy of data_dir/keys: bring back the newest, which has the root that signs now (merlon authority list on a replica, or the audit log, names it)"},
 		{errNoJoinToken, "run `" + create + "` on the CA that holds the root key, then set join_token_file and root_hash"},
 		{errJoinOther, "let join_address be the CA that holds the root key, and replica_name the name that the token was made for, or leave replica_name out"},
 		{errJoinRefused, "a token works once and for a short time: run `" + create + "` again"},

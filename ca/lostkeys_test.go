@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -66,10 +67,7 @@ func TestWithdrawnJWTKeyOfAnOldCopyIsReplaced(t *testing.T) {
 		dir := tempDir(t)
 		c := startCA(t, dir, quick)
 		c.stop()
-		keys, older := filepath.Join(dir, "data", "keys"), filepath.Join(dir, "older")
-		if out, err := exec.CommandContext(t.Context(), "cp", "-a", keys, older).CombinedOutput(); err != nil {
-			t.Fatalf("%v: %s", err, out)
-		}
+		bringOlder := keepKeys(t, dir, "older")
 		c = startCA(t, dir, quick)
 		old, next := c.authority(jwtKind, "active", "ca").GetAuthorityId(), c.prepare(jwtKind)
 		if err := c.activate(next, true); err != nil {
@@ -79,9 +77,7 @@ func TestWithdrawnJWTKeyOfAnOldCopyIsReplaced(t *testing.T) {
 			t.Fatal(err)
 		}
 		c.stop()
-		if err := errors.Join(os.RemoveAll(keys), os.Rename(older, keys)); err != nil {
-			t.Fatal(err)
-		}
+		bringOlder()
 		c = startCA(t, dir, quick)
 		active := c.authority(jwtKind, "active", "ca").GetAuthorityId()
 		if active == old || active == next {
@@ -112,4 +108,96 @@ func (c *testCA) recordsOf(id, kind, detail string) (n int) {
 		}
 	}
 	return n
+}
+
+// keepKeys makes a copy of the keys, which bring puts in their place.
+func keepKeys(t *testing.T, dir, name string) (bring func()) {
+	t.Helper()
+	keys, older := filepath.Join(dir, "data", "keys"), filepath.Join(dir, name)
+	if out, err := exec.CommandContext(t.Context(), "cp", "-a", keys, older).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return func() {
+		t.Helper()
+		if err := errors.Join(os.RemoveAll(keys), os.Rename(older, keys)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// crowdOut makes a revoked authority leave the list, as time would.
+func (c *testCA) crowdOut(id string) {
+	c.t.Helper()
+	for range 80 {
+		if !slices.ContainsFunc(c.authorities(), func(a *capb.CAAuthority) bool { return a.GetAuthorityId() == id }) {
+			return
+		}
+		if err := c.revoke(c.prepare(jwtKind), true); err != nil {
+			c.t.Fatal(err)
+		}
+	}
+	eventually(c.t, "it has left the list", func() bool {
+		return !slices.ContainsFunc(c.authorities(), func(a *capb.CAAuthority) bool { return a.GetAuthorityId() == id })
+	})
+}
+
+// Nor does one come back of which nothing is on the list any more.
+func TestKeyThatWasWithdrawnLongAgoStaysAway(t *testing.T) {
+	t.Parallel() // it mostly waits
+	dir := tempDir(t)
+	c := startCA(t, dir, quick)
+	c.stop()
+	bringFirst := keepKeys(t, dir, "first")
+	c = startCA(t, dir, quick)
+	root, jwt := c.authority(rootKind, "active", "").GetAuthorityId(), c.authority(jwtKind, "active", "ca").GetAuthorityId()
+	for kind, old := range map[string]string{rootKind: root, jwtKind: jwt} {
+		next := c.prepare(kind)
+		if err := c.activate(next, true); err != nil {
+			t.Fatal(err)
+		}
+		if kind == rootKind {
+			eventually(t, "an intermediate under it", func() bool {
+				return c.authority("x509-intermediate", "active", "").GetRootAuthorityId() == next
+			})
+		}
+		if err := c.revoke(old, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.crowdOut(root)
+	c.crowdOut(jwt)
+	next := c.authority(rootKind, "active", "").GetAuthorityId()
+	c.stop()
+	// The key of each comes back beside what is there.
+	keys := filepath.Join(dir, "data", "keys")
+	for _, name := range []string{"root-1", "jwt-1"} {
+		if out, err := exec.CommandContext(t.Context(), "cp", "-a", filepath.Join(dir, "first", name), keys).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	for _, name := range glob(t, dir, "jwt-*") { // and is the only one
+		if name != "jwt-1" {
+			if err := os.RemoveAll(filepath.Join(keys, name)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	c = startCA(t, dir, quick)
+	for _, a := range c.authorities() {
+		if a.GetAuthorityId() == root || a.GetAuthorityId() == jwt {
+			t.Errorf("%s is %s again", a.GetAuthorityId(), a.GetState())
+		}
+	}
+	if kid := c.agent("n1").jwtKeyID(c.entry("n1", "web")); kid == jwt {
+		t.Error("the JWT key that was withdrawn signs")
+	}
+	if got := c.authority(rootKind, "active", "").GetAuthorityId(); got != next || slices.Contains(glob(t, dir, "*-1"), "root-1") || slices.Contains(glob(t, dir, "*-1"), "jwt-1") {
+		t.Errorf("root %s signs, keys %v; want %s, and nothing that was withdrawn", got, glob(t, dir, "*-*"), next)
+	}
+	c.stop()
+	bringFirst()
+	err := refusedCA(t, dir, quick)
+	if want := "x509-root " + root + " was withdrawn at"; err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(ca.Hint(err), "old copy of data_dir/keys") {
+		t.Errorf("Run = %v; want %q and a hint", err, want)
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"time"
@@ -33,7 +34,7 @@ func rootID(cert *x509.Certificate) string {
 // ownAuthorities adds to set what is missing of this CA's keys. What signs here
 // signs; what else is here, and is not known, is prepared.
 func (p *parts) ownAuthorities(ctx context.Context, set rotation.Set, now time.Time) (rotation.Set, error) {
-	roots, err := p.keys.Roots()
+	roots, err := p.livingRoots(ctx, set)
 	if err != nil {
 		return set, err
 	}
@@ -47,7 +48,51 @@ func (p *parts) ownAuthorities(ctx context.Context, set rotation.Set, now time.T
 	if root := set.Root(); root == nil || !holds(roots, root.ID) {
 		return set, trust.ErrOtherRoot
 	}
-	return p.ownJWTKeys(set, now)
+	return p.ownJWTKeys(ctx, set, now)
+}
+
+// livingRoots are the roots whose keys are here but for those that were
+// withdrawn, as an old copy of the keys holds them: their keys are removed. A CA
+// that holds no other is refused.
+func (p *parts) livingRoots(ctx context.Context, set rotation.Set) ([]*upstream.Root, error) {
+	roots, err := p.keys.Roots()
+	if err != nil {
+		return nil, err
+	}
+	var living []*upstream.Root
+	var withdrawn *trust.WithdrawnError
+	for _, root := range roots {
+		gone, err := p.removeWithdrawn(ctx, set, rootID(root.Certificate))
+		if err != nil {
+			return nil, err
+		}
+		if gone == nil {
+			living = append(living, root)
+		} else {
+			withdrawn = gone
+		}
+	}
+	if len(living) == 0 && withdrawn != nil {
+		return nil, withdrawn
+	}
+	return living, nil
+}
+
+// removeWithdrawn removes a key that was withdrawn and has left the list since;
+// nil: it was not.
+func (p *parts) removeWithdrawn(ctx context.Context, set rotation.Set, id string) (*trust.WithdrawnError, error) {
+	if _, known := set.Get(id); known {
+		return nil, nil
+	}
+	gone, err := p.domain.Withdrawn(ctx, id)
+	if err != nil || gone == nil {
+		return nil, err
+	}
+	found, err := p.keys.Discard(id)
+	if found {
+		p.log.LogAttrs(ctx, slog.LevelWarn, "key of a withdrawn authority was here again, as in an old copy of the keys, and is removed", slog.String("authority_id", id))
+	}
+	return gone, err
 }
 
 func holds(roots []*upstream.Root, id string) bool {
@@ -137,10 +182,14 @@ func (p *parts) ownRoots(set rotation.Set, roots []*upstream.Root, now time.Time
 	return set, nil
 }
 
-func (p *parts) ownJWTKeys(set rotation.Set, now time.Time) (rotation.Set, error) {
+func (p *parts) ownJWTKeys(ctx context.Context, set rotation.Set, now time.Time) (rotation.Set, error) {
 	active := set.JWT(p.keys.Name())
 	lost := active == nil || !p.keys.HoldsJWT(active.ID)
-	if lost && spent(set, p.keys.JWT().KeyID, now) {
+	withdrawn, err := p.removeWithdrawn(ctx, set, p.keys.JWT().KeyID)
+	if err != nil {
+		return set, err
+	}
+	if lost && (withdrawn != nil || spent(set, p.keys.JWT().KeyID, now)) {
 		next, err := p.keys.PrepareJWT()
 		if err != nil {
 			return set, err
@@ -154,6 +203,11 @@ func (p *parts) ownJWTKeys(set rotation.Set, now time.Time) (rotation.Set, error
 		return set, err
 	}
 	for _, key := range keys {
+		if gone, err := p.removeWithdrawn(ctx, set, key.KeyID); err != nil {
+			return set, err
+		} else if gone != nil {
+			continue
+		}
 		if set, err = adopt(set, p.authorities.jwtAuthority(key, now), lost && key.KeyID == p.keys.JWT().KeyID, now); err != nil {
 			return set, err
 		}

@@ -190,12 +190,6 @@ func authorityOf(cert *x509.Certificate) replica.Authority {
 // enrollReplica prepares the transaction that makes rec a replica: with the
 // record comes its JWT key, published before anything is signed with it.
 func (s *Service) enrollReplica(ctx context.Context, rec *replica.Record, keys replicaKeys) ([]store.Cmp, []store.Op, error) {
-	switch _, _, err := s.opts.Store.Get(ctx, replica.Prefix+rec.Name); {
-	case err == nil:
-		return nil, nil, errReplicaName
-	case !errors.Is(err, store.ErrNotFound):
-		return nil, nil, fmt.Errorf("read the record of replica %s: %w", rec.Name, err)
-	}
 	der, err := x509.MarshalPKIXPublicKey(keys.jwt)
 	if err != nil {
 		return nil, nil, fmt.Errorf("encode the JWT key of replica %s: %w", rec.Name, err)
@@ -204,9 +198,16 @@ func (s *Service) enrollReplica(ctx context.Context, rec *replica.Record, keys r
 		ID: keys.jwtID, Kind: rotation.JWT, Replica: rec.Name, PublicKey: der,
 		NotBefore: rec.JoinedAt, NotAfter: rec.JoinedAt.Add(s.opts.JWTKeyTTL),
 	}
-	step, err := s.opts.Domain.Plan(ctx, func(set rotation.Set) (rotation.Set, error) { return set.Enrolled(key, rec.JoinedAt) })
-	if err != nil {
-		return nil, nil, err
+	step, planned := s.opts.Domain.Plan(ctx, func(set rotation.Set) (rotation.Set, error) { return set.Enrolled(key, rec.JoinedAt) })
+	// Afterwards: where somebody was faster with these keys, that is what is wrong.
+	switch _, _, err := s.opts.Store.Get(ctx, replica.Prefix+rec.Name); {
+	case err == nil:
+		return nil, nil, errReplicaName
+	case !errors.Is(err, store.ErrNotFound):
+		return nil, nil, fmt.Errorf("read the record of replica %s: %w", rec.Name, err)
+	}
+	if planned != nil {
+		return nil, nil, planned
 	}
 	put, err := rec.Put()
 	if err != nil {

@@ -375,6 +375,9 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 	if e, ok := errors.AsType[*rotation.RefusedError](err); ok {
 		return status.Error(codes.FailedPrecondition, e.Error())
 	}
+	if e, ok := errors.AsType[*trust.WithdrawnError](err); ok {
+		return status.Error(codes.FailedPrecondition, e.Error()+": move data_dir/keys away, and join with other keys")
+	}
 	if errors.Is(err, store.ErrUnavailable) {
 		err = errUnreachable
 	}

@@ -108,7 +108,9 @@ func (a *Authority) enter(s State, now time.Time) {
 func (s Set) prepare(c Command, now time.Time) (Set, error) {
 	a := *c.New
 	c.ID = a.ID
-	if _, taken := s.Get(a.ID); taken {
+	if known, taken := s.Get(a.ID); taken && known.State == Revoked {
+		return s, refused(c, "it was revoked, and never signs again: make another key")
+	} else if taken {
 		return s, refused(c, "it is there already")
 	}
 	if err := s.Room(a.Kind, a.Replica); err != nil {

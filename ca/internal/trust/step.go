@@ -66,6 +66,9 @@ func (d Domain) Plan(ctx context.Context, take func(rotation.Set) (rotation.Set,
 	if err != nil {
 		return nil, err
 	}
+	if err := d.checkNew(ctx, before, after); err != nil {
+		return nil, err
+	}
 	change, err := plan(ctx, d.Store, d.TrustDomain, func(c *content) error { return d.edit(c, before, after) })
 	if err != nil {
 		return nil, err
@@ -82,8 +85,9 @@ func (d Domain) Plan(ctx context.Context, take func(rotation.Set) (rotation.Set,
 	if err != nil {
 		return nil, err
 	}
-	step.Ops = append(step.Ops, store.Put(AuthoritiesKey, value))
-	return step, nil
+	gone, err := remember(before, after)
+	step.Ops = append(append(step.Ops, store.Put(AuthoritiesKey, value)), gone...)
+	return step, err
 }
 
 // edit makes the trust bundle hold what after trusts, and nothing any more that

@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -106,6 +107,40 @@ func TestEachStepPublishesWhatItTrusts(t *testing.T) {
 	set, err := d.Authorities(t.Context())
 	if err != nil || set.Root().ID != next.ID || set.Root().Sequence != 2 {
 		t.Errorf("authorities = %+v, %v; want root %s of sequence 2", set, err, next.ID)
+	}
+}
+
+// A key that has left the list does not come back.
+func TestWithdrawnKeyIsNoAuthorityAgain(t *testing.T) {
+	st := open(t, t.TempDir())
+	defer st.Close()
+	d, _ := begun(t, st)
+	gone := newRoot(t, time.Now())
+	for _, c := range []rotation.Command{
+		{Verb: rotation.Prepare, New: &gone},
+		{Verb: rotation.Publish, ID: gone.ID},
+		{Verb: rotation.Revoke, ID: gone.ID},
+	} {
+		d.must(t, c)
+	}
+	if w, err := d.Withdrawn(t.Context(), gone.ID); w != nil || err != nil {
+		t.Errorf("Withdrawn = %v, %v while it is on the list", w, err)
+	}
+	if _, _, err := d.Take(t.Context(), command(rotation.Command{Verb: rotation.Prepare, New: &gone}), nil); err == nil || !strings.Contains(err.Error(), "never signs again") {
+		t.Errorf("prepare what is revoked: %v", err)
+	}
+	d.must(t, rotation.Command{Verb: rotation.Forget, ID: gone.ID})
+	w, err := d.Withdrawn(t.Context(), gone.ID)
+	if err != nil || w == nil || w.Kind != rotation.Root || time.Since(w.Since) > time.Minute {
+		t.Fatalf("Withdrawn = %+v, %v", w, err)
+	}
+	for name, take := range map[string]func(rotation.Set) (rotation.Set, error){
+		"prepare": command(rotation.Command{Verb: rotation.Prepare, New: &gone}),
+		"enrol":   func(s rotation.Set) (rotation.Set, error) { return s.Enrolled(gone, time.Now()) },
+	} {
+		if _, _, err := d.Take(t.Context(), take, nil); !errors.Is(err, ErrWithdrawn) {
+			t.Errorf("%s what was withdrawn: %v; want ErrWithdrawn", name, err)
+		}
 	}
 }
 
