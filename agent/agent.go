@@ -24,13 +24,16 @@ import (
 	"merlon.dev/agent/agentpb"
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/caclient"
+	"merlon.dev/agent/internal/datadir"
 	"merlon.dev/agent/internal/endpoint"
+	"merlon.dev/agent/internal/keeper"
 	"merlon.dev/agent/internal/local"
 	"merlon.dev/agent/internal/policyfeed"
 	"merlon.dev/agent/internal/workload"
 	"merlon.dev/agent/internal/workloadapi"
 	"merlon.dev/ca/capb"
 	"merlon.dev/sdk/health"
+	"merlon.dev/sdk/seal"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/unixsock"
 )
@@ -53,7 +56,9 @@ type Agent struct {
 	log      *slog.Logger
 	td       spiffeid.TrustDomain
 	attestor *workload.Attestor
+	dir      *datadir.Dir
 	cache    *cache.Cache
+	keeper   *keeper.Keeper
 	client   *caclient.Client
 	policy   *policyfeed.Feed
 	local    *local.Server
@@ -80,11 +85,14 @@ func New(cfg Config) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := caclient.MakeDataDir(cfg.DataDir); err != nil {
+	a := &Agent{cfg: cfg, log: log, td: td, health: health.New(log), ready: make(chan struct{})}
+	if err := a.openDir(); err != nil {
 		return nil, err
 	}
-	a := &Agent{cfg: cfg, log: log, td: td, health: health.New(log), ready: make(chan struct{})}
 	if err := a.openClient(); err != nil {
+		return nil, err
+	}
+	if err := a.openCache(); err != nil {
 		return nil, err
 	}
 	if err := a.openPolicy(); err != nil {
@@ -97,28 +105,46 @@ func New(cfg Config) (*Agent, error) {
 	return a, nil
 }
 
-// openClient makes the connection to the CA and the picture that it feeds.
+func (a *Agent) openDir() error {
+	source, err := seal.FromSettings(a.cfg.KeyFile, a.cfg.KeyCredential, a.cfg.KeyPassphraseFile)
+	if err != nil {
+		return err
+	}
+	a.dir, err = datadir.Open(a.cfg.DataDir, a.td.Name(), source, a.log)
+	return err
+}
+
+// openClient makes the connection to the CA.
 func (a *Agent) openClient() (err error) {
 	a.client, err = caclient.New(caclient.Config{
-		TrustDomain: a.td, Addresses: a.cfg.CAAddress, DataDir: a.cfg.DataDir,
+		TrustDomain: a.td, Addresses: a.cfg.CAAddress, DataDir: a.dir,
 		JoinToken: a.cfg.joinToken, RootHash: a.cfg.RootHash,
 		OnPolicyBundle:   func(pb *capb.PolicyBundle) { a.policy.Announce(pb) },
 		PolicyGeneration: func() uint64 { return a.policy.Generation() },
 		PolicySeen:       func() uint64 { return a.policy.Seen() },
+		Durable:          func() uint64 { return a.keeper.Revision() },
 		Logger:           a.log, Registerer: a.health.Registry(),
 	})
-	if err != nil {
-		return err
-	}
+	return err
+}
+
+// openCache takes up the picture of the node that an earlier run left.
+func (a *Agent) openCache() error {
+	ctx := context.Background()
 	a.cache = cache.New(cache.Options{
 		TrustDomain: a.td, Authority: a.client, Logger: a.log, Registerer: a.health.Registry(),
 	})
-	return nil
+	a.client.Recall(ctx, a.cache)
+	a.keeper = keeper.New(keeper.Config{
+		Dir: a.dir, Cache: a.cache, TrustDomain: a.td.Name(), AgentID: func() string { return a.client.ID().String() },
+		Secrets: a.cfg.CacheKeys == keysSealed, Logger: a.log, Registerer: a.health.Registry(),
+	})
+	return a.keeper.Load(ctx)
 }
 
 func (a *Agent) openPolicy() (err error) {
 	a.policy, err = policyfeed.New(context.Background(), policyfeed.Config{
-		Name: a.cfg.PolicyBundle, TrustDomain: a.td.Name(), DataDir: a.cfg.DataDir,
+		Name: a.cfg.PolicyBundle, TrustDomain: a.td.Name(), DataDir: a.dir,
 		URLs: a.policyURLs,
 		HTTP: &http.Client{
 			Transport: &http.Transport{
@@ -189,10 +215,13 @@ func (a *Agent) Run(ctx context.Context) error {
 		return group.Wait()
 	}
 	group.Go(func() error { return a.cache.Run(ctx) })
+	group.Go(func() error { return a.keeper.Run(ctx) })
 	group.Go(func() error { return a.client.Run(ctx, a.cache) })
 	group.Go(func() error { return a.policy.Run(ctx) })
 	group.Go(func() error { a.announceReady(ctx); return nil })
-	return group.Wait()
+	err := group.Wait()
+	a.client.WriteSeen(context.WithoutCancel(ctx), a.cache) // what the keeper wrote last is on the disk now
+	return err
 }
 
 func (a *Agent) serveSockets(ctx context.Context, group *errgroup.Group) error {

@@ -354,7 +354,7 @@ func TestRestartedAgentNeedsNoToken(t *testing.T) {
 	if attests, _, _ := ca.Counts(); attests != 1 {
 		t.Errorf("attestations = %d; want 1", attests)
 	}
-	for _, name := range []string{"agent_svid.pem", "trust_bundle.json"} {
+	for _, name := range []string{"agent_svid.sealed", "trust_bundle.sealed", "cache.sealed", "kek"} {
 		fi, err := os.Stat(filepath.Join(cfg.DataDir, name))
 		if err != nil || fi.Mode().Perm() != 0o600 {
 			t.Errorf("%s: mode %v, %v; want 0600", name, fi, err)

@@ -34,10 +34,25 @@ type Config struct {
 	// Empty means the hosts of ca_address and port 8444.
 	CAHTTPSAddress Addresses `yaml:"ca_https_address"`
 
-	// DataDir keeps the agent's own SVID with its key, the trust bundle and
-	// the policy bundle across restarts. It belongs to the agent's user alone
+	// DataDir keeps across restarts, sealed, the agent's own SVID with its key
+	// and what it serves: entries, SVIDs, trust bundle, policy bundle and
+	// revocations. It belongs to the agent's user alone
 	// (mode 0700). Empty means /var/lib/merlon/agent.
 	DataDir string `yaml:"data_dir"`
+
+	// KeyFile, KeyCredential and KeyPassphraseFile say under what everything in
+	// DataDir is sealed: a file with 64 hex digits, the name of a systemd
+	// credential that holds the same, or a file with a passphrase. At most one.
+	// Without any it is the file kek in DataDir, which is made at the first
+	// start, and protects nothing from who can read DataDir.
+	KeyFile           string `yaml:"key_file"`
+	KeyCredential     string `yaml:"key_credential"`
+	KeyPassphraseFile string `yaml:"key_passphrase_file"`
+
+	// CacheKeys says whether the workloads' SVIDs and keys are kept in DataDir:
+	// "sealed" keeps them, so that an agent which is restarted while the CA is
+	// away serves them again; "never" does not. Empty means sealed.
+	CacheKeys string `yaml:"cache_keys"`
 
 	// PublicSocket is the Unix socket of the SPIFFE Workload API, for every
 	// user of the node. Empty means /run/merlon/agent/public/api.sock.
@@ -111,6 +126,9 @@ const (
 	healthOff = "off"
 	onKeep    = "keep"
 	onDeny    = "deny"
+
+	keysSealed = "sealed"
+	keysNever  = "never"
 )
 
 // InvalidError reports a setting that the agent refuses.
@@ -153,6 +171,7 @@ func (c Config) withDefaults() Config {
 	set(&c.HealthAddress, DefaultHealthAddress)
 	set(&c.PolicyBundle, DefaultPolicyBundle)
 	set(&c.OnStale, onKeep)
+	set(&c.CacheKeys, keysSealed)
 	set(&c.LogLevel, "info")
 	set(&c.LogFormat, "text")
 	if len(c.CAHTTPSAddress) == 0 {
@@ -188,7 +207,26 @@ func (c Config) Validate() error {
 	if err := c.checkJoin(); err != nil {
 		return err
 	}
+	if err := c.checkKey(); err != nil {
+		return err
+	}
 	return c.checkChoices()
+}
+
+func (c Config) checkKey() error {
+	given := 0
+	for _, source := range []string{c.KeyFile, c.KeyCredential, c.KeyPassphraseFile} {
+		if source != "" {
+			given++
+		}
+	}
+	if given > 1 {
+		return &InvalidError{Field: "key_file", Reason: "of key_file, key_credential and key_passphrase_file at most one says under what data_dir is sealed"}
+	}
+	if strings.Contains(c.KeyCredential, "/") {
+		return &InvalidError{Field: "key_credential", Reason: fmt.Sprintf("%q is not the name of a credential", c.KeyCredential), Hint: "for a path use key_file"}
+	}
+	return nil
 }
 
 func (c Config) checkPlaces() error {
@@ -237,6 +275,9 @@ func (c Config) checkChoices() error {
 	}
 	if c.OnStale != onKeep && c.OnStale != onDeny {
 		return &InvalidError{Field: "on_stale", Reason: fmt.Sprintf("%q is neither keep nor deny", c.OnStale)}
+	}
+	if c.CacheKeys != keysSealed && c.CacheKeys != keysNever {
+		return &InvalidError{Field: "cache_keys", Reason: fmt.Sprintf("%q is neither sealed nor never", c.CacheKeys)}
 	}
 	if strings.ContainsAny(c.PolicyBundle, "/?#%") || c.PolicyBundle == "." || c.PolicyBundle == ".." {
 		return &InvalidError{Field: "policy_bundle", Reason: fmt.Sprintf("%q is not the name of a policy bundle", c.PolicyBundle)}

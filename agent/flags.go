@@ -13,6 +13,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"merlon.dev/sdk/seal"
 )
 
 // envPrefix begins the environment variable of each setting: ca_address is
@@ -40,7 +42,11 @@ var settings = []setting{
 	{key: "trust_domain", usage: "trust domain `name` of the CA (required)", set: text(func(c *Config) *string { return &c.TrustDomain })},
 	{key: "ca_address", usage: "the CA's gRPC port, as `host:port`; those of its replicas separated by commas (required)", set: addresses(func(c *Config) *Addresses { return &c.CAAddress })},
 	{key: "ca_https_address", usage: "the CA's HTTPS port, as `host:port`; for replicas as -ca-address (default: port 8444 on the hosts of -ca-address)", set: addresses(func(c *Config) *Addresses { return &c.CAHTTPSAddress })},
-	{key: "data_dir", usage: "`directory` of the agent's own SVID (default " + DefaultDataDir + ")", set: text(func(c *Config) *string { return &c.DataDir })},
+	{key: "data_dir", usage: "`directory` of what the agent keeps, sealed (default " + DefaultDataDir + ")", set: text(func(c *Config) *string { return &c.DataDir })},
+	{key: "key_file", usage: "`file` with the key under which data_dir is sealed, 64 hex digits (default: kek in data_dir, made when missing)", set: text(func(c *Config) *string { return &c.KeyFile })},
+	{key: "key_credential", usage: "`name` of a systemd credential with that key", set: text(func(c *Config) *string { return &c.KeyCredential })},
+	{key: "key_passphrase_file", usage: "`file` with a passphrase instead of that key", set: text(func(c *Config) *string { return &c.KeyPassphraseFile })},
+	{key: "cache_keys", usage: "sealed or never: whether workloads' SVIDs and keys are kept in data_dir (default sealed)", set: text(func(c *Config) *string { return &c.CacheKeys })},
 	{key: "public_socket", usage: "`path` of the Workload API socket (default " + DefaultPublicSocket + ")", set: text(func(c *Config) *string { return &c.PublicSocket })},
 	{key: "admin_socket", usage: "`path` of the admin socket (default " + DefaultAdminSocket + ")", set: text(func(c *Config) *string { return &c.AdminSocket })},
 	{key: "join_token", set: text(func(c *Config) *string { return &c.JoinToken }), secret: true},
@@ -156,6 +162,10 @@ func Hint(err error) string {
 		return "merlon-agent -h shows every flag and an example"
 	}
 	switch text := err.Error(); {
+	case errors.Is(err, seal.ErrWrongKey):
+		return "set key_file, key_credential or key_passphrase_file to what data_dir was sealed under; if that is lost, move data_dir away and join anew: merlon token create"
+	case errors.Is(err, seal.ErrNoKey):
+		return "put the key back, or say where it is with key_file, key_credential or key_passphrase_file; if it is lost, move data_dir away and join anew: merlon token create"
 	case strings.Contains(text, "another process listens there"):
 		return "another merlon-agent serves this node: stop it, or choose other sockets with -public-socket and -admin-socket"
 	case errors.Is(err, syscall.EADDRINUSE):

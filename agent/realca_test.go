@@ -21,6 +21,7 @@ import (
 	"merlon.dev/agent"
 	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/seal"
 	"merlon.dev/sdk/unixsock"
 )
 
@@ -125,7 +126,15 @@ func TestAgentOfTheRealCA(t *testing.T) {
 		t.Errorf("ValidateJWTSVID() = %v", err)
 	}
 	eventually(t, "the CA's log is remembered", func() bool {
-		seen, err := os.ReadFile(filepath.Join(n.cfg.DataDir, "logs.json"))
+		key, err := seal.Read(seal.Source{}, n.cfg.DataDir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sealed, err := os.ReadFile(filepath.Join(n.cfg.DataDir, "logs.sealed"))
+		if err != nil {
+			return false
+		}
+		seen, err := key.Open(sealed, "merlon agent file", td, "logs")
 		return err == nil && strings.Contains(string(seen), `"`+td+`/log/ca/`)
 	})
 	stream = n.x509Stream(t)

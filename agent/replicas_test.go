@@ -138,14 +138,14 @@ func TestPolicyComesFromWhoeverServesIt(t *testing.T) {
 	}
 	other.Refuse(status.Error(codes.Unavailable, "not this one"))
 	// Nor is the bundle on disk any more; that there was one is not forgotten.
-	if err := os.Remove(filepath.Join(cfg.DataDir, "policy_bundle.tar.gz")); err != nil {
+	if err := os.Remove(filepath.Join(cfg.DataDir, "policy_bundle.sealed")); err != nil {
 		t.Fatal(err)
 	}
 	cfg.Logger = testLogger(t)
+	before := len(this.Seen())
 	n = start(t, cfg)
-	n.waitReady(t)
-	all := this.Seen()
-	if got := all[len(all)-1].GetPolicyGeneration(); got != 1 {
+	eventually(t, "the agent is there again", func() bool { return len(this.Seen()) > before })
+	if got := this.Seen()[before].GetPolicyGeneration(); got != 1 {
 		t.Errorf("policy generation seen = %d after a restart; want 1", got)
 	}
 	ca.PublishPolicy(key.bundle(grants, 2), key.announcement(2))

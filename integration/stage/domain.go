@@ -197,5 +197,8 @@ func (d *Domain) ID(path string) string { return "spiffe://" + d.TrustDomain + p
 // AgentID is the SPIFFE ID of the agent of Separate.
 func (d *Domain) AgentID() string { return d.agentID }
 
+// AgentData is the data_dir of StartAgent's agent.
+func (d *Domain) AgentData() string { return filepath.Join(d.dir, "agent-data") }
+
 // SetDir makes d start its further processes in dir.
 func (d *Domain) SetDir(dir string) { d.dir = dir }

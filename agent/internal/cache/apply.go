@@ -90,6 +90,7 @@ func (c *Cache) complete(ctx context.Context, u update, revision uint64, stale b
 		c.take(ctx, u)
 		c.revision, c.relist = revision, false
 		c.seen = max(c.seen, revision)
+		signal(c.changed)
 	}
 	// A replica that is cut off from its store, or behind, does not know what
 	// was revoked since.
@@ -169,11 +170,17 @@ func (c *Cache) Resume() uint64 {
 }
 
 // Remember tells the highest revision that this node saw before it was
-// restarted.
-func (c *Cache) Remember(seen uint64) {
+// restarted, and when it last held everything that the CA knew.
+func (c *Cache) Remember(seen uint64, heard time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.seen = max(c.seen, seen)
+	if now := time.Now(); heard.After(now) {
+		heard = now // the clock was put back
+	}
+	if heard.After(c.Heard()) {
+		c.heard.Store(&heard)
+	}
 }
 
 // Seen is the highest revision that this node has ever seen.

@@ -50,6 +50,7 @@ type Cache struct {
 	heard       atomic.Pointer[time.Time]        // nil: never
 	wake        chan struct{}                    // the queue has work; capacity 1
 	served      chan struct{}                    // Ack may have grown; capacity 1
+	changed     chan struct{}                    // Snapshot would differ; capacity 1
 
 	mu sync.RWMutex
 	// guarded by mu
@@ -60,6 +61,7 @@ type Cache struct {
 	blind     map[workload.Kinds]map[*Subscription]struct{} // kind → streams of which nothing of it was read
 	behind    map[uint64]int                                // trust bundle sequence → streams that were sent it last
 	slots     map[string]*slot
+	kept      map[string]StoredSVID // from the disk, by entry ID; not looked at yet
 	queue     []*slot
 	feed      feed
 	coming    update // what is not complete yet
@@ -67,7 +69,7 @@ type Cache struct {
 	seen      uint64 // the highest revision ever, also before a restart
 	clean     uint64 // the last trust bundle, before this one, of which nothing tainted was served
 	relist    bool   // what is held cannot be resumed from
-	synced    bool   // a full listing was completed, ever
+	synced    bool   // a full listing was completed, ever, or taken from the disk
 	connected bool   // the CA's stream is open and has said synced
 	stale     bool   // … by a replica that cannot reach its store
 	expiries  map[string]*time.Timer
@@ -78,10 +80,10 @@ type Cache struct {
 func New(o Options) *Cache {
 	c := &Cache{
 		td: o.TrustDomain, authority: o.Authority, log: o.Logger,
-		wake: make(chan struct{}, 1), served: make(chan struct{}, 1),
+		wake: make(chan struct{}, 1), served: make(chan struct{}, 1), changed: make(chan struct{}, 1),
 		entries: map[string]*Entry{}, index: newIndex(),
 		subs: map[*Subscription]struct{}{}, bySel: map[string]map[*Subscription]struct{}{}, blind: map[workload.Kinds]map[*Subscription]struct{}{},
-		behind: map[uint64]int{}, slots: map[string]*slot{}, expiries: map[string]*time.Timer{},
+		behind: map[uint64]int{}, slots: map[string]*slot{}, kept: map[string]StoredSVID{}, expiries: map[string]*time.Timer{},
 		feed: newFeed(), jwts: newTokens(),
 	}
 	c.revocations.Store(svid.NewRevocations(nil))
@@ -91,7 +93,7 @@ func New(o Options) *Cache {
 
 // State is how well the picture is known to agree with the CA's.
 type State struct {
-	Synced    bool      // everything was received at least once
+	Synced    bool      // everything was received at least once, maybe before a restart
 	Connected bool      // and the CA's stream is open
 	Stale     bool      // but the CA cannot reach its store: no changes arrive
 	Revision  uint64    // everything up to this store revision is held
@@ -209,4 +211,5 @@ func (c *Cache) expired(e *Entry) {
 	c.jwts.forgetEntry(e.ID)
 	c.dropSlot(e.ID)
 	c.notifyMatching(e)
+	signal(c.changed)
 }

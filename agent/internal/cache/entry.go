@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
 
 	"merlon.dev/agent/internal/workload"
 	"merlon.dev/ca/capb"
@@ -33,6 +34,8 @@ type Entry struct {
 	// certificate sums up what else goes into an X509-SVID: when it changes,
 	// the SVID has to be made anew.
 	certificate string
+	// wire is the entry as the CA sent it, for the disk.
+	wire []byte
 }
 
 // maxHintBytes is the Workload API's bound on a hint (§5.2.1).
@@ -75,6 +78,9 @@ func parseEntry(pb *capb.Entry, td spiffeid.TrustDomain) (*Entry, error) {
 	}
 	if t := pb.GetExpiresAt(); t != nil {
 		e.ExpiresAt = t.AsTime()
+	}
+	if e.wire, err = proto.Marshal(pb); err != nil {
+		return nil, fmt.Errorf("encode: %w", err)
 	}
 	return e, nil
 }

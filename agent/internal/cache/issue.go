@@ -94,7 +94,7 @@ func (sl *slot) notifyUsers() {
 func (c *Cache) slotFor(e *Entry) *slot {
 	sl := c.slots[e.ID]
 	if sl == nil {
-		sl = &slot{entry: e, users: map[*Subscription]struct{}{}}
+		sl = &slot{entry: e, svid: c.takeKept(e), users: map[*Subscription]struct{}{}}
 		c.slots[e.ID] = sl
 	}
 	return sl
@@ -102,6 +102,7 @@ func (c *Cache) slotFor(e *Entry) *slot {
 
 // dropSlot forgets an entry's SVID. c.mu is held.
 func (c *Cache) dropSlot(id string) {
+	delete(c.kept, id)
 	if sl := c.slots[id]; sl != nil {
 		delete(c.slots, id)
 		sl.stopTimer()
@@ -420,6 +421,7 @@ func (c *Cache) settle(ctx context.Context, w want, made *SVID, err error) {
 			slog.String("serial", made.Peer.SerialHex), slog.Time("not_after", made.Peer.NotAfter))
 		sl.notifyUsers()
 		signal(c.served) // it may have been the last tainted one
+		signal(c.changed)
 	}
 	c.turn(sl)
 }

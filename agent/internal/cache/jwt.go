@@ -66,6 +66,7 @@ func (c *Cache) JWTSVID(ctx context.Context, e *Entry, audience []string, admit 
 		return "", err
 	}
 	c.jwts.add(made, generation)
+	signal(c.changed)
 	return made.text, nil
 }
 

@@ -76,7 +76,7 @@ func TestOlderListingIsRefused(t *testing.T) {
 
 func TestOlderListingIsRefusedAfterARestart(t *testing.T) {
 	run(t, func(t *testing.T, f *fixture) {
-		f.Remember(101)
+		f.Remember(101, time.Time{})
 		m := &capb.SyncResponse{Reset_: true, Revision: 100, Synced: true, TrustBundle: f.trust(1), Entries: []*capb.Entry{newEntry("e1", "/a", "unix:uid:1")}}
 		if _, ok := errors.AsType[*OlderError](f.Apply(t.Context(), m)); !ok || f.State().Synced || f.held() != "" || !f.Heard().IsZero() {
 			t.Errorf("an older listing was taken: %+v", f.State())

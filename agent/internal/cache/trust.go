@@ -156,6 +156,7 @@ func (c *Cache) revoke(added []svid.Revocation) {
 	c.revocations.Store(c.revocations.Load().With(added...).Prune(time.Now()))
 	c.feed.add(added)
 	c.dropRevoked()
+	signal(c.changed)
 }
 
 // replaceRevocations makes all the whole set. c.mu is held.

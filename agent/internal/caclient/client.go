@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"math"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,6 +22,7 @@ import (
 	"google.golang.org/grpc/credentials"
 
 	"merlon.dev/agent/internal/cache"
+	"merlon.dev/agent/internal/datadir"
 	"merlon.dev/ca/capb"
 	"merlon.dev/sdk/svid"
 )
@@ -32,8 +34,7 @@ type Config struct {
 	// Addresses are the gRPC ports of the CA's replicas, "host:port"; at least
 	// one.
 	Addresses []string
-	// DataDir exists and belongs to the agent alone.
-	DataDir string
+	DataDir   *datadir.Dir
 	// JoinToken returns the join token, or "" for none. It is asked again at
 	// each attempt, so that an operator can put one there while the agent runs.
 	JoinToken func() (string, error)
@@ -46,8 +47,11 @@ type Config struct {
 	// PolicyGeneration is that of the active policy bundle, and PolicySeen the
 	// highest that ever was active. Optional.
 	PolicyGeneration, PolicySeen func() uint64
-	Logger                       *slog.Logger
-	Registerer                   prometheus.Registerer
+	// Durable is the store revision up to which what the node holds is on disk.
+	// Optional: all of it.
+	Durable    func() uint64
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
 }
 
 // Client is safe for concurrent use. Use New, then Run.
@@ -55,16 +59,19 @@ type Client struct {
 	cfg  Config
 	caID spiffeid.ID
 
-	own      atomic.Pointer[ownSVID]
-	trust    *cache.Trust // from the disk, for Run
-	revision uint64       // likewise: the highest seen
-	gotOwn   chan struct{}
-	hurry    chan struct{} // the agent's own SVID is to be renewed sooner
-	ackAgain chan struct{}
-	sawMore  chan struct{}
-	links    *links
-	logs     *logs
-	standing *standing
+	own        atomic.Pointer[ownSVID]
+	trust      *cache.Trust // from the disk, for Run
+	remembered storedSeen   // likewise
+	// written is what seenFile holds; of one goroutine at a time.
+	written     storedSeen
+	seenFailing bool
+	gotOwn      chan struct{}
+	hurry       chan struct{} // the agent's own SVID is to be renewed sooner
+	ackAgain    chan struct{}
+	sawMore     chan struct{}
+	links       *links
+	logs        *logs
+	standing    *standing
 	// firstWord is how long a replica may take to say something, where there
 	// are others; lookAgain is about how often an agent of a stale replica looks
 	// for another that is not.
@@ -105,6 +112,9 @@ func New(cfg Config) (*Client, error) {
 	if cfg.PolicyGeneration == nil {
 		cfg.PolicyGeneration = func() uint64 { return 0 }
 	}
+	if cfg.Durable == nil {
+		cfg.Durable = func() uint64 { return math.MaxUint64 }
+	}
 	if cfg.PolicySeen == nil {
 		cfg.PolicySeen = cfg.PolicyGeneration
 	}
@@ -118,9 +128,10 @@ func New(cfg Config) (*Client, error) {
 	if c.trust != nil {
 		c.saved = c.trust.Sequence
 	}
-	if c.revision, err = c.loadSeen(); err != nil {
+	if c.remembered, err = c.loadSeen(); err != nil {
 		return nil, err
 	}
+	c.written = c.remembered
 	if c.logs, err = openLogs(cfg); err != nil {
 		return nil, err
 	}
@@ -212,15 +223,12 @@ func (b bundles) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bund
 
 // Run connects and stays connected until ctx ends, feeding picture.
 func (c *Client) Run(ctx context.Context, picture *cache.Cache) error {
-	if c.trust != nil {
-		picture.SetTrust(ctx, c.trust)
-	}
-	picture.Remember(c.revision)
+	c.Recall(ctx, picture)
 	var aside sync.WaitGroup
 	defer c.links.retiring.Wait()
 	defer c.links.use(nil)
 	aside.Go(func() { c.keepRenewed(ctx, picture) })
-	aside.Go(func() { c.keepSeen(ctx, picture, c.revision) })
+	aside.Go(func() { c.keepSeen(ctx, picture) })
 	aside.Go(func() { c.logs.keep(ctx) })
 	defer aside.Wait()
 	t := newTour(c.cfg.Addresses)

@@ -16,7 +16,6 @@ import (
 	"log/slog"
 	"maps"
 	"path"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -25,13 +24,13 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"merlon.dev/agent/internal/cache"
+	"merlon.dev/agent/internal/datadir"
 	"merlon.dev/ca/capb"
 	"merlon.dev/sdk/checkpoint"
-	"merlon.dev/sdk/durable"
 )
 
 const (
-	logsFile = "logs.json" // storedLogs
+	logsFile = "logs" // storedLogs
 	// maxLogs bounds how many are remembered; the one not seen for longest goes.
 	maxLogs = 64
 	// logMemory is after how long a log may have dropped what a proof would take:
@@ -54,10 +53,11 @@ type storedLog struct {
 
 // logs is safe for concurrent use.
 type logs struct {
-	dir, trustDomain string
-	log              *slog.Logger
-	forks            prometheus.Counter
-	changed          chan struct{}
+	dir         *datadir.Dir
+	trustDomain string
+	log         *slog.Logger
+	forks       prometheus.Counter
+	changed     chan struct{}
 
 	mu sync.Mutex
 	// guarded by mu
@@ -76,16 +76,16 @@ func openLogs(cfg Config) (*logs, error) {
 		}),
 	}
 	cfg.Registerer.MustRegister(l.forks)
-	content, err := ReadFile(cfg.DataDir, logsFile)
+	content, err := cfg.DataDir.Read(context.Background(), logsFile)
 	if err != nil || content == nil {
 		return l, err
 	}
 	var stored storedLogs
 	if err := json.Unmarshal(content, &stored); err != nil {
-		return nil, fmt.Errorf("read %s: %w", filepath.Join(cfg.DataDir, logsFile), err)
+		return nil, fmt.Errorf("read %s: %w", logsFile, err)
 	}
 	if stored.TrustDomain != l.trustDomain {
-		return nil, fmt.Errorf("read %s: it is of trust domain %q, expected %q", filepath.Join(cfg.DataDir, logsFile), stored.TrustDomain, l.trustDomain)
+		return nil, fmt.Errorf("read %s: it is of trust domain %q, expected %q", logsFile, stored.TrustDomain, l.trustDomain)
 	}
 	maps.Copy(l.seen, stored.Logs)
 	return l, nil
@@ -120,7 +120,7 @@ func (l *logs) take(ctx context.Context, m *capb.LogCheckpoint, trust *cache.Tru
 	if words != "" && words != l.said[origin] {
 		l.log.LogAttrs(ctx, slog.LevelError, "checkpoint of the CA's audit log not accepted",
 			slog.String("origin", origin), slog.Any("err", err),
-			slog.String("hint", "keep "+logsFile+" of this node, and run merlon log verify on the CA's machine"))
+			slog.String("hint", "keep data_dir of this node, and run merlon log verify on the CA's machine"))
 	}
 	l.said[origin] = words
 }
@@ -203,5 +203,5 @@ func (l *logs) save() error {
 	if err != nil {
 		return fmt.Errorf("encode what is remembered of the CA's logs: %w", err)
 	}
-	return durable.WriteFile(l.dir, logsFile, content)
+	return l.dir.Write(logsFile, content)
 }

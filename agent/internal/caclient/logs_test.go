@@ -15,8 +15,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math/big"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -27,6 +25,7 @@ import (
 	"golang.org/x/mod/sumdb/tlog"
 
 	"merlon.dev/agent/internal/cache"
+	"merlon.dev/agent/internal/datadir"
 	"merlon.dev/ca/capb"
 	"merlon.dev/sdk/checkpoint"
 )
@@ -160,7 +159,7 @@ func (m *memory) counted() float64 {
 	return families[0].GetMetric()[0].GetCounter().GetValue()
 }
 
-func openMemory(t *testing.T, dir string) *memory {
+func openMemory(t *testing.T, dir *datadir.Dir) *memory {
 	t.Helper()
 	var text bytes.Buffer
 	reg := prometheus.NewRegistry()
@@ -194,7 +193,7 @@ func (m *memory) wants(root *testRoot, msg *capb.LogCheckpoint, at time.Time, si
 }
 
 func TestLogThatIsForkedOrPutBackIsNoticed(t *testing.T) {
-	root, dir, now := newTestRoot(t), t.TempDir(), time.Now()
+	root, dir, now := newTestRoot(t), newDir(t), time.Now()
 	log := root.log(t, "ca-1").grow("a", "b", "c")
 	m := openMemory(t, dir)
 	m.wants(root, log.message(0), now, 3, 0, "")
@@ -227,7 +226,7 @@ func TestLogThatIsForkedOrPutBackIsNoticed(t *testing.T) {
 func TestOldMemoryIsReplaced(t *testing.T) {
 	root, now := newTestRoot(t), time.Now()
 	log := root.log(t, "ca-1").grow("a", "b", "c")
-	m := openMemory(t, t.TempDir())
+	m := openMemory(t, newDir(t))
 	m.wants(root, log.message(0), now, 3, 0, "")
 	log.grow("d")
 	later := now.Add(logMemory + time.Second)
@@ -241,7 +240,7 @@ func TestOldMemoryIsReplaced(t *testing.T) {
 
 func TestAnotherLogOfAReplicaIsSaid(t *testing.T) {
 	root, now := newTestRoot(t), time.Now()
-	m := openMemory(t, t.TempDir())
+	m := openMemory(t, newDir(t))
 	m.wants(root, root.log(t, "ca-1").grow("a", "b").message(0), now, 2, 0, "")
 	m.wants(root, root.log(t, "ca-2").grow("a").message(0), now, 1, 0, "")
 	m.wants(root, root.log(t, "ca-1").grow("z").message(0), now, 1, 0, "another audit log")
@@ -249,7 +248,7 @@ func TestAnotherLogOfAReplicaIsSaid(t *testing.T) {
 
 func TestCheckpointOfAStrangerIsNotRemembered(t *testing.T) {
 	root, stranger, now := newTestRoot(t), newTestRoot(t), time.Now()
-	m := openMemory(t, t.TempDir())
+	m := openMemory(t, newDir(t))
 	m.wants(root, stranger.log(t, "ca-1").grow("a").message(0), now, 0, 0, "certificate of a log refused")
 	msg := root.log(t, "ca-1").grow("a").message(0)
 	msg.Certificates = root.log(t, "ca-1").chain // another key's
@@ -262,7 +261,7 @@ func TestCheckpointOfAStrangerIsNotRemembered(t *testing.T) {
 
 func TestMemoryOfLogsIsBounded(t *testing.T) {
 	root, now := newTestRoot(t), time.Now()
-	m := openMemory(t, t.TempDir())
+	m := openMemory(t, newDir(t))
 	first := root.log(t, "ca-0").grow("a")
 	for i := range maxLogs + 1 {
 		l := first
@@ -280,8 +279,8 @@ func TestUnreadableMemoryIsAnError(t *testing.T) {
 	for name, content := range map[string]string{
 		"garbage": "{", "another trust domain": `{"trust_domain":"other.test","logs":{}}`,
 	} {
-		dir := t.TempDir()
-		if err := os.WriteFile(filepath.Join(dir, logsFile), []byte(content), 0o600); err != nil {
+		dir := newDir(t)
+		if err := dir.Write(logsFile, []byte(content)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := openLogs(Config{TrustDomain: logTD, DataDir: dir, Registerer: prometheus.NewRegistry()}); err == nil {

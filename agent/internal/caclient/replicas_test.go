@@ -21,9 +21,10 @@ import (
 	"google.golang.org/grpc/status"
 
 	"merlon.dev/agent/internal/cache"
+	"merlon.dev/agent/internal/datadir"
 	"merlon.dev/agent/internal/fakeca"
 	"merlon.dev/ca/capb"
-	"merlon.dev/sdk/durable"
+	"merlon.dev/sdk/seal"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -66,10 +67,10 @@ next:
 	return found
 }
 
-func newDir(t *testing.T) string {
+func newDir(t *testing.T) *datadir.Dir {
 	t.Helper()
-	dir := filepath.Join(t.TempDir(), "data")
-	if err := MakeDataDir(dir); err != nil {
+	dir, err := datadir.Open(filepath.Join(t.TempDir(), "data"), td, seal.Source{}, slog.New(slog.DiscardHandler))
+	if err != nil {
 		t.Fatal(err)
 	}
 	return dir
@@ -77,7 +78,7 @@ func newDir(t *testing.T) string {
 
 // run starts an agent that keeps its files in dir, until the test ends or stop
 // is called.
-func run(t *testing.T, dir string, ca *fakeca.CA, addresses ...string) *agent {
+func run(t *testing.T, dir *datadir.Dir, ca *fakeca.CA, addresses ...string) *agent {
 	t.Helper()
 	a := &agent{t: t, log: &logBuffer{}}
 	log := slog.New(slog.NewTextHandler(a.log, nil))
@@ -101,6 +102,7 @@ func run(t *testing.T, dir string, ca *fakeca.CA, addresses ...string) *agent {
 		if err := <-done; err != nil {
 			t.Errorf("Run() = %v", err)
 		}
+		a.WriteSeen(context.Background(), a.picture)
 		if t.Failed() {
 			t.Log(strings.Join(a.log.lines(), ""))
 		}
@@ -307,7 +309,7 @@ func TestWhatWasSeenIsToldAlsoAfterARestart(t *testing.T) {
 	dir := newDir(t)
 	a := run(t, dir, ca, ca.Address)
 	a.follows()
-	eventually(t, "the first revision is on disk", func() bool { got, err := a.loadSeen(); return err == nil && got > 0 })
+	eventually(t, "the first revision is on disk", func() bool { got, err := a.loadSeen(); return err == nil && got.Revision > 0 })
 	// Too soon for the next write, but for the end.
 	ca.PutEntry(ca.Entry("e2", "/more", "unix:uid:1"))
 	eventually(t, "the change arrives", func() bool { return a.picture.Seen() == ca.Revision() })
@@ -336,7 +338,7 @@ func TestRevisionIsSavedWhileTheAgentRuns(t *testing.T) {
 	// Not at the end only: a machine can lose power.
 	eventually(t, "the revision is on disk", func() bool {
 		got, err := a.loadSeen()
-		return err == nil && got == want
+		return err == nil && got.Revision == want
 	})
 }
 
@@ -345,7 +347,7 @@ func TestDamagedMemoryIsAnError(t *testing.T) {
 		"garbled": "{", "of another trust domain": `{"trust_domain":"other.test","revision":7}`,
 	} {
 		dir := newDir(t)
-		if err := durable.WriteFile(dir, seenFile, []byte(content)); err != nil {
+		if err := dir.Write(seenFile, []byte(content)); err != nil {
 			t.Fatal(err)
 		}
 		_, err := New(Config{

@@ -1,10 +1,13 @@
 // What the agent remembers of its CA, so that a CA which was restored from an
 // older backup, or set back, is noticed: the highest store revision, sequence
-// number of a trust bundle and policy generation that it ever saw.
+// number of a trust bundle and policy generation that it ever saw. And when it
+// last heard from it, so that a restart makes no revocation look fresher.
 //
 // The trust bundle and the policy generation are written when they change. The
 // revision changes with everything; it is written at most every few seconds
 // and at the end, and an agent that is killed remembers one from seconds ago.
+// It is never ahead of what else is on disk: so an older copy of that, put
+// back, is told by it.
 
 package caclient
 
@@ -13,24 +16,25 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
-	"path/filepath"
 	"time"
 
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/ca/capb"
-	"merlon.dev/sdk/durable"
 )
 
 const (
-	seenFile = "seen.json" // storedSeen
-	// seenPause is the time between two writes of seenFile.
-	seenPause = 5 * time.Second
+	seenFile = "seen" // storedSeen
+	// seenPause is the time between two writes of seenFile, and heardPause while
+	// nothing but the time changes.
+	seenPause  = 5 * time.Second
+	heardPause = 30 * time.Second
 )
 
 // storedSeen is the form of seenFile.
 type storedSeen struct {
-	TrustDomain string `json:"trust_domain"`
-	Revision    uint64 `json:"revision"`
+	TrustDomain string    `json:"trust_domain"`
+	Revision    uint64    `json:"revision"`
+	Heard       time.Time `json:"heard,omitzero"`
 }
 
 // seen is the highest of everything, for the CA.
@@ -42,60 +46,76 @@ func (c *Client) seen(picture *cache.Cache) *capb.Seen {
 	return seen
 }
 
-// loadSeen returns the revision from the disk, 0 when there is none. An
-// unreadable file is an error, because what it forgets could be replayed.
-func (c *Client) loadSeen() (revision uint64, err error) {
-	content, err := ReadFile(c.cfg.DataDir, seenFile)
+// loadSeen returns what saveSeen wrote, zero when there is nothing.
+func (c *Client) loadSeen() (stored storedSeen, err error) {
+	content, err := c.cfg.DataDir.Read(context.Background(), seenFile)
 	if err != nil || content == nil {
-		return 0, err
+		return stored, err
 	}
-	path := filepath.Join(c.cfg.DataDir, seenFile)
-	var stored storedSeen
 	if err := json.Unmarshal(content, &stored); err != nil {
-		return 0, fmt.Errorf("read %s: %w", path, err)
+		return stored, fmt.Errorf("read %s: %w", seenFile, err)
 	}
 	if stored.TrustDomain != c.cfg.TrustDomain.Name() {
-		return 0, fmt.Errorf("read %s: it is of trust domain %q, expected %q", path, stored.TrustDomain, c.cfg.TrustDomain.Name())
+		return stored, fmt.Errorf("read %s: it is of trust domain %q, expected %q", seenFile, stored.TrustDomain, c.cfg.TrustDomain.Name())
 	}
-	return stored.Revision, nil
+	return stored, nil
 }
 
-func (c *Client) saveSeen(revision uint64) error {
-	content, err := json.Marshal(storedSeen{TrustDomain: c.cfg.TrustDomain.Name(), Revision: revision})
+func (c *Client) saveSeen(seen storedSeen) error {
+	content, err := json.Marshal(seen)
 	if err != nil {
 		return fmt.Errorf("encode the revision: %w", err)
 	}
-	return durable.WriteFile(c.cfg.DataDir, seenFile, content)
+	return c.cfg.DataDir.Write(seenFile, content)
 }
 
-// keepSeen writes the revision down as it grows, until ctx ends and then once
-// more. It has a goroutine of its own: a slow disk holds up nothing.
-func (c *Client) keepSeen(ctx context.Context, picture *cache.Cache, saved uint64) {
-	failing := false
-	save := func() {
-		revision := picture.Seen()
-		if revision <= saved {
-			return
-		}
-		if err := c.saveSeen(revision); err != nil {
-			if !failing {
-				c.cfg.Logger.LogAttrs(ctx, slog.LevelError, "revision not saved", slog.Any("err", err))
-			}
-			failing = true
-			return
-		}
-		saved, failing = revision, false
+// Revision is the highest store revision that an earlier run wrote down.
+func (c *Client) Revision() uint64 { return c.remembered.Revision }
+
+// Recall gives picture what an earlier run wrote down.
+func (c *Client) Recall(ctx context.Context, picture *cache.Cache) {
+	if c.trust != nil {
+		picture.SetTrust(ctx, c.trust)
 	}
-	defer save()
+	picture.Remember(c.remembered.Revision, c.remembered.Heard)
+}
+
+// keepSeen writes down what grows, until ctx ends. It has a goroutine of its
+// own: a slow disk holds up nothing.
+func (c *Client) keepSeen(ctx context.Context, picture *cache.Cache) {
+	beat := time.NewTicker(heardPause)
+	defer beat.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-c.sawMore:
+		case <-beat.C:
 		}
-		save()
-		if pause(ctx, seenPause) != nil {
-			return
+		for again := true; again; again = picture.Seen() > c.written.Revision { // the rest is not on disk yet
+			c.WriteSeen(ctx, picture)
+			if pause(ctx, seenPause) != nil {
+				return
+			}
 		}
 	}
+}
+
+// WriteSeen writes down what has grown since the last time. Run does it while it
+// runs; its caller once more when everything else has ended.
+func (c *Client) WriteSeen(ctx context.Context, picture *cache.Cache) {
+	now := storedSeen{
+		TrustDomain: c.cfg.TrustDomain.Name(), Heard: picture.Heard(),
+		Revision: max(c.written.Revision, min(picture.Seen(), c.cfg.Durable())),
+	}
+	if now.Revision == c.written.Revision && now.Heard.Sub(c.written.Heard) < heardPause {
+		return
+	}
+	err := c.saveSeen(now)
+	if err == nil {
+		c.written = now
+	} else if !c.seenFailing {
+		c.cfg.Logger.LogAttrs(ctx, slog.LevelError, "revision not saved", slog.Any("err", err))
+	}
+	c.seenFailing = err != nil
 }

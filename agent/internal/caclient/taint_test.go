@@ -174,7 +174,7 @@ func listed(t *testing.T, admin capb.AdminClient, state string) *capb.CAAuthorit
 // realCA runs the real CA with short refresh hints.
 func realCA(t *testing.T) (address string, admin capb.AdminClient) {
 	t.Helper()
-	dir := newDir(t)
+	dir := t.TempDir()
 	srv, err := ca.New(ca.Config{
 		TrustDomain: td, DataDir: filepath.Join(dir, "data"), AdminSocket: filepath.Join(dir, "s", "a.sock"), Development: true,
 		Address: "127.0.0.1:0", HTTPSAddress: "127.0.0.1:0", HealthAddress: "127.0.0.1:0", TrustRefreshHint: time.Second,

@@ -33,6 +33,7 @@ const Header = "workload.spiffe.io"
 const (
 	NoMatchingEntry = "NO_MATCHING_ENTRY" // no registration entry is for this process
 	NotSynced       = "AGENT_NOT_SYNCED"  // the agent does not know yet, or not any more
+	CAUnavailable   = "CA_UNAVAILABLE"    // what is held does not do, and the CA did not answer
 	ProcessGone     = "PROCESS_GONE"      // the caller ended
 	ProcessChanged  = "PROCESS_CHANGED"   // the caller is not what it was when it connected
 	TooManyStreams  = "TOO_MANY_STREAMS"  // the caller's user has its share

@@ -18,6 +18,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"merlon.dev/agent/internal/datadir"
 	"merlon.dev/ca/capb"
 	"merlon.dev/policy/bundle"
 	"merlon.dev/policy/engine"
@@ -41,7 +42,7 @@ type Config struct {
 	// HTTP speaks to the CA and to nobody else.
 	HTTP *http.Client
 	// DataDir is where the last good bundle is kept.
-	DataDir string
+	DataDir *datadir.Dir
 	// OnChange is called after the active policy changed.
 	OnChange   func()
 	Logger     *slog.Logger

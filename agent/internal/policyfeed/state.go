@@ -13,15 +13,13 @@ import (
 	"fmt"
 	"log/slog"
 
-	"merlon.dev/agent/internal/caclient"
 	"merlon.dev/ca/capb"
 	"merlon.dev/policy/bundle"
-	"merlon.dev/sdk/durable"
 )
 
 const (
-	bundleFile = "policy_bundle.tar.gz"
-	stateFile  = "policy_state.json"
+	bundleFile = "policy_bundle"
+	stateFile  = "policy_state"
 )
 
 // state is the form of stateFile.
@@ -52,17 +50,17 @@ func (f *Feed) save(raw []byte, generation uint64, keys []bundle.Key) error {
 	if err != nil {
 		return fmt.Errorf("encode the policy's state: %w", err)
 	}
-	if err := durable.WriteFile(f.cfg.DataDir, stateFile, content); err != nil {
+	if err := f.cfg.DataDir.Write(stateFile, content); err != nil {
 		return err
 	}
-	return durable.WriteFile(f.cfg.DataDir, bundleFile, raw)
+	return f.cfg.DataDir.Write(bundleFile, raw)
 }
 
 // restore reads what save wrote. A bundle that is not good any more is left
 // out: the CA has another. An unreadable state is an error, because what it
 // forgets could be replayed.
 func (f *Feed) restore(ctx context.Context) error {
-	content, err := caclient.ReadFile(f.cfg.DataDir, stateFile)
+	content, err := f.cfg.DataDir.Read(ctx, stateFile)
 	if err != nil || content == nil {
 		return err
 	}
@@ -81,7 +79,7 @@ func (f *Feed) restore(ctx context.Context) error {
 	if f.keys, err = parseKeys(pbs); err != nil {
 		return fmt.Errorf("read %s: %w", stateFile, err)
 	}
-	raw, err := caclient.ReadFile(f.cfg.DataDir, bundleFile)
+	raw, err := f.cfg.DataDir.Read(ctx, bundleFile)
 	if err != nil || raw == nil {
 		return err
 	}

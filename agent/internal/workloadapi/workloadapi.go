@@ -191,5 +191,5 @@ func (s *Server) unavailable(ctx context.Context, e *cache.Entry, err error) err
 	if status.Code(err) == codes.InvalidArgument {
 		return status.Errorf(codes.InvalidArgument, "the CA refused: %s", status.Convert(err).Message())
 	}
-	return status.Error(codes.Unavailable, "the CA did not issue the JWT-SVID; the agent's log says why")
+	return endpoint.Error(codes.Unavailable, endpoint.CAUnavailable, "the CA did not issue the JWT-SVID; the agent's log says why", "")
 }

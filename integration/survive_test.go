@@ -1,0 +1,128 @@
+// A node without its CA: what goes on, from outside, with real processes that
+// are killed.
+
+package integration_test
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"merlon.dev/integration/stage"
+	"merlon.dev/sdk/seal"
+)
+
+// onAgentDisk opens one of the agent's sealed files.
+func onAgentDisk(d *stage.Domain, name string) ([]byte, error) {
+	key, err := seal.Read(seal.Source{}, d.AgentData())
+	if err != nil {
+		return nil, err
+	}
+	sealed, err := os.ReadFile(filepath.Join(d.AgentData(), name+".sealed"))
+	if err != nil {
+		return nil, err
+	}
+	return key.Open(sealed, "merlon agent file", d.TrustDomain, name)
+}
+
+// kept waits until the agent's cache holds text.
+func kept(t *testing.T, d *stage.Domain, text string) {
+	t.Helper()
+	stage.Eventually(t, "the cache holds "+text, func() error {
+		content, err := onAgentDisk(d, "cache")
+		if err == nil && !bytes.Contains(content, []byte(text)) {
+			err = errors.New("not yet")
+		}
+		return err
+	})
+}
+
+func same(a, b *x509svid.SVID) bool {
+	return a.Certificates[0].SerialNumber.Cmp(b.Certificates[0].SerialNumber) == 0
+}
+
+// The CA is dead, then the agent is: restarted it serves the same SVIDs, from
+// the cache, and a policy; when the CA is back everything goes on.
+func TestKilledAgentServesAgainWithoutTheCA(t *testing.T) {
+	d := stage.Separate(t)
+	d.Entry("/me", "--ttl", "1h")
+	d.Merlon("policy", "push", "../examples/quickstart/policy")
+	var before *x509svid.SVID
+	stage.Eventually(t, "an SVID is served", func() (err error) {
+		before, err = fetch(t, d)
+		return err
+	})
+	token, err := workloadapi.FetchJWTSVID(t.Context(), jwtsvid.Params{Audience: "db"}, workloadapi.WithAddr(d.WorkloadAPI))
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept(t, d, token.Marshal())
+	d.CA.Kill()
+	for range 2 {
+		d.Agent.Kill()
+		began := time.Now()
+		d.Agent.Restart()
+		var after *x509svid.SVID
+		stage.Eventually(t, "an SVID is served again", func() (err error) {
+			after, err = fetch(t, d)
+			return err
+		})
+		t.Logf("served %v after the start of the process", time.Since(began).Round(time.Millisecond))
+		if !same(before, after) {
+			t.Error("another SVID is served")
+		}
+		if again, err := workloadapi.FetchJWTSVID(t.Context(), jwtsvid.Params{Audience: "db"}, workloadapi.WithAddr(d.WorkloadAPI)); err != nil || again.Marshal() != token.Marshal() {
+			t.Errorf("FetchJWTSVID = %v; want the one from before", err)
+		}
+		if !strings.Contains(d.Agent.Log(), "policy active") {
+			t.Errorf("no policy from the disk: %s", d.Agent.Log())
+		}
+	}
+	stream := watchSVIDs(t, d)
+	d.CA.Restart()
+	stage.Eventually(t, "the CA answers again", func() error {
+		_, _, err := d.Try("agent", "list")
+		return err
+	})
+	d.Entry("/second")
+	stream.expect(t, d.ID("/second"))
+}
+
+// A cache with one flipped byte is evidence, and nothing else.
+func TestDamagedCacheIsSetAside(t *testing.T) {
+	d := stage.Separate(t)
+	d.Entry("/me")
+	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, d); return err })
+	kept(t, d, `"svids":[{`)
+	d.Agent.Kill()
+	path := filepath.Join(d.AgentData(), "cache.sealed")
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	content[len(content)/3] ^= 0x20
+	if err := os.WriteFile(path, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.Agent.Restart()
+	stage.Eventually(t, "an SVID is served again", func() error { _, err := fetch(t, d); return err })
+	aside, err := filepath.Glob(path + ".set-aside-*")
+	if err != nil || len(aside) != 1 {
+		t.Fatalf("set aside: %q, %v", aside, err)
+	}
+	evidence, err := os.ReadFile(aside[0])
+	if err != nil || !bytes.Equal(evidence, content) {
+		t.Errorf("the evidence is not what lay there (%v)", err)
+	}
+	if !strings.Contains(d.Agent.Log(), aside[0]) {
+		t.Errorf("the log does not name %s: %s", aside[0], d.Agent.Log())
+	}
+}
