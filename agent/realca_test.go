@@ -65,7 +65,7 @@ func startRealCA(t testing.TB) (*ca.Server, capb.AdminClient) {
 }
 
 // startRealNode runs an agent of the real CA.
-func startRealNode(t testing.TB, srv *ca.Server, admin capb.AdminClient, logger *slog.Logger) *node {
+func startRealNode(t testing.TB, srv *ca.Server, admin capb.AdminClient, logger *slog.Logger, changes ...func(*agent.Config)) *node {
 	t.Helper()
 	token, err := admin.CreateToken(t.Context(), &capb.CreateTokenRequest{Kind: capb.TokenKind_TOKEN_KIND_JOIN, AgentName: "n1"})
 	if err != nil {
@@ -76,12 +76,16 @@ func startRealNode(t testing.TB, srv *ca.Server, admin capb.AdminClient, logger 
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	n := start(t, agent.Config{
+	cfg := agent.Config{
 		TrustDomain: td, CAAddress: agent.Addresses{srv.Address().String()}, CAHTTPSAddress: agent.Addresses{srv.HTTPSAddress().String()},
 		DataDir: filepath.Join(dir, "data"), HealthAddress: "off",
 		PublicSocket: filepath.Join(dir, "pub", "api.sock"), AdminSocket: filepath.Join(dir, "adm", "admin.sock"),
 		JoinToken: token.GetToken(), RootHash: token.GetRootHash(), Logger: logger,
-	})
+	}
+	for _, change := range changes {
+		change(&cfg)
+	}
+	n := start(t, cfg)
 	n.waitReady(t)
 	return n
 }

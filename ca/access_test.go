@@ -39,6 +39,13 @@ func callers(t *testing.T, c *testCA, p *oidcprovider.Provider) []caller {
 	if _, err := c.admin.Revoke(t.Context(), &capb.RevokeRequest{Subject: &capb.RevokeRequest_AgentId{AgentId: revoked.id}}); err != nil {
 		t.Fatal(err)
 	}
+	evicted, banned := c.agent("evicted"), c.agent("banned")
+	if _, err := c.admin.EvictAgent(t.Context(), &capb.EvictAgentRequest{Agent: evicted.id}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.admin.BanAgent(t.Context(), &capb.BanAgentRequest{Agent: banned.id}); err != nil {
+		t.Fatal(err)
+	}
 	former := c.admins(a, "former", capb.Role_ROLE_OPERATOR, "")
 	for _, e := range c.entriesOf("former") {
 		if _, err := c.admin.DeleteEntry(t.Context(), &capb.DeleteEntryRequest{EntryId: e.GetEntryId()}); err != nil {
@@ -54,6 +61,8 @@ func callers(t *testing.T, c *testCA, p *oidcprovider.Provider) []caller {
 		{"anonymous", c.client(nil, nil).conn},
 		{"agent", a.conn},
 		{"revoked agent", revoked.conn},
+		{"evicted agent", evicted.conn},
+		{"banned agent", banned.conn},
 		{"workload", c.client(a.svid(c.entry("n1", "web"))).conn},
 		{"viewer", c.admins(a, "viewer", capb.Role_ROLE_VIEWER, "").conn},
 		{"registrar", c.admins(a, "registrar", capb.Role_ROLE_REGISTRAR, "/ns/shop").conn},

@@ -720,7 +720,13 @@ type Agent struct {
 	Connected bool `protobuf:"varint,5,opt,name=connected,proto3" json:"connected,omitempty"`
 	// What it said last that it serves; empty when it never did since the CA
 	// started.
-	Ack           *SyncAck `protobuf:"bytes,6,opt,name=ack,proto3" json:"ack,omitempty"`
+	Ack *SyncAck `protobuf:"bytes,6,opt,name=ack,proto3" json:"ack,omitempty"`
+	// "attested"; "expired", when its newest X509-SVID has ended; "evicted", until it
+	// has attested anew; or "banned".
+	State string `protobuf:"bytes,7,opt,name=state,proto3" json:"state,omitempty"`
+	// Of an eviction or a ban: when, and what the operator said.
+	StateSince    *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=state_since,json=stateSince,proto3" json:"state_since,omitempty"`
+	StateNote     string                 `protobuf:"bytes,9,opt,name=state_note,json=stateNote,proto3" json:"state_note,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -797,6 +803,422 @@ func (x *Agent) GetAck() *SyncAck {
 	return nil
 }
 
+func (x *Agent) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Agent) GetStateSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StateSince
+	}
+	return nil
+}
+
+func (x *Agent) GetStateNote() string {
+	if x != nil {
+		return x.StateNote
+	}
+	return ""
+}
+
+type GetAgentRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its name, or its SPIFFE ID; also in the other requests about one agent.
+	Agent         string `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetAgentRequest) Reset() {
+	*x = GetAgentRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetAgentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetAgentRequest) ProtoMessage() {}
+
+func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
+func (*GetAgentRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *GetAgentRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+type GetAgentResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         *Agent                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetAgentResponse) Reset() {
+	*x = GetAgentResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetAgentResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetAgentResponse) ProtoMessage() {}
+
+func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
+func (*GetAgentResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *GetAgentResponse) GetAgent() *Agent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+type EvictAgentRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	Note          string                 `protobuf:"bytes,2,opt,name=note,proto3" json:"note,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EvictAgentRequest) Reset() {
+	*x = EvictAgentRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EvictAgentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EvictAgentRequest) ProtoMessage() {}
+
+func (x *EvictAgentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EvictAgentRequest.ProtoReflect.Descriptor instead.
+func (*EvictAgentRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *EvictAgentRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *EvictAgentRequest) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
+type EvictAgentResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Agent *Agent                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	// Of its own X509-SVID.
+	Revocation    *Revocation `protobuf:"bytes,2,opt,name=revocation,proto3" json:"revocation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EvictAgentResponse) Reset() {
+	*x = EvictAgentResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EvictAgentResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EvictAgentResponse) ProtoMessage() {}
+
+func (x *EvictAgentResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EvictAgentResponse.ProtoReflect.Descriptor instead.
+func (*EvictAgentResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *EvictAgentResponse) GetAgent() *Agent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+func (x *EvictAgentResponse) GetRevocation() *Revocation {
+	if x != nil {
+		return x.Revocation
+	}
+	return nil
+}
+
+type BanAgentRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	Note          string                 `protobuf:"bytes,2,opt,name=note,proto3" json:"note,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BanAgentRequest) Reset() {
+	*x = BanAgentRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BanAgentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BanAgentRequest) ProtoMessage() {}
+
+func (x *BanAgentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BanAgentRequest.ProtoReflect.Descriptor instead.
+func (*BanAgentRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *BanAgentRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *BanAgentRequest) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
+type BanAgentResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Agent *Agent                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	// Of everything issued through it.
+	Revocation    *Revocation `protobuf:"bytes,2,opt,name=revocation,proto3" json:"revocation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BanAgentResponse) Reset() {
+	*x = BanAgentResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BanAgentResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BanAgentResponse) ProtoMessage() {}
+
+func (x *BanAgentResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BanAgentResponse.ProtoReflect.Descriptor instead.
+func (*BanAgentResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *BanAgentResponse) GetAgent() *Agent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+func (x *BanAgentResponse) GetRevocation() *Revocation {
+	if x != nil {
+		return x.Revocation
+	}
+	return nil
+}
+
+type UnbanAgentRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	Note          string                 `protobuf:"bytes,2,opt,name=note,proto3" json:"note,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnbanAgentRequest) Reset() {
+	*x = UnbanAgentRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnbanAgentRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnbanAgentRequest) ProtoMessage() {}
+
+func (x *UnbanAgentRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnbanAgentRequest.ProtoReflect.Descriptor instead.
+func (*UnbanAgentRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *UnbanAgentRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *UnbanAgentRequest) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
+type UnbanAgentResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Agent         *Agent                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnbanAgentResponse) Reset() {
+	*x = UnbanAgentResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnbanAgentResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnbanAgentResponse) ProtoMessage() {}
+
+func (x *UnbanAgentResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnbanAgentResponse.ProtoReflect.Descriptor instead.
+func (*UnbanAgentResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *UnbanAgentResponse) GetAgent() *Agent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
 type GetTrustBundleRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -805,7 +1227,7 @@ type GetTrustBundleRequest struct {
 
 func (x *GetTrustBundleRequest) Reset() {
 	*x = GetTrustBundleRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[13]
+	mi := &file_ca_capb_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -817,7 +1239,7 @@ func (x *GetTrustBundleRequest) String() string {
 func (*GetTrustBundleRequest) ProtoMessage() {}
 
 func (x *GetTrustBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[13]
+	mi := &file_ca_capb_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -830,7 +1252,7 @@ func (x *GetTrustBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTrustBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetTrustBundleRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{13}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{21}
 }
 
 type GetTrustBundleResponse struct {
@@ -844,7 +1266,7 @@ type GetTrustBundleResponse struct {
 
 func (x *GetTrustBundleResponse) Reset() {
 	*x = GetTrustBundleResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[14]
+	mi := &file_ca_capb_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -856,7 +1278,7 @@ func (x *GetTrustBundleResponse) String() string {
 func (*GetTrustBundleResponse) ProtoMessage() {}
 
 func (x *GetTrustBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[14]
+	mi := &file_ca_capb_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -869,7 +1291,7 @@ func (x *GetTrustBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTrustBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetTrustBundleResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{14}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *GetTrustBundleResponse) GetTrustBundle() *TrustBundle {
@@ -902,7 +1324,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[15]
+	mi := &file_ca_capb_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -914,7 +1336,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[15]
+	mi := &file_ca_capb_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -927,7 +1349,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{15}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RevokeRequest) GetSubject() isRevokeRequest_Subject {
@@ -1017,7 +1439,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[16]
+	mi := &file_ca_capb_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1029,7 +1451,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[16]
+	mi := &file_ca_capb_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1042,7 +1464,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{16}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RevokeResponse) GetRevocation() *Revocation {
@@ -1060,7 +1482,7 @@ type ListRevocationsRequest struct {
 
 func (x *ListRevocationsRequest) Reset() {
 	*x = ListRevocationsRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[17]
+	mi := &file_ca_capb_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1072,7 +1494,7 @@ func (x *ListRevocationsRequest) String() string {
 func (*ListRevocationsRequest) ProtoMessage() {}
 
 func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[17]
+	mi := &file_ca_capb_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1085,7 +1507,7 @@ func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRevocationsRequest.ProtoReflect.Descriptor instead.
 func (*ListRevocationsRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{17}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{25}
 }
 
 type ListRevocationsResponse struct {
@@ -1097,7 +1519,7 @@ type ListRevocationsResponse struct {
 
 func (x *ListRevocationsResponse) Reset() {
 	*x = ListRevocationsResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[18]
+	mi := &file_ca_capb_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1109,7 +1531,7 @@ func (x *ListRevocationsResponse) String() string {
 func (*ListRevocationsResponse) ProtoMessage() {}
 
 func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[18]
+	mi := &file_ca_capb_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1122,7 +1544,7 @@ func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRevocationsResponse.ProtoReflect.Descriptor instead.
 func (*ListRevocationsResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{18}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListRevocationsResponse) GetRevocations() []*Revocation {
@@ -1144,7 +1566,7 @@ type PushPolicyRequest struct {
 
 func (x *PushPolicyRequest) Reset() {
 	*x = PushPolicyRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[19]
+	mi := &file_ca_capb_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1156,7 +1578,7 @@ func (x *PushPolicyRequest) String() string {
 func (*PushPolicyRequest) ProtoMessage() {}
 
 func (x *PushPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[19]
+	mi := &file_ca_capb_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1169,7 +1591,7 @@ func (x *PushPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushPolicyRequest.ProtoReflect.Descriptor instead.
 func (*PushPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{19}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PushPolicyRequest) GetName() string {
@@ -1197,7 +1619,7 @@ type PushPolicyResponse struct {
 
 func (x *PushPolicyResponse) Reset() {
 	*x = PushPolicyResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[20]
+	mi := &file_ca_capb_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1209,7 +1631,7 @@ func (x *PushPolicyResponse) String() string {
 func (*PushPolicyResponse) ProtoMessage() {}
 
 func (x *PushPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[20]
+	mi := &file_ca_capb_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1222,7 +1644,7 @@ func (x *PushPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushPolicyResponse.ProtoReflect.Descriptor instead.
 func (*PushPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{20}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *PushPolicyResponse) GetName() string {
@@ -1255,7 +1677,7 @@ type GetPolicyRequest struct {
 
 func (x *GetPolicyRequest) Reset() {
 	*x = GetPolicyRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[21]
+	mi := &file_ca_capb_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1267,7 +1689,7 @@ func (x *GetPolicyRequest) String() string {
 func (*GetPolicyRequest) ProtoMessage() {}
 
 func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[21]
+	mi := &file_ca_capb_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1280,7 +1702,7 @@ func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyRequest.ProtoReflect.Descriptor instead.
 func (*GetPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{21}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *GetPolicyRequest) GetName() string {
@@ -1300,7 +1722,7 @@ type GetPolicyResponse struct {
 
 func (x *GetPolicyResponse) Reset() {
 	*x = GetPolicyResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[22]
+	mi := &file_ca_capb_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1312,7 +1734,7 @@ func (x *GetPolicyResponse) String() string {
 func (*GetPolicyResponse) ProtoMessage() {}
 
 func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[22]
+	mi := &file_ca_capb_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1325,7 +1747,7 @@ func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPolicyResponse.ProtoReflect.Descriptor instead.
 func (*GetPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{22}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *GetPolicyResponse) GetPolicyBundle() *PolicyBundle {
@@ -1352,7 +1774,7 @@ type ProveIssuancesRequest struct {
 
 func (x *ProveIssuancesRequest) Reset() {
 	*x = ProveIssuancesRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[23]
+	mi := &file_ca_capb_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1364,7 +1786,7 @@ func (x *ProveIssuancesRequest) String() string {
 func (*ProveIssuancesRequest) ProtoMessage() {}
 
 func (x *ProveIssuancesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[23]
+	mi := &file_ca_capb_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1377,7 +1799,7 @@ func (x *ProveIssuancesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveIssuancesRequest.ProtoReflect.Descriptor instead.
 func (*ProveIssuancesRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{23}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ProveIssuancesRequest) GetSerials() []string {
@@ -1409,7 +1831,7 @@ type ProveIssuancesResponse struct {
 
 func (x *ProveIssuancesResponse) Reset() {
 	*x = ProveIssuancesResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	mi := &file_ca_capb_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1421,7 +1843,7 @@ func (x *ProveIssuancesResponse) String() string {
 func (*ProveIssuancesResponse) ProtoMessage() {}
 
 func (x *ProveIssuancesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	mi := &file_ca_capb_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1434,7 +1856,7 @@ func (x *ProveIssuancesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveIssuancesResponse.ProtoReflect.Descriptor instead.
 func (*ProveIssuancesResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{24}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ProveIssuancesResponse) GetProofs() []*IssuanceProof {
@@ -1500,7 +1922,7 @@ type IssuanceProof struct {
 
 func (x *IssuanceProof) Reset() {
 	*x = IssuanceProof{}
-	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	mi := &file_ca_capb_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1512,7 +1934,7 @@ func (x *IssuanceProof) String() string {
 func (*IssuanceProof) ProtoMessage() {}
 
 func (x *IssuanceProof) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	mi := &file_ca_capb_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1525,7 +1947,7 @@ func (x *IssuanceProof) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuanceProof.ProtoReflect.Descriptor instead.
 func (*IssuanceProof) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{25}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *IssuanceProof) GetSerial() string {
@@ -1567,7 +1989,7 @@ type Issuer struct {
 
 func (x *Issuer) Reset() {
 	*x = Issuer{}
-	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	mi := &file_ca_capb_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1579,7 +2001,7 @@ func (x *Issuer) String() string {
 func (*Issuer) ProtoMessage() {}
 
 func (x *Issuer) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	mi := &file_ca_capb_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1592,7 +2014,7 @@ func (x *Issuer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Issuer.ProtoReflect.Descriptor instead.
 func (*Issuer) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{26}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Issuer) GetAuthorityId() string {
@@ -1617,7 +2039,7 @@ type ListReplicasRequest struct {
 
 func (x *ListReplicasRequest) Reset() {
 	*x = ListReplicasRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	mi := &file_ca_capb_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1629,7 +2051,7 @@ func (x *ListReplicasRequest) String() string {
 func (*ListReplicasRequest) ProtoMessage() {}
 
 func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	mi := &file_ca_capb_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1642,7 +2064,7 @@ func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasRequest.ProtoReflect.Descriptor instead.
 func (*ListReplicasRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{27}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{35}
 }
 
 type ListReplicasResponse struct {
@@ -1654,7 +2076,7 @@ type ListReplicasResponse struct {
 
 func (x *ListReplicasResponse) Reset() {
 	*x = ListReplicasResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	mi := &file_ca_capb_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1666,7 +2088,7 @@ func (x *ListReplicasResponse) String() string {
 func (*ListReplicasResponse) ProtoMessage() {}
 
 func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	mi := &file_ca_capb_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1679,7 +2101,7 @@ func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasResponse.ProtoReflect.Descriptor instead.
 func (*ListReplicasResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{28}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ListReplicasResponse) GetReplicas() []*CAReplica {
@@ -1709,7 +2131,7 @@ type CAReplica struct {
 
 func (x *CAReplica) Reset() {
 	*x = CAReplica{}
-	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	mi := &file_ca_capb_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1721,7 +2143,7 @@ func (x *CAReplica) String() string {
 func (*CAReplica) ProtoMessage() {}
 
 func (x *CAReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	mi := &file_ca_capb_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1734,7 +2156,7 @@ func (x *CAReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CAReplica.ProtoReflect.Descriptor instead.
 func (*CAReplica) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{29}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CAReplica) GetName() string {
@@ -1802,7 +2224,7 @@ type EvictReplicaRequest struct {
 
 func (x *EvictReplicaRequest) Reset() {
 	*x = EvictReplicaRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[30]
+	mi := &file_ca_capb_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1814,7 +2236,7 @@ func (x *EvictReplicaRequest) String() string {
 func (*EvictReplicaRequest) ProtoMessage() {}
 
 func (x *EvictReplicaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[30]
+	mi := &file_ca_capb_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1827,7 +2249,7 @@ func (x *EvictReplicaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReplicaRequest.ProtoReflect.Descriptor instead.
 func (*EvictReplicaRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{30}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *EvictReplicaRequest) GetName() string {
@@ -1847,7 +2269,7 @@ type EvictReplicaResponse struct {
 
 func (x *EvictReplicaResponse) Reset() {
 	*x = EvictReplicaResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[31]
+	mi := &file_ca_capb_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1859,7 +2281,7 @@ func (x *EvictReplicaResponse) String() string {
 func (*EvictReplicaResponse) ProtoMessage() {}
 
 func (x *EvictReplicaResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[31]
+	mi := &file_ca_capb_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1872,7 +2294,7 @@ func (x *EvictReplicaResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReplicaResponse.ProtoReflect.Descriptor instead.
 func (*EvictReplicaResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{31}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *EvictReplicaResponse) GetReplica() *CAReplica {
@@ -1897,7 +2319,7 @@ type BackupStoreRequest struct {
 
 func (x *BackupStoreRequest) Reset() {
 	*x = BackupStoreRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[32]
+	mi := &file_ca_capb_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1909,7 +2331,7 @@ func (x *BackupStoreRequest) String() string {
 func (*BackupStoreRequest) ProtoMessage() {}
 
 func (x *BackupStoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[32]
+	mi := &file_ca_capb_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1922,7 +2344,7 @@ func (x *BackupStoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStoreRequest.ProtoReflect.Descriptor instead.
 func (*BackupStoreRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{32}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{40}
 }
 
 type BackupStoreResponse struct {
@@ -1934,7 +2356,7 @@ type BackupStoreResponse struct {
 
 func (x *BackupStoreResponse) Reset() {
 	*x = BackupStoreResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[33]
+	mi := &file_ca_capb_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1946,7 +2368,7 @@ func (x *BackupStoreResponse) String() string {
 func (*BackupStoreResponse) ProtoMessage() {}
 
 func (x *BackupStoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[33]
+	mi := &file_ca_capb_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1959,7 +2381,7 @@ func (x *BackupStoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStoreResponse.ProtoReflect.Descriptor instead.
 func (*BackupStoreResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{33}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *BackupStoreResponse) GetData() []byte {
@@ -1977,7 +2399,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[34]
+	mi := &file_ca_capb_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1989,7 +2411,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[34]
+	mi := &file_ca_capb_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2002,7 +2424,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{34}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{42}
 }
 
 type ListAuthoritiesResponse struct {
@@ -2014,7 +2436,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[35]
+	mi := &file_ca_capb_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2026,7 +2448,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[35]
+	mi := &file_ca_capb_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2039,7 +2461,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{35}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*CAAuthority {
@@ -2077,7 +2499,7 @@ type CAAuthority struct {
 
 func (x *CAAuthority) Reset() {
 	*x = CAAuthority{}
-	mi := &file_ca_capb_admin_proto_msgTypes[36]
+	mi := &file_ca_capb_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2089,7 +2511,7 @@ func (x *CAAuthority) String() string {
 func (*CAAuthority) ProtoMessage() {}
 
 func (x *CAAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[36]
+	mi := &file_ca_capb_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2102,7 +2524,7 @@ func (x *CAAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CAAuthority.ProtoReflect.Descriptor instead.
 func (*CAAuthority) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{36}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CAAuthority) GetAuthorityId() string {
@@ -2198,7 +2620,7 @@ type PendingStep struct {
 
 func (x *PendingStep) Reset() {
 	*x = PendingStep{}
-	mi := &file_ca_capb_admin_proto_msgTypes[37]
+	mi := &file_ca_capb_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2210,7 +2632,7 @@ func (x *PendingStep) String() string {
 func (*PendingStep) ProtoMessage() {}
 
 func (x *PendingStep) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[37]
+	mi := &file_ca_capb_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2223,7 +2645,7 @@ func (x *PendingStep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingStep.ProtoReflect.Descriptor instead.
 func (*PendingStep) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{37}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *PendingStep) GetStep() string {
@@ -2278,7 +2700,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[38]
+	mi := &file_ca_capb_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2290,7 +2712,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[38]
+	mi := &file_ca_capb_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2303,7 +2725,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{38}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *PrepareAuthorityRequest) GetKind() string {
@@ -2322,7 +2744,7 @@ type PrepareAuthorityResponse struct {
 
 func (x *PrepareAuthorityResponse) Reset() {
 	*x = PrepareAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[39]
+	mi := &file_ca_capb_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2334,7 +2756,7 @@ func (x *PrepareAuthorityResponse) String() string {
 func (*PrepareAuthorityResponse) ProtoMessage() {}
 
 func (x *PrepareAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[39]
+	mi := &file_ca_capb_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2347,7 +2769,7 @@ func (x *PrepareAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{39}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *PrepareAuthorityResponse) GetAuthority() *CAAuthority {
@@ -2368,7 +2790,7 @@ type ActivateAuthorityRequest struct {
 
 func (x *ActivateAuthorityRequest) Reset() {
 	*x = ActivateAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[40]
+	mi := &file_ca_capb_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2380,7 +2802,7 @@ func (x *ActivateAuthorityRequest) String() string {
 func (*ActivateAuthorityRequest) ProtoMessage() {}
 
 func (x *ActivateAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[40]
+	mi := &file_ca_capb_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2393,7 +2815,7 @@ func (x *ActivateAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ActivateAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{40}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ActivateAuthorityRequest) GetAuthorityId() string {
@@ -2419,7 +2841,7 @@ type ActivateAuthorityResponse struct {
 
 func (x *ActivateAuthorityResponse) Reset() {
 	*x = ActivateAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[41]
+	mi := &file_ca_capb_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2431,7 +2853,7 @@ func (x *ActivateAuthorityResponse) String() string {
 func (*ActivateAuthorityResponse) ProtoMessage() {}
 
 func (x *ActivateAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[41]
+	mi := &file_ca_capb_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2444,7 +2866,7 @@ func (x *ActivateAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ActivateAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{41}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ActivateAuthorityResponse) GetAuthority() *CAAuthority {
@@ -2463,7 +2885,7 @@ type TaintAuthorityRequest struct {
 
 func (x *TaintAuthorityRequest) Reset() {
 	*x = TaintAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[42]
+	mi := &file_ca_capb_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2475,7 +2897,7 @@ func (x *TaintAuthorityRequest) String() string {
 func (*TaintAuthorityRequest) ProtoMessage() {}
 
 func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[42]
+	mi := &file_ca_capb_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2488,7 +2910,7 @@ func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*TaintAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{42}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *TaintAuthorityRequest) GetAuthorityId() string {
@@ -2507,7 +2929,7 @@ type TaintAuthorityResponse struct {
 
 func (x *TaintAuthorityResponse) Reset() {
 	*x = TaintAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[43]
+	mi := &file_ca_capb_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2519,7 +2941,7 @@ func (x *TaintAuthorityResponse) String() string {
 func (*TaintAuthorityResponse) ProtoMessage() {}
 
 func (x *TaintAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[43]
+	mi := &file_ca_capb_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2532,7 +2954,7 @@ func (x *TaintAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*TaintAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{43}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *TaintAuthorityResponse) GetAuthority() *CAAuthority {
@@ -2553,7 +2975,7 @@ type RevokeAuthorityRequest struct {
 
 func (x *RevokeAuthorityRequest) Reset() {
 	*x = RevokeAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[44]
+	mi := &file_ca_capb_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2565,7 +2987,7 @@ func (x *RevokeAuthorityRequest) String() string {
 func (*RevokeAuthorityRequest) ProtoMessage() {}
 
 func (x *RevokeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[44]
+	mi := &file_ca_capb_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2578,7 +3000,7 @@ func (x *RevokeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*RevokeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{44}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *RevokeAuthorityRequest) GetAuthorityId() string {
@@ -2604,7 +3026,7 @@ type RevokeAuthorityResponse struct {
 
 func (x *RevokeAuthorityResponse) Reset() {
 	*x = RevokeAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[45]
+	mi := &file_ca_capb_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2616,7 +3038,7 @@ func (x *RevokeAuthorityResponse) String() string {
 func (*RevokeAuthorityResponse) ProtoMessage() {}
 
 func (x *RevokeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[45]
+	mi := &file_ca_capb_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2629,7 +3051,7 @@ func (x *RevokeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*RevokeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{45}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *RevokeAuthorityResponse) GetAuthority() *CAAuthority {
@@ -2684,7 +3106,7 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"expires_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"\x13\n" +
 	"\x11ListAgentsRequest\"A\n" +
 	"\x12ListAgentsResponse\x12+\n" +
-	"\x06agents\x18\x01 \x03(\v2\x13.merlon.ca.v1.AgentR\x06agents\"\x83\x02\n" +
+	"\x06agents\x18\x01 \x03(\v2\x13.merlon.ca.v1.AgentR\x06agents\"\xf5\x02\n" +
 	"\x05Agent\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12 \n" +
 	"\vattestation\x18\x02 \x01(\tR\vattestation\x12;\n" +
@@ -2692,7 +3114,37 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"attestedAt\x127\n" +
 	"\tnot_after\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12\x1c\n" +
 	"\tconnected\x18\x05 \x01(\bR\tconnected\x12'\n" +
-	"\x03ack\x18\x06 \x01(\v2\x15.merlon.ca.v1.SyncAckR\x03ack\"\x17\n" +
+	"\x03ack\x18\x06 \x01(\v2\x15.merlon.ca.v1.SyncAckR\x03ack\x12\x14\n" +
+	"\x05state\x18\a \x01(\tR\x05state\x12;\n" +
+	"\vstate_since\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"stateSince\x12\x1d\n" +
+	"\n" +
+	"state_note\x18\t \x01(\tR\tstateNote\"'\n" +
+	"\x0fGetAgentRequest\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\"=\n" +
+	"\x10GetAgentResponse\x12)\n" +
+	"\x05agent\x18\x01 \x01(\v2\x13.merlon.ca.v1.AgentR\x05agent\"=\n" +
+	"\x11EvictAgentRequest\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x12\n" +
+	"\x04note\x18\x02 \x01(\tR\x04note\"y\n" +
+	"\x12EvictAgentResponse\x12)\n" +
+	"\x05agent\x18\x01 \x01(\v2\x13.merlon.ca.v1.AgentR\x05agent\x128\n" +
+	"\n" +
+	"revocation\x18\x02 \x01(\v2\x18.merlon.ca.v1.RevocationR\n" +
+	"revocation\";\n" +
+	"\x0fBanAgentRequest\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x12\n" +
+	"\x04note\x18\x02 \x01(\tR\x04note\"w\n" +
+	"\x10BanAgentResponse\x12)\n" +
+	"\x05agent\x18\x01 \x01(\v2\x13.merlon.ca.v1.AgentR\x05agent\x128\n" +
+	"\n" +
+	"revocation\x18\x02 \x01(\v2\x18.merlon.ca.v1.RevocationR\n" +
+	"revocation\"=\n" +
+	"\x11UnbanAgentRequest\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x12\n" +
+	"\x04note\x18\x02 \x01(\tR\x04note\"?\n" +
+	"\x12UnbanAgentResponse\x12)\n" +
+	"\x05agent\x18\x01 \x01(\v2\x13.merlon.ca.v1.AgentR\x05agent\"\x17\n" +
 	"\x15GetTrustBundleRequest\"w\n" +
 	"\x16GetTrustBundleResponse\x12<\n" +
 	"\ftrust_bundle\x18\x01 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\x12\x1f\n" +
@@ -2819,7 +3271,7 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x16TOKEN_KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fTOKEN_KIND_JOIN\x10\x01\x12\x1c\n" +
 	"\x18TOKEN_KIND_BUNDLE_READER\x10\x02\x12\x16\n" +
-	"\x12TOKEN_KIND_REPLICA\x10\x032\x9e\x11\n" +
+	"\x12TOKEN_KIND_REPLICA\x10\x032\xaf\x14\n" +
 	"\x05Admin\x12m\n" +
 	"\vCreateEntry\x12 .merlon.ca.v1.CreateEntryRequest\x1a!.merlon.ca.v1.CreateEntryResponse\"\x19\xaa\xed\x18\x15\n" +
 	"\x01\x03\x12\x02\x02\x04\"\fcreate entry\x12b\n" +
@@ -2836,7 +3288,18 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\n" +
 	"ListAgents\x12\x1f.merlon.ca.v1.ListAgentsRequest\x1a .merlon.ca.v1.ListAgentsResponse\"\x0e\xaa\xed\x18\n" +
 	"\n" +
-	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12l\n" +
+	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12Y\n" +
+	"\bGetAgent\x12\x1d.merlon.ca.v1.GetAgentRequest\x1a\x1e.merlon.ca.v1.GetAgentResponse\"\x0e\xaa\xed\x18\n" +
+	"\n" +
+	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12h\n" +
+	"\n" +
+	"EvictAgent\x12\x1f.merlon.ca.v1.EvictAgentRequest\x1a .merlon.ca.v1.EvictAgentResponse\"\x17\xaa\xed\x18\x13\n" +
+	"\x01\x03\x12\x01\x04\"\vevict agent\x12`\n" +
+	"\bBanAgent\x12\x1d.merlon.ca.v1.BanAgentRequest\x1a\x1e.merlon.ca.v1.BanAgentResponse\"\x15\xaa\xed\x18\x11\n" +
+	"\x01\x03\x12\x01\x04\"\tban agent\x12h\n" +
+	"\n" +
+	"UnbanAgent\x12\x1f.merlon.ca.v1.UnbanAgentRequest\x1a .merlon.ca.v1.UnbanAgentResponse\"\x17\xaa\xed\x18\x13\n" +
+	"\x01\x03\x12\x01\x04\"\vunban agent\x12l\n" +
 	"\x0eGetTrustBundle\x12#.merlon.ca.v1.GetTrustBundleRequest\x1a$.merlon.ca.v1.GetTrustBundleResponse\"\x0f\xaa\xed\x18\v\n" +
 	"\x01\x03\x12\x04\x01\x02\x03\x04\x18\x01\x12X\n" +
 	"\x06Revoke\x12\x1b.merlon.ca.v1.RevokeRequest\x1a\x1c.merlon.ca.v1.RevokeResponse\"\x13\xaa\xed\x18\x0f\n" +
@@ -2882,7 +3345,7 @@ func file_ca_capb_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
 var file_ca_capb_admin_proto_goTypes = []any{
 	(TokenKind)(0),                    // 0: merlon.ca.v1.TokenKind
 	(*CreateEntryRequest)(nil),        // 1: merlon.ca.v1.CreateEntryRequest
@@ -2898,129 +3361,152 @@ var file_ca_capb_admin_proto_goTypes = []any{
 	(*ListAgentsRequest)(nil),         // 11: merlon.ca.v1.ListAgentsRequest
 	(*ListAgentsResponse)(nil),        // 12: merlon.ca.v1.ListAgentsResponse
 	(*Agent)(nil),                     // 13: merlon.ca.v1.Agent
-	(*GetTrustBundleRequest)(nil),     // 14: merlon.ca.v1.GetTrustBundleRequest
-	(*GetTrustBundleResponse)(nil),    // 15: merlon.ca.v1.GetTrustBundleResponse
-	(*RevokeRequest)(nil),             // 16: merlon.ca.v1.RevokeRequest
-	(*RevokeResponse)(nil),            // 17: merlon.ca.v1.RevokeResponse
-	(*ListRevocationsRequest)(nil),    // 18: merlon.ca.v1.ListRevocationsRequest
-	(*ListRevocationsResponse)(nil),   // 19: merlon.ca.v1.ListRevocationsResponse
-	(*PushPolicyRequest)(nil),         // 20: merlon.ca.v1.PushPolicyRequest
-	(*PushPolicyResponse)(nil),        // 21: merlon.ca.v1.PushPolicyResponse
-	(*GetPolicyRequest)(nil),          // 22: merlon.ca.v1.GetPolicyRequest
-	(*GetPolicyResponse)(nil),         // 23: merlon.ca.v1.GetPolicyResponse
-	(*ProveIssuancesRequest)(nil),     // 24: merlon.ca.v1.ProveIssuancesRequest
-	(*ProveIssuancesResponse)(nil),    // 25: merlon.ca.v1.ProveIssuancesResponse
-	(*IssuanceProof)(nil),             // 26: merlon.ca.v1.IssuanceProof
-	(*Issuer)(nil),                    // 27: merlon.ca.v1.Issuer
-	(*ListReplicasRequest)(nil),       // 28: merlon.ca.v1.ListReplicasRequest
-	(*ListReplicasResponse)(nil),      // 29: merlon.ca.v1.ListReplicasResponse
-	(*CAReplica)(nil),                 // 30: merlon.ca.v1.CAReplica
-	(*EvictReplicaRequest)(nil),       // 31: merlon.ca.v1.EvictReplicaRequest
-	(*EvictReplicaResponse)(nil),      // 32: merlon.ca.v1.EvictReplicaResponse
-	(*BackupStoreRequest)(nil),        // 33: merlon.ca.v1.BackupStoreRequest
-	(*BackupStoreResponse)(nil),       // 34: merlon.ca.v1.BackupStoreResponse
-	(*ListAuthoritiesRequest)(nil),    // 35: merlon.ca.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil),   // 36: merlon.ca.v1.ListAuthoritiesResponse
-	(*CAAuthority)(nil),               // 37: merlon.ca.v1.CAAuthority
-	(*PendingStep)(nil),               // 38: merlon.ca.v1.PendingStep
-	(*PrepareAuthorityRequest)(nil),   // 39: merlon.ca.v1.PrepareAuthorityRequest
-	(*PrepareAuthorityResponse)(nil),  // 40: merlon.ca.v1.PrepareAuthorityResponse
-	(*ActivateAuthorityRequest)(nil),  // 41: merlon.ca.v1.ActivateAuthorityRequest
-	(*ActivateAuthorityResponse)(nil), // 42: merlon.ca.v1.ActivateAuthorityResponse
-	(*TaintAuthorityRequest)(nil),     // 43: merlon.ca.v1.TaintAuthorityRequest
-	(*TaintAuthorityResponse)(nil),    // 44: merlon.ca.v1.TaintAuthorityResponse
-	(*RevokeAuthorityRequest)(nil),    // 45: merlon.ca.v1.RevokeAuthorityRequest
-	(*RevokeAuthorityResponse)(nil),   // 46: merlon.ca.v1.RevokeAuthorityResponse
-	nil,                               // 47: merlon.ca.v1.CAAuthority.SinceEntry
-	(*Entry)(nil),                     // 48: merlon.ca.v1.Entry
-	(*Revocation)(nil),                // 49: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil),     // 50: google.protobuf.Timestamp
-	(*SyncAck)(nil),                   // 51: merlon.ca.v1.SyncAck
-	(*TrustBundle)(nil),               // 52: merlon.ca.v1.TrustBundle
-	(*PolicyBundle)(nil),              // 53: merlon.ca.v1.PolicyBundle
+	(*GetAgentRequest)(nil),           // 14: merlon.ca.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),          // 15: merlon.ca.v1.GetAgentResponse
+	(*EvictAgentRequest)(nil),         // 16: merlon.ca.v1.EvictAgentRequest
+	(*EvictAgentResponse)(nil),        // 17: merlon.ca.v1.EvictAgentResponse
+	(*BanAgentRequest)(nil),           // 18: merlon.ca.v1.BanAgentRequest
+	(*BanAgentResponse)(nil),          // 19: merlon.ca.v1.BanAgentResponse
+	(*UnbanAgentRequest)(nil),         // 20: merlon.ca.v1.UnbanAgentRequest
+	(*UnbanAgentResponse)(nil),        // 21: merlon.ca.v1.UnbanAgentResponse
+	(*GetTrustBundleRequest)(nil),     // 22: merlon.ca.v1.GetTrustBundleRequest
+	(*GetTrustBundleResponse)(nil),    // 23: merlon.ca.v1.GetTrustBundleResponse
+	(*RevokeRequest)(nil),             // 24: merlon.ca.v1.RevokeRequest
+	(*RevokeResponse)(nil),            // 25: merlon.ca.v1.RevokeResponse
+	(*ListRevocationsRequest)(nil),    // 26: merlon.ca.v1.ListRevocationsRequest
+	(*ListRevocationsResponse)(nil),   // 27: merlon.ca.v1.ListRevocationsResponse
+	(*PushPolicyRequest)(nil),         // 28: merlon.ca.v1.PushPolicyRequest
+	(*PushPolicyResponse)(nil),        // 29: merlon.ca.v1.PushPolicyResponse
+	(*GetPolicyRequest)(nil),          // 30: merlon.ca.v1.GetPolicyRequest
+	(*GetPolicyResponse)(nil),         // 31: merlon.ca.v1.GetPolicyResponse
+	(*ProveIssuancesRequest)(nil),     // 32: merlon.ca.v1.ProveIssuancesRequest
+	(*ProveIssuancesResponse)(nil),    // 33: merlon.ca.v1.ProveIssuancesResponse
+	(*IssuanceProof)(nil),             // 34: merlon.ca.v1.IssuanceProof
+	(*Issuer)(nil),                    // 35: merlon.ca.v1.Issuer
+	(*ListReplicasRequest)(nil),       // 36: merlon.ca.v1.ListReplicasRequest
+	(*ListReplicasResponse)(nil),      // 37: merlon.ca.v1.ListReplicasResponse
+	(*CAReplica)(nil),                 // 38: merlon.ca.v1.CAReplica
+	(*EvictReplicaRequest)(nil),       // 39: merlon.ca.v1.EvictReplicaRequest
+	(*EvictReplicaResponse)(nil),      // 40: merlon.ca.v1.EvictReplicaResponse
+	(*BackupStoreRequest)(nil),        // 41: merlon.ca.v1.BackupStoreRequest
+	(*BackupStoreResponse)(nil),       // 42: merlon.ca.v1.BackupStoreResponse
+	(*ListAuthoritiesRequest)(nil),    // 43: merlon.ca.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),   // 44: merlon.ca.v1.ListAuthoritiesResponse
+	(*CAAuthority)(nil),               // 45: merlon.ca.v1.CAAuthority
+	(*PendingStep)(nil),               // 46: merlon.ca.v1.PendingStep
+	(*PrepareAuthorityRequest)(nil),   // 47: merlon.ca.v1.PrepareAuthorityRequest
+	(*PrepareAuthorityResponse)(nil),  // 48: merlon.ca.v1.PrepareAuthorityResponse
+	(*ActivateAuthorityRequest)(nil),  // 49: merlon.ca.v1.ActivateAuthorityRequest
+	(*ActivateAuthorityResponse)(nil), // 50: merlon.ca.v1.ActivateAuthorityResponse
+	(*TaintAuthorityRequest)(nil),     // 51: merlon.ca.v1.TaintAuthorityRequest
+	(*TaintAuthorityResponse)(nil),    // 52: merlon.ca.v1.TaintAuthorityResponse
+	(*RevokeAuthorityRequest)(nil),    // 53: merlon.ca.v1.RevokeAuthorityRequest
+	(*RevokeAuthorityResponse)(nil),   // 54: merlon.ca.v1.RevokeAuthorityResponse
+	nil,                               // 55: merlon.ca.v1.CAAuthority.SinceEntry
+	(*Entry)(nil),                     // 56: merlon.ca.v1.Entry
+	(*Revocation)(nil),                // 57: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil),     // 58: google.protobuf.Timestamp
+	(*SyncAck)(nil),                   // 59: merlon.ca.v1.SyncAck
+	(*TrustBundle)(nil),               // 60: merlon.ca.v1.TrustBundle
+	(*PolicyBundle)(nil),              // 61: merlon.ca.v1.PolicyBundle
 }
 var file_ca_capb_admin_proto_depIdxs = []int32{
-	48, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
-	48, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	48, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
-	48, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	48, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	49, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	56, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
+	56, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	56, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
+	56, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	56, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	57, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	0,  // 6: merlon.ca.v1.CreateTokenRequest.kind:type_name -> merlon.ca.v1.TokenKind
-	50, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	58, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
 	13, // 8: merlon.ca.v1.ListAgentsResponse.agents:type_name -> merlon.ca.v1.Agent
-	50, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
-	50, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
-	51, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
-	52, // 12: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	49, // 13: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
-	49, // 14: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	53, // 15: merlon.ca.v1.GetPolicyResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	26, // 16: merlon.ca.v1.ProveIssuancesResponse.proofs:type_name -> merlon.ca.v1.IssuanceProof
-	27, // 17: merlon.ca.v1.ProveIssuancesResponse.issuers:type_name -> merlon.ca.v1.Issuer
-	50, // 18: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
-	30, // 19: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
-	50, // 20: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
-	50, // 21: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
-	30, // 22: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
-	49, // 23: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	37, // 24: merlon.ca.v1.ListAuthoritiesResponse.authorities:type_name -> merlon.ca.v1.CAAuthority
-	50, // 25: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
-	50, // 26: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
-	47, // 27: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
-	38, // 28: merlon.ca.v1.CAAuthority.pending:type_name -> merlon.ca.v1.PendingStep
-	50, // 29: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
-	50, // 30: merlon.ca.v1.PendingStep.last_call:type_name -> google.protobuf.Timestamp
-	37, // 31: merlon.ca.v1.PrepareAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	37, // 32: merlon.ca.v1.ActivateAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	37, // 33: merlon.ca.v1.TaintAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	37, // 34: merlon.ca.v1.RevokeAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	50, // 35: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
-	1,  // 36: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
-	3,  // 37: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
-	5,  // 38: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
-	7,  // 39: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
-	9,  // 40: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
-	11, // 41: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
-	14, // 42: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
-	16, // 43: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
-	18, // 44: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
-	20, // 45: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
-	28, // 46: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
-	31, // 47: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
-	35, // 48: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
-	39, // 49: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
-	41, // 50: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
-	43, // 51: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
-	45, // 52: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
-	33, // 53: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
-	22, // 54: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
-	24, // 55: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
-	2,  // 56: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
-	4,  // 57: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
-	6,  // 58: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
-	8,  // 59: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
-	10, // 60: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
-	12, // 61: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
-	15, // 62: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
-	17, // 63: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
-	19, // 64: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
-	21, // 65: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
-	29, // 66: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
-	32, // 67: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
-	36, // 68: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
-	40, // 69: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
-	42, // 70: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
-	44, // 71: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
-	46, // 72: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
-	34, // 73: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
-	23, // 74: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
-	25, // 75: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
-	56, // [56:76] is the sub-list for method output_type
-	36, // [36:56] is the sub-list for method input_type
-	36, // [36:36] is the sub-list for extension type_name
-	36, // [36:36] is the sub-list for extension extendee
-	0,  // [0:36] is the sub-list for field type_name
+	58, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
+	58, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
+	59, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
+	58, // 12: merlon.ca.v1.Agent.state_since:type_name -> google.protobuf.Timestamp
+	13, // 13: merlon.ca.v1.GetAgentResponse.agent:type_name -> merlon.ca.v1.Agent
+	13, // 14: merlon.ca.v1.EvictAgentResponse.agent:type_name -> merlon.ca.v1.Agent
+	57, // 15: merlon.ca.v1.EvictAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	13, // 16: merlon.ca.v1.BanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
+	57, // 17: merlon.ca.v1.BanAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	13, // 18: merlon.ca.v1.UnbanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
+	60, // 19: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	57, // 20: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	57, // 21: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	61, // 22: merlon.ca.v1.GetPolicyResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	34, // 23: merlon.ca.v1.ProveIssuancesResponse.proofs:type_name -> merlon.ca.v1.IssuanceProof
+	35, // 24: merlon.ca.v1.ProveIssuancesResponse.issuers:type_name -> merlon.ca.v1.Issuer
+	58, // 25: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
+	38, // 26: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
+	58, // 27: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
+	58, // 28: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
+	38, // 29: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
+	57, // 30: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	45, // 31: merlon.ca.v1.ListAuthoritiesResponse.authorities:type_name -> merlon.ca.v1.CAAuthority
+	58, // 32: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
+	58, // 33: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
+	55, // 34: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
+	46, // 35: merlon.ca.v1.CAAuthority.pending:type_name -> merlon.ca.v1.PendingStep
+	58, // 36: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
+	58, // 37: merlon.ca.v1.PendingStep.last_call:type_name -> google.protobuf.Timestamp
+	45, // 38: merlon.ca.v1.PrepareAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	45, // 39: merlon.ca.v1.ActivateAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	45, // 40: merlon.ca.v1.TaintAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	45, // 41: merlon.ca.v1.RevokeAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	58, // 42: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
+	1,  // 43: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
+	3,  // 44: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
+	5,  // 45: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
+	7,  // 46: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
+	9,  // 47: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
+	11, // 48: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
+	14, // 49: merlon.ca.v1.Admin.GetAgent:input_type -> merlon.ca.v1.GetAgentRequest
+	16, // 50: merlon.ca.v1.Admin.EvictAgent:input_type -> merlon.ca.v1.EvictAgentRequest
+	18, // 51: merlon.ca.v1.Admin.BanAgent:input_type -> merlon.ca.v1.BanAgentRequest
+	20, // 52: merlon.ca.v1.Admin.UnbanAgent:input_type -> merlon.ca.v1.UnbanAgentRequest
+	22, // 53: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
+	24, // 54: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
+	26, // 55: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
+	28, // 56: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
+	36, // 57: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
+	39, // 58: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
+	43, // 59: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
+	47, // 60: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
+	49, // 61: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
+	51, // 62: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
+	53, // 63: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
+	41, // 64: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
+	30, // 65: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
+	32, // 66: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
+	2,  // 67: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
+	4,  // 68: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
+	6,  // 69: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
+	8,  // 70: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
+	10, // 71: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
+	12, // 72: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
+	15, // 73: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
+	17, // 74: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
+	19, // 75: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
+	21, // 76: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
+	23, // 77: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
+	25, // 78: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
+	27, // 79: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
+	29, // 80: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
+	37, // 81: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
+	40, // 82: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
+	44, // 83: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
+	48, // 84: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
+	50, // 85: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
+	52, // 86: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
+	54, // 87: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
+	42, // 88: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
+	31, // 89: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
+	33, // 90: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
+	67, // [67:91] is the sub-list for method output_type
+	43, // [43:67] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_admin_proto_init() }
@@ -3030,7 +3516,7 @@ func file_ca_capb_admin_proto_init() {
 	}
 	file_ca_capb_access_proto_init()
 	file_ca_capb_node_proto_init()
-	file_ca_capb_admin_proto_msgTypes[15].OneofWrappers = []any{
+	file_ca_capb_admin_proto_msgTypes[23].OneofWrappers = []any{
 		(*RevokeRequest_SpiffeId)(nil),
 		(*RevokeRequest_AgentId)(nil),
 		(*RevokeRequest_AuthorityId)(nil),
@@ -3042,7 +3528,7 @@ func file_ca_capb_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_admin_proto_rawDesc), len(file_ca_capb_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   47,
+			NumMessages:   55,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

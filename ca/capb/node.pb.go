@@ -26,6 +26,67 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Refusal is why the CA refuses an agent, for programs: the reason of a
+// google.rpc.ErrorInfo (domain merlon.dev) in the status, without REFUSAL_.
+type Refusal int32
+
+const (
+	Refusal_REFUSAL_UNSPECIFIED Refusal = 0
+	// It is banned: nothing that its node shows lets it in (PERMISSION_DENIED to
+	// Attest, otherwise UNAUTHENTICATED).
+	Refusal_REFUSAL_AGENT_BANNED Refusal = 1
+	// It was evicted, and has not attested anew.
+	Refusal_REFUSAL_AGENT_EVICTED Refusal = 2
+	// Its X509-SVID is revoked, or there is no record of it: it has to attest anew.
+	Refusal_REFUSAL_SVID_REVOKED  Refusal = 3
+	Refusal_REFUSAL_AGENT_UNKNOWN Refusal = 4
+)
+
+// Enum value maps for Refusal.
+var (
+	Refusal_name = map[int32]string{
+		0: "REFUSAL_UNSPECIFIED",
+		1: "REFUSAL_AGENT_BANNED",
+		2: "REFUSAL_AGENT_EVICTED",
+		3: "REFUSAL_SVID_REVOKED",
+		4: "REFUSAL_AGENT_UNKNOWN",
+	}
+	Refusal_value = map[string]int32{
+		"REFUSAL_UNSPECIFIED":   0,
+		"REFUSAL_AGENT_BANNED":  1,
+		"REFUSAL_AGENT_EVICTED": 2,
+		"REFUSAL_SVID_REVOKED":  3,
+		"REFUSAL_AGENT_UNKNOWN": 4,
+	}
+)
+
+func (x Refusal) Enum() *Refusal {
+	p := new(Refusal)
+	*p = x
+	return p
+}
+
+func (x Refusal) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Refusal) Descriptor() protoreflect.EnumDescriptor {
+	return file_ca_capb_node_proto_enumTypes[0].Descriptor()
+}
+
+func (Refusal) Type() protoreflect.EnumType {
+	return &file_ca_capb_node_proto_enumTypes[0]
+}
+
+func (x Refusal) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Refusal.Descriptor instead.
+func (Refusal) EnumDescriptor() ([]byte, []int) {
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{0}
+}
+
 type AttestRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The evidence. Exactly one kind.
@@ -1780,7 +1841,13 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x04note\x18\a \x01(\tR\x04note\x12!\n" +
 	"\fagent_handle\x18\b \x01(\x04R\vagentHandle\x12\x14\n" +
 	"\x05realm\x18\t \x01(\rR\x05realmB\t\n" +
-	"\asubject2\x84\x03\n" +
+	"\asubject*\x8c\x01\n" +
+	"\aRefusal\x12\x17\n" +
+	"\x13REFUSAL_UNSPECIFIED\x10\x00\x12\x18\n" +
+	"\x14REFUSAL_AGENT_BANNED\x10\x01\x12\x19\n" +
+	"\x15REFUSAL_AGENT_EVICTED\x10\x02\x12\x18\n" +
+	"\x14REFUSAL_SVID_REVOKED\x10\x03\x12\x19\n" +
+	"\x15REFUSAL_AGENT_UNKNOWN\x10\x042\x84\x03\n" +
 	"\x04Node\x12L\n" +
 	"\x06Attest\x12\x1b.merlon.ca.v1.AttestRequest\x1a\x1c.merlon.ca.v1.AttestResponse\"\a\xaa\xed\x18\x03\n" +
 	"\x01\x01\x12I\n" +
@@ -1805,67 +1872,69 @@ func file_ca_capb_node_proto_rawDescGZIP() []byte {
 	return file_ca_capb_node_proto_rawDescData
 }
 
+var file_ca_capb_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
 var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_ca_capb_node_proto_goTypes = []any{
-	(*AttestRequest)(nil),         // 0: merlon.ca.v1.AttestRequest
-	(*AttestResponse)(nil),        // 1: merlon.ca.v1.AttestResponse
-	(*RenewRequest)(nil),          // 2: merlon.ca.v1.RenewRequest
-	(*RenewResponse)(nil),         // 3: merlon.ca.v1.RenewResponse
-	(*SyncRequest)(nil),           // 4: merlon.ca.v1.SyncRequest
-	(*Seen)(nil),                  // 5: merlon.ca.v1.Seen
-	(*LogState)(nil),              // 6: merlon.ca.v1.LogState
-	(*LogCheckpoint)(nil),         // 7: merlon.ca.v1.LogCheckpoint
-	(*SyncAck)(nil),               // 8: merlon.ca.v1.SyncAck
-	(*SyncResponse)(nil),          // 9: merlon.ca.v1.SyncResponse
-	(*SignRequest)(nil),           // 10: merlon.ca.v1.SignRequest
-	(*SignItem)(nil),              // 11: merlon.ca.v1.SignItem
-	(*SignResponse)(nil),          // 12: merlon.ca.v1.SignResponse
-	(*SignResult)(nil),            // 13: merlon.ca.v1.SignResult
-	(*SignJWTRequest)(nil),        // 14: merlon.ca.v1.SignJWTRequest
-	(*SignJWTResponse)(nil),       // 15: merlon.ca.v1.SignJWTResponse
-	(*Entry)(nil),                 // 16: merlon.ca.v1.Entry
-	(*Selector)(nil),              // 17: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),           // 18: merlon.ca.v1.TrustBundle
-	(*PolicyBundle)(nil),          // 19: merlon.ca.v1.PolicyBundle
-	(*PolicyKey)(nil),             // 20: merlon.ca.v1.PolicyKey
-	(*Revocation)(nil),            // 21: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
-	(Role)(0),                     // 23: merlon.ca.v1.Role
-	(*durationpb.Duration)(nil),   // 24: google.protobuf.Duration
+	(Refusal)(0),                  // 0: merlon.ca.v1.Refusal
+	(*AttestRequest)(nil),         // 1: merlon.ca.v1.AttestRequest
+	(*AttestResponse)(nil),        // 2: merlon.ca.v1.AttestResponse
+	(*RenewRequest)(nil),          // 3: merlon.ca.v1.RenewRequest
+	(*RenewResponse)(nil),         // 4: merlon.ca.v1.RenewResponse
+	(*SyncRequest)(nil),           // 5: merlon.ca.v1.SyncRequest
+	(*Seen)(nil),                  // 6: merlon.ca.v1.Seen
+	(*LogState)(nil),              // 7: merlon.ca.v1.LogState
+	(*LogCheckpoint)(nil),         // 8: merlon.ca.v1.LogCheckpoint
+	(*SyncAck)(nil),               // 9: merlon.ca.v1.SyncAck
+	(*SyncResponse)(nil),          // 10: merlon.ca.v1.SyncResponse
+	(*SignRequest)(nil),           // 11: merlon.ca.v1.SignRequest
+	(*SignItem)(nil),              // 12: merlon.ca.v1.SignItem
+	(*SignResponse)(nil),          // 13: merlon.ca.v1.SignResponse
+	(*SignResult)(nil),            // 14: merlon.ca.v1.SignResult
+	(*SignJWTRequest)(nil),        // 15: merlon.ca.v1.SignJWTRequest
+	(*SignJWTResponse)(nil),       // 16: merlon.ca.v1.SignJWTResponse
+	(*Entry)(nil),                 // 17: merlon.ca.v1.Entry
+	(*Selector)(nil),              // 18: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),           // 19: merlon.ca.v1.TrustBundle
+	(*PolicyBundle)(nil),          // 20: merlon.ca.v1.PolicyBundle
+	(*PolicyKey)(nil),             // 21: merlon.ca.v1.PolicyKey
+	(*Revocation)(nil),            // 22: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
+	(Role)(0),                     // 24: merlon.ca.v1.Role
+	(*durationpb.Duration)(nil),   // 25: google.protobuf.Duration
 }
 var file_ca_capb_node_proto_depIdxs = []int32{
-	18, // 0: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	18, // 1: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	8,  // 2: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
-	5,  // 3: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
-	6,  // 4: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
-	16, // 5: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
-	18, // 6: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	21, // 7: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	19, // 8: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	22, // 9: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
-	7,  // 10: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
-	11, // 11: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
-	13, // 12: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
-	22, // 13: merlon.ca.v1.SignJWTResponse.issued_at:type_name -> google.protobuf.Timestamp
-	22, // 14: merlon.ca.v1.SignJWTResponse.expires_at:type_name -> google.protobuf.Timestamp
-	17, // 15: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
-	22, // 16: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	22, // 17: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	23, // 18: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
-	24, // 19: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
-	20, // 20: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
-	22, // 21: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	0,  // 22: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
-	2,  // 23: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
-	4,  // 24: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
-	10, // 25: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
-	14, // 26: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
-	1,  // 27: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
-	3,  // 28: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
-	9,  // 29: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
-	12, // 30: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
-	15, // 31: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
+	19, // 0: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	19, // 1: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	9,  // 2: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
+	6,  // 3: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
+	7,  // 4: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
+	17, // 5: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
+	19, // 6: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	22, // 7: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	20, // 8: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	23, // 9: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
+	8,  // 10: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
+	12, // 11: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
+	14, // 12: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
+	23, // 13: merlon.ca.v1.SignJWTResponse.issued_at:type_name -> google.protobuf.Timestamp
+	23, // 14: merlon.ca.v1.SignJWTResponse.expires_at:type_name -> google.protobuf.Timestamp
+	18, // 15: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
+	23, // 16: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	23, // 17: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	24, // 18: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
+	25, // 19: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
+	21, // 20: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
+	23, // 21: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	1,  // 22: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
+	3,  // 23: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
+	5,  // 24: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
+	11, // 25: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
+	15, // 26: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
+	2,  // 27: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
+	4,  // 28: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
+	10, // 29: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
+	13, // 30: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
+	16, // 31: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
 	27, // [27:32] is the sub-list for method output_type
 	22, // [22:27] is the sub-list for method input_type
 	22, // [22:22] is the sub-list for extension type_name
@@ -1893,13 +1962,14 @@ func file_ca_capb_node_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_node_proto_rawDesc), len(file_ca_capb_node_proto_rawDesc)),
-			NumEnums:      0,
+			NumEnums:      1,
 			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_ca_capb_node_proto_goTypes,
 		DependencyIndexes: file_ca_capb_node_proto_depIdxs,
+		EnumInfos:         file_ca_capb_node_proto_enumTypes,
 		MessageInfos:      file_ca_capb_node_proto_msgTypes,
 	}.Build()
 	File_ca_capb_node_proto = out.File

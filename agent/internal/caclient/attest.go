@@ -56,6 +56,9 @@ func (c *Client) attest(ctx context.Context, picture *cache.Cache, address strin
 	answer, err := capb.NewNodeClient(cc).Attest(ctx, &capb.AttestRequest{
 		Evidence: &capb.AttestRequest_JoinToken{JoinToken: token}, Csr: csr,
 	})
+	if whyRefused(err) == capb.Refusal_REFUSAL_AGENT_BANNED {
+		return fmt.Errorf("%w: %w", errEvidence, err) // no other token would help
+	}
 	if status.Code(err) == codes.PermissionDenied {
 		// The log's reader can do something about this one.
 		return fmt.Errorf("%w: the CA refuses the join token: %s: run `merlon token create` and replace it", errEvidence, status.Convert(err).Message())

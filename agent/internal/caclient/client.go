@@ -9,6 +9,7 @@ package caclient
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math"
 	"sync"
@@ -85,8 +86,11 @@ type Client struct {
 type ownSVID struct {
 	*x509svid.SVID
 	renewAt time.Time
+	// refused is why the CA does not take it any more; nil: it does.
+	refused error
 }
 
+// valid says whether the SVID has not ended; the CA may refuse it all the same.
 func (o *ownSVID) valid(now time.Time) bool { return now.Before(o.notAfter()) }
 
 // notAfter is the earliest end of the chain.
@@ -178,6 +182,8 @@ func (c *Client) Ready() error {
 		return errors.New("the node is not attested yet")
 	case !own.valid(time.Now()):
 		return errors.New("the agent's own SVID has expired")
+	case own.refused != nil:
+		return own.refused
 	}
 	return nil
 }
@@ -265,10 +271,9 @@ func onGoodTerms(err error) bool {
 // session attests the node if need be and then follows one Sync stream to its
 // end. joined says that the CA answered and was in order.
 func (c *Client) session(ctx context.Context, picture *cache.Cache, address string, patient bool) (joined bool, err error) {
-	if own := c.own.Load(); own == nil || !own.valid(time.Now()) {
-		if err := c.attest(ctx, picture, address); err != nil {
-			return false, err
-		}
+	refused, err := c.prove(ctx, picture, address)
+	if err != nil {
+		return false, err
 	}
 	cc, err := dial(address, credentials.NewTLS(c.TLS(picture).Client()))
 	if err != nil {
@@ -280,6 +285,10 @@ func (c *Client) session(ctx context.Context, picture *cache.Cache, address stri
 	st := stream{Client: c, picture: picture, node: capb.NewNodeClient(cc), link: l, patient: patient}
 	err = st.follow(ctx)
 	st.stopLooking()
+	c.heed(err)
+	if refused != nil && err != nil && !st.joined {
+		err = fmt.Errorf("%w; and %w", err, refused)
+	}
 	switch {
 	case !st.joined:
 		cc.Close()

@@ -13,8 +13,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"merlon.dev/agent/internal/cache"
 )
@@ -47,7 +45,7 @@ func newStanding(addresses []string, log *slog.Logger, reg prometheus.Registerer
 			Name: "merlon_agent_ca_connected", Help: "1 for the address of the CA that is followed, 0 for the others.",
 		}, []string{"address"}),
 		refusing: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "merlon_agent_ca_refused", Help: "1 while the CA is not followed because it knows less than this node has seen: its store was restored from an older backup.",
+			Name: "merlon_agent_ca_refused", Help: "1 while the CA is not followed because it refuses this agent (evicted, banned, revoked), or knows less than this node has seen: its store was restored from an older backup.",
 		}),
 	}
 	for _, address := range addresses {
@@ -111,11 +109,11 @@ func (s *standing) parted(ctx context.Context, address string, err error, failur
 	}
 	s.mu.Unlock()
 	level, words := slog.LevelWarn, "away"
-	switch {
-	case refusal != nil:
+	if refusal != nil {
 		level, words = slog.LevelError, "refused: "+refusal.Error()
-	case errors.Is(err, errEvidence):
-		words = "no evidence"
+	}
+	if errors.Is(err, errEvidence) { // beside a refusal: what it asks for cannot be had
+		words += ", no evidence"
 	}
 	if !s.news(address, words) && (failures == 0 || failures%repeatAfter != 0) {
 		level = slog.LevelDebug // said already
@@ -136,22 +134,6 @@ func (s *standing) fault(state cache.State) error {
 	case state.Stale:
 		return fmt.Errorf("the CA at %s cannot reach its store: it signs, and sends no changes (all addresses: %s)",
 			s.address, strings.Join(s.addresses, ", "))
-	}
-	return nil
-}
-
-// asRefusal returns why CA and agent do not agree about the past, in the words
-// of who refused; nil if err is something else.
-func asRefusal(err error) error {
-	if older, ok := errors.AsType[*cache.OlderError](err); ok {
-		return older
-	}
-	// Not status.FromError, whose text has everything that err was wrapped in.
-	if s, ok := errors.AsType[interface {
-		error
-		GRPCStatus() *status.Status
-	}](err); ok && s.GRPCStatus().Code() == codes.FailedPrecondition {
-		return errors.New(s.GRPCStatus().Message())
 	}
 	return nil
 }

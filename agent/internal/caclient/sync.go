@@ -132,6 +132,7 @@ func (s *stream) take(ctx context.Context, m *capb.SyncResponse) error {
 	}
 	if !s.joined {
 		s.joined = true
+		s.heed(nil)
 		s.links.use(s.link)
 		s.standing.joined(ctx, s.link.address, m.GetStale())
 		s.checkClock(ctx, m)

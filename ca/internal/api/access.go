@@ -6,7 +6,6 @@ package api
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -133,8 +132,9 @@ type Caller struct {
 	Peer    *svid.Peer
 	// Expiry is when the token ends that was shown; zero: none was.
 	Expiry time.Time
-	// Fault says why what was shown counts for nothing.
-	Fault string
+	// Fault says why what was shown counts for nothing, and Refusal to programs.
+	Fault   string
+	Refusal capb.Refusal
 	// Unsure says why it cannot be judged now, or not by this replica.
 	Unsure string
 }
@@ -213,17 +213,17 @@ func (s *Service) resolvePeer(ctx context.Context, c *Caller, p *svid.Peer) {
 		return
 	}
 	g := s.registry.Grounds(p)
-	if g.Revoked {
-		c.Fault = "its X509-SVID is revoked"
-		return
-	}
 	if _, isAgent := entry.AgentName(p.ID); isAgent {
-		if err := agentFault(g.Agent, p); err != nil {
-			c.Fault = err.Error()
+		if err := agentFault(g, p); err != nil {
+			c.Fault, c.Refusal = err.Error(), refusalOf(err)
 			return
 		}
 		c.Agent = g.Agent
 		c.Kinds = append(c.Kinds, capb.Caller_CALLER_AGENT)
+		return
+	}
+	if g.Revoked {
+		c.Fault = errRevoked.Error()
 		return
 	}
 	if p.ID == entry.CAID(s.opts.TrustDomain) {
@@ -267,17 +267,6 @@ func issuerOf(p *svid.Peer) string {
 	return p.AuthorityIDs[0]
 }
 
-// agentFault says why p is not the live agent of the record.
-func agentFault(record *attest.Agent, p *svid.Peer) error {
-	switch {
-	case record == nil:
-		return attest.ErrUnknownAgent
-	case !p.OurSerial || p.Serial.Agent != record.Handle:
-		return errors.New("its serial number is not one of this agent's")
-	}
-	return nil
-}
-
 // rolesOfUID are the roles of a user on the admin socket. Root and the CA's own
 // user are operators whatever is configured: they could read its keys anyway,
 // and somebody must be able to set right what was configured wrong.
@@ -302,7 +291,7 @@ func (t access) authorize(c *Caller, method string) error {
 		return status.Errorf(codes.Unavailable, "%s: %s", c.Name, c.Unsure)
 	}
 	if c.Fault != "" {
-		return status.Errorf(codes.Unauthenticated, "%s: %s", c.Name, c.Fault)
+		return c.unauthenticated()
 	}
 	whom := t[method].whom()
 	if whom == "" {

@@ -168,6 +168,9 @@ func (s *Service) createJoinToken(ctx context.Context, req *capb.CreateTokenRequ
 	if err != nil {
 		return nil, err
 	}
+	if a, ok := s.registry.Agent(id); ok && a.Standing == attest.Banned {
+		return nil, &attest.StandingError{ID: id.String(), Reason: "is banned: no token lets it in (merlon agent unban)"}
+	}
 	expires, err := tokenExpiry(req.GetTtlSeconds(), defaultJoinTTL, maxJoinTTL)
 	if err != nil {
 		return nil, err
@@ -221,15 +224,6 @@ func randomName() string {
 	var b [6]byte
 	rand.Read(b[:]) // never fails, see crypto/rand
 	return "node-" + hex.EncodeToString(b[:])
-}
-
-// ListAgents implements capb.AdminServer.
-func (s *Service) ListAgents(context.Context, *capb.ListAgentsRequest) (*capb.ListAgentsResponse, error) {
-	resp := &capb.ListAgentsResponse{}
-	for _, a := range s.registry.Agents() {
-		resp.Agents = append(resp.Agents, agentToProto(a))
-	}
-	return resp, nil
 }
 
 // GetTrustBundle implements capb.AdminServer.

@@ -13,7 +13,6 @@ import (
 
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/entry"
-	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/revocation"
 	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/trust"
@@ -144,19 +143,6 @@ func revocationAt(r svid.Revocation, key string, revision uint64) *revocation.Re
 		r.BeforeRevision = revision
 	}
 	return &revocation.Record{Revocation: r, Key: key, Revision: revision}
-}
-
-func agentToProto(a registry.AgentState) *capb.Agent {
-	p := &capb.Agent{
-		SpiffeId: a.ID.String(), Attestation: a.Attestation,
-		AttestedAt: timestamp(a.AttestedAt), NotAfter: timestamp(a.NotAfter), Connected: a.Connected,
-	}
-	if a.Acked {
-		p.Ack = &capb.SyncAck{
-			Revision: a.Ack.Revision, TrustBundleSequence: a.Ack.TrustBundleSequence, PolicyGeneration: a.Ack.PolicyGeneration,
-		}
-	}
-	return p
 }
 
 func timestamp(t time.Time) *timestamppb.Timestamp {

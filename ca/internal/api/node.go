@@ -76,6 +76,8 @@ func attestReason(err error) string {
 		return "unknown_token"
 	case errors.Is(err, attest.ErrExpiredToken):
 		return "expired_token"
+	case errors.Is(err, attest.ErrBanned):
+		return "banned_agent"
 	default:
 		return "internal"
 	}
@@ -162,8 +164,8 @@ func (s *Service) signAgent(ctx context.Context, ca *authority.X509Authority, ag
 // caller was checked when the call began; what counts is that picture.
 func (s *Service) grounds(ctx context.Context, caller *Caller, what string, ids ...string) (registry.Grounds, error) {
 	g := s.registry.Grounds(caller.Peer, ids...)
-	if g.Revoked || g.Agent == nil {
-		return g, s.refuse(ctx, caller, audit.Record{Detail: what}, status.Errorf(codes.Unauthenticated, "%s: its X509-SVID is revoked", caller.Name))
+	if err := agentFault(g, caller.Peer); err != nil {
+		return g, s.refuse(ctx, caller, audit.Record{Detail: what}, refused(codes.Unauthenticated, refusalOf(err), caller.Name+": "+err.Error()))
 	}
 	return g, nil
 }

@@ -137,8 +137,8 @@ func subjectOf(r svid.Revocation) string {
 // revocationOf checks a request.
 func (s *Service) revocationOf(req *capb.RevokeRequest) (svid.Revocation, error) {
 	r := svid.Revocation{ExpiresAt: time.Now().Add(recordLife), Note: req.GetNote()}
-	if len(r.Note) > maxNoteBytes || strings.ContainsFunc(r.Note, func(c rune) bool { return !unicode.IsPrint(c) }) {
-		return r, &entry.InvalidError{Field: "note", Reason: fmt.Sprintf("want up to %d bytes of printable text", maxNoteBytes)}
+	if err := checkNote(r.Note); err != nil {
+		return r, err
 	}
 	switch subject := req.GetSubject().(type) {
 	case *capb.RevokeRequest_SpiffeId:
@@ -159,6 +159,13 @@ func (s *Service) revocationOf(req *capb.RevokeRequest) (svid.Revocation, error)
 	default:
 		return r, &entry.InvalidError{Field: "subject", Reason: "is missing"}
 	}
+}
+
+func checkNote(note string) error {
+	if len(note) > maxNoteBytes || strings.ContainsFunc(note, func(c rune) bool { return !unicode.IsPrint(c) }) {
+		return &entry.InvalidError{Field: "note", Reason: fmt.Sprintf("want up to %d bytes of printable text", maxNoteBytes)}
+	}
+	return nil
 }
 
 func (s *Service) agentRevocation(r svid.Revocation, text string) (svid.Revocation, error) {

@@ -378,6 +378,12 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 	if e, ok := errors.AsType[*trust.WithdrawnError](err); ok {
 		return status.Error(codes.FailedPrecondition, e.Error()+": move data_dir/keys away, and join with other keys")
 	}
+	if e, ok := errors.AsType[*attest.StandingError](err); ok {
+		return status.Error(codes.FailedPrecondition, e.Error())
+	}
+	if errors.Is(err, attest.ErrBanned) {
+		return refused(codes.PermissionDenied, refusalOf(err), err.Error())
+	}
 	if errors.Is(err, store.ErrUnavailable) {
 		err = errUnreachable
 	}
@@ -389,6 +395,7 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 		{release.ErrNone, codes.NotFound},
 		{attest.ErrUnknownAgent, codes.NotFound},
 		{rotation.ErrUnknown, codes.NotFound},
+		{attest.ErrEvicted, codes.Unauthenticated},
 		{attest.ErrUnknownToken, codes.PermissionDenied},
 		{attest.ErrExpiredToken, codes.PermissionDenied},
 		{store.ErrTooLarge, codes.InvalidArgument},

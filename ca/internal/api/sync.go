@@ -142,7 +142,7 @@ func (s *Service) push(ctx context.Context, stream grpc.ServerStreamingServer[ca
 		}
 		// After Take: a revocation in this very update must end the stream.
 		if now := s.callerOf(ctx); !now.Is(capb.Caller_CALLER_AGENT) {
-			return s.refuse(ctx, now, audit.Record{Detail: capb.Node_Sync_FullMethodName}, status.Errorf(codes.Unauthenticated, "%s: %s", now.Name, now.Fault))
+			return s.refuse(ctx, now, audit.Record{Detail: capb.Node_Sync_FullMethodName}, now.unauthenticated())
 		}
 		messages := s.messagesOf(update)
 		messages[len(messages)-1].LogCheckpoint = witness.next(ctx)

@@ -29,6 +29,9 @@ const (
 
 const (
 	encodingVersion = 1
+	// standingVersion is that of a record which takes something away. A Merlon that
+	// does not know it leaves the agent out, and lets nobody in for it.
+	standingVersion = 2
 	maxAttempts     = 16
 	handleBits      = 48
 )
@@ -49,6 +52,10 @@ type Agent struct {
 	// TrustSequence is that of the trust bundle that it acknowledged last, as far
 	// as something hung on it.
 	TrustSequence uint64
+	// Standing is what an operator decided about it, when, and why.
+	Standing      Standing
+	StandingSince time.Time
+	StandingNote  string
 	// AttestedRevision is the store revision at which it attested last, Revision
 	// that of the record.
 	AttestedRevision, Revision uint64
@@ -64,6 +71,10 @@ type storedAgent struct {
 
 	TrustSequence    uint64 `json:"trust_sequence,omitempty"`
 	AttestedRevision uint64 `json:"attested_revision,omitempty"` // 0: that of the record, which nobody has written since
+
+	Standing      Standing  `json:"standing,omitempty"`
+	StandingSince time.Time `json:"standing_since,omitzero"`
+	StandingNote  string    `json:"standing_note,omitempty"`
 }
 
 // DecodeAgent reads an agent's record.
@@ -72,21 +83,30 @@ func DecodeAgent(kv store.KV) (*Agent, error) {
 	if err := json.Unmarshal(kv.Value, &s); err != nil {
 		return nil, fmt.Errorf("decode the record of %s: %w", kv.Key, err)
 	}
-	if s.Version != encodingVersion || s.Handle == 0 || s.Handle >= 1<<handleBits {
+	if s.Version != encodingVersion && s.Version != standingVersion || s.Handle == 0 || s.Handle >= 1<<handleBits {
 		return nil, fmt.Errorf("decode the record of %s: version %d, handle %d", kv.Key, s.Version, s.Handle)
+	}
+	if err := checkStanding(s.Standing); err != nil {
+		return nil, fmt.Errorf("decode the record of %s: %w", kv.Key, err)
 	}
 	return &Agent{
 		ID: s.ID, Handle: s.Handle, Attestation: s.Attestation,
 		AttestedAt: s.AttestedAt, NotAfter: s.NotAfter, TrustSequence: s.TrustSequence,
+		Standing: s.Standing, StandingSince: s.StandingSince, StandingNote: s.StandingNote,
 		AttestedRevision: cmp.Or(s.AttestedRevision, kv.ModRevision), Revision: kv.ModRevision,
 	}, nil
 }
 
 func (a *Agent) put() (store.Op, error) {
+	version := encodingVersion
+	if a.Standing != Good {
+		version = standingVersion
+	}
 	b, err := json.Marshal(storedAgent{
-		Version: encodingVersion, ID: a.ID, Handle: a.Handle, Attestation: a.Attestation,
+		Version: version, ID: a.ID, Handle: a.Handle, Attestation: a.Attestation,
 		AttestedAt: a.AttestedAt.UTC(), NotAfter: a.NotAfter.UTC(),
 		TrustSequence: a.TrustSequence, AttestedRevision: a.AttestedRevision,
+		Standing: a.Standing, StandingSince: a.StandingSince.UTC(), StandingNote: a.StandingNote,
 	})
 	if err != nil {
 		return store.Op{}, fmt.Errorf("encode the record of %s: %w", a.ID, err)
@@ -103,13 +123,13 @@ func handleKey(handle uint64) string { return fmt.Sprintf("%s%012x", handlePrefi
 
 // Renewed records that the agent's newest SVID ends at notAfter.
 func Renewed(ctx context.Context, st store.Store, id spiffeid.ID, notAfter time.Time) error {
-	return change(ctx, st, id, func(a *Agent) { a.NotAfter = notAfter })
+	return act(ctx, st, id, func(a *Agent) { a.NotAfter = notAfter })
 }
 
 // Acknowledged records the trust bundle that the agent serves, which showed an
 // SVID that ends at notAfter.
 func Acknowledged(ctx context.Context, st store.Store, id spiffeid.ID, sequence uint64, notAfter time.Time) error {
-	return change(ctx, st, id, func(a *Agent) {
+	return act(ctx, st, id, func(a *Agent) {
 		a.TrustSequence = sequence
 		if notAfter.After(a.NotAfter) { // its renewal could not be noted
 			a.NotAfter = notAfter
@@ -117,38 +137,57 @@ func Acknowledged(ctx context.Context, st store.Store, id spiffeid.ID, sequence 
 	})
 }
 
-// change writes the record of a live agent anew.
-func change(ctx context.Context, st store.Store, id spiffeid.ID, edit func(*Agent)) error {
+// act writes down what an agent did, unless it may not act any more.
+func act(ctx context.Context, st store.Store, id spiffeid.ID, edit func(*Agent)) error {
+	_, err := change(ctx, st, id, func(a *Agent) ([]store.Op, error) {
+		if err := a.Fault(); err != nil {
+			return nil, err
+		}
+		edit(a)
+		return nil, nil
+	})
+	return err
+}
+
+// change writes an agent's record anew, and what edit returns with it in one
+// transaction.
+func change(ctx context.Context, st store.Store, id spiffeid.ID, edit func(*Agent) ([]store.Op, error)) (*Agent, error) {
 	for range maxAttempts {
 		kv, _, err := st.Get(ctx, agentKey(id))
 		if errors.Is(err, store.ErrNotFound) {
-			return ErrUnknownAgent
+			return nil, ErrUnknownAgent
 		}
 		if err != nil {
-			return fmt.Errorf("read the record of %s: %w", id, err)
+			return nil, fmt.Errorf("read the record of %s: %w", id, err)
 		}
 		a, err := DecodeAgent(kv)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		edit(a)
+		with, err := edit(a)
+		if err != nil {
+			return nil, err
+		}
 		op, err := a.put()
 		if err != nil {
-			return err
+			return nil, err
 		}
-		res, err := st.Txn(ctx, []store.Cmp{{Key: kv.Key, ModRevision: kv.ModRevision}}, []store.Op{op}, nil)
+		res, err := st.Txn(ctx, []store.Cmp{{Key: kv.Key, ModRevision: kv.ModRevision}}, append(with, op), nil)
 		if err != nil {
-			return fmt.Errorf("write the record of %s: %w", id, err)
+			return nil, fmt.Errorf("write the record of %s: %w", id, err)
 		}
 		if res.Succeeded {
-			return nil
+			a.Revision = res.Revision
+			return a, nil
 		}
 	}
-	return fmt.Errorf("write the record of %s: others keep changing it", id)
+	return nil, fmt.Errorf("write the record of %s: others keep changing it", id)
 }
 
 // enroll prepares the transaction that makes a the live agent with its ID: a
-// known node keeps its handle, a new one gets a handle that nobody has had.
+// known node keeps its handle, a new one gets a handle that nobody has had, and a
+// banned one is refused, whatever evidence it has. The evidence is not used up
+// then. The record that was read is compared, so a ban that comes meanwhile holds.
 func enroll(ctx context.Context, st store.Store, a *Agent) ([]store.Cmp, []store.Op, error) {
 	key := agentKey(a.ID)
 	kv, _, err := st.Get(ctx, key)
@@ -166,6 +205,9 @@ func enroll(ctx context.Context, st store.Store, a *Agent) ([]store.Cmp, []store
 		before, err := DecodeAgent(kv)
 		if err != nil {
 			return nil, nil, err
+		}
+		if before.Standing == Banned {
+			return nil, nil, fmt.Errorf("%s: %w", a.ID, ErrBanned)
 		}
 		a.Handle = before.Handle
 		cmps = []store.Cmp{{Key: key, ModRevision: kv.ModRevision}}

@@ -252,16 +252,32 @@ func (f *Feed) wake() {
 	}
 }
 
-// Agents returns every live agent, ordered by ID.
+// Agents returns every agent, ordered by ID.
 func (r *Registry) Agents() []AgentState {
 	pic := r.pic.Load()
 	states := make([]AgentState, 0, pic.agents.Len())
 	r.mu.Lock()
 	for _, a := range pic.agents.All() {
-		ack, acked := r.acks[a.ID]
-		states = append(states, AgentState{Agent: a, Connected: len(r.feeds[a.ID]) > 0, Ack: ack, Acked: acked})
+		states = append(states, r.state(a))
 	}
 	r.mu.Unlock()
 	slices.SortFunc(states, func(a, b AgentState) int { return strings.Compare(a.ID.String(), b.ID.String()) })
 	return states
+}
+
+// AgentState returns the agent with the given ID.
+func (r *Registry) AgentState(id spiffeid.ID) (AgentState, bool) {
+	a := r.pic.Load().agent(id)
+	if a == nil {
+		return AgentState{}, false
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.state(a), true
+}
+
+// state is a with what its streams say. r.mu is held.
+func (r *Registry) state(a *attest.Agent) AgentState {
+	ack, acked := r.acks[a.ID]
+	return AgentState{Agent: a, Connected: len(r.feeds[a.ID]) > 0, Ack: ack, Acked: acked}
 }

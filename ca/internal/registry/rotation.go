@@ -9,6 +9,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/rotation"
 )
 
@@ -42,7 +43,7 @@ func (p *picture) counted(now time.Time, defaults TTLs) []rotation.Agent {
 	agents := make([]rotation.Agent, 0, p.agents.Len())
 	for _, a := range p.agents.All() {
 		counted := rotation.Agent{Name: a.ID.String(), Sequence: a.TrustSequence, Until: a.NotAfter}
-		counted.Banned = banned[counted.Name] > a.AttestedRevision
+		counted.Banned = a.Standing == attest.Banned || banned[counted.Name] > a.AttestedRevision
 		if !now.Before(a.NotAfter) { // what its workloads got last may live on
 			counted.Until = a.NotAfter.Add(p.longestTTL(a.ID, defaults))
 		}

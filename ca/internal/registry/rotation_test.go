@@ -194,3 +194,18 @@ func TestIssuersNameTheirRoot(t *testing.T) {
 		t.Errorf("issuers later = %+v; want the one that lives", view.Issuers)
 	}
 }
+
+// A ban outlives its revocation record: there is nothing left that it can concern.
+func TestBannedAgentDoesNotCountWhenItsRevocationIsGone(t *testing.T) {
+	st := openStore(t)
+	r := start(t, st)
+	now := time.Now()
+	write(t, st, r, agentRecord(t, now.Add(time.Hour), 5, 0))
+	if _, err := attest.Decide(t.Context(), st, nodeA, attest.Decision{From: []attest.Standing{attest.Good}, To: attest.Banned, Now: now}); err != nil {
+		t.Fatal(err)
+	}
+	write(t, st, r, store.Put("other/key", nil))
+	if a := counted(t, r, now); !a.Banned {
+		t.Errorf("counted = %+v; want it banned", a)
+	}
+}
