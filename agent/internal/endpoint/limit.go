@@ -9,6 +9,7 @@ import (
 	"net"
 	"sync"
 
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -51,11 +52,11 @@ func (l *Limit) Give(uid uint32) {
 
 // Tap bounds the open calls of a user, from their first header on: a call
 // whose request never comes reaches no interceptor, and holds a goroutine all
-// the same. How often he opens streams of the Workload API is bounded by opens,
-// if that is not nil.
+// the same. How often he opens streams of the Workload API and of SDS is bounded by
+// opens, if that is not nil.
 func (l *Limit) Tap(opens *Rate) tap.ServerInHandle {
 	return func(ctx context.Context, call *tap.Info) (context.Context, error) {
-		if opens != nil && workloadStreams[call.FullMethodName] {
+		if opens != nil && calledOnce[call.FullMethodName] {
 			if err := opens.Admit(ctx, "streams opened", "keep the stream open: what changes is sent on it"); err != nil {
 				return ctx, err
 			}
@@ -64,11 +65,15 @@ func (l *Limit) Tap(opens *Rate) tap.ServerInHandle {
 	}
 }
 
-// workloadStreams are the methods that a client needs to call once.
-var workloadStreams = map[string]bool{
-	workload.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName:    true,
-	workload.SpiffeWorkloadAPI_FetchX509Bundles_FullMethodName: true,
-	workload.SpiffeWorkloadAPI_FetchJWTBundles_FullMethodName:  true,
+// calledOnce are the methods that a client needs to call once, an Envoy once for
+// each name.
+var calledOnce = map[string]bool{
+	workload.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName:      true,
+	workload.SpiffeWorkloadAPI_FetchX509Bundles_FullMethodName:   true,
+	workload.SpiffeWorkloadAPI_FetchJWTBundles_FullMethodName:    true,
+	secretv3.SecretDiscoveryService_StreamSecrets_FullMethodName: true,
+	secretv3.SecretDiscoveryService_DeltaSecrets_FullMethodName:  true,
+	secretv3.SecretDiscoveryService_FetchSecrets_FullMethodName:  true,
 }
 
 // take takes one for the call of ctx.

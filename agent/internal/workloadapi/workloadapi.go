@@ -18,7 +18,6 @@ import (
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/endpoint"
 	attested "merlon.dev/agent/internal/workload"
-	"merlon.dev/sdk/unixsock"
 )
 
 // Server implements the Workload API. The WIT-SVID profile answers
@@ -34,16 +33,11 @@ type Server struct {
 	log      *slog.Logger
 }
 
-// patience is how long a message may wait for a reader that takes nothing. What
-// was sent before fills 64 KiB then, and the CA may be waiting for this stream to
-// know a new trust bundle.
-const patience = 30 * time.Second
-
 // New returns a Server for the workloads of trust domain td.
 func New(callers *endpoint.Callers, td spiffeid.TrustDomain, logger *slog.Logger) *Server {
 	return &Server{
 		callers: callers, cache: callers.Cache, signing: endpoint.NewRate(jwtPerSecond, jwtBurst),
-		patience: patience, td: td, log: logger,
+		patience: endpoint.Patience, td: td, log: logger,
 	}
 }
 
@@ -96,7 +90,7 @@ func follow[M proto.Message](ctx context.Context, s *Server, svids bool, send fu
 				if err := s.callers.Alive(ctx); err != nil {
 					return err
 				}
-				if err := deliver(ctx, s.patience, send, m); err != nil {
+				if err := endpoint.Deliver(ctx, s.patience, func() error { return send(m) }); err != nil {
 					return err
 				}
 				last = m
@@ -108,24 +102,6 @@ func follow[M proto.Message](ctx context.Context, s *Server, svids bool, send fu
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
 		}
-	}
-}
-
-// deliver sends m. A reader that takes nothing for too long loses his connection,
-// because what is buffered for a stream stays until then.
-func deliver[M proto.Message](ctx context.Context, patience time.Duration, send func(M) error, m M) error {
-	sent := make(chan error, 1)
-	go func() { sent <- send(m) }() // ends with the stream
-	timeout := time.NewTimer(patience)
-	defer timeout.Stop()
-	select {
-	case err := <-sent:
-		return err
-	case <-timeout.C:
-		if peer, ok := unixsock.PeerFromContext(ctx); ok {
-			peer.Hangup()
-		}
-		return endpoint.Error(codes.Unavailable, endpoint.SlowReader, "the caller reads nothing", "read what the stream sends, and connect again")
 	}
 }
 
