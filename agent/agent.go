@@ -121,7 +121,7 @@ func (a *Agent) openDir() error {
 func (a *Agent) openClient() (err error) {
 	a.client, err = caclient.New(caclient.Config{
 		TrustDomain: a.td, Addresses: a.cfg.CAAddress, DataDir: a.dir,
-		JoinToken: a.cfg.joinToken, RootHash: a.cfg.RootHash,
+		Attestor: a.cfg.attestor(), RootHash: a.cfg.RootHash,
 		OnPolicyBundle:   func(pb *capb.PolicyBundle) { a.policy.Announce(pb) },
 		PolicyGeneration: func() uint64 { return a.policy.Generation() },
 		PolicySeen:       func() uint64 { return a.policy.Seen() },

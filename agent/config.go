@@ -3,8 +3,6 @@
 package agent
 
 import (
-	"encoding/hex"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -62,6 +60,11 @@ type Config struct {
 	// means /run/merlon/agent/admin/admin.sock.
 	AdminSocket string `yaml:"admin_socket"`
 
+	// NodeAttestor is how the node proves itself to the CA: join_token, x509pop.
+	// Empty means join_token. What proves it is read at each attempt; but for a join
+	// token the agent attests again by itself whenever it has to.
+	NodeAttestor string `yaml:"node_attestor"`
+
 	// JoinToken proves the node once, as `merlon token create` printed it. It
 	// is a secret: prefer join_token_file. An agent that has an SVID of its
 	// own needs none.
@@ -71,9 +74,15 @@ type Config struct {
 	// attempt to join.
 	JoinTokenFile string `yaml:"join_token_file"`
 
+	// NodeCertFile is, for x509pop, the node's certificate in PEM, followed by those
+	// between it and the root that the CA has configured; NodeKeyFile is its key.
+	NodeCertFile string `yaml:"node_cert_file"`
+	NodeKeyFile  string `yaml:"node_key_file"`
+
 	// RootHash is the SHA-256 of the CA root's public key in hex, as `merlon
-	// token create` printed it. The agent sends the join token to no CA
-	// without this root. Required with a join token.
+	// token create` and `merlon trust show` print it. The agent sends what proves
+	// the node to no CA without this root. Required with a join token and with any
+	// other node_attestor.
 	RootHash string `yaml:"root_hash"`
 
 	// AdminUIDs are users that may use the admin socket, besides root and the
@@ -172,6 +181,7 @@ func (c Config) withDefaults() Config {
 	set(&c.PolicyBundle, DefaultPolicyBundle)
 	set(&c.OnStale, onKeep)
 	set(&c.CacheKeys, keysSealed)
+	set(&c.NodeAttestor, byJoinToken)
 	set(&c.LogLevel, "info")
 	set(&c.LogFormat, "text")
 	if len(c.CAHTTPSAddress) == 0 {
@@ -204,7 +214,7 @@ func (c Config) Validate() error {
 	if err := c.checkPlaces(); err != nil {
 		return err
 	}
-	if err := c.checkJoin(); err != nil {
+	if err := c.checkEvidence(); err != nil {
 		return err
 	}
 	if err := c.checkKey(); err != nil {
@@ -250,25 +260,6 @@ func (c Config) checkPlaces() error {
 	return nil
 }
 
-func (c Config) checkJoin() error {
-	if c.JoinToken != "" && c.JoinTokenFile != "" {
-		return &InvalidError{Field: "join_token_file", Reason: "join_token is set too; set one of them"}
-	}
-	if c.RootHash == "" {
-		if c.JoinToken != "" || c.JoinTokenFile != "" {
-			return &InvalidError{
-				Field: "root_hash", Reason: "is needed with a join token, to tell the right CA from any other",
-				Hint: "merlon token create prints it beside the token",
-			}
-		}
-		return nil
-	}
-	if b, err := hex.DecodeString(c.RootHash); err != nil || len(b) != 32 {
-		return &InvalidError{Field: "root_hash", Reason: "is not a SHA-256 in hex (64 digits)", Hint: "merlon token create prints it beside the token"}
-	}
-	return nil
-}
-
 func (c Config) checkChoices() error {
 	if c.RevocationMaxAge < minRevocationMaxAge {
 		return &InvalidError{Field: "revocation_max_age", Reason: fmt.Sprintf("%v is less than %v", c.RevocationMaxAge, minRevocationMaxAge)}
@@ -306,25 +297,4 @@ func (c Config) logger() (*slog.Logger, error) {
 	default:
 		return nil, &InvalidError{Field: "log_format", Reason: fmt.Sprintf("%q is neither text nor json", c.LogFormat)}
 	}
-}
-
-// maxTokenBytes bounds a join token file.
-const maxTokenBytes = 4096
-
-// joinToken returns the join token, "" for none.
-func (c Config) joinToken() (string, error) {
-	if c.JoinTokenFile == "" {
-		return c.JoinToken, nil
-	}
-	data, err := os.ReadFile(c.JoinTokenFile)
-	if errors.Is(err, os.ErrNotExist) {
-		return "", nil
-	}
-	if err != nil {
-		return "", fmt.Errorf("read the join token: %w", err)
-	}
-	if len(data) > maxTokenBytes {
-		return "", fmt.Errorf("read the join token: %s has more than %d bytes", c.JoinTokenFile, maxTokenBytes)
-	}
-	return strings.TrimSpace(string(data)), nil
 }

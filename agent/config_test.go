@@ -44,6 +44,15 @@ func TestValidateNamesTheField(t *testing.T) {
 		"long socket":           {func(c *Config) { c.PublicSocket = "/" + strings.Repeat("x", 107) }, "public_socket"},
 		"sockets side by side":  {func(c *Config) { c.AdminSocket = filepath.Dir(DefaultPublicSocket) + "/a.sock" }, "admin_socket"},
 		"two tokens":            {func(c *Config) { c.JoinTokenFile = "/t" }, "join_token_file"},
+		"unknown attestor":      {func(c *Config) { c.NodeAttestor = "tpm" }, "node_attestor"},
+		"evidence of two kinds": {func(c *Config) { c.NodeCertFile = "/c" }, "node_cert_file"},
+		"no certificate":        {func(c *Config) { c.JoinToken, c.NodeAttestor, c.NodeKeyFile = "", "x509pop", "/k" }, "node_cert_file"},
+		"relative certificate": {func(c *Config) {
+			c.JoinToken, c.NodeAttestor, c.NodeCertFile, c.NodeKeyFile = "", "x509pop", "c", "/k"
+		}, "node_cert_file"},
+		"certificate without hash": {func(c *Config) {
+			c.JoinToken, c.NodeAttestor, c.NodeCertFile, c.NodeKeyFile, c.RootHash = "", "x509pop", "/c", "/k", ""
+		}, "root_hash"},
 		"token without hash":    {func(c *Config) { c.RootHash = "" }, "root_hash"},
 		"short hash":            {func(c *Config) { c.RootHash = "0a" }, "root_hash"},
 		"impatient":             {func(c *Config) { c.RevocationMaxAge = time.Second }, "revocation_max_age"},

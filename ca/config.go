@@ -194,6 +194,10 @@ type Config struct {
 	// no flag.
 	OIDC []OIDC `yaml:"oidc"`
 
+	// NodeAttestors are the kinds of evidence that prove a node, beside join
+	// tokens. They have no flag.
+	NodeAttestors NodeAttestors `yaml:"node_attestors"`
+
 	// DNSNames are put into the CA's own certificate for clients that check
 	// host names, such as a stock OPA. "localhost" is always there.
 	DNSNames []string `yaml:"dns_names"`
@@ -422,6 +426,9 @@ func (c Config) Validate() error {
 		return err
 	}
 	if err := c.checkAdmins(); err != nil {
+		return err
+	}
+	if err := c.NodeAttestors.validate(); err != nil {
 		return err
 	}
 	if err := c.checkKeys(); err != nil {

@@ -243,11 +243,15 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 	if err != nil {
 		return err
 	}
+	attestors, err := s.cfg.NodeAttestors.open(s.td)
+	if err != nil {
+		return err
+	}
 	options := api.Options{
 		TrustDomain: s.td, Store: p.store, StoreKind: s.cfg.Store, Registry: p.registry, Keys: p.keys, Releases: p.releases, Audit: p.audit,
 		ReplicaName: p.keys.Name(), Reseal: p.reseal,
 		Authorities: p.authorities, Domain: p.domain, Rotation: s.cfg.rotation(), JWTKeyTTL: s.cfg.JWTKeyTTL,
-		Log: s.log, Metrics: p.health.Registry(), UIDs: uids, Tokens: tokens,
+		Log: s.log, Metrics: p.health.Registry(), UIDs: uids, Tokens: tokens, Attestors: attestors,
 		X509SVIDTTL: s.cfg.X509SVIDTTL, JWTSVIDTTL: s.cfg.JWTSVIDTTL, AgentSVIDTTL: s.cfg.AgentSVIDTTL,
 		JWTMaxAudiences: s.cfg.JWTMaxAudiences,
 	}

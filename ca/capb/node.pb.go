@@ -94,6 +94,8 @@ type AttestRequest struct {
 	// Types that are valid to be assigned to Evidence:
 	//
 	//	*AttestRequest_JoinToken
+	//	*AttestRequest_X509Pop
+	//	*AttestRequest_K8S
 	Evidence isAttestRequest_Evidence `protobuf_oneof:"evidence"`
 	// PKCS#10, DER: only the public key is taken; the signature proves
 	// possession. At most 8 KiB.
@@ -148,6 +150,24 @@ func (x *AttestRequest) GetJoinToken() string {
 	return ""
 }
 
+func (x *AttestRequest) GetX509Pop() *X509Pop {
+	if x != nil {
+		if x, ok := x.Evidence.(*AttestRequest_X509Pop); ok {
+			return x.X509Pop
+		}
+	}
+	return nil
+}
+
+func (x *AttestRequest) GetK8S() *K8SToken {
+	if x != nil {
+		if x, ok := x.Evidence.(*AttestRequest_K8S); ok {
+			return x.K8S
+		}
+	}
+	return nil
+}
+
 func (x *AttestRequest) GetCsr() []byte {
 	if x != nil {
 		return x.Csr
@@ -165,7 +185,137 @@ type AttestRequest_JoinToken struct {
 	JoinToken string `protobuf:"bytes,1,opt,name=join_token,json=joinToken,proto3,oneof"`
 }
 
+type AttestRequest_X509Pop struct {
+	// A certificate of the node's, and the proof that it holds its key.
+	X509Pop *X509Pop `protobuf:"bytes,2,opt,name=x509pop,proto3,oneof"`
+}
+
+type AttestRequest_K8S struct {
+	// A service-account token of the agent's pod.
+	K8S *K8SToken `protobuf:"bytes,3,opt,name=k8s,proto3,oneof"`
+}
+
 func (*AttestRequest_JoinToken) isAttestRequest_Evidence() {}
+
+func (*AttestRequest_X509Pop) isAttestRequest_Evidence() {}
+
+func (*AttestRequest_K8S) isAttestRequest_Evidence() {}
+
+// X509Pop proves a node by a certificate that it got from somebody else. A CA
+// that is not configured for that refuses it.
+type X509Pop struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Leaf first, then intermediates, without the root; DER each. At most 5, and
+	// 64 KiB together.
+	Chain [][]byte `protobuf:"bytes,1,rep,name=chain,proto3" json:"chain,omitempty"`
+	// By the leaf's key over what package sdk/possession says: the keying material
+	// that this TLS connection alone has (RFC 8446 §7.5), and the CSR of this
+	// request. It is good on no other connection and for no other key.
+	Signature     []byte `protobuf:"bytes,2,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *X509Pop) Reset() {
+	*x = X509Pop{}
+	mi := &file_ca_capb_node_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *X509Pop) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*X509Pop) ProtoMessage() {}
+
+func (x *X509Pop) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_node_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use X509Pop.ProtoReflect.Descriptor instead.
+func (*X509Pop) Descriptor() ([]byte, []int) {
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *X509Pop) GetChain() [][]byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+func (x *X509Pop) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
+// K8sToken proves a node of a Kubernetes cluster by the pod that the agent runs
+// in.
+type K8SToken struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The cluster's name, as the CA has it configured.
+	Cluster string `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	// A projected service-account token, bound to the pod, whose one audience is
+	// the one that the CA has configured. At most 16 KiB.
+	Token         string `protobuf:"bytes,2,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *K8SToken) Reset() {
+	*x = K8SToken{}
+	mi := &file_ca_capb_node_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *K8SToken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*K8SToken) ProtoMessage() {}
+
+func (x *K8SToken) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_node_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use K8SToken.ProtoReflect.Descriptor instead.
+func (*K8SToken) Descriptor() ([]byte, []int) {
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *K8SToken) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *K8SToken) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
 
 type AttestResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -179,7 +329,7 @@ type AttestResponse struct {
 
 func (x *AttestResponse) Reset() {
 	*x = AttestResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[1]
+	mi := &file_ca_capb_node_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -191,7 +341,7 @@ func (x *AttestResponse) String() string {
 func (*AttestResponse) ProtoMessage() {}
 
 func (x *AttestResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[1]
+	mi := &file_ca_capb_node_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -204,7 +354,7 @@ func (x *AttestResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestResponse.ProtoReflect.Descriptor instead.
 func (*AttestResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{1}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *AttestResponse) GetX509Svid() [][]byte {
@@ -231,7 +381,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[2]
+	mi := &file_ca_capb_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -243,7 +393,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[2]
+	mi := &file_ca_capb_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -256,7 +406,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{2}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *RenewRequest) GetCsr() []byte {
@@ -276,7 +426,7 @@ type RenewResponse struct {
 
 func (x *RenewResponse) Reset() {
 	*x = RenewResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[3]
+	mi := &file_ca_capb_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -288,7 +438,7 @@ func (x *RenewResponse) String() string {
 func (*RenewResponse) ProtoMessage() {}
 
 func (x *RenewResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[3]
+	mi := &file_ca_capb_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -301,7 +451,7 @@ func (x *RenewResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewResponse.ProtoReflect.Descriptor instead.
 func (*RenewResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{3}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RenewResponse) GetX509Svid() [][]byte {
@@ -335,7 +485,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[4]
+	mi := &file_ca_capb_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -347,7 +497,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[4]
+	mi := &file_ca_capb_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -360,7 +510,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{4}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SyncRequest) GetResumeRevision() uint64 {
@@ -399,7 +549,7 @@ type Seen struct {
 
 func (x *Seen) Reset() {
 	*x = Seen{}
-	mi := &file_ca_capb_node_proto_msgTypes[5]
+	mi := &file_ca_capb_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -411,7 +561,7 @@ func (x *Seen) String() string {
 func (*Seen) ProtoMessage() {}
 
 func (x *Seen) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[5]
+	mi := &file_ca_capb_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -424,7 +574,7 @@ func (x *Seen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Seen.ProtoReflect.Descriptor instead.
 func (*Seen) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{5}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Seen) GetRevision() uint64 {
@@ -467,7 +617,7 @@ type LogState struct {
 
 func (x *LogState) Reset() {
 	*x = LogState{}
-	mi := &file_ca_capb_node_proto_msgTypes[6]
+	mi := &file_ca_capb_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -479,7 +629,7 @@ func (x *LogState) String() string {
 func (*LogState) ProtoMessage() {}
 
 func (x *LogState) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[6]
+	mi := &file_ca_capb_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -492,7 +642,7 @@ func (x *LogState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogState.ProtoReflect.Descriptor instead.
 func (*LogState) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{6}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *LogState) GetOrigin() string {
@@ -535,7 +685,7 @@ type LogCheckpoint struct {
 
 func (x *LogCheckpoint) Reset() {
 	*x = LogCheckpoint{}
-	mi := &file_ca_capb_node_proto_msgTypes[7]
+	mi := &file_ca_capb_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -547,7 +697,7 @@ func (x *LogCheckpoint) String() string {
 func (*LogCheckpoint) ProtoMessage() {}
 
 func (x *LogCheckpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[7]
+	mi := &file_ca_capb_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -560,7 +710,7 @@ func (x *LogCheckpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogCheckpoint.ProtoReflect.Descriptor instead.
 func (*LogCheckpoint) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{7}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *LogCheckpoint) GetCheckpoint() []byte {
@@ -606,7 +756,7 @@ type SyncAck struct {
 
 func (x *SyncAck) Reset() {
 	*x = SyncAck{}
-	mi := &file_ca_capb_node_proto_msgTypes[8]
+	mi := &file_ca_capb_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -618,7 +768,7 @@ func (x *SyncAck) String() string {
 func (*SyncAck) ProtoMessage() {}
 
 func (x *SyncAck) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[8]
+	mi := &file_ca_capb_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -631,7 +781,7 @@ func (x *SyncAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncAck.ProtoReflect.Descriptor instead.
 func (*SyncAck) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{8}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SyncAck) GetRevision() uint64 {
@@ -687,7 +837,7 @@ type SyncResponse struct {
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[9]
+	mi := &file_ca_capb_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -699,7 +849,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[9]
+	mi := &file_ca_capb_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -712,7 +862,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{9}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SyncResponse) GetRevision() uint64 {
@@ -801,7 +951,7 @@ type SignRequest struct {
 
 func (x *SignRequest) Reset() {
 	*x = SignRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[10]
+	mi := &file_ca_capb_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -813,7 +963,7 @@ func (x *SignRequest) String() string {
 func (*SignRequest) ProtoMessage() {}
 
 func (x *SignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[10]
+	mi := &file_ca_capb_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -826,7 +976,7 @@ func (x *SignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignRequest.ProtoReflect.Descriptor instead.
 func (*SignRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{10}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SignRequest) GetItems() []*SignItem {
@@ -847,7 +997,7 @@ type SignItem struct {
 
 func (x *SignItem) Reset() {
 	*x = SignItem{}
-	mi := &file_ca_capb_node_proto_msgTypes[11]
+	mi := &file_ca_capb_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -859,7 +1009,7 @@ func (x *SignItem) String() string {
 func (*SignItem) ProtoMessage() {}
 
 func (x *SignItem) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[11]
+	mi := &file_ca_capb_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -872,7 +1022,7 @@ func (x *SignItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignItem.ProtoReflect.Descriptor instead.
 func (*SignItem) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{11}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SignItem) GetEntryId() string {
@@ -898,7 +1048,7 @@ type SignResponse struct {
 
 func (x *SignResponse) Reset() {
 	*x = SignResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[12]
+	mi := &file_ca_capb_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -910,7 +1060,7 @@ func (x *SignResponse) String() string {
 func (*SignResponse) ProtoMessage() {}
 
 func (x *SignResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[12]
+	mi := &file_ca_capb_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -923,7 +1073,7 @@ func (x *SignResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResponse.ProtoReflect.Descriptor instead.
 func (*SignResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{12}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SignResponse) GetResults() []*SignResult {
@@ -948,7 +1098,7 @@ type SignResult struct {
 
 func (x *SignResult) Reset() {
 	*x = SignResult{}
-	mi := &file_ca_capb_node_proto_msgTypes[13]
+	mi := &file_ca_capb_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -960,7 +1110,7 @@ func (x *SignResult) String() string {
 func (*SignResult) ProtoMessage() {}
 
 func (x *SignResult) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[13]
+	mi := &file_ca_capb_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -973,7 +1123,7 @@ func (x *SignResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResult.ProtoReflect.Descriptor instead.
 func (*SignResult) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{13}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SignResult) GetX509Svid() [][]byte {
@@ -1015,7 +1165,7 @@ type SignJWTRequest struct {
 
 func (x *SignJWTRequest) Reset() {
 	*x = SignJWTRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[14]
+	mi := &file_ca_capb_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1027,7 +1177,7 @@ func (x *SignJWTRequest) String() string {
 func (*SignJWTRequest) ProtoMessage() {}
 
 func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[14]
+	mi := &file_ca_capb_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1040,7 +1190,7 @@ func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
 func (*SignJWTRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{14}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SignJWTRequest) GetEntryId() string {
@@ -1069,7 +1219,7 @@ type SignJWTResponse struct {
 
 func (x *SignJWTResponse) Reset() {
 	*x = SignJWTResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[15]
+	mi := &file_ca_capb_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1081,7 +1231,7 @@ func (x *SignJWTResponse) String() string {
 func (*SignJWTResponse) ProtoMessage() {}
 
 func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[15]
+	mi := &file_ca_capb_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1094,7 +1244,7 @@ func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
 func (*SignJWTResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{15}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SignJWTResponse) GetToken() string {
@@ -1153,7 +1303,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_ca_capb_node_proto_msgTypes[16]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1165,7 +1315,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[16]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1178,7 +1328,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Entry) GetEntryId() string {
@@ -1299,7 +1449,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1311,7 +1461,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1324,7 +1474,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Selector) GetType() string {
@@ -1362,7 +1512,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1374,7 +1524,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1387,7 +1537,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -1440,7 +1590,7 @@ type PolicyBundle struct {
 
 func (x *PolicyBundle) Reset() {
 	*x = PolicyBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[19]
+	mi := &file_ca_capb_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1452,7 +1602,7 @@ func (x *PolicyBundle) String() string {
 func (*PolicyBundle) ProtoMessage() {}
 
 func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[19]
+	mi := &file_ca_capb_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1465,7 +1615,7 @@ func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyBundle.ProtoReflect.Descriptor instead.
 func (*PolicyBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *PolicyBundle) GetName() string {
@@ -1500,7 +1650,7 @@ type PolicyKey struct {
 
 func (x *PolicyKey) Reset() {
 	*x = PolicyKey{}
-	mi := &file_ca_capb_node_proto_msgTypes[20]
+	mi := &file_ca_capb_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1512,7 +1662,7 @@ func (x *PolicyKey) String() string {
 func (*PolicyKey) ProtoMessage() {}
 
 func (x *PolicyKey) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[20]
+	mi := &file_ca_capb_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1525,7 +1675,7 @@ func (x *PolicyKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyKey.ProtoReflect.Descriptor instead.
 func (*PolicyKey) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{20}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *PolicyKey) GetKid() string {
@@ -1572,7 +1722,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_ca_capb_node_proto_msgTypes[21]
+	mi := &file_ca_capb_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1584,7 +1734,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[21]
+	mi := &file_ca_capb_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1597,7 +1747,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{21}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -1714,14 +1864,22 @@ var File_ca_capb_node_proto protoreflect.FileDescriptor
 
 const file_ca_capb_node_proto_rawDesc = "" +
 	"\n" +
-	"\x12ca/capb/node.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"N\n" +
+	"\x12ca/capb/node.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xad\x01\n" +
 	"\rAttestRequest\x12\x1f\n" +
 	"\n" +
-	"join_token\x18\x01 \x01(\tH\x00R\tjoinToken\x12\x10\n" +
+	"join_token\x18\x01 \x01(\tH\x00R\tjoinToken\x121\n" +
+	"\ax509pop\x18\x02 \x01(\v2\x15.merlon.ca.v1.X509PopH\x00R\ax509pop\x12*\n" +
+	"\x03k8s\x18\x03 \x01(\v2\x16.merlon.ca.v1.K8sTokenH\x00R\x03k8s\x12\x10\n" +
 	"\x03csr\x18\n" +
 	" \x01(\fR\x03csrB\n" +
 	"\n" +
-	"\bevidence\"k\n" +
+	"\bevidence\"=\n" +
+	"\aX509Pop\x12\x14\n" +
+	"\x05chain\x18\x01 \x03(\fR\x05chain\x12\x1c\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\":\n" +
+	"\bK8sToken\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\x12\x14\n" +
+	"\x05token\x18\x02 \x01(\tR\x05token\"k\n" +
 	"\x0eAttestResponse\x12\x1b\n" +
 	"\tx509_svid\x18\x01 \x03(\fR\bx509Svid\x12<\n" +
 	"\ftrust_bundle\x18\x02 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\" \n" +
@@ -1873,73 +2031,77 @@ func file_ca_capb_node_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_ca_capb_node_proto_goTypes = []any{
 	(Refusal)(0),                  // 0: merlon.ca.v1.Refusal
 	(*AttestRequest)(nil),         // 1: merlon.ca.v1.AttestRequest
-	(*AttestResponse)(nil),        // 2: merlon.ca.v1.AttestResponse
-	(*RenewRequest)(nil),          // 3: merlon.ca.v1.RenewRequest
-	(*RenewResponse)(nil),         // 4: merlon.ca.v1.RenewResponse
-	(*SyncRequest)(nil),           // 5: merlon.ca.v1.SyncRequest
-	(*Seen)(nil),                  // 6: merlon.ca.v1.Seen
-	(*LogState)(nil),              // 7: merlon.ca.v1.LogState
-	(*LogCheckpoint)(nil),         // 8: merlon.ca.v1.LogCheckpoint
-	(*SyncAck)(nil),               // 9: merlon.ca.v1.SyncAck
-	(*SyncResponse)(nil),          // 10: merlon.ca.v1.SyncResponse
-	(*SignRequest)(nil),           // 11: merlon.ca.v1.SignRequest
-	(*SignItem)(nil),              // 12: merlon.ca.v1.SignItem
-	(*SignResponse)(nil),          // 13: merlon.ca.v1.SignResponse
-	(*SignResult)(nil),            // 14: merlon.ca.v1.SignResult
-	(*SignJWTRequest)(nil),        // 15: merlon.ca.v1.SignJWTRequest
-	(*SignJWTResponse)(nil),       // 16: merlon.ca.v1.SignJWTResponse
-	(*Entry)(nil),                 // 17: merlon.ca.v1.Entry
-	(*Selector)(nil),              // 18: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),           // 19: merlon.ca.v1.TrustBundle
-	(*PolicyBundle)(nil),          // 20: merlon.ca.v1.PolicyBundle
-	(*PolicyKey)(nil),             // 21: merlon.ca.v1.PolicyKey
-	(*Revocation)(nil),            // 22: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
-	(Role)(0),                     // 24: merlon.ca.v1.Role
-	(*durationpb.Duration)(nil),   // 25: google.protobuf.Duration
+	(*X509Pop)(nil),               // 2: merlon.ca.v1.X509Pop
+	(*K8SToken)(nil),              // 3: merlon.ca.v1.K8sToken
+	(*AttestResponse)(nil),        // 4: merlon.ca.v1.AttestResponse
+	(*RenewRequest)(nil),          // 5: merlon.ca.v1.RenewRequest
+	(*RenewResponse)(nil),         // 6: merlon.ca.v1.RenewResponse
+	(*SyncRequest)(nil),           // 7: merlon.ca.v1.SyncRequest
+	(*Seen)(nil),                  // 8: merlon.ca.v1.Seen
+	(*LogState)(nil),              // 9: merlon.ca.v1.LogState
+	(*LogCheckpoint)(nil),         // 10: merlon.ca.v1.LogCheckpoint
+	(*SyncAck)(nil),               // 11: merlon.ca.v1.SyncAck
+	(*SyncResponse)(nil),          // 12: merlon.ca.v1.SyncResponse
+	(*SignRequest)(nil),           // 13: merlon.ca.v1.SignRequest
+	(*SignItem)(nil),              // 14: merlon.ca.v1.SignItem
+	(*SignResponse)(nil),          // 15: merlon.ca.v1.SignResponse
+	(*SignResult)(nil),            // 16: merlon.ca.v1.SignResult
+	(*SignJWTRequest)(nil),        // 17: merlon.ca.v1.SignJWTRequest
+	(*SignJWTResponse)(nil),       // 18: merlon.ca.v1.SignJWTResponse
+	(*Entry)(nil),                 // 19: merlon.ca.v1.Entry
+	(*Selector)(nil),              // 20: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),           // 21: merlon.ca.v1.TrustBundle
+	(*PolicyBundle)(nil),          // 22: merlon.ca.v1.PolicyBundle
+	(*PolicyKey)(nil),             // 23: merlon.ca.v1.PolicyKey
+	(*Revocation)(nil),            // 24: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
+	(Role)(0),                     // 26: merlon.ca.v1.Role
+	(*durationpb.Duration)(nil),   // 27: google.protobuf.Duration
 }
 var file_ca_capb_node_proto_depIdxs = []int32{
-	19, // 0: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	19, // 1: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	9,  // 2: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
-	6,  // 3: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
-	7,  // 4: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
-	17, // 5: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
-	19, // 6: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	22, // 7: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	20, // 8: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	23, // 9: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
-	8,  // 10: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
-	12, // 11: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
-	14, // 12: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
-	23, // 13: merlon.ca.v1.SignJWTResponse.issued_at:type_name -> google.protobuf.Timestamp
-	23, // 14: merlon.ca.v1.SignJWTResponse.expires_at:type_name -> google.protobuf.Timestamp
-	18, // 15: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
-	23, // 16: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	23, // 17: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	24, // 18: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
-	25, // 19: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
-	21, // 20: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
-	23, // 21: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	1,  // 22: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
-	3,  // 23: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
-	5,  // 24: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
-	11, // 25: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
-	15, // 26: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
-	2,  // 27: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
-	4,  // 28: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
-	10, // 29: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
-	13, // 30: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
-	16, // 31: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
-	27, // [27:32] is the sub-list for method output_type
-	22, // [22:27] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	2,  // 0: merlon.ca.v1.AttestRequest.x509pop:type_name -> merlon.ca.v1.X509Pop
+	3,  // 1: merlon.ca.v1.AttestRequest.k8s:type_name -> merlon.ca.v1.K8sToken
+	21, // 2: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	21, // 3: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	11, // 4: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
+	8,  // 5: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
+	9,  // 6: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
+	19, // 7: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
+	21, // 8: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	24, // 9: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	22, // 10: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	25, // 11: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
+	10, // 12: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
+	14, // 13: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
+	16, // 14: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
+	25, // 15: merlon.ca.v1.SignJWTResponse.issued_at:type_name -> google.protobuf.Timestamp
+	25, // 16: merlon.ca.v1.SignJWTResponse.expires_at:type_name -> google.protobuf.Timestamp
+	20, // 17: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
+	25, // 18: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	25, // 19: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	26, // 20: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
+	27, // 21: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
+	23, // 22: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
+	25, // 23: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	1,  // 24: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
+	5,  // 25: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
+	7,  // 26: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
+	13, // 27: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
+	17, // 28: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
+	4,  // 29: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
+	6,  // 30: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
+	12, // 31: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
+	15, // 32: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
+	18, // 33: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
+	29, // [29:34] is the sub-list for method output_type
+	24, // [24:29] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_node_proto_init() }
@@ -1950,8 +2112,10 @@ func file_ca_capb_node_proto_init() {
 	file_ca_capb_access_proto_init()
 	file_ca_capb_node_proto_msgTypes[0].OneofWrappers = []any{
 		(*AttestRequest_JoinToken)(nil),
+		(*AttestRequest_X509Pop)(nil),
+		(*AttestRequest_K8S)(nil),
 	}
-	file_ca_capb_node_proto_msgTypes[21].OneofWrappers = []any{
+	file_ca_capb_node_proto_msgTypes[23].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -1963,7 +2127,7 @@ func file_ca_capb_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_node_proto_rawDesc), len(file_ca_capb_node_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   22,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -111,3 +111,9 @@ func (f EtcdFiles) tls() (*tls.Config, error) {
 func timeout(tb testing.TB, d time.Duration) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.WithoutCancel(tb.Context()), d)
 }
+
+// Certify makes a CA and a certificate of its for the client called name, in dir.
+func Certify(tb testing.TB, dir, name string) EtcdFiles {
+	tb.Helper()
+	return newCA(tb).issue(tb, dir, name)
+}

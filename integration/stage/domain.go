@@ -106,6 +106,13 @@ admin_socket: %s
 // StartAgent starts merlon-agent with a join token.
 func (d *Domain) StartAgent(token, rootHash string) {
 	d.TB.Helper()
+	d.StartAgentBy(rootHash, "join_token: "+token)
+}
+
+// StartAgentBy starts merlon-agent, with the lines of its configuration by which
+// the node proves itself.
+func (d *Domain) StartAgentBy(rootHash string, evidence ...string) {
+	d.TB.Helper()
 	config := filepath.Join(d.dir, "agent.yaml")
 	public := filepath.Join(d.dir, "agent", "public", "api.sock")
 	d.WorkloadAPI = "unix://" + public
@@ -118,10 +125,9 @@ data_dir: %s
 public_socket: %s
 admin_socket: %s
 health_address: %s
-join_token: %s
 root_hash: %s
 `, d.TrustDomain, d.GRPC, strings.TrimPrefix(d.HTTPS, "https://"), filepath.Join(d.dir, "agent-data"),
-		public, d.AgentAdmin, d.AgentHealth, token, rootHash))
+		public, d.AgentAdmin, d.AgentHealth, rootHash)+strings.Join(append(evidence, ""), "\n"))
 	d.Agent = Start(d.TB, "merlon-agent", nil, "-config", config)
 }
 

@@ -1,4 +1,4 @@
-// The node proves itself, once, and the CA first: no evidence leaves the
+// The node proves itself, and the CA first: no evidence leaves the
 // machine before the CA's chain ends in the root whose hash was pinned.
 
 package caclient
@@ -14,12 +14,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 
 	"merlon.dev/agent/internal/cache"
@@ -31,37 +31,32 @@ import (
 // would say so.
 var errEvidence = errors.New("attest the node")
 
-// attest trades the join token for the agent's own SVID. The token counts as
-// used once a CA took it, also if its answer is lost: a second try is refused,
-// by every replica, and the log says to make another token.
+// attest trades evidence for the agent's own SVID. Where evidence is good once
+// it counts as used when a CA took it, also if its answer is lost.
 func (c *Client) attest(ctx context.Context, picture *cache.Cache, address string) error {
-	token, err := c.cfg.JoinToken()
-	if err != nil {
-		return fmt.Errorf("attest the node: %w", err)
-	}
-	if token == "" {
-		return fmt.Errorf("%w: the agent has no valid SVID of its own and no join token: run `merlon token create` and set join_token or join_token_file", errEvidence)
-	}
-	cc, err := dial(address, credentials.NewTLS(c.firstContact(picture)))
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	cc, conn, err := c.meet(ctx, picture, address)
 	if err != nil {
 		return fmt.Errorf("attest the node: %w", err)
 	}
 	defer cc.Close()
-	ctx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
 	key, csr, err := newKey()
 	if err != nil {
 		return err
 	}
-	answer, err := capb.NewNodeClient(cc).Attest(ctx, &capb.AttestRequest{
-		Evidence: &capb.AttestRequest_JoinToken{JoinToken: token}, Csr: csr,
-	})
+	req := &capb.AttestRequest{Csr: csr}
+	if err := c.cfg.Attestor.Evidence(ctx, conn, req); err != nil {
+		return fmt.Errorf("%w: %w", errEvidence, err)
+	}
+	answer, err := capb.NewNodeClient(cc).Attest(ctx, req)
 	if whyRefused(err) == capb.Refusal_REFUSAL_AGENT_BANNED {
-		return fmt.Errorf("%w: %w", errEvidence, err) // no other token would help
+		return fmt.Errorf("%w: %w", errEvidence, err) // no other evidence would help
 	}
 	if status.Code(err) == codes.PermissionDenied {
 		// The log's reader can do something about this one.
-		return fmt.Errorf("%w: the CA refuses the join token: %s: run `merlon token create` and replace it", errEvidence, status.Convert(err).Message())
+		kind := strings.ReplaceAll(c.cfg.Attestor.Kind(), "_", " ")
+		return fmt.Errorf("%w: the CA refuses the %s: %s: %s", errEvidence, kind, status.Convert(err).Message(), c.cfg.Attestor.Advice())
 	}
 	if err != nil {
 		return fmt.Errorf("attest the node: %w", err)
@@ -87,7 +82,7 @@ func (c *Client) adopt(ctx context.Context, picture *cache.Cache, chain [][]byte
 	if err := checkAgentID(peer.ID, c.cfg.TrustDomain); err != nil {
 		return fmt.Errorf("the agent's new SVID: %w", err)
 	}
-	if held := c.own.Load(); held != nil && held.ID != peer.ID && held.valid(time.Now()) {
+	if held := c.own.Load(); held != nil && held.ID != peer.ID && held.valid(time.Now()) && held.refused == nil {
 		return fmt.Errorf("the agent's new SVID is of %s, but this is %s", peer.ID, held.ID)
 	}
 	if pub, ok := peer.Leaf.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(&key.PublicKey) {

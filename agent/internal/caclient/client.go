@@ -22,6 +22,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc/credentials"
 
+	"merlon.dev/agent/internal/attest"
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/datadir"
 	"merlon.dev/ca/capb"
@@ -36,9 +37,9 @@ type Config struct {
 	// one.
 	Addresses []string
 	DataDir   *datadir.Dir
-	// JoinToken returns the join token, or "" for none. It is asked again at
-	// each attempt, so that an operator can put one there while the agent runs.
-	JoinToken func() (string, error)
+	// Attestor makes the evidence that proves the node. It is asked at each
+	// attempt.
+	Attestor attest.Attestor
 	// RootHash is the SHA-256 of the root's public key in hex. It is needed
 	// until a trust bundle is held.
 	RootHash string

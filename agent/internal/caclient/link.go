@@ -187,9 +187,9 @@ func (c *Client) SignJWT(ctx context.Context, entryID string, audience []string)
 
 // dial returns a connection that is opened by the first call on it. A call
 // fails as soon as connecting fails; when to try again is decided by Run.
-func dial(address string, creds credentials.TransportCredentials) (*grpc.ClientConn, error) {
+func dial(address string, creds credentials.TransportCredentials, more ...grpc.DialOption) (*grpc.ClientConn, error) {
 	dialer := &net.Dialer{KeepAliveConfig: probes}
-	cc, err := grpc.NewClient("passthrough:///"+address,
+	cc, err := grpc.NewClient("passthrough:///"+address, append([]grpc.DialOption{
 		grpc.WithTransportCredentials(creds),
 		grpc.WithDisableServiceConfig(),
 		grpc.WithConnectParams(grpc.ConnectParams{
@@ -201,7 +201,7 @@ func dial(address string, creds credentials.TransportCredentials) (*grpc.ClientC
 		}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: pingInterval, Timeout: pingTimeout}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessageBytes)),
-	)
+	}, more...)...)
 	if err != nil {
 		return nil, fmt.Errorf("connect to the CA at %s: %w", address, err)
 	}

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"merlon.dev/agent/internal/attest"
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/datadir"
 	"merlon.dev/agent/internal/fakeca"
@@ -86,7 +87,7 @@ func run(t *testing.T, dir *datadir.Dir, ca *fakeca.CA, addresses ...string) *ag
 	var err error
 	a.Client, err = New(Config{
 		TrustDomain: spiffeid.RequireTrustDomainFromString(td), Addresses: addresses, DataDir: dir,
-		JoinToken: func() (string, error) { return fakeca.Token, nil }, RootHash: ca.RootHash(),
+		Attestor: &attest.JoinToken{Token: fakeca.Token}, RootHash: ca.RootHash(),
 		Logger: log, Registerer: reg,
 	})
 	if err != nil {

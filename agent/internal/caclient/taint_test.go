@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
+	"merlon.dev/agent/internal/attest"
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/workload"
 	"merlon.dev/ca"
@@ -210,7 +211,7 @@ func realNode(t *testing.T, address string, admin capb.AdminClient) *cache.Cache
 	log := slog.New(slog.DiscardHandler)
 	c, err := New(Config{
 		TrustDomain: spiffeid.RequireTrustDomainFromString(td), Addresses: []string{address}, DataDir: newDir(t),
-		JoinToken: func() (string, error) { return token.GetToken(), nil }, RootHash: token.GetRootHash(),
+		Attestor: &attest.JoinToken{Token: token.GetToken()}, RootHash: token.GetRootHash(),
 		Logger: log, Registerer: prometheus.NewRegistry(),
 	})
 	if err != nil {

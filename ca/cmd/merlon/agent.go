@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -24,6 +25,7 @@ type agentJSON struct {
 	StateSince          *time.Time `json:"state_since,omitempty"`
 	StateNote           string     `json:"state_note,omitempty"`
 	Attestation         string     `json:"attestation"`
+	Selectors           []string   `json:"selectors"`
 	AttestedAt          *time.Time `json:"attested_at"`
 	NotAfter            *time.Time `json:"not_after"`
 	Connected           bool       `json:"connected"`
@@ -35,7 +37,7 @@ type agentJSON struct {
 func newAgentJSON(a *capb.Agent) agentJSON {
 	return agentJSON{
 		a.GetSpiffeId(), a.GetState(), timeOf(a.GetStateSince()), a.GetStateNote(),
-		a.GetAttestation(), timeOf(a.GetAttestedAt()), timeOf(a.GetNotAfter()), a.GetConnected(),
+		a.GetAttestation(), selectorStrings(a.GetSelectors()), timeOf(a.GetAttestedAt()), timeOf(a.GetNotAfter()), a.GetConnected(),
 		a.GetAck().GetRevision(), a.GetAck().GetTrustBundleSequence(), a.GetAck().GetPolicyGeneration(),
 	}
 }
@@ -78,7 +80,7 @@ func (o *options) printAgent(cmd *cobra.Command, done string, a *capb.Agent) err
 		return printJSON(cmd.OutOrStdout(), newAgentJSON(a))
 	}
 	fields := []string{
-		"spiffe_id", a.GetSpiffeId(), "state", a.GetState(), "attestation", a.GetAttestation(),
+		"spiffe_id", a.GetSpiffeId(), "state", a.GetState(), "attestation", a.GetAttestation(), "selectors", strings.Join(selectorStrings(a.GetSelectors()), " "),
 		"attested_at", formatTime(a.GetAttestedAt()), "not_after", formatTime(a.GetNotAfter()), "connected", strconv.FormatBool(a.GetConnected()),
 		"revision", strconv.FormatUint(a.GetAck().GetRevision(), 10), "trust_bundle_sequence", strconv.FormatUint(a.GetAck().GetTrustBundleSequence(), 10),
 		"policy_generation", strconv.FormatUint(a.GetAck().GetPolicyGeneration(), 10),

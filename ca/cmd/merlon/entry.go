@@ -43,7 +43,7 @@ type entryJSON struct {
 
 func newEntryJSON(e *capb.Entry) entryJSON {
 	return entryJSON{
-		EntryID: e.GetEntryId(), SPIFFEID: e.GetSpiffeId(), ParentID: e.GetParentId(), Selectors: selectorStrings(e),
+		EntryID: e.GetEntryId(), SPIFFEID: e.GetSpiffeId(), ParentID: e.GetParentId(), Selectors: selectorStrings(e.GetSelectors()),
 		X509SVIDTTLSeconds: e.GetX509SvidTtlSeconds(), JWTSVIDTTLSeconds: e.GetJwtSvidTtlSeconds(),
 		DNSNames: e.GetDnsNames(), CommonName: e.GetCommonName(), Hint: e.GetHint(), Admin: e.GetAdmin(),
 		Role: roleText(e.GetRole()), RolePrefix: e.GetRolePrefix(),
@@ -51,9 +51,9 @@ func newEntryJSON(e *capb.Entry) entryJSON {
 	}
 }
 
-func selectorStrings(e *capb.Entry) []string {
-	out := make([]string, 0, len(e.GetSelectors()))
-	for _, s := range e.GetSelectors() {
+func selectorStrings(selectors []*capb.Selector) []string {
+	out := make([]string, 0, len(selectors))
+	for _, s := range selectors {
 		out = append(out, s.GetType()+":"+s.GetValue())
 	}
 	return out
@@ -69,7 +69,7 @@ func printEntry(w io.Writer, o *options, e *capb.Entry) error {
 	}
 	return printFields(w,
 		"entry_id", e.GetEntryId(), "spiffe_id", e.GetSpiffeId(), "parent_id", e.GetParentId(),
-		"selectors", strings.Join(selectorStrings(e), " "), "x509_svid_ttl", ttl,
+		"selectors", strings.Join(selectorStrings(e.GetSelectors()), " "), "x509_svid_ttl", ttl,
 		"dns_names", strings.Join(e.GetDnsNames(), " "), "common_name", e.GetCommonName(),
 		"hint", e.GetHint(), "role", roleText(e.GetRole()), "role_prefix", e.GetRolePrefix(), "expires_at", formatTime(e.GetExpiresAt()))
 }
@@ -255,7 +255,7 @@ func printEntries(w io.Writer, o *options, entries []*capb.Entry) error {
 	}
 	rows := make([][]string, 0, len(entries))
 	for _, e := range entries {
-		rows = append(rows, []string{e.GetEntryId(), e.GetSpiffeId(), e.GetParentId(), strings.Join(selectorStrings(e), " ")})
+		rows = append(rows, []string{e.GetEntryId(), e.GetSpiffeId(), e.GetParentId(), strings.Join(selectorStrings(e.GetSelectors()), " ")})
 	}
 	return printTable(w, []string{"ENTRY_ID", "SPIFFE_ID", "PARENT_ID", "SELECTORS"}, rows)
 }

@@ -209,7 +209,7 @@ func agentToProto(a registry.AgentState, now time.Time) *capb.Agent {
 	p := &capb.Agent{
 		SpiffeId: a.ID.String(), Attestation: a.Attestation,
 		AttestedAt: timestamp(a.AttestedAt), NotAfter: timestamp(a.NotAfter), Connected: a.Connected,
-		State: stateAttested,
+		State: stateAttested, Selectors: selectorsToProto(a.Selectors),
 	}
 	switch {
 	case a.Standing != attest.Good:

@@ -88,10 +88,16 @@ func entryToProto(e *entry.Entry) *capb.Entry {
 		Admin: e.Role.Name == role.Operator, Role: roleToProto(e.Role.Name), RolePrefix: e.Role.Prefix,
 		ExpiresAt: timestamp(e.ExpiresAt), Revision: e.Revision, CreatedAt: timestamp(e.CreatedAt),
 	}
-	for _, sel := range e.Selectors {
-		p.Selectors = append(p.Selectors, &capb.Selector{Type: sel.Type, Value: sel.Value})
-	}
+	p.Selectors = selectorsToProto(e.Selectors)
 	return p
+}
+
+func selectorsToProto(selectors []entry.Selector) []*capb.Selector {
+	var list []*capb.Selector
+	for _, sel := range selectors {
+		list = append(list, &capb.Selector{Type: sel.Type, Value: sel.Value})
+	}
+	return list
 }
 
 func (s *Service) trustToProto(b *trust.Bundle) *capb.TrustBundle {

@@ -1,4 +1,4 @@
-// Node: proves agents and issues SVIDs to them and through them.
+// Node: issues SVIDs to agents and through them.
 
 package api
 
@@ -32,61 +32,6 @@ const (
 	// for the renewal.
 	renewedTimeout = 3 * time.Second
 )
-
-// Attest implements capb.NodeServer. The CSR is judged before the evidence, so
-// that a bad one costs no token.
-func (s *Service) Attest(ctx context.Context, req *capb.AttestRequest) (*capb.AttestResponse, error) {
-	key, err := authority.PublicKeyFromCSR(req.GetCsr())
-	if err != nil {
-		return nil, s.refuseAttest(ctx, "csr", err)
-	}
-	if id, err := authority.IdentifyKey(key); err != nil || s.keys.Held(id, time.Now()) {
-		return nil, s.refuseAttest(ctx, "csr", &entry.InvalidError{Field: "csr", Reason: "has a key that has an SVID already: make a new one"})
-	}
-	token, ok := req.GetEvidence().(*capb.AttestRequest_JoinToken)
-	if !ok {
-		return nil, s.refuseAttest(ctx, "no_evidence", &entry.InvalidError{Field: "evidence", Reason: "is missing"})
-	}
-	now := time.Now()
-	ca := s.opts.Keys.X509()
-	notAfter := now.Add(s.opts.AgentSVIDTTL)
-	if end := ca.NotAfter(); end.Before(notAfter) {
-		notAfter = end
-	}
-	agent, err := attest.RedeemJoinToken(ctx, s.opts.Store, s.opts.TrustDomain, token.JoinToken, now, notAfter)
-	if err != nil {
-		return nil, s.refuseAttest(ctx, attestReason(err), err)
-	}
-	// The record's own revision: a revocation that comes while the SVID is being
-	// signed concerns it.
-	leaf, err := s.signAgent(ctx, ca, agent, agent.Revision, key, audit.Attest)
-	if err != nil {
-		return nil, err
-	}
-	// The agent's next call must find the record.
-	if err := s.registry.Wait(ctx, agent.Revision); err != nil {
-		return nil, err
-	}
-	return &capb.AttestResponse{X509Svid: chainOf(ca, leaf), TrustBundle: s.trustToProto(s.registry.Trust())}, nil
-}
-
-func attestReason(err error) string {
-	switch {
-	case errors.Is(err, attest.ErrUnknownToken):
-		return "unknown_token"
-	case errors.Is(err, attest.ErrExpiredToken):
-		return "expired_token"
-	case errors.Is(err, attest.ErrBanned):
-		return "banned_agent"
-	default:
-		return "internal"
-	}
-}
-
-func (s *Service) refuseAttest(ctx context.Context, reason string, err error) error {
-	s.metrics.attestation.WithLabelValues(reason).Inc()
-	return s.refuse(ctx, callerFrom(ctx), audit.Record{Detail: "attest"}, s.toStatus(ctx, err))
-}
 
 // Renew implements capb.NodeServer.
 func (s *Service) Renew(ctx context.Context, req *capb.RenewRequest) (*capb.RenewResponse, error) {

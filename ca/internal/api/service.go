@@ -80,7 +80,7 @@ type Authorities interface {
 	Take(ctx context.Context, c rotation.Command) (revision uint64, err error)
 }
 
-// Options are the parts of a Service. All are required but UIDs, Tokens, and Root
+// Options are the parts of a Service. All are required but UIDs, Attestors, Tokens, and Root
 // where the root's key is.
 type Options struct {
 	TrustDomain spiffeid.TrustDomain
@@ -106,6 +106,8 @@ type Options struct {
 	// UIDs are the roles of users on the admin socket, beside root and the CA's
 	// own user.
 	UIDs map[uint32]role.Role
+	// Attestors prove nodes, beside join tokens.
+	Attestors attest.Attestors
 	// Tokens judges the tokens of OIDC issuers; nil: none is configured.
 	Tokens *oidc.Verifier
 	// Defaults for entries that name no TTL, and the TTL of agents.
@@ -368,6 +370,9 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 	}
 	if e, ok := errors.AsType[*authority.InvalidError](err); ok {
 		return status.Error(codes.InvalidArgument, e.Error())
+	}
+	if e, ok := errors.AsType[*attest.RefusedError](err); ok {
+		return attestStatus(e)
 	}
 	if e, ok := errors.AsType[*release.RefusedError](err); ok {
 		return status.Error(codes.InvalidArgument, e.Error())

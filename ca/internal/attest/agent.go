@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -45,8 +46,10 @@ type Agent struct {
 	// Handle is the 48-bit number with which every serial issued through the
 	// agent begins. It stays the same when the node attests again.
 	Handle      uint64
-	Attestation string // "join_token"
-	AttestedAt  time.Time
+	Attestation string // the kind of its evidence: "join_token"
+	// Selectors are what the evidence proved of the node, in order.
+	Selectors  []entry.Selector
+	AttestedAt time.Time
 	// NotAfter is the end of its newest X509-SVID.
 	NotAfter time.Time
 	// TrustSequence is that of the trust bundle that it acknowledged last, as far
@@ -66,6 +69,7 @@ type storedAgent struct {
 	ID          spiffeid.ID `json:"spiffe_id"`
 	Handle      uint64      `json:"handle"`
 	Attestation string      `json:"attestation"`
+	Selectors   []string    `json:"selectors,omitempty"`
 	AttestedAt  time.Time   `json:"attested_at"`
 	NotAfter    time.Time   `json:"not_after"`
 
@@ -89,8 +93,12 @@ func DecodeAgent(kv store.KV) (*Agent, error) {
 	if err := checkStanding(s.Standing); err != nil {
 		return nil, fmt.Errorf("decode the record of %s: %w", kv.Key, err)
 	}
+	selectors, err := decodeSelectors(s.Selectors)
+	if err != nil {
+		return nil, fmt.Errorf("decode the record of %s: %w", kv.Key, err)
+	}
 	return &Agent{
-		ID: s.ID, Handle: s.Handle, Attestation: s.Attestation,
+		ID: s.ID, Handle: s.Handle, Attestation: s.Attestation, Selectors: selectors,
 		AttestedAt: s.AttestedAt, NotAfter: s.NotAfter, TrustSequence: s.TrustSequence,
 		Standing: s.Standing, StandingSince: s.StandingSince, StandingNote: s.StandingNote,
 		AttestedRevision: cmp.Or(s.AttestedRevision, kv.ModRevision), Revision: kv.ModRevision,
@@ -104,7 +112,7 @@ func (a *Agent) put() (store.Op, error) {
 	}
 	b, err := json.Marshal(storedAgent{
 		Version: version, ID: a.ID, Handle: a.Handle, Attestation: a.Attestation,
-		AttestedAt: a.AttestedAt.UTC(), NotAfter: a.NotAfter.UTC(),
+		Selectors: encodeSelectors(a.Selectors), AttestedAt: a.AttestedAt.UTC(), NotAfter: a.NotAfter.UTC(),
 		TrustSequence: a.TrustSequence, AttestedRevision: a.AttestedRevision,
 		Standing: a.Standing, StandingSince: a.StandingSince.UTC(), StandingNote: a.StandingNote,
 	})
@@ -112,6 +120,26 @@ func (a *Agent) put() (store.Op, error) {
 		return store.Op{}, fmt.Errorf("encode the record of %s: %w", a.ID, err)
 	}
 	return store.Put(agentKey(a.ID), b), nil
+}
+
+func encodeSelectors(selectors []entry.Selector) []string {
+	var texts []string
+	for _, sel := range selectors {
+		texts = append(texts, sel.String())
+	}
+	return texts
+}
+
+func decodeSelectors(texts []string) ([]entry.Selector, error) {
+	var selectors []entry.Selector
+	for _, text := range texts {
+		typ, value, ok := strings.Cut(text, ":")
+		if !ok {
+			return nil, fmt.Errorf("%.80q is no selector", text)
+		}
+		selectors = append(selectors, entry.Selector{Type: typ, Value: value})
+	}
+	return selectors, nil
 }
 
 func agentKey(id spiffeid.ID) string {
@@ -182,6 +210,21 @@ func change(ctx context.Context, st store.Store, id spiffeid.ID, edit func(*Agen
 		}
 	}
 	return nil, fmt.Errorf("write the record of %s: others keep changing it", id)
+}
+
+// commit makes a the live agent with its ID, if cmps hold, together with ops. It
+// says no when something that it rests on changed meanwhile.
+func commit(ctx context.Context, st store.Store, a *Agent, cmps []store.Cmp, ops []store.Op) (bool, error) {
+	ownCmps, ownOps, err := enroll(ctx, st, a)
+	if err != nil {
+		return false, err
+	}
+	res, err := st.Txn(ctx, append(ownCmps, cmps...), append(ownOps, ops...), nil)
+	if err != nil {
+		return false, fmt.Errorf("write the record of %s: %w", a.ID, err)
+	}
+	a.Revision, a.AttestedRevision = res.Revision, res.Revision
+	return res.Succeeded, nil
 }
 
 // enroll prepares the transaction that makes a the live agent with its ID: a

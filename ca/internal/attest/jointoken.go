@@ -39,17 +39,11 @@ func RedeemJoinToken(ctx context.Context, st store.Store, td spiffeid.TrustDomai
 			return nil, err
 		}
 		a := &Agent{ID: id, Attestation: JoinToken, AttestedAt: now, NotAfter: notAfter}
-		cmps, ops, err := enroll(ctx, st, a)
-		if err != nil {
-			return nil, err
-		}
-		cmps = append(cmps, store.Cmp{Key: kv.Key, ModRevision: kv.ModRevision})
-		res, err := st.Txn(ctx, cmps, append(ops, store.Delete(kv.Key)), nil)
+		done, err := commit(ctx, st, a, []store.Cmp{{Key: kv.Key, ModRevision: kv.ModRevision}}, []store.Op{store.Delete(kv.Key)})
 		if err != nil {
 			return nil, fmt.Errorf("use up a join token: %w", err)
 		}
-		if res.Succeeded {
-			a.Revision = res.Revision
+		if done {
 			return a, nil
 		}
 		// Either somebody used the token, which the next round finds, or the

@@ -12,7 +12,9 @@ import (
 const (
 	agentPrefix = "/agent"
 	caPath      = "/ca"
-	maxNameLen  = 128
+	maxNameLen  = 128 // of a name that an operator chose
+	// maxAttestedLen is for names that attestors make.
+	maxAttestedLen = 256
 )
 
 // ParseID parses a SPIFFE ID of the API's field. The error is an
@@ -51,8 +53,8 @@ func ParseTrustDomain(field, s string) (spiffeid.TrustDomain, error) {
 	return td, nil
 }
 
-// AgentID returns the SPIFFE ID of the agent called name. The error is an
-// *InvalidError.
+// AgentID returns the SPIFFE ID of the agent called name, which an operator
+// chose: one segment. The error is an *InvalidError.
 func AgentID(td spiffeid.TrustDomain, name string) (spiffeid.ID, error) {
 	if name == "" || len(name) > maxNameLen {
 		return spiffeid.ID{}, invalid("agent_name", "has %d bytes; 1 to %d", len(name), maxNameLen)
@@ -64,14 +66,32 @@ func AgentID(td spiffeid.TrustDomain, name string) (spiffeid.ID, error) {
 	return id, nil
 }
 
+// AttestedID returns the SPIFFE ID of an agent whose evidence is of kind, and
+// names the node by segments. It has at least one more segment than any name
+// that an operator chose, so the two never meet. The error is an *InvalidError.
+func AttestedID(td spiffeid.TrustDomain, kind string, segments ...string) (spiffeid.ID, error) {
+	id, err := spiffeid.FromSegments(td, append([]string{agentPrefix[1:], kind}, segments...)...)
+	if err != nil || len(segments) == 0 {
+		return spiffeid.ID{}, invalid("agent", "%q cannot be the name of a node: %v", segments, err)
+	}
+	if _, ok := AgentName(id); !ok {
+		return spiffeid.ID{}, invalid("agent", "%q is no name of a node, or has more than %d bytes", segments, maxAttestedLen)
+	}
+	return id, nil
+}
+
 // AgentName returns the name in an agent's SPIFFE ID, and false for any other
 // ID.
 func AgentName(id spiffeid.ID) (string, bool) {
 	name, ok := strings.CutPrefix(id.Path(), agentPrefix+"/")
-	if !ok || name == "" || strings.Contains(name, "/") || len(name) > maxNameLen {
+	if !ok || name == "" {
 		return "", false
 	}
-	return name, true
+	kind, _, attested := strings.Cut(name, "/")
+	if attested {
+		return name, nodeKinds[kind] != nil && len(name) <= maxAttestedLen
+	}
+	return name, len(name) <= maxNameLen
 }
 
 // CAID returns the SPIFFE ID under which the CA serves its ports.
@@ -110,7 +130,7 @@ func checkParent(id spiffeid.ID, td spiffeid.TrustDomain) *InvalidError {
 		return invalid("parent_id", "%s is not in the trust domain %s", id, td)
 	}
 	if _, ok := AgentName(id); !ok {
-		return invalid("parent_id", "%s is not an agent: want spiffe://%s%s/NAME", id, td.Name(), agentPrefix)
+		return invalid("parent_id", "%s is not an agent: want spiffe://%s%s/NAME, as `merlon agent list` shows it", id, td.Name(), agentPrefix)
 	}
 	return nil
 }

@@ -77,13 +77,16 @@ func checkSelectors(selectors []Selector) *InvalidError {
 	return nil
 }
 
-func checkSelector(sel Selector) *InvalidError {
+func checkSelector(sel Selector) *InvalidError { return checkAgainst(attestors, sel) }
+
+// checkAgainst says why no attestor of those known could ever prove sel.
+func checkAgainst(known map[string]map[string]func(string) string, sel Selector) *InvalidError {
 	if n := len(sel.Type) + 1 + len(sel.Value); n > maxSelectorBytes {
 		return invalid("selectors", "one has %d bytes; at most %d", n, maxSelectorBytes)
 	}
-	keys, ok := attestors[sel.Type]
+	keys, ok := known[sel.Type]
 	if !ok {
-		return invalid("selectors", "%q has the unknown type %q%s", sel, sel.Type, suggest(sel.Type, attestors))
+		return invalid("selectors", "%q has the unknown type %q%s", sel, sel.Type, suggest(sel.Type, known))
 	}
 	key, value, ok := strings.Cut(sel.Value, ":")
 	check := keys[key]

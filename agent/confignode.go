@@ -1,0 +1,102 @@
+// The settings by which the node proves itself: one kind of evidence, and nothing
+// that belongs to another.
+
+package agent
+
+import (
+	"encoding/hex"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"merlon.dev/agent/internal/attest"
+)
+
+const (
+	byJoinToken = "join_token"
+	byX509POP   = "x509pop"
+)
+
+// evidence lists, by kind, the settings that say where it is.
+var evidence = map[string][]string{
+	byJoinToken: {"join_token", "join_token_file"},
+	byX509POP:   {"node_cert_file", "node_key_file"},
+}
+
+func (c Config) evidenceSettings() map[string]string {
+	return map[string]string{
+		"join_token": c.JoinToken, "join_token_file": c.JoinTokenFile,
+		"node_cert_file": c.NodeCertFile, "node_key_file": c.NodeKeyFile,
+	}
+}
+
+// attestor makes the evidence that is configured.
+func (c Config) attestor() attest.Attestor {
+	if c.NodeAttestor == byX509POP {
+		return &attest.X509POP{CertFile: c.NodeCertFile, KeyFile: c.NodeKeyFile}
+	}
+	return &attest.JoinToken{Token: c.JoinToken, File: c.JoinTokenFile}
+}
+
+func (c Config) checkEvidence() error {
+	own, known := evidence[c.NodeAttestor]
+	if !known {
+		return &InvalidError{Field: "node_attestor", Reason: fmt.Sprintf("%q is none of %s", c.NodeAttestor, strings.Join(kinds(), ", "))}
+	}
+	settings := c.evidenceSettings()
+	for kind, others := range evidence {
+		for _, key := range others {
+			if kind != c.NodeAttestor && settings[key] != "" {
+				return &InvalidError{Field: key, Reason: "is for node_attestor: " + kind + ", which is " + c.NodeAttestor, Hint: "set one kind of evidence"}
+			}
+		}
+	}
+	if c.NodeAttestor == byJoinToken {
+		if c.JoinToken != "" && c.JoinTokenFile != "" {
+			return &InvalidError{Field: "join_token_file", Reason: "join_token is set too; set one of them"}
+		}
+	} else {
+		for _, key := range own {
+			if err := checkFile(key, settings[key]); err != nil {
+				return err
+			}
+		}
+	}
+	return c.checkRootHash()
+}
+
+func checkFile(key, path string) error {
+	if path == "" {
+		return &InvalidError{Field: key, Reason: "is missing: the node could not prove itself"}
+	}
+	if !filepath.IsAbs(path) {
+		return &InvalidError{Field: key, Reason: fmt.Sprintf("%q is not an absolute path", path)}
+	}
+	return nil
+}
+
+func (c Config) checkRootHash() error {
+	if c.RootHash == "" {
+		if c.NodeAttestor == byJoinToken && c.JoinToken == "" && c.JoinTokenFile == "" {
+			return nil
+		}
+		return &InvalidError{
+			Field: "root_hash", Reason: "is needed with a join token or another node_attestor, to tell the right CA from any other",
+			Hint: "merlon token create prints it beside the token, merlon trust show at any time",
+		}
+	}
+	if b, err := hex.DecodeString(c.RootHash); err != nil || len(b) != 32 {
+		return &InvalidError{Field: "root_hash", Reason: "is not a SHA-256 in hex (64 digits)", Hint: "merlon token create prints it beside the token"}
+	}
+	return nil
+}
+
+func kinds() []string {
+	var names []string
+	for kind := range evidence {
+		names = append(names, kind)
+	}
+	slices.Sort(names)
+	return names
+}

@@ -1,0 +1,254 @@
+// Node attestation by evidence other than tokens, over the real port: what is
+// not configured is refused, nothing is good twice, and everything is recorded.
+
+package ca_test
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/ca"
+	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/possession"
+)
+
+// site certifies nodes.
+type site struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+	file string // with the certificate
+}
+
+func newSite(t testing.TB) *site {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &site{key: key, file: filepath.Join(t.TempDir(), "site.pem")}
+	s.cert = s.certify(t, key, &x509.Certificate{
+		Subject: pkix.Name{CommonName: "site"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	})
+	if err := os.WriteFile(s.file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.cert.Raw}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func (s *site) certify(t testing.TB, key *ecdsa.PrivateKey, template *x509.Certificate) *x509.Certificate {
+	t.Helper()
+	template.SerialNumber = big.NewInt(time.Now().UnixNano())
+	template.NotBefore, template.NotAfter = time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
+	parent := s.cert
+	if parent == nil {
+		parent = template
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, key.Public(), s.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert
+}
+
+// node makes a certificate for the node called name, with its key.
+func (s *site) node(t testing.TB, name string) (*ecdsa.PrivateKey, [][]byte) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key, [][]byte{s.certify(t, key, &x509.Certificate{Subject: pkix.Name{CommonName: name}, KeyUsage: x509.KeyUsageDigitalSignature}).Raw}
+}
+
+// bound is a client on one connection, of which it knows the state.
+func (c *testCA) bound() (capb.NodeClient, tls.ConnectionState) {
+	c.t.Helper()
+	cfg := clientTLS(nil, nil)
+	cfg.NextProtos = []string{"h2"}
+	conn, err := tls.Dial("tcp", c.srv.Address().String(), cfg)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() { conn.Close() })
+	cc, err := grpc.NewClient("passthrough:///ca", grpc.WithTransportCredentials(insecure.NewCredentials()), // TLS is below
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) { return conn, nil }))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() { cc.Close() })
+	return capb.NewNodeClient(cc), conn.ConnectionState()
+}
+
+func popRequest(t testing.TB, conn tls.ConnectionState, key *ecdsa.PrivateKey, chain [][]byte, csr []byte) *capb.AttestRequest {
+	t.Helper()
+	statement, err := possession.Statement(conn, csr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signature, err := possession.Sign(key, statement)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &capb.AttestRequest{Evidence: &capb.AttestRequest_X509Pop{X509Pop: &capb.X509Pop{Chain: chain, Signature: signature}}, Csr: csr}
+}
+
+func takesCertificates(s *site) func(*ca.Config) {
+	return func(cfg *ca.Config) { cfg.NodeAttestors.X509POP = &ca.X509POP{CAFile: s.file, Name: "common_name"} }
+}
+
+func TestNodeProvesItselfByItsCertificateAndAgain(t *testing.T) {
+	s := newSite(t)
+	c := startCA(t, tempDir(t), takesCertificates(s))
+	key, chain := s.node(t, "rack1-7")
+	attest := func() *testClient {
+		node, conn := c.bound()
+		agentKey, csr := newCSR(t)
+		resp, err := node.Attest(t.Context(), popRequest(t, conn, key, chain, csr))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.client(agentKey, resp.GetX509Svid())
+	}
+	const id = "spiffe://shop.test/agent/x509pop/cn/rack1-7"
+	first := attest()
+	web := c.entry("x509pop/cn/rack1-7", "web")
+	first.svid(web)
+	until(t, first.sync(0), synced)
+	attest().svid(web) // it lost its key
+
+	resp, err := c.admin.ListAgents(t.Context(), &capb.ListAgentsRequest{})
+	if err != nil || len(resp.GetAgents()) != 1 {
+		t.Fatalf("agents = %v, %v; want one", resp.GetAgents(), err)
+	}
+	a := resp.GetAgents()[0]
+	if a.GetSpiffeId() != id || a.GetAttestation() != "x509pop" || len(a.GetSelectors()) != 3 || a.GetSelectors()[1].GetValue() != "subject-cn:rack1-7" {
+		t.Errorf("the agent is listed as %v", a)
+	}
+	attested := 0
+	for _, r := range c.auditRecords() {
+		if r["type"] == "attest" && r["spiffe_id"] == id && r["detail"] == "x509pop" {
+			attested++
+		}
+	}
+	if attested != 2 {
+		t.Errorf("%d attestations are recorded; want 2", attested)
+	}
+}
+
+func TestEvidenceThatIsRefusedIsRecordedWithItsReason(t *testing.T) {
+	s, stranger := newSite(t), newSite(t)
+	c := startCA(t, tempDir(t), takesCertificates(s))
+	key, chain := s.node(t, "rack1-7")
+	_, otherConn := c.bound()
+	foreignKey, foreign := stranger.node(t, "rack1-7")
+	_, csr := newCSR(t)
+	_, otherCSR := newCSR(t)
+	for name, tc := range map[string]struct {
+		make func(tls.ConnectionState) *capb.AttestRequest
+		says string
+	}{
+		"replayed on another connection": {func(tls.ConnectionState) *capb.AttestRequest { return popRequest(t, otherConn, key, chain, csr) }, "this connection and CSR"},
+		"with another's CSR": {func(conn tls.ConnectionState) *capb.AttestRequest {
+			req := popRequest(t, conn, key, chain, csr)
+			req.Csr = otherCSR
+			return req
+		}, "this connection and CSR"},
+		"of a stranger": {func(conn tls.ConnectionState) *capb.AttestRequest {
+			return popRequest(t, conn, foreignKey, foreign, csr)
+		}, "does not end in a configured root"},
+		"another's certificate": {func(conn tls.ConnectionState) *capb.AttestRequest {
+			return popRequest(t, conn, foreignKey, chain, csr)
+		}, "this connection and CSR"},
+	} {
+		node, conn := c.bound()
+		_, err := node.Attest(t.Context(), tc.make(conn))
+		wantCode(t, err, codes.PermissionDenied)
+		if said := status.Convert(err).Message(); !strings.Contains(said, tc.says) {
+			t.Errorf("%s: it says %q; want %q", name, said, tc.says)
+		} else if !c.refusalRecorded(said) {
+			t.Errorf("%s: there is no audit record", name)
+		}
+	}
+	resp, err := c.admin.ListAgents(t.Context(), &capb.ListAgentsRequest{})
+	if err != nil || len(resp.GetAgents()) != 0 {
+		t.Errorf("agents = %v, %v; want none", resp.GetAgents(), err)
+	}
+}
+
+func (c *testCA) refusalRecorded(reason string) bool {
+	c.t.Helper()
+	for _, r := range c.auditRecords() {
+		if r["type"] == "refuse" && r["reason"] == reason {
+			return true
+		}
+	}
+	return false
+}
+
+func TestKindsThatAreNotConfiguredAreRefused(t *testing.T) {
+	s := newSite(t)
+	c := startCA(t, tempDir(t))
+	key, chain := s.node(t, "rack1-7")
+	node, conn := c.bound()
+	_, csr := newCSR(t)
+	_, err := node.Attest(t.Context(), popRequest(t, conn, key, chain, csr))
+	wantCode(t, err, codes.PermissionDenied)
+	if said := status.Convert(err).Message(); !strings.Contains(said, "node_attestors.x509pop") {
+		t.Errorf("it says %q; want the setting that is missing", said)
+	}
+	_, err = node.Attest(t.Context(), &capb.AttestRequest{Csr: csr})
+	wantCode(t, err, codes.InvalidArgument)
+}
+
+func TestNodeAttestorSettings(t *testing.T) {
+	for text, want := range map[string]string{
+		"node_attestors:\n  x509pop: {}":                            "node_attestors.x509pop.ca_file",
+		"node_attestors:\n  x509pop: {ca_file: /x, name: uri}":      "node_attestors.x509pop.name",
+		"node_attestors:\n  x509pop: {ca_file: /x, nam: x}":         "nam",
+		"node_attestors:\n  tpm: {}":                                "tpm",
+		"node_attestors:\n  x509pop: {ca_file: /x}":                 "",
+		"node_attestors:\n  x509pop: {ca_file: /x, name: dns_name}": "",
+	} {
+		cfg, err := ca.ParseConfig("ca.yaml", []byte("trust_domain: shop.test\n"+text))
+		if err == nil {
+			err = cfg.Validate()
+		}
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%q: %v; want an error about %q", text, err, want)
+		}
+	}
+	cfg := ca.Config{TrustDomain: "shop.test"}
+	cfg.NodeAttestors.X509POP = &ca.X509POP{CAFile: filepath.Join(t.TempDir(), "none.pem")}
+	dir := tempDir(t)
+	cfg.DataDir, cfg.AdminSocket = filepath.Join(dir, "data"), filepath.Join(dir, "s", "a.sock")
+	cfg.Address, cfg.HTTPSAddress, cfg.HealthAddress = "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0"
+	srv, err := ca.New(cfg)
+	if err == nil {
+		err = srv.Run(t.Context())
+	}
+	if err == nil || !strings.Contains(err.Error(), "node_attestors.x509pop.ca_file") {
+		t.Errorf("a CA whose roots of nodes cannot be read starts: %v", err)
+	}
+}

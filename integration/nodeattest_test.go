@@ -1,0 +1,113 @@
+// Nodes that prove themselves by something else than a join token, and again by
+// themselves when they have to: real binaries, evidence in files.
+
+package integration_test
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"merlon.dev/integration/stage"
+)
+
+// attestedAgent is an agent as `merlon agent list -o json` shows it.
+type attestedAgent struct {
+	SPIFFEID    string    `json:"spiffe_id"`
+	Attestation string    `json:"attestation"`
+	Selectors   []string  `json:"selectors"`
+	AttestedAt  time.Time `json:"attested_at"`
+	Connected   bool      `json:"connected"`
+}
+
+// connectedAgent waits for the only agent to be connected and as wanted.
+func connectedAgent(t *testing.T, d *stage.Domain, what string, wanted func(attestedAgent) bool) attestedAgent {
+	t.Helper()
+	var agents []attestedAgent
+	stage.Eventually(t, what, func() error {
+		out, stderr, err := d.Try("agent", "list", "-o", "json")
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, stderr)
+		}
+		stage.Decode(t, out, &agents)
+		if len(agents) != 1 || !agents[0].Connected || !wanted(agents[0]) {
+			return fmt.Errorf("agents are %+v", agents)
+		}
+		return nil
+	})
+	return agents[0]
+}
+
+// comesBackByItself lets the agent's own SVID expire while the CA is down, and
+// evicts it while the CA is up: the node attests again each time, and its
+// workload is served all along. Banned, it stays away.
+func comesBackByItself(t *testing.T, d *stage.Domain, ttl time.Duration) attestedAgent {
+	t.Helper()
+	first := connectedAgent(t, d, "the node is attested", func(attestedAgent) bool { return true })
+	d.Merlon("entry", "create", "--spiffe-id", d.ID("/me"), "--parent", first.SPIFFEID, "--selector", "unix:uid:0", "--ttl", "1h")
+	serves := func() error {
+		_, err := fetch(t, d)
+		return err
+	}
+	stage.Eventually(t, "an SVID is served", serves)
+
+	d.CA.Kill()
+	expired := time.Now().Add(ttl + time.Second) // whatever was issued last
+	for time.Now().Before(expired) {
+		if err := serves(); err != nil {
+			t.Fatalf("while the CA was down the workload got no SVID: %v", err)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	d.CA.Restart()
+	back := connectedAgent(t, d, "the node attests again, its SVID having expired", func(a attestedAgent) bool { return a.AttestedAt.After(first.AttestedAt) })
+
+	d.Merlon("agent", "evict", first.SPIFFEID)
+	again := connectedAgent(t, d, "the evicted node attests again", func(a attestedAgent) bool { return a.AttestedAt.After(back.AttestedAt) })
+	if again.SPIFFEID != first.SPIFFEID || again.Attestation != first.Attestation {
+		t.Errorf("the node was %s by %s and came back as %s by %s", first.SPIFFEID, first.Attestation, again.SPIFFEID, again.Attestation)
+	}
+	stage.Eventually(t, "an SVID is served after that", serves)
+
+	d.Merlon("agent", "ban", first.SPIFFEID)
+	stage.Eventually(t, "the agent says that it is banned", func() error {
+		if log := d.Agent.Log(); !strings.Contains(log, "merlon agent unban") {
+			return errors.New(log)
+		}
+		return nil
+	})
+	if out := d.Merlon("agent", "show", first.SPIFFEID, "-o", "json"); !strings.Contains(out, `"state": "banned"`) || strings.Contains(out, `"connected": true`) {
+		t.Errorf("the banned node came back by its evidence: %s", out)
+	}
+	return again
+}
+
+const shortAgentTTL = 5 * time.Second
+
+func TestNodeWithACertificateComesBackByItself(t *testing.T) {
+	files := stage.Certify(t, stage.Dir(t), "rack1-7")
+	d := stage.CAAlone(t, "", nil, "agent_svid_ttl: "+shortAgentTTL.String(),
+		"node_attestors:", "  x509pop: {ca_file: "+files.CA+", name: common_name}")
+	d.StartAgentBy(d.Token().RootHash, "node_attestor: x509pop", "node_cert_file: "+files.Cert, "node_key_file: "+files.Key)
+	a := comesBackByItself(t, d, shortAgentTTL)
+	if a.SPIFFEID != d.ID("/agent/x509pop/cn/rack1-7") || a.Attestation != "x509pop" {
+		t.Errorf("the node is %s by %s", a.SPIFFEID, a.Attestation)
+	}
+}
+
+func TestRefusedCertificateSaysWhatToDo(t *testing.T) {
+	good, other := stage.Certify(t, stage.Dir(t), "rack1-7"), stage.Certify(t, stage.Dir(t), "rack1-8")
+	d := stage.CAAlone(t, "", nil, "node_attestors:", "  x509pop: {ca_file: "+good.CA+"}")
+	d.StartAgentBy(d.Token().RootHash, "node_attestor: x509pop", "node_cert_file: "+other.Cert, "node_key_file: "+other.Key)
+	stage.Eventually(t, "the log says what to do", func() error {
+		if log := d.Agent.Log(); !strings.Contains(log, "does not end in a configured root") || !strings.Contains(log, "see that "+other.Cert) {
+			return errors.New(log)
+		}
+		return nil
+	})
+	if out := d.Merlon("agent", "list", "-o", "json"); strings.Contains(out, "x509pop") {
+		t.Errorf("the refused node is an agent: %s", out)
+	}
+}
