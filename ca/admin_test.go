@@ -207,7 +207,7 @@ func TestEveryActIsInTheAuditLog(t *testing.T) {
 	a := c.agent("n1")
 	e := c.entry("n1", "web")
 	a.svid(e)
-	if _, err := a.node.SignJWT(t.Context(), &capb.SignJWTRequest{EntryId: e.GetEntryId(), Audience: []string{"x"}}); err != nil {
+	if _, err := a.jwt(e.GetEntryId(), []string{"x"}); err != nil {
 		t.Fatal(err)
 	}
 	_, csr := newCSR(t)

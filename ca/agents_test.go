@@ -64,7 +64,7 @@ func (a *testClient) refusedEverywhere(reason string, entryID string) {
 	wantRefusal(a.t, "Renew", err, codes.Unauthenticated, reason)
 	_, err = a.node.Sign(a.t.Context(), &capb.SignRequest{Items: []*capb.SignItem{{EntryId: entryID, Csr: csr}}})
 	wantRefusal(a.t, "Sign", err, codes.Unauthenticated, reason)
-	_, err = a.node.SignJWT(a.t.Context(), &capb.SignJWTRequest{EntryId: entryID, Audience: []string{"x"}})
+	_, err = a.jwt(entryID, []string{"x"})
 	wantRefusal(a.t, "SignJWT", err, codes.Unauthenticated, reason)
 	_, err = ended(a.t, a.sync(0))
 	wantRefusal(a.t, "Sync", err, codes.Unauthenticated, reason)

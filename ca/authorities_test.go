@@ -300,7 +300,7 @@ func (a *testClient) jwtKeyID(e *capb.Entry) string {
 // jwtSVID is a JWT-SVID of e, and the key that its header names.
 func (a *testClient) jwtSVID(e *capb.Entry) (token, kid string) {
 	a.t.Helper()
-	resp, err := a.node.SignJWT(a.t.Context(), &capb.SignJWTRequest{EntryId: e.GetEntryId(), Audience: []string{"x"}})
+	resp, err := a.jwt(e.GetEntryId(), []string{"x"})
 	if err != nil {
 		a.t.Fatal(err)
 	}

@@ -306,6 +306,17 @@ func (c *testCA) auditRecords() []map[string]any {
 	return records
 }
 
+// jwt asks for one JWT-SVID.
+func (a *testClient) jwt(entryID string, audience []string) (*capb.SignJWTResult, error) {
+	a.t.Helper()
+	resp, err := a.node.SignJWT(a.t.Context(), &capb.SignJWTRequest{Items: []*capb.SignJWTItem{{EntryId: entryID, Audience: audience}}})
+	if err != nil {
+		return nil, err
+	}
+	r := resp.GetResults()[0]
+	return r, status.Error(codes.Code(r.GetCode()), r.GetMessage())
+}
+
 // outcomes are the records but those with which acts begin.
 func (c *testCA) outcomes() []map[string]any {
 	c.t.Helper()

@@ -96,7 +96,7 @@ func TestIssuedSVIDsAreProven(t *testing.T) {
 	a := c.agent("n1")
 	e := c.entry("n1", "web")
 	_, chain := a.svid(e)
-	jwt, err := a.node.SignJWT(t.Context(), &capb.SignJWTRequest{EntryId: e.GetEntryId(), Audience: []string{"db"}})
+	jwt, err := a.jwt(e.GetEntryId(), []string{"db"})
 	if err != nil {
 		t.Fatal(err)
 	}

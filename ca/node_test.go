@@ -21,6 +21,7 @@ import (
 
 	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/checkpoint"
 	"merlon.dev/sdk/svid"
 )
 
@@ -53,7 +54,7 @@ func TestAgentAttestsAndObtainsSVIDs(t *testing.T) {
 		t.Errorf("root hashes = %v; want that of the root", trust.GetRootHashes())
 	}
 
-	jwt, err := a.node.SignJWT(t.Context(), &capb.SignJWTRequest{EntryId: e.GetEntryId(), Audience: []string{"orders"}})
+	jwt, err := a.jwt(e.GetEntryId(), []string{"orders"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -207,12 +208,70 @@ func TestAgentGetsNothingOfAnotherNode(t *testing.T) {
 	if results[1].GetCode() != 0 {
 		t.Errorf("own entry in a mixed batch: %s", results[1].GetMessage())
 	}
-	_, err = a.node.SignJWT(t.Context(), &capb.SignJWTRequest{EntryId: theirs.GetEntryId(), Audience: []string{"x"}})
+	_, err = a.jwt(theirs.GetEntryId(), []string{"x"})
 	wantCode(t, err, codes.PermissionDenied)
 
 	listing := until(t, a.sync(0), synced)
 	if n := len(listing.GetEntries()); n != 1 || listing.GetEntries()[0].GetEntryId() != mine.GetEntryId() {
 		t.Errorf("Sync of a lists %v; want only its own entry", listing.GetEntries())
+	}
+}
+
+// Each item of a batch of JWT-SVIDs is judged, answered and recorded by itself.
+func TestJWTBatchAnswersEachItem(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	a := c.agent("a")
+	mine, theirs, ended := c.entry("a", "mine"), c.entry("b", "theirs"), newEntry("a", "ended")
+	ended.ExpiresAt = timestampOf(time.Now().Add(time.Second))
+	expired, err := c.admin.CreateEntry(t.Context(), &capb.CreateEntryRequest{Entry: ended})
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Until(ended.GetExpiresAt().AsTime()) + time.Millisecond)
+	long := strings.Repeat("a", 2000)
+	items := []*capb.SignJWTItem{
+		{EntryId: mine.GetEntryId(), Audience: []string{"x"}},
+		{EntryId: theirs.GetEntryId(), Audience: []string{"x"}},
+		{EntryId: "none\n", Audience: []string{"x"}},
+		{EntryId: expired.GetEntry().GetEntryId(), Audience: []string{"x"}},
+		{EntryId: mine.GetEntryId()},
+		{EntryId: mine.GetEntryId(), Audience: []string{"x", "y"}},
+		{EntryId: mine.GetEntryId(), Audience: []string{long}},
+		{EntryId: mine.GetEntryId(), Audience: []string{"y"}},
+	}
+	want := []codes.Code{
+		codes.OK, codes.PermissionDenied, codes.PermissionDenied, codes.PermissionDenied,
+		codes.InvalidArgument, codes.InvalidArgument, codes.InvalidArgument, codes.OK,
+	}
+	before := len(c.auditRecords())
+	resp, err := a.node.SignJWT(t.Context(), &capb.SignJWTRequest{Items: items})
+	if err != nil {
+		t.Fatal(err)
+	}
+	records := c.auditRecords()[before:]
+	if len(records) != len(items) || len(resp.GetResults()) != len(items) {
+		t.Fatalf("%d results and %d records of %d items", len(resp.GetResults()), len(records), len(items))
+	}
+	serials := make(map[string]bool)
+	for i, r := range resp.GetResults() {
+		rec := records[i]
+		if codes.Code(r.GetCode()) != want[i] || (r.GetToken() != "") != (want[i] == codes.OK) {
+			t.Errorf("item %d: code %d, %q; want %s, and a token only then", i, r.GetCode(), r.GetMessage(), want[i])
+		}
+		switch {
+		case want[i] != codes.OK && (rec["type"] != "refuse" || rec["reason"] != r.GetMessage() || rec["serial"] != nil || rec["actor"] != a.id):
+			t.Errorf("item %d: its record is %v; want the refusal %q", i, rec, r.GetMessage())
+		case want[i] == codes.OK && (rec["type"] != "issue" || rec["entry_id"] != mine.GetEntryId() || rec["spiffe_id"] != mine.GetSpiffeId() || rec["authority_id"] == nil || serials[text(rec["serial"])]):
+			t.Errorf("item %d: its record is %v; want that of its own issuance", i, rec)
+		case want[i] == codes.OK:
+			serials[text(rec["serial"])] = true
+			if hash, err := checkpoint.TokenHash(r.GetToken()); err != nil || rec["signed_sha256"] != hash {
+				t.Errorf("item %d: its record is of another token: %v", i, rec)
+			}
+		}
+	}
+	if a, b := resp.GetResults()[1].GetMessage(), resp.GetResults()[2].GetMessage(); a != b {
+		t.Errorf("another node's entry is told apart from one that does not exist: %q, %q", a, b)
 	}
 }
 
@@ -223,9 +282,13 @@ func TestSignBoundsItsWork(t *testing.T) {
 	wantCode(t, err, codes.InvalidArgument)
 	_, err = a.node.Sign(t.Context(), &capb.SignRequest{Items: make([]*capb.SignItem, 501)})
 	wantCode(t, err, codes.InvalidArgument)
+	for _, n := range []int{0, 101} {
+		_, err = a.node.SignJWT(t.Context(), &capb.SignJWTRequest{Items: make([]*capb.SignJWTItem, n)})
+		wantCode(t, err, codes.InvalidArgument)
+	}
 	for name, audience := range map[string][]string{"none": nil, "empty": {""}, "long": {strings.Repeat("a", 2000)}} {
 		e := c.entry("n1", "jwt-"+name)
-		if _, err := a.node.SignJWT(t.Context(), &capb.SignJWTRequest{EntryId: e.GetEntryId(), Audience: audience}); err == nil {
+		if _, err := a.jwt(e.GetEntryId(), audience); err == nil {
 			t.Errorf("audience %s was accepted", name)
 		}
 	}
@@ -247,7 +310,7 @@ func TestJWTSVIDsAreAsConfigured(t *testing.T) {
 			c := startCA(t, tempDir(t), test.change)
 			a := c.agent("n1")
 			e := c.entry("n1", "web")
-			resp, err := a.node.SignJWT(t.Context(), &capb.SignJWTRequest{EntryId: e.GetEntryId(), Audience: two[:1]})
+			resp, err := a.jwt(e.GetEntryId(), two[:1])
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -271,7 +334,7 @@ func TestJWTSVIDsAreAsConfigured(t *testing.T) {
 			if head, _ := base64.RawURLEncoding.DecodeString(text); string(head) != fmt.Sprintf(test.head, kid) {
 				t.Errorf("header = %s", head)
 			}
-			_, err = a.node.SignJWT(t.Context(), &capb.SignJWTRequest{EntryId: e.GetEntryId(), Audience: two})
+			_, err = a.jwt(e.GetEntryId(), two)
 			wantCode(t, err, test.two)
 		})
 	}

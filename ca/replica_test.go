@@ -160,7 +160,7 @@ func TestReplicasAreOneCA(t *testing.T) {
 	if all["ca-2"].GetAuthorityId() != peer.AuthorityIDs[0] || all["ca"].GetAuthorityId() == peer.AuthorityIDs[0] {
 		t.Errorf("issued under %s; replicas = %v", peer.AuthorityIDs[0], all)
 	}
-	token, err := agent.at(b).node.SignJWT(t.Context(), &capb.SignJWTRequest{EntryId: entry.GetEntryId(), Audience: []string{"orders"}})
+	token, err := agent.at(b).jwt(entry.GetEntryId(), []string{"orders"})
 	if err != nil {
 		t.Fatal(err)
 	}

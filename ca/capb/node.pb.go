@@ -1155,10 +1155,9 @@ func (x *SignResult) GetWarning() string {
 }
 
 type SignJWTRequest struct {
-	state   protoimpl.MessageState `protogen:"open.v1"`
-	EntryId string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
-	// At least one, none empty.
-	Audience      []string `protobuf:"bytes,2,rep,name=audience,proto3" json:"audience,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 1 to 100.
+	Items         []*SignJWTItem `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1193,14 +1192,60 @@ func (*SignJWTRequest) Descriptor() ([]byte, []int) {
 	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
 }
 
-func (x *SignJWTRequest) GetEntryId() string {
+func (x *SignJWTRequest) GetItems() []*SignJWTItem {
+	if x != nil {
+		return x.Items
+	}
+	return nil
+}
+
+type SignJWTItem struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	EntryId string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
+	// At least one, none empty.
+	Audience      []string `protobuf:"bytes,2,rep,name=audience,proto3" json:"audience,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignJWTItem) Reset() {
+	*x = SignJWTItem{}
+	mi := &file_ca_capb_node_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignJWTItem) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignJWTItem) ProtoMessage() {}
+
+func (x *SignJWTItem) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_node_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignJWTItem.ProtoReflect.Descriptor instead.
+func (*SignJWTItem) Descriptor() ([]byte, []int) {
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *SignJWTItem) GetEntryId() string {
 	if x != nil {
 		return x.EntryId
 	}
 	return ""
 }
 
-func (x *SignJWTRequest) GetAudience() []string {
+func (x *SignJWTItem) GetAudience() []string {
 	if x != nil {
 		return x.Audience
 	}
@@ -1208,18 +1253,15 @@ func (x *SignJWTRequest) GetAudience() []string {
 }
 
 type SignJWTResponse struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// The token in compact serialization.
-	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
-	IssuedAt      *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=issued_at,json=issuedAt,proto3" json:"issued_at,omitempty"`
-	ExpiresAt     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Results       []*SignJWTResult       `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SignJWTResponse) Reset() {
 	*x = SignJWTResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1231,7 +1273,7 @@ func (x *SignJWTResponse) String() string {
 func (*SignJWTResponse) ProtoMessage() {}
 
 func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1244,28 +1286,76 @@ func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
 func (*SignJWTResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
 }
 
-func (x *SignJWTResponse) GetToken() string {
+func (x *SignJWTResponse) GetResults() []*SignJWTResult {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+type SignJWTResult struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The token in compact serialization. Empty on refusal.
+	Token string `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	// A google.rpc code (0 is success) and what was refused.
+	Code          int32  `protobuf:"varint,2,opt,name=code,proto3" json:"code,omitempty"`
+	Message       string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SignJWTResult) Reset() {
+	*x = SignJWTResult{}
+	mi := &file_ca_capb_node_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SignJWTResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SignJWTResult) ProtoMessage() {}
+
+func (x *SignJWTResult) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_node_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SignJWTResult.ProtoReflect.Descriptor instead.
+func (*SignJWTResult) Descriptor() ([]byte, []int) {
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *SignJWTResult) GetToken() string {
 	if x != nil {
 		return x.Token
 	}
 	return ""
 }
 
-func (x *SignJWTResponse) GetIssuedAt() *timestamppb.Timestamp {
+func (x *SignJWTResult) GetCode() int32 {
 	if x != nil {
-		return x.IssuedAt
+		return x.Code
 	}
-	return nil
+	return 0
 }
 
-func (x *SignJWTResponse) GetExpiresAt() *timestamppb.Timestamp {
+func (x *SignJWTResult) GetMessage() string {
 	if x != nil {
-		return x.ExpiresAt
+		return x.Message
 	}
-	return nil
+	return ""
 }
 
 // Entry is a registration entry: which selectors, under which agent, get
@@ -1303,7 +1393,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1315,7 +1405,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1328,7 +1418,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Entry) GetEntryId() string {
@@ -1449,7 +1539,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_ca_capb_node_proto_msgTypes[19]
+	mi := &file_ca_capb_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1461,7 +1551,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[19]
+	mi := &file_ca_capb_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1474,7 +1564,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Selector) GetType() string {
@@ -1512,7 +1602,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[20]
+	mi := &file_ca_capb_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1524,7 +1614,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[20]
+	mi := &file_ca_capb_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1537,7 +1627,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{20}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -1590,7 +1680,7 @@ type PolicyBundle struct {
 
 func (x *PolicyBundle) Reset() {
 	*x = PolicyBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[21]
+	mi := &file_ca_capb_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1602,7 +1692,7 @@ func (x *PolicyBundle) String() string {
 func (*PolicyBundle) ProtoMessage() {}
 
 func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[21]
+	mi := &file_ca_capb_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1615,7 +1705,7 @@ func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyBundle.ProtoReflect.Descriptor instead.
 func (*PolicyBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{21}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *PolicyBundle) GetName() string {
@@ -1650,7 +1740,7 @@ type PolicyKey struct {
 
 func (x *PolicyKey) Reset() {
 	*x = PolicyKey{}
-	mi := &file_ca_capb_node_proto_msgTypes[22]
+	mi := &file_ca_capb_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1662,7 +1752,7 @@ func (x *PolicyKey) String() string {
 func (*PolicyKey) ProtoMessage() {}
 
 func (x *PolicyKey) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[22]
+	mi := &file_ca_capb_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1675,7 +1765,7 @@ func (x *PolicyKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyKey.ProtoReflect.Descriptor instead.
 func (*PolicyKey) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{22}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PolicyKey) GetKid() string {
@@ -1722,7 +1812,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_ca_capb_node_proto_msgTypes[23]
+	mi := &file_ca_capb_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1734,7 +1824,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[23]
+	mi := &file_ca_capb_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1747,7 +1837,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{23}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -1938,15 +2028,18 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\tx509_svid\x18\x01 \x03(\fR\bx509Svid\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\x05R\x04code\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x12\x18\n" +
-	"\awarning\x18\x04 \x01(\tR\awarning\"G\n" +
-	"\x0eSignJWTRequest\x12\x19\n" +
+	"\awarning\x18\x04 \x01(\tR\awarning\"A\n" +
+	"\x0eSignJWTRequest\x12/\n" +
+	"\x05items\x18\x01 \x03(\v2\x19.merlon.ca.v1.SignJWTItemR\x05items\"D\n" +
+	"\vSignJWTItem\x12\x19\n" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1a\n" +
-	"\baudience\x18\x02 \x03(\tR\baudience\"\x9b\x01\n" +
-	"\x0fSignJWTResponse\x12\x14\n" +
-	"\x05token\x18\x01 \x01(\tR\x05token\x127\n" +
-	"\tissued_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\bissuedAt\x129\n" +
-	"\n" +
-	"expires_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"\xb9\x04\n" +
+	"\baudience\x18\x02 \x03(\tR\baudience\"H\n" +
+	"\x0fSignJWTResponse\x125\n" +
+	"\aresults\x18\x01 \x03(\v2\x1b.merlon.ca.v1.SignJWTResultR\aresults\"S\n" +
+	"\rSignJWTResult\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
+	"\x04code\x18\x02 \x01(\x05R\x04code\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"\xb9\x04\n" +
 	"\x05Entry\x12\x19\n" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x1b\n" +
@@ -2031,7 +2124,7 @@ func file_ca_capb_node_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_ca_capb_node_proto_goTypes = []any{
 	(Refusal)(0),                  // 0: merlon.ca.v1.Refusal
 	(*AttestRequest)(nil),         // 1: merlon.ca.v1.AttestRequest
@@ -2051,42 +2144,44 @@ var file_ca_capb_node_proto_goTypes = []any{
 	(*SignResponse)(nil),          // 15: merlon.ca.v1.SignResponse
 	(*SignResult)(nil),            // 16: merlon.ca.v1.SignResult
 	(*SignJWTRequest)(nil),        // 17: merlon.ca.v1.SignJWTRequest
-	(*SignJWTResponse)(nil),       // 18: merlon.ca.v1.SignJWTResponse
-	(*Entry)(nil),                 // 19: merlon.ca.v1.Entry
-	(*Selector)(nil),              // 20: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),           // 21: merlon.ca.v1.TrustBundle
-	(*PolicyBundle)(nil),          // 22: merlon.ca.v1.PolicyBundle
-	(*PolicyKey)(nil),             // 23: merlon.ca.v1.PolicyKey
-	(*Revocation)(nil),            // 24: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
-	(Role)(0),                     // 26: merlon.ca.v1.Role
-	(*durationpb.Duration)(nil),   // 27: google.protobuf.Duration
+	(*SignJWTItem)(nil),           // 18: merlon.ca.v1.SignJWTItem
+	(*SignJWTResponse)(nil),       // 19: merlon.ca.v1.SignJWTResponse
+	(*SignJWTResult)(nil),         // 20: merlon.ca.v1.SignJWTResult
+	(*Entry)(nil),                 // 21: merlon.ca.v1.Entry
+	(*Selector)(nil),              // 22: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),           // 23: merlon.ca.v1.TrustBundle
+	(*PolicyBundle)(nil),          // 24: merlon.ca.v1.PolicyBundle
+	(*PolicyKey)(nil),             // 25: merlon.ca.v1.PolicyKey
+	(*Revocation)(nil),            // 26: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
+	(Role)(0),                     // 28: merlon.ca.v1.Role
+	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
 }
 var file_ca_capb_node_proto_depIdxs = []int32{
 	2,  // 0: merlon.ca.v1.AttestRequest.x509pop:type_name -> merlon.ca.v1.X509Pop
 	3,  // 1: merlon.ca.v1.AttestRequest.k8s:type_name -> merlon.ca.v1.K8sToken
-	21, // 2: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	21, // 3: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	23, // 2: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	23, // 3: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
 	11, // 4: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
 	8,  // 5: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
 	9,  // 6: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
-	19, // 7: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
-	21, // 8: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	24, // 9: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	22, // 10: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	25, // 11: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
+	21, // 7: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
+	23, // 8: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	26, // 9: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	24, // 10: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	27, // 11: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
 	10, // 12: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
 	14, // 13: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
 	16, // 14: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
-	25, // 15: merlon.ca.v1.SignJWTResponse.issued_at:type_name -> google.protobuf.Timestamp
-	25, // 16: merlon.ca.v1.SignJWTResponse.expires_at:type_name -> google.protobuf.Timestamp
-	20, // 17: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
-	25, // 18: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	25, // 19: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	26, // 20: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
-	27, // 21: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
-	23, // 22: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
-	25, // 23: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	18, // 15: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
+	20, // 16: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
+	22, // 17: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
+	27, // 18: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	27, // 19: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	28, // 20: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
+	29, // 21: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
+	25, // 22: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
+	27, // 23: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
 	1,  // 24: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
 	5,  // 25: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
 	7,  // 26: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
@@ -2096,7 +2191,7 @@ var file_ca_capb_node_proto_depIdxs = []int32{
 	6,  // 30: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
 	12, // 31: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
 	15, // 32: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
-	18, // 33: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
+	19, // 33: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
 	29, // [29:34] is the sub-list for method output_type
 	24, // [24:29] is the sub-list for method input_type
 	24, // [24:24] is the sub-list for extension type_name
@@ -2115,7 +2210,7 @@ func file_ca_capb_node_proto_init() {
 		(*AttestRequest_X509Pop)(nil),
 		(*AttestRequest_K8S)(nil),
 	}
-	file_ca_capb_node_proto_msgTypes[23].OneofWrappers = []any{
+	file_ca_capb_node_proto_msgTypes[25].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -2127,7 +2222,7 @@ func file_ca_capb_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_node_proto_rawDesc), len(file_ca_capb_node_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   24,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -47,7 +47,8 @@ type NodeClient interface {
 	// Sign issues X509-SVIDs for registration entries whose parent is the
 	// calling agent. Each item succeeds or fails by itself, in request order.
 	Sign(ctx context.Context, in *SignRequest, opts ...grpc.CallOption) (*SignResponse, error)
-	// SignJWT issues one JWT-SVID for a registration entry of the calling agent.
+	// SignJWT issues JWT-SVIDs for registration entries whose parent is the
+	// calling agent. Each item succeeds or fails by itself, in request order.
 	SignJWT(ctx context.Context, in *SignJWTRequest, opts ...grpc.CallOption) (*SignJWTResponse, error)
 }
 
@@ -130,7 +131,8 @@ type NodeServer interface {
 	// Sign issues X509-SVIDs for registration entries whose parent is the
 	// calling agent. Each item succeeds or fails by itself, in request order.
 	Sign(context.Context, *SignRequest) (*SignResponse, error)
-	// SignJWT issues one JWT-SVID for a registration entry of the calling agent.
+	// SignJWT issues JWT-SVIDs for registration entries whose parent is the
+	// calling agent. Each item succeeds or fails by itself, in request order.
 	SignJWT(context.Context, *SignJWTRequest) (*SignJWTResponse, error)
 	mustEmbedUnimplementedNodeServer()
 }

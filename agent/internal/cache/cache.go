@@ -25,8 +25,8 @@ import (
 type Authority interface {
 	// Sign answers every item, in order.
 	Sign(ctx context.Context, items []*capb.SignItem) ([]*capb.SignResult, error)
-	// SignJWT returns a JWT-SVID in compact serialization.
-	SignJWT(ctx context.Context, entryID string, audience []string) (string, error)
+	// SignJWT answers every item, in order.
+	SignJWT(ctx context.Context, items []*capb.SignJWTItem) ([]*capb.SignJWTResult, error)
 }
 
 // Options are what a Cache needs. All fields are required.
@@ -44,6 +44,7 @@ type Cache struct {
 	log       *slog.Logger
 	metrics   metrics
 	jwts      tokens
+	asking    *jwtQueue
 
 	trust       atomic.Pointer[Trust]            // nil before the first trust bundle
 	revocations atomic.Pointer[svid.Revocations] // never nil
@@ -84,7 +85,7 @@ func New(o Options) *Cache {
 		entries: map[string]*Entry{}, index: newIndex(),
 		subs: map[*Subscription]struct{}{}, bySel: map[string]map[*Subscription]struct{}{}, blind: map[workload.Kinds]map[*Subscription]struct{}{},
 		behind: map[uint64]int{}, slots: map[string]*slot{}, kept: map[string]StoredSVID{}, expiries: map[string]*time.Timer{},
-		feed: newFeed(), jwts: newTokens(),
+		feed: newFeed(), jwts: newTokens(), asking: &jwtQueue{authority: o.Authority},
 	}
 	c.revocations.Store(svid.NewRevocations(nil))
 	c.metrics = newMetrics(o.Registerer, c)

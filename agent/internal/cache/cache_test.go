@@ -94,20 +94,23 @@ func (s *signer) Sign(_ context.Context, items []*capb.SignItem) ([]*capb.SignRe
 	return out, nil
 }
 
-func (s *signer) SignJWT(_ context.Context, entryID string, audience []string) (string, error) {
+func (s *signer) SignJWT(_ context.Context, items []*capb.SignJWTItem) (results []*capb.SignJWTResult, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.jwts++
 	if s.err != nil {
-		return "", s.err
+		return nil, s.err
 	}
-	serial, err := svid.NewSerial(7, s.revision)
-	if err != nil {
-		return "", err
+	for _, item := range items {
+		serial, err := svid.NewSerial(7, s.revision)
+		if err != nil {
+			return nil, err
+		}
+		results = append(results, &capb.SignJWTResult{Token: s.root.JWT(s.root.Header(nil), s.root.Claims("", forge.Fields{
+			"sub": s.ids[item.GetEntryId()], "aud": item.GetAudience(), "jti": serial.String(),
+		}))})
 	}
-	return s.root.JWT(s.root.Header(nil), s.root.Claims("", forge.Fields{
-		"sub": s.ids[entryID], "aud": audience, "jti": serial.String(),
-	})), nil
+	return results, nil
 }
 
 func (s *signer) set(f func(*signer)) {

@@ -12,15 +12,12 @@ import (
 	"sync"
 	"time"
 
+	"merlon.dev/ca/capb"
 	"merlon.dev/sdk/svid"
 )
 
-const (
-	// maxTokens bounds the JWT-SVIDs that are kept.
-	maxTokens = 4096
-	// jwtTimeout bounds one request to the CA.
-	jwtTimeout = 5 * time.Second
-)
+// maxTokens bounds the JWT-SVIDs that are kept.
+const maxTokens = 4096
 
 // token is one JWT-SVID.
 type token struct {
@@ -78,9 +75,7 @@ func (c *Cache) signJWT(ctx context.Context, e *Entry, audience []string, key st
 	if err := admit(); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, jwtTimeout)
-	defer cancel()
-	text, err := c.authority.SignJWT(ctx, e.ID, audience)
+	text, err := c.asking.ask(ctx, &capb.SignJWTItem{EntryId: e.ID, Audience: audience})
 	if err != nil {
 		return nil, err
 	}

@@ -176,13 +176,13 @@ func (c *Client) Sign(ctx context.Context, items []*capb.SignItem) (results []*c
 }
 
 // SignJWT implements cache.Authority.
-func (c *Client) SignJWT(ctx context.Context, entryID string, audience []string) (token string, err error) {
+func (c *Client) SignJWT(ctx context.Context, items []*capb.SignJWTItem) (results []*capb.SignJWTResult, err error) {
 	err = c.links.call(ctx, func(ctx context.Context, node capb.NodeClient) error {
-		answer, err := node.SignJWT(ctx, &capb.SignJWTRequest{EntryId: entryID, Audience: audience})
-		token = answer.GetToken()
+		answer, err := node.SignJWT(ctx, &capb.SignJWTRequest{Items: items})
+		results = answer.GetResults()
 		return err
 	})
-	return token, err
+	return results, err
 }
 
 // dial returns a connection that is opened by the first call on it. A call

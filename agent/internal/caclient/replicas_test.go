@@ -150,7 +150,7 @@ func (a *agent) among(replicas ...*fakeca.CA) (this, other *fakeca.CA) {
 
 // sign asks for a JWT-SVID of entry e1.
 func (a *agent) sign() error {
-	_, err := a.SignJWT(a.t.Context(), "e1", []string{"x"})
+	_, err := a.SignJWT(a.t.Context(), []*capb.SignJWTItem{{EntryId: "e1", Audience: []string{"x"}}})
 	return err
 }
 
@@ -202,7 +202,7 @@ func TestCallsFailAtOnceWithoutAReplica(t *testing.T) {
 	eventually(t, "calls do not wait", func() bool {
 		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 		defer cancel()
-		_, err := a.SignJWT(ctx, "e1", []string{"x"})
+		_, err := a.SignJWT(ctx, []*capb.SignJWTItem{{EntryId: "e1", Audience: []string{"x"}}})
 		return status.Code(err) == codes.Unavailable && ctx.Err() == nil
 	})
 	text := a.Following(a.picture).Error()

@@ -507,18 +507,22 @@ func (ca *CA) SignJWT(ctx context.Context, req *capb.SignJWTRequest) (*capb.Sign
 	if ca.signErr != nil {
 		return nil, ca.signErr
 	}
-	e := ca.entries[req.GetEntryId()]
-	if e == nil {
-		return nil, status.Error(codes.NotFound, "no such entry")
+	m := &capb.SignJWTResponse{}
+	for _, item := range req.GetItems() {
+		e := ca.entries[item.GetEntryId()]
+		if e == nil {
+			m.Results = append(m.Results, &capb.SignJWTResult{Code: int32(codes.NotFound), Message: "no such entry"})
+			continue
+		}
+		serial, err := svid.NewSerial(7, ca.revision)
+		if err != nil {
+			return nil, err
+		}
+		m.Results = append(m.Results, &capb.SignJWTResult{Token: ca.Root.JWT(ca.Root.Header(nil), ca.Root.Claims("", forge.Fields{
+			"sub": e.GetSpiffeId(), "aud": item.GetAudience(), "jti": serial.String(),
+		}))})
 	}
-	serial, err := svid.NewSerial(7, ca.revision)
-	if err != nil {
-		return nil, err
-	}
-	token := ca.Root.JWT(ca.Root.Header(nil), ca.Root.Claims("", forge.Fields{
-		"sub": e.GetSpiffeId(), "aud": req.GetAudience(), "jti": serial.String(),
-	}))
-	return &capb.SignJWTResponse{Token: token}, nil
+	return m, nil
 }
 
 // sign issues for a CSR. ca.mu is held.

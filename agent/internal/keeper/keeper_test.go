@@ -37,7 +37,9 @@ var errAway = status.Error(codes.Unavailable, "away")
 
 func (away) Sign(context.Context, []*capb.SignItem) ([]*capb.SignResult, error) { return nil, errAway }
 
-func (away) SignJWT(context.Context, string, []string) (string, error) { return "", errAway }
+func (away) SignJWT(context.Context, []*capb.SignJWTItem) ([]*capb.SignJWTResult, error) {
+	return nil, errAway
+}
 
 func newCache(tb testing.TB, trust *cache.Trust) *cache.Cache {
 	tb.Helper()

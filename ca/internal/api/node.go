@@ -26,8 +26,7 @@ import (
 
 const (
 	// maxSignItems bounds the work of one call, and its answer: about 1 MiB.
-	maxSignItems     = 500
-	maxAudienceBytes = 1024
+	maxSignItems = 500
 	// renewedTimeout is how long a renewal waits for the store: agents wait
 	// for the renewal.
 	renewedTimeout = 3 * time.Second
@@ -156,10 +155,7 @@ type signing struct {
 
 func (b *signing) sign(ctx context.Context, item *capb.SignItem, e *entry.Entry) *capb.SignResult {
 	made, err := b.issue(item, e)
-	r := audit.Record{Time: b.now, Type: audit.Issue, Actor: b.caller.Name, EntryID: printable(item.GetEntryId())}
-	if e != nil {
-		r.SPIFFEID = e.SPIFFEID.String()
-	}
+	r := issueRecord(b.now, b.caller, item.GetEntryId(), e)
 	if err != nil {
 		st := status.Convert(b.service.toStatus(ctx, err))
 		r.Type, r.Detail, r.Reason = audit.Refuse, "sign", st.Message()
@@ -213,6 +209,16 @@ func (b *signing) issue(item *capb.SignItem, e *entry.Entry) (made issuedLeaf, e
 	return made, err
 }
 
+// issueRecord is what the record of an issuance for e, or of its refusal, begins
+// with; entryID is what was asked for.
+func issueRecord(now time.Time, caller *Caller, entryID string, e *entry.Entry) audit.Record {
+	r := audit.Record{Time: now, Type: audit.Issue, Actor: caller.Name, EntryID: printable(entryID)}
+	if e != nil {
+		r.SPIFFEID = e.SPIFFEID.String()
+	}
+	return r
+}
+
 // mayIssue says whether agent may obtain SVIDs for e. Another node's entry is
 // refused in the words used for one that does not exist, so that an agent
 // cannot find out what others hold (SECURITY.md T7).
@@ -224,70 +230,6 @@ func mayIssue(e *entry.Entry, agent *attest.Agent, now time.Time) error {
 		return status.Error(codes.PermissionDenied, "the registration entry has expired")
 	}
 	return nil
-}
-
-// SignJWT implements capb.NodeServer.
-func (s *Service) SignJWT(ctx context.Context, req *capb.SignJWTRequest) (*capb.SignJWTResponse, error) {
-	caller := callerFrom(ctx)
-	g, err := s.grounds(ctx, caller, "sign JWT", req.GetEntryId())
-	if err != nil {
-		return nil, err
-	}
-	now := time.Now()
-	serial, err := svid.NewSerial(g.Agent.Handle, g.Revision)
-	if err != nil {
-		return nil, err
-	}
-	r := audit.Record{Time: now, Type: audit.Issue, Actor: caller.Name, EntryID: printable(req.GetEntryId()), Serial: serial.String(), Detail: "JWT"}
-	made, err := s.issueJWT(g, req.GetAudience(), serial, now)
-	if err != nil {
-		err = s.toStatus(ctx, err)
-		r.Type, r.Serial, r.Detail, r.Reason = audit.Refuse, "", "sign JWT", status.Convert(err).Message()
-		s.record(ctx, r)
-		s.metrics.issued.WithLabelValues("jwt", "refused").Inc()
-		return nil, err
-	}
-	r.SPIFFEID, r.NotAfter, r.AuthorityID = g.Entries[0].SPIFFEID.String(), made.expires, made.keyID
-	if r.SignedHash, err = checkpoint.TokenHash(made.token); err != nil {
-		return nil, err
-	}
-	if err := s.issued(ctx, r); err != nil {
-		return nil, fmt.Errorf("record a JWT-SVID: %w", err)
-	}
-	s.metrics.issued.WithLabelValues("jwt", "ok").Inc()
-	return &capb.SignJWTResponse{Token: made.token, IssuedAt: timestamp(now), ExpiresAt: timestamp(made.expires)}, nil
-}
-
-// issuedToken is a JWT-SVID with the key that signed it: another may sign by the
-// time it is recorded.
-type issuedToken struct {
-	token   string
-	expires time.Time
-	keyID   string
-}
-
-func (s *Service) issueJWT(g registry.Grounds, audience []string, serial svid.Serial, now time.Time) (made issuedToken, err error) {
-	e := g.Entries[0]
-	if err := mayIssue(e, g.Agent, now); err != nil {
-		return made, err
-	}
-	if n := len(audience); n > s.opts.JWTMaxAudiences {
-		return made, &entry.InvalidError{Field: "audience", Reason: fmt.Sprintf("%d given; the CA signs for %d at most (jwt_max_audiences): ask for a token each", n, s.opts.JWTMaxAudiences)}
-	}
-	for _, aud := range audience {
-		if len(aud) > maxAudienceBytes {
-			return made, &entry.InvalidError{Field: "audience", Reason: fmt.Sprintf("one has %d bytes; at most %d", len(aud), maxAudienceBytes)}
-		}
-	}
-	jwt := s.opts.Keys.JWT()
-	if published := s.registry.Trust(); published == nil || !published.Keys.HasJWTAuthority(jwt.KeyID) {
-		return made, status.Error(codes.Unavailable, "this replica's JWT key is not in the trust bundle yet: nobody could verify what it signs")
-	}
-	made.keyID = jwt.KeyID
-	made.token, made.expires, err = jwt.Issue(authority.JWTRequest{
-		SPIFFEID: e.SPIFFEID, Audience: audience, Serial: serial, TTL: e.JWTTTL(now, s.opts.JWTSVIDTTL), Now: now,
-	})
-	return made, err
 }
 
 // chainOf is what a client presents: leaf, then intermediates.

@@ -22,6 +22,7 @@ import (
 
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/replica"
@@ -419,12 +420,10 @@ func TestJWTKeyIsPublishedBeforeItSigns(t *testing.T) {
 		t.Fatal(err)
 	}
 	write(t, s, change.Ops...)
-	serial, err := svid.NewSerial(1, 1)
-	if err != nil {
-		t.Fatal(err)
-	}
 	s.opts.JWTMaxAudiences = 1
-	if _, err := s.issueJWT(g, []string{"x"}, serial, time.Now()); status.Code(err) != codes.Unavailable {
-		t.Errorf("issueJWT = %v; want Unavailable", err)
+	batch := signingJWT{service: s, grounds: g, key: keys.JWT(), now: time.Now()}
+	item := &capb.SignJWTItem{Audience: []string{"x"}}
+	if _, err := batch.issue(item, g.Entries[0], new(audit.Record)); status.Code(err) != codes.Unavailable {
+		t.Errorf("issue = %v; want Unavailable", err)
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 	"unicode/utf16"
@@ -106,7 +107,7 @@ func cut(s string, at int) string {
 // asciiJSON escapes what encoding/json leaves as it is: DEL, the C1 controls
 // (U+009B begins a terminal sequence as ESC does) and all beyond.
 func asciiJSON(b []byte) []byte {
-	i := bytes.IndexFunc(b, func(r rune) bool { return r >= 0x7f })
+	i := slices.IndexFunc(b, func(c byte) bool { return c >= 0x7f }) // bytes: this is on the way of every issuance
 	if i < 0 {
 		return b
 	}
