@@ -27,6 +27,7 @@ test: ## unit, property, script and integration tests with the race detector
 	@command -v psql >/dev/null || echo 'the test of a PostgreSQL login is skipped without the server: apt-get install postgresql'
 	@command -v softhsm2-util >/dev/null || echo 'tests of PKCS #11 tokens are skipped without SoftHSM: apt-get install softhsm2'
 	@test -e $(MERLON_INTEROP)/installed || echo 'tests with a real Envoy are skipped without it: make interop'
+	@command -v systemd-analyze >/dev/null || echo 'the unit files are not checked without systemd-analyze: apt-get install systemd'
 	go test -race ./...
 	go test -race -tags pkcs11 -run PKCS11 ./ca/internal/upstream
 

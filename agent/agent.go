@@ -37,6 +37,7 @@ import (
 	"merlon.dev/sdk/health"
 	"merlon.dev/sdk/seal"
 	"merlon.dev/sdk/svid"
+	"merlon.dev/sdk/systemd"
 	"merlon.dev/sdk/unixsock"
 )
 
@@ -67,6 +68,7 @@ type Agent struct {
 	api      *workloadapi.Server
 	sds      *sds.Server
 	health   *health.Server
+	manager  *systemd.Manager // nil: none
 	ready    chan struct{}
 
 	mu            sync.Mutex
@@ -192,8 +194,9 @@ func (a *Agent) buildServices() {
 	a.health.Check("sync", func() error { return a.client.Following(a.cache) })
 }
 
-// Ready returns a channel that is closed once the agent can issue: its sockets
-// are open, the node is attested, and the first sync is done.
+// Ready returns a channel that is closed once the agent answers for the node: its
+// sockets are open, and it has the node's entries, from the CA or, after a
+// restart, from its disk.
 func (a *Agent) Ready() <-chan struct{} { return a.ready }
 
 // Debug explains identities and decisions, as the admin socket does.
@@ -211,9 +214,15 @@ func (a *Agent) HealthAddress() string {
 // cannot be opened; that the CA is away is no failure. Call it once.
 func (a *Agent) Run(ctx context.Context) error {
 	defer a.attestor.Close()
+	passed, err := a.meetManager()
+	if err != nil {
+		return err
+	}
+	defer passed.Close()
 	group, ctx := errgroup.WithContext(ctx)
+	defer context.AfterFunc(ctx, a.manager.Stopping)()
 	// The sockets first: workloads may start before the CA answers.
-	if err := a.serveSockets(ctx, group); err != nil {
+	if err := a.serveSockets(ctx, group, passed); err != nil {
 		// Whatever is served already ends with the group's context.
 		group.Go(func() error { return err })
 		return group.Wait()
@@ -223,21 +232,22 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { return a.client.Run(ctx, a.cache) })
 	group.Go(func() error { return a.policy.Run(ctx) })
 	group.Go(func() error { a.announceReady(ctx); return nil })
-	err := group.Wait()
+	group.Go(func() error { a.manager.Watch(ctx, a.alive); return nil })
+	err = group.Wait()
 	a.client.WriteSeen(context.WithoutCancel(ctx), a.cache) // what the keeper wrote last is on the disk now
 	return err
 }
 
-func (a *Agent) serveSockets(ctx context.Context, group *errgroup.Group) error {
+func (a *Agent) serveSockets(ctx context.Context, group *errgroup.Group, passed systemd.Sockets) error {
 	if !unixsock.Exact() {
 		a.log.LogAttrs(ctx, slog.LevelWarn, "workloads are attested in a weaker mode: the kernel does not name the process at a socket (Linux 6.5 or later does), so one whose number is given to another before its connection is accepted is taken for the other")
 	}
-	public, err := unixsock.Listen(a.cfg.PublicSocket, unixsock.Public)
+	public, err := listen(a.cfg.PublicSocket, unixsock.Public, passed)
 	if err != nil {
 		return fmt.Errorf("open the public socket: %w", err)
 	}
 	serve(ctx, group, a.publicServer(), public)
-	admin, err := unixsock.Listen(a.cfg.AdminSocket, adminAccess(a.cfg.AdminUIDs))
+	admin, err := listen(a.cfg.AdminSocket, adminAccess(a.cfg.AdminUIDs), passed)
 	if err != nil {
 		return fmt.Errorf("open the admin socket: %w", err)
 	}
@@ -315,6 +325,7 @@ func (a *Agent) announceReady(ctx context.Context) {
 	for {
 		if s := a.cache.State(); s.Synced {
 			close(a.ready)
+			a.manager.Ready(fmt.Sprintf("serving %d entries of %s", s.Entries, a.td.Name()))
 			a.log.LogAttrs(ctx, slog.LevelInfo, "agent ready", slog.Int("entries", s.Entries))
 			return
 		}

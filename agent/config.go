@@ -113,6 +113,10 @@ type Config struct {
 	// LogFormat is text or json. Empty means text.
 	LogFormat string `yaml:"log_format"`
 
+	// Supervised says that this process is the agent's alone: what systemd passes
+	// to it, such as sockets, is taken, and systemd is told how it fares.
+	Supervised bool `yaml:"-"`
+
 	// Logger receives the log, for programs that run the agent in process.
 	// Nil logs to stderr by LogLevel and LogFormat.
 	Logger *slog.Logger `yaml:"-"`

@@ -9,6 +9,8 @@ import (
 	"fmt"
 	"io"
 	"syscall"
+
+	"merlon.dev/sdk/systemd"
 )
 
 // Main runs the CA as args, without the program's name, and the environment say,
@@ -47,7 +49,11 @@ func (cl *CommandLine) run(ctx context.Context, stdout, stderr io.Writer) error 
 	if err != nil {
 		return err
 	}
-	return s.Run(ctx)
+	manager, err := systemd.Open(log)
+	if err != nil {
+		return err
+	}
+	return s.runUnder(ctx, manager)
 }
 
 // noCoreDumps keeps private keys out of files that a crash would leave.

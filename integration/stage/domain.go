@@ -113,6 +113,12 @@ func (d *Domain) StartAgent(token, rootHash string) {
 // the node proves itself.
 func (d *Domain) StartAgentBy(rootHash string, evidence ...string) {
 	d.TB.Helper()
+	d.Agent = Start(d.TB, "merlon-agent", nil, "-config", d.AgentConfig(rootHash, evidence...))
+}
+
+// AgentConfig writes the config file of such an agent.
+func (d *Domain) AgentConfig(rootHash string, evidence ...string) (path string) {
+	d.TB.Helper()
 	config := filepath.Join(d.dir, "agent.yaml")
 	public := filepath.Join(d.dir, "agent", "public", "api.sock")
 	d.WorkloadAPI = "unix://" + public
@@ -128,7 +134,7 @@ health_address: %s
 root_hash: %s
 `, d.TrustDomain, d.GRPC, strings.TrimPrefix(d.HTTPS, "https://"), filepath.Join(d.dir, "agent-data"),
 		public, d.AgentAdmin, d.AgentHealth, rootHash)+strings.Join(append(evidence, ""), "\n"))
-	d.Agent = Start(d.TB, "merlon-agent", nil, "-config", config)
+	return config
 }
 
 func (d *Domain) write(path, text string) {

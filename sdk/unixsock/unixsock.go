@@ -74,6 +74,21 @@ func Listen(path string, access Access) (net.Listener, error) {
 	return lis, nil
 }
 
+// Adopt judges a socket that somebody else opened at path for this process: its
+// directory must be one in which Listen would have opened it.
+func Adopt(lis *net.UnixListener, access Access) error {
+	path := lis.Addr().String()
+	if !filepath.IsAbs(path) {
+		return fmt.Errorf("serve on %q: not the absolute path of a socket", path)
+	}
+	if err := checkDir(filepath.Dir(path), modes[access].forbidden); err != nil {
+		return fmt.Errorf("serve on %s: %w", path, err)
+	}
+	// Closing it must not take it away from who opened it.
+	lis.SetUnlinkOnClose(false)
+	return nil
+}
+
 // makeDir makes the directory if it is missing. One of ours that was private
 // until now is opened to passage for a shared socket.
 func makeDir(dir string, access Access) error {

@@ -40,6 +40,7 @@ func run(ctx context.Context, cl *agent.CommandLine, out io.Writer) error {
 		_, err := fmt.Fprintln(out, "the settings are valid")
 		return err
 	}
+	cl.Config.Supervised = true
 	a, err := agent.New(cl.Config)
 	if err != nil {
 		return err
