@@ -82,6 +82,10 @@ MERLON_SWEEP ?= 100000
 crash-sweep: ## damage Badger's files at every record boundary; MERLON_SWEEP boundaries a file at most; about half an hour
 	MERLON_SWEEP=$(MERLON_SWEEP) $(CRASH) TestDamagedBadger
 
+DIFFERENTIAL ?= 1000000
+differential: ## compare compiled policies with OPA on DIFFERENTIAL pairs of a policy and a call; about 5 minutes
+	DIFFERENTIAL=$(DIFFERENTIAL) go test -count 1 -timeout 6h -v ./policy/engine -run TestProgramsAnswerAsOPADoes
+
 ROTATIONS ?= 20
 HANDSHAKES ?= 500
 WORKLOADS ?= 200

@@ -80,6 +80,18 @@ func DecodePath(path string) string {
 	return string(decode(path))
 }
 
+// SplitRPC splits the path of a gRPC call, "/package.Service/Method".
+func SplitRPC(path string) (service, method string, ok bool) {
+	if path == "" || path[0] != '/' {
+		return "", "", false
+	}
+	service, method, ok = strings.Cut(path[1:], "/")
+	if !ok || service == "" || method == "" || strings.IndexByte(method, '/') >= 0 {
+		return "", "", false
+	}
+	return service, method, true
+}
+
 // decode leaves alone what is no percent-encoding.
 func decode(path string) []byte {
 	decoded := make([]byte, 0, len(path))

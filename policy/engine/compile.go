@@ -14,6 +14,8 @@ import (
 	"sync"
 
 	"github.com/open-policy-agent/opa/v1/ast"
+
+	"merlon.dev/policy/engine/residual"
 )
 
 // Module is the Rego module, fixed, that evaluates compiled grants and asks
@@ -98,11 +100,14 @@ func answers(m *ast.Module) bool {
 	return p == "data.authz" || p == "data.envoy.authz"
 }
 
-// program is a compiled policy, with the two questions that are put to it.
-type program struct {
+// compiled is a policy as OPA takes it, with the two questions that are put to it.
+type compiled struct {
 	compiler *ast.Compiler
 	// decides has the decision, decidesAndRecords also the dry-run matches.
 	decides, decidesAndRecords query
+	// forPrograms has the same policy as partial evaluation must get it, or says
+	// why no program of it would be exact.
+	forPrograms func() (*ast.Compiler, error)
 }
 
 type query struct {
@@ -117,10 +122,10 @@ const (
 )
 
 // grantsOnly is the program of every policy without Rego of its own.
-var grantsOnly = sync.OnceValues(func() (*program, error) { return newProgram(nil, nil) })
+var grantsOnly = sync.OnceValues(func() (*compiled, error) { return newProgram(nil, nil) })
 
 // newProgram compiles a policy's own Rego, if any, together with Module.
-func newProgram(own map[string]string, prepare func(*ast.Compiler)) (*program, error) {
+func newProgram(own map[string]string, prepare func(*ast.Compiler)) (*compiled, error) {
 	compiler, err := compile(own, prepare)
 	if err != nil {
 		return nil, err
@@ -129,7 +134,17 @@ func newProgram(own map[string]string, prepare func(*ast.Compiler)) (*program, e
 	if len(own) > 0 {
 		decides = "verdict = data.merlon.verdict"
 	}
-	p := &program{compiler: compiler}
+	p := &compiled{compiler: compiler, forPrograms: sync.OnceValues(func() (*ast.Compiler, error) {
+		if err := residual.Check(compiler); err != nil {
+			return nil, err
+		}
+		return compile(own, func(c *ast.Compiler) {
+			if prepare != nil {
+				prepare(c)
+			}
+			c.WithStageAfterID(ast.StageBuildRequiredCapabilities, residual.Guard)
+		})
+	})}
 	if p.decides, err = newQuery(compiler, decides); err != nil {
 		return nil, err
 	}

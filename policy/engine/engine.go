@@ -1,7 +1,9 @@
-// Package engine answers decisions with OPA: grants, by the fixed module
-// merlon.rego, and the policy's own Rego, under one evaluation limit. An
-// Engine holds one generation of one policy and never changes; who follows a
-// policy swaps engines. Whatever goes wrong is a denial with a reason.
+// Package engine answers decisions as OPA does: grants, by the fixed module
+// merlon.rego, and the policy's own Rego. What can be compiled exactly for the
+// called service is decided by its program (package program), all else by OPA,
+// under one evaluation limit. An Engine holds one generation of one policy and
+// never changes; who follows a policy swaps engines. Whatever goes wrong is a
+// denial with a reason.
 package engine
 
 import (
@@ -10,6 +12,8 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -47,7 +51,7 @@ type Source struct {
 // Engine decides by one generation of a policy. It is safe for concurrent use
 // and needs no closing.
 type Engine struct {
-	program    *program
+	program    *compiled
 	store      storage.Store
 	txn        storage.Transaction // read only, open for the engine's life
 	grants     []grant.Grant
@@ -56,6 +60,8 @@ type Engine struct {
 	leaves     index
 	ownRego    bool // there are modules beside Module, which may read all input
 	dryRun     map[string]*atomic.Uint64
+	programs   programs
+	mismatches atomic.Uint64
 	log        *slog.Logger
 	now        func() time.Time
 	limit      time.Duration // EvaluationLimit, more in tests that are not about it
@@ -132,6 +138,20 @@ func (e *Engine) Generation() uint64 { return e.generation }
 // Grants is the number of grants of the policy.
 func (e *Engine) Grants() int { return len(e.grants) }
 
+// Destinations are the SPIFFE IDs that grants name alone as destinations, sorted.
+func (e *Engine) Destinations() []string {
+	var ids []string
+	for i := range e.grants {
+		for _, to := range e.grants[i].To {
+			if !strings.HasSuffix(to, "*") && strings.Count(to, "/") > 2 {
+				ids = append(ids, to)
+			}
+		}
+	}
+	slices.Sort(ids)
+	return slices.Compact(ids)
+}
+
 // DryRun returns, by grant ID, how many calls each dry-run grant matched.
 func (e *Engine) DryRun() map[string]uint64 {
 	counts := make(map[string]uint64, len(e.dryRun))
@@ -141,10 +161,17 @@ func (e *Engine) DryRun() map[string]uint64 {
 	return counts
 }
 
-// Authorize decides the call in. It takes at most EvaluationLimit, or as long
-// as ctx allows if that is less.
+// Authorize decides the call in: by the program of its destination where there
+// is one, else by OPA, which takes at most EvaluationLimit, or as long as ctx
+// allows if that is less. Both give the same answer.
 func (e *Engine) Authorize(ctx context.Context, in *policy.Input) policy.Decision {
 	d, _ := e.decide(ctx, in)
+	return d
+}
+
+// AuthorizeByOPA decides the call in by OPA, whatever else could.
+func (e *Engine) AuthorizeByOPA(ctx context.Context, in *policy.Input) policy.Decision {
+	d, _ := e.decideByOPA(ctx, in)
 	return d
 }
 
@@ -155,6 +182,23 @@ type answer struct {
 }
 
 func (e *Engine) decide(ctx context.Context, in *policy.Input) (policy.Decision, answer) {
+	if in == nil {
+		return e.decideByOPA(ctx, in)
+	}
+	p := e.native(in.Destination)
+	if p == nil {
+		return e.decideByOPA(ctx, in)
+	}
+	v := p.Decide(in, e.now())
+	a := answer{dryRun: v.DryRun}
+	e.count(v.DryRun)
+	if v.Reason == policy.BadRequest {
+		a.err = policy.CheckPath(in.Path)
+	}
+	return policy.Decision{Allow: v.Allow(), Reason: v.Reason, RuleID: v.RuleID, DecisionID: policy.NewDecisionID(), Revision: e.generation}, a
+}
+
+func (e *Engine) decideByOPA(ctx context.Context, in *policy.Input) (policy.Decision, answer) {
 	now := e.now()
 	d := policy.Decision{DecisionID: policy.NewDecisionID(), Revision: e.generation}
 	if in == nil || in.Source == "" {
@@ -172,12 +216,22 @@ func (e *Engine) decide(ctx context.Context, in *policy.Input) (policy.Decision,
 		}
 	}
 	a := e.evaluate(ctx, in, now, &d)
+	e.count(a.dryRun)
 	if a.err != nil {
 		d.Allow, d.Reason, d.RuleID = false, policy.Error, ""
 		e.log.LogAttrs(ctx, slog.LevelWarn, "policy evaluation failed", slog.String("decision_id", d.DecisionID),
 			slog.Uint64("policy_revision", e.generation), slog.Any("err", a.err))
 	}
 	return d, a
+}
+
+// count counts a match of each of these dry-run grants.
+func (e *Engine) count(dryRun []string) {
+	for _, id := range dryRun {
+		if n := e.dryRun[id]; n != nil {
+			n.Add(1)
+		}
+	}
 }
 
 // evaluate fills d from the policy's answer.
@@ -247,9 +301,6 @@ func (e *Engine) read(result topdown.QueryResult, d *policy.Decision) (a answer)
 	}
 	dryRun.Foreach(func(t *ast.Term) {
 		id, _ := value[ast.String](t)
-		if n := e.dryRun[string(id)]; n != nil {
-			n.Add(1)
-		}
 		a.dryRun = append(a.dryRun, string(id))
 	})
 	return a

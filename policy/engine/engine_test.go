@@ -11,6 +11,7 @@ import (
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/grant"
+	"merlon.dev/policy/program"
 )
 
 func parseGrants(t testing.TB, yaml string) []grant.Grant {
@@ -335,26 +336,51 @@ func benchmarkGrants(n int) []grant.Grant {
 	return grants
 }
 
+// benchmarkCalls are 4096 calls of n callers to 100 services.
+func benchmarkCalls(n int, method string) []*policy.Input {
+	inputs := make([]*policy.Input, 4096)
+	for i := range inputs {
+		inputs[i] = get(fmt.Sprintf("/orders/%d", i))
+		inputs[i].Source, inputs[i].Destination = fmt.Sprintf("spiffe://shop.test/web-%d", i%n), fmt.Sprintf("spiffe://shop.test/orders-%d", i%n%100)
+		inputs[i].Method = method
+	}
+	return inputs
+}
+
+// By a program alone, by the engine that finds it, and by OPA.
 func BenchmarkAuthorize(b *testing.B) {
 	for _, n := range []int{10, 10_000} {
 		e := load(b, benchmarkGrants(n), nil)
+		programs := map[string]*program.Program{}
+		for _, in := range benchmarkCalls(n, "GET") {
+			var err error
+			if programs[in.Destination], err = e.Program(b.Context(), in.Destination); err != nil {
+				b.Fatal(err)
+			}
+		}
 		for name, method := range map[string]string{"allow": "GET", "deny": "POST"} {
-			b.Run(fmt.Sprintf("grants=%d/%s", n, name), func(b *testing.B) {
-				ctx, i := context.Background(), 0
-				inputs := make([]*policy.Input, 4096)
-				for i := range inputs {
-					inputs[i] = get(fmt.Sprintf("/orders/%d", i))
-					inputs[i].Source, inputs[i].Destination = fmt.Sprintf("spiffe://shop.test/web-%d", i%n), fmt.Sprintf("spiffe://shop.test/orders-%d", i%n%100)
-					inputs[i].Method = method
-				}
-				b.ReportAllocs()
-				for b.Loop() {
-					if d := e.Authorize(ctx, inputs[i%len(inputs)]); d.Allow != (method == "GET") {
-						b.Fatal(d)
+			inputs := benchmarkCalls(n, method)
+			own := make([]*program.Program, len(inputs))
+			for i, in := range inputs {
+				own[i] = programs[in.Destination]
+			}
+			run := func(by string, decide func(i int) bool) {
+				b.Run(fmt.Sprintf("grants=%d/%s/%s", n, name, by), func(b *testing.B) {
+					b.ReportAllocs()
+					defer cpu(b)()
+					i := 0
+					for b.Loop() {
+						if decide(i%len(inputs)) != (method == "GET") {
+							b.Fatal(inputs[i])
+						}
+						i++
 					}
-					i++
-				}
-			})
+				})
+			}
+			now := time.Now()
+			run("program", func(i int) bool { v := own[i].Decide(inputs[i], now); return v.Allow() })
+			run("engine", func(i int) bool { return e.Authorize(b.Context(), inputs[i]).Allow })
+			run("opa", func(i int) bool { return e.AuthorizeByOPA(b.Context(), inputs[i]).Allow })
 		}
 	}
 }
@@ -363,10 +389,53 @@ func BenchmarkAuthorizeOwnRego(b *testing.B) {
 	e := load(b, parseGrants(b, webReadsOrders), map[string]string{"a.rego": "package authz\n\ndeny if input.attributes.request.http.headers[\"x-debug\"] == \"on\"\n"})
 	in := get("/orders/1")
 	in.Headers = map[string][]string{"user-agent": {"go"}, "accept": {"*/*"}, "x-request-id": {"1"}}
-	b.ReportAllocs()
-	for b.Loop() {
-		if d := e.Authorize(b.Context(), in); !d.Allow {
-			b.Fatal(d)
+	p, err := e.Program(b.Context(), in.Destination)
+	if err != nil {
+		b.Fatal(err)
+	}
+	now := time.Now()
+	for name, allows := range map[string]func() bool{
+		"program": func() bool { v := p.Decide(in, now); return v.Allow() },
+		"engine":  func() bool { return e.Authorize(b.Context(), in).Allow },
+		"opa":     func() bool { return e.AuthorizeByOPA(b.Context(), in).Allow },
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			defer cpu(b)()
+			for b.Loop() {
+				if !allows() {
+					b.Fatal("denied")
+				}
+			}
+		})
+	}
+}
+
+// What a program costs to make: with grants alone, and with own Rego.
+func BenchmarkProgram(b *testing.B) {
+	for name, modules := range map[string]map[string]string{
+		"grants": nil, "rego": {"a.rego": "package authz\n\ndeny if input.attributes.request.http.headers[\"x-debug\"] == \"on\"\n"},
+	} {
+		for _, n := range []int{10, 10_000} {
+			e := load(b, benchmarkGrants(n), modules)
+			b.Run(fmt.Sprintf("%s/grants=%d", name, n), func(b *testing.B) {
+				b.ReportAllocs()
+				defer cpu(b)()
+				for b.Loop() {
+					src, err := e.programSource(b.Context(), "spiffe://shop.test/orders-1")
+					if err != nil {
+						b.Fatal(err)
+					}
+					p, err := program.New(src)
+					if err != nil {
+						b.Fatal(err)
+					}
+					if err := e.holdAgainstOPA(p, &src); err != nil {
+						b.Fatal(err)
+					}
+					b.ReportMetric(float64(len(program.Encode(&src))), "bytes")
+				}
+			})
 		}
 	}
 }

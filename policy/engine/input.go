@@ -17,7 +17,6 @@ import (
 	"github.com/open-policy-agent/opa/v1/ast"
 
 	"merlon.dev/policy"
-	"merlon.dev/policy/grant"
 )
 
 // callTerms is a call as Module takes it under input.merlon.
@@ -32,7 +31,7 @@ func (e *Engine) lookUp(in *policy.Input, now time.Time) callTerms {
 	case policy.HTTP:
 		c.path, c.method = text(policy.DecodePath(in.Path)), ast.InternedTerm(in.Method)
 	case policy.GRPC:
-		if service, rpc, ok := grant.SplitRPC(in.Path); ok {
+		if service, rpc, ok := policy.SplitRPC(in.Path); ok {
 			c.path, c.method = text(service), text(rpc)
 		}
 	case policy.TCP:
@@ -156,7 +155,7 @@ func extras(in *policy.Input) []field {
 		values = append(values, field{name, texts(query[name])})
 	}
 	fields = append(fields, field{"parsed_query", object(values...)})
-	if service, method, ok := grant.SplitRPC(in.Path); ok && in.Protocol == policy.GRPC {
+	if service, method, ok := policy.SplitRPC(in.Path); ok && in.Protocol == policy.GRPC {
 		fields = append(fields, field{"grpc", object(field{"service", text(service)}, field{"method", text(method)})})
 	}
 	return fields

@@ -130,9 +130,16 @@ func TestEngineAndOPAAgreeWithTheReference(t *testing.T) {
 
 func compare(t *rapid.T, e *Engine, other func(*policy.Input) string, grants []grant.Grant, in *policy.Input) {
 	want := reference(grants, in)
-	d, a := e.decide(context.Background(), in)
+	d, a := e.decideByOPA(context.Background(), in)
 	if d.Allow != want.Allow || d.Reason != want.Reason || d.RuleID != want.GrantID || !slices.Equal(a.dryRun, want.DryRun) {
 		t.Fatalf("%+v:\nengine    %+v %v (%v)\nreference %+v", *in, d, a.dryRun, a.err, want)
+	}
+	p, err := e.Program(context.Background(), in.Destination)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v := p.Decide(in, instant); v.Allow() != want.Allow || v.Reason != want.Reason || v.RuleID != want.GrantID || !slices.Equal(v.DryRun, want.DryRun) {
+		t.Fatalf("%+v:\nprogram   %+v\nreference %+v", *in, v, want)
 	}
 	inOrder := fmt.Sprintf("%v %s %q %v", want.Allow, want.Reason, want.GrantID, append([]string{}, want.DryRun...))
 	if got := other(in); got != inOrder {

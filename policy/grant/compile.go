@@ -105,7 +105,7 @@ func (g *Grant) kind() string {
 func (g *Grant) compile() map[string]any {
 	c := map[string]any{"id": g.ID}
 	if g.Expires != nil {
-		c["expires_ns"] = json.Number(strconv.FormatInt(unixNano(*g.Expires), 10))
+		c["expires_ns"] = json.Number(strconv.FormatInt(UnixNano(*g.Expires), 10))
 	}
 	if m := g.methods(); m != nil {
 		c["methods"] = set(m)
@@ -141,9 +141,9 @@ func (g *Grant) compile() map[string]any {
 	return c
 }
 
-// unixNano is t.UnixNano, which means nothing beyond the years 1678 to 2262:
+// UnixNano is t.UnixNano, which means nothing beyond the years 1678 to 2262:
 // who writes the year 9999 means never, and not 1816.
-func unixNano(t time.Time) int64 {
+func UnixNano(t time.Time) int64 {
 	switch {
 	case t.Before(time.Unix(0, math.MinInt64)):
 		return math.MinInt64

@@ -33,7 +33,7 @@ func (g *Grant) Fit(in *policy.Input, now time.Time) Fit {
 	path, method, matches := in.Path, in.Method, MatchPath
 	if g.GRPC != nil {
 		var ok bool
-		if path, method, ok = SplitRPC(in.Path); !ok {
+		if path, method, ok = policy.SplitRPC(in.Path); !ok {
 			return SameParty
 		}
 		matches = func(a, b string) bool { return a == b }
@@ -91,15 +91,6 @@ func MatchPath(pattern, path string) bool {
 		}
 	}
 	return true
-}
-
-// SplitRPC splits "/package.Service/Method".
-func SplitRPC(path string) (service, method string, ok bool) {
-	parts := strings.Split(path, "/")
-	if len(parts) != 3 || parts[0] != "" || parts[1] == "" || parts[2] == "" {
-		return "", "", false
-	}
-	return parts[1], parts[2], true
 }
 
 // Outcome is what a set of grants says about one call.
@@ -160,7 +151,7 @@ func least(a, b string) string {
 // Explain says in one sentence how far g is from allowing the call in.
 func (g *Grant) Explain(in *policy.Input, fit Fit) string {
 	method, path := in.Method, in.Path
-	if service, rpc, ok := SplitRPC(in.Path); ok && g.GRPC != nil {
+	if service, rpc, ok := policy.SplitRPC(in.Path); ok && g.GRPC != nil {
 		method, path = rpc, service
 	}
 	switch fit {

@@ -49,6 +49,7 @@ func TestPolicyVerbs(t *testing.T) {
 		[]byte("- {name: all may, source: spiffe://a.test/x, destination: spiffe://a.test/y, protocol: http, method: GET, path: /, want: allow}\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	clock := policyDir(t, "a.rego", "package authz\n\nallow if time.now_ns() > 1\n")
 	tests := map[string]struct {
 		args           []string
 		code           int
@@ -64,7 +65,7 @@ func TestPolicyVerbs(t *testing.T) {
 		"test, failing":  {[]string{"test", failing}, exitFailure, "got deny NO_GRANT, want allow: no grant lets spiffe://a.test/x call", "1 of 1 policy tests failed"},
 		"test, none":     {[]string{"test", policyDir(t, "g.yaml", "grants: []\n")}, exitFailure, "0 passed", "has no tests"},
 		"build, no file": {[]string{"build", shopPolicy}, exitUsage, "", "--file bundle.tar.gz"},
-		"eval, native":   {[]string{"eval", shopPolicy, "--engine", "native"}, exitUsage, "", "use --engine auto or --engine opa"},
+		"check, paths":   {[]string{"check", clock, "--destination", "spiffe://a.test/y"}, exitOK, "spiffe://a.test/y: decided by opa, because a.rego:3: time.now_ns has no native form\ncompiled to native programs: 0 of 1", ""},
 		"eval, unknown":  {[]string{"eval", shopPolicy, "--engine", "wasm"}, exitUsage, "", `unknown engine "wasm"`},
 	}
 	for name, tt := range tests {
@@ -100,10 +101,32 @@ func TestPolicyEvalAnswersLineByLine(t *testing.T) {
 	if code != exitOK || stdout != want || stderr != "" {
 		t.Errorf("exit %d\n%s%s\nwant\n%s", code, stdout, stderr, want)
 	}
+	for _, engine := range []string{"native", "auto"} {
+		code, stdout, stderr := runPolicy(t, allowed+"\n"+denied, "eval", shopPolicy, "--engine", engine)
+		if byNative := strings.ReplaceAll(want, `"opa"`, `"native"`); code != exitOK || stdout != byNative || stderr != "" {
+			t.Errorf("--engine %s: exit %d\n%s%s\nwant\n%s", engine, code, stdout, stderr, byNative)
+		}
+	}
+	want = strings.ReplaceAll(want, `"opa"`, `"native"`)
 	long := `{"source":"` + strings.Repeat("x", 2<<20) + `"}`
 	code, stdout, stderr = runPolicy(t, "{\n"+long+"\n"+allowed+"\n", "eval", shopPolicy)
 	bad := `{"allow":false,"reason":"ERROR","rule_id":"","engine":"opa"}` + "\n"
 	if code != exitFailure || stdout != bad+bad+strings.SplitAfter(want, "\n")[0] || !strings.Contains(stderr, "2 of 3 lines could not be read") {
 		t.Errorf("exit %d\n%s%s", code, stdout, stderr)
+	}
+}
+
+// What has no compiled form is an error where it is asked for, and decided by OPA
+// where it is not.
+func TestPolicyEvalWithoutACompiledForm(t *testing.T) {
+	dir := policyDir(t, "a.rego", "package authz\n\nallow if time.now_ns() > 1\n")
+	const call = `{"source":"spiffe://a.test/x","destination":"spiffe://a.test/y","protocol":"tcp"}`
+	code, stdout, stderr := runPolicy(t, call, "eval", dir, "--engine", "native")
+	if code != exitFailure || stdout != "" || !strings.Contains(stderr, "line 1: the policy has no compiled form for this destination: a.rego:3: time.now_ns") || !strings.Contains(stderr, "hint: use --engine auto") {
+		t.Errorf("--engine native: exit %d\n%s%s", code, stdout, stderr)
+	}
+	code, stdout, _ = runPolicy(t, call, "eval", dir)
+	if want := `{"allow":true,"reason":"ALLOWED","rule_id":"rego:allow","engine":"opa"}` + "\n"; code != exitOK || stdout != want {
+		t.Errorf("--engine auto: exit %d\n%s; want %s", code, stdout, want)
 	}
 }

@@ -1,0 +1,169 @@
+package engine
+
+// This file makes the program of a destination: the grants that name it, and the
+// policy's own Rego, evaluated as far as it can be without a call. What remains
+// is read by package residual. A policy that cannot be put into a program exactly is
+// decided by OPA, and the error says why.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/open-policy-agent/opa/v1/ast"
+	"github.com/open-policy-agent/opa/v1/metrics"
+	"github.com/open-policy-agent/opa/v1/topdown"
+
+	"merlon.dev/policy"
+	"merlon.dev/policy/engine/residual"
+	"merlon.dev/policy/grant"
+	"merlon.dev/policy/program"
+)
+
+// partialLimit is how long evaluation without a call may take, for one
+// destination.
+const partialLimit = time.Second
+
+// programSource is what the program for destination is made from.
+func (e *Engine) programSource(ctx context.Context, destination string) (program.Source, error) {
+	src := program.Source{Destination: destination, Generation: e.generation, NotAfter: e.notAfter}
+	for i := range e.grants {
+		g := &e.grants[i]
+		if g.To == nil || slices.ContainsFunc(g.To, func(to string) bool { return grant.MatchSPIFFEID(to, destination) }) {
+			src.Grants = append(src.Grants, nativeGrant(g))
+		}
+	}
+	if !e.ownRego {
+		return src, nil
+	}
+	compiler, err := e.program.forPrograms()
+	if err != nil {
+		return program.Source{}, err
+	}
+	if src.Deny, err = e.remaining(ctx, compiler, "deny", destination); err != nil {
+		return program.Source{}, err
+	}
+	src.Allow, err = e.remaining(ctx, compiler, "allow", destination)
+	return src, err
+}
+
+func nativeGrant(g *grant.Grant) program.Grant {
+	n := program.Grant{ID: g.ID, Kind: program.Allow, Protocol: g.Protocol(), From: g.From}
+	switch {
+	case g.Mode == grant.DryRun:
+		n.Kind = program.DryRun
+	case g.Effect == grant.Deny:
+		n.Kind = program.Deny
+	}
+	if g.Expires != nil {
+		if n.Expires = grant.UnixNano(*g.Expires); n.Expires == 0 { // which would be never
+			n.Expires = -1
+		}
+	}
+	switch {
+	case g.HTTP != nil:
+		n.Methods = g.HTTP.Methods
+		for _, p := range g.HTTP.Paths {
+			n.Paths = append(n.Paths, nativePath(p))
+		}
+	case g.GRPC != nil:
+		n.Methods = g.GRPC.Methods
+		for _, service := range g.GRPC.Services {
+			n.Paths = append(n.Paths, program.Path{Text: service})
+		}
+	}
+	return n
+}
+
+func nativePath(pattern string) program.Path {
+	base, more := strings.CutSuffix(pattern, "/*")
+	if !strings.Contains(base, "{") {
+		return program.Path{Text: policy.DecodePath(base), More: more}
+	}
+	p := program.Path{More: more}
+	for _, part := range strings.Split(base, "/")[1:] {
+		if strings.HasPrefix(part, "{") {
+			p.Parts = append(p.Parts, program.Part{Free: true})
+		} else {
+			p.Parts = append(p.Parts, program.Part{Text: policy.DecodePath(part)})
+		}
+	}
+	return p
+}
+
+// unknown are the parts of the input that a call decides; all others, known holds.
+var unknown = func() (terms []*ast.Term) {
+	for _, ref := range []string{
+		"input.attributes.source", "input.attributes.destination.address", "input.attributes.request",
+		"input.protocol", "input.spiffe.source", "input.parsed_path", "input.parsed_query", "input.grpc",
+	} {
+		terms = append(terms, ast.MustParseTerm(ref))
+	}
+	return terms
+}()
+
+// known is the input as far as the destination decides it.
+func known(destination string) *ast.Term {
+	return object(
+		field{"attributes", object(field{"destination", object(field{"principal", text(destination)})})},
+		field{"spiffe", object(field{"destination", spiffe(destination)})},
+		field{"parsed_body", ast.NullTerm()},
+		field{"truncated_body", ast.InternedTerm(false)},
+	)
+}
+
+// remaining is what is left of the rules called name in the packages that are
+// asked.
+func (e *Engine) remaining(ctx context.Context, c *ast.Compiler, name, destination string) (*program.Expr, error) {
+	either := program.Expr{Op: program.Or}
+	for _, pkg := range []string{"data.authz", "data.envoy.authz"} {
+		bodies, support, err := e.partial(ctx, c, fmt.Sprintf("%s.%s == true", pkg, name), destination)
+		if err != nil {
+			return nil, err
+		}
+		one, err := residual.Translate(bodies, support)
+		if err != nil {
+			return nil, err
+		}
+		either.Of = append(either.Of, one)
+	}
+	simple := residual.Simplify(either)
+	return &simple, nil
+}
+
+func (e *Engine) partial(ctx context.Context, c *ast.Compiler, question, destination string) (bodies []ast.Body, support []*ast.Module, err error) {
+	defer func() {
+		if r := recover(); r != nil { // a bug in OPA, as in evaluate
+			err = fmt.Errorf("evaluate %s without a call: panic: %v", question, r)
+		}
+	}()
+	q, err := newQuery(c, question)
+	if err != nil {
+		return nil, nil, err
+	}
+	cancel := topdown.NewCancel()
+	timer := time.AfterFunc(partialLimit, cancel.Cancel)
+	defer timer.Stop()
+	defer context.AfterFunc(ctx, cancel.Cancel)()
+	bodies, support, err = topdown.NewQuery(q.body).
+		WithQueryCompiler(q.compiler).
+		WithCompiler(c).
+		WithStore(e.store).
+		WithTransaction(e.txn).
+		WithInput(known(destination)).
+		WithUnknowns(unknown).
+		WithCancel(cancel).
+		WithMetrics(metrics.NoOp()).
+		WithStrictBuiltinErrors(true).
+		PartialRun(ctx)
+	switch {
+	case topdown.IsCancel(err):
+		return nil, nil, errors.New("what remains of it without a call takes too long to find")
+	case err != nil:
+		return nil, nil, fmt.Errorf("evaluation without a call fails: %v", err)
+	}
+	return bodies, support, nil
+}

@@ -1,0 +1,268 @@
+package residual
+
+// This file decides whether evaluation without a call may stand for evaluation
+// with one. OPA's partial evaluation answers "can this be true"; a decision is
+// also an error where rules disagree, and that must not be lost. What is checked
+// here is enough, and errs on OPA's side.
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/open-policy-agent/opa/v1/ast"
+)
+
+// NotNative says why a policy, or what it says of one destination, is evaluated
+// by OPA.
+type NotNative struct {
+	Location string // "file:line" of the policy; empty where it is all of it
+	Reason   string
+}
+
+// Error puts the place in front.
+func (e *NotNative) Error() string {
+	if e.Location == "" {
+		return e.Reason
+	}
+	return e.Location + ": " + e.Reason
+}
+
+func notNative(at *ast.Location, format string, args ...any) error {
+	e := &NotNative{Reason: fmt.Sprintf(format, args...)}
+	if at != nil && at.File != "" {
+		e.Location = fmt.Sprintf("%s:%d", at.File, at.Row)
+	}
+	return e
+}
+
+// asked are the rules whose values decide.
+var asked = []string{"data.authz.allow", "data.authz.deny", "data.envoy.authz.allow", "data.envoy.authz.deny"}
+
+// Check returns why no condition for the policy that c has compiled would be exact,
+// a *NotNative; nil if one would. It looks at all rules that a decision can reach.
+func Check(c *ast.Compiler) error {
+	groups := map[string][]*ast.Rule{}
+	rules := reachable(c)
+	for _, rule := range rules {
+		if err := exactRule(rule); err != nil {
+			return err
+		}
+		path := pathOf(rule)
+		groups[path] = append(groups[path], rule)
+	}
+	for path, rules := range groups {
+		check := exactValue
+		if slices.Contains(asked, path) {
+			check = exactAnswer
+		}
+		if err := check(rules); err != nil {
+			return err
+		}
+	}
+	return findFailing(c, rules)
+}
+
+func reachable(c *ast.Compiler) (all []*ast.Rule) {
+	seen := map[*ast.Rule]bool{}
+	var visit func(rules []*ast.Rule)
+	visit = func(rules []*ast.Rule) {
+		for _, rule := range rules {
+			if seen[rule] {
+				continue
+			}
+			seen[rule] = true
+			all = append(all, rule)
+			for dependency := range c.Graph.Dependencies(rule) {
+				if r, ok := dependency.(*ast.Rule); ok {
+					visit([]*ast.Rule{r})
+				}
+			}
+		}
+	}
+	for _, path := range asked {
+		visit(c.GetRulesExact(ast.MustParseRef(path)))
+	}
+	slices.SortFunc(all, func(a, b *ast.Rule) int { return a.Loc().Compare(b.Loc()) })
+	return all
+}
+
+// exactRule refuses what partial evaluation cannot be trusted with in rule.
+func exactRule(rule *ast.Rule) (found error) {
+	if rule.Else != nil {
+		return notNative(rule.Loc(), "%s has an else", rule.Head.Name)
+	}
+	ast.WalkExprs(rule, func(e *ast.Expr) bool {
+		if len(e.With) > 0 && found == nil {
+			found = notNative(e.Loc(), `"with" replaces what is asked`)
+		}
+		// Partial evaluation takes x == x for true, also where there is no x.
+		if terms, ok := e.Terms.([]*ast.Term); ok && len(terms) == 3 && terms[1].Equal(terms[2]) && found == nil {
+			found = notNative(e.Loc(), "%s is compared with itself", terms[1])
+		}
+		return found != nil
+	})
+	ast.WalkRefs(rule, func(ref ast.Ref) bool {
+		if found == nil && ref.HasPrefix(ast.InputRootRef) {
+			if part, whole := asWhole(ref); whole {
+				found = notNative(ref[0].Loc(), "%s is read as a whole, and part of it depends on the call", part)
+			}
+		}
+		return found != nil
+	})
+	ast.WalkTerms(rule, func(t *ast.Term) bool {
+		// A variable called input is never a reference to it.
+		if v, ok := t.Value.(ast.Var); ok && found == nil && v.Equal(ast.InputRootDocument.Value) && !insideRef(rule, t) {
+			found = notNative(t.Loc(), "input is read as a whole")
+		}
+		return found != nil
+	})
+	return found
+}
+
+// insideRef says whether t is the head of a reference, which asWhole judges.
+func insideRef(rule *ast.Rule, t *ast.Term) (inside bool) {
+	ast.WalkRefs(rule, func(ref ast.Ref) bool {
+		inside = inside || ref[0] == t
+		return inside
+	})
+	return inside
+}
+
+// asWhole says whether ref, which begins with input, names something of which a
+// part is known without a call and a part is not.
+func asWhole(ref ast.Ref) (string, bool) {
+	switch ground := ref.GroundPrefix().String(); ground {
+	case "input", "input.attributes", "input.attributes.destination", "input.spiffe", "input.merlon":
+		return ground, true
+	default:
+		return ground, strings.HasPrefix(ground, "input.merlon.")
+	}
+}
+
+// exactAnswer is for allow and deny: false by default, and by rules always the
+// same.
+func exactAnswer(rules []*ast.Rule) error {
+	var answers []ast.Value
+	for _, rule := range rules {
+		answer, ok := rule.Head.Value.Value.(ast.Boolean)
+		switch {
+		case !ok:
+			return notNative(rule.Loc(), "%s is not always a boolean constant", rule.Head.Name)
+		case rule.Default && bool(answer):
+			return notNative(rule.Loc(), "%s is true by default", rule.Head.Name)
+		case !rule.Default:
+			answers = append(answers, answer)
+		}
+	}
+	for i, rule := range rules {
+		if !rule.Default && rule.Head.Value.Value.Compare(answers[0]) != 0 {
+			return notNative(rules[i].Loc(), "%s is true by one rule and false by another", rule.Head.Name)
+		}
+	}
+	return nil
+}
+
+// exactValue makes sure that rules of one name cannot have two values for one
+// call, which OPA makes an error.
+func exactValue(rules []*ast.Rule) error {
+	var valued []*ast.Rule
+	for _, rule := range rules {
+		switch {
+		case rule.Head.RuleKind() == ast.MultiValue, rule.Default:
+		case !rule.Head.Ref().IsGround():
+			return notNative(rule.Loc(), "%s is an object, whose values could disagree", rule.Head.Name)
+		default:
+			valued = append(valued, rule)
+		}
+	}
+	if len(valued) == 1 && !constant(valued[0]) && iterates(valued[0]) {
+		return notNative(valued[0].Loc(), "%s could have several values", valued[0].Head.Name)
+	}
+	for i, a := range valued {
+		for _, b := range valued[:i] {
+			same := constant(a) && constant(b) && a.Head.Value.Equal(b.Head.Value)
+			if !same && !exclude(a.Body, b.Body) {
+				return notNative(a.Loc(), "%s could have several values", a.Head.Name)
+			}
+		}
+		if len(valued) > 1 && !constant(a) && iterates(a) {
+			return notNative(a.Loc(), "%s could have several values", a.Head.Name)
+		}
+	}
+	return nil
+}
+
+func constant(rule *ast.Rule) bool { return ast.IsConstant(rule.Head.Value.Value) }
+
+// exclude says whether a and b cannot both hold, because they want different
+// constants for one reference.
+func exclude(a, b ast.Body) bool {
+	for _, x := range a {
+		ref, want, ok := fixed(x)
+		if !ok {
+			continue
+		}
+		for _, y := range b {
+			if other, value, ok := fixed(y); ok && ref.Equal(other) && !want.Equal(value) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// fixed takes e as "reference = constant".
+func fixed(e *ast.Expr) (ref ast.Ref, value *ast.Term, ok bool) {
+	if e.Negated || !e.IsEquality() && !e.IsCall() {
+		return nil, nil, false
+	}
+	terms, isCall := e.Terms.([]*ast.Term)
+	if !isCall || len(terms) != 3 {
+		return nil, nil, false
+	}
+	if name := terms[0].Value.String(); name != "eq" && name != "equal" {
+		return nil, nil, false
+	}
+	for _, pair := range [][2]*ast.Term{{terms[1], terms[2]}, {terms[2], terms[1]}} {
+		r, isRef := pair[0].Value.(ast.Ref)
+		if isRef && r.IsGround() && ast.IsConstant(pair[1].Value) {
+			return r, pair[1], true
+		}
+	}
+	return nil, nil, false
+}
+
+// iterates says whether the body of rule can hold in several ways: whether some
+// reference in it finds values for a variable. Comprehensions may: they have one
+// value.
+func iterates(rule *ast.Rule) bool {
+	bound := map[ast.Var]bool{}
+	for _, arg := range rule.Head.Args {
+		ast.WalkVars(arg, func(v ast.Var) bool { bound[v] = true; return false })
+	}
+	for _, e := range rule.Body {
+		found := false
+		walk := ast.NewGenericVisitor(func(x any) bool {
+			switch x := x.(type) {
+			case *ast.ArrayComprehension, *ast.SetComprehension, *ast.ObjectComprehension, *ast.Every:
+				return true
+			case ast.Ref:
+				if x.String() == "walk" {
+					found = true
+				}
+				for _, t := range x[1:] {
+					if v, ok := t.Value.(ast.Var); ok && !bound[v] {
+						found = true
+					}
+				}
+			}
+			return found
+		})
+		if walk.Walk(e); found {
+			return true
+		}
+		ast.WalkVars(e, func(v ast.Var) bool { bound[v] = true; return false })
+	}
+	return false
+}
