@@ -28,6 +28,7 @@ import (
 	"merlon.dev/agent/internal/datadir"
 	"merlon.dev/agent/internal/endpoint"
 	"merlon.dev/agent/internal/keeper"
+	"merlon.dev/agent/internal/kubelet"
 	"merlon.dev/agent/internal/local"
 	"merlon.dev/agent/internal/policyfeed"
 	"merlon.dev/agent/internal/sds"
@@ -106,6 +107,9 @@ func New(cfg Config) (*Agent, error) {
 	if a.attestor, err = workload.New(); err != nil {
 		return nil, err
 	}
+	if err := a.openKubelet(); err != nil {
+		return nil, err
+	}
 	a.buildServices()
 	return a, nil
 }
@@ -164,6 +168,17 @@ func (a *Agent) openPolicy() (err error) {
 		},
 		OnChange: func() { a.client.AckAgain() },
 		Logger:   a.log, Registerer: a.health.Registry(),
+	})
+	return err
+}
+
+// openKubelet lets the attestor ask the kubelet, where there is one.
+func (a *Agent) openKubelet() (err error) {
+	if a.cfg.KubeletAddress == "" {
+		return nil
+	}
+	a.attestor.Kubelet, err = kubelet.New(kubelet.Config{
+		Address: a.cfg.KubeletAddress, TokenFile: a.cfg.KubeletTokenFile, CAFile: a.cfg.KubeletCAFile, Logger: a.log,
 	})
 	return err
 }

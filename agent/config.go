@@ -12,6 +12,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"merlon.dev/agent/internal/kubelet"
 	"merlon.dev/policy/strictyaml"
 	"merlon.dev/sdk/unixsock"
 )
@@ -107,6 +108,21 @@ type Config struct {
 	// main.
 	PolicyBundle string `yaml:"policy_bundle"`
 
+	// KubeletAddress is the HTTPS port of this node's kubelet, as host:port; its
+	// certificate must be for that host. The kubelet says whose container is
+	// whose, for selectors such as k8s:ns and k8s:pod-label. Empty means not to
+	// ask.
+	KubeletAddress string `yaml:"kubelet_address"`
+
+	// KubeletTokenFile holds the bearer token for the kubelet, of a service
+	// account that may get nodes/proxy. It is read again for each request. Empty
+	// means the token that Kubernetes gives the agent's pod.
+	KubeletTokenFile string `yaml:"kubelet_token_file"`
+
+	// KubeletCAFile holds the certificates, in PEM, that the kubelet's must chain
+	// to. Empty means the CA that Kubernetes names to the agent's pod.
+	KubeletCAFile string `yaml:"kubelet_ca_file"`
+
 	// LogLevel is debug, info, warn or error. Empty means info.
 	LogLevel string `yaml:"log_level"`
 
@@ -186,6 +202,10 @@ func (c Config) withDefaults() Config {
 	set(&c.OnStale, onKeep)
 	set(&c.CacheKeys, keysSealed)
 	set(&c.NodeAttestor, byJoinToken)
+	if c.KubeletAddress != "" {
+		set(&c.KubeletTokenFile, kubelet.DefaultTokenFile)
+		set(&c.KubeletCAFile, kubelet.DefaultCAFile)
+	}
 	set(&c.LogLevel, "info")
 	set(&c.LogFormat, "text")
 	if len(c.CAHTTPSAddress) == 0 {
@@ -222,6 +242,9 @@ func (c Config) Validate() error {
 		return err
 	}
 	if err := c.checkKey(); err != nil {
+		return err
+	}
+	if err := c.checkKubelet(); err != nil {
 		return err
 	}
 	return c.checkChoices()
@@ -262,6 +285,18 @@ func (c Config) checkPlaces() error {
 		return &InvalidError{Field: "admin_socket", Reason: "is in the directory of public_socket, which every user can enter"}
 	}
 	return nil
+}
+
+func (c Config) checkKubelet() error {
+	if c.KubeletAddress == "" {
+		for field, value := range map[string]string{"kubelet_token_file": c.KubeletTokenFile, "kubelet_ca_file": c.KubeletCAFile} {
+			if value != "" {
+				return &InvalidError{Field: field, Reason: "is of no use without kubelet_address", Hint: "kubelet_address: NODE:10250 lets the agent ask the kubelet"}
+			}
+		}
+		return nil
+	}
+	return checkAddress("kubelet_address", c.KubeletAddress)
 }
 
 func (c Config) checkChoices() error {

@@ -60,6 +60,9 @@ var settings = []setting{
 	{key: "revocation_max_age", usage: "`duration` of silence after which revocations are stale (default 5m)", set: setRevocationMaxAge},
 	{key: "on_stale", usage: "keep or deny: what happens to calls then (default keep)", set: text(func(c *Config) *string { return &c.OnStale })},
 	{key: "policy_bundle", usage: "`name` of the policy bundle (default " + DefaultPolicyBundle + ")", set: text(func(c *Config) *string { return &c.PolicyBundle })},
+	{key: "kubelet_address", usage: "the HTTPS port of this node's kubelet, as `host:port`, to ask for pods (default: not at all)", set: text(func(c *Config) *string { return &c.KubeletAddress })},
+	{key: "kubelet_token_file", usage: "`file` with the bearer token for it (default: the service account's)", set: text(func(c *Config) *string { return &c.KubeletTokenFile })},
+	{key: "kubelet_ca_file", usage: "`file` with the CA of its certificate, in PEM (default: the service account's)", set: text(func(c *Config) *string { return &c.KubeletCAFile })},
 	{key: "log_level", usage: "debug, info, warn or error (default info)", set: text(func(c *Config) *string { return &c.LogLevel })},
 	{key: "log_format", usage: "text or json (default text)", set: text(func(c *Config) *string { return &c.LogFormat })},
 }

@@ -31,15 +31,16 @@ const Header = "workload.spiffe.io"
 
 // Reasons in the google.rpc.ErrorInfo of errors.
 const (
-	NoMatchingEntry = "NO_MATCHING_ENTRY" // no registration entry is for this process
-	NotSynced       = "AGENT_NOT_SYNCED"  // the agent does not know yet, or not any more
-	CAUnavailable   = "CA_UNAVAILABLE"    // what is held does not do, and the CA did not answer
-	ProcessGone     = "PROCESS_GONE"      // the caller ended
-	ProcessChanged  = "PROCESS_CHANGED"   // the caller is not what it was when it connected
-	TooManyStreams  = "TOO_MANY_STREAMS"  // the caller's user has its share
-	RateLimited     = "RATE_LIMITED"      // the caller's user asks for more than his share
-	SlowReader      = "SLOW_READER"       // the caller does not read what he asked for
-	NotEntitled     = "NOT_ENTITLED"      // the caller asked for another identity
+	NoMatchingEntry = "NO_MATCHING_ENTRY"      // no registration entry is for this process
+	NotSynced       = "AGENT_NOT_SYNCED"       // the agent does not know yet, or not any more
+	CAUnavailable   = "CA_UNAVAILABLE"         // what is held does not do, and the CA did not answer
+	Incomplete      = "ATTESTATION_INCOMPLETE" // the kubelet does not say what the caller is
+	ProcessGone     = "PROCESS_GONE"           // the caller ended
+	ProcessChanged  = "PROCESS_CHANGED"        // the caller is not what it was when it connected
+	TooManyStreams  = "TOO_MANY_STREAMS"       // the caller's user has its share
+	RateLimited     = "RATE_LIMITED"           // the caller's user asks for more than his share
+	SlowReader      = "SLOW_READER"            // the caller does not read what he asked for
+	NotEntitled     = "NOT_ENTITLED"           // the caller asked for another identity
 )
 
 // syncWait is how long a unary call is held while the agent is not in sync
@@ -123,7 +124,7 @@ func (c *Callers) awaitEntitled(ctx context.Context) (*workload.Process, []*cach
 		select {
 		case <-sub.Woken():
 		case <-patience.C:
-			return nil, nil, Unsynced()
+			return nil, nil, c.cannotTell()
 		case <-ctx.Done():
 			return nil, nil, status.FromContextError(ctx.Err()).Err()
 		}
@@ -149,6 +150,14 @@ func (c *Callers) NotAmong(message string) error {
 // Unsynced says that the agent cannot tell.
 func Unsynced() error {
 	return Error(codes.Unavailable, NotSynced, "the agent is not in sync with the CA", "look at the agent's log and at its /ready")
+}
+
+// cannotTell says why it is not certain that there is no entry.
+func (c *Callers) cannotTell() error {
+	if s := c.Cache.State(); s.Synced && s.Connected && !s.Stale {
+		return Error(codes.Unavailable, Incomplete, "the kubelet does not say which pod the calling process is in", "look at the agent's log")
+	}
+	return Unsynced()
 }
 
 // Changed says that the caller is not what it was and has to connect again.

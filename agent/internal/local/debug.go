@@ -57,6 +57,9 @@ func whyNone(state cache.State, matches []*cache.Entry, misses []cache.Miss, p *
 	if !state.Synced || !state.Connected {
 		return endpoint.NotSynced, "the agent is not in sync with the CA: see the agent's log and its /ready"
 	}
+	if p.Read != workload.AllKinds {
+		return endpoint.Incomplete, p.Notes[len(p.Notes)-1]
+	}
 	if len(p.Notes) > 0 {
 		return endpoint.NoMatchingEntry, p.Notes[0]
 	}

@@ -15,9 +15,10 @@ const (
 	Digest Kinds = 1 << iota
 	// Names is of unix:user, unix:group and unix:supplementary_group.
 	Names
-	// ControlGroups is of systemd:unit, container:… and what a control group
-	// says about a pod.
+	// ControlGroups is of systemd:unit, container:…, k8s:pod-uid and k8s:qos.
 	ControlGroups
+	// Pods is of every other k8s:…, which the kubelet knows.
+	Pods
 
 	// AllKinds is every kind.
 	AllKinds Kinds = 1<<iota - 1
@@ -26,8 +27,8 @@ const (
 // digestSelector begins every selector of kind Digest.
 const digestSelector = "unix:sha256:"
 
-// byPrefix says of what kind a selector is; one that begins with none of them
-// is always proved, or never.
+// byPrefix says of what kind a selector is, the first that fits; one that begins
+// with none of them is always proved, or never.
 var byPrefix = []struct {
 	prefix string
 	kind   Kinds
@@ -38,7 +39,9 @@ var byPrefix = []struct {
 	{"unix:supplementary_group:", Names},
 	{"systemd:", ControlGroups},
 	{"container:", ControlGroups},
-	{"k8s:", ControlGroups},
+	{"k8s:pod-uid:", ControlGroups},
+	{"k8s:qos:", ControlGroups},
+	{"k8s:", Pods},
 }
 
 // KindOf returns the kind of a selector ("type:value"), or zero.

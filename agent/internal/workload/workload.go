@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"merlon.dev/agent/internal/kubelet"
 	"merlon.dev/sdk/unixsock"
 )
 
@@ -36,7 +37,8 @@ type Process struct {
 	// Path is the program's absolute path, or empty when it is not beyond
 	// doubt; then Notes says why.
 	Path string
-	// Read are the kinds of facts that were looked for.
+	// Read are the kinds of facts that were looked for, and where nothing kept
+	// them from being found.
 	Read Kinds
 	// SHA256 is the lower-case hex digest of the program, when it was asked
 	// for and could be made.
@@ -51,6 +53,8 @@ type Process struct {
 	Unit string
 	// Container is zero outside of any.
 	Container Container
+	// Pod are the selectors of the pod that the container is in, by the kubelet.
+	Pod []string
 	// Notes says in sentences what could not be proved, for explain.
 	Notes []string
 
@@ -67,7 +71,8 @@ func (p *Process) Same(q *Process) bool {
 
 // Selectors lists the proved facts as "type:value", sorted.
 func (p *Process) Selectors() []string {
-	s := append(p.Container.selectors(), "unix:uid:"+id(p.UID), "unix:gid:"+id(p.GID))
+	s := append(p.Container.selectors(), p.Pod...)
+	s = append(s, "unix:uid:"+id(p.UID), "unix:gid:"+id(p.GID))
 	for _, gid := range p.Groups {
 		s = append(s, "unix:supplementary_gid:"+id(gid))
 	}
@@ -92,6 +97,10 @@ func id(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
 
 // Attestor reads processes from one /proc. It is safe for concurrent use.
 type Attestor struct {
+	// Kubelet tells whose container is whose; nil where there is none. It is set
+	// before the first call.
+	Kubelet *kubelet.Client
+
 	proc   *os.File // O_PATH, procfs
 	hashes hashes
 	users  names
@@ -126,8 +135,13 @@ func New() (*Attestor, error) {
 	}, nil
 }
 
-// Close releases /proc.
-func (a *Attestor) Close() error { return a.proc.Close() }
+// Close releases /proc and the kubelet.
+func (a *Attestor) Close() error {
+	if a.Kubelet != nil {
+		a.Kubelet.Close()
+	}
+	return a.proc.Close()
+}
 
 // Attest proves what it can about peer, of the kinds in wanted. Attest returns
 // ErrGone when the process ended before the end of
@@ -211,8 +225,11 @@ func (a *Attestor) readFacts(ctx context.Context, dir int, p *Process, weak bool
 	if err := p.readIDs(dir); err != nil {
 		return err
 	}
-	if p.Read&ControlGroups != 0 {
+	if p.Read&(ControlGroups|Pods) != 0 {
 		p.readGroups(dir)
+	}
+	if p.Read&Pods != 0 {
+		a.readPod(ctx, p)
 	}
 	if p.Read&Names != 0 {
 		a.nameIDs(p)
@@ -231,6 +248,27 @@ func (a *Attestor) readFacts(ctx context.Context, dir int, p *Process, weak bool
 		return fmt.Errorf("%w: another process has its number now", ErrGone)
 	}
 	return nil
+}
+
+// readPod asks the kubelet about the process's container, which the kernel named.
+// While the kubelet does not answer nothing is known of the pod, which is not the
+// same as that it has no selectors.
+func (a *Attestor) readPod(ctx context.Context, p *Process) {
+	if p.Container.PodUID == "" {
+		return
+	}
+	if a.Kubelet == nil {
+		p.note("no selectors of the pod but k8s:pod-uid and k8s:qos: the agent has no kubelet_address")
+		return
+	}
+	c, err := a.Kubelet.Container(ctx, p.Container.PodUID, p.Container.ID)
+	if err != nil {
+		p.note("no selectors of the pod but k8s:pod-uid and k8s:qos: %v", err)
+		if !errors.Is(err, kubelet.ErrNotListed) {
+			p.Read &^= Pods
+		}
+	}
+	p.Pod = c.Selectors
 }
 
 // nameIDs looks up what is called how on this machine.

@@ -40,7 +40,19 @@ var attestors = map[string]map[string]func(string) string{
 	},
 	"systemd":   {"unit": unitName},
 	"container": {"id": sha256Hex, "runtime": oneOf("docker", "containerd", "cri-o", "podman")},
-	"k8s":       {"pod-uid": podUID, "qos": oneOf("guaranteed", "burstable", "besteffort")},
+	"k8s": {
+		"pod-uid": podUID,
+		"qos":     oneOf("guaranteed", "burstable", "besteffort"),
+		// These the agent asks the kubelet for.
+		"ns":              dnsLabel,
+		"sa":              dnsName,
+		"pod-name":        dnsName,
+		"pod-label":       podLabel,
+		"pod-owner":       podOwner,
+		"node-name":       dnsName,
+		"container-name":  dnsLabel,
+		"container-image": imageName,
+	},
 }
 
 // ParseSelector parses type:value. It splits at the first colon and refuses a
@@ -149,6 +161,56 @@ var podPattern = regexp.MustCompile(`^([0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}
 func podUID(s string) string {
 	if !podPattern.MatchString(s) {
 		return "want the UID of a pod, in lower case: kubectl get pod NAME -o jsonpath={.metadata.uid}"
+	}
+	return ""
+}
+
+// Names as Kubernetes has them, in what it calls DNS labels and subdomains, and
+// labels of objects.
+var (
+	labelPattern     = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+	subdomainPattern = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$`)
+	namePattern      = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$`)
+	kindPattern      = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9]{0,62}$`)
+)
+
+func dnsLabel(s string) string {
+	if !labelPattern.MatchString(s) {
+		return "want a name as Kubernetes has it: at most 63 lower-case letters, digits and hyphens"
+	}
+	return ""
+}
+
+func dnsName(s string) string {
+	if len(s) > 253 || !subdomainPattern.MatchString(s) {
+		return "want a name as Kubernetes has it: lower-case letters, digits, hyphens and dots"
+	}
+	return ""
+}
+
+func podLabel(s string) string {
+	key, value, ok := strings.Cut(s, ":")
+	prefix, name, prefixed := strings.Cut(key, "/")
+	if !prefixed {
+		prefix, name = "", key
+	}
+	if !ok || prefixed && dnsName(prefix) != "" || !namePattern.MatchString(name) || value != "" && !namePattern.MatchString(value) {
+		return "want KEY:VALUE of a pod's label, such as k8s:pod-label:app.kubernetes.io/name:web"
+	}
+	return ""
+}
+
+func podOwner(s string) string {
+	kind, name, _ := strings.Cut(s, ":")
+	if !kindPattern.MatchString(kind) || dnsName(name) != "" {
+		return "want KIND:NAME of what made the pod, such as k8s:pod-owner:StatefulSet:db"
+	}
+	return ""
+}
+
+func imageName(s string) string {
+	if s == "" || len(s) > 1024 || strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return "want the name of an image as the kubelet has it: kubectl get pod NAME -o jsonpath={.status.containerStatuses[*].image}"
 	}
 	return ""
 }
