@@ -18,6 +18,7 @@ import (
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
+	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
 )
 
@@ -202,6 +203,9 @@ func (p *parts) checkJWTKey(trusted func(kid string) bool) error {
 		return nil // of an older Merlon, until the root holder writes them down
 	}
 	active := set.JWT(p.keys.Name())
+	if a, ok := set.Get(kid); ok && active == nil && a.State == rotation.Published {
+		return nil // it has joined, and agents ask another replica until it may sign
+	}
 	if active == nil {
 		return fmt.Errorf("JWT key %s signs here, and no JWT key of this replica is active: see merlon authority list", kid)
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
@@ -159,6 +160,21 @@ func TestReplicasAreOneCA(t *testing.T) {
 	}
 	if all["ca-2"].GetAuthorityId() != peer.AuthorityIDs[0] || all["ca"].GetAuthorityId() == peer.AuthorityIDs[0] {
 		t.Errorf("issued under %s; replicas = %v", peer.AuthorityIDs[0], all)
+	}
+	// Nobody knows its JWT key yet: it sends to another, and is ready all the same.
+	_, err = agent.at(b).jwt(entry.GetEntryId(), []string{"orders"})
+	wantCode(t, err, codes.Unavailable)
+	if details := status.Convert(err).Details(); len(details) != 1 {
+		t.Errorf("details = %v; want one that sends to another replica", details)
+	}
+	if code, body := b.get("/ready"); code != http.StatusOK {
+		t.Errorf("/ready = %d %s", code, body)
+	}
+	if waits := a.authority(jwtKind, "published", "ca-2").GetPending(); waits.GetStep() != "activate" || waits.GetReady() {
+		t.Errorf("the JWT key of the second replica waits for %v", waits)
+	}
+	if err := b.activate(all["ca-2"].GetJwtKeyId(), true); err != nil {
+		t.Fatal(err)
 	}
 	token, err := agent.at(b).jwt(entry.GetEntryId(), []string{"orders"})
 	if err != nil {

@@ -5,6 +5,7 @@ package integration_test
 
 import (
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -16,6 +17,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"merlon.dev/integration/stage"
 )
@@ -78,10 +81,11 @@ func TestLossOfAReplicaOrAMemberIsInvisibleToWorkloads(t *testing.T) {
 
 func TestReplicasIssueUnderOneRootWithKeysOfTheirOwn(t *testing.T) {
 	t.Parallel() // it waits more than it works
-	c := stage.StartCluster(t, 1, 2)
+	c := stage.StartCluster(t, 1, 2, "trust_refresh_hint: 1s")
 	c.Join()
 	c.Entry("/me", "--ttl", "4s")
 	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, c.Domain); return err })
+	stage.Eventually(t, "both JWT keys sign", func() error { _, err := authorityIn(c.Domain, "jwt", "published"); return opposite(err) })
 	issuers, kids := make(map[string]bool), make(map[string]bool)
 	for range 2 {
 		serving := c.Serving()
@@ -129,6 +133,74 @@ func TestReplicasIssueUnderOneRootWithKeysOfTheirOwn(t *testing.T) {
 	if len(issuers) != 2 || len(kids) != 2 {
 		t.Errorf("%d intermediates and %d JWT keys were used; want 2 and 2", len(issuers), len(kids))
 	}
+}
+
+// opposite is for what is to be gone.
+func opposite(err error) error {
+	if err == nil {
+		return errors.New("it is there still")
+	}
+	return nil
+}
+
+// The JWT key of a replica that has joined waits until everybody knows it.
+// Workloads do not notice: their agent asks another replica.
+func TestReplicaThatJoinsSignsNoJWTBeforeItsKeyIsKnown(t *testing.T) {
+	t.Parallel() // it waits more than it works
+	c := stage.StartCluster(t, 1, 2)
+	c.Join()
+	c.Entry("/me")
+	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, c.Domain); return err })
+	first, second := c.Replicas[0], c.Replicas[1]
+	if c.Serving() == first { // the agent goes to the other, and stays there
+		first.Kill()
+		if c.Serving() != second {
+			t.Fatal("the agent does not follow the second replica")
+		}
+		first.Restart()
+		stage.Eventually(t, "the first is back", first.Ready)
+	}
+	key, err := authorityIn(c.Domain, "jwt", "published")
+	if err != nil || key.Pending == nil || key.Pending.Ready {
+		t.Fatalf("the second replica's JWT key = %+v, %v; want it to wait", key, err)
+	}
+	token, err := workloadapi.FetchJWTSVID(t.Context(), jwtsvid.Params{Audience: "orders"}, workloadapi.WithAddr(c.WorkloadAPI))
+	if err != nil {
+		t.Fatalf("JWT-SVID through the replica that has joined: %v", err)
+	}
+	keys, err := workloadapi.FetchJWTBundles(t.Context(), workloadapi.WithAddr(c.WorkloadAPI))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := jwtsvid.ParseAndValidate(token.Marshal(), keys, []string{"orders"}); err != nil {
+		t.Error(err)
+	}
+	if kid := kidOf(t, token.Marshal()); kid == key.ID {
+		t.Errorf("%s has signed, which is published", kid)
+	}
+	// With nobody else to ask, the agent's log has the reason.
+	first.Kill()
+	_, err = workloadapi.FetchJWTSVID(t.Context(), jwtsvid.Params{Audience: "payments"}, workloadapi.WithAddr(c.WorkloadAPI))
+	if status.Code(err) != codes.Unavailable || !strings.Contains(c.Agent.Log(), "signs once every agent has acknowledged it") {
+		t.Errorf("JWT-SVID without another replica: %v; want UNAVAILABLE, and why in the log", err)
+	}
+	c.By(second).Merlon("authority", "activate", key.ID, "--force")
+	token, err = workloadapi.FetchJWTSVID(t.Context(), jwtsvid.Params{Audience: "payments"}, workloadapi.WithAddr(c.WorkloadAPI))
+	if err != nil || kidOf(t, token.Marshal()) != key.ID {
+		t.Errorf("JWT-SVID after the activation: %v, %v; want one by %s", token, err, key.ID)
+	}
+}
+
+// kidOf is the key that a token says has signed it.
+func kidOf(t *testing.T, token string) string {
+	t.Helper()
+	raw, err := base64.RawURLEncoding.DecodeString(strings.SplitN(token, ".", 2)[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	var header struct{ Kid string }
+	stage.Decode(t, string(raw), &header)
+	return header.Kid
 }
 
 // checkWhoseLog: what a replica issued is in its log, and the log of another one

@@ -1154,6 +1154,44 @@ func (x *SignResult) GetWarning() string {
 	return ""
 }
 
+// AskAnotherReplica is the detail of an UNAVAILABLE answer of a replica that is
+// well, but cannot do this yet: another one can.
+type AskAnotherReplica struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AskAnotherReplica) Reset() {
+	*x = AskAnotherReplica{}
+	mi := &file_ca_capb_node_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AskAnotherReplica) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AskAnotherReplica) ProtoMessage() {}
+
+func (x *AskAnotherReplica) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_node_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AskAnotherReplica.ProtoReflect.Descriptor instead.
+func (*AskAnotherReplica) Descriptor() ([]byte, []int) {
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
+}
+
 type SignJWTRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1 to 100.
@@ -1164,7 +1202,7 @@ type SignJWTRequest struct {
 
 func (x *SignJWTRequest) Reset() {
 	*x = SignJWTRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[16]
+	mi := &file_ca_capb_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1176,7 +1214,7 @@ func (x *SignJWTRequest) String() string {
 func (*SignJWTRequest) ProtoMessage() {}
 
 func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[16]
+	mi := &file_ca_capb_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1189,7 +1227,7 @@ func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
 func (*SignJWTRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SignJWTRequest) GetItems() []*SignJWTItem {
@@ -1210,7 +1248,7 @@ type SignJWTItem struct {
 
 func (x *SignJWTItem) Reset() {
 	*x = SignJWTItem{}
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1222,7 +1260,7 @@ func (x *SignJWTItem) String() string {
 func (*SignJWTItem) ProtoMessage() {}
 
 func (x *SignJWTItem) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1235,7 +1273,7 @@ func (x *SignJWTItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTItem.ProtoReflect.Descriptor instead.
 func (*SignJWTItem) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SignJWTItem) GetEntryId() string {
@@ -1261,7 +1299,7 @@ type SignJWTResponse struct {
 
 func (x *SignJWTResponse) Reset() {
 	*x = SignJWTResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1273,7 +1311,7 @@ func (x *SignJWTResponse) String() string {
 func (*SignJWTResponse) ProtoMessage() {}
 
 func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1286,7 +1324,7 @@ func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
 func (*SignJWTResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SignJWTResponse) GetResults() []*SignJWTResult {
@@ -1309,7 +1347,7 @@ type SignJWTResult struct {
 
 func (x *SignJWTResult) Reset() {
 	*x = SignJWTResult{}
-	mi := &file_ca_capb_node_proto_msgTypes[19]
+	mi := &file_ca_capb_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1321,7 +1359,7 @@ func (x *SignJWTResult) String() string {
 func (*SignJWTResult) ProtoMessage() {}
 
 func (x *SignJWTResult) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[19]
+	mi := &file_ca_capb_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1334,7 +1372,7 @@ func (x *SignJWTResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResult.ProtoReflect.Descriptor instead.
 func (*SignJWTResult) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SignJWTResult) GetToken() string {
@@ -1393,7 +1431,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_ca_capb_node_proto_msgTypes[20]
+	mi := &file_ca_capb_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1405,7 +1443,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[20]
+	mi := &file_ca_capb_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1418,7 +1456,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{20}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Entry) GetEntryId() string {
@@ -1539,7 +1577,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_ca_capb_node_proto_msgTypes[21]
+	mi := &file_ca_capb_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1551,7 +1589,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[21]
+	mi := &file_ca_capb_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1564,7 +1602,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{21}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Selector) GetType() string {
@@ -1602,7 +1640,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[22]
+	mi := &file_ca_capb_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1614,7 +1652,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[22]
+	mi := &file_ca_capb_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1627,7 +1665,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{22}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -1680,7 +1718,7 @@ type PolicyBundle struct {
 
 func (x *PolicyBundle) Reset() {
 	*x = PolicyBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[23]
+	mi := &file_ca_capb_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1692,7 +1730,7 @@ func (x *PolicyBundle) String() string {
 func (*PolicyBundle) ProtoMessage() {}
 
 func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[23]
+	mi := &file_ca_capb_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1705,7 +1743,7 @@ func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyBundle.ProtoReflect.Descriptor instead.
 func (*PolicyBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{23}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PolicyBundle) GetName() string {
@@ -1740,7 +1778,7 @@ type PolicyKey struct {
 
 func (x *PolicyKey) Reset() {
 	*x = PolicyKey{}
-	mi := &file_ca_capb_node_proto_msgTypes[24]
+	mi := &file_ca_capb_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1752,7 +1790,7 @@ func (x *PolicyKey) String() string {
 func (*PolicyKey) ProtoMessage() {}
 
 func (x *PolicyKey) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[24]
+	mi := &file_ca_capb_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1765,7 +1803,7 @@ func (x *PolicyKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyKey.ProtoReflect.Descriptor instead.
 func (*PolicyKey) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{24}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *PolicyKey) GetKid() string {
@@ -1812,7 +1850,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_ca_capb_node_proto_msgTypes[25]
+	mi := &file_ca_capb_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1824,7 +1862,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[25]
+	mi := &file_ca_capb_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1837,7 +1875,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{25}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -2028,7 +2066,8 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\tx509_svid\x18\x01 \x03(\fR\bx509Svid\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\x05R\x04code\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x12\x18\n" +
-	"\awarning\x18\x04 \x01(\tR\awarning\"A\n" +
+	"\awarning\x18\x04 \x01(\tR\awarning\"\x13\n" +
+	"\x11AskAnotherReplica\"A\n" +
 	"\x0eSignJWTRequest\x12/\n" +
 	"\x05items\x18\x01 \x03(\v2\x19.merlon.ca.v1.SignJWTItemR\x05items\"D\n" +
 	"\vSignJWTItem\x12\x19\n" +
@@ -2124,7 +2163,7 @@ func file_ca_capb_node_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_ca_capb_node_proto_goTypes = []any{
 	(Refusal)(0),                  // 0: merlon.ca.v1.Refusal
 	(*AttestRequest)(nil),         // 1: merlon.ca.v1.AttestRequest
@@ -2143,55 +2182,56 @@ var file_ca_capb_node_proto_goTypes = []any{
 	(*SignItem)(nil),              // 14: merlon.ca.v1.SignItem
 	(*SignResponse)(nil),          // 15: merlon.ca.v1.SignResponse
 	(*SignResult)(nil),            // 16: merlon.ca.v1.SignResult
-	(*SignJWTRequest)(nil),        // 17: merlon.ca.v1.SignJWTRequest
-	(*SignJWTItem)(nil),           // 18: merlon.ca.v1.SignJWTItem
-	(*SignJWTResponse)(nil),       // 19: merlon.ca.v1.SignJWTResponse
-	(*SignJWTResult)(nil),         // 20: merlon.ca.v1.SignJWTResult
-	(*Entry)(nil),                 // 21: merlon.ca.v1.Entry
-	(*Selector)(nil),              // 22: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),           // 23: merlon.ca.v1.TrustBundle
-	(*PolicyBundle)(nil),          // 24: merlon.ca.v1.PolicyBundle
-	(*PolicyKey)(nil),             // 25: merlon.ca.v1.PolicyKey
-	(*Revocation)(nil),            // 26: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil), // 27: google.protobuf.Timestamp
-	(Role)(0),                     // 28: merlon.ca.v1.Role
-	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
+	(*AskAnotherReplica)(nil),     // 17: merlon.ca.v1.AskAnotherReplica
+	(*SignJWTRequest)(nil),        // 18: merlon.ca.v1.SignJWTRequest
+	(*SignJWTItem)(nil),           // 19: merlon.ca.v1.SignJWTItem
+	(*SignJWTResponse)(nil),       // 20: merlon.ca.v1.SignJWTResponse
+	(*SignJWTResult)(nil),         // 21: merlon.ca.v1.SignJWTResult
+	(*Entry)(nil),                 // 22: merlon.ca.v1.Entry
+	(*Selector)(nil),              // 23: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),           // 24: merlon.ca.v1.TrustBundle
+	(*PolicyBundle)(nil),          // 25: merlon.ca.v1.PolicyBundle
+	(*PolicyKey)(nil),             // 26: merlon.ca.v1.PolicyKey
+	(*Revocation)(nil),            // 27: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
+	(Role)(0),                     // 29: merlon.ca.v1.Role
+	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
 }
 var file_ca_capb_node_proto_depIdxs = []int32{
 	2,  // 0: merlon.ca.v1.AttestRequest.x509pop:type_name -> merlon.ca.v1.X509Pop
 	3,  // 1: merlon.ca.v1.AttestRequest.k8s:type_name -> merlon.ca.v1.K8sToken
-	23, // 2: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	23, // 3: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	24, // 2: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	24, // 3: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
 	11, // 4: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
 	8,  // 5: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
 	9,  // 6: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
-	21, // 7: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
-	23, // 8: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	26, // 9: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	24, // 10: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	27, // 11: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
+	22, // 7: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
+	24, // 8: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	27, // 9: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	25, // 10: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	28, // 11: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
 	10, // 12: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
 	14, // 13: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
 	16, // 14: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
-	18, // 15: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
-	20, // 16: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
-	22, // 17: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
-	27, // 18: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	27, // 19: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	28, // 20: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
-	29, // 21: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
-	25, // 22: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
-	27, // 23: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	19, // 15: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
+	21, // 16: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
+	23, // 17: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
+	28, // 18: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	28, // 19: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	29, // 20: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
+	30, // 21: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
+	26, // 22: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
+	28, // 23: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
 	1,  // 24: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
 	5,  // 25: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
 	7,  // 26: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
 	13, // 27: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
-	17, // 28: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
+	18, // 28: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
 	4,  // 29: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
 	6,  // 30: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
 	12, // 31: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
 	15, // 32: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
-	19, // 33: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
+	20, // 33: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
 	29, // [29:34] is the sub-list for method output_type
 	24, // [24:29] is the sub-list for method input_type
 	24, // [24:24] is the sub-list for extension type_name
@@ -2210,7 +2250,7 @@ func file_ca_capb_node_proto_init() {
 		(*AttestRequest_X509Pop)(nil),
 		(*AttestRequest_K8S)(nil),
 	}
-	file_ca_capb_node_proto_msgTypes[25].OneofWrappers = []any{
+	file_ca_capb_node_proto_msgTypes[26].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -2222,7 +2262,7 @@ func file_ca_capb_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_node_proto_rawDesc), len(file_ca_capb_node_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   26,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

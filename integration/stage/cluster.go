@@ -34,9 +34,9 @@ type Replica struct {
 
 // StartCluster starts etcd with so many members and as many CA replicas as
 // asked for, each on its own addresses of loopback. There is no agent yet.
-func StartCluster(tb testing.TB, members, replicas int) *Cluster {
+func StartCluster(tb testing.TB, members, replicas int, settings ...string) *Cluster {
 	tb.Helper()
-	return startCluster(tb, StartEtcd(tb, members), nil, replicas)
+	return startCluster(tb, StartEtcd(tb, members), nil, replicas, settings...)
 }
 
 // StartCluster is the function, with each member and replica on a machine of
@@ -46,11 +46,11 @@ func (n *Network) StartCluster(members, replicas int) *Cluster {
 	return startCluster(n.tb, n.StartEtcd(members), n, replicas)
 }
 
-func startCluster(tb testing.TB, etcd *Etcd, network *Network, replicas int) *Cluster {
+func startCluster(tb testing.TB, etcd *Etcd, network *Network, replicas int, settings ...string) *Cluster {
 	tb.Helper()
 	c := &Cluster{Domain: &Domain{TB: tb, dir: Dir(tb), TrustDomain: "shop.test"}, Etcd: etcd, network: network}
 	for range replicas {
-		c.Add(etcd.Endpoints())
+		c.Add(etcd.Endpoints(), settings...)
 	}
 	return c
 }

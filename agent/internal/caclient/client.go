@@ -20,6 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
 	"merlon.dev/agent/internal/attest"
@@ -280,7 +281,9 @@ func (c *Client) session(ctx context.Context, picture *cache.Cache, address stri
 	if err != nil {
 		return false, err
 	}
-	l := &link{cc: cc, address: address}
+	l := &link{cc: cc, address: address, dial: func(other string) (*grpc.ClientConn, error) {
+		return dial(other, credentials.NewTLS(c.TLS(picture).Client()))
+	}}
 	// The stream belongs to this SVID; a newer one opens its own.
 	drain(c.gotOwn)
 	st := stream{Client: c, picture: picture, node: capb.NewNodeClient(cc), link: l, patient: patient}

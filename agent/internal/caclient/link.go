@@ -50,6 +50,7 @@ var probes = net.KeepAliveConfig{Enable: true, Idle: 3 * time.Second, Interval: 
 type link struct {
 	cc      *grpc.ClientConn
 	address string
+	dial    func(address string) (*grpc.ClientConn, error) // another replica
 	calls   sync.WaitGroup
 }
 
@@ -159,7 +160,7 @@ func (s *links) call(ctx context.Context, f func(context.Context, capb.NodeClien
 		}
 		err := f(ctx, capb.NewNodeClient(l.cc))
 		l.calls.Done()
-		if status.Code(err) != codes.Unavailable || tries == maxTries || !s.gone(ctx, l) {
+		if status.Code(err) != codes.Unavailable || tries == maxTries || asksForAnother(err) || !s.gone(ctx, l) {
 			return err
 		}
 	}
@@ -177,7 +178,7 @@ func (c *Client) Sign(ctx context.Context, items []*capb.SignItem) (results []*c
 
 // SignJWT implements cache.Authority.
 func (c *Client) SignJWT(ctx context.Context, items []*capb.SignJWTItem) (results []*capb.SignJWTResult, err error) {
-	err = c.links.call(ctx, func(ctx context.Context, node capb.NodeClient) error {
+	err = c.anywhere(ctx, func(ctx context.Context, node capb.NodeClient) error {
 		answer, err := node.SignJWT(ctx, &capb.SignJWTRequest{Items: items})
 		results = answer.GetResults()
 		return err

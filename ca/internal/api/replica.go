@@ -188,7 +188,7 @@ func authorityOf(cert *x509.Certificate) replica.Authority {
 }
 
 // enrollReplica prepares the transaction that makes rec a replica: with the
-// record comes its JWT key, published before anything is signed with it.
+// record comes its JWT key, published, which signs once it is acknowledged.
 func (s *Service) enrollReplica(ctx context.Context, rec *replica.Record, keys replicaKeys) ([]store.Cmp, []store.Op, error) {
 	der, err := x509.MarshalPKIXPublicKey(keys.jwt)
 	if err != nil {
@@ -198,7 +198,7 @@ func (s *Service) enrollReplica(ctx context.Context, rec *replica.Record, keys r
 		ID: keys.jwtID, Kind: rotation.JWT, Replica: rec.Name, PublicKey: der,
 		NotBefore: rec.JoinedAt, NotAfter: rec.JoinedAt.Add(s.opts.JWTKeyTTL),
 	}
-	step, planned := s.opts.Domain.Plan(ctx, func(set rotation.Set) (rotation.Set, error) { return set.Enrolled(key, rec.JoinedAt) })
+	step, planned := s.opts.Domain.Plan(ctx, func(set rotation.Set) (rotation.Set, error) { return set.Joined(key, rec.JoinedAt) })
 	// Afterwards: where somebody was faster with these keys, that is what is wrong.
 	switch _, _, err := s.opts.Store.Get(ctx, replica.Prefix+rec.Name); {
 	case err == nil:

@@ -22,7 +22,6 @@ import (
 
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/attest"
-	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/replica"
@@ -413,17 +412,17 @@ func TestCallWaitsForThePictureThatItsSVIDIsFrom(t *testing.T) {
 
 func TestJWTKeyIsPublishedBeforeItSigns(t *testing.T) {
 	s, keys := newRootHolder(t)
-	g := s.registry.Grounds(peerOf(t, "spiffe://shop.test/agent/n1", 1, 1), "none")
-	g.Entries[0] = &entry.Entry{ID: entry.NewID(), SPIFFEID: entry.CAID(td), ParentID: g.Agent.ID}
+	if err := s.jwtFault(keys.JWT().KeyID); err != nil {
+		t.Errorf("the first JWT key of a store: %v", err)
+	}
 	change, err := trust.Plan(t.Context(), s.opts.Store, td, func(b *spiffebundle.Bundle) error { b.RemoveJWTAuthority(keys.JWT().KeyID); return nil })
 	if err != nil {
 		t.Fatal(err)
 	}
 	write(t, s, change.Ops...)
-	s.opts.JWTMaxAudiences = 1
-	batch := signingJWT{service: s, grounds: g, key: keys.JWT(), now: time.Now()}
-	item := &capb.SignJWTItem{Audience: []string{"x"}}
-	if _, err := batch.issue(item, g.Entries[0], new(audit.Record)); status.Code(err) != codes.Unavailable {
-		t.Errorf("issue = %v; want Unavailable", err)
+	caller := &Caller{Peer: peerOf(t, "spiffe://shop.test/agent/n1", 1, 1)}
+	req := &capb.SignJWTRequest{Items: []*capb.SignJWTItem{{Audience: []string{"x"}}}}
+	if _, err := s.SignJWT(as(t, caller), req); status.Code(err) != codes.Unavailable {
+		t.Errorf("SignJWT = %v; want Unavailable", err)
 	}
 }

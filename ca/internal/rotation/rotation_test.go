@@ -185,6 +185,32 @@ func TestPreparedTwiceIsRefused(t *testing.T) {
 	}
 }
 
+// The key of a replica that joins signs when everybody knows it, as any other.
+func TestJoiningReplicaWaitsForItsKey(t *testing.T) {
+	s, err := begin(t).Joined(newJWT("j2", "ca-2", start), start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s = s.Stamped(2)
+	behind := View{Agents: []Agent{{Name: "n1", Sequence: 1, Until: start.Add(24 * time.Hour)}}}
+	clear := View{Agents: []Agent{{Name: "n1", Sequence: 2, Until: start.Add(24 * time.Hour)}}}
+	enough := start.Add(15 * time.Minute)
+	for _, test := range []struct {
+		view View
+		now  time.Time
+		due  bool
+	}{{behind, enough, false}, {clear, enough.Add(-1), false}, {clear, enough, true}} {
+		due := Due(s, "ca-2", false, test.view, policy, test.now)
+		if want := []Command{{Verb: Activate, ID: "j2"}}; test.due != slices.Equal(due, want) || !test.due && len(due) > 0 {
+			t.Errorf("due %s after it joined = %v; want it to be activated: %t", test.now.Sub(start), due, test.due)
+		}
+	}
+	s = step(t, s, Command{Verb: Activate, ID: "j2"}, clear, enough)
+	if s.JWT("ca-2") == nil || s.JWT("ca") == nil {
+		t.Error("not both replicas sign")
+	}
+}
+
 func TestEvictedReplicaKeepsNoKey(t *testing.T) {
 	s, err := begin(t).Enrolled(newJWT("j2", "ca-2", start), start)
 	if err != nil {

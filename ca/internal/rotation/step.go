@@ -191,13 +191,22 @@ func (s Set) revoke(a *Authority, c Command, v View, p Policy, now time.Time) er
 	return nil
 }
 
-// Enrolled returns the set with a key of a new replica that signs from now on.
+// Enrolled returns the set with a key that signs from now on: the first of a store,
+// or one in place of a key that is lost.
 func (s Set) Enrolled(a Authority, now time.Time) (Set, error) {
+	return s.entered(a, now, Publish, Activate)
+}
+
+// Joined returns the set with the key of a replica that joins, which waits to be
+// acknowledged like any other.
+func (s Set) Joined(a Authority, now time.Time) (Set, error) { return s.entered(a, now, Publish) }
+
+func (s Set) entered(a Authority, now time.Time, verbs ...Verb) (Set, error) {
 	next, err := Step(s, Command{Verb: Prepare, New: &a}, View{}, Policy{}, now)
 	if err != nil {
 		return s, err
 	}
-	for _, verb := range []Verb{Publish, Activate} {
+	for _, verb := range verbs {
 		if next, err = Step(next, Command{Verb: verb, ID: a.ID, Force: true}, View{}, Policy{}, now); err != nil {
 			return s, err
 		}
