@@ -412,9 +412,6 @@ func TestCallWaitsForThePictureThatItsSVIDIsFrom(t *testing.T) {
 
 func TestJWTKeyIsPublishedBeforeItSigns(t *testing.T) {
 	s, keys := newRootHolder(t)
-	if err := s.jwtFault(keys.JWT().KeyID); err != nil {
-		t.Errorf("the first JWT key of a store: %v", err)
-	}
 	change, err := trust.Plan(t.Context(), s.opts.Store, td, func(b *spiffebundle.Bundle) error { b.RemoveJWTAuthority(keys.JWT().KeyID); return nil })
 	if err != nil {
 		t.Fatal(err)
