@@ -644,8 +644,18 @@ type ExplainIdentityResponse struct {
 	// first.
 	Entries []*EntryMatch `protobuf:"bytes,4,rep,name=entries,proto3" json:"entries,omitempty"`
 	// NO_MATCHING_ENTRY, AGENT_NOT_SYNCED, … or empty when it has an identity.
-	Reason        string `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
-	Hint          string `protobuf:"bytes,6,opt,name=hint,proto3" json:"hint,omitempty"`
+	Reason string `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	Hint   string `protobuf:"bytes,6,opt,name=hint,proto3" json:"hint,omitempty"`
+	// Whether changes arrive from the CA now, and if they do, whether from a
+	// replica of it that cannot reach its store and knows of none.
+	Connected bool `protobuf:"varint,7,opt,name=connected,proto3" json:"connected,omitempty"`
+	Stale     bool `protobuf:"varint,8,opt,name=stale,proto3" json:"stale,omitempty"`
+	// When what is held was last everything that the CA knew.
+	HeardAt *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=heard_at,json=heardAt,proto3" json:"heard_at,omitempty"`
+	// How many entries the node has.
+	EntryCount int32 `protobuf:"varint,10,opt,name=entry_count,json=entryCount,proto3" json:"entry_count,omitempty"`
+	// What could not be proved of the process, and why.
+	Notes         []string `protobuf:"bytes,11,rep,name=notes,proto3" json:"notes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -720,6 +730,41 @@ func (x *ExplainIdentityResponse) GetHint() string {
 		return x.Hint
 	}
 	return ""
+}
+
+func (x *ExplainIdentityResponse) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *ExplainIdentityResponse) GetStale() bool {
+	if x != nil {
+		return x.Stale
+	}
+	return false
+}
+
+func (x *ExplainIdentityResponse) GetHeardAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.HeardAt
+	}
+	return nil
+}
+
+func (x *ExplainIdentityResponse) GetEntryCount() int32 {
+	if x != nil {
+		return x.EntryCount
+	}
+	return 0
+}
+
+func (x *ExplainIdentityResponse) GetNotes() []string {
+	if x != nil {
+		return x.Notes
+	}
+	return nil
 }
 
 type EntryMatch struct {
@@ -965,14 +1010,21 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\x05realm\x18\t \x01(\rR\x05realmB\t\n" +
 	"\asubject\"*\n" +
 	"\x16ExplainIdentityRequest\x12\x10\n" +
-	"\x03pid\x18\x01 \x01(\x05R\x03pid\"\xcd\x01\n" +
+	"\x03pid\x18\x01 \x01(\x05R\x03pid\"\xef\x02\n" +
 	"\x17ExplainIdentityResponse\x12\x16\n" +
 	"\x06synced\x18\x01 \x01(\bR\x06synced\x12\x19\n" +
 	"\bagent_id\x18\x02 \x01(\tR\aagentId\x12\x1c\n" +
 	"\tselectors\x18\x03 \x03(\tR\tselectors\x125\n" +
 	"\aentries\x18\x04 \x03(\v2\x1b.merlon.agent.v1.EntryMatchR\aentries\x12\x16\n" +
 	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x12\n" +
-	"\x04hint\x18\x06 \x01(\tR\x04hint\"x\n" +
+	"\x04hint\x18\x06 \x01(\tR\x04hint\x12\x1c\n" +
+	"\tconnected\x18\a \x01(\bR\tconnected\x12\x14\n" +
+	"\x05stale\x18\b \x01(\bR\x05stale\x125\n" +
+	"\bheard_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\aheardAt\x12\x1f\n" +
+	"\ventry_count\x18\n" +
+	" \x01(\x05R\n" +
+	"entryCount\x12\x14\n" +
+	"\x05notes\x18\v \x03(\tR\x05notes\"x\n" +
 	"\n" +
 	"EntryMatch\x12\x19\n" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1b\n" +
@@ -1032,23 +1084,24 @@ var file_agent_agentpb_local_proto_depIdxs = []int32{
 	13, // 3: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
 	13, // 4: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
 	9,  // 5: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
-	3,  // 6: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 7: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	13, // 8: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
-	1,  // 9: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
-	0,  // 10: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
-	4,  // 11: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
-	7,  // 12: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
-	10, // 13: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
-	2,  // 14: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
-	5,  // 15: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
-	8,  // 16: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
-	11, // 17: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
-	14, // [14:18] is the sub-list for method output_type
-	10, // [10:14] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	13, // 6: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
+	3,  // 7: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 8: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	13, // 9: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
+	1,  // 10: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
+	0,  // 11: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
+	4,  // 12: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
+	7,  // 13: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
+	10, // 14: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
+	2,  // 15: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
+	5,  // 16: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
+	8,  // 17: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
+	11, // 18: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
+	15, // [15:19] is the sub-list for method output_type
+	11, // [11:15] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_agent_agentpb_local_proto_init() }

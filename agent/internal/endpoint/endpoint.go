@@ -36,6 +36,7 @@ const (
 	CAUnavailable   = "CA_UNAVAILABLE"         // what is held does not do, and the CA did not answer
 	Incomplete      = "ATTESTATION_INCOMPLETE" // the kubelet does not say what the caller is
 	ProcessGone     = "PROCESS_GONE"           // the caller ended
+	ForeignProcess  = "FOREIGN_PID_NAMESPACE"  // the caller has no process ID where the agent is
 	ProcessChanged  = "PROCESS_CHANGED"        // the caller is not what it was when it connected
 	TooManyStreams  = "TOO_MANY_STREAMS"       // the caller's user has its share
 	RateLimited     = "RATE_LIMITED"           // the caller's user asks for more than his share
@@ -67,6 +68,8 @@ func (c *Callers) Attest(ctx context.Context) (*workload.Process, error) {
 		return p, nil
 	case errors.Is(err, workload.ErrChanged):
 		return nil, Changed()
+	case errors.Is(err, workload.ErrForeign):
+		return nil, Error(codes.Unavailable, ForeignProcess, err.Error(), "run merlon-agent in the PID namespace of the node (hostPID: true)")
 	case errors.Is(err, workload.ErrGone):
 		return nil, Error(codes.Unavailable, ProcessGone, err.Error(), "")
 	case ctx.Err() != nil:

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -25,14 +26,20 @@ const maxMisses = 20
 func (s *Server) ExplainIdentity(ctx context.Context, req *agentpb.ExplainIdentityRequest) (*agentpb.ExplainIdentityResponse, error) {
 	p, err := s.o.Callers.Attestor.AttestPID(ctx, req.GetPid())
 	if errors.Is(err, workload.ErrGone) {
-		return nil, status.Errorf(codes.NotFound, "no process %d runs on this node", req.GetPid())
+		return nil, status.Errorf(codes.NotFound, "no process %d runs in the agent's PID namespace", req.GetPid())
 	}
 	if err != nil {
 		return nil, status.Errorf(codes.Internal, "look at process %d: %v", req.GetPid(), err)
 	}
 	state := s.cache.State()
 	matches, misses := s.cache.Nearest(p.Selectors(), maxMisses)
-	m := &agentpb.ExplainIdentityResponse{Synced: state.Synced, Selectors: p.Selectors()}
+	m := &agentpb.ExplainIdentityResponse{
+		Synced: state.Synced, Connected: state.Connected, Stale: state.Stale, EntryCount: int32(state.Entries),
+		Selectors: p.Selectors(), Notes: p.Notes,
+	}
+	if !state.Heard.IsZero() {
+		m.HeardAt = timestamppb.New(state.Heard)
+	}
 	if id := s.o.AgentID(); !id.IsZero() {
 		m.AgentId = id.String()
 	}
@@ -48,25 +55,27 @@ func (s *Server) ExplainIdentity(ctx context.Context, req *agentpb.ExplainIdenti
 	return m, nil
 }
 
-// whyNone names the reason for which a process has no identity, and what to
-// do; both empty if it has one.
+// whyNone names the reason for which a process has no identity, the same as the
+// Workload API gives, and what to do; both empty if it has one.
 func whyNone(state cache.State, matches []*cache.Entry, misses []cache.Miss, p *workload.Process, agentID string) (reason, hint string) {
-	if len(matches) > 0 {
+	switch {
+	case !state.Synced: // half a picture gives nobody an identity
+		return endpoint.NotSynced, "the agent has not heard everything from the CA yet: see the agent's log and its /ready"
+	case len(matches) > 0:
 		return "", ""
-	}
-	if !state.Synced || !state.Connected {
-		return endpoint.NotSynced, "the agent is not in sync with the CA: see the agent's log and its /ready"
-	}
-	if p.Read != workload.AllKinds {
+	case !state.Connected, state.Stale:
+		return endpoint.NotSynced, "no changes arrive from the CA, so there may be an entry that the agent does not know: see the agent's log and its /ready"
+	case p.Read != workload.AllKinds:
 		return endpoint.Incomplete, p.Notes[len(p.Notes)-1]
-	}
-	if len(p.Notes) > 0 {
-		return endpoint.NoMatchingEntry, p.Notes[0]
-	}
-	if len(misses) == 0 {
+	case len(misses) == 0:
 		return endpoint.NoMatchingEntry, fmt.Sprintf("this node has no entries: merlon entry create --parent %s --selector unix:uid:%d --spiffe-id ID", agentID, p.UID)
 	}
-	return endpoint.NoMatchingEntry, fmt.Sprintf("the nearest entry is %s, which also needs %q: merlon entry list", misses[0].Entry.ID, misses[0].Missing)
+	hint = fmt.Sprintf("the nearest entry is %s for %s, which also needs %q: merlon entry show %[1]s",
+		misses[0].Entry.ID, misses[0].Entry.SPIFFEID, misses[0].Missing)
+	if len(p.Notes) > 0 {
+		hint += "; what could not be proved: " + strings.Join(p.Notes, "; ")
+	}
+	return endpoint.NoMatchingEntry, hint
 }
 
 // ExplainDecision finds one of the last decisions and asks the policy that

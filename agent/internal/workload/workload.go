@@ -26,6 +26,10 @@ import (
 // another one. The answer that was being prepared must not be given.
 var ErrGone = errors.New("the calling process is gone")
 
+// ErrForeign says that the process lives in a PID namespace that the agent does
+// not see, so that it has no number here.
+var ErrForeign = errors.New("the calling process is in another PID namespace than the agent, and not below it")
+
 // ErrChanged says that the process is not what it was when it connected: it
 // changed its user or group. It has to connect again.
 var ErrChanged = errors.New("the calling process changed its user or group after it connected")
@@ -157,8 +161,7 @@ func (a *Attestor) Close() error {
 // and only the process's start time is compared, before and after it is read.
 func (a *Attestor) Attest(ctx context.Context, peer *unixsock.Peer, wanted Kinds) (*Process, error) {
 	if peer.PID <= 0 {
-		// The peer lives in a PID namespace that is not below ours.
-		return nil, fmt.Errorf("%w: the kernel has no process ID for it here", ErrGone)
+		return nil, ErrForeign
 	}
 	p, err := a.read(ctx, peer.PID, wanted, !peer.Pinned(), peer.Alive)
 	if err != nil {

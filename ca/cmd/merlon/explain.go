@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -31,13 +32,18 @@ func listHint(err error, list string) error {
 
 // identityJSON is `merlon explain identity -o json`.
 type identityJSON struct {
-	PID       int32       `json:"pid"`
-	AgentID   string      `json:"agent_id"`
-	Synced    bool        `json:"synced"`
-	Selectors []string    `json:"selectors"`
-	Entries   []matchJSON `json:"entries"`
-	Reason    string      `json:"reason,omitempty"`
-	Hint      string      `json:"hint,omitempty"`
+	PID        int32       `json:"pid"`
+	AgentID    string      `json:"agent_id"`
+	Synced     bool        `json:"synced"`
+	Connected  bool        `json:"connected"`
+	Stale      bool        `json:"stale"`
+	HeardAt    *time.Time  `json:"heard_at"`
+	EntryCount int32       `json:"entry_count"`
+	Selectors  []string    `json:"selectors"`
+	Notes      []string    `json:"notes"`
+	Entries    []matchJSON `json:"entries"`
+	Reason     string      `json:"reason,omitempty"`
+	Hint       string      `json:"hint,omitempty"`
 }
 
 type matchJSON struct {
@@ -55,13 +61,16 @@ func explainIdentity(o *options) *cobra.Command {
 		Example: "  merlon explain identity --pid 4711",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if pid <= 0 {
+			if !cmd.Flags().Changed("pid") {
 				return usageError{"--pid is missing", "merlon explain identity --pid $(pidof web)"}
+			}
+			if pid <= 0 {
+				return usageError{fmt.Sprintf("--pid %d is not the number of a process", pid), "merlon explain identity --pid $(pidof web)"}
 			}
 			return o.withAgent(func(agent agentpb.DebugClient) error {
 				resp, err := agent.ExplainIdentity(cmd.Context(), &agentpb.ExplainIdentityRequest{Pid: pid})
 				if status.Code(err) == codes.NotFound {
-					return hintError{errors.New(status.Convert(err).Message()), "ask while the process runs, on its own node: merlon explain identity --pid $(pidof web)"}
+					return hintError{errors.New(status.Convert(err).Message()), "ask while the process runs, on its own node, by its number outside of containers: merlon explain identity --pid $(pidof web)"}
 				}
 				if err != nil {
 					return err
@@ -76,14 +85,23 @@ func explainIdentity(o *options) *cobra.Command {
 
 func printIdentity(w io.Writer, o *options, pid int32, resp *agentpb.ExplainIdentityResponse) error {
 	if o.output == "json" {
-		selectors := append([]string{}, resp.GetSelectors()...) // none is [], not null
-		out := identityJSON{pid, resp.GetAgentId(), resp.GetSynced(), selectors, []matchJSON{}, resp.GetReason(), resp.GetHint()}
+		out := identityJSON{
+			PID: pid, AgentID: resp.GetAgentId(),
+			Synced: resp.GetSynced(), Connected: resp.GetConnected(), Stale: resp.GetStale(),
+			HeardAt: timeOf(resp.GetHeardAt()), EntryCount: resp.GetEntryCount(),
+			Selectors: append([]string{}, resp.GetSelectors()...), Notes: append([]string{}, resp.GetNotes()...), // none is [], not null
+			Entries: []matchJSON{}, Reason: resp.GetReason(), Hint: resp.GetHint(),
+		}
 		for _, m := range resp.GetEntries() {
 			out.Entries = append(out.Entries, matchJSON{m.GetEntryId(), m.GetSpiffeId(), m.GetMatches(), m.GetMissing()})
 		}
 		return printJSON(w, out)
 	}
-	fmt.Fprintf(w, "pid %d, under %s, is:\n  %s\n", pid, resp.GetAgentId(), strings.Join(resp.GetSelectors(), "\n  "))
+	fmt.Fprintf(w, "pid %d, under %s, is:\n  %s\n", pid, cmp.Or(resp.GetAgentId(), "an agent that is not attested"), strings.Join(resp.GetSelectors(), "\n  "))
+	for _, note := range resp.GetNotes() {
+		fmt.Fprintf(w, "not proved: %s\n", note)
+	}
+	fmt.Fprintf(w, "agent: %s, %d entries\n", syncText(resp), resp.GetEntryCount())
 	for _, m := range resp.GetEntries() {
 		if m.GetMatches() {
 			fmt.Fprintf(w, "matches %s (entry %s)\n", m.GetSpiffeId(), m.GetEntryId())
@@ -95,6 +113,20 @@ func printIdentity(w io.Writer, o *options, pid int32, resp *agentpb.ExplainIden
 		fmt.Fprintf(w, "no identity: %s\nhint: %s\n", resp.GetReason(), resp.GetHint())
 	}
 	return nil
+}
+
+// syncText says how well the agent knows what the CA knows.
+func syncText(resp *agentpb.ExplainIdentityResponse) string {
+	switch {
+	case !resp.GetSynced():
+		return "not in sync with the CA yet"
+	case !resp.GetConnected():
+		return "not connected to the CA, heard everything at " + formatTime(resp.GetHeardAt())
+	case resp.GetStale():
+		return "connected to a CA that cannot reach its store, heard everything at " + formatTime(resp.GetHeardAt())
+	default:
+		return "in sync with the CA"
+	}
 }
 
 // decisionJSON is `merlon explain decision -o json`.
