@@ -61,7 +61,7 @@ type Config struct {
 	// means /run/merlon/agent/admin/admin.sock.
 	AdminSocket string `yaml:"admin_socket"`
 
-	// NodeAttestor is how the node proves itself to the CA: join_token, x509pop.
+	// NodeAttestor is how the node proves itself to the CA: join_token, x509pop, k8s.
 	// Empty means join_token. What proves it is read at each attempt; but for a join
 	// token the agent attests again by itself whenever it has to.
 	NodeAttestor string `yaml:"node_attestor"`
@@ -79,6 +79,11 @@ type Config struct {
 	// between it and the root that the CA has configured; NodeKeyFile is its key.
 	NodeCertFile string `yaml:"node_cert_file"`
 	NodeKeyFile  string `yaml:"node_key_file"`
+
+	// K8sCluster is, for k8s, the name that the CA has for the cluster, and
+	// K8sTokenFile where the agent's pod finds its projected service-account token.
+	K8sCluster   string `yaml:"k8s_cluster"`
+	K8sTokenFile string `yaml:"k8s_token_file"`
 
 	// RootHash is the SHA-256 of the CA root's public key in hex, as `merlon
 	// token create` and `merlon trust show` print it. The agent sends what proves

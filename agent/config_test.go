@@ -66,6 +66,7 @@ func TestValidateNamesTheField(t *testing.T) {
 		"kubelet turned off":     {func(c *Config) { c.KubeletAddress = "off" }, "kubelet_address"},
 		"token for no kubelet":   {func(c *Config) { c.KubeletTokenFile = "/t" }, "kubelet_token_file"},
 		"CA for no kubelet":      {func(c *Config) { c.KubeletCAFile = "/c" }, "kubelet_ca_file"},
+		"no token of a pod":      {func(c *Config) { c.JoinToken, c.NodeAttestor, c.K8sCluster = "", "k8s", "prod" }, "k8s_token_file"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

@@ -16,25 +16,31 @@ import (
 const (
 	byJoinToken = "join_token"
 	byX509POP   = "x509pop"
+	byK8s       = "k8s"
 )
 
 // evidence lists, by kind, the settings that say where it is.
 var evidence = map[string][]string{
 	byJoinToken: {"join_token", "join_token_file"},
 	byX509POP:   {"node_cert_file", "node_key_file"},
+	byK8s:       {"k8s_cluster", "k8s_token_file"},
 }
 
 func (c Config) evidenceSettings() map[string]string {
 	return map[string]string{
 		"join_token": c.JoinToken, "join_token_file": c.JoinTokenFile,
 		"node_cert_file": c.NodeCertFile, "node_key_file": c.NodeKeyFile,
+		"k8s_cluster": c.K8sCluster, "k8s_token_file": c.K8sTokenFile,
 	}
 }
 
 // attestor makes the evidence that is configured.
 func (c Config) attestor() attest.Attestor {
-	if c.NodeAttestor == byX509POP {
+	switch c.NodeAttestor {
+	case byX509POP:
 		return &attest.X509POP{CertFile: c.NodeCertFile, KeyFile: c.NodeKeyFile}
+	case byK8s:
+		return &attest.K8s{Cluster: c.K8sCluster, TokenFile: c.K8sTokenFile}
 	}
 	return &attest.JoinToken{Token: c.JoinToken, File: c.JoinTokenFile}
 }
@@ -58,7 +64,7 @@ func (c Config) checkEvidence() error {
 		}
 	} else {
 		for _, key := range own {
-			if err := checkFile(key, settings[key]); err != nil {
+			if err := checkSource(key, settings[key]); err != nil {
 				return err
 			}
 		}
@@ -66,12 +72,13 @@ func (c Config) checkEvidence() error {
 	return c.checkRootHash()
 }
 
-func checkFile(key, path string) error {
-	if path == "" {
+// checkSource judges a setting that must be there; those called …_file are paths.
+func checkSource(key, value string) error {
+	if value == "" {
 		return &InvalidError{Field: key, Reason: "is missing: the node could not prove itself"}
 	}
-	if !filepath.IsAbs(path) {
-		return &InvalidError{Field: key, Reason: fmt.Sprintf("%q is not an absolute path", path)}
+	if strings.HasSuffix(key, "_file") && !filepath.IsAbs(value) {
+		return &InvalidError{Field: key, Reason: fmt.Sprintf("%q is not an absolute path", value)}
 	}
 	return nil
 }

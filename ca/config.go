@@ -397,7 +397,8 @@ func (c Config) Validate() error {
 	if c.TrustDomain == "" {
 		return errors.New("trust_domain: is missing")
 	}
-	if _, err := entry.ParseTrustDomain("trust_domain", c.TrustDomain); err != nil {
+	td, err := entry.ParseTrustDomain("trust_domain", c.TrustDomain)
+	if err != nil {
 		return err
 	}
 	for key, address := range map[string]string{"address": c.Address, "https_address": c.HTTPSAddress, "health_address": c.HealthAddress} {
@@ -428,7 +429,7 @@ func (c Config) Validate() error {
 	if err := c.checkAdmins(); err != nil {
 		return err
 	}
-	if err := c.NodeAttestors.validate(); err != nil {
+	if err := c.NodeAttestors.validate(td); err != nil {
 		return err
 	}
 	if err := c.checkKeys(); err != nil {

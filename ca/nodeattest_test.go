@@ -218,15 +218,36 @@ func TestKindsThatAreNotConfiguredAreRefused(t *testing.T) {
 	if said := status.Convert(err).Message(); !strings.Contains(said, "node_attestors.x509pop") {
 		t.Errorf("it says %q; want the setting that is missing", said)
 	}
+	_, err = node.Attest(t.Context(), &capb.AttestRequest{Evidence: &capb.AttestRequest_K8S{K8S: &capb.K8SToken{Cluster: "prod", Token: "x"}}, Csr: csr})
+	wantCode(t, err, codes.PermissionDenied)
+	if said := status.Convert(err).Message(); !strings.Contains(said, "node_attestors.k8s") {
+		t.Errorf("it says %q; want the setting that is missing", said)
+	}
 	_, err = node.Attest(t.Context(), &capb.AttestRequest{Csr: csr})
 	wantCode(t, err, codes.InvalidArgument)
 }
 
 func TestNodeAttestorSettings(t *testing.T) {
 	for text, want := range map[string]string{
-		"node_attestors:\n  x509pop: {}":                            "node_attestors.x509pop.ca_file",
-		"node_attestors:\n  x509pop: {ca_file: /x, name: uri}":      "node_attestors.x509pop.name",
-		"node_attestors:\n  x509pop: {ca_file: /x, nam: x}":         "nam",
+		"node_attestors:\n  x509pop: {}":                                                                                                                                             "node_attestors.x509pop.ca_file",
+		"node_attestors:\n  x509pop: {ca_file: /x, name: uri}":                                                                                                                       "node_attestors.x509pop.name",
+		"node_attestors:\n  x509pop: {ca_file: /x, nam: x}":                                                                                                                          "nam",
+		"node_attestors:\n  k8s: [{}]":                                                                                                                                               "k8s[0].cluster",
+		"node_attestors:\n  k8s: [{cluster: a/b}]":                                                                                                                                   "k8s[0].cluster",
+		"node_attestors:\n  k8s: [{cluster: a, issuer: https://i, audience: m}]":                                                                                                     "k8s[0].service_accounts",
+		"node_attestors:\n  k8s: [{cluster: a, issuer: https://i, audience: m, service_accounts: [x]}]":                                                                              "k8s[0].service_accounts",
+		"node_attestors:\n  k8s: [{cluster: a, audience: m, service_accounts: ['n:s']}]":                                                                                             "k8s[0].issuer",
+		"node_attestors:\n  k8s: [{cluster: a, issuer: https://i, service_accounts: ['n:s']}]":                                                                                       "k8s[0].audience",
+		"node_attestors:\n  k8s: [{cluster: a, issuer: http://i, audience: m, service_accounts: ['n:s']}]":                                                                           "k8s[0].issuer",
+		"node_attestors:\n  k8s: [{cluster: a, issuer: https://i, api_server: https://a, audience: m, service_accounts: ['n:s']}]":                                                   "k8s[0].api_server",
+		"node_attestors:\n  k8s: [{cluster: a, api_server: http://a, token_file: /t, audience: m, service_accounts: ['n:s']}]":                                                       "k8s[0].api_server",
+		"node_attestors:\n  k8s: [{cluster: a, api_server: https://a, audience: m, service_accounts: ['n:s']}]":                                                                      "k8s[0].token_file",
+		"node_attestors:\n  k8s: [{cluster: a, api_server: https://a, token_file: /t, service_accounts: ['n:s']}]":                                                                   "k8s[0].audience",
+		"node_attestors:\n  k8s: [{cluster: a, issuer: https://i, token_file: /t, audience: m, service_accounts: ['n:s']}]":                                                          "k8s[0].token_file",
+		"node_attestors:\n  k8s: [{cluster: a, issuer: https://i, keys_url: https://k, keys_file: /k, audience: m, service_accounts: ['n:s']}]":                                      "k8s[0].keys_file",
+		"node_attestors:\n  k8s: [{cluster: a, issuer: https://i, audience: m, service_accounts: ['n:s']}]":                                                                          "",
+		"node_attestors:\n  k8s: [{cluster: a, api_server: https://a, token_file: /t, audience: m, service_accounts: ['n:s']}]":                                                      "",
+		"node_attestors:\n  k8s: [{cluster: a, issuer: https://i, audience: m, service_accounts: ['n:s']}, {cluster: a, issuer: https://j, audience: m, service_accounts: ['n:s']}]": "k8s[1].cluster",
 		"node_attestors:\n  tpm: {}":                                "tpm",
 		"node_attestors:\n  x509pop: {ca_file: /x}":                 "",
 		"node_attestors:\n  x509pop: {ca_file: /x, name: dns_name}": "",

@@ -243,7 +243,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 	if err != nil {
 		return err
 	}
-	attestors, err := s.cfg.NodeAttestors.open(s.td)
+	attestors, err := s.cfg.NodeAttestors.open(s.td, s.log)
 	if err != nil {
 		return err
 	}

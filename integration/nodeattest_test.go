@@ -6,10 +6,12 @@ package integration_test
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"merlon.dev/integration/k8sapi"
 	"merlon.dev/integration/stage"
 )
 
@@ -109,5 +111,29 @@ func TestRefusedCertificateSaysWhatToDo(t *testing.T) {
 	})
 	if out := d.Merlon("agent", "list", "-o", "json"); strings.Contains(out, "x509pop") {
 		t.Errorf("the refused node is an agent: %s", out)
+	}
+}
+
+func TestNodeOfAClusterComesBackByItself(t *testing.T) {
+	for way, settings := range map[string]func(api *k8sapi.Cluster, dir string) string{
+		"JWKS": func(api *k8sapi.Cluster, dir string) string {
+			return fmt.Sprintf("issuer: %s, ca_file: %s", api.URL, api.CAFile(dir))
+		},
+		"TokenReview": func(api *k8sapi.Cluster, dir string) string {
+			return fmt.Sprintf("api_server: %s, ca_file: %s, token_file: %s", api.URL, api.CAFile(dir), api.Reviewer(dir, "the-ca"))
+		},
+	} {
+		t.Run(way, func(t *testing.T) {
+			t.Parallel()
+			api, dir := k8sapi.Start(t), stage.Dir(t)
+			d := stage.CAAlone(t, "", nil, "agent_svid_ttl: "+shortAgentTTL.String(), "node_attestors:", "  k8s:",
+				fmt.Sprintf("    - {cluster: prod, audience: %s, service_accounts: [\"%s:%s\"], %s}", k8sapi.Audience, k8sapi.Namespace, k8sapi.Account, settings(api, dir)))
+			token := api.Project(dir, "worker-1")
+			d.StartAgentBy(d.Token().RootHash, "node_attestor: k8s", "k8s_cluster: prod", "k8s_token_file: "+token)
+			a := comesBackByItself(t, d, shortAgentTTL)
+			if want := d.ID("/agent/k8s/prod/" + k8sapi.NodeUID("worker-1")); a.SPIFFEID != want || a.Attestation != "k8s" || !slices.Contains(a.Selectors, "k8s:node-name:worker-1") {
+				t.Errorf("the node is %s by %s with %q; want %s", a.SPIFFEID, a.Attestation, a.Selectors, want)
+			}
+		})
 	}
 }

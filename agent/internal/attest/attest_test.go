@@ -131,3 +131,31 @@ func TestCertificateAndKeyAreRead(t *testing.T) {
 		}
 	}
 }
+
+func TestTokenOfThePodIsReadAtEachTry(t *testing.T) {
+	k := &K8s{Cluster: "prod", TokenFile: filepath.Join(t.TempDir(), "token")}
+	evidence := func() (*capb.K8SToken, error) {
+		req := &capb.AttestRequest{}
+		err := k.Evidence(t.Context(), tls.ConnectionState{}, req)
+		return req.GetK8S(), err
+	}
+	if _, err := evidence(); err == nil || !strings.Contains(err.Error(), "serviceAccountToken") {
+		t.Errorf("without a file: %v; want what to do", err)
+	}
+	for _, want := range []string{"first", "second"} {
+		if err := os.WriteFile(k.TokenFile, []byte(want+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := evidence(); got.GetToken() != want || got.GetCluster() != "prod" || err != nil {
+			t.Errorf("evidence = %v, %v; want %q for prod", got, err, want)
+		}
+	}
+	for name, content := range map[string][]byte{"empty": nil, "too large": make([]byte, maxK8sToken+1)} {
+		if err := os.WriteFile(k.TokenFile, content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := evidence(); err == nil {
+			t.Errorf("%s: evidence = %v; want an error", name, got)
+		}
+	}
+}

@@ -91,6 +91,12 @@ func (s *Service) prove(ctx context.Context, req *capb.AttestRequest, now time.T
 			return nil, err
 		}
 		return s.opts.Attestors.POP.Prove(evidence.X509Pop.GetChain(), evidence.X509Pop.GetSignature(), statement, now)
+	case *capb.AttestRequest_K8S:
+		cluster, ok := s.opts.Attestors.Clusters[evidence.K8S.GetCluster()]
+		if !ok {
+			return nil, attest.NotTaken(attest.K8s, "set the cluster in node_attestors.k8s in its configuration, under the name that the agent has as k8s_cluster")
+		}
+		return cluster.Prove(ctx, evidence.K8S.GetToken(), now)
 	default:
 		return nil, &entry.InvalidError{Field: "evidence", Reason: "is missing, or of a kind that this CA does not know"}
 	}

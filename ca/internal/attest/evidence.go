@@ -29,7 +29,8 @@ type Node struct {
 // Attestors are the kinds of evidence that a CA is configured for, beside join
 // tokens; nil: that kind is refused.
 type Attestors struct {
-	POP *POP
+	POP      *POP
+	Clusters map[string]*Cluster // by name
 }
 
 // Reason says in a word why evidence is refused, for metrics.

@@ -12,6 +12,15 @@ var nodeKinds = map[string]map[string]func(string) string{
 		"key-sha256":    sha256Hex,
 		"ca-key-sha256": sha256Hex,
 	},
+	"k8s": {
+		"cluster":         nodeFact,
+		"node-name":       nodeFact,
+		"node-uid":        podUID,
+		"namespace":       nodeFact,
+		"service-account": nodeFact,
+		"pod-name":        nodeFact,
+		"pod-uid":         podUID,
+	},
 }
 
 // CheckNodeSelector says why sel cannot be a fact about a node, as an

@@ -1,5 +1,5 @@
 // The keys of one issuer: fetched when a token needs them, kept for a while, and
-// never from anywhere but the issuer's own host or the configured URL
+// never from anywhere but the issuer's own host or the configured URL or file
 // (SECURITY.md T40).
 
 package oidc
@@ -8,6 +8,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -16,6 +17,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"os"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -57,19 +59,25 @@ type keys struct {
 }
 
 func newKeySet(i Issuer, log *slog.Logger) *keySet {
-	s := &keySet{issuer: i, log: log, asking: make(chan struct{}, 1), client: &http.Client{
+	s := &keySet{issuer: i, log: log, asking: make(chan struct{}, 1), client: HTTPClient(i.Roots)}
+	s.now.Store(&keys{})
+	return s
+}
+
+// HTTPClient asks a server that an operator configured, and no other that this
+// one names. Its TLS certificate is verified by roots; nil for the system's.
+func HTTPClient(roots *x509.CertPool) *http.Client {
+	return &http.Client{
 		Timeout:       fetchTimeout,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return errors.New("it redirects, which is not followed") },
 		Transport: &http.Transport{
 			Proxy:                  http.ProxyFromEnvironment,
 			DialContext:            (&net.Dialer{Timeout: fetchTimeout, Control: refuseLinkLocal}).DialContext,
-			TLSClientConfig:        &tls.Config{RootCAs: i.Roots, MinVersion: tls.VersionTLS12},
+			TLSClientConfig:        &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12},
 			MaxResponseHeaderBytes: maxHeaderBytes,
-			DisableKeepAlives:      true, // once an hour
+			DisableKeepAlives:      true, // it is asked now and then
 		},
-	}}
-	s.now.Store(&keys{})
-	return s
+	}
 }
 
 // refuseLinkLocal: that is where clouds keep the credentials of a machine.
@@ -138,6 +146,9 @@ func (s *keySet) refresh(ctx context.Context, kid string, now time.Time) *keys {
 }
 
 func (s *keySet) fetch(ctx context.Context) (map[string]crypto.PublicKey, error) {
+	if s.issuer.KeysFile != "" {
+		return readKeys(s.issuer.KeysFile)
+	}
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
 	from := s.issuer.KeysURL
@@ -147,13 +158,42 @@ func (s *keySet) fetch(ctx context.Context) (map[string]crypto.PublicKey, error)
 			return nil, err
 		}
 	}
-	var set struct {
-		Keys []json.RawMessage `json:"keys"`
-	}
+	var set jwks
 	if err := s.get(ctx, from, &set); err != nil {
 		return nil, err
 	}
 	return usable(set.Keys)
+}
+
+type jwks struct {
+	Keys []json.RawMessage `json:"keys"`
+}
+
+// readKeys reads the keys of a file, which an operator, or what renews it, may
+// replace.
+func readKeys(path string) (map[string]crypto.PublicKey, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := readAll(f)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	var set jwks
+	if err := json.Unmarshal(data, &set); err != nil {
+		return nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	return usable(set.Keys)
+}
+
+func readAll(r io.Reader) ([]byte, error) {
+	data, err := io.ReadAll(io.LimitReader(r, maxAnswerBytes+1))
+	if err == nil && len(data) > maxAnswerBytes {
+		err = fmt.Errorf("more than %d bytes", maxAnswerBytes)
+	}
+	return data, err
 }
 
 // discover asks the issuer where its keys are. A host that it names is not
@@ -187,7 +227,7 @@ func (s *keySet) get(ctx context.Context, from string, into any) error {
 	if err != nil {
 		return err
 	}
-	req.Header.Set("Accept", "application/json")
+	req.Header.Set("Accept", "application/json, application/jwk-set+json") // the latter is all that Kubernetes has for keys
 	resp, err := s.client.Do(req)
 	if err != nil {
 		return err
@@ -196,12 +236,9 @@ func (s *keySet) get(ctx context.Context, from string, into any) error {
 	if resp.StatusCode != http.StatusOK {
 		return fmt.Errorf("get %s: status %d", from, resp.StatusCode)
 	}
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswerBytes+1))
+	body, err := readAll(resp.Body)
 	if err != nil {
 		return fmt.Errorf("get %s: %w", from, err)
-	}
-	if len(body) > maxAnswerBytes {
-		return fmt.Errorf("get %s: more than %d bytes", from, maxAnswerBytes)
 	}
 	if err := json.Unmarshal(body, into); err != nil {
 		return fmt.Errorf("get %s: %w", from, err)

@@ -1,5 +1,5 @@
 // Package oidc says who holds an OIDC token and in which roles that person or
-// pipeline administers the CA. It trusts the configured issuers and nobody else:
+// pipeline administers the CA, and for other ends what such a token claims. It trusts the configured issuers and nobody else:
 // a token is looked at with the keys of the issuer that it names, if that is
 // configured, and a provider is asked for nothing but its keys.
 //
@@ -31,6 +31,8 @@ type Issuer struct {
 	// KeysURL is where the issuer's keys are, when they are not on its own host;
 	// empty asks its discovery document.
 	KeysURL string
+	// KeysFile is a file with its keys (a JWKS); then nobody is asked.
+	KeysFile string
 	// Roots are the authorities of its TLS certificate; nil for the system's.
 	Roots *x509.CertPool
 	Rules []Rule
@@ -46,8 +48,25 @@ type Rule struct {
 // fixed are the claims that mean something already.
 var fixed = []string{"iss", "aud", "exp", "nbf", "iat", "jti", "email_verified"}
 
-// Validate says what is wrong with i, naming the setting.
+// Validate says what is wrong with i as an issuer of administrators, naming the
+// setting.
 func (i Issuer) Validate() error {
+	if err := i.ValidateSource(); err != nil {
+		return err
+	}
+	if len(i.Rules) == 0 {
+		return errors.New("roles: are missing: no token of this issuer would open anything")
+	}
+	for n, r := range i.Rules {
+		if err := r.validate(); err != nil {
+			return fmt.Errorf("roles[%d].%w", n, err)
+		}
+	}
+	return nil
+}
+
+// ValidateSource says what is wrong with i apart from its rules.
+func (i Issuer) ValidateSource() error {
 	if err := checkURL(i.URL); err != nil {
 		return fmt.Errorf("issuer: %q %w", i.URL, err)
 	}
@@ -58,14 +77,6 @@ func (i Issuer) Validate() error {
 	}
 	if i.Audience == "" {
 		return errors.New("audience: is missing: tokens made for others would be taken")
-	}
-	if len(i.Rules) == 0 {
-		return errors.New("roles: are missing: no token of this issuer would open anything")
-	}
-	for n, r := range i.Rules {
-		if err := r.validate(); err != nil {
-			return fmt.Errorf("roles[%d].%w", n, err)
-		}
 	}
 	return nil
 }
@@ -135,6 +146,37 @@ func New(issuers []Issuer, log *slog.Logger) *Verifier {
 	return v
 }
 
+// Source verifies the tokens of one issuer for ends of others. It is safe for
+// concurrent use and holds nothing open.
+type Source struct{ issuer }
+
+// NewSource makes a source of an issuer that ValidateSource takes.
+func NewSource(i Issuer, log *slog.Logger) *Source { return &Source{issuer{i, newKeySet(i, log)}} }
+
+// Claims returns what token claims, which holds at now; sub is a text. Errors are
+// as those of Verify.
+func (s *Source) Claims(ctx context.Context, token string, now time.Time) (map[string]any, error) {
+	t, err := parse(token)
+	if err != nil {
+		return nil, err
+	}
+	claims, err := s.claims(ctx, t, now)
+	if err != nil {
+		return nil, err
+	}
+	_, err = s.judge(claims, now)
+	return claims, err
+}
+
+// claims are those of a token that the issuer signed.
+func (i *issuer) claims(ctx context.Context, t unverified, now time.Time) (map[string]any, error) {
+	key, err := i.keys.find(ctx, t.kid, now)
+	if err != nil {
+		return nil, err
+	}
+	return t.verify(key)
+}
+
 // Verify says who holds token at now. The error is for its bearer: it says what
 // is wrong with the token, and ErrUnavailable when that could not be found out.
 func (v *Verifier) Verify(ctx context.Context, token string, now time.Time) (Identity, error) {
@@ -146,11 +188,7 @@ func (v *Verifier) Verify(ctx context.Context, token string, now time.Time) (Ide
 	if !ok {
 		return Identity{}, errors.New("its issuer is not configured")
 	}
-	key, err := iss.keys.find(ctx, t.kid, now)
-	if err != nil {
-		return Identity{}, err
-	}
-	claims, err := t.verify(key)
+	claims, err := iss.claims(ctx, t, now)
 	if err != nil {
 		return Identity{}, err
 	}
