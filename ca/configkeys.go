@@ -62,6 +62,20 @@ func (c Config) kek() (seal.Source, error) {
 	return seal.FromSettings(c.KeyFile, c.KeyCredential, c.KeyPassphraseFile)
 }
 
+// sealedUnder names that place for people.
+func (c Config) sealedUnder() string {
+	switch {
+	case c.KeyFile != "":
+		return "key_file " + c.KeyFile
+	case c.KeyCredential != "":
+		return "key_credential " + c.KeyCredential
+	case c.KeyPassphraseFile != "":
+		return "key_passphrase_file " + c.KeyPassphraseFile
+	default:
+		return "the file kek in data_dir"
+	}
+}
+
 // upstream is what the settings say about keys and authorities.
 func (c Config) upstream() (upstream.Config, error) {
 	kek, err := c.kek()
@@ -93,7 +107,16 @@ type Resealed struct {
 // ResealKeys seals the keys of from, which no CA may use, under what to says.
 func ResealKeys(ctx context.Context, from, to Config) (Resealed, error) {
 	if from.keysDir() != to.keysDir() || from.TrustDomain != to.TrustDomain {
-		return Resealed{}, fmt.Errorf("both configurations must be of one CA: %s in %s, and %s in %s", from.TrustDomain, from.DataDir, to.TrustDomain, to.DataDir)
+		return Resealed{}, &MismatchError{
+			fmt.Sprintf("both configurations must be of one CA: they are of %s in %s, and of %s in %s", from.TrustDomain, from.DataDir, to.TrustDomain, to.DataDir),
+			"copy the one in use, and change nothing in it but key_file, key_credential or key_passphrase_file",
+		}
+	}
+	if from.KeyFile == to.KeyFile && from.KeyCredential == to.KeyCredential && from.KeyPassphraseFile == to.KeyPassphraseFile {
+		return Resealed{}, &MismatchError{
+			"both configurations seal the keys under the same: " + from.sealedUnder(),
+			"name another one with key_file, key_credential or key_passphrase_file in the configuration for --to",
+		}
 	}
 	cfg, err := from.upstream()
 	if err != nil {

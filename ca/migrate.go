@@ -28,7 +28,7 @@ func MigrateStore(ctx context.Context, from, to Config, plan bool) (m Migrated, 
 	defer func() { err = hinted(err) }()
 	m = Migrated{From: from.place(), To: to.place()}
 	if m.From == m.To {
-		return m, &StoreError{fmt.Errorf("both configurations name %s", m.From), "name the one that is in use with --from, and the one that is to be with --to"}
+		return m, &MismatchError{"both configurations name " + m.From, "name the one that is in use with --from, and the one that is to be with --to"}
 	}
 	if err := checkEmpty(ctx, to); err != nil {
 		return m, err

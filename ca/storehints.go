@@ -24,6 +24,13 @@ func (e *StoreError) Error() string { return e.Err.Error() }
 // Unwrap returns the reason.
 func (e *StoreError) Unwrap() error { return e.Err }
 
+// MismatchError says why two configurations are no pair that something can be moved
+// between.
+type MismatchError struct{ Reason, Hint string }
+
+// Error implements error.
+func (e *MismatchError) Error() string { return e.Reason }
+
 // hinted adds what to do about err, where that is known and not said yet.
 func hinted(err error) error {
 	if _, done := errors.AsType[*StoreError](err); err == nil || done {

@@ -43,7 +43,7 @@ func TestStoreMovesToEtcdAndBack(t *testing.T) {
 	l.want(1, "there is no store in /moved/", "verify", "--config", etcd)
 	l.want(0, "hint: add --yes", "migrate", "--from", badger, "--to", etcd)
 	l.want(1, "there is no store", "migrate", "--from", etcd, "--to", l.fresh(badger), "--yes")
-	l.want(1, "both configurations name", "migrate", "--from", badger, "--to", badger, "--yes")
+	l.want(2, "both configurations name", "migrate", "--from", badger, "--to", badger, "--yes")
 	moved := l.report("migrate", "--from", badger, "--to", etcd, "--yes")
 	if !moved.Done || moved.Revision != before.Revision {
 		t.Errorf("migrate = %+v; want revision %d", moved, before.Revision)

@@ -35,7 +35,8 @@ func (o *options) withToken(do func(capb.AdminClient) error) error {
 	}
 	token, err := readToken(o.tokenFile)
 	if err != nil {
-		return hintError{err, "name a file with an OIDC token with --token-file or MERLON_TOKEN_FILE"}
+		const hint = "name a file with an OIDC token with --token-file or MERLON_TOKEN_FILE"
+		return hintError{notThere(err, hint), hint}
 	}
 	cfg := svid.TLS{}.Client()
 	cfg.GetClientCertificate = nil

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 
 	"merlon.dev/agent"
@@ -61,6 +62,9 @@ func (f devFlags) run(ctx context.Context, o *options, stdout, stderr io.Writer)
 	if err := level.UnmarshalText([]byte(f.logLevel)); err != nil {
 		return usageError{fmt.Sprintf("unknown log level %q", f.logLevel), "use debug, info, warn or error"}
 	}
+	if _, err := spiffeid.TrustDomainFromString(f.trustDomain); err != nil {
+		return usageError{fmt.Sprintf("--trust-domain %q is none: %v", f.trustDomain, err), "for example --trust-domain dev.local"}
+	}
 	var policy []byte
 	if f.policy != "" {
 		var err error
@@ -104,8 +108,8 @@ func openDevFolder(dir string) (devFolder, error) {
 		return devFolder{}, err
 	}
 	if n := len(filepath.Join(path, longest)); n > unixsock.MaxPath {
-		return devFolder{}, hintError{
-			fmt.Errorf("the folder %s is too long: with the names of sockets it has %d bytes, and a socket path at most %d", path, n, unixsock.MaxPath),
+		return devFolder{}, usageError{
+			fmt.Sprintf("the folder %s is too long: with the names of sockets it has %d bytes, and a socket path at most %d", path, n, unixsock.MaxPath),
 			"choose a shorter --dir",
 		}
 	}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io"
@@ -217,6 +218,9 @@ func entryList(o *options) *cobra.Command {
 		Example: "  merlon entry list -o json\n  merlon entry list --spiffe-id spiffe://shop.test/web",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := cmp.Or(checkID("parent", req.GetParentId()), checkID("spiffe-id", req.GetSpiffeId())); err != nil {
+				return err
+			}
 			return o.withCA(cmd.Context(), func(ca capb.AdminClient) error {
 				entries, err := allEntries(cmd.Context(), ca, &req)
 				if err != nil {

@@ -3,6 +3,8 @@
 package main
 
 import (
+	"errors"
+	"io/fs"
 	"strconv"
 
 	"github.com/spf13/cobra"
@@ -22,7 +24,7 @@ type resealedJSON struct {
 }
 
 func keyReseal(o *options) *cobra.Command {
-	var from, to string
+	var m move
 	cmd := &cobra.Command{
 		Use:   "reseal --from FILE --to FILE",
 		Short: "Seal the CA's private keys under another key-encryption key",
@@ -35,18 +37,17 @@ key-encryption keys are there.`,
 			"  merlon key reseal --from /etc/merlon/ca.yaml --to /etc/merlon/ca-new.yaml   # with key_file: /etc/merlon/kek2",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if from == "" || to == "" {
-				return usageError{"say from which key-encryption key to which", "merlon key reseal --from /etc/merlon/ca.yaml --to /etc/merlon/ca-new.yaml"}
-			}
-			source, err := readStoreConfig(from, "")
-			if err != nil {
-				return err
-			}
-			target, err := readStoreConfig(to, "")
+			source, target, err := m.read("merlon key reseal --from /etc/merlon/ca.yaml --to /etc/merlon/ca-new.yaml")
 			if err != nil {
 				return err
 			}
 			done, err := ca.ResealKeys(cmd.Context(), source, target)
+			if e, ok := errors.AsType[*ca.MismatchError](err); ok {
+				return usageError{e.Error(), e.Hint}
+			}
+			if errors.Is(err, fs.ErrNotExist) {
+				return hintError{err, "name with --from the configuration that merlon-ca is started with: there are no keys yet where this one says"}
+			}
 			if err != nil {
 				return hintError{err, ca.Hint(err)}
 			}
@@ -56,7 +57,6 @@ key-encryption keys are there.`,
 			return printFields(cmd.OutOrStdout(), "keys", done.Dir, "sealed", strconv.Itoa(done.Sealed), "already", strconv.Itoa(done.Already))
 		},
 	}
-	cmd.Flags().StringVar(&from, "from", "", "the configuration file that is in use")
-	cmd.Flags().StringVar(&to, "to", "", "the configuration file that will be")
+	m.register(cmd)
 	return cmd
 }

@@ -66,8 +66,8 @@ func TestMistakesAboutTheLogAreUsageErrors(t *testing.T) {
 		`"zzz" is no serial number`: {"log", "prove", "zzz"},
 		`"zz" is no serial number`:  {"revoke", "--serial", "zz"},
 		`--root-hash "zz" is no SH`: {"log", "verify", "--data-dir", t.TempDir(), "--root-hash", "zz"},
-		`--root-hash "" is no SHA`:  {"log", "verify", "--data-dir", t.TempDir(), "--root-hash", ""},
-		`"" is no serial number`:    {"revoke", "--serial", ""},
+		`--root-hash is empty`:      {"log", "verify", "--data-dir", t.TempDir(), "--root-hash", ""},
+		`--serial is empty`:         {"revoke", "--serial", ""},
 	} {
 		var out, stderr bytes.Buffer
 		code := run(t.Context(), args, &out, &stderr)

@@ -49,7 +49,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	code, message, hint := describe(err)
 	if hint == "" && status.Code(err) == codes.InvalidArgument {
-		hint = cmd.CommandPath() + " -h shows every flag and an example; nothing was changed"
+		hint = argumentHint(cmd, err)
 	}
 	if message != "" {
 		fmt.Fprintln(stderr, "merlon: error:", message)
@@ -116,28 +116,6 @@ func unknownCommand(cmd *cobra.Command, args []string) error {
 	return usageError{message, cmd.CommandPath() + " -h lists the commands"}
 }
 
-// checkArgs makes a wrong number of arguments a usage error everywhere.
-func checkArgs(cmd *cobra.Command) {
-	if inner := cmd.Args; inner != nil {
-		cmd.Args = func(c *cobra.Command, args []string) error {
-			err := inner(c, args)
-			if _, ok := errors.AsType[usageError](err); err == nil || ok {
-				return err
-			}
-			return usageError{err.Error(), "usage: " + c.UseLine()}
-		}
-	}
-	cmd.SuggestionsMinimumDistance = 2
-	for _, c := range cmd.Commands() {
-		checkArgs(c)
-	}
-}
-
-// usageError is a mistake in the command line: exit code 2.
-type usageError struct{ message, hint string }
-
-func (e usageError) Error() string { return e.message }
-
 // hintError is a failure with the next thing to type.
 type hintError struct {
 	err  error
@@ -171,6 +149,8 @@ func describe(err error) (code int, message, hint string) {
 	switch st.Code() {
 	case codes.PermissionDenied, codes.Unauthenticated:
 		return exitDenied, st.Message(), "use the admin socket as root or as the service's user, or with --ca an SVID or a token that has the role"
+	case codes.InvalidArgument: // what only the CA can judge
+		return exitUsage, st.Message(), ""
 	default:
 		return exitFailure, st.Message(), ""
 	}

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"strings"
 	"time"
@@ -48,16 +47,7 @@ func (o *options) register(root *cobra.Command) {
 	f.StringVar(&o.ca, "ca", "", "CA address host:port: administer over the network with the SVID from SPIFFE_ENDPOINT_SOCKET, or with --token-file")
 	f.StringVar(&o.tokenFile, "token-file", os.Getenv("MERLON_TOKEN_FILE"), "with --ca: file with an OIDC token, in place of an SVID (default $MERLON_TOKEN_FILE)")
 	f.StringVar(&o.rootHash, "root-hash", os.Getenv("MERLON_ROOT_HASH"), "with --token-file: SHA-256 of the CA root's public key, as 'merlon trust show' prints it; two with a comma while one root replaces another (default $MERLON_ROOT_HASH)")
-	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error {
-		// `trust show` has formats of its own and checks them itself.
-		if cmd.Flags().Lookup("output") == root.PersistentFlags().Lookup("output") && o.output != "table" && o.output != "json" {
-			return usageError{fmt.Sprintf("unknown output format %q", o.output), "use -o table or -o json"}
-		}
-		if cmd.Flags().Changed("token-file") && o.ca == "" {
-			return usageError{"--token-file is for a CA over the network", "add --ca HOST:PORT; on the admin socket your user is who you are"}
-		}
-		return nil
-	}
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return o.checkFlags(cmd, f) }
 }
 
 // checkText names the argument that no message can carry; gRPC would only say
@@ -160,9 +150,6 @@ func fetchOwn(ctx context.Context) (*workloadapi.X509Context, error) {
 // withRemoteCA administers over the network with the SVID of an entry that has a
 // role, or with a token.
 func (o *options) withRemoteCA(ctx context.Context, do func(capb.AdminClient) error) error {
-	if _, _, err := net.SplitHostPort(o.ca); err != nil {
-		return usageError{fmt.Sprintf("--ca %q is not host:port", o.ca), "for example --ca ca.example.org:8443"}
-	}
 	if o.tokenFile != "" {
 		return o.withToken(do)
 	}

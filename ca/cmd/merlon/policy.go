@@ -34,8 +34,8 @@ func buildFolder(dir string) ([]byte, error) { return fromFolder(dir, bundle.Bui
 
 func fromFolder[T any](dir string, read func(string) (T, error)) (T, error) {
 	var none T
-	if info, err := os.Stat(dir); err != nil || !info.IsDir() {
-		return none, hintError{fmt.Errorf("%s is not a folder", dir), "give the folder that has the grants (*.yaml) and Rego (*.rego)"}
+	if err := checkFolder(dir, "give the folder that has the grants (*.yaml) and Rego (*.rego)"); err != nil {
+		return none, err
 	}
 	result, err := read(dir)
 	if err != nil {

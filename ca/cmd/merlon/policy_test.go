@@ -59,7 +59,7 @@ func TestPolicyVerbs(t *testing.T) {
 		"check as JSON":  {[]string{"check", shopPolicy, "-o", "json"}, exitOK, `"grants": 8`, ""},
 		"check, typo":    {[]string{"check", typo}, exitFailure, "", `grants.yaml:2:13: grants[0]: unknown key "form" (did you mean "from"?)`},
 		"check, send":    {[]string{"check", send}, exitFailure, "", "a.rego:3:10: http.send is not available"},
-		"check, absent":  {[]string{"check", "absent"}, exitFailure, "", "absent is not a folder"},
+		"check, absent":  {[]string{"check", "absent"}, exitUsage, "", "absent is not a folder"},
 		"check, no args": {[]string{"check"}, exitUsage, "", "hint: usage: merlon policy check FOLDER"},
 		"test":           {[]string{"test", shopPolicy}, exitOK, "17 passed, 0 failed", ""},
 		"test, failing":  {[]string{"test", failing}, exitFailure, "got deny NO_GRANT, want allow: no grant lets spiffe://a.test/x call", "1 of 1 policy tests failed"},

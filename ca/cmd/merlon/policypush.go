@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -49,6 +50,9 @@ it, or after --wait, and then names those that do not yet.`,
   merlon policy push ./policy --ca ca.example.org:8443`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if wait < 0 {
+				return usageError{"--wait is negative", "for example --wait 30s; 0 does not wait"}
+			}
 			raw, err := buildFolder(args[0])
 			if err != nil {
 				return err
@@ -56,7 +60,7 @@ it, or after --wait, and then names those that do not yet.`,
 			return o.withCA(cmd.Context(), func(ca capb.AdminClient) error {
 				resp, err := ca.PushPolicy(cmd.Context(), &capb.PushPolicyRequest{Name: name, Bundle: raw})
 				if err != nil {
-					return err
+					return pushRefused(err)
 				}
 				if resp.GetName() == defaultBundle { // agents acknowledge the bundle that they follow
 					if err := awaitPolicy(cmd.Context(), ca, resp.GetGeneration(), wait, cmd.ErrOrStderr()); err != nil {
@@ -73,6 +77,16 @@ it, or after --wait, and then names those that do not yet.`,
 	cmd.Flags().StringVar(&name, "name", defaultBundle, "name of the policy bundle")
 	cmd.Flags().DurationVar(&wait, "wait", 5*time.Second, "how long to wait for the agents; 0 does not wait")
 	return cmd
+}
+
+// pushRefused tells a policy that the CA does not take from a mistake in the
+// command line.
+func pushRefused(err error) error {
+	message := status.Convert(err).Message()
+	if status.Code(err) != codes.InvalidArgument || strings.HasPrefix(message, "name: ") {
+		return err
+	}
+	return hintError{errors.New(message), "this CA judges the folder otherwise than this merlon does: use the merlon of its version; the policy in force is unchanged"}
 }
 
 // awaitPolicy returns once every connected agent decides by generation, or

@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca/capb"
 )
@@ -93,6 +95,9 @@ too: this command cannot.`,
 			return o.withCA(cmd.Context(), func(ca capb.AdminClient) error {
 				resp, err := ca.EvictReplica(cmd.Context(), &capb.EvictReplicaRequest{Name: args[0]})
 				if err != nil {
+					if status.Code(err) == codes.FailedPrecondition {
+						return hintError{err, "merlon replica list shows which one holds the root key, and which one answers"}
+					}
 					return listHint(err, "merlon replica list")
 				}
 				if o.output == "json" {

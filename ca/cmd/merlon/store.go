@@ -25,33 +25,11 @@ func storeCommand(o *options) *cobra.Command {
 		storeBackup(o), storeVerify(o), storeRestore(o), storeMigrate(o))
 }
 
-// storeFlags say which store a command works on without a CA.
-type storeFlags struct{ config, dataDir string }
-
-func (f *storeFlags) register(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&f.config, "config", "", "the configuration file of a CA that is stopped")
-	cmd.Flags().StringVar(&f.dataDir, "data-dir", "", "the data_dir of a CA that is stopped, for its Badger store")
-}
-
-func (f *storeFlags) given() bool { return f.config != "" || f.dataDir != "" }
-
-func (f *storeFlags) read() (ca.Config, error) {
-	if f.config != "" && f.dataDir != "" {
-		return ca.Config{}, usageError{"--config and --data-dir each name a store", "give one of them"}
-	}
-	return readStoreConfig(f.config, f.dataDir)
-}
-
-func readStoreConfig(config, dataDir string) (ca.Config, error) {
-	cfg, err := ca.ReadStoreConfig(config, dataDir, os.Getenv)
-	if err != nil {
-		return cfg, usageError{err.Error(), "name the file that merlon-ca is started with: --config /etc/merlon/ca.yaml"}
-	}
-	return cfg, nil
-}
-
 // storeHint adds what to do next, where the CA's package knows it.
 func storeHint(err error) error {
+	if e, ok := errors.AsType[*ca.MismatchError](err); ok {
+		return usageError{e.Error(), e.Hint}
+	}
 	if e, ok := errors.AsType[*ca.StoreError](err); ok {
 		return hintError{err, e.Hint}
 	}
@@ -227,7 +205,7 @@ func (f *storeFlags) verify(ctx context.Context, args []string) (ca.StoreReport,
 	}
 	fi, err := os.Stat(args[0])
 	if err != nil {
-		return ca.StoreReport{}, err
+		return ca.StoreReport{}, notThere(err, "name a backup, or the folder of a Badger store; merlon store verify --config FILE finds a CA's")
 	}
 	if fi.IsDir() {
 		return ca.VerifyStoreDir(args[0])

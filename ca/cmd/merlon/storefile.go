@@ -74,6 +74,9 @@ func writeFile(path string, force bool, write func(*os.File) error) (ca.StoreRep
 		return ca.StoreReport{}, err
 	}
 	removeUnfinished(to)
+	if err := checkFolder(filepath.Dir(to), "make it, or name a file in a folder that is there"); err != nil {
+		return ca.StoreReport{}, err
+	}
 	f, err := os.CreateTemp(filepath.Dir(to), "."+filepath.Base(to)+unfinished+"*") // mode 0600
 	if err != nil {
 		return ca.StoreReport{}, fmt.Errorf("write the backup: %w", err)

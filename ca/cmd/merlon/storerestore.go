@@ -80,7 +80,7 @@ numbers trust bundle and policies anew when it starts.`,
 				return hintError{err, "use a newer backup; or name the store that it replaces with --replaces; or add --accept-loss. Nothing was changed"}
 			}
 			if err != nil {
-				return storeHint(err)
+				return storeHint(notThere(err, "name a file that merlon store backup has written"))
 			}
 			return o.printRestored(cmd, done)
 		},
@@ -150,7 +150,7 @@ type migratedJSON struct {
 }
 
 func storeMigrate(o *options) *cobra.Command {
-	var from, to string
+	var m move
 	var yes bool
 	cmd := &cobra.Command{
 		Use:   "migrate --from FILE --to FILE [--yes]",
@@ -163,14 +163,7 @@ Every CA is stopped meanwhile. Nothing is lost: agents do not notice. Without
   merlon store migrate --from /etc/merlon/ca.yaml --to /etc/merlon/ca-etcd.yaml --yes`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if from == "" || to == "" {
-				return usageError{"say from where to where", "merlon store migrate --from /etc/merlon/ca.yaml --to /etc/merlon/ca-etcd.yaml"}
-			}
-			source, err := readStoreConfig(from, "")
-			if err != nil {
-				return err
-			}
-			target, err := readStoreConfig(to, "")
+			source, target, err := m.read("merlon store migrate --from /etc/merlon/ca.yaml --to /etc/merlon/ca-etcd.yaml")
 			if err != nil {
 				return err
 			}
@@ -178,13 +171,11 @@ Every CA is stopped meanwhile. Nothing is lost: agents do not notice. Without
 			if err != nil {
 				return storeHint(err)
 			}
-			return o.printMigrated(cmd, done, source, target, to)
+			return o.printMigrated(cmd, done, source, target, m.to)
 		},
 	}
-	fl := cmd.Flags()
-	fl.StringVar(&from, "from", "", "the configuration file that is in use")
-	fl.StringVar(&to, "to", "", "the configuration file that will be")
-	fl.BoolVar(&yes, "yes", false, "do it, not only look whether it could be done")
+	m.register(cmd)
+	cmd.Flags().BoolVar(&yes, "yes", false, "do it, not only look whether it could be done")
 	return cmd
 }
 
