@@ -45,15 +45,18 @@ var modes = [...]struct{ dir, socket, forbidden fs.FileMode }{
 
 // Listen binds a socket at path, making its directory when it is missing. A
 // socket left behind by a dead process is replaced. Listen refuses a path
-// longer than MaxPath, a directory that another user owns or can write, a
-// symlink or any other file at path, and a socket on which somebody still
-// listens.
+// longer than MaxPath, a directory that another user owns, can write or can
+// replace by another, a symlink or any other file at path, and a socket on which
+// somebody still listens.
 func Listen(path string, access Access) (net.Listener, error) {
 	if len(path) > MaxPath {
 		return nil, fmt.Errorf("listen on %s: the path has %d bytes and a socket path at most %d; choose a shorter folder", path, len(path), MaxPath)
 	}
 	mode := modes[access]
 	dir := filepath.Dir(path)
+	if err := checkAbove(dir); err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
 	if err := makeDir(dir, access); err != nil {
 		return nil, fmt.Errorf("make the socket's directory: %w", err)
 	}
@@ -133,6 +136,60 @@ func checkDir(dir string, forbidden fs.FileMode) error {
 	}
 	if fi.Mode().Perm()&forbidden != 0 {
 		return fmt.Errorf("directory %s has mode %04o, which lets other users in: chmod it to %04o", dir, fi.Mode().Perm(), 0o777&^forbidden)
+	}
+	return nil
+}
+
+// checkAbove refuses a directory that another user could rename, and put his own
+// in its place: each one above it must be root's or ours, and nobody else may
+// write there, unless what is in it stays its owner's (/tmp).
+func checkAbove(dir string) error {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return err
+	}
+	for dir != filepath.Dir(dir) {
+		dir = filepath.Dir(dir)
+		fi, err := os.Lstat(dir)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // made by us, below one that is there
+		}
+		if err != nil {
+			return err
+		}
+		if fi.Mode().Type() == fs.ModeSymlink { // put there by who may write above it
+			target, err := filepath.EvalSymlinks(dir)
+			if err != nil {
+				return err
+			}
+			if err := checkAbove(filepath.Join(target, "x")); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := othersWrite(dir, fi); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// othersWrite says that users other than root and ours can replace what is in a
+// directory.
+func othersWrite(dir string, fi fs.FileInfo) error {
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return fmt.Errorf("cannot tell who owns %s", dir)
+	}
+	if int(st.Uid) != os.Geteuid() && st.Uid != 0 {
+		return fmt.Errorf("directory %s above it belongs to uid %d, not to uid %d or root: choose another folder", dir, st.Uid, os.Geteuid())
+	}
+	writable := fi.Mode().Perm() & 0o022
+	if st.Gid == 0 || int(st.Gid) == os.Getegid() {
+		writable &= 0o002
+	}
+	if writable != 0 && fi.Mode()&fs.ModeSticky == 0 {
+		return fmt.Errorf("directory %s above it has mode %04o, which lets other users replace what is in it: chmod o-w,g-w %[1]s", dir, fi.Mode().Perm())
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ package unixsock_test
 
 import (
 	"context"
+	"errors"
 	"net"
 	"os"
 	"os/exec"
@@ -112,6 +113,70 @@ func TestListenRefusesHostilePlaces(t *testing.T) {
 			}
 			if !strings.Contains(err.Error(), tc.want) {
 				t.Errorf("error = %q; want it to say %q", err, tc.want)
+			}
+		})
+	}
+}
+
+// T49: whoever owns a directory above can rename the one of the socket.
+func TestListenRefusesHostilePlacesAbove(t *testing.T) {
+	for name, tc := range map[string]struct {
+		arrange func(t *testing.T, above string)
+		want    string // "": it is fine
+	}{
+		"of another user": {func(t *testing.T, above string) {
+			if os.Geteuid() != 0 {
+				t.Skip("needs root to give a directory away")
+			}
+			if err := os.Chown(above, 12345, 12345); err != nil {
+				t.Fatal(err)
+			}
+		}, "belongs to uid 12345"},
+		"writable by others": {func(t *testing.T, above string) {
+			if err := os.Chmod(above, 0o777); err != nil {
+				t.Fatal(err)
+			}
+		}, "lets other users replace"},
+		"writable by another group": {func(t *testing.T, above string) {
+			if os.Geteuid() != 0 {
+				t.Skip("needs root to give a directory away")
+			}
+			if err := errors.Join(os.Chown(above, 0, 12345), os.Chmod(above, 0o775)); err != nil {
+				t.Fatal(err)
+			}
+		}, "lets other users replace"},
+		"a link to one that others can write": {func(t *testing.T, above string) {
+			open := shortDir(t)
+			if err := errors.Join(os.Chmod(open, 0o777), os.Remove(above), os.Symlink(open, above)); err != nil {
+				t.Fatal(err)
+			}
+		}, "lets other users replace"},
+		"shared as /tmp is": {func(t *testing.T, above string) {
+			if err := os.Chmod(above, 0o777|os.ModeSticky); err != nil {
+				t.Fatal(err)
+			}
+		}, ""},
+		"writable by the own group": {func(t *testing.T, above string) {
+			if err := os.Chmod(above, 0o775); err != nil {
+				t.Fatal(err)
+			}
+		}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			above := filepath.Join(shortDir(t), "a")
+			if err := os.Mkdir(above, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			tc.arrange(t, above)
+			lis, err := unixsock.Listen(filepath.Join(above, "b", "c", "api.sock"), unixsock.Public)
+			if err == nil {
+				lis.Close()
+			}
+			if (err == nil) != (tc.want == "") || err != nil && !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("Listen() = %v; want an error that says %q", err, tc.want)
+			}
+			if _, err := os.Stat(filepath.Join(above, "b")); tc.want != "" && err == nil {
+				t.Error("a directory was made in a place that was refused")
 			}
 		})
 	}
