@@ -19,6 +19,7 @@ import (
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/revocation"
 	"merlon.dev/ca/internal/role"
@@ -110,6 +111,36 @@ func TestNameAloneMakesNobodyAnAgent(t *testing.T) {
 		c := s.PeerCaller(p)
 		if c.Is(capb.Caller_CALLER_AGENT) || c.Is(capb.Caller_CALLER_ADMIN) || c.Agent != nil {
 			t.Errorf("%s: %+v; want nobody", name, c)
+		}
+	}
+}
+
+// An entry that gives a role to an ID that Merlon gives out by itself, as no RPC
+// stores and who can write the store might, makes nobody an administrator.
+func TestReservedNamesHaveNoRole(t *testing.T) {
+	s, agent := newService(t)
+	for path, want := range map[string]bool{"/ops": true, "/agents/ops": true, "/agent": false, "/agent/n1/ops": false, "/agent/n1": false, "/ca": false} {
+		id, entryID := spiffeid.RequireFromPath(td, path), entry.NewID()
+		value, err := entry.Encode(&entry.Entry{
+			ID: entryID, SPIFFEID: id, ParentID: agent.ID, Selectors: []entry.Selector{{Type: "unix", Value: "uid:1"}},
+			Role: role.Role{Name: role.Operator}, CreatedAt: time.Now(),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		res, err := s.opts.Store.Txn(t.Context(), nil, []store.Op{store.Put(registry.EntryPrefix+entryID, value)}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.registry.Wait(t.Context(), res.Revision); err != nil {
+			t.Fatal(err)
+		}
+		if got := s.registry.Role(id, time.Now()); got.Name != role.Operator {
+			t.Fatalf("the entry of %s gives it the role %q", id, got)
+		}
+		c := s.PeerCaller(peerOf(t, id.String(), agent.Handle, agent.Revision))
+		if c.Is(capb.Caller_CALLER_ADMIN) != want || (len(c.Roles) > 0) != want {
+			t.Errorf("%s is an administrator: %v; want %v", id, c.Is(capb.Caller_CALLER_ADMIN), want)
 		}
 	}
 }
