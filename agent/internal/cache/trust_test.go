@@ -1,4 +1,5 @@
-// What becomes trusted of a trust bundle that the CA sends.
+// What becomes trusted of a trust bundle that the CA sends, when it counts as served,
+// and what else of the feed is handed on.
 
 package cache
 
@@ -47,4 +48,69 @@ func TestX16OnlyTheFirstCertificateOfAnEntryCanBeTrusted(t *testing.T) {
 			t.Errorf("%s: %d authorities are trusted", name, len(trust.Bundle.X509Authorities()))
 		}
 	}
+}
+
+func TestOlderTrustBundleIsRefused(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		f.sync()
+		f.apply(&capb.SyncResponse{TrustBundle: f.trust(5)})
+		f.apply(&capb.SyncResponse{TrustBundle: f.trust(4)})
+		if got := f.Trust().Sequence; got != 5 {
+			t.Errorf("sequence = %d; want 5", got)
+		}
+		empty := &capb.TrustBundle{TrustDomain: td, Sequence: 6, Jwks: []byte(`{"keys":[]}`)}
+		if err := f.Apply(t.Context(), &capb.SyncResponse{TrustBundle: empty}); err == nil {
+			t.Error("a trust bundle without authorities was taken")
+		}
+	})
+}
+
+func TestAckWaitsForTheSlowestStream(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		f.sync(newEntry("e1", "/a", "unix:uid:1"))
+		s1, s2 := f.Subscribe(), f.Subscribe()
+		s1.Delivered(1)
+		s2.Delivered(1)
+		f.apply(&capb.SyncResponse{TrustBundle: f.trust(2)})
+		s1.Delivered(2)
+		if _, got := f.Ack(false); got != 1 {
+			t.Errorf("Ack() = %d while one stream has 1; want 1", got)
+		}
+		s2.Close()
+		if _, got := f.Ack(false); got != 2 {
+			t.Errorf("Ack() = %d; want 2", got)
+		}
+		s1.Close()
+	})
+}
+
+func TestRevocationFeed(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		f.sync()
+		revoke := func(path string) {
+			f.apply(&capb.SyncResponse{Revocations: []*capb.Revocation{{
+				Subject: &capb.Revocation_SpiffeId{SpiffeId: "spiffe://" + td + path}, BeforeRevision: 9,
+			}}})
+		}
+		revoke("/a")
+		all, reset, cursor, _ := f.RevocationsSince(Cursor{})
+		if len(all) != 1 || !reset {
+			t.Fatalf("RevocationsSince() = %v, %v; want all", all, reset)
+		}
+		_, _, cursor, more := f.RevocationsSince(cursor)
+		revoke("/b")
+		select {
+		case <-more:
+		default:
+			t.Fatal("the watcher was not woken")
+		}
+		added, reset, cursor, _ := f.RevocationsSince(cursor)
+		if len(added) != 1 || reset || added[0].SPIFFEID != "spiffe://"+td+"/b" {
+			t.Fatalf("RevocationsSince() = %v, %v; want /b only", added, reset)
+		}
+		f.sync()
+		if left, reset, _, _ := f.RevocationsSince(cursor); len(left) != 0 || !reset {
+			t.Errorf("RevocationsSince() = %v, %v after a listing without any; want a reset to none", left, reset)
+		}
+	})
 }

@@ -1,11 +1,10 @@
-// The CA's keys from first use to renewal, seen by those who depend on them: our
+// The CA's keys from first use on, seen by those who depend on them: our
 // strict verifier, openssl, and an operator with loose file modes.
 
 package upstream
 
 import (
 	"bytes"
-	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -14,7 +13,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
-	"errors"
 	"log/slog"
 	"net/url"
 	"os"
@@ -23,7 +21,6 @@ import (
 	"reflect"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -216,238 +213,6 @@ func TestJWTKeyIsOfTheAlgorithmItWasMadeFor(t *testing.T) {
 	}
 }
 
-func TestIntermediateIsRenewedPastHalfItsLife(t *testing.T) {
-	cfg := config(t)
-	k := open(t, cfg)
-	old := k.X509()
-	now := time.Now()
-	for _, tt := range []struct {
-		after time.Duration
-		want  bool
-	}{{11 * time.Hour, false}, {13 * time.Hour, true}, {13 * time.Hour, false}, {26 * time.Hour, true}, {0, true}} { // the last: it is not valid yet
-		renewed, err := k.RenewIntermediate(t.Context(), now.Add(tt.after))
-		if err != nil || renewed != tt.want {
-			t.Fatalf("RenewIntermediate(+%s) = %t, %v; want %t", tt.after, renewed, err, tt.want)
-		}
-	}
-	fresh := k.X509()
-	if string(fresh.Chain[0].RawSubject) == string(old.Chain[0].RawSubject) {
-		t.Error("two generations have one subject")
-	}
-	if string(fresh.Chain[0].SubjectKeyId) == string(old.Chain[0].SubjectKeyId) {
-		t.Error("two generations have one key ID")
-	}
-	if got := generations(t, cfg.Dir); !slices.Equal(got, []string{"intermediate-4", "jwt-1", "log-1", "policy-1", "root-1"}) {
-		t.Errorf("on disk: %v; want only the newest intermediate", got)
-	}
-	if again := open(t, cfg); again.X509().ID() != fresh.ID() {
-		t.Error("another intermediate after reopening")
-	}
-}
-
-func generations(t *testing.T, dir string) (names []string) {
-	t.Helper()
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range entries {
-		names = append(names, e.Name())
-	}
-	return names
-}
-
-// The intermediate never outlives the root, nor is one made below an ended root.
-// One start with a clock that is ahead must not leave a CA that cannot issue.
-func TestIntermediateMadeUnderAnotherClockIsReplaced(t *testing.T) {
-	k := open(t, config(t))
-	now := time.Now()
-	for _, at := range []time.Time{now.Add(48 * time.Hour), now} {
-		if renewed, err := k.RenewIntermediate(t.Context(), at); err != nil || !renewed {
-			t.Fatalf("RenewIntermediate(%v) = %t, %v; want a new one", at, renewed, err)
-		}
-		if got := k.X509().Chain[0]; at.Before(got.NotBefore) || at.After(got.NotAfter) {
-			t.Errorf("at %v the intermediate is valid from %v to %v", at, got.NotBefore, got.NotAfter)
-		}
-	}
-}
-
-func TestIntermediateEndsWithTheRoot(t *testing.T) {
-	cfg := config(t)
-	cfg.RootTTL = time.Hour
-	k := open(t, cfg)
-	if end := k.X509().Chain[0].NotAfter; end.After(k.X509().Root.NotAfter) {
-		t.Errorf("the intermediate ends at %s, after the root", end)
-	}
-	if _, err := k.RenewIntermediate(t.Context(), time.Now().Add(2*time.Hour)); err == nil || !strings.Contains(err.Error(), "root ended") {
-		t.Errorf("RenewIntermediate below an ended root = %v", err)
-	}
-}
-
-func TestReadersSeeWholeAuthoritiesDuringRenewal(t *testing.T) {
-	k := open(t, config(t))
-	done := make(chan struct{})
-	var readers sync.WaitGroup
-	for range 4 {
-		readers.Go(func() {
-			for {
-				select {
-				case <-done:
-					return
-				default:
-				}
-				a := k.X509()
-				key, ok := a.Signer.Public().(*ecdsa.PublicKey)
-				if !ok || !key.Equal(a.Chain[0].PublicKey) {
-					t.Error("key and certificate are of different generations")
-					return
-				}
-			}
-		})
-	}
-	now := time.Now()
-	for i := range 20 {
-		if _, err := k.RenewIntermediate(t.Context(), now.Add(time.Duration(i)*13*time.Hour)); err != nil {
-			t.Error(err)
-		}
-	}
-	close(done)
-	readers.Wait()
-}
-
-func TestFilesAreForTheOwnerAlone(t *testing.T) {
-	cfg := config(t)
-	open(t, cfg)
-	err := filepath.WalkDir(cfg.Dir, func(path string, e os.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		info, err := e.Info()
-		if err != nil {
-			return err
-		}
-		want := os.FileMode(0o600)
-		if e.IsDir() {
-			want = 0o700
-		}
-		if info.Mode().Perm() != want {
-			t.Errorf("%s has mode %#o; want %#o", path, info.Mode().Perm(), want)
-		}
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-func TestLooseModesAreRefusedWithTheCommandToRun(t *testing.T) {
-	tests := map[string]struct {
-		path string
-		mode os.FileMode
-		want string
-	}{
-		"readable key":         {"root-1/key.sealed", 0o640, "run: chmod 0600 "},
-		"writable certificate": {"intermediate-1/cert.pem", 0o602, "run: chmod 0600 "},
-		"open folder":          {"", 0o755, "run: chmod 0700 "},
-		"open generation":      {"jwt-1", 0o710, "run: chmod 0700 "},
-		"policy key":           {"policy-1/key.sealed", 0o604, "run: chmod 0600 "},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			cfg := config(t)
-			open(t, cfg)
-			path := filepath.Join(cfg.Dir, tt.path)
-			if err := os.Chmod(path, tt.mode); err != nil {
-				t.Fatal(err)
-			}
-			_, err := Open(t.Context(), cfg)
-			if err == nil || !strings.Contains(err.Error(), tt.want+path) {
-				t.Errorf("Open = %v; want %q", err, tt.want+path)
-			}
-		})
-	}
-}
-
-func TestBrokenFoldersAreRefused(t *testing.T) {
-	tests := map[string]struct {
-		spoil func(dir string) error
-		want  string
-	}{
-		"root lost": {
-			func(dir string) error { return os.RemoveAll(filepath.Join(dir, "root-1")) }, "the root is missing",
-		},
-		"half a generation": {
-			func(dir string) error { return os.Remove(filepath.Join(dir, "root-1", sealedFile)) }, "no such file",
-		},
-		"key of another generation": {
-			func(dir string) error {
-				key, err := os.ReadFile(filepath.Join(dir, "jwt-1", sealedFile))
-				if err != nil {
-					return err
-				}
-				return os.WriteFile(filepath.Join(dir, "intermediate-1", sealedFile), key, 0o600)
-			}, "sealed as something else",
-		},
-		"foreign file": {
-			func(dir string) error { return os.WriteFile(filepath.Join(dir, "notes.txt"), nil, 0o600) }, "notes.txt does not belong here",
-		},
-		"symlinked key": {
-			func(dir string) error {
-				if err := os.Rename(filepath.Join(dir, "root-1", sealedFile), filepath.Join(dir, "..", "k")); err != nil {
-					return err
-				}
-				return os.Symlink(filepath.Join(dir, "..", "k"), filepath.Join(dir, "root-1", sealedFile))
-			}, "symbolic links",
-		},
-		"torn key": {
-			func(dir string) error { return os.Truncate(filepath.Join(dir, "root-1", sealedFile), 60) }, "load ",
-		},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			cfg := config(t)
-			open(t, cfg)
-			if err := tt.spoil(cfg.Dir); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), tt.want) {
-				t.Errorf("Open = %v; want %q", err, tt.want)
-			}
-		})
-	}
-}
-
-func TestIntermediatesOfOtherRootsAreRefused(t *testing.T) {
-	cfg, other := config(t), config(t)
-	cfg.KEK.File = newKEKFile(t, "kek")
-	other.KEK = cfg.KEK
-	open(t, cfg)
-	open(t, other)
-	mine, theirs := filepath.Join(cfg.Dir, "intermediate-1"), filepath.Join(other.Dir, "intermediate-1")
-	if err := errors.Join(os.RemoveAll(mine), os.Rename(theirs, mine)); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "not the root's") {
-		t.Errorf("Open = %v", err)
-	}
-}
-
-func TestJWTAndPolicyKeysAreOfTheirKind(t *testing.T) {
-	key, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for what, want := range map[kind]string{kindJWT: "neither a P-256 key", kindPolicy: "not a P-256 key"} {
-		cfg := config(t)
-		if _, err := open(t, cfg).dir.add(what, madeKey{signer: key, private: key}, nil); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("Open with a %s key on P-384 = %v", what, err)
-		}
-	}
-}
-
 func TestEndedRootIsSaid(t *testing.T) {
 	cfg := config(t)
 	cfg.RootTTL = time.Hour
@@ -458,20 +223,6 @@ func TestEndedRootIsSaid(t *testing.T) {
 			t.Errorf("Open = %v", err)
 		}
 	})
-}
-
-func TestKeysOfOtherUsersAreRefused(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can give files away")
-	}
-	cfg := config(t)
-	open(t, cfg)
-	if err := os.Chown(filepath.Join(cfg.Dir, "root-1", sealedFile), 12345, 0); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "run: chown 0 ") {
-		t.Errorf("Open = %v", err)
-	}
 }
 
 // What an upstream returns is compared with what it was asked for.
@@ -500,21 +251,6 @@ func TestUpstreamCertificatesAreChecked(t *testing.T) {
 	}
 }
 
-func TestFolderKeepsToItsPurpose(t *testing.T) {
-	cfg := config(t)
-	open(t, cfg)
-	other := cfg
-	other.TrustDomain = spiffeid.RequireTrustDomainFromString("evil.org")
-	if _, err := Open(t.Context(), other); err == nil || !strings.Contains(err.Error(), "another trust domain") {
-		t.Errorf("Open for another trust domain = %v", err)
-	}
-	other = cfg
-	other.Development = true
-	if _, err := Open(t.Context(), other); err == nil || !strings.Contains(err.Error(), "development") {
-		t.Errorf("Open as development = %v", err)
-	}
-}
-
 func TestDevelopmentRootSaysSo(t *testing.T) {
 	cfg := config(t)
 	cfg.Development = true
@@ -525,58 +261,6 @@ func TestDevelopmentRootSaysSo(t *testing.T) {
 	cfg.Development = false
 	if _, err := Open(t.Context(), cfg); err == nil {
 		t.Error("a development root opens as a real one")
-	}
-}
-
-// A crash at any point of first use leaves a folder that opens, with whatever was
-// finished before it.
-func TestUnfinishedGenerationsAreNeverUsed(t *testing.T) {
-	cfg := config(t)
-	k := open(t, cfg)
-	for _, lost := range [][]string{{"intermediate-1"}, {"intermediate-1", "policy-1"}, {"intermediate-1", "policy-1", "jwt-1"}} {
-		for _, name := range lost { // what the crash came before
-			if err := os.RemoveAll(filepath.Join(cfg.Dir, name)); err != nil {
-				t.Fatal(err)
-			}
-		}
-		half := filepath.Join(cfg.Dir, unfinished+"123")
-		if err := os.Mkdir(half, 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(half, sealedFile), []byte("-----BEGIN PRIV"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		again := open(t, cfg)
-		if svid.KeyHash(again.X509().Root) != svid.KeyHash(k.X509().Root) {
-			t.Error("the root changed")
-		}
-		if _, err := os.Stat(half); !os.IsNotExist(err) {
-			t.Errorf("the unfinished generation is still there: %v", err)
-		}
-		if _, err := verify(t, again, issue(t, again, "/web")); err != nil {
-			t.Error(err)
-		}
-	}
-}
-
-// Two processes that start on one empty folder do not end up with two roots.
-func TestConcurrentFirstUseMakesOneRoot(t *testing.T) {
-	cfg := config(t)
-	var wg sync.WaitGroup
-	for range 4 {
-		wg.Go(func() { // as a CA does it: losers fail, nobody may win twice
-			lock, err := Lock(cfg.Dir)
-			if err != nil {
-				return
-			}
-			defer lock.Close()
-			_, _ = Open(context.WithoutCancel(t.Context()), cfg)
-		})
-	}
-	wg.Wait()
-	open(t, cfg)
-	if got := generations(t, cfg.Dir); !slices.Contains(got, "root-1") || slices.Contains(got, "root-2") {
-		t.Errorf("on disk: %v; want one root", got)
 	}
 }
 
