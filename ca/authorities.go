@@ -52,6 +52,8 @@ type authorities struct {
 	log      *slog.Logger
 	// registered makes the store say of this replica what is so.
 	registered func(context.Context, time.Time) error
+	// above is the CA above a nested one, which judges its steps; nil: there is none.
+	above *above
 	// ttls are what SVIDs live whose entry does not say, jwtKeyTTL what a JWT key
 	// does.
 	ttls      registry.TTLs
@@ -95,6 +97,9 @@ func (a *authorities) prepare(ctx context.Context, kind rotation.Kind) (string, 
 func (a *authorities) makeKey(kind rotation.Kind, now time.Time) (*rotation.Authority, error) {
 	switch kind {
 	case rotation.Root:
+		if a.above != nil {
+			return nil, status.Errorf(codes.FailedPrecondition, "the root is that of the CA above, at %s: prepare the next one there", a.above.address)
+		}
 		root, err := a.keys.PrepareRoot(now)
 		if errors.Is(err, upstream.ErrNoRootKey) {
 			return nil, status.Error(codes.FailedPrecondition, "this replica does not hold the root key: ask the one that does (merlon replica list)")
@@ -107,6 +112,11 @@ func (a *authorities) makeKey(kind rotation.Kind, now time.Time) (*rotation.Auth
 		}
 		return a.rootAuthority(root), nil
 	case rotation.JWT:
+		if a.above != nil {
+			if spare, ok := a.spareJWT(); ok {
+				return a.jwtAuthority(spare, now), nil
+			}
+		}
 		key, err := a.keys.PrepareJWT()
 		if err != nil {
 			return nil, err
@@ -162,6 +172,15 @@ func (a *authorities) takeHere(ctx context.Context, c rotation.Command) (uint64,
 // take takes one step, judged by a picture that has everything which the store
 // had when the step was begun.
 func (a *authorities) take(ctx context.Context, c rotation.Command) (*trust.Step, uint64, error) {
+	if a.above != nil {
+		revision, err := a.above.step(ctx, c)
+		return nil, revision, err
+	}
+	return a.takeIf(ctx, c, func(rotation.Set) error { return nil })
+}
+
+// takeIf is take where may allows it of the set that is stored.
+func (a *authorities) takeIf(ctx context.Context, c rotation.Command, may func(rotation.Set) error) (*trust.Step, uint64, error) {
 	revision, err := a.domain.Store.Revision(ctx)
 	if err != nil {
 		return nil, 0, fmt.Errorf("read the store's revision: %w", err)
@@ -173,6 +192,9 @@ func (a *authorities) take(ctx context.Context, c rotation.Command) (*trust.Step
 	var before rotation.Set
 	var left rotation.Wait
 	step, revision, err := a.domain.Take(ctx, func(set rotation.Set) (rotation.Set, error) {
+		if err := may(set); err != nil {
+			return set, err
+		}
 		before = set
 		_, view := a.registry.Rotation(now, a.ttls)
 		if c.Verb == rotation.Activate && !c.Force {

@@ -88,7 +88,7 @@ func TestReplicaRenewsOverTheWire(t *testing.T) {
 	}
 
 	// An authority of its is revoked: it gets no more, and keeps what it has.
-	put, _, err := revocation.Put(svid.Revocation{AuthorityID: first, ExpiresAt: now.Add(time.Hour)})
+	put, _, err := revocation.Put(0, svid.Revocation{AuthorityID: first, ExpiresAt: now.Add(time.Hour)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -191,8 +191,8 @@ func partHint(err error) string {
 		hint string
 	}{
 		{upstream.ErrNoKeys, "to add a replica, run `" + create + "` on the CA that holds the root key and set join_address, join_token_file and root_hash; to be that CA itself, put the keys folder of the CA that it is from, and the kek beside it, into data_dir"},
-		{upstream.ErrIsReplica, "set join_address to the CA that holds the root key"},
-		{upstream.ErrIsRootHolder, "remove join_address, or use another data_dir for the replica"},
+		{upstream.ErrIsReplica, "set join_address to the CA that holds the root key; on a nested CA set upstream: merlon, and upstream_address"},
+		{upstream.ErrIsRootHolder, "remove join_address, or upstream: merlon, or use another data_dir for the replica or nested CA"},
 		{upstream.ErrEnded, rejoin},
 		{upstream.ErrOtherReplica, "set replica_name to the name that the keys have, or leave it out; a name is for good"},
 		{seal.ErrNoKey, "put it back to where it was, or say where it is with key_file, key_credential or key_passphrase_file; without it the keys are lost, and only a backup of both helps"},
@@ -211,9 +211,10 @@ func partHint(err error) string {
 		{store.ErrReplaced, "start merlon-ca again, and so every other replica: it opens the store that is there now"},
 		{trust.ErrOtherRoot, "a store is of no use without its keys: put the keys folder of the CA that it is from, and the kek beside it, into data_dir; replicas share one store, at the same etcd_endpoints and etcd_prefix"},
 		{trust.ErrWithdrawn, "this is an old copy of data_dir/keys: bring back the newest, which has the root that signs now (merlon authority list on a replica, or the audit log, names it)"},
-		{errNoJoinToken, "run `" + create + "` on the CA that holds the root key, then set join_token_file and root_hash"},
-		{errJoinOther, "let join_address be the CA that holds the root key, and replica_name the name that the token was made for, or leave replica_name out"},
-		{errJoinRefused, "a token works once and for a short time: run `" + create + "` again"},
+		{errNoJoinToken, "run `" + create + "` (for a nested CA --kind nested-ca) on the CA that holds the root key, then set join_token_file and root_hash"},
+		{errJoinOther, "let join_address, or upstream_address, be the CA that holds the root key, and replica_name the name that the token was made for, or leave replica_name out"},
+		{errJoinRefused, "a token works once and for a short time: run `" + create + "` (for a nested CA --kind nested-ca) again"},
+		{errNested, "set upstream: merlon and upstream_address on a nested CA, and on no other; what it is, it is for good"},
 	} {
 		if errors.Is(err, known.is) {
 			return known.hint
@@ -223,4 +224,4 @@ func partHint(err error) string {
 }
 
 // rejoin is how a replica comes back that is none any more.
-const rejoin = "to come back: `merlon replica evict NAME` on another replica, move data_dir/keys away here, and join with a new token (merlon token create --kind replica)"
+const rejoin = "to come back: `merlon replica evict NAME` on another replica, move data_dir/keys away here, and join with a new token (merlon token create --kind replica, or nested-ca)"

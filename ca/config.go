@@ -103,8 +103,9 @@ type Config struct {
 	// its own. Needs store: etcd.
 	JoinAddress string `yaml:"join_address"`
 
-	// JoinToken admits this replica once, as `merlon token create --kind
-	// replica` printed it. It is a secret: prefer join_token_file.
+	// JoinToken admits this replica, or nested CA, once, as `merlon token create
+	// --kind replica` or nested-ca printed it. It is a secret: prefer
+	// join_token_file.
 	JoinToken string `yaml:"join_token"`
 
 	// JoinTokenFile is a file with the join token.
@@ -137,17 +138,20 @@ type Config struct {
 	// jwt, policy. Default: all in a PKCS #11 token, the root alone in a cloud.
 	KMSKeys []string `yaml:"kms_keys"`
 
-	// Upstream is who signs this CA's intermediates: disk, a CA whose certificate
-	// and key are in files; stepcas, vaultcas or cloudcas, services of others.
-	// Default: none, the CA's own root does.
+	// Upstream is who signs this CA's intermediates: merlon, another CA of Merlon
+	// and of the same trust domain, below which this one is nested; disk, a CA
+	// whose certificate and key are in files; stepcas, vaultcas or cloudcas,
+	// services of others. Default: none, the CA's own root does.
 	Upstream string `yaml:"upstream"`
 
 	// UpstreamRootFile holds, in PEM, the root of the upstream authority, with
-	// which SVIDs are verified. Required with upstream.
+	// which SVIDs are verified. Required with upstream, but not with merlon, where
+	// root_hash names the first.
 	UpstreamRootFile string `yaml:"upstream_root_file"`
 
-	// UpstreamAddress is the URL of step-ca or Vault, or the resource name of a CA
-	// in Google's CAS.
+	// UpstreamAddress is the gRPC address of the CA of Merlon that holds the root
+	// key, host:port; the URL of step-ca or Vault, or the resource name of a CA in
+	// Google's CAS.
 	UpstreamAddress string `yaml:"upstream_address"`
 
 	// UpstreamCertFile is the certificate of the CA on disk, followed by what is

@@ -38,7 +38,13 @@ func (c Config) checkKeys() error {
 	return c.kms().Validate()
 }
 
+// upstreamMerlon is the upstream of a nested CA, which follows it, and needs no CAS.
+const upstreamMerlon = "merlon"
+
 func (c Config) authority() upstream.AuthorityConfig {
+	if c.nested() {
+		return upstream.AuthorityConfig{}
+	}
 	return upstream.AuthorityConfig{
 		Type: c.Upstream, RootFile: c.UpstreamRootFile, Address: c.UpstreamAddress,
 		CertFile: c.UpstreamCertFile, KeyFile: c.UpstreamKeyFile,
@@ -47,10 +53,36 @@ func (c Config) authority() upstream.AuthorityConfig {
 }
 
 func (c Config) checkUpstream() error {
+	if c.nested() {
+		return c.checkNested()
+	}
 	if c.Upstream != "" && c.Store != storeBadger {
 		return fmt.Errorf("upstream: %s signs for a CA of one replica, so store must be badger", c.Upstream)
 	}
 	return c.authority().Validate()
+}
+
+// checkNested refuses settings that a nested CA would ignore.
+func (c Config) checkNested() error {
+	for _, other := range []struct{ key, value string }{
+		{"upstream_root_file", c.UpstreamRootFile},
+		{"upstream_cert_file", c.UpstreamCertFile},
+		{"upstream_key_file", c.UpstreamKeyFile},
+		{"upstream_provisioner", c.UpstreamProvisioner},
+		{"upstream_password_file", c.UpstreamPasswordFile},
+		{"upstream_config_file", c.UpstreamConfigFile},
+	} {
+		if other.value != "" {
+			return fmt.Errorf("%s: is for other upstreams; with upstream merlon there is upstream_address, and to join root_hash and join_token_file", other.key)
+		}
+	}
+	switch {
+	case c.Store != storeBadger:
+		return errors.New("upstream: a nested CA is one process with a store of its own, so store must be badger; more processes on one etcd are replicas (join_address)")
+	case c.JoinAddress != "":
+		return errors.New("join_address: is for replicas, which share a store; a nested CA has upstream_address")
+	}
+	return nil
 }
 
 func (c Config) kms() upstream.KMSConfig { return upstream.KMSConfig{URI: c.KMS, Keys: c.KMSKeys} }

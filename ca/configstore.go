@@ -53,17 +53,18 @@ func (c Config) checkJoin() error {
 		}
 	}
 	token := c.JoinToken != "" || c.JoinTokenFile != ""
-	if c.JoinAddress == "" {
+	if c.JoinAddress == "" && !c.nested() {
 		if token {
 			return errors.New("join_address: is missing, and there is a join token")
 		}
 		return nil
 	}
-	if c.Store != storeEtcd {
-		return errors.New("join_address: replicas share a store, so store must be etcd")
+	if !c.nested() && c.Store != storeEtcd {
+		return errors.New("join_address: replicas share a store, so store must be etcd; a CA with a store of its own is nested: upstream: merlon")
 	}
-	if host, _, err := net.SplitHostPort(c.JoinAddress); err != nil || host == "" || checkAddress(c.JoinAddress) != nil {
-		return fmt.Errorf("join_address: %q: want host:port", c.JoinAddress)
+	key, address := c.rootHolder()
+	if host, _, err := net.SplitHostPort(address); err != nil || host == "" || checkAddress(address) != nil {
+		return fmt.Errorf("%s: %q: want host:port", key, address)
 	}
 	if c.JoinToken != "" && c.JoinTokenFile != "" {
 		return errors.New("join_token_file: join_token is set too; set one of them")
@@ -77,6 +78,17 @@ func (c Config) checkJoin() error {
 		}
 	}
 	return nil
+}
+
+// nested says whether this CA has a store of its own below another CA of Merlon.
+func (c Config) nested() bool { return c.Upstream == upstreamMerlon }
+
+// rootHolder is the address of the CA that holds the root key, with its setting.
+func (c Config) rootHolder() (key, address string) {
+	if c.nested() {
+		return "upstream_address", c.UpstreamAddress
+	}
+	return "join_address", c.JoinAddress
 }
 
 // joinToken is the token by which this replica joins; empty where none is

@@ -1,5 +1,5 @@
-// A replica's way to the CA that holds the root key: to join it, once, and to
-// have the next intermediate signed. As with agents, nothing is said before the
+// The way of a replica, or of a nested CA, to the CA that holds the root key: to join
+// it, once, and to have the next intermediate signed. As with agents, nothing is said before the
 // other side has proved that it is the CA: by the pinned root at first, by the
 // root at hand later.
 
@@ -26,6 +26,7 @@ import (
 
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/nested"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/ca/internal/upstream"
 	"merlon.dev/sdk/svid"
@@ -47,6 +48,9 @@ type rootHolder struct {
 	cfg Config
 	td  spiffeid.TrustDomain
 	log *slog.Logger
+	// mirror is where a nested CA puts down what comes with its certificates, before
+	// those are put away; nil on a replica.
+	mirror *nested.Mirror
 	// published is the trust bundle when the CA was opened; nil: none yet.
 	published *trust.Bundle
 	// own is the CA's own X509-SVID, and the roots that it knows, once there are
@@ -80,7 +84,7 @@ func (h *rootHolder) Join(ctx context.Context, keys upstream.KeyRequests) (*upst
 	}
 	var answer *capb.ReplicaCertificates
 	err = h.call(ctx, cfg, func(ctx context.Context, ca capb.ReplicaClient) error {
-		resp, err := ca.Join(ctx, &capb.ReplicaJoinRequest{Token: token, Keys: requestsToProto(keys), Name: h.cfg.ReplicaName})
+		resp, err := ca.Join(ctx, &capb.ReplicaJoinRequest{Token: token, Keys: requestsToProto(keys), Name: h.cfg.ReplicaName, OwnStore: h.mirror != nil})
 		answer = resp.GetCertificates()
 		return err
 	})
@@ -91,20 +95,26 @@ func (h *rootHolder) Join(ctx context.Context, keys upstream.KeyRequests) (*upst
 		return nil, fmt.Errorf("%w: %s", errJoinOther, status.Convert(err).Message())
 	}
 	if err != nil {
-		return nil, fmt.Errorf("join the CA at %s: %w", h.cfg.JoinAddress, err)
+		return nil, fmt.Errorf("join the CA at %s: %w", h.address(), err)
 	}
 	got, err := certificates(answer, []*x509.Certificate{root})
+	if err == nil {
+		err = h.putDown(ctx, answer.GetState(), h.mirror.Join)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("join the CA at %s: %w", h.cfg.JoinAddress, err)
+		return nil, fmt.Errorf("join the CA at %s: %w", h.address(), err)
 	}
 	h.log.LogAttrs(ctx, slog.LevelInfo, "joined the CA", slog.String("replica", answer.GetName()),
-		slog.String("address", h.cfg.JoinAddress), slog.Time("not_after", got.Intermediate.NotAfter))
+		slog.String("address", h.address()), slog.Time("not_after", got.Intermediate.NotAfter))
 	return got, nil
 }
 
 // checkStore: replicas share a store, and what belongs to the pinned root is
 // there before the first of them joins.
 func (h *rootHolder) checkStore() error {
+	if h.mirror != nil {
+		return nil // its own: what is in it is looked at once the answer is there
+	}
 	if h.published == nil {
 		return fmt.Errorf("join the CA: %w: it is empty", trust.ErrOtherRoot)
 	}
@@ -114,6 +124,22 @@ func (h *rootHolder) checkStore() error {
 		}
 	}
 	return fmt.Errorf("join the CA: %w than root_hash says", trust.ErrOtherRoot)
+}
+
+func (h *rootHolder) address() string {
+	_, address := h.cfg.rootHolder()
+	return address
+}
+
+// putDown puts down what a nested CA keeps in its store.
+func (h *rootHolder) putDown(ctx context.Context, p *capb.SharedState, do func(context.Context, nested.State) error) error {
+	switch {
+	case h.mirror == nil:
+		return nil
+	case p == nil:
+		return errNoState
+	}
+	return do(ctx, stateOf(p))
 }
 
 // Certify implements upstream.RootHolder.
@@ -131,13 +157,20 @@ func (h *rootHolder) Certify(ctx context.Context, keys upstream.KeyRequests) (*u
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("certify at %s: %w", h.cfg.JoinAddress, err)
+		return nil, fmt.Errorf("certify at %s: %w", h.address(), err)
 	}
-	return certificates(answer, roots)
+	got, err := certificates(answer, roots)
+	if err != nil {
+		return nil, err
+	}
+	return got, h.putDown(ctx, answer.GetState(), func(ctx context.Context, s nested.State) error {
+		_, err := h.mirror.Apply(ctx, s)
+		return err
+	})
 }
 
 func (h *rootHolder) call(ctx context.Context, cfg *tls.Config, do func(context.Context, capb.ReplicaClient) error) error {
-	conn, err := grpc.NewClient(h.cfg.JoinAddress, grpc.WithTransportCredentials(credentials.NewTLS(cfg)),
+	conn, err := grpc.NewClient(h.address(), grpc.WithTransportCredentials(credentials.NewTLS(cfg)),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswerBytes)), grpc.WithNoProxy())
 	if err != nil {
 		return err

@@ -147,7 +147,7 @@ func TestWhatHasExpiredIsRemoved(t *testing.T) {
 	long, putLong := newStoredEntry(t, now.Add(3*time.Hour))
 	endless, putEndless := newStoredEntry(t, time.Time{})
 	revoke := func(id string, expires time.Time) store.Op {
-		op, _, err := revocation.Put(svid.Revocation{SPIFFEID: id, ExpiresAt: expires})
+		op, _, err := revocation.Put(0, svid.Revocation{SPIFFEID: id, ExpiresAt: expires})
 		if err != nil {
 			t.Fatal(err)
 		}

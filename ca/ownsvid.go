@@ -42,6 +42,7 @@ const (
 
 // ownSVID implements x509svid.Source.
 type ownSVID struct {
+	realm    uint32
 	td       spiffeid.TrustDomain
 	dnsNames []string
 	keys     *upstream.Keys
@@ -81,6 +82,7 @@ func (o *ownSVID) renew(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return fmt.Errorf("number the CA's own X509-SVID: %w", err)
 	}
+	serial = serial.In(o.realm)
 	ca := o.keys.X509()
 	leaf, err := ca.Issue(authority.LeafRequest{
 		SPIFFEID: entry.CAID(o.td), PublicKey: key.Public(), Serial: serial, TTL: ownTTL, DNSNames: o.names(), Now: now,

@@ -55,7 +55,7 @@ func TestRevokedOwnSVIDIsReplacedAtOnce(t *testing.T) {
 		}
 	}()
 	before := p.own.current.Load()
-	op, _, err := revocation.Put(svid.Revocation{Serial: before.peer.SerialHex, ExpiresAt: time.Now().Add(time.Hour)})
+	op, _, err := revocation.Put(0, svid.Revocation{Serial: before.peer.SerialHex, ExpiresAt: time.Now().Add(time.Hour)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -20,6 +20,7 @@ import (
 
 // policyKeys is safe for concurrent use.
 type policyKeys struct {
+	realm       uint32
 	trustDomain string
 	keys        *upstream.Keys
 	registry    *registry.Registry
@@ -52,6 +53,9 @@ func (p *policyKeys) all() []replica.PolicyKey {
 		live = append(live, own)
 	}
 	for _, rec := range records {
+		if rec.Realm != p.realm {
+			continue // a nested CA signs the policy of its own agents
+		}
 		// One that no root vouches for is as good as none.
 		if key, err := rec.PolicyKey(roots, now); err == nil && key.KID != own.KID {
 			live = append(live, key)

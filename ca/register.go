@@ -16,6 +16,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/nested"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/rotation"
@@ -26,6 +27,9 @@ import (
 
 // errEvicted ends the start of a replica whose record is gone.
 var errEvicted = errors.New("this replica has been evicted")
+
+// errNested ends the start of a nested CA that is configured as something else.
+var errNested = errors.New("its record and the configuration do not agree on whether it is a nested CA (upstream: merlon)")
 
 // openKeys opens the keys of this CA, which joins first if it has none and is
 // to be a replica. A store that belongs to another root is refused.
@@ -59,8 +63,13 @@ func (s *Server) openKeys(ctx context.Context, p *parts) error {
 	if p.keysLock, err = upstream.Lock(cfg.Dir); err != nil {
 		return err
 	}
-	if s.cfg.JoinAddress != "" {
-		cfg.RootHolder = &rootHolder{cfg: s.cfg, td: s.td, log: s.log, published: published, own: p.ownIdentity}
+	holder := &rootHolder{cfg: s.cfg, td: s.td, log: s.log, published: published, own: p.ownIdentity}
+	if s.cfg.nested() {
+		p.mirror = &nested.Mirror{Store: p.store, TrustDomain: s.td}
+		holder.mirror = p.mirror
+	}
+	if s.cfg.JoinAddress != "" || s.cfg.nested() {
+		cfg.RootHolder = holder
 	}
 	if p.keys, err = upstream.Open(ctx, cfg); err != nil {
 		return err
@@ -71,6 +80,9 @@ func (s *Server) openKeys(ctx context.Context, p *parts) error {
 	}
 	if !p.keys.HoldsRoot() {
 		return p.checkRegistered(ctx)
+	}
+	if err := p.refuseNested(ctx); err != nil {
+		return err
 	}
 	now := time.Now()
 	if err := p.recordIntermediate(ctx, now); err != nil {
@@ -245,8 +257,22 @@ func (p *parts) checkRegistered(ctx context.Context) error {
 		return err
 	}
 	kid := p.keys.JWT().KeyID
-	if rec == nil || !p.keys.HoldsJWT(rec.JWTKeyID) || !rec.Holds(p.keys.X509().ID()) || !published.Keys.HasJWTAuthority(kid) {
+	// The store of a nested CA may be behind, as after a restore: the CA above knows.
+	if rec == nil || !p.keys.HoldsJWT(rec.JWTKeyID) || !rec.Nested() && !rec.Holds(p.keys.X509().ID()) || !published.Keys.HasJWTAuthority(kid) {
 		return fmt.Errorf("replica %s: %w", p.keys.Name(), errEvicted)
 	}
+	if rec.Nested() != (p.mirror != nil) {
+		return fmt.Errorf("replica %s: %w", p.keys.Name(), errNested)
+	}
+	p.realm = rec.Realm
 	return nil
+}
+
+// refuseNested: the root's key is here, and the store is that of a nested CA.
+func (p *parts) refuseNested(ctx context.Context) error {
+	rec, err := p.record(ctx)
+	if err == nil && rec != nil && rec.Nested() {
+		err = trust.ErrOtherRoot
+	}
+	return err
 }

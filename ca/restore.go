@@ -292,7 +292,7 @@ func (r *Restored) leaveOut(cfg Config, pairs iter.Seq2[store.KV, error]) error 
 		case kv.Key == trust.AuthoritiesKey:
 			authorities = kv
 		case strings.HasPrefix(kv.Key, replica.Prefix):
-			if err := r.dropReplica(kv); err != nil {
+			if err := r.dropReplica(cfg, kv); err != nil {
 				return err
 			}
 		}

@@ -25,10 +25,11 @@ import (
 	"merlon.dev/sdk/svid"
 )
 
-// dropReplica leaves out the replica of a record, unless it holds the root.
-func (r *Restored) dropReplica(kv store.KV) error {
+// dropReplica leaves out the replica of a record, unless it holds the root, or the
+// store is that of the nested CA itself: the CA above knows whether it was evicted.
+func (r *Restored) dropReplica(cfg Config, kv store.KV) error {
 	rec, err := replica.Decode(kv)
-	if err != nil || rec.RootHolder {
+	if err != nil || rec.RootHolder || cfg.nested() {
 		return err
 	}
 	former, err := rec.PutFormer()

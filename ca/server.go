@@ -25,6 +25,7 @@ import (
 
 	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/nested"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/store"
@@ -120,9 +121,13 @@ type parts struct {
 	releases    *release.Publisher
 	service     *api.Service
 	own         *ownSVID
-	health      *health.Server
-	log         *slog.Logger
-	overdue     overdue // of the leader
+	// mirror, realm and above are a nested CA's.
+	mirror  *nested.Mirror
+	realm   uint32
+	above   *above
+	health  *health.Server
+	log     *slog.Logger
+	overdue overdue // of the leader
 	// storeFault is what the last look at the store said.
 	storeFault atomic.Pointer[error]
 
@@ -185,7 +190,7 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 		return nil, err
 	}
 	p.authorities.registry = p.registry
-	p.policy = &policyKeys{trustDomain: s.td.Name(), keys: p.keys, registry: p.registry}
+	p.policy = &policyKeys{realm: p.realm, trustDomain: s.td.Name(), keys: p.keys, registry: p.registry}
 	p.releases = s.publisher(p.store, p.policy)
 	p.resealFormer(ctx, time.Now())
 	p.enterEpoch(ctx, time.Now())
@@ -253,18 +258,26 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 		Authorities: p.authorities, Domain: p.domain, Rotation: s.cfg.rotation(), JWTKeyTTL: s.cfg.JWTKeyTTL,
 		Log: s.log, Metrics: p.health.Registry(), UIDs: uids, Tokens: tokens, Attestors: attestors,
 		X509SVIDTTL: s.cfg.X509SVIDTTL, JWTSVIDTTL: s.cfg.JWTSVIDTTL, AgentSVIDTTL: s.cfg.AgentSVIDTTL,
-		JWTMaxAudiences: s.cfg.JWTMaxAudiences,
+		JWTMaxAudiences: s.cfg.JWTMaxAudiences, Realm: p.realm,
 	}
 	if p.keys.HoldsRoot() && !p.keys.HasUpstream() {
 		options.Root = p.keys
 	}
+	if p.mirror != nil {
+		p.above = s.above(p)
+		options.UpstreamAge = p.above.age
+	}
 	p.service = api.New(options)
 	p.service.RememberKeys(ctx, time.Now())
 	p.own = &ownSVID{
-		td: s.td, dnsNames: s.cfg.DNSNames, keys: p.keys, registry: p.registry, audit: p.audit, standing: p.service.Standing,
+		realm: p.realm, td: s.td, dnsNames: s.cfg.DNSNames, keys: p.keys, registry: p.registry, audit: p.audit, standing: p.service.Standing,
 	}
 	if err := p.own.renew(ctx, time.Now()); err != nil {
 		return err
+	}
+	if p.above != nil {
+		p.above.own, p.authorities.above = p.own, p.above
+		p.above.watch(p.health)
 	}
 	p.checkReadiness()
 	p.authorities.lastCalls = newLastCalls(p.health.Registry())
@@ -341,6 +354,9 @@ func (s *Server) serve(ctx context.Context, p *parts, l *listeners) error {
 		base.Go(func() error { return p.holdName(inner, nameTTL) })
 	}
 	base.Go(func() error { return p.authorities.run(inner, p.service.Standing) })
+	if p.above != nil {
+		base.Go(func() error { return p.above.run(inner) })
+	}
 
 	outer, stopOuter := context.WithCancel(ctx)
 	defer stopOuter()

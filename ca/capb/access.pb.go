@@ -42,6 +42,8 @@ const (
 	// A replica of the CA: the SPIFFE ID spiffe://td/ca, under an authority that
 	// the record of a replica names.
 	Caller_CALLER_REPLICA Caller = 4
+	// A CA with a store of its own below this one: as a replica is known.
+	Caller_CALLER_NESTED_CA Caller = 5
 )
 
 // Enum value maps for Caller.
@@ -52,6 +54,7 @@ var (
 		2: "CALLER_AGENT",
 		3: "CALLER_ADMIN",
 		4: "CALLER_REPLICA",
+		5: "CALLER_NESTED_CA",
 	}
 	Caller_value = map[string]int32{
 		"CALLER_UNSPECIFIED": 0,
@@ -59,6 +62,7 @@ var (
 		"CALLER_AGENT":       2,
 		"CALLER_ADMIN":       3,
 		"CALLER_REPLICA":     4,
+		"CALLER_NESTED_CA":   5,
 	}
 )
 
@@ -286,13 +290,14 @@ const file_ca_capb_access_proto_rawDesc = "" +
 	"\x05roles\x18\x02 \x03(\x0e2\x12.merlon.ca.v1.RoleR\x05roles\x12\x16\n" +
 	"\x05reads\x18\x03 \x01(\bH\x00R\x05reads\x12\x12\n" +
 	"\x03act\x18\x04 \x01(\tH\x00R\x03actB\b\n" +
-	"\x06effect*n\n" +
+	"\x06effect*\x84\x01\n" +
 	"\x06Caller\x12\x16\n" +
 	"\x12CALLER_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10CALLER_ANONYMOUS\x10\x01\x12\x10\n" +
 	"\fCALLER_AGENT\x10\x02\x12\x10\n" +
 	"\fCALLER_ADMIN\x10\x03\x12\x12\n" +
-	"\x0eCALLER_REPLICA\x10\x04*o\n" +
+	"\x0eCALLER_REPLICA\x10\x04\x12\x14\n" +
+	"\x10CALLER_NESTED_CA\x10\x05*o\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vROLE_VIEWER\x10\x01\x12\x12\n" +

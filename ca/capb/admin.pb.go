@@ -33,6 +33,7 @@ const (
 	TokenKind_TOKEN_KIND_JOIN          TokenKind = 1
 	TokenKind_TOKEN_KIND_BUNDLE_READER TokenKind = 2
 	TokenKind_TOKEN_KIND_REPLICA       TokenKind = 3
+	TokenKind_TOKEN_KIND_NESTED_CA     TokenKind = 4
 )
 
 // Enum value maps for TokenKind.
@@ -42,12 +43,14 @@ var (
 		1: "TOKEN_KIND_JOIN",
 		2: "TOKEN_KIND_BUNDLE_READER",
 		3: "TOKEN_KIND_REPLICA",
+		4: "TOKEN_KIND_NESTED_CA",
 	}
 	TokenKind_value = map[string]int32{
 		"TOKEN_KIND_UNSPECIFIED":   0,
 		"TOKEN_KIND_JOIN":          1,
 		"TOKEN_KIND_BUNDLE_READER": 2,
 		"TOKEN_KIND_REPLICA":       3,
+		"TOKEN_KIND_NESTED_CA":     4,
 	}
 )
 
@@ -485,7 +488,7 @@ type CreateTokenRequest struct {
 	TtlSeconds int64 `protobuf:"varint,3,opt,name=ttl_seconds,json=ttlSeconds,proto3" json:"ttl_seconds,omitempty"`
 	// Bundle reader: the policy bundle it may read; empty means "main".
 	PolicyBundle string `protobuf:"bytes,4,opt,name=policy_bundle,json=policyBundle,proto3" json:"policy_bundle,omitempty"`
-	// Replica: the name that it will have. Required for that kind.
+	// Replica, nested CA: the name that it will have. Required for these kinds.
 	ReplicaName   string `protobuf:"bytes,5,opt,name=replica_name,json=replicaName,proto3" json:"replica_name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2134,7 +2137,10 @@ type CAReplica struct {
 	JwtKeyId    string                 `protobuf:"bytes,6,opt,name=jwt_key_id,json=jwtKeyId,proto3" json:"jwt_key_id,omitempty"`
 	PolicyKeyId string                 `protobuf:"bytes,7,opt,name=policy_key_id,json=policyKeyId,proto3" json:"policy_key_id,omitempty"`
 	// It is the one that answers.
-	Self          bool `protobuf:"varint,8,opt,name=self,proto3" json:"self,omitempty"`
+	Self bool `protobuf:"varint,8,opt,name=self,proto3" json:"self,omitempty"`
+	// Of a nested CA, which has a store of its own: the number by which serial
+	// numbers and revocations name that store.
+	Realm         uint32 `protobuf:"varint,9,opt,name=realm,proto3" json:"realm,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2223,6 +2229,13 @@ func (x *CAReplica) GetSelf() bool {
 		return x.Self
 	}
 	return false
+}
+
+func (x *CAReplica) GetRealm() uint32 {
+	if x != nil {
+		return x.Realm
+	}
+	return 0
 }
 
 type EvictReplicaRequest struct {
@@ -3213,7 +3226,7 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\freplica_name\x18\x02 \x01(\tR\vreplicaName\"\x15\n" +
 	"\x13ListReplicasRequest\"K\n" +
 	"\x14ListReplicasResponse\x123\n" +
-	"\breplicas\x18\x01 \x03(\v2\x17.merlon.ca.v1.CAReplicaR\breplicas\"\xab\x02\n" +
+	"\breplicas\x18\x01 \x03(\v2\x17.merlon.ca.v1.CAReplicaR\breplicas\"\xc1\x02\n" +
 	"\tCAReplica\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n" +
 	"\vroot_holder\x18\x02 \x01(\bR\n" +
@@ -3224,7 +3237,8 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\n" +
 	"jwt_key_id\x18\x06 \x01(\tR\bjwtKeyId\x12\"\n" +
 	"\rpolicy_key_id\x18\a \x01(\tR\vpolicyKeyId\x12\x12\n" +
-	"\x04self\x18\b \x01(\bR\x04self\")\n" +
+	"\x04self\x18\b \x01(\bR\x04self\x12\x14\n" +
+	"\x05realm\x18\t \x01(\rR\x05realm\")\n" +
 	"\x13EvictReplicaRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\x85\x01\n" +
 	"\x14EvictReplicaResponse\x121\n" +
@@ -3278,12 +3292,13 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"R\n" +
 	"\x17RevokeAuthorityResponse\x127\n" +
-	"\tauthority\x18\x01 \x01(\v2\x19.merlon.ca.v1.CAAuthorityR\tauthority*r\n" +
+	"\tauthority\x18\x01 \x01(\v2\x19.merlon.ca.v1.CAAuthorityR\tauthority*\x8c\x01\n" +
 	"\tTokenKind\x12\x1a\n" +
 	"\x16TOKEN_KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fTOKEN_KIND_JOIN\x10\x01\x12\x1c\n" +
 	"\x18TOKEN_KIND_BUNDLE_READER\x10\x02\x12\x16\n" +
-	"\x12TOKEN_KIND_REPLICA\x10\x032\xaf\x14\n" +
+	"\x12TOKEN_KIND_REPLICA\x10\x03\x12\x18\n" +
+	"\x14TOKEN_KIND_NESTED_CA\x10\x042\xaf\x14\n" +
 	"\x05Admin\x12m\n" +
 	"\vCreateEntry\x12 .merlon.ca.v1.CreateEntryRequest\x1a!.merlon.ca.v1.CreateEntryResponse\"\x19\xaa\xed\x18\x15\n" +
 	"\x01\x03\x12\x02\x02\x04\"\fcreate entry\x12b\n" +

@@ -831,6 +831,9 @@ type SyncResponse struct {
 	Stale bool `protobuf:"varint,10,opt,name=stale,proto3" json:"stale,omitempty"`
 	// Set with the first listing, and at most every 30 s while the log grows.
 	LogCheckpoint *LogCheckpoint `protobuf:"bytes,11,opt,name=log_checkpoint,json=logCheckpoint,proto3" json:"log_checkpoint,omitempty"`
+	// From a nested CA: how long ago it heard from the CA above it. What others
+	// revoked is known no better than that, so the agent's picture is not fresher.
+	UpstreamAge   *durationpb.Duration `protobuf:"bytes,12,opt,name=upstream_age,json=upstreamAge,proto3" json:"upstream_age,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -938,6 +941,13 @@ func (x *SyncResponse) GetStale() bool {
 func (x *SyncResponse) GetLogCheckpoint() *LogCheckpoint {
 	if x != nil {
 		return x.LogCheckpoint
+	}
+	return nil
+}
+
+func (x *SyncResponse) GetUpstreamAge() *durationpb.Duration {
+	if x != nil {
+		return x.UpstreamAge
 	}
 	return nil
 }
@@ -2040,7 +2050,7 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\aSyncAck\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
 	"\x15trust_bundle_sequence\x18\x02 \x01(\x04R\x13trustBundleSequence\x12+\n" +
-	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\xfd\x03\n" +
+	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\xbb\x04\n" +
 	"\fSyncResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
 	"\x05reset\x18\x02 \x01(\bR\x05reset\x12\x16\n" +
@@ -2053,7 +2063,8 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\asent_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x06sentAt\x12\x14\n" +
 	"\x05stale\x18\n" +
 	" \x01(\bR\x05stale\x12B\n" +
-	"\x0elog_checkpoint\x18\v \x01(\v2\x1b.merlon.ca.v1.LogCheckpointR\rlogCheckpoint\";\n" +
+	"\x0elog_checkpoint\x18\v \x01(\v2\x1b.merlon.ca.v1.LogCheckpointR\rlogCheckpoint\x12<\n" +
+	"\fupstream_age\x18\f \x01(\v2\x19.google.protobuf.DurationR\vupstreamAge\";\n" +
 	"\vSignRequest\x12,\n" +
 	"\x05items\x18\x01 \x03(\v2\x16.merlon.ca.v1.SignItemR\x05items\"7\n" +
 	"\bSignItem\x12\x19\n" +
@@ -2194,8 +2205,8 @@ var file_ca_capb_node_proto_goTypes = []any{
 	(*PolicyKey)(nil),             // 26: merlon.ca.v1.PolicyKey
 	(*Revocation)(nil),            // 27: merlon.ca.v1.Revocation
 	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
-	(Role)(0),                     // 29: merlon.ca.v1.Role
-	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
+	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
+	(Role)(0),                     // 30: merlon.ca.v1.Role
 }
 var file_ca_capb_node_proto_depIdxs = []int32{
 	2,  // 0: merlon.ca.v1.AttestRequest.x509pop:type_name -> merlon.ca.v1.X509Pop
@@ -2211,32 +2222,33 @@ var file_ca_capb_node_proto_depIdxs = []int32{
 	25, // 10: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
 	28, // 11: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
 	10, // 12: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
-	14, // 13: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
-	16, // 14: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
-	19, // 15: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
-	21, // 16: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
-	23, // 17: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
-	28, // 18: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	28, // 19: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	29, // 20: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
-	30, // 21: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
-	26, // 22: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
-	28, // 23: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	1,  // 24: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
-	5,  // 25: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
-	7,  // 26: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
-	13, // 27: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
-	18, // 28: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
-	4,  // 29: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
-	6,  // 30: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
-	12, // 31: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
-	15, // 32: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
-	20, // 33: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
-	29, // [29:34] is the sub-list for method output_type
-	24, // [24:29] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	29, // 13: merlon.ca.v1.SyncResponse.upstream_age:type_name -> google.protobuf.Duration
+	14, // 14: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
+	16, // 15: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
+	19, // 16: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
+	21, // 17: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
+	23, // 18: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
+	28, // 19: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	28, // 20: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	30, // 21: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
+	29, // 22: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
+	26, // 23: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
+	28, // 24: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	1,  // 25: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
+	5,  // 26: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
+	7,  // 27: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
+	13, // 28: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
+	18, // 29: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
+	4,  // 30: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
+	6,  // 31: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
+	12, // 32: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
+	15, // 33: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
+	20, // 34: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
+	30, // [30:35] is the sub-list for method output_type
+	25, // [25:30] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_node_proto_init() }

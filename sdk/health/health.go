@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"runtime"
@@ -45,8 +46,9 @@ type Server struct {
 	stopping chan struct{}
 	stopOnce sync.Once
 
-	mu     sync.RWMutex // guards checks
+	mu     sync.RWMutex // guards checks and notes
 	checks []namedCheck // sorted by name
+	notes  map[string]func() string
 }
 
 type namedCheck struct {
@@ -58,6 +60,8 @@ type namedCheck struct {
 type Report struct {
 	Ready  bool              `json:"ready"`
 	Checks map[string]Result `json:"checks"`
+	// Notes say what is amiss and no reason to send callers elsewhere.
+	Notes map[string]string `json:"notes,omitempty"`
 }
 
 // Result is the outcome of one check.
@@ -69,7 +73,7 @@ type Result struct {
 // New returns a server without checks, which is ready, and with the metrics
 // of the Go runtime, of the process and of its build.
 func New(logger *slog.Logger) *Server {
-	s := &Server{log: logger, registry: prometheus.NewRegistry(), stopping: make(chan struct{})}
+	s := &Server{log: logger, registry: prometheus.NewRegistry(), stopping: make(chan struct{}), notes: make(map[string]func() string)}
 	s.registry.MustRegister(
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
@@ -96,15 +100,31 @@ func (s *Server) Check(name string, check func() error) {
 	s.checks = slices.Insert(s.checks, i, namedCheck{name, check})
 }
 
+// Note adds to the report what note says, unless that is nothing. It is called as
+// a check is.
+func (s *Server) Note(name string, note func() string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.notes[name] = note
+}
+
 // Registry is where the process registers its metrics.
 func (s *Server) Registry() *prometheus.Registry { return s.registry }
 
 // Report runs every check. A server that is stopping is not ready.
 func (s *Server) Report() Report {
 	s.mu.RLock()
-	checks := slices.Clone(s.checks)
+	checks, notes := slices.Clone(s.checks), maps.Clone(s.notes)
 	s.mu.RUnlock()
 	r := Report{Ready: true, Checks: make(map[string]Result, len(checks))}
+	for name, note := range notes {
+		if text := note(); text != "" {
+			if r.Notes == nil {
+				r.Notes = make(map[string]string)
+			}
+			r.Notes[name] = text
+		}
+	}
 	for _, c := range checks {
 		if err := c.run(); err != nil {
 			r.Ready = false

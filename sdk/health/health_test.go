@@ -111,6 +111,20 @@ func TestCheckReplacesTheCheckOfItsName(t *testing.T) {
 	}
 }
 
+// What is amiss and no reason to go elsewhere is said, and changes nothing.
+func TestNotesLeaveTheServerReady(t *testing.T) {
+	s := health.New(slog.New(slog.DiscardHandler))
+	text := ""
+	s.Note("upstream", func() string { return text })
+	if got, want := s.Report(), (health.Report{Ready: true, Checks: map[string]health.Result{}}); !cmp.Equal(got, want) {
+		t.Errorf("Report() without anything to note = %+v; want %+v", got, want)
+	}
+	text = "away"
+	if got := s.Report(); !got.Ready || got.Notes["upstream"] != "away" {
+		t.Errorf("Report() = %+v; want it ready, with the note", got)
+	}
+}
+
 func TestMetricsSayWhichBuildRuns(t *testing.T) {
 	s := health.New(slog.New(slog.DiscardHandler))
 	url, stop := start(t, s)

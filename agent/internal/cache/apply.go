@@ -77,11 +77,12 @@ func (c *Cache) Apply(ctx context.Context, m *capb.SyncResponse) error {
 	}
 	whole := *u
 	c.coming = update{}
-	return c.complete(ctx, whole, m.GetRevision(), m.GetStale(), now)
+	// What a nested CA passes on is as old as what it heard last.
+	return c.complete(ctx, whole, m.GetRevision(), m.GetStale(), now.Add(-max(m.GetUpstreamAge().AsDuration(), 0)))
 }
 
-// complete lets a whole update take effect. c.mu is held.
-func (c *Cache) complete(ctx context.Context, u update, revision uint64, stale bool, now time.Time) error {
+// complete lets a whole update take effect, which is as of asOf. c.mu is held.
+func (c *Cache) complete(ctx context.Context, u update, revision uint64, stale bool, asOf time.Time) error {
 	news, err := c.weigh(u, revision, stale)
 	if err != nil {
 		return err
@@ -94,8 +95,8 @@ func (c *Cache) complete(ctx context.Context, u update, revision uint64, stale b
 	}
 	// A replica that is cut off from its store, or behind, does not know what
 	// was revoked since.
-	if news && !stale {
-		c.heard.Store(&now)
+	if news && !stale && asOf.After(c.Heard()) {
+		c.heard.Store(&asOf)
 	}
 	before := c.current()
 	first := !c.synced

@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"merlon.dev/ca/capb"
@@ -119,6 +120,35 @@ func TestStaleCADoesNotMakeThePictureFresher(t *testing.T) {
 		}
 		if v := take(t, s, "unix:uid:2"); !v.Current || f.State().Stale || !f.Heard().After(heard) {
 			t.Error("the CA reaches its store again, and the picture is not current")
+		}
+	})
+}
+
+// What a nested CA passes on is as old as what it heard last from the CA above.
+func TestPictureIsAsOldAsTheWordFromAbove(t *testing.T) {
+	at100(t, func(t *testing.T, f *fixture, say func(*capb.SyncResponse) error) {
+		heard := f.Heard()
+		for _, age := range []time.Duration{time.Hour, 10 * 365 * 24 * time.Hour} {
+			if err := say(&capb.SyncResponse{Synced: true, Revision: 101, UpstreamAge: durationpb.New(age)}); err != nil {
+				t.Fatal(err)
+			}
+			if !f.Heard().Equal(heard) || f.State().Stale || f.State().Revision != 101 {
+				t.Errorf("a message whose sender has heard nothing for %s: heard %s, %+v; want %s as before, and its content taken", age, f.Heard(), f.State(), heard)
+			}
+		}
+		now := time.Now()
+		if err := say(&capb.SyncResponse{Synced: true, Revision: 101, UpstreamAge: durationpb.New(time.Millisecond)}); err != nil {
+			t.Fatal(err)
+		}
+		if got := f.Heard(); !got.After(heard) || got.After(now.Add(time.Minute)) {
+			t.Errorf("heard %s; want it to go on from %s", got, heard)
+		}
+		// Nobody makes a picture fresher than now.
+		if err := say(&capb.SyncResponse{Synced: true, Revision: 101, UpstreamAge: durationpb.New(-time.Hour)}); err != nil {
+			t.Fatal(err)
+		}
+		if got := f.Heard(); got.After(time.Now()) {
+			t.Errorf("heard %s, which is to come", got)
 		}
 	})
 }

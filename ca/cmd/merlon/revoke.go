@@ -21,6 +21,7 @@ type revocationJSON struct {
 	AuthorityID    string     `json:"authority_id,omitempty"`
 	Serial         string     `json:"serial,omitempty"`
 	BeforeRevision uint64     `json:"before_revision,omitempty"`
+	Realm          uint32     `json:"realm,omitempty"` // of which nested CA's store the revision is
 	ExpiresAt      *time.Time `json:"expires_at"`
 	Note           string     `json:"note,omitempty"`
 }
@@ -28,7 +29,7 @@ type revocationJSON struct {
 func newRevocationJSON(r *capb.Revocation) revocationJSON {
 	return revocationJSON{
 		r.GetSpiffeId(), r.GetAgentId(), r.GetAuthorityId(), r.GetSerial(),
-		r.GetBeforeRevision(), timeOf(r.GetExpiresAt()), r.GetNote(),
+		r.GetBeforeRevision(), r.GetRealm(), timeOf(r.GetExpiresAt()), r.GetNote(),
 	}
 }
 

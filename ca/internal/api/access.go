@@ -125,8 +125,8 @@ type Caller struct {
 	// Roles are what an administrator holds, and Using those that opened this
 	// call to it.
 	Roles, Using []role.Role
-	// Agent and Peer are set for agents, Replica and Peer for replicas; Peer for
-	// whoever showed an SVID.
+	// Agent and Peer are set for agents, Replica and Peer for replicas and nested
+	// CAs; Peer for whoever showed an SVID.
 	Agent   *attest.Agent
 	Replica *replica.Record
 	Peer    *svid.Peer
@@ -135,6 +135,8 @@ type Caller struct {
 	// Fault says why what was shown counts for nothing, and Refusal to programs.
 	Fault   string
 	Refusal capb.Refusal
+	// Withdrawn: what was shown is a CA's, which was evicted.
+	Withdrawn bool
 	// Unsure says why it cannot be judged now, or not by this replica.
 	Unsure string
 }
@@ -224,12 +226,17 @@ func (s *Service) resolvePeer(ctx context.Context, c *Caller, p *svid.Peer) {
 	}
 	if g.Revoked {
 		c.Fault = errRevoked.Error()
+		c.Withdrawn = p.ID == entry.CAID(s.opts.TrustDomain) && g.Revocation.AuthorityID != "" && g.Revocation.BeforeRevision == 0
 		return
 	}
 	if p.ID == entry.CAID(s.opts.TrustDomain) {
 		if rec, ok := s.registry.ReplicaOf(issuerOf(p)); ok {
 			c.Replica = rec
-			c.Kinds = append(c.Kinds, capb.Caller_CALLER_REPLICA)
+			kind := capb.Caller_CALLER_REPLICA
+			if rec.Realm != s.opts.Realm {
+				kind = capb.Caller_CALLER_NESTED_CA
+			}
+			c.Kinds = append(c.Kinds, kind)
 		} else {
 			c.Fault = "its authority is not that of a replica"
 		}
@@ -248,7 +255,7 @@ const catchUpWait = 2 * time.Second
 // its serial number tells under the signature of an authority; it waits for
 // that, unless the store cannot be reached.
 func (s *Service) catchUp(ctx context.Context, p *svid.Peer) bool {
-	if !p.OurSerial || !p.ID.MemberOf(s.opts.TrustDomain) || p.Serial.Revision <= s.registry.Revision() {
+	if !p.OurSerial || p.Serial.Realm != s.opts.Realm || !p.ID.MemberOf(s.opts.TrustDomain) || p.Serial.Revision <= s.registry.Revision() {
 		return true
 	}
 	if s.Stale() {
@@ -289,6 +296,9 @@ func (t access) authorize(c *Caller, method string) error {
 	}
 	if c.Unsure != "" {
 		return status.Errorf(codes.Unavailable, "%s: %s", c.Name, c.Unsure)
+	}
+	if c.Withdrawn {
+		return status.Errorf(codes.PermissionDenied, "%s: its authority was withdrawn for good: this CA was evicted", c.Name)
 	}
 	if c.Fault != "" {
 		return c.unauthenticated()

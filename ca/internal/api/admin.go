@@ -152,7 +152,7 @@ func (s *Service) CreateToken(ctx context.Context, req *capb.CreateTokenRequest)
 		return s.createJoinToken(ctx, req)
 	case capb.TokenKind_TOKEN_KIND_BUNDLE_READER:
 		return s.createReaderToken(ctx, req)
-	case capb.TokenKind_TOKEN_KIND_REPLICA:
+	case capb.TokenKind_TOKEN_KIND_REPLICA, capb.TokenKind_TOKEN_KIND_NESTED_CA:
 		return s.createReplicaToken(ctx, req)
 	default:
 		return nil, &entry.InvalidError{Field: "kind", Reason: "is missing"}

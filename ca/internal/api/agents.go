@@ -181,7 +181,7 @@ func (s *Service) decide(ctx context.Context, what, name string, d attest.Decisi
 		d.With = func(a *attest.Agent) (put store.Op, err error) {
 			made = withdraws(a)
 			made.ExpiresAt, made.Note = d.Now.Add(recordLife), strings.TrimSuffix(what+": "+d.Note, ": ")
-			put, key, err = revocation.Put(made)
+			put, key, err = revocation.Put(s.opts.Realm, made)
 			return put, err
 		}
 	}
@@ -196,7 +196,7 @@ func (s *Service) decide(ctx context.Context, what, name string, d attest.Decisi
 		return nil, nil, err
 	}
 	a, err := s.agentState(id)
-	return a, revocationAt(made, key, decided.Revision), err
+	return a, s.revocationAt(made, key, decided.Revision), err
 }
 
 // The states of an agent that are not a standing.

@@ -153,7 +153,7 @@ func TestIssuanceRestsOnAPictureWithoutRevocation(t *testing.T) {
 	if _, err := s.grounds(t.Context(), caller, "sign"); err != nil {
 		t.Fatal(err)
 	}
-	op, _, err := revocation.Put(svid.Revocation{AgentID: agent.ID.String(), AgentHandle: agent.Handle, ExpiresAt: time.Now().Add(time.Hour)})
+	op, _, err := revocation.Put(0, svid.Revocation{AgentID: agent.ID.String(), AgentHandle: agent.Handle, ExpiresAt: time.Now().Add(time.Hour)})
 	if err != nil {
 		t.Fatal(err)
 	}

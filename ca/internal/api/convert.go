@@ -144,7 +144,8 @@ func revocationToProto(r *revocation.Record) *capb.Revocation {
 
 // revocationAt is the record as it will be read back once it is written at
 // revision.
-func revocationAt(r svid.Revocation, key string, revision uint64) *revocation.Record {
+func (s *Service) revocationAt(r svid.Revocation, key string, revision uint64) *revocation.Record {
+	r.Realm = s.opts.Realm
 	if r.Serial == "" {
 		r.BeforeRevision = revision
 	}

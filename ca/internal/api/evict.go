@@ -29,9 +29,14 @@ const evictedLife = time.Minute
 // errNoReplica is returned when no replica has the given name.
 var errNoReplica = status.Error(codes.NotFound, "no such replica")
 
-// createReplicaToken makes a token with which a CA joins as the named replica.
+// createReplicaToken makes a token with which a CA joins as the named replica, or
+// as the named nested CA.
 func (s *Service) createReplicaToken(ctx context.Context, req *capb.CreateTokenRequest) (*capb.CreateTokenResponse, error) {
-	if s.opts.Root == nil {
+	nested := req.GetKind() == capb.TokenKind_TOKEN_KIND_NESTED_CA
+	switch {
+	case nested && (s.opts.Realm != 0 || s.opts.Keys.HasUpstream()):
+		return nil, errNotBelow
+	case s.opts.Root == nil:
 		return nil, errNoRoot
 	}
 	name := req.GetReplicaName()
@@ -45,11 +50,15 @@ func (s *Service) createReplicaToken(ctx context.Context, req *capb.CreateTokenR
 	if err != nil {
 		return nil, err
 	}
-	token, err := attest.CreateReplicaToken(ctx, s.opts.Store, s.opts.Root, name, expires)
+	kind, create := "replica", attest.CreateReplicaToken
+	if nested {
+		kind, create = "nested-ca", attest.CreateNestedToken
+	}
+	token, err := create(ctx, s.opts.Store, s.opts.Root, name, expires)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.done(ctx, audit.Record{Detail: "create replica token for " + name, NotAfter: expires}); err != nil {
+	if err := s.done(ctx, audit.Record{Detail: "create " + kind + " token for " + name, NotAfter: expires}); err != nil {
 		return nil, err
 	}
 	return &capb.CreateTokenResponse{Token: token, ExpiresAt: timestamp(expires), RootHash: svid.KeyHash(s.opts.Keys.X509().Root)}, nil
@@ -68,7 +77,7 @@ func (s *Service) replicaToProto(rec *replica.Record) *capb.CAReplica {
 	p := &capb.CAReplica{
 		Name: rec.Name, RootHolder: rec.RootHolder, JoinedAt: timestamp(rec.JoinedAt),
 		AuthorityId: rec.Current().ID, NotAfter: timestamp(rec.Current().NotAfter), JwtKeyId: rec.JWTKeyID,
-		Self: rec.Name == s.opts.ReplicaName,
+		Self: rec.Name == s.opts.ReplicaName, Realm: rec.Realm,
 	}
 	// One that the root does not vouch for signs no policy, and has none.
 	if key, err := rec.PolicyKey(s.opts.Keys.Anchors(), time.Now()); err == nil {
@@ -144,7 +153,7 @@ func (s *Service) tryEvict(ctx context.Context, name string) (*replica.Record, [
 	if err != nil {
 		return nil, nil, 0, err
 	}
-	ops := append(step.Ops, store.Delete(replica.Prefix+name), replica.Mark())
+	ops := append(step.Ops, store.Delete(replica.Prefix+name), store.Delete(replica.ProgressPrefix+name), replica.Mark())
 	var revocations []*revocation.Record
 	for _, r := range Withdrawn(rec, keys, now) {
 		put, key, err := revocation.PutForGood(r)

@@ -79,7 +79,7 @@ func TestCertifyOfAReplicaThatIsRevokedMeanwhileIsRefused(t *testing.T) {
 	caller := s.PeerCaller(s.peerUnder(t, authority, certID(t, joined.GetRoot())))
 	st := s.opts.Store
 	s.overtake(func() {
-		put, _, err := revocation.Put(svid.Revocation{AuthorityID: authority, ExpiresAt: time.Now().Add(time.Hour)})
+		put, _, err := revocation.Put(0, svid.Revocation{AuthorityID: authority, ExpiresAt: time.Now().Add(time.Hour)})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -76,7 +76,7 @@ func (s *Service) renewed(ctx context.Context, id spiffeid.ID, notAfter time.Tim
 
 // signAgent issues an agent's own X509-SVID and records it.
 func (s *Service) signAgent(ctx context.Context, ca *authority.X509Authority, agent *attest.Agent, revision uint64, key any, act audit.Type) (*authority.Leaf, error) {
-	serial, err := svid.NewSerial(agent.Handle, revision)
+	serial, err := s.number(agent.Handle, revision)
 	if err != nil {
 		return nil, err
 	}
@@ -102,6 +102,12 @@ func (s *Service) signAgent(ctx context.Context, ca *authority.X509Authority, ag
 	}
 	s.metrics.issued.WithLabelValues("agent", "ok").Inc()
 	return leaf, nil
+}
+
+// number makes the serial number of an SVID that rests on revision of the store.
+func (s *Service) number(agent, revision uint64) (svid.Serial, error) {
+	serial, err := svid.NewSerial(agent, revision)
+	return serial.In(s.opts.Realm), err
 }
 
 // grounds is the picture that an issuance for the calling agent rests on. The
@@ -185,7 +191,7 @@ func (b *signing) issue(item *capb.SignItem, e *entry.Entry) (made issuedLeaf, e
 	if err != nil {
 		return made, err
 	}
-	serial, err := svid.NewSerial(b.grounds.Agent.Handle, b.grounds.Revision)
+	serial, err := b.service.number(b.grounds.Agent.Handle, b.grounds.Revision)
 	if err != nil {
 		return made, err
 	}

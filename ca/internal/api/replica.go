@@ -1,5 +1,5 @@
-// Replica: on the CA that holds the root key, lets replicas join and renews
-// their intermediates. A record in the store makes a replica; only a token that
+// Replica: on the CA that holds the root key, lets replicas and nested CAs join and
+// renews their intermediates. A record in the store makes a replica; only a token that
 // the root sealed, or the replica's own live authority, changes it.
 
 package api
@@ -42,6 +42,7 @@ type RootKeys interface {
 
 var (
 	errNoRoot      = status.Error(codes.FailedPrecondition, "this replica does not hold the root key: ask the one that does (merlon replica list)")
+	errOtherKind   = status.Error(codes.FailedPrecondition, "the token is for the other kind of CA: --kind replica is for one on the same etcd, --kind nested-ca for one with a store of its own (upstream: merlon)")
 	errReplicaName = status.Error(codes.AlreadyExists, "a replica of this name is there: evict it first, or choose another name")
 )
 
@@ -122,9 +123,13 @@ func (s *Service) Join(ctx context.Context, req *capb.ReplicaJoinRequest) (*capb
 	now := time.Now()
 	var rec *replica.Record
 	var intermediate *x509.Certificate
+	nested := attest.ForNested(req.GetToken())
 	revision, err := attest.RedeemReplicaToken(ctx, s.opts.Store, s.opts.Root, req.GetToken(), now, func(name string) ([]store.Cmp, []store.Op, error) {
 		if want := req.GetName(); want != "" && want != name {
 			return nil, nil, status.Errorf(codes.FailedPrecondition, "the token is for replica %s, and this one is configured as %s", name, want)
+		}
+		if nested != req.GetOwnStore() {
+			return nil, nil, errOtherKind
 		}
 		if rec == nil { // not again when others get in between
 			var err error
@@ -132,13 +137,13 @@ func (s *Service) Join(ctx context.Context, req *capb.ReplicaJoinRequest) (*capb
 				return nil, nil, err
 			}
 		}
-		return s.enrollReplica(ctx, rec, keys)
+		return s.enrollReplica(ctx, rec, keys, nested)
 	})
 	if err != nil {
 		return nil, s.refuse(ctx, caller, audit.Record{Detail: what}, s.toStatus(ctx, err))
 	}
 	if err := s.audit(ctx, audit.Record{
-		Time: now, Type: audit.Attest, Actor: caller.Name, Detail: detailOfReplica + rec.Name + " joins, JWT key " + rec.JWTKeyID,
+		Time: now, Type: audit.Attest, Actor: caller.Name, Detail: detailOfReplica + rec.Name + " joins" + realmOf(rec) + ", JWT key " + rec.JWTKeyID,
 		AuthorityID: rec.Current().ID, NotAfter: rec.Current().NotAfter,
 	}); err != nil {
 		return nil, fmt.Errorf("record that replica %s joins: %w", rec.Name, err)
@@ -148,6 +153,14 @@ func (s *Service) Join(ctx context.Context, req *capb.ReplicaJoinRequest) (*capb
 		return nil, err
 	}
 	return &capb.ReplicaJoinResponse{Certificates: certificates}, nil
+}
+
+// realmOf is for the audit log: what sets a nested CA apart.
+func realmOf(rec *replica.Record) string {
+	if !rec.Nested() {
+		return ""
+	}
+	return fmt.Sprintf(" with a store of its own, realm %d", rec.Realm)
 }
 
 func (s *Service) newReplica(name string, keys replicaKeys, now time.Time) (*replica.Record, *x509.Certificate, error) {
@@ -188,17 +201,14 @@ func authorityOf(cert *x509.Certificate) replica.Authority {
 }
 
 // enrollReplica prepares the transaction that makes rec a replica: with the
-// record comes its JWT key, published, which signs once it is acknowledged.
-func (s *Service) enrollReplica(ctx context.Context, rec *replica.Record, keys replicaKeys) ([]store.Cmp, []store.Op, error) {
-	der, err := x509.MarshalPKIXPublicKey(keys.jwt)
+// record comes its JWT key, published, which signs once it is acknowledged, and
+// with that of a nested CA its realm.
+func (s *Service) enrollReplica(ctx context.Context, rec *replica.Record, keys replicaKeys, nested bool) ([]store.Cmp, []store.Op, error) {
+	key, err := s.jwtAuthority(rec.Name, keys.jwt, rec.JoinedAt)
 	if err != nil {
-		return nil, nil, fmt.Errorf("encode the JWT key of replica %s: %w", rec.Name, err)
+		return nil, nil, err
 	}
-	key := rotation.Authority{
-		ID: keys.jwtID, Kind: rotation.JWT, Replica: rec.Name, PublicKey: der,
-		NotBefore: rec.JoinedAt, NotAfter: rec.JoinedAt.Add(s.opts.JWTKeyTTL),
-	}
-	step, planned := s.opts.Domain.Plan(ctx, func(set rotation.Set) (rotation.Set, error) { return set.Joined(key, rec.JoinedAt) })
+	step, planned := s.opts.Domain.Plan(ctx, func(set rotation.Set) (rotation.Set, error) { return set.Joined(*key, rec.JoinedAt) })
 	// Afterwards: where somebody was faster with these keys, that is what is wrong.
 	switch _, _, err := s.opts.Store.Get(ctx, replica.Prefix+rec.Name); {
 	case err == nil:
@@ -209,11 +219,39 @@ func (s *Service) enrollReplica(ctx context.Context, rec *replica.Record, keys r
 	if planned != nil {
 		return nil, nil, planned
 	}
-	put, err := rec.Put()
-	if err != nil {
-		return nil, nil, err
+	cmps, ops := append(step.Cmps, rec.Cmp()), append(step.Ops, replica.Mark())
+	if nested {
+		realm, cmp, taken, err := replica.NextRealm(ctx, s.opts.Store)
+		if err != nil {
+			return nil, nil, err
+		}
+		rec.Realm = realm
+		unheard, err := (&replica.Progress{Name: rec.Name}).Put()
+		if err != nil {
+			return nil, nil, err
+		}
+		cmps, ops = append(cmps, cmp), append(ops, taken, unheard)
 	}
-	return append(step.Cmps, rec.Cmp()), append(step.Ops, put, replica.Mark()), nil
+	put, err := rec.Put()
+	return cmps, append(ops, put), err
+}
+
+// jwtAuthority is a JWT key of the named replica.
+func (s *Service) jwtAuthority(name string, key crypto.PublicKey, now time.Time) (*rotation.Authority, error) {
+	if _, err := authority.JWSAlgorithm(key); err != nil {
+		return nil, &authority.InvalidError{Field: "jwt_csr", Reason: err.Error()}
+	}
+	id, err := replica.KeyID(key)
+	if err != nil {
+		return nil, err
+	}
+	der, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return nil, fmt.Errorf("encode the JWT key of replica %s: %w", name, err)
+	}
+	return &rotation.Authority{
+		ID: id, Kind: rotation.JWT, Replica: name, PublicKey: der, NotBefore: now.UTC(), NotAfter: now.Add(s.opts.JWTKeyTTL).UTC(),
+	}, nil
 }
 
 // certificates is the answer once the picture holds what it says.
@@ -221,7 +259,9 @@ func (s *Service) certificates(ctx context.Context, rec *replica.Record, interme
 	if err := s.registry.Wait(ctx, revision); err != nil {
 		return nil, err
 	}
+	state, _ := s.stateOf(rec.Name) // none for a replica that shares the store
 	return &capb.ReplicaCertificates{
+		State:        state,
 		Intermediate: [][]byte{intermediate.Raw}, Root: s.opts.Root.RootOf(intermediate).Raw,
 		PolicyCertificate: rec.PolicyCertificate, TrustBundle: s.trustToProto(s.registry.Trust()), Name: rec.Name,
 	}, nil

@@ -81,7 +81,7 @@ func (s *Service) tryDelete(ctx context.Context, key string) (*entry.Entry, *rev
 		return e, nil, err
 	}
 	r := svid.Revocation{SPIFFEID: e.SPIFFEID.String(), ExpiresAt: time.Now().Add(recordLife), Note: "registration entry " + e.ID + " deleted"}
-	put, recKey, err := revocation.Put(r)
+	put, recKey, err := revocation.Put(s.opts.Realm, r)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -92,7 +92,7 @@ func (s *Service) tryDelete(ctx context.Context, key string) (*entry.Entry, *rev
 	if !res.Succeeded {
 		return e, nil, nil
 	}
-	return e, revocationAt(r, recKey, res.Revision), nil
+	return e, s.revocationAt(r, recKey, res.Revision), nil
 }
 
 // Revoke implements capb.AdminServer.
@@ -104,7 +104,7 @@ func (s *Service) Revoke(ctx context.Context, req *capb.RevokeRequest) (*capb.Re
 	if err != nil {
 		return nil, err
 	}
-	put, key, err := revocation.Put(r)
+	put, key, err := revocation.Put(s.opts.Realm, r)
 	if err != nil {
 		return nil, err
 	}
@@ -118,7 +118,7 @@ func (s *Service) Revoke(ctx context.Context, req *capb.RevokeRequest) (*capb.Re
 	if err := s.registry.Wait(ctx, res.Revision); err != nil {
 		return nil, err
 	}
-	return &capb.RevokeResponse{Revocation: revocationToProto(revocationAt(r, key, res.Revision))}, nil
+	return &capb.RevokeResponse{Revocation: revocationToProto(s.revocationAt(r, key, res.Revision))}, nil
 }
 
 func subjectOf(r svid.Revocation) string {

@@ -1,5 +1,5 @@
 // Package api is the CA's gRPC side: Node for agents, Admin for operators,
-// Replica for other replicas of the CA.
+// Replica for other replicas of the CA, Nested for CAs below it.
 // Every call passes one table that says who may make it; every issuance,
 // refusal and administrative act leaves an audit record before its answer.
 package api
@@ -69,6 +69,8 @@ type Keys interface {
 	// Anchors are the CA's own roots, which vouch for policy keys. It trusts them by
 	// itself, not by what the store says.
 	Anchors() []*x509.Certificate
+	// HasUpstream says whether somebody else's CA signs our intermediates.
+	HasUpstream() bool
 }
 
 // Authorities takes the steps of rotation. Refusals are *rotation.RefusedError,
@@ -78,10 +80,13 @@ type Authorities interface {
 	Prepare(ctx context.Context, kind rotation.Kind) (id string, revision uint64, err error)
 	// Take takes one step of an authority that is there.
 	Take(ctx context.Context, c rotation.Command) (revision uint64, err error)
+	// TakeFor takes one step of a JWT key that is the named replica's, and of no
+	// other authority.
+	TakeFor(ctx context.Context, replica string, c rotation.Command) (revision uint64, err error)
 }
 
-// Options are the parts of a Service. All are required but UIDs, Attestors, Tokens, and Root
-// where the root's key is.
+// Options are the parts of a Service. All are required but UIDs, Attestors, Tokens,
+// Root where the root's key is, and Realm and UpstreamAge on a nested CA.
 type Options struct {
 	TrustDomain spiffeid.TrustDomain
 	Store       store.Store
@@ -97,6 +102,10 @@ type Options struct {
 	ReplicaName string
 	// Root is nil on a replica that does not hold the root key.
 	Root RootKeys
+	// Realm is by what serial numbers and revocations name the store; 0 but on a
+	// nested CA. There UpstreamAge says how long ago the CA above was heard.
+	Realm       uint32
+	UpstreamAge func(now time.Time) time.Duration
 	// Reseal signs the current policy bundles that another replica's key signed
 	// with our own, and returns the new heads.
 	Reseal  func(context.Context, replica.PolicyKey) ([]*release.Head, error)
@@ -118,12 +127,13 @@ type Options struct {
 	JWTKeyTTL time.Duration
 }
 
-// Service implements the Node, Admin and Replica services. It is safe for concurrent
+// Service implements the Node, Admin, Replica and Nested services. It is safe for concurrent
 // use.
 type Service struct {
 	capb.UnimplementedNodeServer
 	capb.UnimplementedAdminServer
 	capb.UnimplementedReplicaServer
+	capb.UnimplementedNestedServer
 
 	opts     Options
 	registry *registry.Registry
@@ -179,6 +189,7 @@ func (s *Service) TLSServer(cfg *tls.Config) *grpc.Server {
 	capb.RegisterNodeServer(srv, s)
 	capb.RegisterAdminServer(srv, s)
 	capb.RegisterReplicaServer(srv, s)
+	capb.RegisterNestedServer(srv, s)
 	return srv
 }
 
@@ -205,7 +216,7 @@ func (s *Service) SocketServer(extra ...func(grpc.ServiceRegistrar)) *grpc.Serve
 
 // accessTable is a fresh one for each server, because one of them adds to it.
 func accessTable() access {
-	return accessOf(capb.File_ca_capb_node_proto, capb.File_ca_capb_admin_proto, capb.File_ca_capb_replica_proto)
+	return accessOf(capb.File_ca_capb_node_proto, capb.File_ca_capb_admin_proto, capb.File_ca_capb_replica_proto, capb.File_ca_capb_nested_proto)
 }
 
 // door is what every call on one server passes.

@@ -17,7 +17,6 @@ import (
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/sdk/checkpoint"
-	"merlon.dev/sdk/svid"
 )
 
 const (
@@ -91,7 +90,7 @@ func (b *signingJWT) issue(item *capb.SignJWTItem, e *entry.Entry, r *audit.Reco
 	if err := b.checkAudience(item.GetAudience()); err != nil {
 		return "", err
 	}
-	serial, err := svid.NewSerial(b.grounds.Agent.Handle, b.grounds.Revision)
+	serial, err := b.service.number(b.grounds.Agent.Handle, b.grounds.Revision)
 	if err != nil {
 		return "", err
 	}

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"merlon.dev/ca/capb"
@@ -148,6 +149,9 @@ func (s *Service) push(ctx context.Context, stream grpc.ServerStreamingServer[ca
 		messages[len(messages)-1].LogCheckpoint = witness.next(ctx)
 		for _, msg := range messages {
 			msg.SentAt, msg.Stale = timestamppb.Now(), reach.stale
+			if s.opts.UpstreamAge != nil {
+				msg.UpstreamAge = durationpb.New(s.opts.UpstreamAge(time.Now()))
+			}
 			if err := stream.Send(msg); err != nil {
 				return err
 			}

@@ -1,6 +1,6 @@
-// Replica tokens: one replica of the CA, once. What is stored of one carries the
-// root's seal, since with a token comes an intermediate: who can write the store
-// alone must not be able to make one.
+// Replica tokens: one replica of the CA, or one nested CA, once. What is stored of
+// one carries the root's seal, since with a token comes an intermediate: who can
+// write the store alone must not be able to make one.
 
 package attest
 
@@ -9,12 +9,19 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"time"
 
 	"merlon.dev/ca/internal/store"
 )
 
-const replicaKind = "mrt"
+const (
+	replicaKind = "mrt"
+	nestedKind  = "mnt"
+)
+
+// ForNested says whether token is of the kind by which a nested CA joins.
+func ForNested(token string) bool { return strings.HasPrefix(token, nestedKind+"-") }
 
 // Sealer is the root's key; *upstream.Keys of the root holder has it.
 type Sealer interface {
@@ -28,13 +35,22 @@ func CreateReplicaToken(ctx context.Context, st store.Store, root Sealer, name s
 	return storeToken(ctx, st, replicaKind, storedToken{Subject: name, ExpiresAt: expires.UTC()}, root.Seal)
 }
 
+// CreateNestedToken is CreateReplicaToken for the nested CA called name.
+func CreateNestedToken(ctx context.Context, st store.Store, root Sealer, name string, expires time.Time) (string, error) {
+	return storeToken(ctx, st, nestedKind, storedToken{Subject: name, ExpiresAt: expires.UTC()}, root.Seal)
+}
+
 // RedeemReplicaToken uses token up in the transaction that enroll prepares for
 // the replica called name: of any number of simultaneous callers exactly one
 // succeeds (SECURITY.md T6). It returns the revision of the transaction. An
 // error of enroll ends it, and the token stays good.
 func RedeemReplicaToken(ctx context.Context, st store.Store, root Sealer, token string, now time.Time, enroll func(name string) ([]store.Cmp, []store.Op, error)) (uint64, error) {
+	kind := replicaKind
+	if ForNested(token) {
+		kind = nestedKind
+	}
 	for range maxAttempts {
-		t, kv, err := findToken(ctx, st, replicaKind, token, now)
+		t, kv, err := findToken(ctx, st, kind, token, now)
 		if err != nil {
 			return 0, err
 		}

@@ -264,7 +264,7 @@ func TestReadersSeeOneRevision(t *testing.T) {
 	r := start(t, st)
 	e := &entry.Entry{ID: entry.NewID(), SPIFFEID: spiffeid.RequireFromPath(td, "/web"), ParentID: nodeA, Selectors: []entry.Selector{{Type: "unix", Value: "uid:1"}}}
 	create := encoded(t, e)
-	revoke, _, err := revocation.Put(svid.Revocation{SPIFFEID: e.SPIFFEID.String(), ExpiresAt: noon})
+	revoke, _, err := revocation.Put(0, svid.Revocation{SPIFFEID: e.SPIFFEID.String(), ExpiresAt: noon})
 	if err != nil {
 		t.Fatal(err)
 	}

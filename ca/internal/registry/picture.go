@@ -140,6 +140,12 @@ func (p *picture) put(kv store.KV, dec *entry.Decoder, c *change) error {
 			return p.leaveOut(kv, err, c)
 		}
 		p.replicas = p.replicas.with(r)
+	case strings.HasPrefix(kv.Key, replica.ProgressPrefix):
+		progress, err := replica.DecodeProgress(kv)
+		if err != nil {
+			c.leftOut = append(c.leftOut, err)
+		}
+		p.replicas = p.replicas.heard(progress)
 	case kv.Key == replica.MarkKey:
 		p.replicas.keysAt = kv.ModRevision
 		c.forAll, c.heads = true, true
@@ -237,6 +243,8 @@ func (p *picture) remove(kv store.KV, c *change) {
 		delete(p.heads, name)
 	} else if name, ok := strings.CutPrefix(kv.Key, replica.Prefix); ok {
 		p.replicas = p.replicas.without(name)
+	} else if name, ok := strings.CutPrefix(kv.Key, replica.ProgressPrefix); ok {
+		p.replicas = p.replicas.silent(name)
 	} else if kv.Key == trust.Key {
 		p.trust = nil
 	} else if kv.Key == trust.AuthoritiesKey {
@@ -253,4 +261,4 @@ func (p *picture) removeEntry(id string, revision uint64, c *change) {
 }
 
 // kinds are the prefixes of what the picture holds.
-var kinds = []string{EntryPrefix, attest.AgentPrefix, revocation.Prefix, trust.Key, trust.AuthoritiesKey, release.HeadPrefix, replica.Prefix, replica.MarkKey}
+var kinds = []string{EntryPrefix, attest.AgentPrefix, revocation.Prefix, trust.Key, trust.AuthoritiesKey, release.HeadPrefix, replica.Prefix, replica.ProgressPrefix, replica.MarkKey}

@@ -63,7 +63,7 @@ func genOp(t *testing.T) *rapid.Generator[store.Op] {
 			op = put
 		case 3:
 			expires := noon.Add(time.Duration(n-15) * time.Hour)
-			put, _, err := revocation.Put(svid.Revocation{SPIFFEID: spiffeid.RequireFromPath(td, rapid.SampledFrom(names).Draw(rt, "name")).String(), ExpiresAt: expires})
+			put, _, err := revocation.Put(0, svid.Revocation{SPIFFEID: spiffeid.RequireFromPath(td, rapid.SampledFrom(names).Draw(rt, "name")).String(), ExpiresAt: expires})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -238,7 +238,7 @@ func TestRevocationRevisionDividesOldFromNew(t *testing.T) {
 	r := start(t, st)
 	e := put(t, st, r, nodeA)
 	old := peerAt(t, e.SPIFFEID, r.Revision())
-	op, _, err := revocation.Put(svid.Revocation{SPIFFEID: e.SPIFFEID.String(), ExpiresAt: time.Now().Add(time.Hour)})
+	op, _, err := revocation.Put(0, svid.Revocation{SPIFFEID: e.SPIFFEID.String(), ExpiresAt: time.Now().Add(time.Hour)})
 	if err != nil {
 		t.Fatal(err)
 	}

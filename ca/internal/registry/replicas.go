@@ -14,6 +14,8 @@ import (
 // replicas is the part of the picture that is about them. There are few.
 type replicas struct {
 	byName map[string]*replica.Record // replaced, never written to
+	// progress is what nested CAs said last, by name; replaced, never written to.
+	progress map[string]*replica.Progress
 	// keysAt is the revision at which one came or went last: with it came or went
 	// a policy key, of which every stream must hear.
 	keysAt uint64
@@ -28,6 +30,21 @@ func (s replicas) with(r *replica.Record) replicas {
 func (s replicas) without(name string) replicas {
 	s.byName = maps.Clone(s.byName)
 	delete(s.byName, name)
+	return s
+}
+
+func (s replicas) heard(p *replica.Progress) replicas {
+	s.progress = maps.Clone(s.progress)
+	if s.progress == nil {
+		s.progress = make(map[string]*replica.Progress)
+	}
+	s.progress[p.Name] = p
+	return s
+}
+
+func (s replicas) silent(name string) replicas {
+	s.progress = maps.Clone(s.progress)
+	delete(s.progress, name)
 	return s
 }
 

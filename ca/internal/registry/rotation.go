@@ -10,6 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/rotation"
 )
 
@@ -36,7 +37,7 @@ func (r *Registry) Rotation(now time.Time, defaults TTLs) (rotation.Set, rotatio
 func (p *picture) counted(now time.Time, defaults TTLs) []rotation.Agent {
 	banned := make(map[string]uint64) // agent → revision of its latest ban
 	for _, rec := range p.revocations.After(0, now) {
-		if rec.AgentID != "" {
+		if rec.AgentID != "" && !rec.Imported { // an agent of that name below another CA is another
 			banned[rec.AgentID] = max(banned[rec.AgentID], rec.Revision)
 		}
 	}
@@ -49,7 +50,26 @@ func (p *picture) counted(now time.Time, defaults TTLs) []rotation.Agent {
 		}
 		agents = append(agents, counted)
 	}
-	return agents
+	return append(agents, p.countedBelow()...)
+}
+
+// countedBelow are the nested CAs as agents count: each with those below it that
+// hold it back, until the last SVID under it has expired.
+func (p *picture) countedBelow() (all []rotation.Agent) {
+	for name, progress := range p.replicas.progress {
+		rec, ok := p.replicas.byName[name]
+		if !ok {
+			continue
+		}
+		until := rec.Current().NotAfter.Add(entry.MaxJWTSVIDTTL)
+		for _, agent := range progress.Behind {
+			all = append(all, rotation.Agent{Name: agent + " below nested CA " + name, Sequence: progress.TrustSequence, Until: until})
+		}
+		if len(progress.Behind) == 0 {
+			all = append(all, rotation.Agent{Name: "nested CA " + name, Sequence: progress.TrustSequence, Until: until})
+		}
+	}
+	return all
 }
 
 // longestTTL is what an SVID that was issued through the agent can live: what

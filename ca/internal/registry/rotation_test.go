@@ -113,7 +113,7 @@ func TestBannedAgentCountsAgainWhenItAttests(t *testing.T) {
 	if counted(t, r, now).Banned {
 		t.Error("it is banned from the start")
 	}
-	ban, _, err := revocation.Put(svid.Revocation{AgentID: nodeA.String(), AgentHandle: 7, ExpiresAt: now.Add(time.Hour)})
+	ban, _, err := revocation.Put(0, svid.Revocation{AgentID: nodeA.String(), AgentHandle: 7, ExpiresAt: now.Add(time.Hour)})
 	if err != nil {
 		t.Fatal(err)
 	}

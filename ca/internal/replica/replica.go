@@ -15,6 +15,7 @@ import (
 
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/store"
+	"merlon.dev/sdk/svid"
 )
 
 // Prefix is where the store keeps records of replicas, by name.
@@ -39,7 +40,9 @@ type Record struct {
 	Name string
 	// RootHolder: it has the root key.
 	RootHolder bool
-	JoinedAt   time.Time
+	// Realm is that of a nested CA, which has a store of its own; 0: it shares one.
+	Realm    uint32
+	JoinedAt time.Time
 	// Authorities are its intermediates, the current one last.
 	Authorities []Authority
 	// JWTKeyID names its key in the trust bundle.
@@ -64,6 +67,7 @@ type stored struct {
 	Version           int         `json:"v"`
 	Name              string      `json:"name"`
 	RootHolder        bool        `json:"root_holder,omitempty"`
+	Realm             uint32      `json:"realm,omitempty"`
 	JoinedAt          time.Time   `json:"joined_at"`
 	Authorities       []Authority `json:"authorities"`
 	JWTKeyID          string      `json:"jwt_key_id"`
@@ -87,11 +91,11 @@ func Decode(kv store.KV) (*Record, error) {
 	if s.Version != encodingVersion {
 		return nil, fmt.Errorf("decode %s: version %d is not known", kv.Key, s.Version)
 	}
-	if kv.Key != Prefix+s.Name || len(s.Authorities) == 0 {
+	if kv.Key != Prefix+s.Name || len(s.Authorities) == 0 || s.Realm > svid.MaxRealm {
 		return nil, fmt.Errorf("decode %s: it is incomplete", kv.Key)
 	}
 	return &Record{
-		Name: s.Name, RootHolder: s.RootHolder, JoinedAt: s.JoinedAt, Authorities: s.Authorities,
+		Name: s.Name, RootHolder: s.RootHolder, Realm: s.Realm, JoinedAt: s.JoinedAt, Authorities: s.Authorities,
 		JWTKeyID: s.JWTKeyID, PolicyCertificate: s.PolicyCertificate, Revision: kv.ModRevision,
 	}, nil
 }
@@ -109,7 +113,7 @@ func Read(ctx context.Context, st store.Store, name string) (*Record, error) {
 // Put returns the write that stores r.
 func (r *Record) Put() (store.Op, error) {
 	b, err := json.Marshal(stored{
-		Version: encodingVersion, Name: r.Name, RootHolder: r.RootHolder, JoinedAt: r.JoinedAt.UTC(), Authorities: r.Authorities,
+		Version: encodingVersion, Name: r.Name, RootHolder: r.RootHolder, Realm: r.Realm, JoinedAt: r.JoinedAt.UTC(), Authorities: r.Authorities,
 		JWTKeyID: r.JWTKeyID, PolicyCertificate: r.PolicyCertificate,
 	})
 	if err != nil {

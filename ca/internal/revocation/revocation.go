@@ -27,6 +27,10 @@ type Record struct {
 	CreatedAt time.Time
 	// Revision is that of the transaction that wrote it.
 	Revision uint64
+	// Imported: another CA made it, and its limit is of that CA's store.
+	Imported bool
+	// Derived: it was made because of another one (Import).
+	Derived bool
 }
 
 type stored struct {
@@ -41,29 +45,49 @@ type stored struct {
 	Note        string    `json:"note,omitempty"`
 	// ForGood: also what is issued later is withdrawn.
 	ForGood bool `json:"for_good,omitempty"`
+	// Realm is that of the store whose revision limits it: this one's, or, of what
+	// was imported, another's, whose revision it then names.
+	Realm          uint32 `json:"realm,omitempty"`
+	Imported       bool   `json:"imported,omitempty"`
+	BeforeRevision uint64 `json:"before_revision,omitempty"`
+	Derived        bool   `json:"derived,omitempty"`
 }
 
 // Put returns the write that stores r under a new key, and that key. The
 // record's BeforeRevision is not stored: it is the revision of the
 // transaction, so that everything issued from an older picture is concerned
-// and nothing issued later.
-func Put(r svid.Revocation) (store.Op, string, error) { return put(r, false) }
+// and nothing issued later. The realm is that of the store.
+func Put(realm uint32, r svid.Revocation) (store.Op, string, error) {
+	r.Realm = realm
+	return put(r, false)
+}
 
 // PutForGood is Put for a subject that never comes back, such as the authority
 // of an evicted replica: whatever it signs, and when, is withdrawn.
 func PutForGood(r svid.Revocation) (store.Op, string, error) { return put(r, true) }
 
 func put(r svid.Revocation, forGood bool) (store.Op, string, error) {
-	b, err := json.Marshal(stored{
-		Version: encodingVersion, SPIFFEID: r.SPIFFEID, AgentID: r.AgentID, AgentHandle: r.AgentHandle,
-		AuthorityID: r.AuthorityID, Serial: r.Serial, ExpiresAt: r.ExpiresAt.UTC(), CreatedAt: time.Now().UTC(), Note: r.Note, ForGood: forGood,
-	})
+	s := storedOf(r, time.Now())
+	s.ForGood = forGood
+	var id [idBytes]byte
+	rand.Read(id[:]) // never fails, see crypto/rand
+	return s.put(Prefix + hex.EncodeToString(id[:]))
+}
+
+const idBytes = 16
+
+func storedOf(r svid.Revocation, now time.Time) stored {
+	return stored{
+		Version: encodingVersion, SPIFFEID: r.SPIFFEID, AgentID: r.AgentID, AgentHandle: r.AgentHandle, Realm: r.Realm,
+		AuthorityID: r.AuthorityID, Serial: r.Serial, ExpiresAt: r.ExpiresAt.UTC(), CreatedAt: now.UTC(), Note: r.Note,
+	}
+}
+
+func (s stored) put(key string) (store.Op, string, error) {
+	b, err := json.Marshal(s)
 	if err != nil {
 		return store.Op{}, "", fmt.Errorf("encode a revocation: %w", err)
 	}
-	var id [16]byte
-	rand.Read(id[:]) // never fails, see crypto/rand
-	key := Prefix + hex.EncodeToString(id[:])
 	return store.Put(key, b), key, nil
 }
 
@@ -76,11 +100,15 @@ func Decode(kv store.KV) (*Record, error) {
 	if s.Version != encodingVersion {
 		return nil, fmt.Errorf("decode %s: version %d is not known", kv.Key, s.Version)
 	}
-	r := &Record{Key: kv.Key, Revision: kv.ModRevision, CreatedAt: s.CreatedAt, Revocation: svid.Revocation{
-		SPIFFEID: s.SPIFFEID, AgentID: s.AgentID, AgentHandle: s.AgentHandle,
+	r := &Record{Key: kv.Key, Revision: kv.ModRevision, CreatedAt: s.CreatedAt, Imported: s.Imported, Derived: s.Derived, Revocation: svid.Revocation{
+		SPIFFEID: s.SPIFFEID, AgentID: s.AgentID, AgentHandle: s.AgentHandle, Realm: s.Realm,
 		AuthorityID: s.AuthorityID, Serial: s.Serial, ExpiresAt: s.ExpiresAt, Note: s.Note,
 	}}
-	if r.Serial == "" && !s.ForGood {
+	switch {
+	case r.Serial != "" || s.ForGood:
+	case s.Imported:
+		r.BeforeRevision = s.BeforeRevision
+	default:
 		r.BeforeRevision = kv.ModRevision
 	}
 	if err := r.Validate(); err != nil {

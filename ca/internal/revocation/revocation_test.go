@@ -22,7 +22,7 @@ var end = time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC)
 // written is what the store gives back for r, written at revision.
 func written(t testing.TB, r svid.Revocation, revision uint64) *Record {
 	t.Helper()
-	op, key, err := Put(r)
+	op, key, err := Put(0, r)
 	if err != nil {
 		t.Fatal(err)
 	}

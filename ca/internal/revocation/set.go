@@ -59,6 +59,12 @@ func (s Set) After(revision uint64, now time.Time) []*Record {
 	return records
 }
 
+// Holds says whether the record with the given key is there.
+func (s Set) Holds(key string) bool {
+	_, ok := s.byKey.Get(index.ID(0, (&Record{Key: key}).id()))
+	return ok
+}
+
 // Expired returns the records that concern nobody any more, if the clock is
 // right; it looks at no others.
 func (s Set) Expired(now time.Time) []*Record {

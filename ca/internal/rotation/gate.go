@@ -168,6 +168,18 @@ func (s Set) revocation(a *Authority, v View, p Policy, now time.Time) Wait {
 	return Wait{} // it has signed nothing, or nothing that lives
 }
 
+// Served returns the sequence that every agent serves which counts, current at the
+// most, and the names of those that do not serve that one yet.
+func (v View) Served(current uint64, now time.Time) (sequence uint64, behind []string) {
+	sequence = current
+	for _, a := range v.Agents {
+		if a.counts(now) {
+			sequence = min(sequence, a.Sequence)
+		}
+	}
+	return sequence, v.missing(current, now)
+}
+
 // missing are the agents that count and have not acknowledged sequence.
 func (v View) missing(sequence uint64, now time.Time) (names []string) {
 	for _, a := range v.Agents {

@@ -90,6 +90,31 @@ func TestActivationWaitsForEveryCountingAgentAndThreeHints(t *testing.T) {
 	}
 }
 
+// What a nested CA says for all who count below it: they serve at least this, and
+// those hold it back.
+func TestServedIsWhatEverybodyServes(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		now := time.Unix(1_000_000, 0)
+		var v View
+		for i := range rapid.IntRange(0, 5).Draw(rt, "agents") {
+			v.Agents = append(v.Agents, Agent{
+				Name: fmt.Sprint("n", i), Sequence: rapid.Uint64Range(0, 6).Draw(rt, "sequence"),
+				Until: now.Add(time.Duration(rapid.IntRange(-1, 1).Draw(rt, "until")) * time.Minute), Banned: rapid.Bool().Draw(rt, "banned"),
+			})
+		}
+		current := rapid.Uint64Range(0, 6).Draw(rt, "current")
+		sequence, behind := v.Served(current, now)
+		if sequence > current || (len(behind) == 0) != (sequence == current) {
+			rt.Errorf("Served(%d) = %d, %v", current, sequence, behind)
+		}
+		for _, a := range v.Agents {
+			if a.counts(now) && (a.Sequence < sequence || (a.Sequence < current) != slices.Contains(behind, a.Name)) {
+				rt.Errorf("Served(%d) = %d, %v, and %s serves %d", current, sequence, behind, a.Name, a.Sequence)
+			}
+		}
+	})
+}
+
 func TestRevocationWaitsForWhatIsAlive(t *testing.T) {
 	b := newRoot("b", start)
 	s := step(t, begin(t), Command{Verb: Prepare, New: &b}, View{}, start)

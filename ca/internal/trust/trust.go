@@ -223,6 +223,12 @@ func successor(current *Bundle, c content, revision uint64) (*Bundle, error) {
 	return next, nil
 }
 
+// Encode returns the bundle as it is stored.
+func (b *Bundle) Encode() ([]byte, error) {
+	op, err := b.put()
+	return op.Value, err
+}
+
 func (b *Bundle) put() (store.Op, error) {
 	value, err := json.Marshal(stored{Version: encodingVersion, TrustDomain: b.TrustDomain.Name(), Sequence: b.Sequence, JWKS: b.JWKS, Tainted: b.Tainted})
 	if err != nil {

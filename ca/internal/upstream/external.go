@@ -89,7 +89,7 @@ func (c AuthorityConfig) Validate() error {
 	}
 	required, ok := needs[c.Type]
 	if !ok {
-		return fmt.Errorf("upstream: %q is none of disk, stepcas, vaultcas, cloudcas", c.Type)
+		return fmt.Errorf("upstream: %q is none of merlon, disk, stepcas, vaultcas, cloudcas", c.Type)
 	}
 	for _, need := range required {
 		if need.value == "" {

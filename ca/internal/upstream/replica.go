@@ -147,6 +147,20 @@ func (k *Keys) requests(key madeKey) (r KeyRequests, err error) {
 	return r, nil
 }
 
+// JWTRequest asks for a place for the JWT key with the given ID: as PKCS #10, which
+// proves that the key is here.
+func (k *Keys) JWTRequest(kid string) ([]byte, error) {
+	gen := k.jwtKey(kid)
+	if gen == nil {
+		return nil, fmt.Errorf("make a CSR for JWT key %s: it is not here", kid)
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, gen.signer)
+	if err != nil {
+		return nil, fmt.Errorf("make a CSR for JWT key %s: %w", kid, err)
+	}
+	return der, nil
+}
+
 // checkAnswer judges what the root holder made for the key.
 func (k *Keys) checkAnswer(got *Certificates, made madeKey, now time.Time) error {
 	want, err := k.intermediateTemplate(now)
