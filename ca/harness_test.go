@@ -247,10 +247,16 @@ func csrOf(t testing.TB, key crypto.Signer, template *x509.CertificateRequest) [
 	return csr
 }
 
-// syncStream opens a Sync stream.
+// sync opens a Sync stream.
 func (a *testClient) sync(resume uint64) grpc.BidiStreamingClient[capb.SyncRequest, capb.SyncResponse] {
 	a.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	return a.syncFor(20*time.Second, resume)
+}
+
+// syncFor opens a Sync stream that lasts no longer.
+func (a *testClient) syncFor(timeout time.Duration, resume uint64) grpc.BidiStreamingClient[capb.SyncRequest, capb.SyncResponse] {
+	a.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	a.t.Cleanup(cancel)
 	stream, err := a.node.Sync(ctx)
 	if err != nil {

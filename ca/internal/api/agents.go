@@ -7,6 +7,7 @@ package api
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"strings"
 	"time"
 
@@ -162,6 +163,26 @@ func (s *Service) UnbanAgent(ctx context.Context, req *capb.UnbanAgentRequest) (
 		return nil, err
 	}
 	return &capb.UnbanAgentResponse{Agent: a}, nil
+}
+
+// cloned evicts an agent whose identity two show. Which of them is the right one
+// nobody can tell, so neither goes on: its node attests anew.
+func (s *Service) cloned(ctx context.Context, caller *Caller) error {
+	id, now := caller.Agent.ID, time.Now()
+	about := audit.Record{Detail: "evict agent: its X509-SVID was copied", SPIFFEID: id.String(), Serial: caller.Peer.SerialHex}
+	r := svid.Revocation{SPIFFEID: id.String(), ExpiresAt: now.Add(recordLife), Note: "agent evicted: its X509-SVID was copied"}
+	_, err := attest.Decide(ctx, s.opts.Store, id, attest.Decision{
+		From: []attest.Standing{attest.Good}, To: attest.Evicted, Now: now, Note: attest.ErrCloned.Error(),
+		With: func(*attest.Agent) (store.Op, error) { put, _, err := revocation.Put(s.opts.Realm, r); return put, err },
+	})
+	if _, decided := errors.AsType[*attest.StandingError](err); err != nil && !decided {
+		return err
+	}
+	s.metrics.cloned.Inc()
+	s.log.LogAttrs(ctx, slog.LevelError, "an agent is evicted: two show its identity, one of them with an X509-SVID that was replaced before",
+		slog.String("spiffe_id", caller.Name), slog.String("serial", caller.Peer.SerialHex),
+		slog.String("hint", "find out who copied the agent's data_dir, then let the right node attest anew; or ban it: merlon agent ban"))
+	return s.refuse(ctx, caller, about, refused(codes.Unauthenticated, capb.Refusal_REFUSAL_AGENT_EVICTED, caller.Name+": "+attest.ErrCloned.Error()))
 }
 
 // decide carries d out for the named agent, with the revocation of what it takes

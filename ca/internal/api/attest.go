@@ -43,7 +43,7 @@ func (s *Service) Attest(ctx context.Context, req *capb.AttestRequest) (*capb.At
 	}
 	// The record's own revision: a revocation that comes while the SVID is being
 	// signed concerns it.
-	leaf, err := s.signAgent(ctx, ca, agent, agent.Revision, key, audit.Attest)
+	leaf, err := s.signAgent(ctx, ca, agent, agent.Revision, key, audit.Attest, func(*authority.Leaf) error { return nil })
 	if err != nil {
 		return nil, err
 	}

@@ -11,7 +11,6 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
-	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
 
 	"merlon.dev/sdk/unixsock"
@@ -32,27 +31,35 @@ const (
 type calls struct {
 	mu *sync.Mutex
 	// guarded by mu
-	open map[string]int
+	open       map[string]int
+	turnedAway map[string]int // since that was recorded; of those who have calls open
 }
 
-func newCalls() calls { return calls{mu: new(sync.Mutex), open: make(map[string]int)} }
+func newCalls() calls {
+	return calls{mu: new(sync.Mutex), open: make(map[string]int), turnedAway: make(map[string]int)}
+}
 
 func (c calls) take(name string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.open[name] >= maxCalls {
+		c.turnedAway[name]++
 		return false
 	}
 	c.open[name]++
 	return true
 }
 
-func (c calls) give(name string) {
+// give says how many calls there was no place for, once.
+func (c calls) give(name string) (turnedAway int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.open[name]--; c.open[name] <= 0 {
 		delete(c.open, name)
 	}
+	turnedAway = c.turnedAway[name]
+	delete(c.turnedAway, name)
+	return turnedAway
 }
 
 // tap lets a call begin, or not. It runs before anything else of it is read.
@@ -64,9 +71,9 @@ func (s *Service) tap(ctx context.Context, info *tap.Info) (context.Context, err
 	}
 	if !s.calls.take(name) {
 		s.metrics.refused.WithLabelValues(codes.ResourceExhausted.String()).Inc()
-		return ctx, status.Errorf(codes.ResourceExhausted, "%s has %d calls open, which is all it may have", name, maxCalls)
+		return ctx, tooMany(name)
 	}
-	context.AfterFunc(ctx, func() { s.calls.give(name) }) // gRPC ends it with the call
+	context.AfterFunc(ctx, func() { s.ended(ctx, name) }) // gRPC ends it with the call
 	if known {
 		return ctx, nil
 	}

@@ -81,8 +81,8 @@ func unrecorded(t *testing.T, s *Service) float64 {
 // the whole trust domain.
 func TestRefusalsOfThePowerlessAreBounded(t *testing.T) {
 	s, agent := newService(t)
-	s.powerless.AllowN(time.Now(), refusalsBurst)
-	s.refusals.AllowN(time.Now(), refusalsBurst)
+	s.shares.powerless.AllowN(time.Now(), refusalsBurst)
+	s.shares.nobody.AllowN(time.Now(), refusalsBurst)
 	cause := status.Error(codes.PermissionDenied, "no")
 	for range 2 * refusalsPerSecond {
 		_ = s.refuse(t.Context(), s.PeerCaller(peerOf(t, "spiffe://shop.test/web", 1, 1)), audit.Record{Detail: "x"}, cause)

@@ -9,24 +9,38 @@ import (
 	"net"
 
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
 
+	"merlon.dev/ca/internal/entry"
 	"merlon.dev/sdk/svid"
 )
 
 // tlsInfo is the auth info of a TLS connection.
 type tlsInfo struct {
 	credentials.TLSInfo
-	Peer *svid.Peer // nil: the client showed no certificate
+	Peer *svid.Peer   // nil: the client showed no certificate
+	conn *countedConn // of an agent
+}
+
+// connOf is the connection of a call, if its caller is an agent.
+func connOf(ctx context.Context) *countedConn {
+	if p, ok := peer.FromContext(ctx); ok {
+		if info, ok := p.AuthInfo.(tlsInfo); ok {
+			return info.conn
+		}
+	}
+	return nil
 }
 
 type serverCreds struct {
 	credentials.TransportCredentials
+	service *Service
 }
 
 // newServerCreds wraps a configuration of svid.TLS, whose VerifyConnection has
 // verified the chain by the time the handshake returns.
-func newServerCreds(cfg *tls.Config) credentials.TransportCredentials {
-	return serverCreds{credentials.NewTLS(cfg)}
+func (s *Service) newServerCreds(cfg *tls.Config) credentials.TransportCredentials {
+	return serverCreds{credentials.NewTLS(cfg), s}
 }
 
 // ServerHandshake implements credentials.TransportCredentials.
@@ -36,10 +50,18 @@ func (c serverCreds) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthI
 		return nil, nil, err
 	}
 	t := tlsInfo{TLSInfo: info.(credentials.TLSInfo)}
-	if p, ok := svid.PeerFromState(t.State); ok {
-		t.Peer = p
+	p, ok := svid.PeerFromState(t.State)
+	if !ok {
+		return wrapped, t, nil
 	}
-	return wrapped, t, nil
+	t.Peer = p
+	if _, isAgent := entry.AgentName(p.ID); !isAgent {
+		return wrapped, t, nil // administrators; whoever else has an SVID gets no answers
+	}
+	if t.conn, err = c.service.admitConn(wrapped, p); err != nil {
+		return nil, nil, err
+	}
+	return t.conn, t, nil
 }
 
 // ClientHandshake implements credentials.TransportCredentials; these are a
@@ -50,5 +72,5 @@ func (c serverCreds) ClientHandshake(context.Context, string, net.Conn) (net.Con
 
 // Clone implements credentials.TransportCredentials.
 func (c serverCreds) Clone() credentials.TransportCredentials {
-	return serverCreds{c.TransportCredentials.Clone()}
+	return serverCreds{c.TransportCredentials.Clone(), c.service}
 }

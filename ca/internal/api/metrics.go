@@ -15,6 +15,17 @@ type metrics struct {
 	refused     *prometheus.CounterVec // code
 	unrecorded  prometheus.Counter
 	rollback    prometheus.Counter
+	listings    prometheus.Counter
+	pushed      prometheus.Counter
+	cloned      prometheus.Counter
+}
+
+// count counts what is sent to an agent.
+func (m *metrics) count(u registry.Update) {
+	if u.Reset {
+		m.listings.Inc()
+	}
+	m.pushed.Add(float64(len(u.Entries) + len(u.Removed)))
 }
 
 func newMetrics(to prometheus.Registerer, reg *registry.Registry, keys *authority.KeyUse) *metrics {
@@ -34,8 +45,17 @@ func newMetrics(to prometheus.Registerer, reg *registry.Registry, keys *authorit
 		rollback: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "merlon_ca_rollback_evidence_total", Help: "Sync calls of agents that have seen more than the store holds: it was put back to an earlier state.",
 		}),
+		listings: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "merlon_sync_full_listings_total", Help: "Sync streams that were sent everything that their node may hold, because they could not resume.",
+		}),
+		cloned: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "merlon_ca_cloned_agents_total", Help: "Agents that were evicted because a copy of their X509-SVID was shown.",
+		}),
+		pushed: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "merlon_sync_pushed_entries_total", Help: "Registration entries sent to agents, and removals of entries.",
+		}),
 	}
-	to.MustRegister(m.issued, m.attestation, m.refused, m.unrecorded, m.rollback)
+	to.MustRegister(m.issued, m.attestation, m.refused, m.unrecorded, m.rollback, m.listings, m.pushed, m.cloned)
 	to.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
 		Name: "merlon_ca_forgotten_keys_total", Help: "Public keys that were forgotten before their SVIDs ended, for want of room: their use by another identity would not be noticed.",
 	}, func() float64 { return float64(keys.Forgotten()) }))

@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -44,38 +43,43 @@ func (s *Service) Renew(ctx context.Context, req *capb.RenewRequest) (*capb.Rene
 		return nil, err
 	}
 	ca := s.opts.Keys.X509()
-	leaf, err := s.signAgent(ctx, ca, g.Agent, g.Revision, key, audit.Renew)
+	leaf, err := s.signAgent(ctx, ca, g.Agent, g.Revision, key, audit.Renew, func(leaf *authority.Leaf) error {
+		return s.renewed(ctx, caller, attest.SVID{Serial: leaf.Serial.String(), NotAfter: leaf.NotAfter})
+	})
 	if err != nil {
-		return nil, err
-	}
-	if err := s.renewed(ctx, g.Agent.ID, leaf.NotAfter); err != nil {
 		return nil, err
 	}
 	return &capb.RenewResponse{X509Svid: chainOf(ca, leaf), TrustBundle: s.trustToProto(s.registry.Trust())}, nil
 }
 
-// renewed notes the end of an agent's newest SVID, for operators to see. A
-// store that takes no writes, or is away, does not stop the renewal: nothing
-// hangs on that time, and a revocation concerns whatever was issued from an
-// older picture for as long as that can live (recordLife).
-func (s *Service) renewed(ctx context.Context, id spiffeid.ID, notAfter time.Time) error {
+// renewed notes the agent's newest SVID. A store that takes no writes, or is away,
+// does not stop the renewal: a revocation concerns whatever was issued from an
+// older picture for as long as that can live (recordLife). A copy of an SVID that
+// was replaced long ago does: then nobody knows which of two is the agent.
+func (s *Service) renewed(ctx context.Context, caller *Caller, issued attest.SVID) error {
 	if s.Stale() {
 		return nil
 	}
 	bounded, cancel := context.WithTimeout(ctx, renewedTimeout)
 	defer cancel()
-	err := attest.Renewed(bounded, s.opts.Store, id, notAfter)
+	err := attest.Renewed(bounded, s.opts.Store, caller.Agent.ID, shown(caller.Peer), issued)
 	away := errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil
-	if away || errors.Is(err, store.ErrReadOnly) || errors.Is(err, store.ErrUnavailable) {
+	switch {
+	case away || errors.Is(err, store.ErrReadOnly) || errors.Is(err, store.ErrUnavailable):
 		s.log.LogAttrs(ctx, slog.LevelWarn, "renewal of an agent is not noted in the store",
-			slog.String("spiffe_id", id.String()), slog.Any("err", err))
+			slog.String("spiffe_id", caller.Name), slog.Any("err", err))
 		return nil
+	case errors.Is(err, attest.ErrCloned):
+		return s.cloned(ctx, caller)
 	}
 	return err
 }
 
-// signAgent issues an agent's own X509-SVID and records it.
-func (s *Service) signAgent(ctx context.Context, ca *authority.X509Authority, agent *attest.Agent, revision uint64, key any, act audit.Type) (*authority.Leaf, error) {
+// shown is the SVID that an agent shows.
+func shown(p *svid.Peer) attest.SVID { return attest.SVID{Serial: p.SerialHex, NotAfter: p.NotAfter} }
+
+// signAgent issues an agent's own X509-SVID and records it, once note has.
+func (s *Service) signAgent(ctx context.Context, ca *authority.X509Authority, agent *attest.Agent, revision uint64, key any, act audit.Type, note func(*authority.Leaf) error) (*authority.Leaf, error) {
 	serial, err := s.number(agent.Handle, revision)
 	if err != nil {
 		return nil, err
@@ -92,6 +96,9 @@ func (s *Service) signAgent(ctx context.Context, ca *authority.X509Authority, ag
 	}
 	signed, err := checkpoint.CertificateHash(leaf.DER)
 	if err != nil {
+		return nil, err
+	}
+	if err := note(leaf); err != nil {
 		return nil, err
 	}
 	if err := s.issued(ctx, audit.Record{
@@ -165,7 +172,9 @@ func (b *signing) sign(ctx context.Context, item *capb.SignItem, e *entry.Entry)
 	if err != nil {
 		st := status.Convert(b.service.toStatus(ctx, err))
 		r.Type, r.Detail, r.Reason = audit.Refuse, "sign", st.Message()
-		b.records = append(b.records, r)
+		if b.service.writesDown(b.caller) {
+			b.records = append(b.records, r)
+		}
 		b.service.metrics.issued.WithLabelValues("x509", "refused").Inc()
 		return &capb.SignResult{Code: int32(st.Code()), Message: st.Message()}
 	}

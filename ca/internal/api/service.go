@@ -51,14 +51,6 @@ const (
 	maxIdle         = 5 * time.Minute // without a call: agents have their Sync
 )
 
-// Refusals of callers without any right are written down at most so often;
-// beyond it only a metric counts them, or anyone who reaches the port, and any
-// workload, could fill the disk, after which nothing is issued.
-const (
-	refusalsPerSecond = 20
-	refusalsBurst     = 1000
-)
-
 // Keys is what the service needs of the CA's keys; *upstream.Keys has it. The
 // authorities that it returns are immutable.
 type Keys interface {
@@ -141,9 +133,10 @@ type Service struct {
 	log      *slog.Logger
 	metrics  *metrics
 	calls    calls
-	// refusals bounds how many of those who prove nothing are written down,
-	// powerless how many of those whose SVID gives them no right here.
-	refusals, powerless *rate.Limiter
+	// shares bounds whose refusals are written down.
+	shares *shares
+	// unread bounds what is on its way to whom.
+	unread *unread
 	// proving is held by who reads the whole log.
 	proving   chan struct{}
 	announced announcement
@@ -165,16 +158,16 @@ func New(o Options) *Service {
 	keys := authority.NewKeyUse(authority.MaxKeys)
 	return &Service{
 		opts: o, registry: o.Registry, access: accessTable(), log: o.Log,
-		metrics:   newMetrics(o.Metrics, o.Registry, keys),
-		keys:      keys,
-		calls:     newCalls(),
-		refusals:  rate.NewLimiter(refusalsPerSecond, refusalsBurst),
-		powerless: rate.NewLimiter(refusalsPerSecond, refusalsBurst),
-		proving:   make(chan struct{}, 1),
-		evidence:  evidenceLog(),
-		keeping:   make(chan struct{}, maxKeeping),
-		reach:     newReach(),
-		stopping:  make(chan struct{}),
+		metrics:  newMetrics(o.Metrics, o.Registry, keys),
+		keys:     keys,
+		calls:    newCalls(),
+		shares:   newShares(),
+		unread:   newUnread(),
+		proving:  make(chan struct{}, 1),
+		evidence: evidenceLog(),
+		keeping:  make(chan struct{}, maxKeeping),
+		reach:    newReach(),
+		stopping: make(chan struct{}),
 	}
 }
 
@@ -185,7 +178,7 @@ func (s *Service) StopStreams() { s.stop.Do(func() { close(s.stopping) }) }
 // TLSServer returns the server of the TLS port, on which agents and
 // administrators with an SVID call.
 func (s *Service) TLSServer(cfg *tls.Config) *grpc.Server {
-	srv := grpc.NewServer(append(s.serverOptions(accessTable()), grpc.Creds(newServerCreds(cfg)))...)
+	srv := grpc.NewServer(append(s.serverOptions(accessTable()), grpc.Creds(s.newServerCreds(cfg)))...)
 	capb.RegisterNodeServer(srv, s)
 	capb.RegisterAdminServer(srv, s)
 	capb.RegisterReplicaServer(srv, s)
@@ -235,6 +228,7 @@ func (s *Service) serverOptions(table access) []grpc.ServerOption {
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: pingInterval, Timeout: pingTimeout, MaxConnectionIdle: maxIdle}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minClientPing, PermitWithoutStream: true}),
 		grpc.InTapHandle(s.tap),
+		grpc.StatsHandler(watcher{s}),
 		grpc.ChainUnaryInterceptor(d.unary),
 		grpc.ChainStreamInterceptor(d.stream),
 		grpc.WaitForHandlers(true),
@@ -276,6 +270,7 @@ func (a *admittedStream) Context() context.Context { return a.ctx }
 
 // admit lets the caller of ctx through to method, or refuses.
 func (s door) admit(ctx context.Context, method string) (context.Context, error) {
+	judged(ctx)
 	caller := s.callerOf(ctx)
 	if err := s.Standing(); err != nil && !strings.HasPrefix(method, "/grpc.health.") {
 		return nil, err
@@ -290,12 +285,7 @@ func (s door) admit(ctx context.Context, method string) (context.Context, error)
 // says, and returns cause.
 func (s *Service) refuse(ctx context.Context, caller *Caller, about audit.Record, cause error) error {
 	s.metrics.refused.WithLabelValues(status.Code(cause).String()).Inc()
-	limiter := s.refusals
-	if caller.Peer != nil {
-		limiter = s.powerless
-	}
-	if len(caller.Kinds) <= 1 && !limiter.Allow() {
-		s.metrics.unrecorded.Inc()
+	if !s.writesDown(caller) {
 		return cause
 	}
 	if a := actFrom(ctx); a != nil {

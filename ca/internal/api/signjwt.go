@@ -73,7 +73,9 @@ func (b *signingJWT) sign(ctx context.Context, item *capb.SignJWTItem, e *entry.
 	if err != nil {
 		st := status.Convert(b.service.toStatus(ctx, err))
 		r.Type, r.Detail, r.Reason = audit.Refuse, "sign JWT", st.Message()
-		b.records = append(b.records, r)
+		if b.service.writesDown(b.caller) {
+			b.records = append(b.records, r)
+		}
 		b.service.metrics.issued.WithLabelValues("jwt", "refused").Inc()
 		return &capb.SignJWTResult{Code: int32(st.Code()), Message: st.Message()}
 	}

@@ -10,10 +10,10 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -26,9 +26,13 @@ import (
 const (
 	// heartbeat stays below the 15 s that node.proto promises.
 	heartbeat = 10 * time.Second
-	// maxSyncBytes is what one message of a listing may hold before the next
-	// begins, well below the 4 MiB that gRPC clients take.
-	maxSyncBytes = 1 << 20
+	// An agent that takes nothing for sendTimeout is left: a message would stay in
+	// memory for it, and an answer to its pings keeps the connection.
+	sendTimeout = time.Minute
+	// An agent pauses 20 ms between acknowledgements. One that sends more waits
+	// until they are read; what is written down of them is bounded further.
+	acksPerSecond, acksBurst = 50, 100
+	keptPerSecond, keptBurst = 1, 8
 )
 
 // Sync implements capb.NodeServer.
@@ -39,7 +43,7 @@ func (s *Service) Sync(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.Sy
 	if err != nil {
 		return err
 	}
-	if err := s.checkSeen(ctx, caller, first.GetSeen()); err != nil {
+	if err := s.checkSeen(ctx, caller, claims(first)); err != nil {
 		return err
 	}
 	witness, err := s.checkLog(ctx, caller, first.GetSeen().GetLogs())
@@ -53,30 +57,62 @@ func (s *Service) Sync(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.Sy
 		return s.behind(err)
 	}
 	defer feed.Close()
-	s.noteAck(ctx, feed, caller, first)
-	ended := make(chan struct{})
+	follower := &follower{
+		Service: s, stream: stream, feed: feed, caller: caller, witness: witness, sendTimeout: sendTimeout,
+		acks: rate.NewLimiter(acksPerSecond, acksBurst), kept: rate.NewLimiter(keptPerSecond, keptBurst),
+	}
+	follower.noteAck(ctx, first)
+	ended := make(chan error, 1)
 	// The goroutine ends with the stream, whose handler this is.
-	go s.receiveAcks(stream, feed, caller, ended)
-	return s.push(ctx, stream, feed, caller, witness, ended)
+	go func() { ended <- follower.receiveAcks(ctx) }()
+	return follower.push(ctx, ended)
 }
 
-func (s *Service) receiveAcks(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.SyncResponse], feed *registry.Feed, caller *Caller, ended chan<- struct{}) {
-	defer close(ended)
-	for {
-		req, err := stream.Recv()
-		if err != nil {
-			return
-		}
-		s.noteAck(stream.Context(), feed, caller, req)
+// claims are the highest numbers that a message says its agent has seen.
+func claims(req *capb.SyncRequest) *capb.Seen {
+	seen, ack := req.GetSeen(), req.GetAck()
+	return &capb.Seen{
+		Revision:            max(seen.GetRevision(), req.GetResumeRevision(), ack.GetRevision()),
+		TrustBundleSequence: max(seen.GetTrustBundleSequence(), ack.GetTrustBundleSequence()),
+		PolicyGeneration:    max(seen.GetPolicyGeneration(), ack.GetPolicyGeneration()),
 	}
 }
 
-func (s *Service) noteAck(ctx context.Context, feed *registry.Feed, caller *Caller, req *capb.SyncRequest) {
+// follower is the agent at the other end of one Sync stream.
+type follower struct {
+	*Service
+	stream      grpc.BidiStreamingServer[capb.SyncRequest, capb.SyncResponse]
+	feed        *registry.Feed
+	caller      *Caller
+	witness     *witness
+	acks, kept  *rate.Limiter
+	sendTimeout time.Duration
+}
+
+// receiveAcks notes acknowledgements until the stream ends. One that says more
+// than there is ends it: what waits for acknowledgements must not believe it.
+func (f *follower) receiveAcks(ctx context.Context) error {
+	for {
+		req, err := f.stream.Recv()
+		if err != nil {
+			return nil //nolint:nilerr // the agent has gone
+		}
+		if err := f.acks.Wait(ctx); err != nil {
+			return nil //nolint:nilerr // likewise
+		}
+		if err := f.checkSeen(ctx, f.caller, claims(&capb.SyncRequest{Ack: req.GetAck()})); err != nil {
+			return err
+		}
+		f.noteAck(ctx, req)
+	}
+}
+
+func (f *follower) noteAck(ctx context.Context, req *capb.SyncRequest) {
 	if a := req.GetAck(); a != nil {
-		feed.Ack(registry.Ack{
+		f.feed.Ack(registry.Ack{
 			Revision: a.GetRevision(), TrustBundleSequence: a.GetTrustBundleSequence(), PolicyGeneration: a.GetPolicyGeneration(),
 		})
-		s.keepAck(ctx, feed, caller)
+		f.keepAck(ctx)
 	}
 }
 
@@ -89,10 +125,11 @@ const (
 
 // keepAck writes down which trust bundle the agent serves, where a step of an
 // authority may wait for that: other replicas learn it so, and a CA that starts
-// again. What fails is tried again with the next heartbeat.
-func (s *Service) keepAck(ctx context.Context, feed *registry.Feed, caller *Caller) {
-	ack, ok := feed.Acked()
-	if !ok || s.Stale() || !s.registry.AckDue(caller.Agent.ID, ack.TrustBundleSequence) {
+// again. What fails, or comes too often, is tried again with the next heartbeat.
+func (f *follower) keepAck(ctx context.Context) {
+	s, caller := f.Service, f.caller
+	ack, ok := f.feed.Acked()
+	if !ok || s.Stale() || !s.registry.AckDue(caller.Agent.ID, ack.TrustBundleSequence) || !f.kept.Allow() {
 		return
 	}
 	select {
@@ -103,7 +140,7 @@ func (s *Service) keepAck(ctx context.Context, feed *registry.Feed, caller *Call
 	}
 	ctx, cancel := context.WithTimeout(ctx, keepTimeout)
 	defer cancel()
-	if err := attest.Acknowledged(ctx, s.opts.Store, caller.Agent.ID, ack.TrustBundleSequence, caller.Peer.NotAfter); err != nil {
+	if err := attest.Acknowledged(ctx, s.opts.Store, caller.Agent.ID, ack.TrustBundleSequence, shown(caller.Peer)); err != nil {
 		s.log.LogAttrs(ctx, slog.LevelDebug, "acknowledgement not written down yet",
 			slog.String("spiffe_id", caller.Name), slog.Any("err", err))
 	}
@@ -111,7 +148,8 @@ func (s *Service) keepAck(ctx context.Context, feed *registry.Feed, caller *Call
 
 // push sends until the stream ends, the agent's SVID ends or is revoked, or
 // the CA stops.
-func (s *Service) push(ctx context.Context, stream grpc.ServerStreamingServer[capb.SyncResponse], feed *registry.Feed, caller *Caller, witness *witness, ended <-chan struct{}) error {
+func (f *follower) push(ctx context.Context, ended <-chan error) error {
+	s, feed, caller := f.Service, f.feed, f.caller
 	beat := time.NewTicker(heartbeat)
 	defer beat.Stop()
 	expiry := time.NewTimer(time.Until(caller.Peer.NotAfter))
@@ -126,15 +164,17 @@ func (s *Service) push(ctx context.Context, stream grpc.ServerStreamingServer[ca
 		case <-beat.C:
 			if ack, ok := feed.Acked(); ok && s.registry.AckDue(caller.Agent.ID, ack.TrustBundleSequence) {
 				// Beside: a slow store must not hold up what is pushed.
-				keeping.Go(func() { s.keepAck(ctx, feed, caller) })
+				keeping.Go(func() { f.keepAck(ctx) })
 			}
 		case <-expiry.C:
-		case <-ended:
-			return nil
+		case <-feed.Superseded():
+			return f.superseded(ctx)
+		case err := <-ended:
+			return err
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
 		case <-s.stopping:
-			return status.Error(codes.Unavailable, "the CA is stopping")
+			return errStopping
 		}
 		reach = s.reach.state.Load() // what is sent now is what the next turn is measured by
 		update := feed.Take(time.Now())
@@ -145,74 +185,46 @@ func (s *Service) push(ctx context.Context, stream grpc.ServerStreamingServer[ca
 		if now := s.callerOf(ctx); !now.Is(capb.Caller_CALLER_AGENT) {
 			return s.refuse(ctx, now, audit.Record{Detail: capb.Node_Sync_FullMethodName}, now.unauthenticated())
 		}
-		messages := s.messagesOf(update)
-		messages[len(messages)-1].LogCheckpoint = witness.next(ctx)
-		for _, msg := range messages {
+		s.metrics.count(update)
+		for msg := range s.messagesOf(update) {
+			if msg.GetSynced() {
+				msg.LogCheckpoint = f.witness.next(ctx)
+			}
 			msg.SentAt, msg.Stale = timestamppb.Now(), reach.stale
 			if s.opts.UpstreamAge != nil {
 				msg.UpstreamAge = durationpb.New(s.opts.UpstreamAge(time.Now()))
 			}
-			if err := stream.Send(msg); err != nil {
+			if err := f.send(ctx, msg); err != nil {
 				return err
 			}
 		}
 	}
 }
 
-// messagesOf splits an update into messages of bounded size; only the last one
-// says synced.
-func (s *Service) messagesOf(u registry.Update) []*capb.SyncResponse {
-	var p packer
-	p.start(0).Reset_ = u.Reset
-	if u.Trust != nil {
-		b := s.trustToProto(u.Trust)
-		p.start(proto.Size(b)).TrustBundle = b
+var errStopping = status.Error(codes.Unavailable, "the CA is stopping")
+
+// send sends one message, and gives the agent up when it does not take it. Once
+// the handler returns gRPC ends the stream, and the goroutine with it.
+func (f *follower) send(ctx context.Context, msg *capb.SyncResponse) error {
+	sent := make(chan error, 1)
+	go func() { sent <- f.stream.Send(msg) }()
+	patience := time.NewTimer(f.sendTimeout)
+	defer patience.Stop()
+	select {
+	case err := <-sent:
+		return err
+	case <-f.feed.Superseded():
+		return f.superseded(ctx)
+	case <-f.stopping:
+		return errStopping
+	case <-patience.C:
+		return f.refuse(ctx, f.caller, audit.Record{Detail: capb.Node_Sync_FullMethodName},
+			status.Errorf(codes.ResourceExhausted, "the agent has taken nothing for %s; it can come again", f.sendTimeout))
 	}
-	// Revocations first: an agent must not serve an entry that they concern.
-	for _, r := range u.Revocations {
-		rec := revocationToProto(r)
-		msg := p.start(proto.Size(rec))
-		msg.Revocations = append(msg.Revocations, rec)
-	}
-	for _, id := range u.Removed {
-		msg := p.start(len(id) + 4)
-		msg.RemovedEntryIds = append(msg.RemovedEntryIds, id)
-	}
-	for _, e := range u.Entries {
-		pe := entryToProto(e)
-		msg := p.start(proto.Size(pe))
-		msg.Entries = append(msg.Entries, pe)
-	}
-	for i, h := range u.Heads {
-		b := s.policyBundle(h)
-		if i > 0 {
-			p.next() // a message holds one policy bundle
-		}
-		p.start(proto.Size(b)).PolicyBundle = b
-	}
-	// Only with the last message is the agent at the revision. The others say 0:
-	// were the stream cut between them, a resumption must not skip the rest.
-	last := p.messages[len(p.messages)-1]
-	last.Revision, last.Synced = u.Revision, true
-	return p.messages
 }
 
-// packer fills messages one after the other.
-type packer struct {
-	messages []*capb.SyncResponse
-	size     int
-}
-
-// start returns the message into which something of size bytes goes.
-func (p *packer) start(size int) *capb.SyncResponse {
-	if len(p.messages) == 0 || p.size+size > maxSyncBytes {
-		p.next()
-	}
-	p.size += size
-	return p.messages[len(p.messages)-1]
-}
-
-func (p *packer) next() {
-	p.messages = append(p.messages, &capb.SyncResponse{})
-	p.size = 0
+// superseded ends a stream in favour of newer ones.
+func (f *follower) superseded(ctx context.Context) error {
+	return f.refuse(ctx, f.caller, audit.Record{Detail: capb.Node_Sync_FullMethodName},
+		status.Errorf(codes.ResourceExhausted, "the agent has opened more than %d Sync streams, and this is its oldest", registry.MaxFeeds))
 }

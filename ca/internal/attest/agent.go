@@ -55,6 +55,9 @@ type Agent struct {
 	// TrustSequence is that of the trust bundle that it acknowledged last, as far
 	// as something hung on it.
 	TrustSequence uint64
+	// LastSerial is that of its newest X509-SVID, PriorSerial that of the one which
+	// asked for it; empty until it renews for the first time.
+	LastSerial, PriorSerial string
 	// Standing is what an operator decided about it, when, and why.
 	Standing      Standing
 	StandingSince time.Time
@@ -75,6 +78,9 @@ type storedAgent struct {
 
 	TrustSequence    uint64 `json:"trust_sequence,omitempty"`
 	AttestedRevision uint64 `json:"attested_revision,omitempty"` // 0: that of the record, which nobody has written since
+
+	LastSerial  string `json:"last_serial,omitempty"`
+	PriorSerial string `json:"prior_serial,omitempty"`
 
 	Standing      Standing  `json:"standing,omitempty"`
 	StandingSince time.Time `json:"standing_since,omitzero"`
@@ -100,6 +106,7 @@ func DecodeAgent(kv store.KV) (*Agent, error) {
 	return &Agent{
 		ID: s.ID, Handle: s.Handle, Attestation: s.Attestation, Selectors: selectors,
 		AttestedAt: s.AttestedAt, NotAfter: s.NotAfter, TrustSequence: s.TrustSequence,
+		LastSerial: s.LastSerial, PriorSerial: s.PriorSerial,
 		Standing: s.Standing, StandingSince: s.StandingSince, StandingNote: s.StandingNote,
 		AttestedRevision: cmp.Or(s.AttestedRevision, kv.ModRevision), Revision: kv.ModRevision,
 	}, nil
@@ -114,6 +121,7 @@ func (a *Agent) put() (store.Op, error) {
 		Version: version, ID: a.ID, Handle: a.Handle, Attestation: a.Attestation,
 		Selectors: encodeSelectors(a.Selectors), AttestedAt: a.AttestedAt.UTC(), NotAfter: a.NotAfter.UTC(),
 		TrustSequence: a.TrustSequence, AttestedRevision: a.AttestedRevision,
+		LastSerial: a.LastSerial, PriorSerial: a.PriorSerial,
 		Standing: a.Standing, StandingSince: a.StandingSince.UTC(), StandingNote: a.StandingNote,
 	})
 	if err != nil {
@@ -149,30 +157,48 @@ func agentKey(id spiffeid.ID) string {
 
 func handleKey(handle uint64) string { return fmt.Sprintf("%s%012x", handlePrefix, handle) }
 
-// Renewed records that the agent's newest SVID ends at notAfter.
-func Renewed(ctx context.Context, st store.Store, id spiffeid.ID, notAfter time.Time) error {
-	return act(ctx, st, id, func(a *Agent) { a.NotAfter = notAfter })
+// ErrCloned is returned when two agents show the X509-SVIDs of one.
+var ErrCloned = errors.New("its X509-SVID was replaced by a renewal before: two agents share this identity")
+
+// SVID is an agent's own X509-SVID, as far as its record knows it.
+type SVID struct {
+	Serial   string
+	NotAfter time.Time
 }
 
-// Acknowledged records the trust bundle that the agent serves, which showed an
-// SVID that ends at notAfter.
-func Acknowledged(ctx context.Context, st store.Store, id spiffeid.ID, sequence uint64, notAfter time.Time) error {
-	return act(ctx, st, id, func(a *Agent) {
-		a.TrustSequence = sequence
-		if notAfter.After(a.NotAfter) { // its renewal could not be noted
-			a.NotAfter = notAfter
+// Renewed records that the agent was given the SVID issued for shown. An answer
+// that got lost is asked for again with the same one, so the newest may renew, and
+// the one that it replaced. Any older one is a copy: its owner went on. An SVID that
+// ends after all that is recorded was issued while the store took no writes.
+func Renewed(ctx context.Context, st store.Store, id spiffeid.ID, shown, issued SVID) error {
+	return act(ctx, st, id, func(a *Agent) error {
+		known := a.LastSerial == "" || shown.Serial == a.LastSerial || shown.Serial == a.PriorSerial
+		if !known && !shown.NotAfter.After(a.NotAfter) {
+			return ErrCloned
 		}
+		a.LastSerial, a.PriorSerial, a.NotAfter = issued.Serial, shown.Serial, issued.NotAfter
+		return nil
+	})
+}
+
+// Acknowledged records the trust bundle that the agent serves, which showed an SVID.
+func Acknowledged(ctx context.Context, st store.Store, id spiffeid.ID, sequence uint64, shown SVID) error {
+	return act(ctx, st, id, func(a *Agent) error {
+		a.TrustSequence = sequence
+		if shown.NotAfter.After(a.NotAfter) { // its renewal could not be noted
+			a.LastSerial, a.PriorSerial, a.NotAfter = shown.Serial, a.LastSerial, shown.NotAfter
+		}
+		return nil
 	})
 }
 
 // act writes down what an agent did, unless it may not act any more.
-func act(ctx context.Context, st store.Store, id spiffeid.ID, edit func(*Agent)) error {
+func act(ctx context.Context, st store.Store, id spiffeid.ID, edit func(*Agent) error) error {
 	_, err := change(ctx, st, id, func(a *Agent) ([]store.Op, error) {
 		if err := a.Fault(); err != nil {
 			return nil, err
 		}
-		edit(a)
-		return nil, nil
+		return nil, edit(a)
 	})
 	return err
 }

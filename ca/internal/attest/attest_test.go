@@ -147,7 +147,7 @@ func TestRenewedMovesTheEndOnly(t *testing.T) {
 		t.Fatal(err)
 	}
 	end := time.Now().Add(5 * time.Hour).UTC()
-	if err := Renewed(t.Context(), st, a.ID, end); err != nil {
+	if err := Renewed(t.Context(), st, a.ID, SVID{"1", a.NotAfter}, SVID{"2", end}); err != nil {
 		t.Fatal(err)
 	}
 	kv, _, err := st.Get(t.Context(), AgentPrefix+"n1")
@@ -159,7 +159,7 @@ func TestRenewedMovesTheEndOnly(t *testing.T) {
 		t.Errorf("record = %+v, %v; want the new end and all else as before", got, err)
 	}
 	unknown := spiffeid.RequireFromPath(td, "/agent/unknown")
-	if err := Renewed(t.Context(), st, unknown, end); !errors.Is(err, ErrUnknownAgent) {
+	if err := Renewed(t.Context(), st, unknown, SVID{"1", end}, SVID{"2", end}); !errors.Is(err, ErrUnknownAgent) {
 		t.Errorf("unknown agent: %v", err)
 	}
 }
@@ -190,5 +190,48 @@ func TestTokenUsedUpBetweenTheReadsIsRefused(t *testing.T) {
 	}}
 	if _, err := redeem(t, racing, token, time.Now()); !errors.Is(err, ErrUnknownToken) {
 		t.Errorf("second use: %v; want ErrUnknownToken", err)
+	}
+}
+
+// Of two who renew with one SVID the slower is found out, whoever that is; one
+// whose answers get lost is not.
+func TestRenewalsShowACopiedSVID(t *testing.T) {
+	start := time.Now().Add(time.Hour)
+	at := func(serial string, minutes int) SVID {
+		return SVID{serial, start.Add(time.Duration(minutes) * time.Minute)}
+	}
+	type step struct {
+		shown, issued SVID
+		want          error
+	}
+	for name, steps := range map[string][]step{
+		"one after the other":   {{at("0", 0), at("1", 1), nil}, {at("1", 1), at("2", 2), nil}, {at("2", 2), at("3", 3), nil}},
+		"answers that got lost": {{at("0", 0), at("1", 1), nil}, {at("0", 0), at("2", 2), nil}, {at("0", 0), at("3", 3), nil}, {at("3", 3), at("4", 4), nil}},
+		"the thief is slower":   {{at("0", 0), at("1", 1), nil}, {at("1", 1), at("2", 2), nil}, {at("0", 0), at("3", 3), ErrCloned}},
+		"the thief is faster":   {{at("0", 0), at("1", 1), nil}, {at("0", 0), at("2", 2), nil}, {at("1", 1), at("3", 3), ErrCloned}},
+		"a store that took no writes": {
+			{at("0", 0), at("1", 1), nil}, // 2 was issued for 1 and is not noted
+			{at("2", 2), at("3", 3), nil}, {at("3", 3), at("4", 4), nil}, {at("1", 1), at("5", 5), ErrCloned},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			st := openStore(t)
+			a, err := redeem(t, st, join(t, st, "n1"), time.Now())
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i, step := range steps {
+				if err := Renewed(t.Context(), st, a.ID, step.shown, step.issued); !errors.Is(err, step.want) {
+					t.Fatalf("step %d: Renewed(%s for %s) = %v; want %v", i, step.issued.Serial, step.shown.Serial, err, step.want)
+				}
+			}
+			// A node that attests anew begins anew.
+			if _, err := redeem(t, st, join(t, st, "n1"), time.Now()); err != nil {
+				t.Fatal(err)
+			}
+			if err := Renewed(t.Context(), st, a.ID, at("9", -9), at("10", 10)); err != nil {
+				t.Errorf("the first renewal after it attested anew: %v", err)
+			}
+		})
 	}
 }

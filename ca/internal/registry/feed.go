@@ -29,6 +29,10 @@ import (
 // the stream gets a full listing.
 const maxPending = 10_000
 
+// MaxFeeds is how many feeds one agent can have: one, and some that a broken
+// connection has left behind. One more takes the place of the oldest.
+const MaxFeeds = 4
+
 // Ack is what an agent says that it serves.
 type Ack struct {
 	Revision, TrustBundleSequence, PolicyGeneration uint64
@@ -59,8 +63,10 @@ type Feed struct {
 	registry *Registry
 	agent    spiffeid.ID
 	signal   chan struct{}
+	closing  chan struct{} // closed when a newer feed takes its place
 
 	// Guarded by registry.mu.
+	number  uint64 // of the order in which feeds were opened
 	last    uint64 // the stream knows everything up to here
 	reset   bool
 	pending map[string]struct{} // entries changed since
@@ -81,12 +87,15 @@ func (r *Registry) Subscribe(ctx context.Context, agent spiffeid.ID, resume uint
 		}
 	}
 	known := resume != 0 && r.knowHistory(ctx, resume)
-	f := &Feed{registry: r, agent: agent, signal: make(chan struct{}, 1), last: resume, pending: make(map[string]struct{})}
+	f := &Feed{registry: r, agent: agent, signal: make(chan struct{}, 1), closing: make(chan struct{}), last: resume, pending: make(map[string]struct{})}
 	r.mu.Lock()
 	if r.feeds[agent] == nil {
 		r.feeds[agent] = make(map[*Feed]struct{})
 	}
+	r.opened++
+	f.number = r.opened
 	r.feeds[agent][f] = struct{}{}
+	r.supersede(agent)
 	pic := r.pic.Load()
 	var gone []removal
 	if known && resume >= r.history.known && store.Epoch(resume) == store.Epoch(pic.revision) {
@@ -98,6 +107,22 @@ func (r *Registry) Subscribe(ctx context.Context, agent spiffeid.ID, resume uint
 	f.catchUp(pic, gone)
 	f.wake()
 	return f, nil
+}
+
+// supersede closes the agent's oldest feed, if it has too many. r.mu is held.
+func (r *Registry) supersede(agent spiffeid.ID) {
+	feeds := r.feeds[agent]
+	if len(feeds) <= MaxFeeds {
+		return
+	}
+	var oldest *Feed
+	for f := range feeds {
+		if oldest == nil || f.number < oldest.number {
+			oldest = f
+		}
+	}
+	delete(feeds, oldest)
+	close(oldest.closing)
 }
 
 // catchUp marks what changed for f's node after f.last, up to pic; later
@@ -138,6 +163,9 @@ func (f *Feed) Close() {
 		delete(r.feeds, f.agent)
 	}
 }
+
+// Superseded is closed when a newer feed of the agent has taken f's place.
+func (f *Feed) Superseded() <-chan struct{} { return f.closing }
 
 // Due receives when there is something to take.
 func (f *Feed) Due() <-chan struct{} { return f.signal }

@@ -51,6 +51,7 @@ type Registry struct {
 	heads   chan struct{} // closed and replaced with every new policy head
 	steps   chan struct{} // closed and replaced with every step of the authorities
 	feeds   map[spiffeid.ID]map[*Feed]struct{}
+	opened  uint64 // feeds, ever
 	acks    map[spiffeid.ID]Ack
 	history history
 }
