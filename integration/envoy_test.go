@@ -207,7 +207,7 @@ func TestEnvoyExampleIsValid(t *testing.T) {
 }
 
 // gateways are one Envoy for each dialect of SDS, and one that does without the
-// SPIFFE validator, between two services.
+// SPIFFE validator, between two services. Each takes its secrets by other names.
 type gateways struct {
 	t      *testing.T
 	d      *stage.Domain
@@ -229,10 +229,11 @@ func startGateways(t *testing.T) *gateways {
 	t.Cleanup(web.Close)
 	orders := newUpstream(t, d)
 	return &gateways{t: t, d: d, web: web, orders: orders, envoys: map[string]*envoy{
-		"delta":              startEnvoy(t, d, orders.address),
-		"state of the world": startEnvoy(t, d, orders.address, "DELTA_GRPC", "GRPC"),
-		"plain roots": startEnvoy(t, d, orders.address, "cluster: gateway}",
-			"cluster: gateway, metadata: {disable_spiffe_cert_validation: true}}"),
+		"delta": startEnvoy(t, d, orders.address),
+		"state of the world": startEnvoy(t, d, orders.address, "DELTA_GRPC", "GRPC",
+			"name: spiffe://shop.test/gateway", "name: default", "name: ROOTCA", "name: ALL"),
+		"plain roots": startEnvoy(t, d, orders.address, "name: ROOTCA", `name: "spiffe://shop.test"`,
+			"cluster: gateway}", "cluster: gateway, metadata: {disable_spiffe_cert_validation: true}}"),
 	}}
 }
 

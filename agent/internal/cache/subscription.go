@@ -55,6 +55,17 @@ func (s *Subscription) Woken() <-chan struct{} { return s.woken }
 // View returns what a workload with this proof may have. With wantSVIDs their
 // SVIDs are ordered, and kept fresh until Close.
 func (s *Subscription) View(proof workload.Proof, wantSVIDs bool) View {
+	return s.ViewOf(proof, func(all []*Entry) []*Entry {
+		if wantSVIDs {
+			return all
+		}
+		return nil
+	})
+}
+
+// ViewOf is View with the SVIDs of those entries alone that wanted returns, of
+// all that match; they are kept fresh until the next call.
+func (s *Subscription) ViewOf(proof workload.Proof, wanted func([]*Entry) []*Entry) View {
 	c := s.c
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -65,12 +76,13 @@ func (s *Subscription) View(proof workload.Proof, wantSVIDs bool) View {
 		s.notify() // an entry came while the process was read
 	}
 	v := View{Current: c.current() && unread == 0, Entries: c.match(proof.Selectors, now), Trust: c.trust.Load()}
-	if !wantSVIDs {
+	chosen := wanted(v.Entries)
+	if len(chosen) == 0 && len(s.slots) == 0 {
 		return v
 	}
-	used := make(map[string]*slot, len(v.Entries))
-	seen := make(map[string]bool, len(v.Entries))
-	for _, e := range v.Entries {
+	used := make(map[string]*slot, len(chosen))
+	seen := make(map[string]bool, len(chosen))
+	for _, e := range chosen {
 		if seen[e.SPIFFEID.String()] {
 			continue
 		}

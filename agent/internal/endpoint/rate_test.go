@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
@@ -72,6 +73,9 @@ func TestStreamsAreOpenedAtARate(t *testing.T) {
 		workloadpb.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName:    codes.ResourceExhausted,
 		workloadpb.SpiffeWorkloadAPI_FetchX509Bundles_FullMethodName: codes.ResourceExhausted,
 		workloadpb.SpiffeWorkloadAPI_FetchJWTBundles_FullMethodName:  codes.ResourceExhausted,
+		secretv3.SecretDiscoveryService_StreamSecrets_FullMethodName: codes.ResourceExhausted,
+		secretv3.SecretDiscoveryService_DeltaSecrets_FullMethodName:  codes.ResourceExhausted,
+		secretv3.SecretDiscoveryService_FetchSecrets_FullMethodName:  codes.ResourceExhausted,
 		agentpb.Local_Authorize_FullMethodName:                       codes.OK,
 	} {
 		var last error

@@ -64,13 +64,14 @@ type holdings struct {
 }
 
 // look finds what name stands for. Like the Workload API it knows nothing for
-// who has no entry, the trust bundle included.
+// who has no entry, the trust bundle included. SPIFFE IDs are compared as they
+// are written: another spelling is another name.
 func (h holdings) look(name string) (resource, standing) {
 	switch {
 	case len(h.view.Entries) == 0:
 		return resource{}, h.missing()
 	case name == nameDefault:
-		return h.certificate(name, h.view.Entries[0].SPIFFEID)
+		return h.certificate(name, h.view.Entries[0].SPIFFEID.String())
 	// Without the SPIFFE validator the roots of all trust domains would vouch
 	// for each other's SPIFFE IDs, so there is no ALL.
 	case name == nameRootCA, name == h.td.IDString(), name == nameAll && !h.plain:
@@ -78,23 +79,20 @@ func (h holdings) look(name string) (resource, standing) {
 			return resource{}, unsure
 		}
 		return resource{name: name, trust: h.view.Trust}, present
+	default:
+		return h.certificate(name, name)
 	}
-	id, err := spiffeid.FromString(name)
-	if err != nil {
-		return resource{}, absent
-	}
-	return h.certificate(name, id)
 }
 
 // certificate finds the X509-SVID of id. That the CA has not signed one yet, or
 // is away, does not take the name away.
-func (h holdings) certificate(name string, id spiffeid.ID) (resource, standing) {
+func (h holdings) certificate(name, id string) (resource, standing) {
 	for _, held := range h.view.SVIDs {
-		if held.Peer.ID == id {
+		if held.Peer.ID.String() == id {
 			return resource{name: name, svid: held}, present
 		}
 	}
-	if slices.ContainsFunc(h.view.Entries, func(e *cache.Entry) bool { return e.SPIFFEID == id }) {
+	if slices.ContainsFunc(h.view.Entries, func(e *cache.Entry) bool { return e.SPIFFEID.String() == id }) {
 		return resource{}, unsure
 	}
 	return resource{}, h.missing()
@@ -118,11 +116,6 @@ func (h holdings) every() (names []string) {
 		names = append(names, e.SPIFFEID.String())
 	}
 	return names
-}
-
-// certified says whether a name, if it stands for anything, is an X509-SVID.
-func certified(name string, td spiffeid.TrustDomain) bool {
-	return name != nameRootCA && name != nameAll && name != td.IDString()
 }
 
 // pack makes r what goes over the wire.

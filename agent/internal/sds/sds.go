@@ -197,7 +197,7 @@ func receive[Req any](ctx context.Context, recv func() (Req, error)) (<-chan Req
 }
 
 func (s *Server) holdings(sub *cache.Subscription, p *workload.Process, w *watch) holdings {
-	return holdings{view: sub.View(p.Proof(), w.certificates(s.td)), td: s.td, plain: w.plain}
+	return holdings{view: sub.ViewOf(p.Proof(), w.certificates), td: s.td, plain: w.plain}
 }
 
 // state is the answer in the one dialect.

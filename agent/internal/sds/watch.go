@@ -11,11 +11,12 @@ import (
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	statuspb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/structpb"
+
+	"merlon.dev/agent/internal/cache"
 )
 
 // secretType is the only type of resource here.
@@ -152,14 +153,15 @@ func (w *watch) check() error {
 	return nil
 }
 
-// certificates says whether X509-SVIDs are asked for.
-func (w *watch) certificates(td spiffeid.TrustDomain) bool {
-	for name := range w.names {
-		if certified(name, td) {
-			return true
+// certificates are those of the caller's entries whose X509-SVIDs are asked for.
+// No others are made.
+func (w *watch) certificates(all []*cache.Entry) (wanted []*cache.Entry) {
+	for i, e := range all {
+		if w.every || w.names[e.SPIFFEID.String()] || i == 0 && w.names[nameDefault] {
+			wanted = append(wanted, e)
 		}
 	}
-	return w.every
+	return wanted
 }
 
 // answer is what there is to say.
