@@ -91,6 +91,16 @@ func grants(t *testing.T, d *stage.Domain, rule string) {
 	d.Merlon("policy", "push", dir)
 }
 
+// rego pushes a policy of one rule.
+func rego(t *testing.T, d *stage.Domain, rule string) {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "policy.rego"), []byte("package authz\n\n"+rule+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d.Merlon("policy", "push", dir)
+}
+
 func ok(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok") }
 
 func TestNothingIsAllowedUntilAPolicySaysSo(t *testing.T) {
@@ -106,13 +116,38 @@ func TestNothingIsAllowedUntilAPolicySaysSo(t *testing.T) {
 	want(t, "the grant is gone", c, url+"/a", "METHOD")
 }
 
-func TestNoAgentNoDecision(t *testing.T) {
+// The policy is compiled into the service, so that it decides with the agent gone
+// as before.
+func TestDecisionsOutliveTheAgent(t *testing.T) {
 	d := stage.Separate(t)
 	id := me(t, d)
 	url := serveHTTP(t, id, http.HandlerFunc(ok))
 	c := client(t, id)
-	grants(t, d, "http: {methods: [GET]}")
+	grants(t, d, "http: {methods: [GET], paths: [/a]}")
 	want(t, "a grant", c, url+"/a", "200 OK")
+	d.Agent.Kill()
+	for range 20 {
+		if got := reasonOf(c, url+"/a"); got != "200 OK" {
+			t.Fatalf("no agent: %q", got)
+		}
+		if got := reasonOf(c, url+"/b"); got != "PATH" {
+			t.Fatalf("no agent, another path: %q", got)
+		}
+	}
+	d.Agent.Restart()
+	grants(t, d, "http: {methods: [GET], paths: [/b]}")
+	want(t, "a policy made after the agent was gone", c, url+"/b", "200 OK")
+	want(t, "what it takes away", c, url+"/a", "PATH")
+}
+
+// What cannot be compiled is the agent's to decide.
+func TestNoAgentNoDecisionOfOPA(t *testing.T) {
+	d := stage.Separate(t)
+	id := me(t, d)
+	url := serveHTTP(t, id, http.HandlerFunc(ok))
+	c := client(t, id)
+	rego(t, d, "allow if time.now_ns() > 0")
+	want(t, "a rule", c, url+"/a", "200 OK")
 	d.Agent.Kill()
 	want(t, "no agent", c, url+"/a", "AGENT_UNAVAILABLE")
 	d.Agent.Restart()
@@ -120,9 +155,6 @@ func TestNoAgentNoDecision(t *testing.T) {
 	// With the CA away the agent goes on deciding by what it has.
 	d.CA.Kill()
 	want(t, "no CA", c, url+"/a", "200 OK")
-	d.Agent.Kill()
-	d.Agent.Restart()
-	want(t, "no CA, and the agent restarted", c, url+"/a", "AGENT_UNAVAILABLE")
 }
 
 func TestDenialIsExplained(t *testing.T) {

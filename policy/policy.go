@@ -7,7 +7,9 @@ package policy
 import (
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"encoding/hex"
+	"sync/atomic"
 )
 
 // Protocol is how a call arrived. The enforcement point sets it; it is never
@@ -93,11 +95,29 @@ func Deny(r Reason) Decision {
 	return Decision{Reason: r, DecisionID: NewDecisionID()}
 }
 
-// NewDecisionID returns a random decision ID.
+// Decision IDs are 6 random bytes of this process, then 6 that count from a random
+// start: unique, and no secret.
+var (
+	decisionProcess [6]byte
+	decisionCount   atomic.Uint64
+)
+
+func init() {
+	var start [8]byte
+	rand.Read(decisionProcess[:]) // never fails, see crypto/rand
+	rand.Read(start[:])
+	decisionCount.Store(binary.BigEndian.Uint64(start[:]))
+}
+
+// NewDecisionID returns a decision ID that no other call returns, here or in
+// another process.
 func NewDecisionID() string {
-	var b [12]byte
-	rand.Read(b[:]) // never fails, see crypto/rand
-	return hex.EncodeToString(b[:])
+	var b [14]byte
+	copy(b[:], decisionProcess[:])
+	binary.BigEndian.PutUint64(b[6:], decisionCount.Add(1)<<16)
+	var text [24]byte
+	hex.Encode(text[:], b[:12])
+	return string(text[:])
 }
 
 // Hint says in a few words what the reader of a denial can do next.

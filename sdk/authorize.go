@@ -1,5 +1,5 @@
-// Decisions: each call is put to the agent, which evaluates the policy. What
-// cannot be decided is denied with a reason.
+// Decisions: each call is decided by the policy that the agent compiled for this
+// service, or put to the agent. What cannot be decided is denied with a reason.
 
 package sdk
 
@@ -24,9 +24,10 @@ import (
 // away.
 const authorizeTimeout = 2 * time.Second
 
-// Authorize asks the agent whether a call may happen. It implements
-// policy.Authorizer. in.Source must come from a verified peer; in.Destination
-// may be empty and then is the own SPIFFE ID. It blocks for at most 2 s.
+// Authorize says whether a call may happen. It implements policy.Authorizer.
+// in.Source must come from a verified peer; in.Destination may be empty and then
+// is the own SPIFFE ID. It decides at once where the policy is compiled for this
+// service; else it asks the agent, for at most 2 s.
 //
 // Servers use httpauth or grpcauth, which fill the input from the connection
 // by [Identity.Decide].
@@ -64,6 +65,21 @@ func (id *Identity) authorize(ctx context.Context, in *policy.Input) policy.Deci
 	if !transportable(in) {
 		return policy.Deny(policy.BadRequest)
 	}
+	if own := id.current.Load(); in.Destination == "" && own.svid != nil {
+		named := *in
+		named.Destination = own.svid.ID.String()
+		in = &named
+	}
+	if now := time.Now(); in.Destination != "" {
+		if p := id.program(in.Destination, now); p != nil {
+			return id.decideHere(p, in, now)
+		}
+	}
+	return id.askAgent(ctx, in)
+}
+
+// askAgent has the agent decide.
+func (id *Identity) askAgent(ctx context.Context, in *policy.Input) policy.Decision {
 	bounded, cancel := context.WithTimeout(ctx, authorizeTimeout)
 	defer cancel()
 	res, err := id.agent.local.Authorize(bounded, authorizeRequest(in, id.current.Load()))

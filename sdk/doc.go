@@ -13,10 +13,12 @@
 // their caller by [PeerFromContext]. A caller whose call is denied gets a
 // [DeniedError] that says why.
 //
-// Each call is decided by the policy, at the agent; TLS alone lets a caller do
-// nothing. Whoever is revoked loses its open connections at once, and so does
-// whoever's X509-SVID expires. While the agent is away the last X509-SVID stays
-// in use until it expires, and calls are denied with AGENT_UNAVAILABLE.
+// Each call is decided by the policy; TLS alone lets a caller do nothing. The agent
+// sends what the policy says of calls to this process, compiled, and it is decided
+// here; where the policy has no compiled form the agent is asked. Whoever is revoked
+// loses its open connections at once, and so does whoever's X509-SVID expires. While
+// the agent is away the last X509-SVID and the last policy stay in use until they
+// end, and calls that the agent must decide are denied with AGENT_UNAVAILABLE.
 //
 // Package sdktest has all of it in memory, for tests.
 package sdk

@@ -191,9 +191,15 @@ func (id *Identity) followRevocations(ctx context.Context, progress func()) erro
 			return err
 		}
 		watchdog.Reset(silence)
-		if g := res.GetPolicyGeneration(); id.generation.Swap(g) != g && id.ready.isReady() {
-			id.log.LogAttrs(ctx, slog.LevelInfo, "policy changed", slog.Uint64("policy_revision", g))
+		if g := res.GetPolicyGeneration(); id.generation.Load() != g {
+			id.generationSince.Store(time.Now().UnixNano())
+			id.generation.Store(g)
+			if id.ready.isReady() {
+				id.log.LogAttrs(ctx, slog.LevelInfo, "policy changed", slog.Uint64("policy_revision", g))
+			}
 		}
+		id.denyAfter.Store(int64(res.GetDenyAfter().AsDuration()))
+		id.revocationsAsOf.Store(res.GetRevocationsAsOf().AsTime().UnixNano()) // never: 1970, which is stale
 		id.revoke(ctx, res)
 		progress()
 	}

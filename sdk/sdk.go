@@ -32,8 +32,14 @@ type Identity struct {
 
 	current     atomic.Pointer[current]
 	revocations atomic.Pointer[svid.Revocations]
-	generation  atomic.Uint64 // of the active policy, for the log
-	closed      atomic.Bool
+	programs    atomic.Pointer[programs]
+	report      *report
+	generation  atomic.Uint64 // of the policy that the agent says is active
+	// The rest in Unix time or nanoseconds.
+	generationSince atomic.Int64
+	revocationsAsOf atomic.Int64
+	denyAfter       atomic.Int64 // 0: the age of revocations does not matter
+	closed          atomic.Bool
 
 	ready     readiness
 	decisions condition
@@ -72,8 +78,9 @@ func (c *current) trusts(peer *svid.Peer) bool {
 // names the cause. Close the Identity after the servers that use it.
 //
 // From then on the Identity keeps itself current. While the agent is away it
-// keeps the last SVID until that expires, and decisions are denied with
-// AGENT_UNAVAILABLE.
+// keeps the last SVID until that expires, and decides by the last policy until
+// that ends; where the policy is not compiled for this service, calls are denied
+// with AGENT_UNAVAILABLE.
 func Open(ctx context.Context, opts ...Option) (*Identity, error) {
 	o := options{startupTimeout: defaultStartupTimeout, log: slog.Default()}
 	for _, opt := range opts {
@@ -93,6 +100,7 @@ func Open(ctx context.Context, opts ...Option) (*Identity, error) {
 		agent:   a,
 		conns:   newConnTable(o.log),
 		rotated: make(map[int]func()),
+		report:  newReport(),
 	}
 	id.ready.init()
 	id.current.Store(&current{err: errors.New("the agent has not given an identity yet"), bundles: x509bundle.NewSet()})
@@ -108,6 +116,8 @@ func (id *Identity) start(ctx context.Context) {
 	ctx, id.cancel = context.WithCancel(ctx)
 	id.goroutines.Go(func() { id.keepTrying(ctx, identityFeed, id.followSVIDs) })
 	id.goroutines.Go(func() { id.keepTrying(ctx, revocationFeed, id.followRevocations) })
+	id.goroutines.Go(func() { id.keepTrying(ctx, policyFeed, id.followPolicy) })
+	id.goroutines.Go(func() { id.keepTrying(ctx, reportFeed, id.sendReports) })
 	id.goroutines.Go(func() { id.conns.run(ctx.Done()) })
 }
 

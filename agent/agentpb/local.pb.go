@@ -13,6 +13,7 @@ package agentpb
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -372,8 +373,11 @@ type WatchResponse struct {
 	Revocations []*Revocation `protobuf:"bytes,3,rep,name=revocations,proto3" json:"revocations,omitempty"`
 	// When the agent last heard from the CA.
 	RevocationsAsOf *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=revocations_as_of,json=revocationsAsOf,proto3" json:"revocations_as_of,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// When the agent has heard nothing from the CA for longer than this, calls are
+	// denied STALE_REVOCATIONS. Absent: what is known stays in force.
+	DenyAfter     *durationpb.Duration `protobuf:"bytes,5,opt,name=deny_after,json=denyAfter,proto3" json:"deny_after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WatchResponse) Reset() {
@@ -434,6 +438,327 @@ func (x *WatchResponse) GetRevocationsAsOf() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *WatchResponse) GetDenyAfter() *durationpb.Duration {
+	if x != nil {
+		return x.DenyAfter
+	}
+	return nil
+}
+
+type WatchPolicyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchPolicyRequest) Reset() {
+	*x = WatchPolicyRequest{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchPolicyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchPolicyRequest) ProtoMessage() {}
+
+func (x *WatchPolicyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchPolicyRequest.ProtoReflect.Descriptor instead.
+func (*WatchPolicyRequest) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{6}
+}
+
+type WatchPolicyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Generation of the active policy bundle; 0 for none.
+	PolicyGeneration uint64 `protobuf:"varint,1,opt,name=policy_generation,json=policyGeneration,proto3" json:"policy_generation,omitempty"`
+	// One for each of the caller's SPIFFE IDs; none without a policy.
+	Programs      []*Program `protobuf:"bytes,2,rep,name=programs,proto3" json:"programs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchPolicyResponse) Reset() {
+	*x = WatchPolicyResponse{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchPolicyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchPolicyResponse) ProtoMessage() {}
+
+func (x *WatchPolicyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchPolicyResponse.ProtoReflect.Descriptor instead.
+func (*WatchPolicyResponse) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *WatchPolicyResponse) GetPolicyGeneration() uint64 {
+	if x != nil {
+		return x.PolicyGeneration
+	}
+	return 0
+}
+
+func (x *WatchPolicyResponse) GetPrograms() []*Program {
+	if x != nil {
+		return x.Programs
+	}
+	return nil
+}
+
+// Program is what the policy says of calls to one destination.
+type Program struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Destination string                 `protobuf:"bytes,1,opt,name=destination,proto3" json:"destination,omitempty"`
+	// In the form of package policy/program; empty where the policy cannot be
+	// compiled for this destination, and Authorize decides.
+	Encoded []byte `protobuf:"bytes,2,opt,name=encoded,proto3" json:"encoded,omitempty"`
+	// Why it is not compiled.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Program) Reset() {
+	*x = Program{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Program) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Program) ProtoMessage() {}
+
+func (x *Program) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Program.ProtoReflect.Descriptor instead.
+func (*Program) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *Program) GetDestination() string {
+	if x != nil {
+		return x.Destination
+	}
+	return ""
+}
+
+func (x *Program) GetEncoded() []byte {
+	if x != nil {
+		return x.Encoded
+	}
+	return nil
+}
+
+func (x *Program) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type ReportRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// All denials and some of the calls that were allowed.
+	Records []*DecisionRecord `protobuf:"bytes,1,rep,name=records,proto3" json:"records,omitempty"`
+	// How many calls were decided since the last message, by reason.
+	Decided map[string]uint64 `protobuf:"bytes,2,rep,name=decided,proto3" json:"decided,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// How many denials of those are not among the records of any message.
+	Dropped       uint64 `protobuf:"varint,3,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportRequest) Reset() {
+	*x = ReportRequest{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportRequest) ProtoMessage() {}
+
+func (x *ReportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
+func (*ReportRequest) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ReportRequest) GetRecords() []*DecisionRecord {
+	if x != nil {
+		return x.Records
+	}
+	return nil
+}
+
+func (x *ReportRequest) GetDecided() map[string]uint64 {
+	if x != nil {
+		return x.Decided
+	}
+	return nil
+}
+
+func (x *ReportRequest) GetDropped() uint64 {
+	if x != nil {
+		return x.Dropped
+	}
+	return 0
+}
+
+type DecisionRecord struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Decision *Decision              `protobuf:"bytes,1,opt,name=decision,proto3" json:"decision,omitempty"`
+	// The destination is one of the caller's SPIFFE IDs.
+	Input         *AuthorizeRequest      `protobuf:"bytes,2,opt,name=input,proto3" json:"input,omitempty"`
+	DecidedAt     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=decided_at,json=decidedAt,proto3" json:"decided_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DecisionRecord) Reset() {
+	*x = DecisionRecord{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DecisionRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DecisionRecord) ProtoMessage() {}
+
+func (x *DecisionRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DecisionRecord.ProtoReflect.Descriptor instead.
+func (*DecisionRecord) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *DecisionRecord) GetDecision() *Decision {
+	if x != nil {
+		return x.Decision
+	}
+	return nil
+}
+
+func (x *DecisionRecord) GetInput() *AuthorizeRequest {
+	if x != nil {
+		return x.Input
+	}
+	return nil
+}
+
+func (x *DecisionRecord) GetDecidedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DecidedAt
+	}
+	return nil
+}
+
+type ReportResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportResponse) Reset() {
+	*x = ReportResponse{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportResponse) ProtoMessage() {}
+
+func (x *ReportResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
+func (*ReportResponse) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{11}
+}
+
 // Revocation withdraws SVIDs before they expire; see merlon.ca.v1.Revocation.
 type Revocation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -455,7 +780,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[6]
+	mi := &file_agent_agentpb_local_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -467,7 +792,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[6]
+	mi := &file_agent_agentpb_local_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -480,7 +805,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{6}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -598,7 +923,7 @@ type ExplainIdentityRequest struct {
 
 func (x *ExplainIdentityRequest) Reset() {
 	*x = ExplainIdentityRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[7]
+	mi := &file_agent_agentpb_local_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -610,7 +935,7 @@ func (x *ExplainIdentityRequest) String() string {
 func (*ExplainIdentityRequest) ProtoMessage() {}
 
 func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[7]
+	mi := &file_agent_agentpb_local_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -623,7 +948,7 @@ func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityRequest.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{7}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ExplainIdentityRequest) GetPid() int32 {
@@ -662,7 +987,7 @@ type ExplainIdentityResponse struct {
 
 func (x *ExplainIdentityResponse) Reset() {
 	*x = ExplainIdentityResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[8]
+	mi := &file_agent_agentpb_local_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -674,7 +999,7 @@ func (x *ExplainIdentityResponse) String() string {
 func (*ExplainIdentityResponse) ProtoMessage() {}
 
 func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[8]
+	mi := &file_agent_agentpb_local_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -687,7 +1012,7 @@ func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityResponse.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{8}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ExplainIdentityResponse) GetSynced() bool {
@@ -780,7 +1105,7 @@ type EntryMatch struct {
 
 func (x *EntryMatch) Reset() {
 	*x = EntryMatch{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[9]
+	mi := &file_agent_agentpb_local_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -792,7 +1117,7 @@ func (x *EntryMatch) String() string {
 func (*EntryMatch) ProtoMessage() {}
 
 func (x *EntryMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[9]
+	mi := &file_agent_agentpb_local_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -805,7 +1130,7 @@ func (x *EntryMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryMatch.ProtoReflect.Descriptor instead.
 func (*EntryMatch) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{9}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *EntryMatch) GetEntryId() string {
@@ -845,7 +1170,7 @@ type ExplainDecisionRequest struct {
 
 func (x *ExplainDecisionRequest) Reset() {
 	*x = ExplainDecisionRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[10]
+	mi := &file_agent_agentpb_local_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -857,7 +1182,7 @@ func (x *ExplainDecisionRequest) String() string {
 func (*ExplainDecisionRequest) ProtoMessage() {}
 
 func (x *ExplainDecisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[10]
+	mi := &file_agent_agentpb_local_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -870,7 +1195,7 @@ func (x *ExplainDecisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainDecisionRequest.ProtoReflect.Descriptor instead.
 func (*ExplainDecisionRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{10}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ExplainDecisionRequest) GetDecisionId() string {
@@ -895,7 +1220,7 @@ type ExplainDecisionResponse struct {
 
 func (x *ExplainDecisionResponse) Reset() {
 	*x = ExplainDecisionResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[11]
+	mi := &file_agent_agentpb_local_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -907,7 +1232,7 @@ func (x *ExplainDecisionResponse) String() string {
 func (*ExplainDecisionResponse) ProtoMessage() {}
 
 func (x *ExplainDecisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[11]
+	mi := &file_agent_agentpb_local_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -920,7 +1245,7 @@ func (x *ExplainDecisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainDecisionResponse.ProtoReflect.Descriptor instead.
 func (*ExplainDecisionResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{11}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ExplainDecisionResponse) GetDecision() *Decision {
@@ -962,7 +1287,7 @@ var File_agent_agentpb_local_proto protoreflect.FileDescriptor
 
 const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\n" +
-	"\x19agent/agentpb/local.proto\x12\x0fmerlon.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe0\x03\n" +
+	"\x19agent/agentpb/local.proto\x12\x0fmerlon.agent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe0\x03\n" +
 	"\x10AuthorizeRequest\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x16\n" +
 	"\x06source\x18\x02 \x01(\tR\x06source\x12\x1a\n" +
@@ -990,12 +1315,35 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\vdecision_id\x18\x04 \x01(\tR\n" +
 	"decisionId\x12+\n" +
 	"\x11policy_generation\x18\x05 \x01(\x04R\x10policyGeneration\"\x0e\n" +
-	"\fWatchRequest\"\xd9\x01\n" +
+	"\fWatchRequest\"\x93\x02\n" +
 	"\rWatchResponse\x12+\n" +
 	"\x11policy_generation\x18\x01 \x01(\x04R\x10policyGeneration\x12\x14\n" +
 	"\x05reset\x18\x02 \x01(\bR\x05reset\x12=\n" +
 	"\vrevocations\x18\x03 \x03(\v2\x1b.merlon.agent.v1.RevocationR\vrevocations\x12F\n" +
-	"\x11revocations_as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x0frevocationsAsOf\"\xc3\x02\n" +
+	"\x11revocations_as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x0frevocationsAsOf\x128\n" +
+	"\n" +
+	"deny_after\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\tdenyAfter\"\x14\n" +
+	"\x12WatchPolicyRequest\"x\n" +
+	"\x13WatchPolicyResponse\x12+\n" +
+	"\x11policy_generation\x18\x01 \x01(\x04R\x10policyGeneration\x124\n" +
+	"\bprograms\x18\x02 \x03(\v2\x18.merlon.agent.v1.ProgramR\bprograms\"]\n" +
+	"\aProgram\x12 \n" +
+	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x18\n" +
+	"\aencoded\x18\x02 \x01(\fR\aencoded\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"\xe7\x01\n" +
+	"\rReportRequest\x129\n" +
+	"\arecords\x18\x01 \x03(\v2\x1f.merlon.agent.v1.DecisionRecordR\arecords\x12E\n" +
+	"\adecided\x18\x02 \x03(\v2+.merlon.agent.v1.ReportRequest.DecidedEntryR\adecided\x12\x18\n" +
+	"\adropped\x18\x03 \x01(\x04R\adropped\x1a:\n" +
+	"\fDecidedEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\xbb\x01\n" +
+	"\x0eDecisionRecord\x125\n" +
+	"\bdecision\x18\x01 \x01(\v2\x19.merlon.agent.v1.DecisionR\bdecision\x127\n" +
+	"\x05input\x18\x02 \x01(\v2!.merlon.agent.v1.AuthorizeRequestR\x05input\x129\n" +
+	"\n" +
+	"decided_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tdecidedAt\"\x10\n" +
+	"\x0eReportResponse\"\xc3\x02\n" +
 	"\n" +
 	"Revocation\x12\x1d\n" +
 	"\tspiffe_id\x18\x01 \x01(\tH\x00R\bspiffeId\x12\x1b\n" +
@@ -1040,10 +1388,12 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\n" +
 	"decided_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tdecidedAt\x12\x18\n" +
 	"\adetails\x18\x04 \x03(\tR\adetails\x12\x12\n" +
-	"\x04hint\x18\x05 \x01(\tR\x04hint2\xa5\x01\n" +
+	"\x04hint\x18\x05 \x01(\tR\x04hint2\xce\x02\n" +
 	"\x05Local\x12R\n" +
 	"\tAuthorize\x12!.merlon.agent.v1.AuthorizeRequest\x1a\".merlon.agent.v1.AuthorizeResponse\x12H\n" +
-	"\x05Watch\x12\x1d.merlon.agent.v1.WatchRequest\x1a\x1e.merlon.agent.v1.WatchResponse0\x012\xd3\x01\n" +
+	"\x05Watch\x12\x1d.merlon.agent.v1.WatchRequest\x1a\x1e.merlon.agent.v1.WatchResponse0\x01\x12Z\n" +
+	"\vWatchPolicy\x12#.merlon.agent.v1.WatchPolicyRequest\x1a$.merlon.agent.v1.WatchPolicyResponse0\x01\x12K\n" +
+	"\x06Report\x12\x1e.merlon.agent.v1.ReportRequest\x1a\x1f.merlon.agent.v1.ReportResponse(\x012\xd3\x01\n" +
 	"\x05Debug\x12d\n" +
 	"\x0fExplainIdentity\x12'.merlon.agent.v1.ExplainIdentityRequest\x1a(.merlon.agent.v1.ExplainIdentityResponse\x12d\n" +
 	"\x0fExplainDecision\x12'.merlon.agent.v1.ExplainDecisionRequest\x1a(.merlon.agent.v1.ExplainDecisionResponseB\x1aZ\x18merlon.dev/agent/agentpbb\x06proto3"
@@ -1060,7 +1410,7 @@ func file_agent_agentpb_local_proto_rawDescGZIP() []byte {
 	return file_agent_agentpb_local_proto_rawDescData
 }
 
-var file_agent_agentpb_local_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_agent_agentpb_local_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_agent_agentpb_local_proto_goTypes = []any{
 	(*AuthorizeRequest)(nil),        // 0: merlon.agent.v1.AuthorizeRequest
 	(*HeaderValues)(nil),            // 1: merlon.agent.v1.HeaderValues
@@ -1068,40 +1418,59 @@ var file_agent_agentpb_local_proto_goTypes = []any{
 	(*Decision)(nil),                // 3: merlon.agent.v1.Decision
 	(*WatchRequest)(nil),            // 4: merlon.agent.v1.WatchRequest
 	(*WatchResponse)(nil),           // 5: merlon.agent.v1.WatchResponse
-	(*Revocation)(nil),              // 6: merlon.agent.v1.Revocation
-	(*ExplainIdentityRequest)(nil),  // 7: merlon.agent.v1.ExplainIdentityRequest
-	(*ExplainIdentityResponse)(nil), // 8: merlon.agent.v1.ExplainIdentityResponse
-	(*EntryMatch)(nil),              // 9: merlon.agent.v1.EntryMatch
-	(*ExplainDecisionRequest)(nil),  // 10: merlon.agent.v1.ExplainDecisionRequest
-	(*ExplainDecisionResponse)(nil), // 11: merlon.agent.v1.ExplainDecisionResponse
-	nil,                             // 12: merlon.agent.v1.AuthorizeRequest.HeadersEntry
-	(*timestamppb.Timestamp)(nil),   // 13: google.protobuf.Timestamp
+	(*WatchPolicyRequest)(nil),      // 6: merlon.agent.v1.WatchPolicyRequest
+	(*WatchPolicyResponse)(nil),     // 7: merlon.agent.v1.WatchPolicyResponse
+	(*Program)(nil),                 // 8: merlon.agent.v1.Program
+	(*ReportRequest)(nil),           // 9: merlon.agent.v1.ReportRequest
+	(*DecisionRecord)(nil),          // 10: merlon.agent.v1.DecisionRecord
+	(*ReportResponse)(nil),          // 11: merlon.agent.v1.ReportResponse
+	(*Revocation)(nil),              // 12: merlon.agent.v1.Revocation
+	(*ExplainIdentityRequest)(nil),  // 13: merlon.agent.v1.ExplainIdentityRequest
+	(*ExplainIdentityResponse)(nil), // 14: merlon.agent.v1.ExplainIdentityResponse
+	(*EntryMatch)(nil),              // 15: merlon.agent.v1.EntryMatch
+	(*ExplainDecisionRequest)(nil),  // 16: merlon.agent.v1.ExplainDecisionRequest
+	(*ExplainDecisionResponse)(nil), // 17: merlon.agent.v1.ExplainDecisionResponse
+	nil,                             // 18: merlon.agent.v1.AuthorizeRequest.HeadersEntry
+	nil,                             // 19: merlon.agent.v1.ReportRequest.DecidedEntry
+	(*timestamppb.Timestamp)(nil),   // 20: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 21: google.protobuf.Duration
 }
 var file_agent_agentpb_local_proto_depIdxs = []int32{
-	12, // 0: merlon.agent.v1.AuthorizeRequest.headers:type_name -> merlon.agent.v1.AuthorizeRequest.HeadersEntry
+	18, // 0: merlon.agent.v1.AuthorizeRequest.headers:type_name -> merlon.agent.v1.AuthorizeRequest.HeadersEntry
 	3,  // 1: merlon.agent.v1.AuthorizeResponse.decision:type_name -> merlon.agent.v1.Decision
-	6,  // 2: merlon.agent.v1.WatchResponse.revocations:type_name -> merlon.agent.v1.Revocation
-	13, // 3: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
-	13, // 4: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	9,  // 5: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
-	13, // 6: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
-	3,  // 7: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 8: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	13, // 9: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
-	1,  // 10: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
-	0,  // 11: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
-	4,  // 12: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
-	7,  // 13: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
-	10, // 14: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
-	2,  // 15: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
-	5,  // 16: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
-	8,  // 17: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
-	11, // 18: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
-	15, // [15:19] is the sub-list for method output_type
-	11, // [11:15] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	12, // 2: merlon.agent.v1.WatchResponse.revocations:type_name -> merlon.agent.v1.Revocation
+	20, // 3: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
+	21, // 4: merlon.agent.v1.WatchResponse.deny_after:type_name -> google.protobuf.Duration
+	8,  // 5: merlon.agent.v1.WatchPolicyResponse.programs:type_name -> merlon.agent.v1.Program
+	10, // 6: merlon.agent.v1.ReportRequest.records:type_name -> merlon.agent.v1.DecisionRecord
+	19, // 7: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
+	3,  // 8: merlon.agent.v1.DecisionRecord.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 9: merlon.agent.v1.DecisionRecord.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	20, // 10: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
+	20, // 11: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	15, // 12: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
+	20, // 13: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
+	3,  // 14: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 15: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	20, // 16: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
+	1,  // 17: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
+	0,  // 18: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
+	4,  // 19: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
+	6,  // 20: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
+	9,  // 21: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
+	13, // 22: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
+	16, // 23: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
+	2,  // 24: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
+	5,  // 25: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
+	7,  // 26: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
+	11, // 27: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
+	14, // 28: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
+	17, // 29: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
+	24, // [24:30] is the sub-list for method output_type
+	18, // [18:24] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_agent_agentpb_local_proto_init() }
@@ -1109,7 +1478,7 @@ func file_agent_agentpb_local_proto_init() {
 	if File_agent_agentpb_local_proto != nil {
 		return
 	}
-	file_agent_agentpb_local_proto_msgTypes[6].OneofWrappers = []any{
+	file_agent_agentpb_local_proto_msgTypes[12].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -1121,7 +1490,7 @@ func file_agent_agentpb_local_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_agentpb_local_proto_rawDesc), len(file_agent_agentpb_local_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -23,8 +23,10 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Local_Authorize_FullMethodName = "/merlon.agent.v1.Local/Authorize"
-	Local_Watch_FullMethodName     = "/merlon.agent.v1.Local/Watch"
+	Local_Authorize_FullMethodName   = "/merlon.agent.v1.Local/Authorize"
+	Local_Watch_FullMethodName       = "/merlon.agent.v1.Local/Watch"
+	Local_WatchPolicy_FullMethodName = "/merlon.agent.v1.Local/WatchPolicy"
+	Local_Report_FullMethodName      = "/merlon.agent.v1.Local/Report"
 )
 
 // LocalClient is the client API for Local service.
@@ -41,6 +43,12 @@ type LocalClient interface {
 	// revoked: everything at once, then each change, and at least one message
 	// every 15 s.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
+	// WatchPolicy sends the compiled policy of each of the caller's own SPIFFE
+	// IDs, and again, whole, when the policy or the caller's identities change.
+	WatchPolicy(ctx context.Context, in *WatchPolicyRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchPolicyResponse], error)
+	// Report takes the record of decisions that the caller made by a compiled
+	// policy, so that they can be explained and counted like those of Authorize.
+	Report(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ReportRequest, ReportResponse], error)
 }
 
 type localClient struct {
@@ -80,6 +88,38 @@ func (c *localClient) Watch(ctx context.Context, in *WatchRequest, opts ...grpc.
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Local_WatchClient = grpc.ServerStreamingClient[WatchResponse]
 
+func (c *localClient) WatchPolicy(ctx context.Context, in *WatchPolicyRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchPolicyResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Local_ServiceDesc.Streams[1], Local_WatchPolicy_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchPolicyRequest, WatchPolicyResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Local_WatchPolicyClient = grpc.ServerStreamingClient[WatchPolicyResponse]
+
+func (c *localClient) Report(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ReportRequest, ReportResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Local_ServiceDesc.Streams[2], Local_Report_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ReportRequest, ReportResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Local_ReportClient = grpc.ClientStreamingClient[ReportRequest, ReportResponse]
+
 // LocalServer is the server API for Local service.
 // All implementations must embed UnimplementedLocalServer
 // for forward compatibility.
@@ -94,6 +134,12 @@ type LocalServer interface {
 	// revoked: everything at once, then each change, and at least one message
 	// every 15 s.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
+	// WatchPolicy sends the compiled policy of each of the caller's own SPIFFE
+	// IDs, and again, whole, when the policy or the caller's identities change.
+	WatchPolicy(*WatchPolicyRequest, grpc.ServerStreamingServer[WatchPolicyResponse]) error
+	// Report takes the record of decisions that the caller made by a compiled
+	// policy, so that they can be explained and counted like those of Authorize.
+	Report(grpc.ClientStreamingServer[ReportRequest, ReportResponse]) error
 	mustEmbedUnimplementedLocalServer()
 }
 
@@ -109,6 +155,12 @@ func (UnimplementedLocalServer) Authorize(context.Context, *AuthorizeRequest) (*
 }
 func (UnimplementedLocalServer) Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error {
 	return status.Error(codes.Unimplemented, "method Watch not implemented")
+}
+func (UnimplementedLocalServer) WatchPolicy(*WatchPolicyRequest, grpc.ServerStreamingServer[WatchPolicyResponse]) error {
+	return status.Error(codes.Unimplemented, "method WatchPolicy not implemented")
+}
+func (UnimplementedLocalServer) Report(grpc.ClientStreamingServer[ReportRequest, ReportResponse]) error {
+	return status.Error(codes.Unimplemented, "method Report not implemented")
 }
 func (UnimplementedLocalServer) mustEmbedUnimplementedLocalServer() {}
 func (UnimplementedLocalServer) testEmbeddedByValue()               {}
@@ -160,6 +212,24 @@ func _Local_Watch_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Local_WatchServer = grpc.ServerStreamingServer[WatchResponse]
 
+func _Local_WatchPolicy_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchPolicyRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(LocalServer).WatchPolicy(m, &grpc.GenericServerStream[WatchPolicyRequest, WatchPolicyResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Local_WatchPolicyServer = grpc.ServerStreamingServer[WatchPolicyResponse]
+
+func _Local_Report_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(LocalServer).Report(&grpc.GenericServerStream[ReportRequest, ReportResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Local_ReportServer = grpc.ClientStreamingServer[ReportRequest, ReportResponse]
+
 // Local_ServiceDesc is the grpc.ServiceDesc for Local service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -177,6 +247,16 @@ var Local_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "Watch",
 			Handler:       _Local_Watch_Handler,
 			ServerStreams: true,
+		},
+		{
+			StreamName:    "WatchPolicy",
+			Handler:       _Local_WatchPolicy_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Report",
+			Handler:       _Local_Report_Handler,
+			ClientStreams: true,
 		},
 	},
 	Metadata: "agent/agentpb/local.proto",

@@ -209,29 +209,3 @@ func (a *agent) Authorize(_ context.Context, req *agentpb.AuthorizeRequest) (*ag
 		PolicyGeneration: d.Revision,
 	}}, nil
 }
-
-func (td *TD) authorize(in *policy.Input) policy.Decision {
-	td.mu.Lock()
-	decide, rules, generation := td.decide, slices.Clone(td.rules), td.policyGen
-	td.mu.Unlock()
-	d := policy.Decision{Reason: policy.NoGrant}
-	if decide != nil {
-		d = decide(in)
-	} else {
-		for _, r := range rules {
-			if r.from != in.Source || r.to != in.Destination {
-				continue
-			}
-			if !r.allow {
-				d = policy.Decision{Reason: policy.DenyRule}
-				break
-			}
-			d = policy.Decision{Allow: true, Reason: policy.Allowed}
-		}
-	}
-	if d.DecisionID == "" {
-		d.DecisionID = policy.NewDecisionID()
-	}
-	d.Revision = generation
-	return d
-}

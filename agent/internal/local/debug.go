@@ -81,10 +81,10 @@ func whyNone(state cache.State, matches []*cache.Entry, misses []cache.Miss, p *
 // ExplainDecision finds one of the last decisions and asks the policy that
 // made it once more, in words.
 func (s *Server) ExplainDecision(ctx context.Context, req *agentpb.ExplainDecisionRequest) (*agentpb.ExplainDecisionResponse, error) {
-	rec, ok := s.decisions.find(req.GetDecisionId())
+	rec, ok := s.decisions.await(ctx, req.GetDecisionId())
 	if !ok {
 		return nil, status.Errorf(codes.NotFound,
-			"decision %.64q is not among the last %d of this agent; ask the agent on the node of the called service", req.GetDecisionId(), ringSize)
+			"decision %.64q is not among the last %d of this agent, which has all denials and some of the calls that were allowed; ask the agent on the node of the called service", req.GetDecisionId(), ringSize)
 	}
 	m := &agentpb.ExplainDecisionResponse{
 		Decision: decisionToPB(rec.decision), Input: inputToPB(&rec.input),

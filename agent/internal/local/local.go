@@ -1,7 +1,7 @@
-// Package local is the agent's own API for programs on its node: decisions for
-// those that the kernel names, about calls that arrived at them, and the feed
-// of policy generations and revocations; and for operators the explanation of
-// both identities and decisions.
+// Package local is the agent's own API for programs on its node: for those that
+// the kernel names, their compiled policy, decisions where there is none, and the
+// feed of policy generations and revocations; and for operators the explanation
+// of both identities and decisions.
 package local
 
 import (
@@ -14,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"merlon.dev/agent/agentpb"
@@ -59,6 +60,8 @@ type Server struct {
 	cache     *cache.Cache
 	decisions *ring
 	counted   *prometheus.CounterVec
+	// unrecorded are denials that services counted and did not report.
+	unrecorded prometheus.Counter
 }
 
 // New returns a Server.
@@ -68,8 +71,11 @@ func New(o Options) *Server {
 		counted: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "merlon_agent_decisions_total", Help: "Decisions for workloads, by reason.",
 		}, []string{"reason"}),
+		unrecorded: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "merlon_agent_denials_not_recorded_total", Help: "Denials that a workload decided itself and had no room to report; merlon explain decision does not know them.",
+		}),
 	}
-	o.Registerer.MustRegister(s.counted)
+	o.Registerer.MustRegister(s.counted, s.unrecorded)
 	return s
 }
 
@@ -162,6 +168,9 @@ func (s *Server) Watch(_ *agentpb.WatchRequest, stream grpc.ServerStreamingServe
 		}
 		if heard := s.cache.Heard(); !heard.IsZero() {
 			m.RevocationsAsOf = timestamppb.New(heard)
+		}
+		if after := s.denyAfter(); after > 0 {
+			m.DenyAfter = durationpb.New(after)
 		}
 		if err := s.o.Callers.Alive(ctx); err != nil {
 			return err

@@ -3,6 +3,7 @@
 package local
 
 import (
+	"context"
 	"sync"
 	"time"
 
@@ -38,9 +39,10 @@ type ring struct {
 	records []record
 	next    int
 	byID    map[string]int
+	added   chan struct{} // closed when there is another
 }
 
-func newRing() *ring { return &ring{byID: map[string]int{}} }
+func newRing() *ring { return &ring{byID: map[string]int{}, added: make(chan struct{})} }
 
 // add keeps a decision in place of the oldest.
 func (r *ring) add(in *policy.Input, d policy.Decision, now time.Time) {
@@ -51,6 +53,9 @@ func (r *ring) add(in *policy.Input, d policy.Decision, now time.Time) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if _, known := r.byID[d.DecisionID]; known {
+		return // nobody replaces the record of another's decision
+	}
 	if len(r.records) < ringSize {
 		r.records = append(r.records, rec)
 	} else {
@@ -59,6 +64,30 @@ func (r *ring) add(in *policy.Input, d policy.Decision, now time.Time) {
 	}
 	r.byID[d.DecisionID] = r.next
 	r.next = (r.next + 1) % ringSize
+	close(r.added)
+	r.added = make(chan struct{})
+}
+
+// patience is how long a record may take from the service that made it.
+const patience = time.Second
+
+// await finds the record of a decision that may have been made just now.
+func (r *ring) await(ctx context.Context, id string) (record, bool) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		r.mu.Lock()
+		added := r.added
+		r.mu.Unlock()
+		if rec, ok := r.find(id); ok {
+			return rec, true
+		}
+		select {
+		case <-added:
+		case <-ctx.Done():
+			return record{}, false
+		}
+	}
 }
 
 func (r *ring) find(id string) (record, bool) {

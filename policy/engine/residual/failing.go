@@ -327,7 +327,7 @@ func (in *inference) ref(ref ast.Ref, vars map[ast.Var]kinds) kinds {
 
 // data is a value of data: of a rule, or one that no call changes.
 func (in *inference) data(ref ast.Ref) kinds {
-	rules := in.compiler.GetRulesDynamic(ref)
+	rules := in.compiler.GetRulesDynamicWithOpts(ref, ast.RulesOptions{IncludeHiddenModules: true})
 	depends := false
 	for _, rule := range rules {
 		depends = depends || in.depends[rule]

@@ -1,0 +1,155 @@
+// Compiled policy for the services of the node, which decide by it themselves,
+// and the record of what they decided.
+
+package local
+
+import (
+	"context"
+	"errors"
+	"io"
+	"regexp"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"merlon.dev/agent/agentpb"
+	"merlon.dev/agent/internal/cache"
+	"merlon.dev/agent/internal/endpoint"
+	"merlon.dev/policy"
+)
+
+// WatchPolicy streams the programs of the caller's own SPIFFE IDs, and no others:
+// each message has all of them. The caller is looked at again for each.
+func (s *Server) WatchPolicy(_ *agentpb.WatchPolicyRequest, stream grpc.ServerStreamingServer[agentpb.WatchPolicyResponse]) error {
+	ctx := stream.Context()
+	sub := s.cache.Subscribe()
+	defer sub.Close()
+	var last *agentpb.WatchPolicyResponse
+	for {
+		changed := s.o.PolicyChanged() // before the policy, so that no change is missed
+		p, err := s.o.Callers.Attest(ctx)
+		if err != nil {
+			return err
+		}
+		view := sub.View(p.Proof(), false)
+		if len(view.Entries) == 0 && view.Current {
+			return endpoint.NoEntry(p.PID)
+		}
+		if m := s.programs(ctx, view.Entries); len(view.Entries) > 0 && !proto.Equal(m, last) {
+			if err := s.o.Callers.Alive(ctx); err != nil {
+				return err
+			}
+			if err := endpoint.Deliver(ctx, endpoint.Patience, func() error { return stream.Send(m) }); err != nil {
+				return err
+			}
+			last = m
+		}
+		select {
+		case <-changed:
+		case <-sub.Woken():
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		}
+	}
+}
+
+// programs compiles the active policy for entries, or takes what is compiled.
+func (s *Server) programs(ctx context.Context, entries []*cache.Entry) *agentpb.WatchPolicyResponse {
+	m := &agentpb.WatchPolicyResponse{}
+	active := s.o.Engine()
+	if active == nil {
+		return m
+	}
+	m.PolicyGeneration = active.Generation()
+	seen := make(map[string]bool, len(entries))
+	for _, e := range entries {
+		id := e.SPIFFEID.String()
+		if seen[id] {
+			continue
+		}
+		seen[id] = true
+		encoded, err := active.Encoded(ctx, id)
+		p := &agentpb.Program{Destination: id, Encoded: encoded}
+		if err != nil {
+			p.Reason = err.Error()
+		}
+		m.Programs = append(m.Programs, p)
+	}
+	return m
+}
+
+// maxRecords bounds the records of one message.
+const maxRecords = 1024
+
+// decisionID is what policy.NewDecisionID makes.
+var decisionID = regexp.MustCompile(`^[0-9a-f]{24}$`)
+
+// Report keeps the decisions that the caller made by its programs, as if they had
+// been made here: for explanations, and counted. It takes none about another
+// destination than the caller.
+func (s *Server) Report(stream grpc.ClientStreamingServer[agentpb.ReportRequest, agentpb.ReportResponse]) error {
+	ctx := stream.Context()
+	for {
+		m, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return stream.SendAndClose(&agentpb.ReportResponse{})
+		}
+		if err != nil {
+			return err
+		}
+		_, entries, err := s.o.Callers.Entitled(ctx)
+		if err != nil {
+			return err
+		}
+		if err := s.keep(m, entries); err != nil {
+			return err
+		}
+	}
+}
+
+func (s *Server) keep(m *agentpb.ReportRequest, entries []*cache.Entry) error {
+	if len(m.GetRecords()) > maxRecords {
+		return status.Errorf(codes.InvalidArgument, "a report has %d records; at most %d are taken", len(m.GetRecords()), maxRecords)
+	}
+	known := map[policy.Reason]bool{}
+	for _, r := range policy.Reasons() {
+		known[r] = true
+	}
+	for reason, n := range m.GetDecided() {
+		if !known[policy.Reason(reason)] {
+			return status.Errorf(codes.InvalidArgument, "%.64q is no reason of a decision", reason)
+		}
+		s.counted.WithLabelValues(reason).Add(float64(n))
+	}
+	s.unrecorded.Add(float64(m.GetDropped()))
+	for _, rec := range m.GetRecords() {
+		destination, ok := pickDestination(entries, rec.GetInput().GetDestination())
+		if !ok {
+			return s.o.Callers.NotAmong("the caller reports a decision of a destination that it is not entitled to")
+		}
+		d := decisionOf(rec.GetDecision())
+		if !known[d.Reason] || !decisionID.MatchString(d.DecisionID) || rec.GetDecidedAt().CheckValid() != nil {
+			return status.Error(codes.InvalidArgument, "a report has a malformed decision")
+		}
+		s.decisions.add(inputOf(rec.GetInput(), destination), d, rec.GetDecidedAt().AsTime())
+	}
+	return nil
+}
+
+func decisionOf(pb *agentpb.Decision) policy.Decision {
+	return policy.Decision{
+		Allow: pb.GetAllow(), Reason: policy.Reason(pb.GetReason()), RuleID: pb.GetRuleId(),
+		DecisionID: pb.GetDecisionId(), Revision: pb.GetPolicyGeneration(),
+	}
+}
+
+// denyAfter is how old what the CA said may be; zero where age does not matter.
+func (s *Server) denyAfter() time.Duration {
+	if !s.o.DenyStale {
+		return 0
+	}
+	return s.o.RevocationMaxAge
+}

@@ -1,0 +1,116 @@
+// Decisions in this process: the policy comes from the agent, compiled for this
+// service. What is not compiled the agent decides, call by call.
+
+package sdk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"merlon.dev/agent/agentpb"
+	"merlon.dev/policy"
+	"merlon.dev/policy/program"
+)
+
+// The feeds of programs and of records, as logs name them.
+const (
+	policyFeed = "policy"
+	reportFeed = "decisions"
+)
+
+// lag is how long calls are decided by the program at hand after the agent has
+// said that another policy is active. A program comes within milliseconds; where
+// none does, the agent is asked.
+const lag = 2 * time.Second
+
+// programs are the compiled policies of this process's SPIFFE IDs, immutable.
+type programs struct {
+	by map[string]*program.Program
+}
+
+// followPolicy is one stream of compiled policies.
+func (id *Identity) followPolicy(ctx context.Context, progress func()) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := id.agent.local.WatchPolicy(ctx, &agentpb.WatchPolicyRequest{})
+	if err != nil {
+		return err
+	}
+	for {
+		res, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		id.takePrograms(ctx, res)
+		progress()
+	}
+}
+
+// takePrograms puts the programs of res in the place of all before. One that is
+// malformed is left out: the agent decides then.
+func (id *Identity) takePrograms(ctx context.Context, res *agentpb.WatchPolicyResponse) {
+	next := &programs{by: make(map[string]*program.Program, len(res.GetPrograms()))}
+	for _, pb := range res.GetPrograms() {
+		if len(pb.GetEncoded()) == 0 {
+			id.log.LogAttrs(ctx, slog.LevelInfo, "policy is not compiled; the agent decides each call",
+				slog.String("destination", pb.GetDestination()), slog.String("reason", pb.GetReason()))
+			continue
+		}
+		p, err := program.Decode(pb.GetEncoded())
+		if err == nil && p.Destination() != pb.GetDestination() {
+			err = fmt.Errorf("it is for %s", p.Destination())
+		}
+		switch {
+		case errors.Is(err, program.ErrVersion):
+			id.log.LogAttrs(ctx, slog.LevelInfo, "compiled policy has another form; the agent decides each call", slog.Any("err", err))
+		case err != nil:
+			id.log.LogAttrs(ctx, slog.LevelError, "compiled policy not taken; the agent decides each call",
+				slog.String("destination", pb.GetDestination()), slog.Any("err", err))
+		default:
+			next.by[p.Destination()] = p
+		}
+	}
+	id.programs.Store(next)
+}
+
+// program is the one that decides calls to destination now; nil where the agent
+// must be asked.
+func (id *Identity) program(destination string, now time.Time) *program.Program {
+	all := id.programs.Load()
+	if all == nil {
+		return nil
+	}
+	p := all.by[destination]
+	if p == nil || p.Generation() == id.generation.Load() {
+		return p
+	}
+	// Another generation is active. Its program is on its way, or this one came
+	// before the news.
+	if since := time.Unix(0, id.generationSince.Load()); p.Generation() < id.generation.Load() && now.Sub(since) < lag || p.Generation() > id.generation.Load() {
+		return p
+	}
+	return nil
+}
+
+// decideHere decides the call by p.
+func (id *Identity) decideHere(p *program.Program, in *policy.Input, now time.Time) policy.Decision {
+	d := policy.Decision{DecisionID: policy.NewDecisionID(), Revision: p.Generation()}
+	if id.staleRevocations(now) {
+		d.Reason, d.Revision = policy.StaleRevocations, 0
+	} else {
+		v := p.Decide(in, now)
+		d.Allow, d.Reason, d.RuleID = v.Allow(), v.Reason, v.RuleID
+	}
+	id.report.note(id, in, d, now)
+	return d
+}
+
+// staleRevocations says whether the agent has heard nothing from the CA for longer
+// than its configuration allows; that the agent itself is away counts as that.
+func (id *Identity) staleRevocations(now time.Time) bool {
+	after := id.denyAfter.Load()
+	return after > 0 && now.UnixNano()-id.revocationsAsOf.Load() > after
+}
