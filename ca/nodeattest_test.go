@@ -273,3 +273,67 @@ func TestNodeAttestorSettings(t *testing.T) {
 		t.Errorf("a CA whose roots of nodes cannot be read starts: %v", err)
 	}
 }
+
+func TestAliasIsPushedToTheNodesThatItStandsFor(t *testing.T) {
+	s := newSite(t)
+	c := startCA(t, tempDir(t), takesCertificates(s))
+	join := func(name string) *testClient {
+		key, chain := s.node(t, name)
+		node, conn := c.bound()
+		agentKey, csr := newCSR(t)
+		resp, err := node.Attest(t.Context(), popRequest(t, conn, key, chain, csr))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.client(agentKey, resp.GetX509Svid())
+	}
+	rack, other := join("rack1"), join("rack2")
+	streams := map[*testClient]grpc.BidiStreamingClient[capb.SyncRequest, capb.SyncResponse]{rack: rack.sync(0), other: other.sync(0)}
+	for _, stream := range streams {
+		until(t, stream, synced)
+	}
+	web := c.entry("alias/racks", "web")
+	alias, err := c.admin.CreateEntry(t.Context(), &capb.CreateEntryRequest{Entry: &capb.Entry{
+		SpiffeId: "spiffe://shop.test/agent/alias/racks", ParentId: "spiffe://shop.test/ca",
+		Selectors: []*capb.Selector{{Type: "x509pop", Value: "subject-cn:rack1"}},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	msg := until(t, streams[rack], func(m *capb.SyncResponse) bool { return len(m.GetEntries()) > 0 })
+	if got := msg.GetEntries(); len(got) != 1 || got[0].GetEntryId() != web.GetEntryId() || msg.GetReset_() {
+		t.Errorf("pushed: %v; want the entry below the alias, and no listing", msg)
+	}
+	rack.svid(web)
+	_, csr := newCSR(t)
+	resp, err := other.node.Sign(t.Context(), &capb.SignRequest{Items: []*capb.SignItem{{EntryId: web.GetEntryId(), Csr: csr}, {EntryId: alias.GetEntry().GetEntryId(), Csr: csr}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range resp.GetResults() {
+		if codes.Code(r.GetCode()) != codes.PermissionDenied {
+			t.Errorf("a node that the alias does not stand for: code %s; want PermissionDenied", codes.Code(r.GetCode()))
+		}
+	}
+	resp, err = rack.node.Sign(t.Context(), &capb.SignRequest{Items: []*capb.SignItem{{EntryId: alias.GetEntry().GetEntryId(), Csr: csr}}})
+	if err != nil || codes.Code(resp.GetResults()[0].GetCode()) != codes.PermissionDenied {
+		t.Errorf("an SVID for the alias itself: %v, %v; want PermissionDenied", resp, err)
+	}
+	jwt, err := rack.node.SignJWT(t.Context(), &capb.SignJWTRequest{Items: []*capb.SignJWTItem{{EntryId: web.GetEntryId(), Audience: []string{"db"}}}})
+	if err != nil || jwt.GetResults()[0].GetCode() != 0 {
+		t.Errorf("a JWT-SVID below the alias: %v, %v", jwt, err)
+	}
+
+	if _, err := c.admin.DeleteEntry(t.Context(), &capb.DeleteEntryRequest{EntryId: alias.GetEntry().GetEntryId()}); err != nil {
+		t.Fatal(err)
+	}
+	msg = until(t, streams[rack], func(m *capb.SyncResponse) bool { return len(m.GetRemovedEntryIds()) > 0 })
+	if got := msg.GetRemovedEntryIds(); len(got) != 1 || got[0] != web.GetEntryId() {
+		t.Errorf("removed: %v; want the entry below the alias", got)
+	}
+	_, csr = newCSR(t)
+	resp, err = rack.node.Sign(t.Context(), &capb.SignRequest{Items: []*capb.SignItem{{EntryId: web.GetEntryId(), Csr: csr}}})
+	if err != nil || codes.Code(resp.GetResults()[0].GetCode()) != codes.PermissionDenied {
+		t.Errorf("an SVID below an alias that is gone: %v, %v; want PermissionDenied", resp, err)
+	}
+}

@@ -1412,7 +1412,8 @@ type Entry struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	EntryId  string                 `protobuf:"bytes,1,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
 	SpiffeId string                 `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
-	// SPIFFE ID of the agent.
+	// SPIFFE ID of the agent; or that of an alias, which stands for each node with
+	// the selectors of an entry that makes it. Of such an entry, the CA's.
 	ParentId  string      `protobuf:"bytes,3,opt,name=parent_id,json=parentId,proto3" json:"parent_id,omitempty"`
 	Selectors []*Selector `protobuf:"bytes,4,rep,name=selectors,proto3" json:"selectors,omitempty"`
 	// Seconds; 0 for the CA's default.

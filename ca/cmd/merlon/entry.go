@@ -91,7 +91,9 @@ func entryCreate(o *options) *cobra.Command {
 		Short: "Give a SPIFFE ID to the processes that have every selector",
 		Example: `  merlon entry create --spiffe-id spiffe://shop.test/web --selector unix:path:/usr/bin/web
   merlon entry create --spiffe-id spiffe://shop.test/db --selector unix:uid:999 --dns db.shop.test --ttl 30m
-  merlon entry create --spiffe-id spiffe://shop.test/watch --selector unix:uid:998 --role viewer`,
+  merlon entry create --spiffe-id spiffe://shop.test/watch --selector unix:uid:998 --role viewer
+  merlon entry create --spiffe-id spiffe://shop.test/agent/alias/eu --selector k8s:cluster:eu
+  merlon entry create --spiffe-id spiffe://shop.test/web --selector unix:uid:1000 --parent spiffe://shop.test/agent/alias/eu`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			e, err := f.entry()
@@ -106,7 +108,7 @@ func entryCreate(o *options) *cobra.Command {
 	fl := cmd.Flags()
 	fl.StringVar(&f.spiffeID, "spiffe-id", "", "SPIFFE ID that matching processes get")
 	fl.StringArrayVar(&f.selectors, "selector", nil, "what a process must be, split at the first colon: unix:uid:1000, unix:path:/usr/bin/web, systemd:unit:web.service, container:id:… (repeat: all must hold; agent/README.md lists them)")
-	fl.StringVar(&f.parent, "parent", "", "SPIFFE ID of the agent (default: the only agent)")
+	fl.StringVar(&f.parent, "parent", "", "SPIFFE ID of the agent, or of an alias of nodes (default: the only agent; of an alias, the CA)")
 	fl.DurationVar(&f.ttl, "ttl", 0, "lifetime of X509-SVIDs (default: the CA's, 1h)")
 	fl.DurationVar(&f.jwtTTL, "jwt-ttl", 0, "lifetime of JWT-SVIDs (default: the CA's, 5m)")
 	fl.StringArrayVar(&f.dnsNames, "dns", nil, "DNS name to put into the X509-SVID (repeatable)")
@@ -184,8 +186,14 @@ func (f *entryFlags) givenRole() (capb.Role, error) {
 	return 0, usageError{fmt.Sprintf("--role %q is not a role", f.role), "viewer, registrar (with --role-prefix), policy-publisher or operator"}
 }
 
+// aliasPath is in the SPIFFE IDs of aliases, whose parent is the CA.
+const aliasPath = "/agent/alias/"
+
 func createEntry(cmd *cobra.Command, o *options, ca capb.AdminClient, e *capb.Entry) error {
 	ctx := cmd.Context()
+	if td, _, ok := strings.Cut(e.GetSpiffeId(), aliasPath); ok && e.GetParentId() == "" {
+		e.ParentId = td + "/ca"
+	}
 	if e.GetParentId() == "" {
 		parent, err := onlyAgent(ctx, ca)
 		if err != nil {
@@ -201,8 +209,18 @@ func createEntry(cmd *cobra.Command, o *options, ca capb.AdminClient, e *capb.En
 	return printEntry(cmd.OutOrStdout(), o, resp.GetEntry())
 }
 
-// warnAbsentAgent tells an entry made ahead of its agent from a typo.
+// warnAbsentAgent tells an entry made ahead of its agent or alias from a typo.
 func warnAbsentAgent(ctx context.Context, stderr io.Writer, ca capb.AdminClient, parent string) {
+	if strings.HasSuffix(parent, "/ca") {
+		return
+	}
+	if strings.Contains(parent, aliasPath) {
+		resp, err := ca.ListEntries(ctx, &capb.ListEntriesRequest{SpiffeId: parent})
+		if err == nil && len(resp.GetEntries()) == 0 {
+			fmt.Fprintf(stderr, "hint: no node has the alias %s yet: merlon entry create --spiffe-id %s --selector k8s:cluster:…\n", parent, parent)
+		}
+		return
+	}
 	resp, err := ca.ListAgents(ctx, &capb.ListAgentsRequest{})
 	if err != nil || slices.ContainsFunc(resp.GetAgents(), func(a *capb.Agent) bool { return a.GetSpiffeId() == parent }) {
 		return
@@ -230,7 +248,7 @@ func entryList(o *options) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().StringVar(&req.ParentId, "parent", "", "only entries under this agent")
+	cmd.Flags().StringVar(&req.ParentId, "parent", "", "only entries under this agent or alias")
 	cmd.Flags().StringVar(&req.SpiffeId, "spiffe-id", "", "only entries for this SPIFFE ID")
 	return cmd
 }

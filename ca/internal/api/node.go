@@ -193,7 +193,7 @@ type issuedLeaf struct {
 }
 
 func (b *signing) issue(item *capb.SignItem, e *entry.Entry) (made issuedLeaf, err error) {
-	if err := mayIssue(e, b.grounds.Agent, b.now); err != nil {
+	if err := mayIssue(e, &b.grounds, b.now); err != nil {
 		return made, err
 	}
 	key, err := authority.PublicKeyFromCSR(item.GetCsr(), e.SPIFFEID)
@@ -234,12 +234,12 @@ func issueRecord(now time.Time, caller *Caller, entryID string, e *entry.Entry) 
 	return r
 }
 
-// mayIssue says whether agent may obtain SVIDs for e. Another node's entry is
+// mayIssue says whether the agent of g may obtain SVIDs for e. Another node's entry is
 // refused in the words used for one that does not exist, so that an agent
 // cannot find out what others hold (SECURITY.md T7).
-func mayIssue(e *entry.Entry, agent *attest.Agent, now time.Time) error {
+func mayIssue(e *entry.Entry, g *registry.Grounds, now time.Time) error {
 	switch {
-	case e == nil || e.ParentID != agent.ID:
+	case !g.Concerns(e, now):
 		return status.Error(codes.PermissionDenied, "no registration entry with this ID below the calling agent")
 	case e.Expired(now):
 		return status.Error(codes.PermissionDenied, "the registration entry has expired")

@@ -86,7 +86,7 @@ func (b *signingJWT) sign(ctx context.Context, item *capb.SignJWTItem, e *entry.
 
 // issue signs one token, and completes its record.
 func (b *signingJWT) issue(item *capb.SignJWTItem, e *entry.Entry, r *audit.Record) (token string, err error) {
-	if err := mayIssue(e, b.grounds.Agent, b.now); err != nil {
+	if err := mayIssue(e, &b.grounds, b.now); err != nil {
 		return "", err
 	}
 	if err := b.checkAudience(item.GetAudience()); err != nil {

@@ -60,7 +60,7 @@ func decodeJSON(b []byte) (*Entry, error) {
 		return nil, fmt.Errorf("decode registration entry %s: %w", s.ID, err)
 	}
 	for _, text := range s.Selectors {
-		sel, err := ParseSelector(text)
+		sel, err := parseSelector(e.known(), text)
 		if err != nil {
 			return nil, fmt.Errorf("decode registration entry %s: %w", s.ID, err)
 		}
@@ -132,8 +132,9 @@ func (d *Decoder) cut(b []byte) *Entry {
 		return nil
 	}
 	e.Selectors = make([]Selector, selectors)
+	known := e.known()
 	for i := range e.Selectors {
-		if e.Selectors[i], err = ParseSelector(p.next()); err != nil {
+		if e.Selectors[i], err = parseSelector(known, p.next()); err != nil {
 			return nil
 		}
 	}

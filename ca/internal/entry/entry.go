@@ -44,7 +44,7 @@ type Entry struct {
 	// ID is made by the CA: 32 lower-case hex digits.
 	ID       string
 	SPIFFEID spiffeid.ID
-	// ParentID is the agent on whose node the workload runs.
+	// ParentID is the agent on whose node the workload runs, or an alias of nodes.
 	ParentID  spiffeid.ID
 	Selectors []Selector
 	// X509SVIDTTL and JWTSVIDTTL: zero means the CA's default.
@@ -132,10 +132,16 @@ func (e *Entry) ttl(now time.Time, own, def time.Duration) time.Duration {
 // Validate says why the CA of trust domain td must not store e at now, as an
 // *InvalidError. ID, Revision and CreatedAt are the CA's own and not looked at.
 func (e *Entry) Validate(td spiffeid.TrustDomain, now time.Time) error {
+	if e.Alias() {
+		if err := e.validateAlias(td, now); err != nil {
+			return err
+		}
+		return nil
+	}
 	for _, check := range []func() *InvalidError{
 		func() *InvalidError { return checkWorkloadID("spiffe_id", e.SPIFFEID, td) },
 		func() *InvalidError { return checkParent(e.ParentID, td) },
-		func() *InvalidError { return checkSelectors(e.Selectors) },
+		func() *InvalidError { return checkWorkloadSelectors(e.Selectors) },
 		func() *InvalidError { return checkTTL("x509_svid_ttl_seconds", e.X509SVIDTTL, MaxX509SVIDTTL) },
 		func() *InvalidError { return checkTTL("jwt_svid_ttl_seconds", e.JWTSVIDTTL, MaxJWTSVIDTTL) },
 		func() *InvalidError { return checkDNSNames(e.DNSNames) },

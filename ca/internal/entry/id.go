@@ -129,8 +129,8 @@ func checkParent(id spiffeid.ID, td spiffeid.TrustDomain) *InvalidError {
 	case !id.MemberOf(td):
 		return invalid("parent_id", "%s is not in the trust domain %s", id, td)
 	}
-	if _, ok := AgentName(id); !ok {
-		return invalid("parent_id", "%s is not an agent: want spiffe://%s%s/NAME, as `merlon agent list` shows it", id, td.Name(), agentPrefix)
+	if _, ok := AgentName(id); !ok && !IsAlias(id) {
+		return invalid("parent_id", "%s is neither an agent nor an alias: want spiffe://%s%s/NAME, as `merlon agent list` shows it", id, td.Name(), agentPrefix)
 	}
 	return nil
 }

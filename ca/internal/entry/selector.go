@@ -57,19 +57,21 @@ var attestors = map[string]map[string]func(string) string{
 
 // ParseSelector parses type:value. It splits at the first colon and refuses a
 // type or key that no attestor proves, as an *InvalidError.
-func ParseSelector(s string) (Selector, error) {
+func ParseSelector(s string) (Selector, error) { return parseSelector(attestors, s) }
+
+func parseSelector(known map[string]map[string]func(string) string, s string) (Selector, error) {
 	typ, value, ok := strings.Cut(s, ":")
 	if !ok {
 		return Selector{}, invalid("selectors", "%q has no colon: want type:value, such as unix:uid:1000", s)
 	}
 	sel := Selector{Type: typ, Value: value}
-	if err := checkSelector(sel); err != nil {
+	if err := checkAgainst(known, sel); err != nil {
 		return Selector{}, err
 	}
 	return sel, nil
 }
 
-func checkSelectors(selectors []Selector) *InvalidError {
+func checkSelectors(known map[string]map[string]func(string) string, selectors []Selector) *InvalidError {
 	if len(selectors) == 0 {
 		return invalid("selectors", "there is none: an entry without selectors would match nothing")
 	}
@@ -78,7 +80,7 @@ func checkSelectors(selectors []Selector) *InvalidError {
 	}
 	seen := make(map[Selector]bool, len(selectors))
 	for _, sel := range selectors {
-		if err := checkSelector(sel); err != nil {
+		if err := checkAgainst(known, sel); err != nil {
 			return err
 		}
 		if seen[sel] {
@@ -88,8 +90,6 @@ func checkSelectors(selectors []Selector) *InvalidError {
 	}
 	return nil
 }
-
-func checkSelector(sel Selector) *InvalidError { return checkAgainst(attestors, sel) }
 
 // checkAgainst says why no attestor of those known could ever prove sel.
 func checkAgainst(known map[string]map[string]func(string) string, sel Selector) *InvalidError {

@@ -70,6 +70,7 @@ type Feed struct {
 	last    uint64 // the stream knows everything up to here
 	reset   bool
 	pending map[string]struct{} // entries changed since
+	aliases []spiffeid.ID       // of the agent's node; not written to, but replaced
 }
 
 // Subscribe opens a feed for the agent's node, beginning after resume, the
@@ -97,14 +98,14 @@ func (r *Registry) Subscribe(ctx context.Context, agent spiffeid.ID, resume uint
 	r.feeds[agent][f] = struct{}{}
 	r.supersede(agent)
 	pic := r.pic.Load()
-	var gone []removal
-	if known && resume >= r.history.known && store.Epoch(resume) == store.Epoch(pic.revision) {
-		gone = r.history.after(resume)
-	} else {
+	f.aliasesAnew(pic)
+	parents := f.parents()
+	gone := r.history.after(resume)
+	if !known || resume < r.history.known || store.Epoch(resume) != store.Epoch(pic.revision) || pic.aliasesChanged(agent, resume, gone) {
 		f.relist()
 	}
 	r.mu.Unlock()
-	f.catchUp(pic, gone)
+	f.catchUp(pic, parents, gone)
 	f.wake()
 	return f, nil
 }
@@ -122,12 +123,13 @@ func (r *Registry) supersede(agent spiffeid.ID) {
 		}
 	}
 	delete(feeds, oldest)
+	oldest.leaveAliases()
 	close(oldest.closing)
 }
 
 // catchUp marks what changed for f's node after f.last, up to pic; later
 // changes are marked as they come.
-func (f *Feed) catchUp(pic *picture, gone []removal) {
+func (f *Feed) catchUp(pic *picture, parents []spiffeid.ID, gone []removal) {
 	r := f.registry
 	r.mu.Lock()
 	since, reset := f.last, f.reset
@@ -136,13 +138,13 @@ func (f *Feed) catchUp(pic *picture, gone []removal) {
 		return
 	}
 	var changed []string
-	for e := range pic.entries.below(f.agent) {
+	for e := range pic.entries.below(parents...) {
 		if e.Revision > since {
 			changed = append(changed, e.ID)
 		}
 	}
 	for _, g := range gone {
-		if g.parent == f.agent {
+		if slices.Contains(parents, g.parent) {
 			changed = append(changed, g.id)
 		}
 	}
@@ -162,7 +164,11 @@ func (f *Feed) Close() {
 	if len(r.feeds[f.agent]) == 0 {
 		delete(r.feeds, f.agent)
 	}
+	f.leaveAliases()
 }
+
+// parents are whose entries concern the node. registry.mu is held.
+func (f *Feed) parents() []spiffeid.ID { return append([]spiffeid.ID{f.agent}, f.aliases...) }
 
 // Superseded is closed when a newer feed of the agent has taken f's place.
 func (f *Feed) Superseded() <-chan struct{} { return f.closing }
@@ -188,12 +194,12 @@ func (f *Feed) Acked() (Ack, bool) {
 // Take returns what the stream must be told to be at the current revision; the
 // next Take begins there.
 func (f *Feed) Take(now time.Time) Update {
-	pic, since, reset, pending := f.begin()
+	pic, parents, since, reset, pending := f.begin()
 	u := Update{Revision: pic.revision, Reset: reset}
 	if reset {
-		u.Entries = slices.Collect(pic.entries.below(f.agent))
+		u.Entries = slices.Collect(pic.entries.below(parents...))
 	} else {
-		u.Entries, u.Removed = pic.entries.now(f.agent, pending)
+		u.Entries, u.Removed = pic.entries.now(parents, pending)
 	}
 	u.Revocations = pic.revocations.After(since, time.Time{}) // the agent judges by its own clock what has expired
 	if pic.trust != nil && pic.trust.Revision > since {
@@ -210,11 +216,11 @@ func (f *Feed) Take(now time.Time) Update {
 
 // begin hands over what is due as of one picture; nobody is held up while it
 // is looked up there.
-func (f *Feed) begin() (pic *picture, since uint64, reset bool, pending map[string]struct{}) {
+func (f *Feed) begin() (pic *picture, parents []spiffeid.ID, since uint64, reset bool, pending map[string]struct{}) {
 	r := f.registry
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	pic, since, reset = r.pic.Load(), f.last, f.reset
+	pic, parents, since, reset = r.pic.Load(), f.parents(), f.last, f.reset
 	if reset {
 		since = 0
 	}
@@ -222,24 +228,27 @@ func (f *Feed) begin() (pic *picture, since uint64, reset bool, pending map[stri
 		pending, f.pending = f.pending, make(map[string]struct{})
 	}
 	f.last, f.reset = pic.revision, false
-	return pic, since, reset, pending
+	return pic, parents, since, reset, pending
 }
 
-// below goes over what hangs below an agent, ordered by ID.
-func (s *entries) below(agent spiffeid.ID) iter.Seq[*entry.Entry] {
+// below goes over what hangs below parents, one after the other, each ordered by
+// ID.
+func (s *entries) below(parents ...spiffeid.ID) iter.Seq[*entry.Entry] {
 	return func(yield func(*entry.Entry) bool) {
-		for e := range s.byParent.Group(index.Hash(agent.String())) {
-			if e.ParentID == agent && !yield(e) {
-				return
+		for _, parent := range parents {
+			for e := range s.byParent.Group(index.Hash(parent.String())) {
+				if e.ParentID == parent && !yield(e) {
+					return
+				}
 			}
 		}
 	}
 }
 
-// now divides ids into what hangs below the agent and what does not any more.
-func (s *entries) now(agent spiffeid.ID, ids map[string]struct{}) (changed []*entry.Entry, removed []string) {
+// now divides ids into what hangs below parents and what does not any more.
+func (s *entries) now(parents []spiffeid.ID, ids map[string]struct{}) (changed []*entry.Entry, removed []string) {
 	for id := range ids {
-		if e := s.get(id); e != nil && e.ParentID == agent {
+		if e := s.get(id); e != nil && slices.Contains(parents, e.ParentID) {
 			changed = append(changed, e)
 		} else {
 			removed = append(removed, id)

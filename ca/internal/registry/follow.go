@@ -126,7 +126,11 @@ func (r *Registry) apply(ctx context.Context, b store.Batch) error {
 		for f := range r.feeds[t.node] {
 			f.mark(t.id)
 		}
+		for f := range r.aliased[t.node] {
+			f.mark(t.id)
+		}
 	}
+	r.realias(&next, c)
 	if c.forAll {
 		r.eachFeed((*Feed).wake)
 	}
@@ -160,7 +164,10 @@ func (r *Registry) relist(ctx context.Context) error {
 	defer r.mu.Unlock()
 	r.publish(pic)
 	r.history = history{known: pic.revision}
-	r.eachFeed((*Feed).relist)
+	r.eachFeed(func(f *Feed) {
+		f.aliasesAnew(pic)
+		f.relist()
+	})
 	r.newHeads()
 	r.newSteps()
 	return nil

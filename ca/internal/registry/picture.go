@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -86,8 +87,11 @@ func (s *entries) remove(e *entry.Entry) {
 type change struct {
 	touched []touch
 	gone    []removal
-	// lost are the agents whose records went.
-	lost []spiffeid.ID
+	// lost are the agents whose records went, renewed those of whose nodes something
+	// else is proved now, lost ones among them.
+	lost, renewed []spiffeid.ID
+	// aliases are those whose entries changed.
+	aliases []spiffeid.ID
 	// forAll: it concerns every node. heads: those who wait for policy bundles.
 	// steps: those who do what the authorities ask for.
 	forAll, heads, steps bool
@@ -132,6 +136,9 @@ func (p *picture) put(kv store.KV, dec *entry.Decoder, c *change) error {
 		a, err := decodeAgent(kv)
 		if err != nil {
 			return p.leaveOut(kv, err, c)
+		}
+		if old := p.agent(a.ID); old == nil || !slices.Equal(old.Selectors, a.Selectors) {
+			c.renewed = append(c.renewed, a.ID)
 		}
 		p.agents = p.agents.With(idKey(strings.TrimPrefix(kv.Key, attest.AgentPrefix)), a)
 	case strings.HasPrefix(kv.Key, replica.Prefix):
@@ -220,6 +227,9 @@ func (p *picture) putEntry(e *entry.Entry, c *change) {
 	old := p.entries.get(e.ID)
 	p.entries.put(e, old)
 	c.touched = append(c.touched, touch{e.ParentID, e.ID})
+	if e.Alias() {
+		c.aliases = append(c.aliases, e.SPIFFEID)
+	}
 	if old != nil && old.ParentID != e.ParentID {
 		c.touched = append(c.touched, touch{old.ParentID, e.ID})
 		// For streams that resume: it is gone from there.
@@ -234,7 +244,7 @@ func (p *picture) remove(kv store.KV, c *change) {
 	} else if name, ok := strings.CutPrefix(kv.Key, attest.AgentPrefix); ok {
 		if a, ok := p.agents.Get(idKey(name)); ok {
 			p.agents = p.agents.Without(idKey(name))
-			c.lost = append(c.lost, a.ID)
+			c.lost, c.renewed = append(c.lost, a.ID), append(c.renewed, a.ID)
 		}
 	} else if strings.HasPrefix(kv.Key, revocation.Prefix) {
 		p.revocations = p.revocations.Without(kv.Key)
@@ -256,6 +266,9 @@ func (p *picture) removeEntry(id string, revision uint64, c *change) {
 	if e := p.entries.get(id); e != nil {
 		p.entries.remove(e)
 		c.touched = append(c.touched, touch{e.ParentID, id})
+		if e.Alias() {
+			c.aliases = append(c.aliases, e.SPIFFEID)
+		}
 		c.gone = append(c.gone, removal{revision, e.ParentID, id})
 	}
 }

@@ -46,12 +46,13 @@ type Registry struct {
 	decoder entry.Decoder // of Run alone
 	reading chan struct{} // holds a token while history is read back
 
-	mu      sync.Mutex    // guards everything below
-	changed chan struct{} // closed and replaced with every new revision
-	heads   chan struct{} // closed and replaced with every new policy head
-	steps   chan struct{} // closed and replaced with every step of the authorities
-	feeds   map[spiffeid.ID]map[*Feed]struct{}
-	opened  uint64 // feeds, ever
+	mu      sync.Mutex                         // guards everything below
+	changed chan struct{}                      // closed and replaced with every new revision
+	heads   chan struct{}                      // closed and replaced with every new policy head
+	steps   chan struct{}                      // closed and replaced with every step of the authorities
+	feeds   map[spiffeid.ID]map[*Feed]struct{} // by agent
+	opened  uint64                             // feeds, ever
+	aliased map[spiffeid.ID]map[*Feed]struct{} // by alias of their nodes
 	acks    map[spiffeid.ID]Ack
 	history history
 }
@@ -71,7 +72,7 @@ func newRegistry(st store.Store, log *slog.Logger, pic *picture) *Registry {
 	r := &Registry{
 		store: st, log: log, reading: make(chan struct{}, 1),
 		changed: make(chan struct{}), heads: make(chan struct{}), steps: make(chan struct{}),
-		feeds: make(map[spiffeid.ID]map[*Feed]struct{}), acks: make(map[spiffeid.ID]Ack),
+		feeds: make(map[spiffeid.ID]map[*Feed]struct{}), aliased: make(map[spiffeid.ID]map[*Feed]struct{}), acks: make(map[spiffeid.ID]Ack),
 		history: history{known: pic.revision},
 	}
 	r.pic.Store(pic)
@@ -124,6 +125,8 @@ type Grounds struct {
 	Revoked    bool
 	// Entries are those asked for, in order; nil for unknown ones.
 	Entries []*entry.Entry
+
+	pic *picture
 }
 
 // Grounds looks up what an issuance for p rests on. It is one picture: were
@@ -131,7 +134,7 @@ type Grounds struct {
 // be stamped as newer than a revocation that it should fall under.
 func (r *Registry) Grounds(p *svid.Peer, ids ...string) Grounds {
 	pic := r.pic.Load()
-	g := Grounds{Revision: pic.revision, Agent: pic.agent(p.ID), Entries: make([]*entry.Entry, len(ids))}
+	g := Grounds{pic: pic, Revision: pic.revision, Agent: pic.agent(p.ID), Entries: make([]*entry.Entry, len(ids))}
 	g.Revocation, g.Revoked = pic.revocations.Concerning(p)
 	for i, id := range ids {
 		g.Entries[i] = pic.entries.get(id)

@@ -1,0 +1,149 @@
+// Aliases of nodes: an entry of the CA stands for each agent with its selectors,
+// and what hangs below the alias concerns them all. Which aliases a stream's node
+// has is kept with the stream, so that a change costs those whom it concerns.
+
+package registry
+
+import (
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/entry"
+)
+
+// aliases are those of the agent's node.
+func (p *picture) aliases(agent spiffeid.ID) []spiffeid.ID {
+	a := p.agent(agent)
+	if a == nil || len(a.Selectors) == 0 {
+		return nil
+	}
+	var ids []spiffeid.ID
+	for e := range p.entries.below(entry.CAID(agent.TrustDomain())) {
+		if e.StandsFor(a.Selectors) && !slices.Contains(ids, e.SPIFFEID) {
+			ids = append(ids, e.SPIFFEID)
+		}
+	}
+	return ids
+}
+
+// standsFor says whether the alias is one of a's node at now; a may be nil.
+func (p *picture) standsFor(alias spiffeid.ID, a *attest.Agent, now time.Time) bool {
+	for e := range named(p.entries.bySPIFFEID, alias, now) {
+		if a != nil && e.StandsFor(a.Selectors) {
+			return true
+		}
+	}
+	return false
+}
+
+// always is before the end of every entry: an alias whose entry has expired goes
+// when that is removed, as workloads' entries do, but is good for nothing before.
+var always time.Time
+
+// Concerns says whether e, which may be nil, concerns the node of the agent at
+// now: its parent is the agent, or an alias of the node.
+func (g *Grounds) Concerns(e *entry.Entry, now time.Time) bool {
+	if e == nil || g.Agent == nil {
+		return false
+	}
+	if e.ParentID == g.Agent.ID {
+		return true
+	}
+	return entry.IsAlias(e.ParentID) && g.pic.standsFor(e.ParentID, g.Agent, now)
+}
+
+// realias sees to it that the streams whose nodes have other aliases in pic hear
+// of what that gives and takes. r.mu is held, and pic is published.
+func (r *Registry) realias(pic *picture, c change) {
+	if len(c.aliases) > 0 {
+		r.eachFeed(func(f *Feed) {
+			a := pic.agent(f.agent)
+			for _, alias := range c.aliases {
+				f.setAlias(pic, alias, pic.standsFor(alias, a, always))
+			}
+		})
+	}
+	for _, agent := range c.renewed {
+		now := pic.aliases(agent)
+		for f := range r.feeds[agent] {
+			for _, alias := range slices.Concat(now, f.aliases) {
+				f.setAlias(pic, alias, slices.Contains(now, alias))
+			}
+		}
+	}
+}
+
+// setAlias says whether f's node has the alias, and marks what hangs below it if
+// that is news. registry.mu is held.
+func (f *Feed) setAlias(pic *picture, alias spiffeid.ID, has bool) {
+	if has == slices.Contains(f.aliases, alias) {
+		return
+	}
+	if has {
+		f.aliases = append(slices.Clone(f.aliases), alias)
+	} else {
+		f.aliases = slices.DeleteFunc(slices.Clone(f.aliases), func(id spiffeid.ID) bool { return id == alias })
+	}
+	f.registry.list(f, alias, has)
+	for e := range pic.entries.below(alias) {
+		f.mark(e.ID)
+	}
+}
+
+// list notes whom a change below the alias concerns. registry.mu is held.
+func (r *Registry) list(f *Feed, alias spiffeid.ID, has bool) {
+	if !has {
+		delete(r.aliased[alias], f)
+		if len(r.aliased[alias]) == 0 {
+			delete(r.aliased, alias)
+		}
+		return
+	}
+	if r.aliased[alias] == nil {
+		r.aliased[alias] = make(map[*Feed]struct{})
+	}
+	r.aliased[alias][f] = struct{}{}
+}
+
+// aliasesAnew gives f the aliases that its node has in pic; what it knows is
+// listed anew by the caller. registry.mu is held.
+func (f *Feed) aliasesAnew(pic *picture) {
+	f.leaveAliases()
+	f.aliases = pic.aliases(f.agent)
+	for _, alias := range f.aliases {
+		f.registry.list(f, alias, true)
+	}
+}
+
+// leaveAliases makes f one that no change below an alias concerns. registry.mu is
+// held.
+func (f *Feed) leaveAliases() {
+	for _, alias := range f.aliases {
+		f.registry.list(f, alias, false)
+	}
+	f.aliases = nil
+}
+
+// aliasesChanged says whether the node may have got or lost an alias after the
+// revision since, gone being what was removed after it.
+func (p *picture) aliasesChanged(agent spiffeid.ID, since uint64, gone []removal) bool {
+	a := p.agent(agent)
+	switch {
+	case a == nil:
+		return false
+	case a.AttestedRevision > since:
+		return true
+	case len(a.Selectors) == 0:
+		return false
+	}
+	ca := entry.CAID(agent.TrustDomain())
+	for e := range p.entries.below(ca) {
+		if e.Revision > since {
+			return true
+		}
+	}
+	return slices.ContainsFunc(gone, func(g removal) bool { return g.parent == ca })
+}
