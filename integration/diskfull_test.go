@@ -4,6 +4,7 @@
 package integration_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -48,7 +50,13 @@ func answers(t *testing.T, d *stage.Domain) {
 // setting is a value of the CA's configuration file.
 func setting(t *testing.T, d *stage.Domain, key string) string {
 	t.Helper()
-	config, err := os.ReadFile(d.CA.Args[1])
+	return settingOf(t, d.CA, key)
+}
+
+// settingOf is a value of the configuration file that p was started with.
+func settingOf(t *testing.T, p *stage.Process, key string) string {
+	t.Helper()
+	config, err := os.ReadFile(p.Args[1])
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -57,7 +65,7 @@ func setting(t *testing.T, d *stage.Domain, key string) string {
 			return value
 		}
 	}
-	t.Fatalf("no %s in %s", key, config)
+	t.Fatalf("no %s in %s", key, p.Args[1])
 	return ""
 }
 
@@ -126,6 +134,17 @@ func wantReadOnly(t *testing.T, d *stage.Domain, reason string) {
 	stage.Eventually(t, "/ready says why", func() error { return ready(t, d, http.StatusServiceUnavailable, reason) })
 }
 
+// begunActs counts the beginnings of acts in the audit log.
+func begunActs(t *testing.T, d *stage.Domain) int {
+	t.Helper()
+	i := slices.Index(d.CA.Args, "-data-dir")
+	log, err := os.ReadFile(filepath.Join(d.CA.Args[i+1], "audit.jsonl"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return bytes.Count(log, []byte(`"detail":"begin to create entry`))
+}
+
 func ready(t *testing.T, d *stage.Domain, code int, text string) error {
 	t.Helper()
 	resp, err := http.Get("http://" + setting(t, d, "health_address") + "/ready") //nolint:forbidigo,noctx // loopback
@@ -159,6 +178,10 @@ func wantNewSVID(t *testing.T, d *stage.Domain) {
 	t.Helper()
 	before, err := fetch(t, d)
 	if err != nil {
+		t.Fatal(err)
+	}
+	d.Agent.Stop()
+	if err := os.Remove(filepath.Join(settingOf(t, d.Agent, "data_dir"), "cache.sealed")); err != nil { // it would serve what it has kept
 		t.Fatal(err)
 	}
 	d.Agent.Restart()
@@ -199,6 +222,16 @@ func TestFullDiskMakesTheCAReadOnly(t *testing.T) {
 	pid := d.CA.PID()
 	empty := fillDisk(t, disk)
 	wantReadOnly(t, d, "free some space there")
+	// Whoever goes on trying uses up nothing of what is set aside for issuing.
+	begun := begunActs(t, d)
+	for range 10 {
+		if _, _, err := d.Try("entry", "create", "--spiffe-id", d.ID("/refused"), "--parent", d.ID("/agent/x"), "--selector", "unix:uid:1"); err == nil {
+			t.Error("an entry was created")
+		}
+	}
+	if now := begunActs(t, d); now > begun {
+		t.Errorf("%d refused acts are in the audit log; want none", now-begun)
+	}
 	wantNewSVID(t, d)
 	n, refused := issueUntilRefused(t, d)
 	if n < 100 {

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/audit"
 )
 
@@ -45,6 +46,9 @@ func (s door) act(ctx context.Context, method string, req any, do func(context.C
 	if name == "" || len(callerFrom(ctx).Using) == 0 {
 		return s.toStatus(ctx, do(ctx))
 	}
+	if err := s.hopeless(ctx, method); err != nil {
+		return s.refuse(ctx, callerFrom(ctx), audit.Record{Detail: name}, s.toStatus(ctx, err))
+	}
 	a := newAct(name, req)
 	ctx = context.WithValue(ctx, actKey{}, a)
 	if err := s.begin(ctx, a, req); err != nil {
@@ -55,6 +59,17 @@ func (s door) act(ctx context.Context, method string, req any, do func(context.C
 		return s.toStatus(ctx, err)
 	}
 	return s.end(ctx, a, s.toStatus(ctx, err))
+}
+
+// hopeless says why an act would fail that is not to be begun: while the disk is
+// low, what is set aside in the log is for what happens, not for the beginnings of
+// what a store refuses that takes no writes, as often as somebody tries.
+func (s *Service) hopeless(ctx context.Context, method string) error {
+	if !s.opts.Audit.Low() || method == capb.Admin_BackupStore_FullMethodName { // which writes nothing there
+		return nil
+	}
+	_, err := s.opts.Store.Txn(ctx, nil, nil, nil) // fails as a write would
+	return err
 }
 
 func newAct(name string, req any) *act {

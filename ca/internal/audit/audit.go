@@ -311,6 +311,10 @@ func (l *Log) Close() error {
 	return nil
 }
 
+// Low says whether the disk was below its reserve when the last records came, so
+// that the log goes on in what is set aside for it.
+func (l *Log) Low() bool { return l.low.Load() }
+
 // Fault says why the log takes no records, nil if it does or may again.
 func (l *Log) Fault() error {
 	fault := l.fault.Load()
