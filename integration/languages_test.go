@@ -91,6 +91,7 @@ type served struct {
 }
 
 func TestWorkloadAPIClientsOfOtherLanguages(t *testing.T) {
+	t.Parallel()
 	for name, in := range map[string]func(*testing.T) language{"Python": inPython, "JavaScript": inJavaScript} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel() // it mostly waits

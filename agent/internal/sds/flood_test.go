@@ -3,6 +3,7 @@
 package sds
 
 import (
+	"context"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -66,7 +67,9 @@ func serve(t *testing.T, requests *endpoint.Rate) (*cache.Cache, secretv3.Secret
 
 func TestRequestsOfAUserAreRated(t *testing.T) {
 	_, c := serve(t, endpoint.NewRate(1, 3))
-	stream, err := c.StreamSecrets(t.Context())
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	stream, err := c.StreamSecrets(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +80,7 @@ func TestRequestsOfAUserAreRated(t *testing.T) {
 	}
 	_, err = stream.Recv()
 	st := status.Convert(err)
-	if st.Code() != codes.ResourceExhausted || len(st.Details()) != 1 || st.Details()[0].(*errdetails.ErrorInfo).GetReason() != endpoint.RateLimited {
+	if err == nil || st.Code() != codes.ResourceExhausted || len(st.Details()) != 1 || st.Details()[0].(*errdetails.ErrorInfo).GetReason() != endpoint.RateLimited {
 		t.Errorf("after 100 requests: %v; want ResourceExhausted with RATE_LIMITED", err)
 	}
 }
@@ -106,7 +109,9 @@ func TestTrustBundleWaitsForAnEnvoyThatReadsNothing(t *testing.T) {
 		EntryId: "e1", SpiffeId: "spiffe://example.test/web", Revision: 1,
 		Selectors: []*capb.Selector{{Type: "unix", Value: "uid:" + strconv.Itoa(os.Geteuid())}},
 	})
-	stream, err := client.StreamSecrets(t.Context())
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	stream, err := client.StreamSecrets(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
