@@ -22,6 +22,7 @@ import (
 	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
+	"merlon.dev/sdk/svid"
 )
 
 func (s *Service) nestedToken(t *testing.T, name string) string {
@@ -56,6 +57,12 @@ func TestNestedCAIsKnownByItsAuthority(t *testing.T) {
 	if !eu.Is(capb.Caller_CALLER_NESTED_CA) || eu.Is(capb.Caller_CALLER_REPLICA) || eu.Replica.Realm != 1 || us.Replica.Realm != 2 {
 		t.Errorf("kinds %v, realms %d and %d; want a nested CA, 1 and 2", eu.Kinds, eu.Replica.Realm, us.Replica.Realm)
 	}
+	// Its revisions are of its own store: nobody waits for the picture to get there.
+	ahead := s.peerUnder(t, eu.Replica.Current().ID, "root")
+	ahead.Serial = svid.Serial{Realm: 1, Revision: svid.MaxRevision, Random: 1}
+	if c := s.PeerCaller(ahead); c.Unsure != "" || !c.Is(capb.Caller_CALLER_NESTED_CA) {
+		t.Errorf("one whose store is ahead of ours: %q, %v; want it taken for what it is", c.Unsure, c.Kinds)
+	}
 	// A realm is nobody's again, also when its CA has gone.
 	if _, err := s.EvictReplica(as(t, admin()), &capb.EvictReplicaRequest{Name: "us"}); err != nil {
 		t.Fatal(err)
@@ -66,6 +73,24 @@ func TestNestedCAIsKnownByItsAuthority(t *testing.T) {
 	gone := s.PeerCaller(us.Peer)
 	if err := s.access.authorize(gone, capb.Nested_Follow_FullMethodName); status.Code(err) != codes.PermissionDenied || !strings.Contains(err.Error(), "this CA was evicted") {
 		t.Errorf("one that was evicted is told %v; want PERMISSION_DENIED, which says so", err)
+	}
+}
+
+// What a nested CA may call, beside what anybody may.
+func TestNestedCAMayCallNothingElse(t *testing.T) {
+	s, _ := newRootHolder(t)
+	eu := s.below(t, "eu")
+	var may []string
+	for method := range s.access {
+		_, anybody := s.access.permits(method, Anonymous())
+		if _, ok := s.access.permits(method, eu); ok && !anybody {
+			may = append(may, method)
+		}
+	}
+	slices.Sort(may)
+	want := []string{capb.Nested_Follow_FullMethodName, capb.Nested_Step_FullMethodName, capb.Replica_Certify_FullMethodName}
+	if !slices.Equal(may, want) {
+		t.Errorf("a nested CA may call %v; want %v", may, want)
 	}
 }
 

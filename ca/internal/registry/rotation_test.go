@@ -132,6 +132,24 @@ func TestBannedAgentCountsAgainWhenItAttests(t *testing.T) {
 	}
 }
 
+// Another CA's agent of that name was banned there.
+func TestBanBelowAnotherCABansNobodyHere(t *testing.T) {
+	st := openStore(t)
+	r := start(t, st)
+	now := time.Now()
+	write(t, st, r, agentRecord(t, now.Add(time.Hour), 5, 0))
+	_, ops, err := revocation.Import(revocation.Shared{ID: "0123456789abcdef0123456789abcdef", Revocation: svid.Revocation{
+		AgentID: nodeA.String(), AgentHandle: 8, Realm: 1, BeforeRevision: 900, ExpiresAt: now.Add(time.Hour),
+	}}, 0, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, st, r, ops...)
+	if counted(t, r, now).Banned {
+		t.Error("it does not count any more, and its own CA has not banned it")
+	}
+}
+
 func TestAcknowledgementIsKeptWhereAStepWaitsForIt(t *testing.T) {
 	st := openStore(t)
 	r := start(t, st)
