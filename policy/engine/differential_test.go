@@ -231,6 +231,23 @@ type attempt struct {
 	err     error
 }
 
+// compareKept compares what is kept of OPA's decisions with OPA; 1 if something was.
+func compareKept(t *testing.T, e *Engine, in *policy.Input, module string) (kept int) {
+	t.Helper()
+	if e.kept == nil {
+		return 0
+	}
+	if _, ok := e.kept.find(e.kept.key(nil, in), time.Now().UnixNano()); ok {
+		kept = 1
+	}
+	d, a := e.decideKept(context.Background(), in)
+	want, b := e.decideByOPA(context.Background(), in)
+	if d.Allow != want.Allow || d.Reason != want.Reason || d.RuleID != want.RuleID || (a.err == nil) != (b.err == nil) {
+		t.Fatalf("call %+v:\nOPA  %+v (%v)\nkept %+v (%v)\n%s\nreads %+v", *in, want, b.err, d, a.err, module, e.kept.reads)
+	}
+	return kept
+}
+
 // calls is how many are made for each policy.
 const calls = 80
 
@@ -256,7 +273,7 @@ func TestProgramsAnswerAsOPADoes(t *testing.T) {
 	}
 	t.Logf("MERLON_SEED=%d", seed)
 	n, tried := pairs(t), 0
-	native, byOPA, compared, allowed, failed := 0, map[string]int{}, 0, 0, 0
+	native, byOPA, compared, allowed, failed, kept := 0, map[string]int{}, 0, 0, 0, 0
 	for i := 0; compared < n && tried < 4*n; i++ {
 		w := &writer{Rand: rand.New(rand.NewPCG(seed, uint64(i)))}
 		module := w.module()
@@ -286,6 +303,11 @@ func TestProgramsAnswerAsOPADoes(t *testing.T) {
 				programs[in.Destination] = r
 			}
 			if r.err != nil {
+				kept += compareKept(t, e, in, module)
+				// Another one that differs in what the policy may not read.
+				other := w.call()
+				other.Source, other.Destination, other.Protocol, other.Method, other.Path = in.Source, in.Destination, in.Protocol, in.Method, in.Path
+				kept += compareKept(t, e, other, module)
 				continue
 			}
 			compared++
@@ -309,7 +331,8 @@ func TestProgramsAnswerAsOPADoes(t *testing.T) {
 			t.Logf("%5d %s", n, reason)
 		}
 	}
-	if compared < n || allowed == 0 || allowed == compared {
+	t.Logf("%d decisions of OPA were kept", kept)
+	if kept == 0 || compared < n || allowed == 0 || allowed == compared {
 		t.Errorf("of %d pairs %d were compared, %d allowed: too little is shown", tried, compared, allowed)
 	}
 }

@@ -61,6 +61,8 @@ type Engine struct {
 	ownRego    bool // there are modules beside Module, which may read all input
 	dryRun     map[string]*atomic.Uint64
 	programs   programs
+	kept       *kept // nil where unsteady says why
+	unsteady   error
 	mismatches atomic.Uint64
 	log        *slog.Logger
 	now        func() time.Time
@@ -97,6 +99,7 @@ func New(ctx context.Context, src Source) (*Engine, error) {
 	if err := e.prepare(ctx, src); err != nil {
 		return nil, err
 	}
+	e.keep()
 	return e, nil
 }
 
@@ -162,8 +165,9 @@ func (e *Engine) DryRun() map[string]uint64 {
 }
 
 // Authorize decides the call in: by the program of its destination where there
-// is one, else by OPA, which takes at most EvaluationLimit, or as long as ctx
-// allows if that is less. Both give the same answer.
+// is one; else by what OPA answered to a call that the policy cannot tell from it;
+// else by OPA, which takes at most EvaluationLimit, or as long as ctx allows if that
+// is less. All give the same answer.
 func (e *Engine) Authorize(ctx context.Context, in *policy.Input) policy.Decision {
 	d, _ := e.decide(ctx, in)
 	return d
@@ -174,6 +178,9 @@ func (e *Engine) AuthorizeByOPA(ctx context.Context, in *policy.Input) policy.De
 	d, _ := e.decideByOPA(ctx, in)
 	return d
 }
+
+// errStopped is an evaluation that took too long.
+var errStopped = errors.New("stopped")
 
 // answer is what the policy said beside the decision.
 type answer struct {
@@ -187,7 +194,7 @@ func (e *Engine) decide(ctx context.Context, in *policy.Input) (policy.Decision,
 	}
 	p := e.native(in.Destination)
 	if p == nil {
-		return e.decideByOPA(ctx, in)
+		return e.decideKept(ctx, in)
 	}
 	v := p.Decide(in, e.now())
 	a := answer{dryRun: v.DryRun}
@@ -215,7 +222,7 @@ func (e *Engine) decideByOPA(ctx context.Context, in *policy.Input) (policy.Deci
 			return d, answer{err: err}
 		}
 	}
-	a := e.evaluate(ctx, in, now, &d)
+	a := e.evaluate(ctx, in, now, e.limit, &d)
 	e.count(a.dryRun)
 	if a.err != nil {
 		d.Allow, d.Reason, d.RuleID = false, policy.Error, ""
@@ -234,8 +241,8 @@ func (e *Engine) count(dryRun []string) {
 	}
 }
 
-// evaluate fills d from the policy's answer.
-func (e *Engine) evaluate(ctx context.Context, in *policy.Input, now time.Time, d *policy.Decision) (a answer) {
+// evaluate fills d from the policy's answer, which may take as long as limit.
+func (e *Engine) evaluate(ctx context.Context, in *policy.Input, now time.Time, limit time.Duration, d *policy.Decision) (a answer) {
 	defer func() {
 		// A policy that finds a bug in OPA must not stop the enforcement point.
 		if r := recover(); r != nil {
@@ -243,7 +250,7 @@ func (e *Engine) evaluate(ctx context.Context, in *policy.Input, now time.Time, 
 		}
 	}()
 	cancel := topdown.NewCancel()
-	timer := time.AfterFunc(e.limit, cancel.Cancel)
+	timer := time.AfterFunc(limit, cancel.Cancel)
 	defer timer.Stop()
 	if ctx.Done() != nil {
 		defer context.AfterFunc(ctx, cancel.Cancel)()
@@ -273,7 +280,7 @@ func (e *Engine) evaluate(ctx context.Context, in *policy.Input, now time.Time, 
 		})
 	switch {
 	case topdown.IsCancel(err):
-		return answer{err: fmt.Errorf("evaluate policy: stopped after %v", e.limit)}
+		return answer{err: fmt.Errorf("evaluate policy: %w after %v", errStopped, limit)}
 	case err != nil:
 		return answer{err: fmt.Errorf("evaluate policy: %v", err)}
 	case result == nil:

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/engine/residual"
@@ -127,12 +128,19 @@ func (e *Engine) Mismatches() uint64 { return e.mismatches.Load() }
 // samples is how many calls a new program is compared on.
 const samples = 48
 
+// sampleLimit is how long OPA may take for one of them; on a loaded machine
+// EvaluationLimit says little.
+const sampleLimit = 2 * time.Second
+
 // holdAgainstOPA compares p with OPA on calls made of what the policy names.
 func (e *Engine) holdAgainstOPA(p *program.Program, src *program.Source) error {
 	now := e.now()
 	for _, in := range sampleCalls(src, samples) {
 		d := policy.Decision{}
-		a := e.evaluate(context.Background(), in, now, &d)
+		a := e.evaluate(context.Background(), in, now, sampleLimit, &d)
+		if errors.Is(a.err, errStopped) {
+			return &residual.NotNative{Reason: fmt.Sprintf("OPA takes more than %v for a call to compare with", sampleLimit)}
+		}
 		if a.err != nil {
 			d = policy.Decision{Reason: policy.Error}
 		}

@@ -74,6 +74,10 @@ type compiledJSON struct {
 	Engine       string `json:"engine"`
 	ProgramBytes int    `json:"program_bytes,omitempty"`
 	Reason       string `json:"reason,omitempty"`
+	// Kept says whether OPA's answers are kept for calls that agree in all that
+	// the policy can read; NotKept says why not.
+	Kept    bool   `json:"answers_kept,omitempty"`
+	NotKept string `json:"not_kept,omitempty"`
 }
 
 // anyOther stands for the destinations that no grant names alone.
@@ -87,6 +91,10 @@ func compiledFor(ctx context.Context, e *engine.Engine, destinations []string) [
 		encoded, err := e.Encoded(ctx, d)
 		if row.ProgramBytes = len(encoded); err != nil {
 			row.Engine, row.Reason = "opa", err.Error()
+			if err := e.Kept(); err != nil {
+				row.NotKept = err.Error()
+			}
+			row.Kept = row.NotKept == ""
 		}
 		if d == anyOther {
 			row.Destination = "any other"
@@ -104,7 +112,8 @@ func policyCheck(o *options) *cobra.Command {
 		Long: `Say whether a policy folder is well formed, and where not; and for each
 destination that its grants name what decides the calls that arrive there:
 "native", the compiled form, in about 100 ns, or "opa", evaluation, in about
-30 µs, and then why the policy has no compiled form for it.`,
+30 µs, and then why the policy has no compiled form for it, and whether OPA's
+answers can be kept for the next call that the policy cannot tell from this one.`,
 		Example: `  merlon policy check ./policy
   merlon policy check ./policy --destination spiffe://shop.test/orders`,
 		Args: cobra.ExactArgs(1),
@@ -139,7 +148,11 @@ func printChecked(w io.Writer, f *bundle.Folder, size int, rows []compiledJSON) 
 			native++
 			continue
 		}
-		fmt.Fprintf(w, "%s: decided by opa, because %s\n", row.Destination, row.Reason)
+		kept := "its answers are kept for calls that the policy cannot tell apart"
+		if !row.Kept {
+			kept = "evaluated for each call, because " + row.NotKept
+		}
+		fmt.Fprintf(w, "%s: decided by opa, because %s; %s\n", row.Destination, row.Reason, kept)
 	}
 	_, err := fmt.Fprintf(w, "compiled to native programs: %d of %d destinations\n", native, len(rows))
 	return err

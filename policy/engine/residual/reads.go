@@ -1,0 +1,108 @@
+package residual
+
+// This file finds which parts of a call a policy's own Rego can read, so that a
+// decision may be kept for calls that agree in them. It takes the union of OPA's
+// analysis and a walk of our own; each may only find too much.
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/open-policy-agent/opa/v1/ast"
+	"github.com/open-policy-agent/opa/v1/dependencies"
+)
+
+// Reads are parts of a call beside those that grants read (source, destination,
+// protocol, method and path), which every decision may depend on.
+type Reads struct {
+	Query, Host, SourceAddress, DestinationAddress bool
+	// AllHeaders is set where Headers, their names, do not say it all.
+	AllHeaders bool
+	Headers    []string
+}
+
+// part is a place of the input, and what of a call it holds.
+type part struct {
+	place ast.Ref
+	take  func(*Reads)
+	named bool // its members are headers
+}
+
+var parts = []part{
+	{ast.MustParseRef("input.attributes.request.http.path"), func(r *Reads) { r.Query = true }, false},
+	{ast.MustParseRef("input.parsed_query"), func(r *Reads) { r.Query = true }, false},
+	{ast.MustParseRef("input.attributes.request.http.host"), func(r *Reads) { r.Host = true }, false},
+	{ast.MustParseRef("input.attributes.request.http.headers"), func(r *Reads) { r.AllHeaders = true }, true},
+	{ast.MustParseRef("input.attributes.request.http.headers_all"), func(r *Reads) { r.AllHeaders = true }, true},
+	{ast.MustParseRef("input.attributes.source.address"), func(r *Reads) { r.SourceAddress = true }, false},
+	{ast.MustParseRef("input.attributes.destination.address"), func(r *Reads) { r.DestinationAddress = true }, false},
+}
+
+// FindReads says what the policy that c has compiled can read, or why its answer
+// may be another one for the same call.
+func FindReads(c *ast.Compiler) (Reads, error) {
+	var r Reads
+	headers := map[string]bool{}
+	var unsteady error
+	for _, rule := range reachable(c) {
+		ast.WalkRefs(rule, func(ref ast.Ref) bool {
+			r.take(ref, headers)
+			if b := ast.BuiltinMap[ref.String()]; b != nil && b.Nondeterministic && unsteady == nil {
+				unsteady = notNative(ref[0].Loc(), "%s gives another value each time", b.Name)
+			}
+			return false
+		})
+		if wholeInput(rule) {
+			r.everything()
+		}
+	}
+	for _, path := range asked {
+		refs, err := dependencies.Base(c, ast.MustParseRef(path))
+		if err != nil {
+			return Reads{}, fmt.Errorf("what %s reads cannot be found: %v", path, err)
+		}
+		for _, ref := range refs {
+			r.take(ref, headers)
+		}
+	}
+	r.Headers = slices.Sorted(maps.Keys(headers))
+	return r, unsteady
+}
+
+// wholeInput says whether rule names the input other than as the head of a
+// reference to a part of it.
+func wholeInput(rule *ast.Rule) (whole bool) {
+	ast.WalkTerms(rule, func(t *ast.Term) bool {
+		if v, ok := t.Value.(ast.Var); ok && v.Equal(ast.InputRootDocument.Value) && !insideRef(rule, t) {
+			whole = true
+		}
+		return whole
+	})
+	return whole
+}
+
+func (r *Reads) everything() {
+	*r = Reads{Query: true, Host: true, SourceAddress: true, DestinationAddress: true, AllHeaders: true}
+}
+
+// take adds what ref can read.
+func (r *Reads) take(ref ast.Ref, headers map[string]bool) {
+	if !ref.HasPrefix(ast.InputRootRef) {
+		return
+	}
+	ground := ref.GroundPrefix()
+	for _, p := range parts {
+		switch {
+		case p.place.HasPrefix(ground): // all of something that it is in
+			p.take(r)
+		case !ground.HasPrefix(p.place):
+		default:
+			if name, ok := ground[len(p.place)].Value.(ast.String); ok && p.named {
+				headers[string(name)] = true
+				continue
+			}
+			p.take(r)
+		}
+	}
+}
