@@ -225,3 +225,57 @@ func TestWrongKeyIsRefused(t *testing.T) {
 		t.Error("another SVID is served")
 	}
 }
+
+// The agent's own SVID ends while the CA is away: workloads keep theirs, a
+// restart makes no difference, and when the CA is back everything goes on
+// without a token.
+func TestAgentComesBackAfterItsOwnSVIDEnded(t *testing.T) {
+	ca := fakeca.New(t, td)
+	ca.SetTTL(time.Hour, 2*time.Second)
+	ca.PutEntry(ca.Entry("e1", "/web", uidSelector))
+	cfg := newConfig(t, ca)
+	n := start(t, cfg)
+	stream := n.x509Stream(t)
+	before := receive(t, stream, "/web").Svids[0]
+	ca.Stop()
+	time.Sleep(2 * time.Second)
+	next := quiet(t, stream)
+	if again := receive(t, n.x509Stream(t), "/web").Svids[0]; !bytes.Equal(before.X509Svid, again.X509Svid) {
+		t.Error("the workload did not keep its SVID")
+	}
+	ca.SetTTL(time.Hour, time.Hour)
+	ca.PutEntry(ca.Entry("e2", "/more", uidSelector))
+	ca.Start()
+	if m, err := next(); err != nil || len(m.Svids) != 2 {
+		t.Fatalf("Recv() = %v, %v; want two SVIDs on the stream from before", m, err)
+	}
+	if got := ca.Recovered(); got != 1 {
+		t.Errorf("the agent came back %d times; want once", got)
+	}
+}
+
+func TestRestartedAgentComesBackAfterItsOwnSVIDEnded(t *testing.T) {
+	ca := fakeca.New(t, td)
+	ca.SetTTL(time.Hour, 2*time.Second)
+	ca.PutEntry(ca.Entry("e1", "/web", uidSelector))
+	cfg := newConfig(t, ca)
+	n := start(t, cfg)
+	before := receive(t, n.x509Stream(t), "/web").Svids[0]
+	ca.Stop()
+	n.stop()
+	time.Sleep(2 * time.Second)
+	cfg.Logger = testLogger(t)
+	cfg.JoinToken = ""
+	n = start(t, cfg)
+	stream := n.x509Stream(t)
+	if again := receive(t, stream, "/web").Svids[0]; !bytes.Equal(before.X509Svid, again.X509Svid) {
+		t.Error("the workload did not keep its SVID")
+	}
+	ca.SetTTL(time.Hour, time.Hour)
+	ca.PutEntry(ca.Entry("e2", "/more", uidSelector))
+	ca.Start()
+	receive(t, stream, "/web", "/more")
+	if got := ca.Recovered(); got != 1 {
+		t.Errorf("the agent came back %d times; want once", got)
+	}
+}

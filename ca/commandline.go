@@ -69,6 +69,7 @@ var usage = map[string]string{ //nolint:gosec // says what settings are; holds n
 	"jwt_algorithm":          "ES256 or RS256: what JWT keys made from now on sign with (default ES256)",
 	"jwt_max_audiences":      "how many audiences one JWT-SVID may have (default 1)",
 	"agent_svid_ttl":         "life of the agents' X509-SVIDs (default 1h)",
+	"agent_recovery":         "how long after it was issued an agent comes back by its X509-SVID, also after its end (default 24h, the most)",
 	"root_ttl":               "life of a root (default 8760h)",
 	"intermediate_ttl":       "life of an intermediate (default 24h)",
 	"jwt_key_ttl":            "life of a key that signs JWT-SVIDs (default 720h)",

@@ -224,10 +224,16 @@ type Config struct {
 	// most 8.
 	JWTMaxAudiences int `yaml:"jwt_max_audiences"`
 
-	// AgentSVIDTTL is how long an agent's own X509-SVID lives: how long an
-	// agent that cannot reach the CA can come back without a new join token.
-	// Default: 1h; at most 24h.
+	// AgentSVIDTTL is how long an agent's own X509-SVID lives. Default: 1h; at
+	// most 24h.
 	AgentSVIDTTL time.Duration `yaml:"agent_svid_ttl"`
+
+	// AgentRecovery is how long after its own X509-SVID was issued an agent that
+	// cannot reach the CA comes back by itself, without a new join token, also
+	// when the SVID has ended by then. Not more than AgentSVIDTTL: not after its
+	// end. Default: 24h, which is also the most: so long it is known what was
+	// revoked.
+	AgentRecovery time.Duration `yaml:"agent_recovery"`
 
 	// RootTTL is how long a root lives, IntermediateTTL an intermediate, and
 	// JWTKeyTTL a key that signs JWT-SVIDs. Each is replaced by itself at half of
@@ -301,7 +307,7 @@ func Keys() []string {
 		"upstream", "upstream_root_file", "upstream_address", "upstream_cert_file", "upstream_key_file",
 		"upstream_provisioner", "upstream_password_file", "upstream_config_file",
 		"address", "https_address", "health_address", "admin_socket", "admin_uids", "dns_names",
-		"x509_svid_ttl", "jwt_svid_ttl", "jwt_algorithm", "jwt_max_audiences", "agent_svid_ttl",
+		"x509_svid_ttl", "jwt_svid_ttl", "jwt_algorithm", "jwt_max_audiences", "agent_svid_ttl", "agent_recovery",
 		"root_ttl", "intermediate_ttl", "jwt_key_ttl", "trust_refresh_hint", "development",
 		"log_level", "log_format",
 	}
@@ -370,7 +376,7 @@ func (c *Config) text(key string) *string {
 // duration is the setting called key, where that is one; otherwise nil.
 func (c *Config) duration(key string) *time.Duration {
 	return map[string]*time.Duration{
-		"x509_svid_ttl": &c.X509SVIDTTL, "jwt_svid_ttl": &c.JWTSVIDTTL, "agent_svid_ttl": &c.AgentSVIDTTL,
+		"x509_svid_ttl": &c.X509SVIDTTL, "jwt_svid_ttl": &c.JWTSVIDTTL, "agent_svid_ttl": &c.AgentSVIDTTL, "agent_recovery": &c.AgentRecovery,
 		"root_ttl": &c.RootTTL, "intermediate_ttl": &c.IntermediateTTL, "jwt_key_ttl": &c.JWTKeyTTL,
 		"trust_refresh_hint": &c.TrustRefreshHint,
 	}[key]
@@ -486,6 +492,7 @@ func (c Config) checkTTLs() error {
 		{"x509_svid_ttl", c.X509SVIDTTL, entry.MaxX509SVIDTTL},
 		{"jwt_svid_ttl", c.JWTSVIDTTL, entry.MaxJWTSVIDTTL},
 		{"agent_svid_ttl", c.AgentSVIDTTL, entry.MaxSVIDTTL},
+		{"agent_recovery", c.AgentRecovery, entry.MaxSVIDTTL},
 	} {
 		if ttl.value < entry.MinTTL || ttl.value > ttl.longest {
 			return fmt.Errorf("%s: %s is not between %s and %s", ttl.key, ttl.value, entry.MinTTL, ttl.longest)
@@ -532,6 +539,7 @@ func (c Config) withDefaults() Config {
 		{&c.X509SVIDTTL, DefaultX509SVIDTTL},
 		{&c.JWTSVIDTTL, DefaultJWTSVIDTTL},
 		{&c.AgentSVIDTTL, DefaultAgentSVIDTTL},
+		{&c.AgentRecovery, entry.MaxSVIDTTL},
 		{&c.AuditMaxAge, DefaultAuditMaxAge},
 		{&c.RootTTL, upstream.DefaultRootTTL},
 		{&c.IntermediateTTL, upstream.DefaultIntermediateTTL},

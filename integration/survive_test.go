@@ -126,3 +126,53 @@ func TestDamagedCacheIsSetAside(t *testing.T) {
 		t.Errorf("the log does not name %s: %s", aside[0], d.Agent.Log())
 	}
 }
+
+// The agent's own SVID ends while the CA is dead, and the agent is killed too:
+// workloads keep theirs, and with the CA back everything goes on by itself,
+// although the join token is used up.
+func TestAgentComesBackAfterItsSVIDEnded(t *testing.T) {
+	d := stage.Separate(t, "agent_svid_ttl: 3s")
+	d.Entry("/me", "--ttl", "1h")
+	var before *x509svid.SVID
+	stage.Eventually(t, "an SVID is served", func() (err error) {
+		before, err = fetch(t, d)
+		return err
+	})
+	kept(t, d, `"svids":[{`)
+	stream := watchSVIDs(t, d)
+	d.CA.Kill()
+	time.Sleep(3 * time.Second)
+	if after, err := fetch(t, d); err != nil || !same(before, after) {
+		t.Errorf("with its own SVID ended the agent serves %v, %v; want the SVID from before", after, err)
+	}
+	d.CA.Restart()
+	stage.Eventually(t, "the CA answers again", func() error {
+		_, _, err := d.Try("agent", "list")
+		return err
+	})
+	d.Entry("/second")
+	stream.expect(t, d.ID("/second"))
+	if n := strings.Count(d.Agent.Log(), "agent came back by its own SVID"); n != 1 {
+		t.Errorf("the agent came back %d times: %s", n, d.Agent.Log())
+	}
+
+	d.CA.Kill()
+	d.Agent.Kill()
+	time.Sleep(3 * time.Second)
+	d.Agent.Restart()
+	stage.Eventually(t, "the SVID from before is served", func() error {
+		after, err := fetch(t, d)
+		if err == nil && !same(before, after) {
+			err = errors.New("another")
+		}
+		return err
+	})
+	stream = watchSVIDs(t, d)
+	d.CA.Restart()
+	stage.Eventually(t, "the CA answers again", func() error {
+		_, _, err := d.Try("agent", "list")
+		return err
+	})
+	d.Entry("/third")
+	stream.expect(t, d.ID("/third"))
+}

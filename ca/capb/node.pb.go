@@ -96,6 +96,7 @@ type AttestRequest struct {
 	//	*AttestRequest_JoinToken
 	//	*AttestRequest_X509Pop
 	//	*AttestRequest_K8S
+	//	*AttestRequest_OwnSvid
 	Evidence isAttestRequest_Evidence `protobuf_oneof:"evidence"`
 	// PKCS#10, DER: only the public key is taken; the signature proves
 	// possession. At most 8 KiB.
@@ -168,6 +169,15 @@ func (x *AttestRequest) GetK8S() *K8SToken {
 	return nil
 }
 
+func (x *AttestRequest) GetOwnSvid() *OwnSvid {
+	if x != nil {
+		if x, ok := x.Evidence.(*AttestRequest_OwnSvid); ok {
+			return x.OwnSvid
+		}
+	}
+	return nil
+}
+
 func (x *AttestRequest) GetCsr() []byte {
 	if x != nil {
 		return x.Csr
@@ -195,11 +205,74 @@ type AttestRequest_K8S struct {
 	K8S *K8SToken `protobuf:"bytes,3,opt,name=k8s,proto3,oneof"`
 }
 
+type AttestRequest_OwnSvid struct {
+	// The agent's own X509-SVID, which has ended.
+	OwnSvid *OwnSvid `protobuf:"bytes,9,opt,name=own_svid,json=ownSvid,proto3,oneof"`
+}
+
 func (*AttestRequest_JoinToken) isAttestRequest_Evidence() {}
 
 func (*AttestRequest_X509Pop) isAttestRequest_Evidence() {}
 
 func (*AttestRequest_K8S) isAttestRequest_Evidence() {}
+
+func (*AttestRequest_OwnSvid) isAttestRequest_Evidence() {}
+
+// OwnSvid brings an agent back whose own X509-SVID ended while it could not reach
+// the CA: the last one that it got, within the time that the CA is configured for.
+type OwnSvid struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Leaf first, then intermediates; DER each. At most 8, and 64 KiB together.
+	Chain [][]byte `protobuf:"bytes,1,rep,name=chain,proto3" json:"chain,omitempty"`
+	// As X509Pop.signature, by the key of that SVID.
+	Signature     []byte `protobuf:"bytes,2,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OwnSvid) Reset() {
+	*x = OwnSvid{}
+	mi := &file_ca_capb_node_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OwnSvid) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OwnSvid) ProtoMessage() {}
+
+func (x *OwnSvid) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_node_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OwnSvid.ProtoReflect.Descriptor instead.
+func (*OwnSvid) Descriptor() ([]byte, []int) {
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *OwnSvid) GetChain() [][]byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+func (x *OwnSvid) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
 
 // X509Pop proves a node by a certificate that it got from somebody else. A CA
 // that is not configured for that refuses it.
@@ -218,7 +291,7 @@ type X509Pop struct {
 
 func (x *X509Pop) Reset() {
 	*x = X509Pop{}
-	mi := &file_ca_capb_node_proto_msgTypes[1]
+	mi := &file_ca_capb_node_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -230,7 +303,7 @@ func (x *X509Pop) String() string {
 func (*X509Pop) ProtoMessage() {}
 
 func (x *X509Pop) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[1]
+	mi := &file_ca_capb_node_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -243,7 +316,7 @@ func (x *X509Pop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use X509Pop.ProtoReflect.Descriptor instead.
 func (*X509Pop) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{1}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *X509Pop) GetChain() [][]byte {
@@ -275,7 +348,7 @@ type K8SToken struct {
 
 func (x *K8SToken) Reset() {
 	*x = K8SToken{}
-	mi := &file_ca_capb_node_proto_msgTypes[2]
+	mi := &file_ca_capb_node_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -287,7 +360,7 @@ func (x *K8SToken) String() string {
 func (*K8SToken) ProtoMessage() {}
 
 func (x *K8SToken) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[2]
+	mi := &file_ca_capb_node_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -300,7 +373,7 @@ func (x *K8SToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use K8SToken.ProtoReflect.Descriptor instead.
 func (*K8SToken) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{2}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *K8SToken) GetCluster() string {
@@ -329,7 +402,7 @@ type AttestResponse struct {
 
 func (x *AttestResponse) Reset() {
 	*x = AttestResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[3]
+	mi := &file_ca_capb_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -341,7 +414,7 @@ func (x *AttestResponse) String() string {
 func (*AttestResponse) ProtoMessage() {}
 
 func (x *AttestResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[3]
+	mi := &file_ca_capb_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -354,7 +427,7 @@ func (x *AttestResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestResponse.ProtoReflect.Descriptor instead.
 func (*AttestResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{3}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *AttestResponse) GetX509Svid() [][]byte {
@@ -381,7 +454,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[4]
+	mi := &file_ca_capb_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -393,7 +466,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[4]
+	mi := &file_ca_capb_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -406,7 +479,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{4}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RenewRequest) GetCsr() []byte {
@@ -426,7 +499,7 @@ type RenewResponse struct {
 
 func (x *RenewResponse) Reset() {
 	*x = RenewResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[5]
+	mi := &file_ca_capb_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -438,7 +511,7 @@ func (x *RenewResponse) String() string {
 func (*RenewResponse) ProtoMessage() {}
 
 func (x *RenewResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[5]
+	mi := &file_ca_capb_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -451,7 +524,7 @@ func (x *RenewResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewResponse.ProtoReflect.Descriptor instead.
 func (*RenewResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{5}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RenewResponse) GetX509Svid() [][]byte {
@@ -485,7 +558,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[6]
+	mi := &file_ca_capb_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -497,7 +570,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[6]
+	mi := &file_ca_capb_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -510,7 +583,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{6}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *SyncRequest) GetResumeRevision() uint64 {
@@ -549,7 +622,7 @@ type Seen struct {
 
 func (x *Seen) Reset() {
 	*x = Seen{}
-	mi := &file_ca_capb_node_proto_msgTypes[7]
+	mi := &file_ca_capb_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -561,7 +634,7 @@ func (x *Seen) String() string {
 func (*Seen) ProtoMessage() {}
 
 func (x *Seen) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[7]
+	mi := &file_ca_capb_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -574,7 +647,7 @@ func (x *Seen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Seen.ProtoReflect.Descriptor instead.
 func (*Seen) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{7}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Seen) GetRevision() uint64 {
@@ -617,7 +690,7 @@ type LogState struct {
 
 func (x *LogState) Reset() {
 	*x = LogState{}
-	mi := &file_ca_capb_node_proto_msgTypes[8]
+	mi := &file_ca_capb_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -629,7 +702,7 @@ func (x *LogState) String() string {
 func (*LogState) ProtoMessage() {}
 
 func (x *LogState) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[8]
+	mi := &file_ca_capb_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -642,7 +715,7 @@ func (x *LogState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogState.ProtoReflect.Descriptor instead.
 func (*LogState) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{8}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *LogState) GetOrigin() string {
@@ -685,7 +758,7 @@ type LogCheckpoint struct {
 
 func (x *LogCheckpoint) Reset() {
 	*x = LogCheckpoint{}
-	mi := &file_ca_capb_node_proto_msgTypes[9]
+	mi := &file_ca_capb_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -697,7 +770,7 @@ func (x *LogCheckpoint) String() string {
 func (*LogCheckpoint) ProtoMessage() {}
 
 func (x *LogCheckpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[9]
+	mi := &file_ca_capb_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -710,7 +783,7 @@ func (x *LogCheckpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogCheckpoint.ProtoReflect.Descriptor instead.
 func (*LogCheckpoint) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{9}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *LogCheckpoint) GetCheckpoint() []byte {
@@ -756,7 +829,7 @@ type SyncAck struct {
 
 func (x *SyncAck) Reset() {
 	*x = SyncAck{}
-	mi := &file_ca_capb_node_proto_msgTypes[10]
+	mi := &file_ca_capb_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -768,7 +841,7 @@ func (x *SyncAck) String() string {
 func (*SyncAck) ProtoMessage() {}
 
 func (x *SyncAck) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[10]
+	mi := &file_ca_capb_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -781,7 +854,7 @@ func (x *SyncAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncAck.ProtoReflect.Descriptor instead.
 func (*SyncAck) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{10}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SyncAck) GetRevision() uint64 {
@@ -840,7 +913,7 @@ type SyncResponse struct {
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[11]
+	mi := &file_ca_capb_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -852,7 +925,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[11]
+	mi := &file_ca_capb_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -865,7 +938,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{11}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SyncResponse) GetRevision() uint64 {
@@ -961,7 +1034,7 @@ type SignRequest struct {
 
 func (x *SignRequest) Reset() {
 	*x = SignRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[12]
+	mi := &file_ca_capb_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -973,7 +1046,7 @@ func (x *SignRequest) String() string {
 func (*SignRequest) ProtoMessage() {}
 
 func (x *SignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[12]
+	mi := &file_ca_capb_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -986,7 +1059,7 @@ func (x *SignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignRequest.ProtoReflect.Descriptor instead.
 func (*SignRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{12}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SignRequest) GetItems() []*SignItem {
@@ -1007,7 +1080,7 @@ type SignItem struct {
 
 func (x *SignItem) Reset() {
 	*x = SignItem{}
-	mi := &file_ca_capb_node_proto_msgTypes[13]
+	mi := &file_ca_capb_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1019,7 +1092,7 @@ func (x *SignItem) String() string {
 func (*SignItem) ProtoMessage() {}
 
 func (x *SignItem) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[13]
+	mi := &file_ca_capb_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1032,7 +1105,7 @@ func (x *SignItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignItem.ProtoReflect.Descriptor instead.
 func (*SignItem) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{13}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SignItem) GetEntryId() string {
@@ -1058,7 +1131,7 @@ type SignResponse struct {
 
 func (x *SignResponse) Reset() {
 	*x = SignResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[14]
+	mi := &file_ca_capb_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1070,7 +1143,7 @@ func (x *SignResponse) String() string {
 func (*SignResponse) ProtoMessage() {}
 
 func (x *SignResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[14]
+	mi := &file_ca_capb_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1083,7 +1156,7 @@ func (x *SignResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResponse.ProtoReflect.Descriptor instead.
 func (*SignResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{14}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SignResponse) GetResults() []*SignResult {
@@ -1108,7 +1181,7 @@ type SignResult struct {
 
 func (x *SignResult) Reset() {
 	*x = SignResult{}
-	mi := &file_ca_capb_node_proto_msgTypes[15]
+	mi := &file_ca_capb_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1120,7 +1193,7 @@ func (x *SignResult) String() string {
 func (*SignResult) ProtoMessage() {}
 
 func (x *SignResult) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[15]
+	mi := &file_ca_capb_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1133,7 +1206,7 @@ func (x *SignResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResult.ProtoReflect.Descriptor instead.
 func (*SignResult) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{15}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SignResult) GetX509Svid() [][]byte {
@@ -1174,7 +1247,7 @@ type AskAnotherReplica struct {
 
 func (x *AskAnotherReplica) Reset() {
 	*x = AskAnotherReplica{}
-	mi := &file_ca_capb_node_proto_msgTypes[16]
+	mi := &file_ca_capb_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1186,7 +1259,7 @@ func (x *AskAnotherReplica) String() string {
 func (*AskAnotherReplica) ProtoMessage() {}
 
 func (x *AskAnotherReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[16]
+	mi := &file_ca_capb_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1199,7 +1272,7 @@ func (x *AskAnotherReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AskAnotherReplica.ProtoReflect.Descriptor instead.
 func (*AskAnotherReplica) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
 }
 
 type SignJWTRequest struct {
@@ -1212,7 +1285,7 @@ type SignJWTRequest struct {
 
 func (x *SignJWTRequest) Reset() {
 	*x = SignJWTRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1224,7 +1297,7 @@ func (x *SignJWTRequest) String() string {
 func (*SignJWTRequest) ProtoMessage() {}
 
 func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1237,7 +1310,7 @@ func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
 func (*SignJWTRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SignJWTRequest) GetItems() []*SignJWTItem {
@@ -1258,7 +1331,7 @@ type SignJWTItem struct {
 
 func (x *SignJWTItem) Reset() {
 	*x = SignJWTItem{}
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1270,7 +1343,7 @@ func (x *SignJWTItem) String() string {
 func (*SignJWTItem) ProtoMessage() {}
 
 func (x *SignJWTItem) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1283,7 +1356,7 @@ func (x *SignJWTItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTItem.ProtoReflect.Descriptor instead.
 func (*SignJWTItem) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SignJWTItem) GetEntryId() string {
@@ -1309,7 +1382,7 @@ type SignJWTResponse struct {
 
 func (x *SignJWTResponse) Reset() {
 	*x = SignJWTResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[19]
+	mi := &file_ca_capb_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1321,7 +1394,7 @@ func (x *SignJWTResponse) String() string {
 func (*SignJWTResponse) ProtoMessage() {}
 
 func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[19]
+	mi := &file_ca_capb_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1334,7 +1407,7 @@ func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
 func (*SignJWTResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SignJWTResponse) GetResults() []*SignJWTResult {
@@ -1357,7 +1430,7 @@ type SignJWTResult struct {
 
 func (x *SignJWTResult) Reset() {
 	*x = SignJWTResult{}
-	mi := &file_ca_capb_node_proto_msgTypes[20]
+	mi := &file_ca_capb_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1369,7 +1442,7 @@ func (x *SignJWTResult) String() string {
 func (*SignJWTResult) ProtoMessage() {}
 
 func (x *SignJWTResult) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[20]
+	mi := &file_ca_capb_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1382,7 +1455,7 @@ func (x *SignJWTResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResult.ProtoReflect.Descriptor instead.
 func (*SignJWTResult) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{20}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SignJWTResult) GetToken() string {
@@ -1442,7 +1515,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_ca_capb_node_proto_msgTypes[21]
+	mi := &file_ca_capb_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1454,7 +1527,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[21]
+	mi := &file_ca_capb_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1467,7 +1540,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{21}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Entry) GetEntryId() string {
@@ -1588,7 +1661,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_ca_capb_node_proto_msgTypes[22]
+	mi := &file_ca_capb_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1600,7 +1673,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[22]
+	mi := &file_ca_capb_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1613,7 +1686,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{22}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Selector) GetType() string {
@@ -1651,7 +1724,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[23]
+	mi := &file_ca_capb_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1663,7 +1736,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[23]
+	mi := &file_ca_capb_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1676,7 +1749,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{23}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -1729,7 +1802,7 @@ type PolicyBundle struct {
 
 func (x *PolicyBundle) Reset() {
 	*x = PolicyBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[24]
+	mi := &file_ca_capb_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1741,7 +1814,7 @@ func (x *PolicyBundle) String() string {
 func (*PolicyBundle) ProtoMessage() {}
 
 func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[24]
+	mi := &file_ca_capb_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1754,7 +1827,7 @@ func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyBundle.ProtoReflect.Descriptor instead.
 func (*PolicyBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{24}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *PolicyBundle) GetName() string {
@@ -1789,7 +1862,7 @@ type PolicyKey struct {
 
 func (x *PolicyKey) Reset() {
 	*x = PolicyKey{}
-	mi := &file_ca_capb_node_proto_msgTypes[25]
+	mi := &file_ca_capb_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1801,7 +1874,7 @@ func (x *PolicyKey) String() string {
 func (*PolicyKey) ProtoMessage() {}
 
 func (x *PolicyKey) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[25]
+	mi := &file_ca_capb_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1814,7 +1887,7 @@ func (x *PolicyKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyKey.ProtoReflect.Descriptor instead.
 func (*PolicyKey) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{25}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *PolicyKey) GetKid() string {
@@ -1861,7 +1934,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_ca_capb_node_proto_msgTypes[26]
+	mi := &file_ca_capb_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1873,7 +1946,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[26]
+	mi := &file_ca_capb_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1886,7 +1959,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{26}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -2003,16 +2076,20 @@ var File_ca_capb_node_proto protoreflect.FileDescriptor
 
 const file_ca_capb_node_proto_rawDesc = "" +
 	"\n" +
-	"\x12ca/capb/node.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xad\x01\n" +
+	"\x12ca/capb/node.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe1\x01\n" +
 	"\rAttestRequest\x12\x1f\n" +
 	"\n" +
 	"join_token\x18\x01 \x01(\tH\x00R\tjoinToken\x121\n" +
 	"\ax509pop\x18\x02 \x01(\v2\x15.merlon.ca.v1.X509PopH\x00R\ax509pop\x12*\n" +
-	"\x03k8s\x18\x03 \x01(\v2\x16.merlon.ca.v1.K8sTokenH\x00R\x03k8s\x12\x10\n" +
+	"\x03k8s\x18\x03 \x01(\v2\x16.merlon.ca.v1.K8sTokenH\x00R\x03k8s\x122\n" +
+	"\bown_svid\x18\t \x01(\v2\x15.merlon.ca.v1.OwnSvidH\x00R\aownSvid\x12\x10\n" +
 	"\x03csr\x18\n" +
 	" \x01(\fR\x03csrB\n" +
 	"\n" +
 	"\bevidence\"=\n" +
+	"\aOwnSvid\x12\x14\n" +
+	"\x05chain\x18\x01 \x03(\fR\x05chain\x12\x1c\n" +
+	"\tsignature\x18\x02 \x01(\fR\tsignature\"=\n" +
 	"\aX509Pop\x12\x14\n" +
 	"\x05chain\x18\x01 \x03(\fR\x05chain\x12\x1c\n" +
 	"\tsignature\x18\x02 \x01(\fR\tsignature\":\n" +
@@ -2175,81 +2252,83 @@ func file_ca_capb_node_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_ca_capb_node_proto_goTypes = []any{
 	(Refusal)(0),                  // 0: merlon.ca.v1.Refusal
 	(*AttestRequest)(nil),         // 1: merlon.ca.v1.AttestRequest
-	(*X509Pop)(nil),               // 2: merlon.ca.v1.X509Pop
-	(*K8SToken)(nil),              // 3: merlon.ca.v1.K8sToken
-	(*AttestResponse)(nil),        // 4: merlon.ca.v1.AttestResponse
-	(*RenewRequest)(nil),          // 5: merlon.ca.v1.RenewRequest
-	(*RenewResponse)(nil),         // 6: merlon.ca.v1.RenewResponse
-	(*SyncRequest)(nil),           // 7: merlon.ca.v1.SyncRequest
-	(*Seen)(nil),                  // 8: merlon.ca.v1.Seen
-	(*LogState)(nil),              // 9: merlon.ca.v1.LogState
-	(*LogCheckpoint)(nil),         // 10: merlon.ca.v1.LogCheckpoint
-	(*SyncAck)(nil),               // 11: merlon.ca.v1.SyncAck
-	(*SyncResponse)(nil),          // 12: merlon.ca.v1.SyncResponse
-	(*SignRequest)(nil),           // 13: merlon.ca.v1.SignRequest
-	(*SignItem)(nil),              // 14: merlon.ca.v1.SignItem
-	(*SignResponse)(nil),          // 15: merlon.ca.v1.SignResponse
-	(*SignResult)(nil),            // 16: merlon.ca.v1.SignResult
-	(*AskAnotherReplica)(nil),     // 17: merlon.ca.v1.AskAnotherReplica
-	(*SignJWTRequest)(nil),        // 18: merlon.ca.v1.SignJWTRequest
-	(*SignJWTItem)(nil),           // 19: merlon.ca.v1.SignJWTItem
-	(*SignJWTResponse)(nil),       // 20: merlon.ca.v1.SignJWTResponse
-	(*SignJWTResult)(nil),         // 21: merlon.ca.v1.SignJWTResult
-	(*Entry)(nil),                 // 22: merlon.ca.v1.Entry
-	(*Selector)(nil),              // 23: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),           // 24: merlon.ca.v1.TrustBundle
-	(*PolicyBundle)(nil),          // 25: merlon.ca.v1.PolicyBundle
-	(*PolicyKey)(nil),             // 26: merlon.ca.v1.PolicyKey
-	(*Revocation)(nil),            // 27: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
-	(Role)(0),                     // 30: merlon.ca.v1.Role
+	(*OwnSvid)(nil),               // 2: merlon.ca.v1.OwnSvid
+	(*X509Pop)(nil),               // 3: merlon.ca.v1.X509Pop
+	(*K8SToken)(nil),              // 4: merlon.ca.v1.K8sToken
+	(*AttestResponse)(nil),        // 5: merlon.ca.v1.AttestResponse
+	(*RenewRequest)(nil),          // 6: merlon.ca.v1.RenewRequest
+	(*RenewResponse)(nil),         // 7: merlon.ca.v1.RenewResponse
+	(*SyncRequest)(nil),           // 8: merlon.ca.v1.SyncRequest
+	(*Seen)(nil),                  // 9: merlon.ca.v1.Seen
+	(*LogState)(nil),              // 10: merlon.ca.v1.LogState
+	(*LogCheckpoint)(nil),         // 11: merlon.ca.v1.LogCheckpoint
+	(*SyncAck)(nil),               // 12: merlon.ca.v1.SyncAck
+	(*SyncResponse)(nil),          // 13: merlon.ca.v1.SyncResponse
+	(*SignRequest)(nil),           // 14: merlon.ca.v1.SignRequest
+	(*SignItem)(nil),              // 15: merlon.ca.v1.SignItem
+	(*SignResponse)(nil),          // 16: merlon.ca.v1.SignResponse
+	(*SignResult)(nil),            // 17: merlon.ca.v1.SignResult
+	(*AskAnotherReplica)(nil),     // 18: merlon.ca.v1.AskAnotherReplica
+	(*SignJWTRequest)(nil),        // 19: merlon.ca.v1.SignJWTRequest
+	(*SignJWTItem)(nil),           // 20: merlon.ca.v1.SignJWTItem
+	(*SignJWTResponse)(nil),       // 21: merlon.ca.v1.SignJWTResponse
+	(*SignJWTResult)(nil),         // 22: merlon.ca.v1.SignJWTResult
+	(*Entry)(nil),                 // 23: merlon.ca.v1.Entry
+	(*Selector)(nil),              // 24: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),           // 25: merlon.ca.v1.TrustBundle
+	(*PolicyBundle)(nil),          // 26: merlon.ca.v1.PolicyBundle
+	(*PolicyKey)(nil),             // 27: merlon.ca.v1.PolicyKey
+	(*Revocation)(nil),            // 28: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
+	(Role)(0),                     // 31: merlon.ca.v1.Role
 }
 var file_ca_capb_node_proto_depIdxs = []int32{
-	2,  // 0: merlon.ca.v1.AttestRequest.x509pop:type_name -> merlon.ca.v1.X509Pop
-	3,  // 1: merlon.ca.v1.AttestRequest.k8s:type_name -> merlon.ca.v1.K8sToken
-	24, // 2: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	24, // 3: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	11, // 4: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
-	8,  // 5: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
-	9,  // 6: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
-	22, // 7: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
-	24, // 8: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	27, // 9: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	25, // 10: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	28, // 11: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
-	10, // 12: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
-	29, // 13: merlon.ca.v1.SyncResponse.upstream_age:type_name -> google.protobuf.Duration
-	14, // 14: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
-	16, // 15: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
-	19, // 16: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
-	21, // 17: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
-	23, // 18: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
-	28, // 19: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	28, // 20: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	30, // 21: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
-	29, // 22: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
-	26, // 23: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
-	28, // 24: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	1,  // 25: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
-	5,  // 26: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
-	7,  // 27: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
-	13, // 28: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
-	18, // 29: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
-	4,  // 30: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
-	6,  // 31: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
-	12, // 32: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
-	15, // 33: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
-	20, // 34: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
-	30, // [30:35] is the sub-list for method output_type
-	25, // [25:30] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	3,  // 0: merlon.ca.v1.AttestRequest.x509pop:type_name -> merlon.ca.v1.X509Pop
+	4,  // 1: merlon.ca.v1.AttestRequest.k8s:type_name -> merlon.ca.v1.K8sToken
+	2,  // 2: merlon.ca.v1.AttestRequest.own_svid:type_name -> merlon.ca.v1.OwnSvid
+	25, // 3: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	25, // 4: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	12, // 5: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
+	9,  // 6: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
+	10, // 7: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
+	23, // 8: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
+	25, // 9: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	28, // 10: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	26, // 11: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	29, // 12: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
+	11, // 13: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
+	30, // 14: merlon.ca.v1.SyncResponse.upstream_age:type_name -> google.protobuf.Duration
+	15, // 15: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
+	17, // 16: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
+	20, // 17: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
+	22, // 18: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
+	24, // 19: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
+	29, // 20: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	29, // 21: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	31, // 22: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
+	30, // 23: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
+	27, // 24: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
+	29, // 25: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	1,  // 26: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
+	6,  // 27: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
+	8,  // 28: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
+	14, // 29: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
+	19, // 30: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
+	5,  // 31: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
+	7,  // 32: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
+	13, // 33: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
+	16, // 34: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
+	21, // 35: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
+	31, // [31:36] is the sub-list for method output_type
+	26, // [26:31] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_node_proto_init() }
@@ -2262,8 +2341,9 @@ func file_ca_capb_node_proto_init() {
 		(*AttestRequest_JoinToken)(nil),
 		(*AttestRequest_X509Pop)(nil),
 		(*AttestRequest_K8S)(nil),
+		(*AttestRequest_OwnSvid)(nil),
 	}
-	file_ca_capb_node_proto_msgTypes[26].OneofWrappers = []any{
+	file_ca_capb_node_proto_msgTypes[27].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -2275,7 +2355,7 @@ func file_ca_capb_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_node_proto_rawDesc), len(file_ca_capb_node_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   27,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -14,14 +14,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
+	"merlon.dev/agent/internal/attest"
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/ca/capb"
 	"merlon.dev/sdk/svid"
@@ -31,35 +29,23 @@ import (
 // would say so.
 var errEvidence = errors.New("attest the node")
 
-// attest trades evidence for the agent's own SVID. Where evidence is good once
-// it counts as used when a CA took it, also if its answer is lost.
-func (c *Client) attest(ctx context.Context, picture *cache.Cache, address string) error {
+// attestBy trades evidence for the agent's own SVID with key. Where evidence is
+// good once it counts as used when a CA took it, also if its answer is lost.
+func (c *Client) attestBy(ctx context.Context, picture *cache.Cache, address string, by attest.Attestor, key *ecdsa.PrivateKey, csr []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	cc, conn, err := c.meet(ctx, picture, address)
 	if err != nil {
-		return fmt.Errorf("attest the node: %w", err)
-	}
-	defer cc.Close()
-	key, csr, err := newKey()
-	if err != nil {
 		return err
 	}
+	defer cc.Close()
 	req := &capb.AttestRequest{Csr: csr}
-	if err := c.cfg.Attestor.Evidence(ctx, conn, req); err != nil {
+	if err := by.Evidence(ctx, conn, req); err != nil {
 		return fmt.Errorf("%w: %w", errEvidence, err)
 	}
 	answer, err := capb.NewNodeClient(cc).Attest(ctx, req)
-	if whyRefused(err) == capb.Refusal_REFUSAL_AGENT_BANNED {
-		return fmt.Errorf("%w: %w", errEvidence, err) // no other evidence would help
-	}
-	if status.Code(err) == codes.PermissionDenied {
-		// The log's reader can do something about this one.
-		kind := strings.ReplaceAll(c.cfg.Attestor.Kind(), "_", " ")
-		return fmt.Errorf("%w: the CA refuses the %s: %s: %s", errEvidence, kind, status.Convert(err).Message(), c.cfg.Attestor.Advice())
-	}
 	if err != nil {
-		return fmt.Errorf("attest the node: %w", err)
+		return err
 	}
 	return c.adopt(ctx, picture, answer.GetX509Svid(), answer.GetTrustBundle(), key)
 }

@@ -41,6 +41,9 @@ type Config struct {
 	// Attestor makes the evidence that proves the node. It is asked at each
 	// attempt.
 	Attestor attest.Attestor
+	// Recover lets the agent come back by its own SVID after its end: for nodes
+	// whose evidence is good once.
+	Recover bool
 	// RootHash is the SHA-256 of the root's public key in hex. It is needed
 	// until a trust bundle is held.
 	RootHash string
@@ -74,6 +77,8 @@ type Client struct {
 	sawMore     chan struct{}
 	links       *links
 	logs        *logs
+	successor   successor
+	notTaken    *x509svid.SVID // of the agent, by which it does not come back; of one goroutine
 	standing    *standing
 	// firstWord is how long a replica may take to say something, where there
 	// are others; lookAgain is about how often an agent of a stale replica looks

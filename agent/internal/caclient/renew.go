@@ -96,7 +96,7 @@ func (o *ownSVID) taintedBy(trust *cache.Trust) bool {
 
 // renew obtains a new SVID for the agent with a new key.
 func (c *Client) renew(ctx context.Context, picture *cache.Cache) error {
-	key, csr, err := newKey()
+	key, csr, err := c.successor.after(c.own.Load().SVID)
 	if err != nil {
 		return err
 	}

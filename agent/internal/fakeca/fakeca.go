@@ -4,6 +4,7 @@
 package fakeca
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -31,6 +32,7 @@ import (
 
 	"merlon.dev/ca/capb"
 	"merlon.dev/policy/bundle"
+	"merlon.dev/sdk/possession"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/svid/forge"
 )
@@ -87,6 +89,8 @@ type shared struct {
 	tokenUsed         bool
 	attests           int
 	loseAttest        bool
+	lastAgent         []byte // SVID that the agent got
+	recovered         int
 	replicas          []*CA
 }
 
@@ -325,10 +329,13 @@ func (ca *CA) trustBundle() *capb.TrustBundle {
 }
 
 // Attest implements capb.NodeServer.
-func (ca *CA) Attest(_ context.Context, req *capb.AttestRequest) (*capb.AttestResponse, error) {
+func (ca *CA) Attest(ctx context.Context, req *capb.AttestRequest) (*capb.AttestResponse, error) {
 	ca.mu.Lock()
 	defer ca.mu.Unlock()
 	ca.attests++
+	if own := req.GetOwnSvid(); own != nil {
+		return ca.recover(ctx, req)
+	}
 	if req.GetJoinToken() != Token || ca.tokenUsed {
 		return nil, status.Error(codes.PermissionDenied, "the join token is unknown or was used")
 	}
@@ -340,7 +347,38 @@ func (ca *CA) Attest(_ context.Context, req *capb.AttestRequest) (*capb.AttestRe
 	if err != nil {
 		return nil, err
 	}
+	ca.lastAgent = chain[0]
 	return &capb.AttestResponse{X509Svid: chain, TrustBundle: ca.trustBundle()}, nil
+}
+
+// recover takes the last SVID that the agent got, ended or not. mu is held.
+func (ca *CA) recover(ctx context.Context, req *capb.AttestRequest) (*capb.AttestResponse, error) {
+	chain := req.GetOwnSvid().GetChain()
+	leaf, err := x509.ParseCertificate(chain[0])
+	if err != nil {
+		return nil, err
+	}
+	p, _ := peer.FromContext(ctx)
+	statement, err := possession.Statement(p.AuthInfo.(credentials.TLSInfo).State, req.GetCsr())
+	if err != nil {
+		return nil, err
+	}
+	if !possession.Verify(leaf.PublicKey, statement, req.GetOwnSvid().GetSignature()) || !bytes.Equal(chain[0], ca.lastAgent) {
+		return nil, status.Error(codes.PermissionDenied, "this one was copied")
+	}
+	answer, err := ca.sign(req.GetCsr(), ca.td.IDString()+"/agent/n1", ca.agentTTL)
+	if err != nil {
+		return nil, err
+	}
+	ca.lastAgent, ca.recovered = answer[0], ca.recovered+1
+	return &capb.AttestResponse{X509Svid: answer, TrustBundle: ca.trustBundle()}, nil
+}
+
+// Recovered says how often the agent came back by its own SVID.
+func (ca *CA) Recovered() int {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	return ca.recovered
 }
 
 // Renew implements capb.NodeServer.
@@ -354,6 +392,7 @@ func (ca *CA) Renew(ctx context.Context, req *capb.RenewRequest) (*capb.RenewRes
 	if err != nil {
 		return nil, err
 	}
+	ca.lastAgent = chain[0]
 	return &capb.RenewResponse{X509Svid: chain, TrustBundle: ca.trustBundle()}, nil
 }
 

@@ -27,6 +27,9 @@ const proveTimeout = 10 * time.Second
 // Attest implements capb.NodeServer. The CSR is judged before the evidence, so
 // that a bad one costs no token.
 func (s *Service) Attest(ctx context.Context, req *capb.AttestRequest) (*capb.AttestResponse, error) {
+	if req.GetOwnSvid() != nil {
+		return s.recover(ctx, req)
+	}
 	key, err := s.attestKey(req.GetCsr())
 	if err != nil {
 		return nil, s.refuseAttest(ctx, "csr", err)

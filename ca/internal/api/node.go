@@ -44,7 +44,7 @@ func (s *Service) Renew(ctx context.Context, req *capb.RenewRequest) (*capb.Rene
 	}
 	ca := s.opts.Keys.X509()
 	leaf, err := s.signAgent(ctx, ca, g.Agent, g.Revision, key, audit.Renew, func(leaf *authority.Leaf) error {
-		return s.renewed(ctx, caller, attest.SVID{Serial: leaf.Serial.String(), NotAfter: leaf.NotAfter})
+		return s.renewed(ctx, caller, issuedTo(leaf, key))
 	})
 	if err != nil {
 		return nil, err
@@ -73,6 +73,15 @@ func (s *Service) renewed(ctx context.Context, caller *Caller, issued attest.SVI
 		return s.cloned(ctx, caller)
 	}
 	return err
+}
+
+// issuedTo is an SVID that an agent gets for its key.
+func issuedTo(leaf *authority.Leaf, key any) attest.SVID {
+	issued := attest.SVID{Serial: leaf.Serial.String(), NotAfter: leaf.NotAfter}
+	if id, err := authority.IdentifyKey(key); err == nil {
+		issued.KeyID = id.String()
+	}
+	return issued
 }
 
 // shown is the SVID that an agent shows.

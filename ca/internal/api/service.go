@@ -113,6 +113,9 @@ type Options struct {
 	Tokens *oidc.Verifier
 	// Defaults for entries that name no TTL, and the TTL of agents.
 	X509SVIDTTL, JWTSVIDTTL, AgentSVIDTTL time.Duration
+	// AgentRecovery is how long after it was issued an agent's X509-SVID brings it
+	// back, at most entry.MaxSVIDTTL.
+	AgentRecovery time.Duration
 	// JWTMaxAudiences is how many audiences one JWT-SVID may have.
 	JWTMaxAudiences int
 	// JWTKeyTTL is how long the JWT key of a new replica lives.

@@ -58,6 +58,8 @@ type Agent struct {
 	// LastSerial is that of its newest X509-SVID, PriorSerial that of the one which
 	// asked for it; empty until it renews for the first time.
 	LastSerial, PriorSerial string
+	// LastKeyID names the key of the newest, "" for that of its attestation.
+	LastKeyID string
 	// Standing is what an operator decided about it, when, and why.
 	Standing      Standing
 	StandingSince time.Time
@@ -81,6 +83,7 @@ type storedAgent struct {
 
 	LastSerial  string `json:"last_serial,omitempty"`
 	PriorSerial string `json:"prior_serial,omitempty"`
+	LastKeyID   string `json:"last_key_id,omitempty"`
 
 	Standing      Standing  `json:"standing,omitempty"`
 	StandingSince time.Time `json:"standing_since,omitzero"`
@@ -106,7 +109,7 @@ func DecodeAgent(kv store.KV) (*Agent, error) {
 	return &Agent{
 		ID: s.ID, Handle: s.Handle, Attestation: s.Attestation, Selectors: selectors,
 		AttestedAt: s.AttestedAt, NotAfter: s.NotAfter, TrustSequence: s.TrustSequence,
-		LastSerial: s.LastSerial, PriorSerial: s.PriorSerial,
+		LastSerial: s.LastSerial, PriorSerial: s.PriorSerial, LastKeyID: s.LastKeyID,
 		Standing: s.Standing, StandingSince: s.StandingSince, StandingNote: s.StandingNote,
 		AttestedRevision: cmp.Or(s.AttestedRevision, kv.ModRevision), Revision: kv.ModRevision,
 	}, nil
@@ -121,7 +124,7 @@ func (a *Agent) put() (store.Op, error) {
 		Version: version, ID: a.ID, Handle: a.Handle, Attestation: a.Attestation,
 		Selectors: encodeSelectors(a.Selectors), AttestedAt: a.AttestedAt.UTC(), NotAfter: a.NotAfter.UTC(),
 		TrustSequence: a.TrustSequence, AttestedRevision: a.AttestedRevision,
-		LastSerial: a.LastSerial, PriorSerial: a.PriorSerial,
+		LastSerial: a.LastSerial, PriorSerial: a.PriorSerial, LastKeyID: a.LastKeyID,
 		Standing: a.Standing, StandingSince: a.StandingSince.UTC(), StandingNote: a.StandingNote,
 	})
 	if err != nil {
@@ -164,6 +167,13 @@ var ErrCloned = errors.New("its X509-SVID was replaced by a renewal before: two 
 type SVID struct {
 	Serial   string
 	NotAfter time.Time
+	// KeyID names its key (authority.KeyID), where it is issued.
+	KeyID string
+}
+
+// replaced notes that issued is the newest SVID, given for the one called prior.
+func (a *Agent) replaced(prior string, issued SVID) {
+	a.LastSerial, a.PriorSerial, a.NotAfter, a.LastKeyID = issued.Serial, prior, issued.NotAfter, issued.KeyID
 }
 
 // Renewed records that the agent was given the SVID issued for shown. An answer
@@ -176,7 +186,7 @@ func Renewed(ctx context.Context, st store.Store, id spiffeid.ID, shown, issued 
 		if !known && !shown.NotAfter.After(a.NotAfter) {
 			return ErrCloned
 		}
-		a.LastSerial, a.PriorSerial, a.NotAfter = issued.Serial, shown.Serial, issued.NotAfter
+		a.replaced(shown.Serial, issued)
 		return nil
 	})
 }
@@ -186,7 +196,7 @@ func Acknowledged(ctx context.Context, st store.Store, id spiffeid.ID, sequence 
 	return act(ctx, st, id, func(a *Agent) error {
 		a.TrustSequence = sequence
 		if shown.NotAfter.After(a.NotAfter) { // its renewal could not be noted
-			a.LastSerial, a.PriorSerial, a.NotAfter = shown.Serial, a.LastSerial, shown.NotAfter
+			a.replaced(a.LastSerial, shown)
 		}
 		return nil
 	})

@@ -147,7 +147,7 @@ func TestRenewedMovesTheEndOnly(t *testing.T) {
 		t.Fatal(err)
 	}
 	end := time.Now().Add(5 * time.Hour).UTC()
-	if err := Renewed(t.Context(), st, a.ID, SVID{"1", a.NotAfter}, SVID{"2", end}); err != nil {
+	if err := Renewed(t.Context(), st, a.ID, SVID{Serial: "1", NotAfter: a.NotAfter}, SVID{Serial: "2", NotAfter: end}); err != nil {
 		t.Fatal(err)
 	}
 	kv, _, err := st.Get(t.Context(), AgentPrefix+"n1")
@@ -159,7 +159,7 @@ func TestRenewedMovesTheEndOnly(t *testing.T) {
 		t.Errorf("record = %+v, %v; want the new end and all else as before", got, err)
 	}
 	unknown := spiffeid.RequireFromPath(td, "/agent/unknown")
-	if err := Renewed(t.Context(), st, unknown, SVID{"1", end}, SVID{"2", end}); !errors.Is(err, ErrUnknownAgent) {
+	if err := Renewed(t.Context(), st, unknown, SVID{Serial: "1", NotAfter: end}, SVID{Serial: "2", NotAfter: end}); !errors.Is(err, ErrUnknownAgent) {
 		t.Errorf("unknown agent: %v", err)
 	}
 }
@@ -198,7 +198,7 @@ func TestTokenUsedUpBetweenTheReadsIsRefused(t *testing.T) {
 func TestRenewalsShowACopiedSVID(t *testing.T) {
 	start := time.Now().Add(time.Hour)
 	at := func(serial string, minutes int) SVID {
-		return SVID{serial, start.Add(time.Duration(minutes) * time.Minute)}
+		return SVID{Serial: serial, NotAfter: start.Add(time.Duration(minutes) * time.Minute)}
 	}
 	type step struct {
 		shown, issued SVID

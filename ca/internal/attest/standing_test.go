@@ -57,10 +57,10 @@ func TestWhatAStandingLets(t *testing.T) {
 			}
 			before := record(t, st, "n1")
 			end := time.Now().Add(7 * time.Hour)
-			if err := Renewed(t.Context(), st, a.ID, SVID{}, SVID{"2", end}); !errors.Is(err, test.acts) {
+			if err := Renewed(t.Context(), st, a.ID, SVID{}, SVID{Serial: "2", NotAfter: end}); !errors.Is(err, test.acts) {
 				t.Errorf("Renewed() = %v; want %v", err, test.acts)
 			}
-			if err := Acknowledged(t.Context(), st, a.ID, 99, SVID{"3", end}); !errors.Is(err, test.acts) {
+			if err := Acknowledged(t.Context(), st, a.ID, 99, SVID{Serial: "3", NotAfter: end}); !errors.Is(err, test.acts) {
 				t.Errorf("Acknowledged() = %v; want %v", err, test.acts)
 			}
 			if after := record(t, st, "n1"); test.acts != nil && after.Revision != before.Revision {
@@ -110,10 +110,10 @@ func TestABanThatComesMeanwhileHolds(t *testing.T) {
 			return err
 		},
 		"renewal": func(st store.Store, a *Agent, _ string) error {
-			return Renewed(t.Context(), st, a.ID, SVID{}, SVID{"2", time.Now().Add(time.Hour)})
+			return Renewed(t.Context(), st, a.ID, SVID{}, SVID{Serial: "2", NotAfter: time.Now().Add(time.Hour)})
 		},
 		"acknowledgement": func(st store.Store, a *Agent, _ string) error {
-			return Acknowledged(t.Context(), st, a.ID, 7, SVID{"3", time.Now()})
+			return Acknowledged(t.Context(), st, a.ID, 7, SVID{Serial: "3", NotAfter: time.Now()})
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
