@@ -41,8 +41,10 @@ const (
 // sdsClient calls like Envoy: without the Workload API's header.
 func (n *node) sdsClient(t testing.TB) (secretv3.SecretDiscoveryServiceClient, context.Context) {
 	t.Helper()
-	cc, ctx := conn(t, n.socket)
-	return secretv3.NewSecretDiscoveryServiceClient(cc), metadata.NewOutgoingContext(ctx, nil)
+	cc, _ := conn(t, n.socket)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	t.Cleanup(cancel)
+	return secretv3.NewSecretDiscoveryServiceClient(cc), ctx
 }
 
 // exchange is a stream of either dialect, read ahead.
@@ -81,7 +83,7 @@ func (x *exchange[Req, Resp]) next() (m Resp) {
 	case m = <-x.got:
 	case err := <-x.err:
 		x.t.Fatalf("the stream ended: %v", err)
-	case <-time.After(10 * time.Second):
+	case <-time.After(30 * time.Second):
 		x.t.Fatal("no answer")
 	}
 	return m

@@ -106,6 +106,7 @@ func TestWhatEnvoyDoesNotCheck(t *testing.T) {
 		"a signer that may not":    {root.Intermediate(usage(x509.KeyUsageCRLSign)).Leaf("/web"), "X13", false},
 		"only a slash for a path":  {inter.Leaf("/web", forge.URIs("spiffe://shop.test/")), "ID5", true},
 		"a path that is malformed": {inter.Leaf("/web", forge.RawURIs(true, "spiffe://shop.test/a/../admin")), "ID5", true},
+		"an empty segment":         {inter.Leaf("/web", forge.RawURIs(true, "spiffe://shop.test//web")), "ID5", true},
 		"two SPIFFE IDs":           {inter.Leaf("/web", forge.URIs("spiffe://shop.test/web", "spiffe://shop.test/admin")), "X2", true},
 		"a second URI":             {inter.Leaf("/web", forge.URIs("spiffe://shop.test/web", "https://shop.test/")), "X2", true},
 		"no extended key usage for clients": {
