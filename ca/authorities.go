@@ -54,9 +54,10 @@ type authorities struct {
 	registered func(context.Context, time.Time) error
 	// above is the CA above a nested one, which judges its steps; nil: there is none.
 	above *above
-	// ttls are what SVIDs live whose entry does not say, jwtKeyTTL what a JWT key
-	// does.
-	ttls      registry.TTLs
+	// caughtUp makes the store know of every agent that this replica has renewed.
+	caughtUp func(context.Context) error
+	viewer   registry.Viewer
+	// jwtKeyTTL is what a JWT key lives.
 	jwtKeyTTL time.Duration
 
 	// lastCalls counts the roots that began to sign without somebody.
@@ -170,7 +171,7 @@ func (a *authorities) takeHere(ctx context.Context, c rotation.Command) (uint64,
 }
 
 // take takes one step, judged by a picture that has everything which the store
-// had when the step was begun.
+// had when the step was begun, and which was not to be forgotten here.
 func (a *authorities) take(ctx context.Context, c rotation.Command) (*trust.Step, uint64, error) {
 	if a.above != nil {
 		revision, err := a.above.step(ctx, c)
@@ -181,6 +182,9 @@ func (a *authorities) take(ctx context.Context, c rotation.Command) (*trust.Step
 
 // takeIf is take where may allows it of the set that is stored.
 func (a *authorities) takeIf(ctx context.Context, c rotation.Command, may func(rotation.Set) error) (*trust.Step, uint64, error) {
+	if err := a.caughtUp(ctx); err != nil {
+		return nil, 0, err
+	}
 	revision, err := a.domain.Store.Revision(ctx)
 	if err != nil {
 		return nil, 0, fmt.Errorf("read the store's revision: %w", err)
@@ -196,7 +200,7 @@ func (a *authorities) takeIf(ctx context.Context, c rotation.Command, may func(r
 			return set, err
 		}
 		before = set
-		_, view := a.registry.Rotation(now, a.ttls)
+		_, view := a.registry.Rotation(now, a.viewer)
 		if c.Verb == rotation.Activate && !c.Force {
 			left = rotation.LeftBehind(set, c.ID, view, a.policy, now)
 		}
@@ -346,7 +350,7 @@ func (a *authorities) takeDue(ctx context.Context) {
 	a.making.Lock()
 	defer a.making.Unlock()
 	now := time.Now()
-	set, view := a.registry.Rotation(now, a.ttls)
+	set, view := a.registry.Rotation(now, a.viewer)
 	if len(set.All()) == 0 {
 		return // the root holder writes them down first
 	}
@@ -369,7 +373,7 @@ func (a *authorities) endangered(now time.Time) error {
 	if !a.keys.HoldsRoot() || a.keys.HasUpstream() {
 		return nil
 	}
-	set, view := a.registry.Rotation(now, a.ttls)
+	set, view := a.registry.Rotation(now, a.viewer)
 	next, waits := rotation.Endangered(set, view, a.policy, now)
 	if !waits {
 		return nil

@@ -24,7 +24,7 @@ const namesPerRecord = 100
 // recordLeftBehind writes down everybody whom the activation of root id does not
 // wait for.
 func (a *authorities) recordLeftBehind(ctx context.Context, id string, left rotation.Wait, before *rotation.Authority, now time.Time) error {
-	names := slices.Concat(left.Agents, left.Replicas)
+	names := slices.Concat(left.Agents, left.Silent)
 	if len(names) == 0 {
 		return nil
 	}
@@ -43,7 +43,7 @@ func (a *authorities) recordLeftBehind(ctx context.Context, id string, left rota
 
 // sayLeftBehind logs and counts it once it is done.
 func (a *authorities) sayLeftBehind(ctx context.Context, id string, left rotation.Wait, before *rotation.Authority) {
-	if len(left.Agents)+len(left.Replicas) == 0 {
+	if len(left.Agents)+len(left.Silent) == 0 {
 		return
 	}
 	a.lastCalls.Inc()

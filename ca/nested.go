@@ -58,7 +58,7 @@ type above struct {
 	keys     *upstream.Keys
 	registry *registry.Registry
 	own      *ownSVID
-	ttls     registry.TTLs
+	viewer   registry.Viewer
 	log      *slog.Logger
 
 	heard atomic.Pointer[time.Time] // when everything was here that it knew; nil: not since the start
@@ -69,7 +69,7 @@ type above struct {
 func (s *Server) above(p *parts) *above {
 	u := &above{
 		address: s.cfg.UpstreamAddress, name: p.keys.Name(), realm: p.realm, mirror: p.mirror, keys: p.keys, registry: p.registry,
-		ttls: registry.TTLs{X509SVID: s.cfg.X509SVIDTTL, JWTSVID: s.cfg.JWTSVIDTTL}, log: s.log,
+		viewer: registry.Viewer{Replica: p.keys.Name(), X509SVID: s.cfg.X509SVIDTTL, JWTSVID: s.cfg.JWTSVIDTTL}, log: s.log,
 	}
 	u.fault.Store(&errNotYet)
 	return u
@@ -330,7 +330,7 @@ func (r *reporting) look(now time.Time) (news bool) {
 	}
 	news, r.looked = r.looked.IsZero(), now
 	_, current, _ := r.registry.Numbers()
-	_, view := r.registry.Rotation(now, r.ttls)
+	_, view := r.registry.Rotation(now, r.viewer)
 	sequence, behind := view.Served(current, now)
 	behind = behind[:min(len(behind), maxNamedBehind)]
 	news = news || sequence != r.sequence || !slices.Equal(behind, r.behind)

@@ -76,7 +76,7 @@ func (s *Server) openKeys(ctx context.Context, p *parts) error {
 	}
 	p.authorities = &authorities{
 		domain: p.domain, policy: s.cfg.rotation(), keys: p.keys, audit: p.audit, log: s.log, registered: p.register,
-		ttls: registry.TTLs{X509SVID: s.cfg.X509SVIDTTL, JWTSVID: s.cfg.JWTSVIDTTL}, jwtKeyTTL: s.cfg.JWTKeyTTL,
+		viewer: registry.Viewer{Replica: p.keys.Name(), X509SVID: s.cfg.X509SVIDTTL, JWTSVID: s.cfg.JWTSVIDTTL}, jwtKeyTTL: s.cfg.JWTKeyTTL,
 	}
 	if !p.keys.HoldsRoot() {
 		return p.checkRegistered(ctx)

@@ -269,6 +269,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 	}
 	p.service = api.New(options)
 	p.service.RememberKeys(ctx, time.Now())
+	p.authorities.caughtUp = p.service.NoteRenewals
 	p.own = &ownSVID{
 		realm: p.realm, td: s.td, dnsNames: s.cfg.DNSNames, keys: p.keys, registry: p.registry, audit: p.audit, standing: p.service.Standing,
 	}
@@ -352,6 +353,7 @@ func (s *Server) serve(ctx context.Context, p *parts, l *listeners) error {
 	base.Go(func() error { return p.lead(inner) })
 	if s.cfg.Store == storeEtcd { // Badger's is locked
 		base.Go(func() error { return p.holdName(inner, nameTTL) })
+		base.Go(func() error { return p.beHeard(inner, heardTTL(s.cfg.AgentSVIDTTL)) })
 	}
 	base.Go(func() error { return p.authorities.run(inner, p.service.Standing) })
 	if p.above != nil {

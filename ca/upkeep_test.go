@@ -195,7 +195,7 @@ func TestUpkeepNamesWhatKeepsTheNextRootWaiting(t *testing.T) {
 		t.Fatal(err)
 	}
 	root := p.registry.Authorities().Root()
-	now := root.NotAfter.Add(-time.Hour)
+	now := root.NotAfter.Add(-2 * time.Hour)
 	if err := p.authorities.endangered(now); err != nil {
 		t.Errorf("nothing is waited for: %v", err)
 	}

@@ -46,6 +46,7 @@ type authority struct {
 	Root    string `json:"root_authority_id"`
 	Pending *struct {
 		Agents []string `json:"agents"`
+		Silent []string `json:"silent_replicas"`
 		Ready  bool     `json:"ready"`
 	} `json:"pending"`
 }

@@ -2636,9 +2636,12 @@ type PendingStep struct {
 	NotBefore *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
 	// When it is taken whoever has not acknowledged: shortly before the root that
 	// signs ends. Unset where nothing ends.
-	LastCall      *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=last_call,json=lastCall,proto3" json:"last_call,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	LastCall *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=last_call,json=lastCall,proto3" json:"last_call,omitempty"`
+	// Replicas that are not heard of, or have not caught up since: they may have
+	// renewed agents that do not seem to count.
+	SilentReplicas []string `protobuf:"bytes,7,rep,name=silent_replicas,json=silentReplicas,proto3" json:"silent_replicas,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *PendingStep) Reset() {
@@ -2709,6 +2712,13 @@ func (x *PendingStep) GetNotBefore() *timestamppb.Timestamp {
 func (x *PendingStep) GetLastCall() *timestamppb.Timestamp {
 	if x != nil {
 		return x.LastCall
+	}
+	return nil
+}
+
+func (x *PendingStep) GetSilentReplicas() []string {
+	if x != nil {
+		return x.SilentReplicas
 	}
 	return nil
 }
@@ -3266,7 +3276,7 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\n" +
 	"SinceEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x120\n" +
-	"\x05value\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05value:\x028\x01\"\xdf\x01\n" +
+	"\x05value\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05value:\x028\x01\"\x88\x02\n" +
 	"\vPendingStep\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\tR\x04step\x12\x14\n" +
 	"\x05ready\x18\x02 \x01(\bR\x05ready\x12\x16\n" +
@@ -3274,7 +3284,8 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\breplicas\x18\x04 \x03(\tR\breplicas\x129\n" +
 	"\n" +
 	"not_before\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\x127\n" +
-	"\tlast_call\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\blastCall\"-\n" +
+	"\tlast_call\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\blastCall\x12'\n" +
+	"\x0fsilent_replicas\x18\a \x03(\tR\x0esilentReplicas\"-\n" +
 	"\x17PrepareAuthorityRequest\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\"S\n" +
 	"\x18PrepareAuthorityResponse\x127\n" +

@@ -43,6 +43,7 @@ type pendingJSON struct {
 	Replicas  []string   `json:"replicas"`
 	NotBefore *time.Time `json:"not_before,omitempty"`
 	LastCall  *time.Time `json:"last_call,omitempty"`
+	Silent    []string   `json:"silent_replicas"`
 }
 
 func newAuthorityJSON(a *capb.CAAuthority) authorityJSON {
@@ -57,7 +58,7 @@ func newAuthorityJSON(a *capb.CAAuthority) authorityJSON {
 		out.Since[state] = timeOf(t)
 	}
 	if p := a.GetPending(); p != nil {
-		out.Pending = &pendingJSON{p.GetStep(), p.GetReady(), notNil(p.GetAgents()), notNil(p.GetReplicas()), timeOf(p.GetNotBefore()), timeOf(p.GetLastCall())}
+		out.Pending = &pendingJSON{p.GetStep(), p.GetReady(), notNil(p.GetAgents()), notNil(p.GetReplicas()), timeOf(p.GetNotBefore()), timeOf(p.GetLastCall()), notNil(p.GetSilentReplicas())}
 	}
 	return out
 }
@@ -81,10 +82,13 @@ func waitsFor(p *capb.PendingStep) string {
 	if n := len(p.GetReplicas()); n > 0 {
 		parts = append(parts, "replicas: "+someOf(p.GetReplicas()))
 	}
+	if n := len(p.GetSilentReplicas()); n > 0 {
+		parts = append(parts, "not heard of: "+someOf(p.GetSilentReplicas()))
+	}
 	if t := p.GetNotBefore(); t != nil && time.Now().Before(t.AsTime()) {
 		parts = append(parts, "until "+formatTime(t))
 	}
-	if t := p.GetLastCall(); t != nil && len(p.GetAgents())+len(p.GetReplicas()) > 0 {
+	if t := p.GetLastCall(); t != nil && len(p.GetAgents())+len(p.GetReplicas())+len(p.GetSilentReplicas()) > 0 {
 		parts = append(parts, "without them at "+formatTime(t))
 	}
 	return strings.Join(parts, "; ")
@@ -195,6 +199,8 @@ func stepHint(err error) error {
 		switch text := status.Convert(err).Message(); {
 		case strings.Contains(text, "it is an intermediate"):
 			return hintError{err, "merlon authority list shows the roots and JWT keys, which are replaced step by step"}
+		case strings.Contains(text, "not heard of"):
+			return hintError{err, "see that the replica runs and reaches its store, evict it (merlon replica evict NAME), or take the step with --force, and its agents may fail"}
 		case strings.Contains(text, "not acknowledged"), strings.Contains(text, "not before"):
 			return hintError{err, "merlon authority status shows who is waited for; --force does not wait, and whoever has not acknowledged may fail"}
 		case strings.Contains(text, "sign nothing"), strings.Contains(text, "authorities already"):

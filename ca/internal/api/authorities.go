@@ -39,7 +39,7 @@ func (s *Service) ListAuthorities(context.Context, *capb.ListAuthoritiesRequest)
 
 // authorities are the roots and JWT keys, each with its next step.
 func (s *Service) authorities(now time.Time) (all []*capb.CAAuthority) {
-	set, view := s.registry.Rotation(now, registry.TTLs{X509SVID: s.opts.X509SVIDTTL, JWTSVID: s.opts.JWTSVIDTTL})
+	set, view := s.registry.Rotation(now, registry.Viewer{Replica: s.opts.ReplicaName, X509SVID: s.opts.X509SVIDTTL, JWTSVID: s.opts.JWTSVIDTTL})
 	pending := make(map[string]rotation.Pending)
 	for _, p := range rotation.Waiting(set, view, s.opts.Rotation, now) {
 		pending[p.ID] = p
@@ -48,7 +48,7 @@ func (s *Service) authorities(now time.Time) (all []*capb.CAAuthority) {
 		p := authorityToProto(a)
 		if step, ok := pending[a.ID]; ok {
 			p.Pending = &capb.PendingStep{
-				Step: string(step.Next), Ready: step.Wait.Over(now), Agents: step.Wait.Agents, Replicas: step.Wait.Replicas,
+				Step: string(step.Next), Ready: step.Wait.Over(now), Agents: step.Wait.Agents, Replicas: step.Wait.Replicas, SilentReplicas: step.Wait.Silent,
 				NotBefore: timestamp(step.Wait.Until), LastCall: timestamp(step.Wait.Latest),
 			}
 		}

@@ -36,7 +36,7 @@ func (s *Service) claim(key crypto.PublicKey, id spiffeid.ID, agent *attest.Agen
 }
 
 // RememberKeys takes over from the audit log whose the keys of SVIDs are that
-// still live. A log that cannot be read holds nobody up: the service then knows
+// still live, and which agents were renewed without the store. A log that cannot be read holds nobody up: the service then knows
 // the keys from now on, and says so.
 func (s *Service) RememberKeys(ctx context.Context, now time.Time) {
 	known := 0
@@ -48,28 +48,33 @@ func (s *Service) RememberKeys(ctx context.Context, now time.Time) {
 			s.log.LogAttrs(ctx, slog.LevelWarn, "keys of SVIDs from before the start are not known: their use by another identity would not be noticed", slog.Any("err", err))
 			return
 		}
-		if keyID, owner, until, err := claimOf(line.Text); err == nil && until.After(now) && s.keys.Claim(keyID, owner, until, now) == nil {
+		keyID, owner, made, err := claimOf(line.Text)
+		if err != nil || !made.NotAfter.After(now) {
+			continue
+		}
+		s.rememberRenewal(owner.ID, made)
+		if s.keys.Claim(keyID, owner, made.NotAfter, now) == nil {
 			known++
 		}
 	}
 	s.log.LogAttrs(ctx, slog.LevelDebug, "keys of SVIDs from before the start are known", slog.Int("svids", known))
 }
 
-// claimOf reads whose a key is out of the record of an issuance. Other records are
+// claimOf reads whose a key is, and of which SVID, out of the record of an issuance. Other records are
 // errors.
-func claimOf(line []byte) (keyID authority.KeyID, owner authority.KeyOwner, until time.Time, err error) {
+func claimOf(line []byte) (keyID authority.KeyID, owner authority.KeyOwner, made attest.SVID, err error) {
 	var r audit.Record
 	if err := json.Unmarshal(line, &r); err != nil {
-		return keyID, owner, until, err
+		return keyID, owner, made, err
 	}
 	id, err := spiffeid.FromString(r.SPIFFEID)
 	if err != nil {
-		return keyID, owner, until, err
+		return keyID, owner, made, err
 	}
 	number, _ := new(big.Int).SetString(r.Serial, 16)
 	serial, ok := svid.SerialFromBig(number)
 	if n, err := hex.Decode(keyID[:], []byte(r.KeyID[:min(len(r.KeyID), 2*len(keyID))])); err != nil || n != len(keyID) || !ok {
-		return keyID, owner, until, fmt.Errorf("it records no X509-SVID with its key")
+		return keyID, owner, made, fmt.Errorf("it records no X509-SVID with its key")
 	}
-	return keyID, authority.KeyOwner{ID: id, Agent: serial.Agent}, r.NotAfter, nil
+	return keyID, authority.KeyOwner{ID: id, Agent: serial.Agent}, attest.SVID{Serial: r.Serial, NotAfter: r.NotAfter}, nil
 }

@@ -198,7 +198,7 @@ func TestWhoIsBehindBelowIsNamed(t *testing.T) {
 		if err := s.wait(t); err != nil {
 			t.Fatal(err)
 		}
-		_, view := s.registry.Rotation(time.Now(), registry.TTLs{X509SVID: time.Hour, JWTSVID: time.Minute})
+		_, view := s.registry.Rotation(time.Now(), registry.Viewer{X509SVID: time.Hour, JWTSVID: time.Minute})
 		_, behind := view.Served(9, time.Now())
 		return slices.DeleteFunc(behind, func(name string) bool { return name == td.IDString()+"/agent/n1" }) // the harness's
 	}

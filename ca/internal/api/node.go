@@ -52,12 +52,14 @@ func (s *Service) Renew(ctx context.Context, req *capb.RenewRequest) (*capb.Rene
 	return &capb.RenewResponse{X509Svid: chainOf(ca, leaf), TrustBundle: s.trustToProto(s.registry.Trust())}, nil
 }
 
-// renewed notes the agent's newest SVID. A store that takes no writes, or is away,
-// does not stop the renewal: a revocation concerns whatever was issued from an
-// older picture for as long as that can live (recordLife). A copy of an SVID that
-// was replaced long ago does: then nobody knows which of two is the agent.
+// renewed notes the agent's newest SVID, by which rotation counts it. A store that
+// takes no writes, or is away, does not stop the renewal: it is noted when that is
+// over (NoteRenewals), and a revocation concerns whatever was issued from an older
+// picture for as long as that can live (recordLife). A copy of an SVID that was
+// replaced long ago does: then nobody knows which of two is the agent.
 func (s *Service) renewed(ctx context.Context, caller *Caller, issued attest.SVID) error {
 	if s.Stale() {
+		s.unnoted.add(caller.Agent.ID, shown(caller.Peer), issued)
 		return nil
 	}
 	bounded, cancel := context.WithTimeout(ctx, renewedTimeout)
@@ -66,7 +68,8 @@ func (s *Service) renewed(ctx context.Context, caller *Caller, issued attest.SVI
 	away := errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil
 	switch {
 	case away || errors.Is(err, store.ErrReadOnly) || errors.Is(err, store.ErrUnavailable):
-		s.log.LogAttrs(ctx, slog.LevelWarn, "renewal of an agent is not noted in the store",
+		s.unnoted.add(caller.Agent.ID, shown(caller.Peer), issued)
+		s.log.LogAttrs(ctx, slog.LevelWarn, "renewal of an agent is not noted in the store yet",
 			slog.String("spiffe_id", caller.Name), slog.Any("err", err))
 		return nil
 	case errors.Is(err, attest.ErrCloned):

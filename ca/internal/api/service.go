@@ -149,6 +149,7 @@ type Service struct {
 	// keys knows whose the public keys are that were signed here.
 	keys *authority.KeyUse
 
+	unnoted *unnoted
 	// keeping holds a token for each acknowledgement that is being written.
 	keeping  chan struct{}
 	reach    *reach
@@ -168,6 +169,7 @@ func New(o Options) *Service {
 		unread:   newUnread(),
 		proving:  make(chan struct{}, 1),
 		evidence: evidenceLog(),
+		unnoted:  newUnnoted(),
 		keeping:  make(chan struct{}, maxKeeping),
 		reach:    newReach(),
 		stopping: make(chan struct{}),

@@ -50,7 +50,7 @@ type Agent struct {
 	// Selectors are what the evidence proved of the node, in order.
 	Selectors  []entry.Selector
 	AttestedAt time.Time
-	// NotAfter is the end of its newest X509-SVID.
+	// NotAfter is the end of its X509-SVID that lives longest.
 	NotAfter time.Time
 	// TrustSequence is that of the trust bundle that it acknowledged last, as far
 	// as something hung on it.
@@ -187,6 +187,18 @@ func Renewed(ctx context.Context, st store.Store, id spiffeid.ID, shown, issued 
 			return ErrCloned
 		}
 		a.replaced(shown.Serial, issued)
+		return nil
+	})
+}
+
+// CaughtUp records that the agent was given the SVID issued for shown, which is zero
+// where that is not known any more, while the store took no writes. What is recorded
+// of a later one stays.
+func CaughtUp(ctx context.Context, st store.Store, id spiffeid.ID, shown, issued SVID) error {
+	return act(ctx, st, id, func(a *Agent) error {
+		if issued.NotAfter.After(a.NotAfter) {
+			a.LastSerial, a.PriorSerial, a.NotAfter = issued.Serial, cmp.Or(shown.Serial, a.LastSerial), issued.NotAfter
+		}
 		return nil
 	})
 }

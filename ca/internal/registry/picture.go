@@ -153,6 +153,9 @@ func (p *picture) put(kv store.KV, dec *entry.Decoder, c *change) error {
 			c.leftOut = append(c.leftOut, err)
 		}
 		p.replicas = p.replicas.heard(progress)
+	case strings.HasPrefix(kv.Key, alivePrefix):
+		p.replicas = p.replicas.alive(strings.TrimPrefix(kv.Key, alivePrefix), true)
+		c.steps = true
 	case kv.Key == replica.MarkKey:
 		p.replicas.keysAt = kv.ModRevision
 		c.forAll, c.heads = true, true
@@ -255,6 +258,8 @@ func (p *picture) remove(kv store.KV, c *change) {
 		p.replicas = p.replicas.without(name)
 	} else if name, ok := strings.CutPrefix(kv.Key, replica.ProgressPrefix); ok {
 		p.replicas = p.replicas.silent(name)
+	} else if name, ok := strings.CutPrefix(kv.Key, alivePrefix); ok {
+		p.replicas = p.replicas.alive(name, false)
 	} else if kv.Key == trust.Key {
 		p.trust = nil
 	} else if kv.Key == trust.AuthoritiesKey {
@@ -274,4 +279,4 @@ func (p *picture) removeEntry(id string, revision uint64, c *change) {
 }
 
 // kinds are the prefixes of what the picture holds.
-var kinds = []string{EntryPrefix, attest.AgentPrefix, revocation.Prefix, trust.Key, trust.AuthoritiesKey, release.HeadPrefix, replica.Prefix, replica.ProgressPrefix, replica.MarkKey}
+var kinds = []string{EntryPrefix, attest.AgentPrefix, revocation.Prefix, trust.Key, trust.AuthoritiesKey, release.HeadPrefix, replica.Prefix, replica.ProgressPrefix, replica.MarkKey, alivePrefix}

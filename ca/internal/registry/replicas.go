@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"merlon.dev/ca/internal/replica"
+	"merlon.dev/ca/internal/store"
 )
 
 // replicas is the part of the picture that is about them. There are few.
@@ -16,6 +17,9 @@ type replicas struct {
 	byName map[string]*replica.Record // replaced, never written to
 	// progress is what nested CAs said last, by name; replaced, never written to.
 	progress map[string]*replica.Progress
+	// living are the names of those that give a sign of life; replaced, never
+	// written to.
+	living map[string]bool
 	// keysAt is the revision at which one came or went last: with it came or went
 	// a policy key, of which every stream must hear.
 	keysAt uint64
@@ -46,6 +50,35 @@ func (s replicas) silent(name string) replicas {
 	s.progress = maps.Clone(s.progress)
 	delete(s.progress, name)
 	return s
+}
+
+// alivePrefix begins the keys of the signs of life of replicas.
+const alivePrefix = store.LeaderPrefix + aliveName
+
+const aliveName = "alive-"
+
+// AliveName is what a replica leads while it gives a sign of life.
+func AliveName(replica string) string { return aliveName + replica }
+
+func (s replicas) alive(name string, is bool) replicas {
+	s.living = maps.Clone(s.living)
+	if s.living == nil {
+		s.living = make(map[string]bool)
+	}
+	s.living[name] = is
+	return s
+}
+
+// unheard are the replicas that give no sign of life, but self. Nested CAs speak by
+// their progress.
+func (s replicas) unheard(self string) (names []string) {
+	for name, rec := range s.byName {
+		if name != self && rec.Realm == 0 && !s.living[name] {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
 }
 
 // Replicas returns the records of the CA's replicas, ordered by name.

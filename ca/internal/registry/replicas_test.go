@@ -3,6 +3,7 @@
 package registry
 
 import (
+	"slices"
 	"testing"
 	"time"
 
@@ -45,5 +46,43 @@ func TestReplicasAndTheirKeysAreFollowed(t *testing.T) {
 	again := subscribe(t, start(t, st), nodeA, joined)
 	if u := again.Take(time.Now()); len(u.Heads) != 1 {
 		t.Errorf("resumed from before it went: %d policy bundles in the update; want 1", len(u.Heads))
+	}
+}
+
+// A replica is silent until it gives a sign of life, and when that is gone.
+func TestSilentReplicasAreKnown(t *testing.T) {
+	st := openStore(t)
+	r := start(t, st)
+	silent := func(r *Registry, self string) []string {
+		_, view := r.Rotation(time.Now(), Viewer{Replica: self})
+		return view.Silent
+	}
+	for _, name := range []string{"c", "b"} {
+		put, err := (&replica.Record{Name: name, Authorities: []replica.Authority{{ID: "0" + name}}}).Put()
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, st, r, put)
+	}
+	if got := silent(r, "b"); !slices.Equal(got, []string{"c"}) || !slices.Equal(silent(r, "a"), []string{"b", "c"}) {
+		t.Errorf("silent to b: %v; want c, and to a both", got)
+	}
+	steps := r.StepsTaken()
+	write(t, st, r, store.Put(store.LeaderPrefix+AliveName("c"), nil))
+	select {
+	case <-steps:
+	default:
+		t.Error("nobody who waits for c is told")
+	}
+	if got := silent(start(t, st), "b"); len(silent(r, "b")) != 0 || len(got) != 0 { // also one that lists
+		t.Errorf("silent to b: %v; want none, c is heard of", got)
+	}
+	write(t, st, r, store.Delete(store.LeaderPrefix+AliveName("c")))
+	if got := silent(r, "b"); !slices.Equal(got, []string{"c"}) {
+		t.Errorf("silent to b: %v; want c, whose sign of life is gone", got)
+	}
+	write(t, st, r, store.Delete(replica.Prefix+"c")) // it is evicted
+	if got := silent(r, "b"); len(got) != 0 {
+		t.Errorf("silent to b: %v; want none", got)
 	}
 }

@@ -25,16 +25,21 @@ func (r *Registry) StepsTaken() <-chan struct{} {
 	return r.steps
 }
 
-// TTLs are what SVIDs live whose entry does not say.
-type TTLs struct{ X509SVID, JWTSVID time.Duration }
-
-// Rotation returns the authorities and the view of one picture.
-func (r *Registry) Rotation(now time.Time, defaults TTLs) (rotation.Set, rotation.View) {
-	pic := r.pic.Load()
-	return pic.authorities, rotation.View{Agents: pic.counted(now, defaults), Issuers: pic.issuers(now)}
+// Viewer is who looks.
+type Viewer struct {
+	// Replica is its name; of itself it does not need to hear.
+	Replica string
+	// X509SVID and JWTSVID are what SVIDs live whose entry does not say.
+	X509SVID, JWTSVID time.Duration
 }
 
-func (p *picture) counted(now time.Time, defaults TTLs) []rotation.Agent {
+// Rotation returns the authorities and the view of one picture.
+func (r *Registry) Rotation(now time.Time, by Viewer) (rotation.Set, rotation.View) {
+	pic := r.pic.Load()
+	return pic.authorities, rotation.View{Agents: pic.counted(now, by), Issuers: pic.issuers(now), Silent: pic.replicas.unheard(by.Replica)}
+}
+
+func (p *picture) counted(now time.Time, defaults Viewer) []rotation.Agent {
 	banned := make(map[string]uint64) // agent → revision of its latest ban
 	for _, rec := range p.revocations.After(0, now) {
 		if rec.AgentID != "" && !rec.Imported { // an agent of that name below another CA is another
@@ -74,7 +79,7 @@ func (p *picture) countedBelow() (all []rotation.Agent) {
 
 // longestTTL is what an SVID that was issued through the agent can live: what
 // was issued for an entry that is gone is revoked, or ended with it.
-func (p *picture) longestTTL(agent spiffeid.ID, defaults TTLs) time.Duration {
+func (p *picture) longestTTL(agent spiffeid.ID, defaults Viewer) time.Duration {
 	var longest time.Duration
 	for e := range p.entries.below(agent) {
 		longest = max(longest, cmp.Or(e.X509SVIDTTL, defaults.X509SVID), cmp.Or(e.JWTSVIDTTL, defaults.JWTSVID))

@@ -19,7 +19,7 @@ import (
 	"merlon.dev/sdk/svid"
 )
 
-var defaults = TTLs{X509SVID: time.Hour, JWTSVID: 5 * time.Minute}
+var defaults = Viewer{X509SVID: time.Hour, JWTSVID: 5 * time.Minute}
 
 // agentRecord is what the store holds of an agent.
 func agentRecord(t *testing.T, notAfter time.Time, sequence, attested uint64) store.Op {
@@ -74,14 +74,14 @@ func TestAgentCountsUntilItsLastSVIDHasExpired(t *testing.T) {
 func TestAgentCountsForItsJWTSVIDsToo(t *testing.T) {
 	for name, test := range map[string]struct {
 		x509, jwt time.Duration // of the entry
-		defaults  TTLs
+		defaults  Viewer
 		want      time.Duration
 	}{
 		"the entry's JWT TTL":     {x509: time.Minute, jwt: 30 * time.Minute, defaults: defaults, want: 30 * time.Minute},
 		"the entry's X.509 TTL":   {x509: 2 * time.Hour, jwt: 30 * time.Minute, defaults: defaults, want: 2 * time.Hour},
 		"the default JWT TTL":     {x509: time.Minute, defaults: defaults, want: 5 * time.Minute},
 		"the default X.509 TTL":   {jwt: time.Minute, defaults: defaults, want: time.Hour},
-		"both defaults":           {defaults: TTLs{X509SVID: time.Minute, JWTSVID: time.Hour}, want: time.Hour},
+		"both defaults":           {defaults: Viewer{X509SVID: time.Minute, JWTSVID: time.Hour}, want: time.Hour},
 		"the entry's are shorter": {x509: time.Minute, jwt: 2 * time.Minute, defaults: defaults, want: 2 * time.Minute},
 	} {
 		t.Run(name, func(t *testing.T) {

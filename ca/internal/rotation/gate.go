@@ -18,6 +18,9 @@ const hints = 3
 type View struct {
 	Agents  []Agent
 	Issuers []Issuer
+	// Silent are the replicas that are not heard of, or have not caught up since:
+	// they may have renewed agents that do not seem to count. In order.
+	Silent []string
 }
 
 // Agent is one agent as it counts for rotation.
@@ -66,8 +69,8 @@ func (p Policy) lastCall(root *Authority) time.Time {
 // Wait is what a step waits for; the zero value is nothing.
 type Wait struct {
 	// Agents count, and have not acknowledged; Replicas issue under the authority
-	// still. Both in order.
-	Agents, Replicas []string
+	// still; Silent are not heard of. Each in order.
+	Agents, Replicas, Silent []string
 	// Until is when those who poll have polled, or the last SVID has expired.
 	Until time.Time
 	// Latest is when it ends, whoever is waited for; zero: it has no such end.
@@ -83,7 +86,7 @@ func (w Wait) Over(now time.Time) bool {
 }
 
 // asks says whether somebody has yet to do something.
-func (w Wait) asks() bool { return len(w.Agents) > 0 || len(w.Replicas) > 0 }
+func (w Wait) asks() bool { return len(w.Agents) > 0 || len(w.Replicas) > 0 || len(w.Silent) > 0 }
 
 // maxNamed bounds how many are named in one sentence.
 const maxNamed = 5
@@ -96,6 +99,9 @@ func (w Wait) String() string {
 	}
 	if len(w.Replicas) > 0 {
 		parts = append(parts, "these replicas sign under it: "+named(w.Replicas))
+	}
+	if len(w.Silent) > 0 {
+		parts = append(parts, "not heard of, so that their agents are not known: replica "+named(w.Silent))
 	}
 	if !w.Until.IsZero() {
 		parts = append(parts, "not before "+w.Until.UTC().Format(time.RFC3339))
@@ -122,7 +128,7 @@ func (p Policy) MinLife() time.Duration { return 2 * (hints + 2) * p.RefreshHint
 // end: from its last call on nobody is waited for but those who poll, and they
 // for half of what is left at most. A JWT key has no end of its own, and signs on.
 func (s Set) activation(a *Authority, v View, p Policy, now time.Time) Wait {
-	w := Wait{Agents: v.missing(a.Sequence, now), Until: a.Since[Published].Add(hints * p.RefreshHint)}
+	w := Wait{Agents: v.missing(a.Sequence, now), Silent: v.Silent, Until: a.Since[Published].Add(hints * p.RefreshHint)}
 	root := s.Root()
 	if a.Kind != Root || root == nil {
 		return w
@@ -162,7 +168,7 @@ func (s Set) revocation(a *Authority, v View, p Policy, now time.Time) Wait {
 		return Wait{Replicas: v.signing(a), Until: end}
 	case Tainted:
 		if signing := v.signing(a); len(signing) > 0 || now.Before(end) {
-			return Wait{Agents: v.missing(a.Sequence, now), Replicas: signing, Until: a.Since[Tainted].Add(hints * p.RefreshHint)}
+			return Wait{Agents: v.missing(a.Sequence, now), Replicas: signing, Silent: v.Silent, Until: a.Since[Tainted].Add(hints * p.RefreshHint)}
 		}
 	}
 	return Wait{} // it has signed nothing, or nothing that lives

@@ -54,6 +54,7 @@ func TestActivationWaitsForEveryCountingAgentAndThreeHints(t *testing.T) {
 	end := newRoot("a", start).NotAfter
 	for name, test := range map[string]struct {
 		agents []Agent
+		silent []string
 		now    time.Time
 		force  bool
 		want   string // in the refusal; empty: it is activated
@@ -66,10 +67,12 @@ func TestActivationWaitsForEveryCountingAgentAndThreeHints(t *testing.T) {
 		"it is banned":              {agents: []Agent{{Name: "n2", Sequence: 1, Until: later, Banned: true}}, now: enough},
 		"the last call":             {agents: []Agent{{Name: "n2", Sequence: 1, Until: end}}, now: end.Add(-time.Hour)},
 		"before the last call":      {agents: []Agent{{Name: "n2", Sequence: 1, Until: end}}, now: end.Add(-time.Hour - 1), want: "n2; not before 2026-11-25T12:15:00Z; without them at 2026-12-25T11:00:00Z"},
+		"a replica is silent":       {now: enough, silent: []string{"ca-2"}, want: "not heard of, so that their agents are not known: replica ca-2"},
+		"the last call of one":      {now: end.Add(-time.Hour), silent: []string{"ca-2"}},
 		"forced":                    {agents: []Agent{{Name: "n2", Sequence: 1, Until: later}}, now: start, force: true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			next, err := Step(published, Command{Verb: Activate, ID: "b", Force: test.force}, View{Agents: test.agents}, policy, test.now)
+			next, err := Step(published, Command{Verb: Activate, ID: "b", Force: test.force}, View{Agents: test.agents, Silent: test.silent}, policy, test.now)
 			if test.want == "" {
 				if err != nil || next.Root().ID != "b" {
 					t.Fatalf("activate: %v", err)
@@ -141,6 +144,7 @@ func TestRevocationWaitsForWhatIsAlive(t *testing.T) {
 		"tainted, a replica signs":      {set: tainted, view: View{Agents: clean, Issuers: lagging}, now: start.Add(time.Hour), want: "ca-2"},
 		"tainted, all is replaced":      {set: tainted, view: View{Agents: clean, Issuers: issuers}, now: start.Add(time.Hour)},
 		"tainted, and expired anyway":   {set: tainted, view: View{Agents: behind, Issuers: issuers}, now: end},
+		"tainted, one is silent":        {set: tainted, view: View{Agents: clean, Issuers: issuers, Silent: []string{"ca-2"}}, now: start.Add(time.Hour), want: "ca-2"},
 		"tainted, forced":               {set: tainted, view: View{Agents: behind, Issuers: lagging}, now: start, force: true},
 		"published, nothing signed yet": {set: s, view: View{Agents: behind, Issuers: issuers}, now: start},
 	} {
@@ -261,10 +265,20 @@ type world struct {
 	agents   []Agent
 	issuers  []Issuer
 	made     int
+	// cut is a replica that is cut off: whom it renews nobody else knows, and
+	// recorded is what the store says of the first agent, which is its.
+	cut      bool
+	recorded Agent
 	life     time.Duration // of roots that are made; 0: newRoot's
 }
 
-func (w *world) view() View { return View{Agents: w.agents, Issuers: w.issuers} }
+func (w *world) view() View {
+	v := View{Agents: w.agents, Issuers: w.issuers}
+	if w.cut {
+		v.Agents, v.Silent = append([]Agent{w.recorded}, w.agents[1:]...), []string{"ca-2"}
+	}
+	return v
+}
 
 // take does c and publishes what it makes of the trust bundle, as the store
 // does in one transaction.
@@ -425,9 +439,28 @@ func TestRotationLaws(t *testing.T) {
 				if len(w.agents) == 0 {
 					t.Skip("nobody")
 				}
-				a := &w.agents[rapid.IntRange(0, len(w.agents)-1).Draw(t, "agent")]
+				n := rapid.IntRange(0, len(w.agents)-1).Draw(t, "agent")
+				if w.cut && n == 0 {
+					t.Skip("it is cut off")
+				}
+				a := &w.agents[n]
 				a.Sequence = uint64(rapid.IntRange(int(a.Sequence), int(w.sequence)).Draw(t, "sequence"))
 				a.Until = w.now.Add(time.Hour)
+			},
+			"a replica is cut off": func(t *rapid.T) {
+				if len(w.agents) == 0 || w.cut {
+					t.Skip("nobody is its")
+				}
+				w.cut, w.recorded = true, w.agents[0]
+			},
+			"it has caught up": func(*rapid.T) { w.cut = false },
+			"it renews an agent": func(t *rapid.T) {
+				if !w.cut {
+					t.Skip("it is there")
+				}
+				if w.agents[0].counts(w.now) {
+					w.agents[0].Until = w.now.Add(time.Hour)
+				}
 			},
 			"ban": func(t *rapid.T) {
 				if len(w.agents) == 0 {
@@ -523,6 +556,35 @@ func TestSilentAgentHoldsTheNextRootUntilTheLastCall(t *testing.T) {
 		}
 		if root := w.set.Root(); root.ID != next || w.now.Before(last) || !warned {
 			rt.Fatalf("%s signs %s before the end, warned %t; want %s, from the last call on", root.ID, end.Sub(w.now), warned, next)
+		}
+	})
+}
+
+// The agents of a replica that is cut off seem to count no more, and do: nothing
+// signs without them before the last call, nor once it is back and they lack it.
+func TestReplicaThatIsCutOffHoldsTheNextRoot(t *testing.T) {
+	first := begin(t)
+	rapid.Check(t, func(rt *rapid.T) {
+		w := &world{t: rt, set: first, now: start, sequence: 1, bundles: map[uint64][]string{1: {"a", "j"}}}
+		w.issue()
+		w.agents = []Agent{{Name: "n1", Sequence: 1, Until: start.Add(time.Hour)}}
+		w.cut, w.recorded = true, w.agents[0]
+		pause := time.Duration(rapid.IntRange(10, 720).Draw(rt, "minutes")) * time.Minute
+		last := newRoot("a", start).NotAfter.Add(-policy.LastCall)
+		back := start.Add(time.Duration(rapid.IntRange(1, 40).Draw(rt, "days away")) * 24 * time.Hour)
+		known := back.Add(time.Duration(rapid.IntRange(0, 48).Draw(rt, "hours until it acknowledges")) * time.Hour)
+		for w.set.Root().ID == "a" && w.now.Before(last) {
+			w.now = w.now.Add(pause)
+			w.agents[0].Until = w.now.Add(time.Hour)
+			w.cut = w.now.Before(back)
+			if !w.now.Before(known) {
+				w.agents[0].Sequence = w.sequence
+			}
+			w.issue()
+			w.due() // check looks at the agent as it is
+		}
+		if w.set.Root().ID != "a" && w.now.Before(known) && w.now.Before(last) {
+			rt.Fatalf("root %s signs, and n1 does not know it", w.set.Root().ID)
 		}
 	})
 }
