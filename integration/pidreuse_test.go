@@ -46,6 +46,7 @@ func reuses(t *testing.T) int {
 }
 
 func TestReusedProcessIDGetsNoForeignSVID(t *testing.T) {
+	workloadBin(t) // built here, where other processes have their numbers
 	if !stage.InPIDNamespace(t) {
 		return
 	}

@@ -5,7 +5,8 @@
 //	open             open a stream of X509-SVIDs: its first answer
 //	next             the next answer on that stream
 //	streams N        open N further streams at once: how many got an answer
-//	jwt FIRST LAST   a JWT-SVID for each audience FIRST … LAST, until one is refused
+//	jwt FIRST LAST   a JWT-SVID for each audience FIRST … LAST, 32 at a time, until
+//	                 one is refused: how many were made
 //	setuid UID       go on as another user
 //	exec PROGRAM     become another program, which keeps the connection
 //
@@ -24,6 +25,8 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -209,12 +212,28 @@ func (p *process) streams(n int) string {
 }
 
 func (p *process) jwt(first, last int) string {
-	for i := first; i <= last; i++ {
-		if _, err := p.api.FetchJWTSVID(p.ctx, &workloadpb.JWTSVIDRequest{Audience: []string{strconv.Itoa(i)}}); err != nil {
-			return fmt.Sprintf("made %d %s", i-first, failed(err))
-		}
+	var next, made atomic.Int64
+	var refusal atomic.Pointer[string]
+	next.Store(int64(first))
+	var callers sync.WaitGroup
+	for range 32 {
+		callers.Go(func() {
+			for i := next.Add(1) - 1; i <= int64(last) && refusal.Load() == nil; i = next.Add(1) - 1 {
+				_, err := p.api.FetchJWTSVID(p.ctx, &workloadpb.JWTSVIDRequest{Audience: []string{strconv.FormatInt(i, 10)}})
+				if err != nil {
+					text := failed(err)
+					refusal.Store(&text)
+					return
+				}
+				made.Add(1)
+			}
+		})
 	}
-	return fmt.Sprintf("made %d", last-first+1)
+	callers.Wait()
+	if text := refusal.Load(); text != nil {
+		return fmt.Sprintf("made %d %s", made.Load(), *text)
+	}
+	return fmt.Sprintf("made %d", made.Load())
 }
 
 // failed is how an error is told to a program.

@@ -69,7 +69,7 @@ func (r *Rate) Admit(ctx context.Context, what, hint string) error {
 	}
 	if !r.Take(peer.UID) {
 		return Error(codes.ResourceExhausted, RateLimited,
-			fmt.Sprintf("uid %d had %d %s at once, and gets %d a second more", peer.UID, r.burst, what, r.perSecond), hint)
+			fmt.Sprintf("uid %d had %d %s in a row, and gets %d a second now", peer.UID, r.burst, what, r.perSecond), hint)
 	}
 	return nil
 }

@@ -27,8 +27,8 @@ const (
 // How many JWT-SVIDs the CA makes for the workloads of one user: at once after a
 // rest, and then each second. Those that are held already count nothing.
 const (
-	jwtBurst     = 500
-	jwtPerSecond = 50
+	jwtBurst     = 1000
+	jwtPerSecond = 100
 )
 
 // FetchJWTSVID returns a JWT-SVID for each of the caller's SPIFFE IDs, or for
