@@ -53,6 +53,7 @@ const (
 	maxConnectionsPerUser = 1000
 	maxMessageBytes       = 1 << 20
 	maxHeaderBytes        = 16 << 10
+	bufferBytes           = 4 << 10 // of a connection, each way; an answer has 2 or 3 KiB
 	drainTimeout          = 500 * time.Millisecond
 )
 
@@ -318,6 +319,8 @@ func limits() []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.MaxRecvMsgSize(maxMessageBytes),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
+		// Each process has a connection, and most of them nothing to say.
+		grpc.ReadBufferSize(bufferBytes), grpc.WriteBufferSize(bufferBytes),
 		grpc.MaxConcurrentStreams(maxStreamsPerUser),
 		grpc.ConnectionTimeout(svid.HandshakeTimeout),
 	}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"merlon.dev/sdk/unixsock"
 )
@@ -20,17 +21,14 @@ const Patience = 30 * time.Second
 // takes nothing for too long loses his connection, because what is buffered for a
 // stream stays until then.
 func Deliver(ctx context.Context, patience time.Duration, send func() error) error {
-	sent := make(chan error, 1)
-	go func() { sent <- send() }() // ends with the stream
-	timeout := time.NewTimer(patience)
-	defer timeout.Stop()
-	select {
-	case err := <-sent:
-		return err
-	case <-timeout.C:
-		if peer, ok := unixsock.PeerFromContext(ctx); ok {
-			peer.Hangup()
-		}
+	peer, ok := unixsock.PeerFromContext(ctx)
+	if !ok {
+		return status.Error(codes.Internal, "the connection does not say who calls")
+	}
+	slow := time.AfterFunc(patience, peer.Hangup) // which ends send
+	err := send()
+	if !slow.Stop() {
 		return Error(codes.Unavailable, SlowReader, "the caller reads nothing", "read what the stream sends, and connect again")
 	}
+	return err
 }

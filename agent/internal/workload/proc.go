@@ -202,8 +202,10 @@ func (a *Attestor) readProgram(ctx context.Context, dir int, p *Process) {
 // process has put its own file at that path in a mount namespace of its own
 // (SECURITY.md T5).
 func programPath(dir int, exe fileID) (string, error) {
-	var buf [unix.PathMax]byte
-	n, err := unix.Readlinkat(dir, "exe", buf[:])
+	pooled := buffers.Get().(*[]byte) // on the stack it would be kept as long as the stream
+	defer buffers.Put(pooled)
+	buf := (*pooled)[:unix.PathMax]
+	n, err := unix.Readlinkat(dir, "exe", buf)
 	if err != nil {
 		return "", fmt.Errorf("read the program's path: %v", err)
 	}
