@@ -147,13 +147,15 @@ func TestEverythingAcknowledgedSurvivesARestart(t *testing.T) {
 	}
 }
 
-// An agent that is ahead of the store (an older backup was restored) must not
-// keep what the store does not know.
-func TestAgentFromTheFutureGetsAFullListing(t *testing.T) {
+// An agent that says that it is ahead of the store (an older backup was restored,
+// or it lies) gets nothing: what it holds, the store does not know.
+func TestAgentFromTheFutureIsRefused(t *testing.T) {
 	c := startCA(t, tempDir(t))
 	a := c.agent("n1")
-	if msg := until(t, a.sync(1<<40), synced); !msg.GetReset_() {
-		t.Errorf("first message = %v; want a reset", msg)
+	_, err := ended(t, a.sync(1<<40))
+	wantCode(t, err, codes.FailedPrecondition)
+	if msg := until(t, a.sync(0), synced); !msg.GetReset_() {
+		t.Errorf("first message = %v; want a full listing for who holds nothing", msg)
 	}
 }
 
