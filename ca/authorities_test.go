@@ -3,11 +3,8 @@
 package ca_test
 
 import (
-	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
-	"encoding/pem"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -25,7 +22,6 @@ import (
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk/checkpoint"
 	"merlon.dev/sdk/svid"
-	"merlon.dev/sdk/svid/forge"
 )
 
 const (
@@ -533,39 +529,4 @@ func TestKeysRotateByThemselves(t *testing.T) {
 	}
 	c.stop()
 	<-done
-}
-
-// Below an upstream authority its root signs: it is on the list, and is replaced
-// there. JWT keys are the CA's own.
-func TestUpstreamRootIsNotReplacedHere(t *testing.T) {
-	t.Parallel() // it mostly waits
-	root := forge.New(t, "shop.test")
-	dir := t.TempDir()
-	key, err := x509.MarshalPKCS8PrivateKey(root.Key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, block := range map[string]*pem.Block{
-		"root.pem": {Type: "CERTIFICATE", Bytes: root.Cert.Raw}, "key.pem": {Type: "PRIVATE KEY", Bytes: key},
-	} {
-		if err := os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	c := startCA(t, tempDir(t), func(cfg *ca.Config) {
-		cfg.Upstream, cfg.UpstreamRootFile = "disk", filepath.Join(dir, "root.pem")
-		cfg.UpstreamCertFile, cfg.UpstreamKeyFile = cfg.UpstreamRootFile, filepath.Join(dir, "key.pem")
-	})
-	if got := c.authority(rootKind, "active", "").GetRootHash(); got != svid.KeyHash(root.Cert) {
-		t.Errorf("the root that signs has hash %s; want the upstream's", got)
-	}
-	_, err = c.admin.PrepareAuthority(t.Context(), &capb.PrepareAuthorityRequest{Kind: rootKind})
-	wantCode(t, err, codes.FailedPrecondition)
-	jwt := c.prepare(jwtKind)
-	if err := c.activate(jwt, true); err != nil {
-		t.Fatal(err)
-	}
-	agent := c.agent("n1")
-	entry := c.entry("n1", "web")
-	eventually(t, "the new JWT key signs", func() bool { return agent.jwtKeyID(entry) == jwt })
 }

@@ -41,6 +41,20 @@ func TestLastCallLetsTheNextRootSign(t *testing.T) {
 		t.Errorf("pending = %v; want its last call at %s", p, last)
 	}
 	wantCode(t, c.activate(next, false), codes.FailedPrecondition)
+	_, metrics := c.get("/metrics")
+	for _, want := range []string{
+		`merlon_ca_pending_step_waits{for="agents",kind="x509-root",step="activate"} 1`,
+		`merlon_ca_pending_step_waits{for="silent_replicas",kind="x509-root",step="activate"} 0`,
+		`merlon_ca_pending_step_since_timestamp_seconds{kind="x509-root",step="activate"} 1.`,
+		`merlon_ca_expiry_timestamp_seconds{authority="root"} 1.`,
+	} {
+		if !strings.Contains(metrics, want) {
+			t.Errorf("/metrics lacks %s", want)
+		}
+	}
+	if strings.Contains(metrics, silent.id) {
+		t.Error("/metrics names an agent")
+	}
 	var signs time.Time
 	eventually(t, "the next root signs", func() bool {
 		for _, a := range c.authorities() {

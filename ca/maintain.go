@@ -51,6 +51,7 @@ func (p *parts) checkReadiness() {
 	p.health.Check("audit", p.service.AuditFault)
 	p.health.Check("keys", p.service.KeyFault)
 	p.health.Check("replica", p.service.Standing)
+	p.health.Check("upstream", p.keys.UpstreamFault)
 }
 
 // watchStore keeps in mind whether the store can be reached and written, until
@@ -221,6 +222,7 @@ func (p *parts) upkeep(ctx context.Context, now time.Time) {
 	p.each(ctx, map[string]func(context.Context) error{
 		"renew the intermediate": func(ctx context.Context) error { return p.renewIntermediate(ctx, now) },
 		"replace the root":       func(context.Context) error { return p.authorities.endangered(now) },
+		"read the upstream":      func(context.Context) error { return p.keys.UpstreamFault() },
 	})
 }
 

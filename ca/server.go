@@ -16,7 +16,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/net/netutil"
 	"golang.org/x/sync/errgroup"
@@ -283,22 +282,9 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 	p.checkReadiness()
 	p.authorities.lastCalls = newLastCalls(p.health.Registry())
 	watchKeys(p.health.Registry(), p.keys)
+	p.health.Registry().MustRegister(pendingSteps{p.authorities})
 	s.root = p.keys.X509().Root
 	return nil
-}
-
-// watchKeys exports when each authority ends.
-func watchKeys(to prometheus.Registerer, keys *upstream.Keys) {
-	ends := map[string]func() time.Time{
-		"root":         func() time.Time { return keys.X509().Root.NotAfter },
-		"intermediate": func() time.Time { return keys.X509().Chain[0].NotAfter },
-	}
-	for name, end := range ends {
-		to.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "merlon_ca_expiry_timestamp_seconds", Help: "When the certificate of the authority ends, in Unix time.",
-			ConstLabels: prometheus.Labels{"authority": name},
-		}, func() float64 { return float64(end().Unix()) }))
-	}
 }
 
 // listeners are the bound addresses.

@@ -249,6 +249,18 @@ func (e *external) options() (apiv1.Options, error) {
 	return options, nil
 }
 
+// UpstreamFault says why what the upstream authority needs here cannot be used: the
+// files that are read for each intermediate. It does not ask the upstream.
+func (k *Keys) UpstreamFault() error {
+	if k.external == nil {
+		return nil
+	}
+	if _, err := k.external.options(); err != nil {
+		return fmt.Errorf("the next intermediate could not be signed: %w", err)
+	}
+	return nil
+}
+
 func (e *external) readDisk(options *apiv1.Options) error {
 	chain, err := readCerts(e.cfg.CertFile)
 	if err != nil {
