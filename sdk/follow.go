@@ -31,32 +31,44 @@ const silence = 45 * time.Second
 // errBadAnswer marks messages of the agent that are discarded.
 var errBadAnswer = errors.New("the agent's answer is malformed")
 
-// followSVIDs is one stream of X509-SVIDs.
+// followSVIDs is one stream of X509-SVIDs: for keys of this process where its
+// registration entry lets it hold them, and else with keys that the agent makes.
 func (id *Identity) followSVIDs(ctx context.Context, progress func()) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	if err := id.holdKeys(ctx, progress); !errors.Is(err, errKeysByAgent) {
+		return err
+	}
 	stream, err := id.agent.workload.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
 	if err != nil {
 		return err
 	}
 	for {
 		res, err := stream.Recv()
-		if status.Code(err) == codes.PermissionDenied {
+		if status.Code(err) == codes.PermissionDenied && !keysByWorkload(err) {
 			id.withdraw(ctx, err)
 		}
 		if err != nil {
 			return err
 		}
-		next, err := parseSVIDs(res, time.Now())
-		if err != nil {
-			return fmt.Errorf("%w: %w", errBadAnswer, err)
-		}
-		id.adopt(ctx, next)
-		if next.svid == nil {
-			return fmt.Errorf("%w: %w", errBadAnswer, next.err)
+		if err := id.take(ctx, res); err != nil {
+			return err
 		}
 		progress()
 	}
+}
+
+// take makes what a message says current.
+func (id *Identity) take(ctx context.Context, res *workload.X509SVIDResponse) error {
+	next, err := parseSVIDs(res, time.Now())
+	if err != nil {
+		return fmt.Errorf("%w: %w", errBadAnswer, err)
+	}
+	id.adopt(ctx, next)
+	if next.svid == nil {
+		return fmt.Errorf("%w: %w", errBadAnswer, next.err)
+	}
+	return nil
 }
 
 // parseSVIDs reads a message strictly. The first SVID is the identity (SPIFFE

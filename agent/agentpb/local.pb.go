@@ -327,6 +327,207 @@ func (x *Decision) GetPolicyGeneration() uint64 {
 	return 0
 }
 
+type HoldKeysRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// An identity of the last answer whose csr_wanted is set.
+	SpiffeId string `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	// PKCS#10, DER, at most 8 KiB, signed with the key that it shows: ECDSA P-256 or
+	// P-384, or RSA of 2048 or 3072 bits, which no other identity has used. It asks
+	// for no names but the SPIFFE ID.
+	Csr           []byte `protobuf:"bytes,2,opt,name=csr,proto3" json:"csr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldKeysRequest) Reset() {
+	*x = HoldKeysRequest{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldKeysRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldKeysRequest) ProtoMessage() {}
+
+func (x *HoldKeysRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldKeysRequest.ProtoReflect.Descriptor instead.
+func (*HoldKeysRequest) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *HoldKeysRequest) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *HoldKeysRequest) GetCsr() []byte {
+	if x != nil {
+		return x.Csr
+	}
+	return nil
+}
+
+type HoldKeysResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What the caller is, its default first, each SPIFFE ID once.
+	Identities []*HeldIdentity `protobuf:"bytes,1,rep,name=identities,proto3" json:"identities,omitempty"`
+	// X.509 trust bundles by trust domain ("spiffe://shop.test"): DER, one
+	// certificate after the other.
+	Bundles       map[string][]byte `protobuf:"bytes,2,rep,name=bundles,proto3" json:"bundles,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldKeysResponse) Reset() {
+	*x = HoldKeysResponse{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldKeysResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldKeysResponse) ProtoMessage() {}
+
+func (x *HoldKeysResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldKeysResponse.ProtoReflect.Descriptor instead.
+func (*HoldKeysResponse) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *HoldKeysResponse) GetIdentities() []*HeldIdentity {
+	if x != nil {
+		return x.Identities
+	}
+	return nil
+}
+
+func (x *HoldKeysResponse) GetBundles() map[string][]byte {
+	if x != nil {
+		return x.Bundles
+	}
+	return nil
+}
+
+type HeldIdentity struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Hint     string                 `protobuf:"bytes,2,opt,name=hint,proto3" json:"hint,omitempty"`
+	// The agent makes the key: it is to be had from the Workload API alone.
+	ByAgent bool `protobuf:"varint,3,opt,name=by_agent,json=byAgent,proto3" json:"by_agent,omitempty"`
+	// The newest X509-SVID for a CSR of this stream, leaf first, DER one after the
+	// other; empty for none.
+	X509Svid []byte `protobuf:"bytes,4,opt,name=x509_svid,json=x509Svid,proto3" json:"x509_svid,omitempty"`
+	// Not 0: send a CSR, because there is no X509-SVID, or it is time for the next.
+	// Each time another number, so that every wish is answered once.
+	CsrWanted uint64 `protobuf:"varint,5,opt,name=csr_wanted,json=csrWanted,proto3" json:"csr_wanted,omitempty"`
+	// Why the last CSR came to nothing.
+	Refusal       string `protobuf:"bytes,6,opt,name=refusal,proto3" json:"refusal,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeldIdentity) Reset() {
+	*x = HeldIdentity{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldIdentity) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldIdentity) ProtoMessage() {}
+
+func (x *HeldIdentity) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldIdentity.ProtoReflect.Descriptor instead.
+func (*HeldIdentity) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *HeldIdentity) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *HeldIdentity) GetHint() string {
+	if x != nil {
+		return x.Hint
+	}
+	return ""
+}
+
+func (x *HeldIdentity) GetByAgent() bool {
+	if x != nil {
+		return x.ByAgent
+	}
+	return false
+}
+
+func (x *HeldIdentity) GetX509Svid() []byte {
+	if x != nil {
+		return x.X509Svid
+	}
+	return nil
+}
+
+func (x *HeldIdentity) GetCsrWanted() uint64 {
+	if x != nil {
+		return x.CsrWanted
+	}
+	return 0
+}
+
+func (x *HeldIdentity) GetRefusal() string {
+	if x != nil {
+		return x.Refusal
+	}
+	return ""
+}
+
 type WatchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -335,7 +536,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[4]
+	mi := &file_agent_agentpb_local_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -347,7 +548,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[4]
+	mi := &file_agent_agentpb_local_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -360,7 +561,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{4}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{7}
 }
 
 type WatchResponse struct {
@@ -382,7 +583,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[5]
+	mi := &file_agent_agentpb_local_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -394,7 +595,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[5]
+	mi := &file_agent_agentpb_local_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -407,7 +608,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{5}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *WatchResponse) GetPolicyGeneration() uint64 {
@@ -453,7 +654,7 @@ type WatchPolicyRequest struct {
 
 func (x *WatchPolicyRequest) Reset() {
 	*x = WatchPolicyRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[6]
+	mi := &file_agent_agentpb_local_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -465,7 +666,7 @@ func (x *WatchPolicyRequest) String() string {
 func (*WatchPolicyRequest) ProtoMessage() {}
 
 func (x *WatchPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[6]
+	mi := &file_agent_agentpb_local_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -478,7 +679,7 @@ func (x *WatchPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchPolicyRequest.ProtoReflect.Descriptor instead.
 func (*WatchPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{6}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{9}
 }
 
 type WatchPolicyResponse struct {
@@ -493,7 +694,7 @@ type WatchPolicyResponse struct {
 
 func (x *WatchPolicyResponse) Reset() {
 	*x = WatchPolicyResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[7]
+	mi := &file_agent_agentpb_local_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -505,7 +706,7 @@ func (x *WatchPolicyResponse) String() string {
 func (*WatchPolicyResponse) ProtoMessage() {}
 
 func (x *WatchPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[7]
+	mi := &file_agent_agentpb_local_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -518,7 +719,7 @@ func (x *WatchPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchPolicyResponse.ProtoReflect.Descriptor instead.
 func (*WatchPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{7}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *WatchPolicyResponse) GetPolicyGeneration() uint64 {
@@ -550,7 +751,7 @@ type Program struct {
 
 func (x *Program) Reset() {
 	*x = Program{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[8]
+	mi := &file_agent_agentpb_local_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -562,7 +763,7 @@ func (x *Program) String() string {
 func (*Program) ProtoMessage() {}
 
 func (x *Program) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[8]
+	mi := &file_agent_agentpb_local_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -575,7 +776,7 @@ func (x *Program) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Program.ProtoReflect.Descriptor instead.
 func (*Program) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{8}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Program) GetDestination() string {
@@ -613,7 +814,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[9]
+	mi := &file_agent_agentpb_local_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -625,7 +826,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[9]
+	mi := &file_agent_agentpb_local_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -638,7 +839,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{9}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ReportRequest) GetRecords() []*DecisionRecord {
@@ -674,7 +875,7 @@ type DecisionRecord struct {
 
 func (x *DecisionRecord) Reset() {
 	*x = DecisionRecord{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[10]
+	mi := &file_agent_agentpb_local_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -686,7 +887,7 @@ func (x *DecisionRecord) String() string {
 func (*DecisionRecord) ProtoMessage() {}
 
 func (x *DecisionRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[10]
+	mi := &file_agent_agentpb_local_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -699,7 +900,7 @@ func (x *DecisionRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionRecord.ProtoReflect.Descriptor instead.
 func (*DecisionRecord) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{10}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DecisionRecord) GetDecision() *Decision {
@@ -731,7 +932,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[11]
+	mi := &file_agent_agentpb_local_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -743,7 +944,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[11]
+	mi := &file_agent_agentpb_local_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -756,7 +957,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{11}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{14}
 }
 
 // Revocation withdraws SVIDs before they expire; see merlon.ca.v1.Revocation.
@@ -780,7 +981,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[12]
+	mi := &file_agent_agentpb_local_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -792,7 +993,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[12]
+	mi := &file_agent_agentpb_local_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -805,7 +1006,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{12}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -923,7 +1124,7 @@ type ExplainIdentityRequest struct {
 
 func (x *ExplainIdentityRequest) Reset() {
 	*x = ExplainIdentityRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[13]
+	mi := &file_agent_agentpb_local_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -935,7 +1136,7 @@ func (x *ExplainIdentityRequest) String() string {
 func (*ExplainIdentityRequest) ProtoMessage() {}
 
 func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[13]
+	mi := &file_agent_agentpb_local_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -948,7 +1149,7 @@ func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityRequest.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{13}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ExplainIdentityRequest) GetPid() int32 {
@@ -987,7 +1188,7 @@ type ExplainIdentityResponse struct {
 
 func (x *ExplainIdentityResponse) Reset() {
 	*x = ExplainIdentityResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[14]
+	mi := &file_agent_agentpb_local_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -999,7 +1200,7 @@ func (x *ExplainIdentityResponse) String() string {
 func (*ExplainIdentityResponse) ProtoMessage() {}
 
 func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[14]
+	mi := &file_agent_agentpb_local_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1012,7 +1213,7 @@ func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityResponse.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{14}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ExplainIdentityResponse) GetSynced() bool {
@@ -1105,7 +1306,7 @@ type EntryMatch struct {
 
 func (x *EntryMatch) Reset() {
 	*x = EntryMatch{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[15]
+	mi := &file_agent_agentpb_local_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1117,7 +1318,7 @@ func (x *EntryMatch) String() string {
 func (*EntryMatch) ProtoMessage() {}
 
 func (x *EntryMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[15]
+	mi := &file_agent_agentpb_local_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1130,7 +1331,7 @@ func (x *EntryMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryMatch.ProtoReflect.Descriptor instead.
 func (*EntryMatch) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{15}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *EntryMatch) GetEntryId() string {
@@ -1170,7 +1371,7 @@ type ExplainDecisionRequest struct {
 
 func (x *ExplainDecisionRequest) Reset() {
 	*x = ExplainDecisionRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[16]
+	mi := &file_agent_agentpb_local_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1182,7 +1383,7 @@ func (x *ExplainDecisionRequest) String() string {
 func (*ExplainDecisionRequest) ProtoMessage() {}
 
 func (x *ExplainDecisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[16]
+	mi := &file_agent_agentpb_local_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1195,7 +1396,7 @@ func (x *ExplainDecisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainDecisionRequest.ProtoReflect.Descriptor instead.
 func (*ExplainDecisionRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{16}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ExplainDecisionRequest) GetDecisionId() string {
@@ -1220,7 +1421,7 @@ type ExplainDecisionResponse struct {
 
 func (x *ExplainDecisionResponse) Reset() {
 	*x = ExplainDecisionResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[17]
+	mi := &file_agent_agentpb_local_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1232,7 +1433,7 @@ func (x *ExplainDecisionResponse) String() string {
 func (*ExplainDecisionResponse) ProtoMessage() {}
 
 func (x *ExplainDecisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[17]
+	mi := &file_agent_agentpb_local_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1245,7 +1446,7 @@ func (x *ExplainDecisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainDecisionResponse.ProtoReflect.Descriptor instead.
 func (*ExplainDecisionResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{17}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ExplainDecisionResponse) GetDecision() *Decision {
@@ -1314,7 +1515,26 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\arule_id\x18\x03 \x01(\tR\x06ruleId\x12\x1f\n" +
 	"\vdecision_id\x18\x04 \x01(\tR\n" +
 	"decisionId\x12+\n" +
-	"\x11policy_generation\x18\x05 \x01(\x04R\x10policyGeneration\"\x0e\n" +
+	"\x11policy_generation\x18\x05 \x01(\x04R\x10policyGeneration\"@\n" +
+	"\x0fHoldKeysRequest\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x10\n" +
+	"\x03csr\x18\x02 \x01(\fR\x03csr\"\xd7\x01\n" +
+	"\x10HoldKeysResponse\x12=\n" +
+	"\n" +
+	"identities\x18\x01 \x03(\v2\x1d.merlon.agent.v1.HeldIdentityR\n" +
+	"identities\x12H\n" +
+	"\abundles\x18\x02 \x03(\v2..merlon.agent.v1.HoldKeysResponse.BundlesEntryR\abundles\x1a:\n" +
+	"\fBundlesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"\xb0\x01\n" +
+	"\fHeldIdentity\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x12\n" +
+	"\x04hint\x18\x02 \x01(\tR\x04hint\x12\x19\n" +
+	"\bby_agent\x18\x03 \x01(\bR\abyAgent\x12\x1b\n" +
+	"\tx509_svid\x18\x04 \x01(\fR\bx509Svid\x12\x1d\n" +
+	"\n" +
+	"csr_wanted\x18\x05 \x01(\x04R\tcsrWanted\x12\x18\n" +
+	"\arefusal\x18\x06 \x01(\tR\arefusal\"\x0e\n" +
 	"\fWatchRequest\"\x93\x02\n" +
 	"\rWatchResponse\x12+\n" +
 	"\x11policy_generation\x18\x01 \x01(\x04R\x10policyGeneration\x12\x14\n" +
@@ -1388,12 +1608,13 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\n" +
 	"decided_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tdecidedAt\x12\x18\n" +
 	"\adetails\x18\x04 \x03(\tR\adetails\x12\x12\n" +
-	"\x04hint\x18\x05 \x01(\tR\x04hint2\xce\x02\n" +
+	"\x04hint\x18\x05 \x01(\tR\x04hint2\xa3\x03\n" +
 	"\x05Local\x12R\n" +
 	"\tAuthorize\x12!.merlon.agent.v1.AuthorizeRequest\x1a\".merlon.agent.v1.AuthorizeResponse\x12H\n" +
 	"\x05Watch\x12\x1d.merlon.agent.v1.WatchRequest\x1a\x1e.merlon.agent.v1.WatchResponse0\x01\x12Z\n" +
 	"\vWatchPolicy\x12#.merlon.agent.v1.WatchPolicyRequest\x1a$.merlon.agent.v1.WatchPolicyResponse0\x01\x12K\n" +
-	"\x06Report\x12\x1e.merlon.agent.v1.ReportRequest\x1a\x1f.merlon.agent.v1.ReportResponse(\x012\xd3\x01\n" +
+	"\x06Report\x12\x1e.merlon.agent.v1.ReportRequest\x1a\x1f.merlon.agent.v1.ReportResponse(\x01\x12S\n" +
+	"\bHoldKeys\x12 .merlon.agent.v1.HoldKeysRequest\x1a!.merlon.agent.v1.HoldKeysResponse(\x010\x012\xd3\x01\n" +
 	"\x05Debug\x12d\n" +
 	"\x0fExplainIdentity\x12'.merlon.agent.v1.ExplainIdentityRequest\x1a(.merlon.agent.v1.ExplainIdentityResponse\x12d\n" +
 	"\x0fExplainDecision\x12'.merlon.agent.v1.ExplainDecisionRequest\x1a(.merlon.agent.v1.ExplainDecisionResponseB\x1aZ\x18merlon.dev/agent/agentpbb\x06proto3"
@@ -1410,67 +1631,75 @@ func file_agent_agentpb_local_proto_rawDescGZIP() []byte {
 	return file_agent_agentpb_local_proto_rawDescData
 }
 
-var file_agent_agentpb_local_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_agent_agentpb_local_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_agent_agentpb_local_proto_goTypes = []any{
 	(*AuthorizeRequest)(nil),        // 0: merlon.agent.v1.AuthorizeRequest
 	(*HeaderValues)(nil),            // 1: merlon.agent.v1.HeaderValues
 	(*AuthorizeResponse)(nil),       // 2: merlon.agent.v1.AuthorizeResponse
 	(*Decision)(nil),                // 3: merlon.agent.v1.Decision
-	(*WatchRequest)(nil),            // 4: merlon.agent.v1.WatchRequest
-	(*WatchResponse)(nil),           // 5: merlon.agent.v1.WatchResponse
-	(*WatchPolicyRequest)(nil),      // 6: merlon.agent.v1.WatchPolicyRequest
-	(*WatchPolicyResponse)(nil),     // 7: merlon.agent.v1.WatchPolicyResponse
-	(*Program)(nil),                 // 8: merlon.agent.v1.Program
-	(*ReportRequest)(nil),           // 9: merlon.agent.v1.ReportRequest
-	(*DecisionRecord)(nil),          // 10: merlon.agent.v1.DecisionRecord
-	(*ReportResponse)(nil),          // 11: merlon.agent.v1.ReportResponse
-	(*Revocation)(nil),              // 12: merlon.agent.v1.Revocation
-	(*ExplainIdentityRequest)(nil),  // 13: merlon.agent.v1.ExplainIdentityRequest
-	(*ExplainIdentityResponse)(nil), // 14: merlon.agent.v1.ExplainIdentityResponse
-	(*EntryMatch)(nil),              // 15: merlon.agent.v1.EntryMatch
-	(*ExplainDecisionRequest)(nil),  // 16: merlon.agent.v1.ExplainDecisionRequest
-	(*ExplainDecisionResponse)(nil), // 17: merlon.agent.v1.ExplainDecisionResponse
-	nil,                             // 18: merlon.agent.v1.AuthorizeRequest.HeadersEntry
-	nil,                             // 19: merlon.agent.v1.ReportRequest.DecidedEntry
-	(*timestamppb.Timestamp)(nil),   // 20: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 21: google.protobuf.Duration
+	(*HoldKeysRequest)(nil),         // 4: merlon.agent.v1.HoldKeysRequest
+	(*HoldKeysResponse)(nil),        // 5: merlon.agent.v1.HoldKeysResponse
+	(*HeldIdentity)(nil),            // 6: merlon.agent.v1.HeldIdentity
+	(*WatchRequest)(nil),            // 7: merlon.agent.v1.WatchRequest
+	(*WatchResponse)(nil),           // 8: merlon.agent.v1.WatchResponse
+	(*WatchPolicyRequest)(nil),      // 9: merlon.agent.v1.WatchPolicyRequest
+	(*WatchPolicyResponse)(nil),     // 10: merlon.agent.v1.WatchPolicyResponse
+	(*Program)(nil),                 // 11: merlon.agent.v1.Program
+	(*ReportRequest)(nil),           // 12: merlon.agent.v1.ReportRequest
+	(*DecisionRecord)(nil),          // 13: merlon.agent.v1.DecisionRecord
+	(*ReportResponse)(nil),          // 14: merlon.agent.v1.ReportResponse
+	(*Revocation)(nil),              // 15: merlon.agent.v1.Revocation
+	(*ExplainIdentityRequest)(nil),  // 16: merlon.agent.v1.ExplainIdentityRequest
+	(*ExplainIdentityResponse)(nil), // 17: merlon.agent.v1.ExplainIdentityResponse
+	(*EntryMatch)(nil),              // 18: merlon.agent.v1.EntryMatch
+	(*ExplainDecisionRequest)(nil),  // 19: merlon.agent.v1.ExplainDecisionRequest
+	(*ExplainDecisionResponse)(nil), // 20: merlon.agent.v1.ExplainDecisionResponse
+	nil,                             // 21: merlon.agent.v1.AuthorizeRequest.HeadersEntry
+	nil,                             // 22: merlon.agent.v1.HoldKeysResponse.BundlesEntry
+	nil,                             // 23: merlon.agent.v1.ReportRequest.DecidedEntry
+	(*timestamppb.Timestamp)(nil),   // 24: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 25: google.protobuf.Duration
 }
 var file_agent_agentpb_local_proto_depIdxs = []int32{
-	18, // 0: merlon.agent.v1.AuthorizeRequest.headers:type_name -> merlon.agent.v1.AuthorizeRequest.HeadersEntry
+	21, // 0: merlon.agent.v1.AuthorizeRequest.headers:type_name -> merlon.agent.v1.AuthorizeRequest.HeadersEntry
 	3,  // 1: merlon.agent.v1.AuthorizeResponse.decision:type_name -> merlon.agent.v1.Decision
-	12, // 2: merlon.agent.v1.WatchResponse.revocations:type_name -> merlon.agent.v1.Revocation
-	20, // 3: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
-	21, // 4: merlon.agent.v1.WatchResponse.deny_after:type_name -> google.protobuf.Duration
-	8,  // 5: merlon.agent.v1.WatchPolicyResponse.programs:type_name -> merlon.agent.v1.Program
-	10, // 6: merlon.agent.v1.ReportRequest.records:type_name -> merlon.agent.v1.DecisionRecord
-	19, // 7: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
-	3,  // 8: merlon.agent.v1.DecisionRecord.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 9: merlon.agent.v1.DecisionRecord.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	20, // 10: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
-	20, // 11: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	15, // 12: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
-	20, // 13: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
-	3,  // 14: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 15: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	20, // 16: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
-	1,  // 17: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
-	0,  // 18: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
-	4,  // 19: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
-	6,  // 20: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
-	9,  // 21: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
-	13, // 22: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
-	16, // 23: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
-	2,  // 24: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
-	5,  // 25: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
-	7,  // 26: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
-	11, // 27: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
-	14, // 28: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
-	17, // 29: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
-	24, // [24:30] is the sub-list for method output_type
-	18, // [18:24] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	6,  // 2: merlon.agent.v1.HoldKeysResponse.identities:type_name -> merlon.agent.v1.HeldIdentity
+	22, // 3: merlon.agent.v1.HoldKeysResponse.bundles:type_name -> merlon.agent.v1.HoldKeysResponse.BundlesEntry
+	15, // 4: merlon.agent.v1.WatchResponse.revocations:type_name -> merlon.agent.v1.Revocation
+	24, // 5: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
+	25, // 6: merlon.agent.v1.WatchResponse.deny_after:type_name -> google.protobuf.Duration
+	11, // 7: merlon.agent.v1.WatchPolicyResponse.programs:type_name -> merlon.agent.v1.Program
+	13, // 8: merlon.agent.v1.ReportRequest.records:type_name -> merlon.agent.v1.DecisionRecord
+	23, // 9: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
+	3,  // 10: merlon.agent.v1.DecisionRecord.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 11: merlon.agent.v1.DecisionRecord.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	24, // 12: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
+	24, // 13: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	18, // 14: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
+	24, // 15: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
+	3,  // 16: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 17: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	24, // 18: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
+	1,  // 19: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
+	0,  // 20: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
+	7,  // 21: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
+	9,  // 22: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
+	12, // 23: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
+	4,  // 24: merlon.agent.v1.Local.HoldKeys:input_type -> merlon.agent.v1.HoldKeysRequest
+	16, // 25: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
+	19, // 26: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
+	2,  // 27: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
+	8,  // 28: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
+	10, // 29: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
+	14, // 30: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
+	5,  // 31: merlon.agent.v1.Local.HoldKeys:output_type -> merlon.agent.v1.HoldKeysResponse
+	17, // 32: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
+	20, // 33: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
+	27, // [27:34] is the sub-list for method output_type
+	20, // [20:27] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_agent_agentpb_local_proto_init() }
@@ -1478,7 +1707,7 @@ func file_agent_agentpb_local_proto_init() {
 	if File_agent_agentpb_local_proto != nil {
 		return
 	}
-	file_agent_agentpb_local_proto_msgTypes[12].OneofWrappers = []any{
+	file_agent_agentpb_local_proto_msgTypes[15].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -1490,7 +1719,7 @@ func file_agent_agentpb_local_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_agentpb_local_proto_rawDesc), len(file_agent_agentpb_local_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   20,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

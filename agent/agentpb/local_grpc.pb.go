@@ -27,6 +27,7 @@ const (
 	Local_Watch_FullMethodName       = "/merlon.agent.v1.Local/Watch"
 	Local_WatchPolicy_FullMethodName = "/merlon.agent.v1.Local/WatchPolicy"
 	Local_Report_FullMethodName      = "/merlon.agent.v1.Local/Report"
+	Local_HoldKeys_FullMethodName    = "/merlon.agent.v1.Local/HoldKeys"
 )
 
 // LocalClient is the client API for Local service.
@@ -49,6 +50,14 @@ type LocalClient interface {
 	// Report takes the record of decisions that the caller made by a compiled
 	// policy, so that they can be explained and counted like those of Authorize.
 	Report(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ReportRequest, ReportResponse], error)
+	// HoldKeys gives the caller X509-SVIDs for keys that it makes itself and never
+	// gives away. The agent says which identities the caller has and when it wants a
+	// CSR for one; the caller sends it, with a new key each time, and gets the
+	// X509-SVID. Every answer is complete, like those of the Workload API, and the
+	// stream stays open: trust bundles, renewals and withdrawals come on it.
+	// PERMISSION_DENIED, with the reason KEY_DELIVERY_AGENT, where no registration
+	// entry of the caller lets it hold a key; then the Workload API has its SVIDs.
+	HoldKeys(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[HoldKeysRequest, HoldKeysResponse], error)
 }
 
 type localClient struct {
@@ -120,6 +129,19 @@ func (c *localClient) Report(ctx context.Context, opts ...grpc.CallOption) (grpc
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Local_ReportClient = grpc.ClientStreamingClient[ReportRequest, ReportResponse]
 
+func (c *localClient) HoldKeys(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[HoldKeysRequest, HoldKeysResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Local_ServiceDesc.Streams[3], Local_HoldKeys_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[HoldKeysRequest, HoldKeysResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Local_HoldKeysClient = grpc.BidiStreamingClient[HoldKeysRequest, HoldKeysResponse]
+
 // LocalServer is the server API for Local service.
 // All implementations must embed UnimplementedLocalServer
 // for forward compatibility.
@@ -140,6 +162,14 @@ type LocalServer interface {
 	// Report takes the record of decisions that the caller made by a compiled
 	// policy, so that they can be explained and counted like those of Authorize.
 	Report(grpc.ClientStreamingServer[ReportRequest, ReportResponse]) error
+	// HoldKeys gives the caller X509-SVIDs for keys that it makes itself and never
+	// gives away. The agent says which identities the caller has and when it wants a
+	// CSR for one; the caller sends it, with a new key each time, and gets the
+	// X509-SVID. Every answer is complete, like those of the Workload API, and the
+	// stream stays open: trust bundles, renewals and withdrawals come on it.
+	// PERMISSION_DENIED, with the reason KEY_DELIVERY_AGENT, where no registration
+	// entry of the caller lets it hold a key; then the Workload API has its SVIDs.
+	HoldKeys(grpc.BidiStreamingServer[HoldKeysRequest, HoldKeysResponse]) error
 	mustEmbedUnimplementedLocalServer()
 }
 
@@ -161,6 +191,9 @@ func (UnimplementedLocalServer) WatchPolicy(*WatchPolicyRequest, grpc.ServerStre
 }
 func (UnimplementedLocalServer) Report(grpc.ClientStreamingServer[ReportRequest, ReportResponse]) error {
 	return status.Error(codes.Unimplemented, "method Report not implemented")
+}
+func (UnimplementedLocalServer) HoldKeys(grpc.BidiStreamingServer[HoldKeysRequest, HoldKeysResponse]) error {
+	return status.Error(codes.Unimplemented, "method HoldKeys not implemented")
 }
 func (UnimplementedLocalServer) mustEmbedUnimplementedLocalServer() {}
 func (UnimplementedLocalServer) testEmbeddedByValue()               {}
@@ -230,6 +263,13 @@ func _Local_Report_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Local_ReportServer = grpc.ClientStreamingServer[ReportRequest, ReportResponse]
 
+func _Local_HoldKeys_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(LocalServer).HoldKeys(&grpc.GenericServerStream[HoldKeysRequest, HoldKeysResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Local_HoldKeysServer = grpc.BidiStreamingServer[HoldKeysRequest, HoldKeysResponse]
+
 // Local_ServiceDesc is the grpc.ServiceDesc for Local service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -256,6 +296,12 @@ var Local_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Report",
 			Handler:       _Local_Report_Handler,
+			ClientStreams: true,
+		},
+		{
+			StreamName:    "HoldKeys",
+			Handler:       _Local_HoldKeys_Handler,
+			ServerStreams: true,
 			ClientStreams: true,
 		},
 	},

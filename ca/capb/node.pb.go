@@ -87,6 +87,63 @@ func (Refusal) EnumDescriptor() ([]byte, []int) {
 	return file_ca_capb_node_proto_rawDescGZIP(), []int{0}
 }
 
+// KeyDelivery is who makes the key of a workload's X509-SVIDs.
+type KeyDelivery int32
+
+const (
+	// As KEY_DELIVERY_AGENT.
+	KeyDelivery_KEY_DELIVERY_UNSPECIFIED KeyDelivery = 0
+	// The agent, which hands it over (SPIFFE Workload API).
+	KeyDelivery_KEY_DELIVERY_AGENT KeyDelivery = 1
+	// The workload, which shows a CSR (merlon.agent.v1.Local); no call hands out a key.
+	KeyDelivery_KEY_DELIVERY_WORKLOAD KeyDelivery = 2
+	// Either, as the workload asks.
+	KeyDelivery_KEY_DELIVERY_BOTH KeyDelivery = 3
+)
+
+// Enum value maps for KeyDelivery.
+var (
+	KeyDelivery_name = map[int32]string{
+		0: "KEY_DELIVERY_UNSPECIFIED",
+		1: "KEY_DELIVERY_AGENT",
+		2: "KEY_DELIVERY_WORKLOAD",
+		3: "KEY_DELIVERY_BOTH",
+	}
+	KeyDelivery_value = map[string]int32{
+		"KEY_DELIVERY_UNSPECIFIED": 0,
+		"KEY_DELIVERY_AGENT":       1,
+		"KEY_DELIVERY_WORKLOAD":    2,
+		"KEY_DELIVERY_BOTH":        3,
+	}
+)
+
+func (x KeyDelivery) Enum() *KeyDelivery {
+	p := new(KeyDelivery)
+	*p = x
+	return p
+}
+
+func (x KeyDelivery) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (KeyDelivery) Descriptor() protoreflect.EnumDescriptor {
+	return file_ca_capb_node_proto_enumTypes[1].Descriptor()
+}
+
+func (KeyDelivery) Type() protoreflect.EnumType {
+	return &file_ca_capb_node_proto_enumTypes[1]
+}
+
+func (x KeyDelivery) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use KeyDelivery.Descriptor instead.
+func (KeyDelivery) EnumDescriptor() ([]byte, []int) {
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{1}
+}
+
 type AttestRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The evidence. Exactly one kind.
@@ -1508,7 +1565,8 @@ type Entry struct {
 	Role Role `protobuf:"varint,14,opt,name=role,proto3,enum=merlon.ca.v1.Role" json:"role,omitempty"`
 	// Of a registrar: the path at or below which its SPIFFE IDs lie, such as
 	// "/ns/shop".
-	RolePrefix    string `protobuf:"bytes,15,opt,name=role_prefix,json=rolePrefix,proto3" json:"role_prefix,omitempty"`
+	RolePrefix    string      `protobuf:"bytes,15,opt,name=role_prefix,json=rolePrefix,proto3" json:"role_prefix,omitempty"`
+	KeyDelivery   KeyDelivery `protobuf:"varint,16,opt,name=key_delivery,json=keyDelivery,proto3,enum=merlon.ca.v1.KeyDelivery" json:"key_delivery,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1646,6 +1704,13 @@ func (x *Entry) GetRolePrefix() string {
 		return x.RolePrefix
 	}
 	return ""
+}
+
+func (x *Entry) GetKeyDelivery() KeyDelivery {
+	if x != nil {
+		return x.KeyDelivery
+	}
+	return KeyDelivery_KEY_DELIVERY_UNSPECIFIED
 }
 
 // Selector is one proved fact about a workload, such as unix:uid:1000.
@@ -2167,7 +2232,7 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\rSignJWTResult\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\x05R\x04code\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage\"\xb9\x04\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"\xf7\x04\n" +
 	"\x05Entry\x12\x19\n" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x1b\n" +
@@ -2188,7 +2253,8 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"created_at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12&\n" +
 	"\x04role\x18\x0e \x01(\x0e2\x12.merlon.ca.v1.RoleR\x04role\x12\x1f\n" +
 	"\vrole_prefix\x18\x0f \x01(\tR\n" +
-	"rolePrefix\"4\n" +
+	"rolePrefix\x12<\n" +
+	"\fkey_delivery\x18\x10 \x01(\x0e2\x19.merlon.ca.v1.KeyDeliveryR\vkeyDelivery\"4\n" +
 	"\bSelector\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value\"\xd2\x01\n" +
@@ -2226,7 +2292,12 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x14REFUSAL_AGENT_BANNED\x10\x01\x12\x19\n" +
 	"\x15REFUSAL_AGENT_EVICTED\x10\x02\x12\x18\n" +
 	"\x14REFUSAL_SVID_REVOKED\x10\x03\x12\x19\n" +
-	"\x15REFUSAL_AGENT_UNKNOWN\x10\x042\x84\x03\n" +
+	"\x15REFUSAL_AGENT_UNKNOWN\x10\x04*u\n" +
+	"\vKeyDelivery\x12\x1c\n" +
+	"\x18KEY_DELIVERY_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12KEY_DELIVERY_AGENT\x10\x01\x12\x19\n" +
+	"\x15KEY_DELIVERY_WORKLOAD\x10\x02\x12\x15\n" +
+	"\x11KEY_DELIVERY_BOTH\x10\x032\x84\x03\n" +
 	"\x04Node\x12L\n" +
 	"\x06Attest\x12\x1b.merlon.ca.v1.AttestRequest\x1a\x1c.merlon.ca.v1.AttestResponse\"\a\xaa\xed\x18\x03\n" +
 	"\x01\x01\x12I\n" +
@@ -2251,84 +2322,86 @@ func file_ca_capb_node_proto_rawDescGZIP() []byte {
 	return file_ca_capb_node_proto_rawDescData
 }
 
-var file_ca_capb_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_ca_capb_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
 var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_ca_capb_node_proto_goTypes = []any{
 	(Refusal)(0),                  // 0: merlon.ca.v1.Refusal
-	(*AttestRequest)(nil),         // 1: merlon.ca.v1.AttestRequest
-	(*OwnSvid)(nil),               // 2: merlon.ca.v1.OwnSvid
-	(*X509Pop)(nil),               // 3: merlon.ca.v1.X509Pop
-	(*K8SToken)(nil),              // 4: merlon.ca.v1.K8sToken
-	(*AttestResponse)(nil),        // 5: merlon.ca.v1.AttestResponse
-	(*RenewRequest)(nil),          // 6: merlon.ca.v1.RenewRequest
-	(*RenewResponse)(nil),         // 7: merlon.ca.v1.RenewResponse
-	(*SyncRequest)(nil),           // 8: merlon.ca.v1.SyncRequest
-	(*Seen)(nil),                  // 9: merlon.ca.v1.Seen
-	(*LogState)(nil),              // 10: merlon.ca.v1.LogState
-	(*LogCheckpoint)(nil),         // 11: merlon.ca.v1.LogCheckpoint
-	(*SyncAck)(nil),               // 12: merlon.ca.v1.SyncAck
-	(*SyncResponse)(nil),          // 13: merlon.ca.v1.SyncResponse
-	(*SignRequest)(nil),           // 14: merlon.ca.v1.SignRequest
-	(*SignItem)(nil),              // 15: merlon.ca.v1.SignItem
-	(*SignResponse)(nil),          // 16: merlon.ca.v1.SignResponse
-	(*SignResult)(nil),            // 17: merlon.ca.v1.SignResult
-	(*AskAnotherReplica)(nil),     // 18: merlon.ca.v1.AskAnotherReplica
-	(*SignJWTRequest)(nil),        // 19: merlon.ca.v1.SignJWTRequest
-	(*SignJWTItem)(nil),           // 20: merlon.ca.v1.SignJWTItem
-	(*SignJWTResponse)(nil),       // 21: merlon.ca.v1.SignJWTResponse
-	(*SignJWTResult)(nil),         // 22: merlon.ca.v1.SignJWTResult
-	(*Entry)(nil),                 // 23: merlon.ca.v1.Entry
-	(*Selector)(nil),              // 24: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),           // 25: merlon.ca.v1.TrustBundle
-	(*PolicyBundle)(nil),          // 26: merlon.ca.v1.PolicyBundle
-	(*PolicyKey)(nil),             // 27: merlon.ca.v1.PolicyKey
-	(*Revocation)(nil),            // 28: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil), // 29: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 30: google.protobuf.Duration
-	(Role)(0),                     // 31: merlon.ca.v1.Role
+	(KeyDelivery)(0),              // 1: merlon.ca.v1.KeyDelivery
+	(*AttestRequest)(nil),         // 2: merlon.ca.v1.AttestRequest
+	(*OwnSvid)(nil),               // 3: merlon.ca.v1.OwnSvid
+	(*X509Pop)(nil),               // 4: merlon.ca.v1.X509Pop
+	(*K8SToken)(nil),              // 5: merlon.ca.v1.K8sToken
+	(*AttestResponse)(nil),        // 6: merlon.ca.v1.AttestResponse
+	(*RenewRequest)(nil),          // 7: merlon.ca.v1.RenewRequest
+	(*RenewResponse)(nil),         // 8: merlon.ca.v1.RenewResponse
+	(*SyncRequest)(nil),           // 9: merlon.ca.v1.SyncRequest
+	(*Seen)(nil),                  // 10: merlon.ca.v1.Seen
+	(*LogState)(nil),              // 11: merlon.ca.v1.LogState
+	(*LogCheckpoint)(nil),         // 12: merlon.ca.v1.LogCheckpoint
+	(*SyncAck)(nil),               // 13: merlon.ca.v1.SyncAck
+	(*SyncResponse)(nil),          // 14: merlon.ca.v1.SyncResponse
+	(*SignRequest)(nil),           // 15: merlon.ca.v1.SignRequest
+	(*SignItem)(nil),              // 16: merlon.ca.v1.SignItem
+	(*SignResponse)(nil),          // 17: merlon.ca.v1.SignResponse
+	(*SignResult)(nil),            // 18: merlon.ca.v1.SignResult
+	(*AskAnotherReplica)(nil),     // 19: merlon.ca.v1.AskAnotherReplica
+	(*SignJWTRequest)(nil),        // 20: merlon.ca.v1.SignJWTRequest
+	(*SignJWTItem)(nil),           // 21: merlon.ca.v1.SignJWTItem
+	(*SignJWTResponse)(nil),       // 22: merlon.ca.v1.SignJWTResponse
+	(*SignJWTResult)(nil),         // 23: merlon.ca.v1.SignJWTResult
+	(*Entry)(nil),                 // 24: merlon.ca.v1.Entry
+	(*Selector)(nil),              // 25: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),           // 26: merlon.ca.v1.TrustBundle
+	(*PolicyBundle)(nil),          // 27: merlon.ca.v1.PolicyBundle
+	(*PolicyKey)(nil),             // 28: merlon.ca.v1.PolicyKey
+	(*Revocation)(nil),            // 29: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil), // 30: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 31: google.protobuf.Duration
+	(Role)(0),                     // 32: merlon.ca.v1.Role
 }
 var file_ca_capb_node_proto_depIdxs = []int32{
-	3,  // 0: merlon.ca.v1.AttestRequest.x509pop:type_name -> merlon.ca.v1.X509Pop
-	4,  // 1: merlon.ca.v1.AttestRequest.k8s:type_name -> merlon.ca.v1.K8sToken
-	2,  // 2: merlon.ca.v1.AttestRequest.own_svid:type_name -> merlon.ca.v1.OwnSvid
-	25, // 3: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	25, // 4: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	12, // 5: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
-	9,  // 6: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
-	10, // 7: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
-	23, // 8: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
-	25, // 9: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	28, // 10: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	26, // 11: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	29, // 12: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
-	11, // 13: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
-	30, // 14: merlon.ca.v1.SyncResponse.upstream_age:type_name -> google.protobuf.Duration
-	15, // 15: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
-	17, // 16: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
-	20, // 17: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
-	22, // 18: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
-	24, // 19: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
-	29, // 20: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	29, // 21: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	31, // 22: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
-	30, // 23: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
-	27, // 24: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
-	29, // 25: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	1,  // 26: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
-	6,  // 27: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
-	8,  // 28: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
-	14, // 29: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
-	19, // 30: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
-	5,  // 31: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
-	7,  // 32: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
-	13, // 33: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
-	16, // 34: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
-	21, // 35: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
-	31, // [31:36] is the sub-list for method output_type
-	26, // [26:31] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	4,  // 0: merlon.ca.v1.AttestRequest.x509pop:type_name -> merlon.ca.v1.X509Pop
+	5,  // 1: merlon.ca.v1.AttestRequest.k8s:type_name -> merlon.ca.v1.K8sToken
+	3,  // 2: merlon.ca.v1.AttestRequest.own_svid:type_name -> merlon.ca.v1.OwnSvid
+	26, // 3: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	26, // 4: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	13, // 5: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
+	10, // 6: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
+	11, // 7: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
+	24, // 8: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
+	26, // 9: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	29, // 10: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	27, // 11: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	30, // 12: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
+	12, // 13: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
+	31, // 14: merlon.ca.v1.SyncResponse.upstream_age:type_name -> google.protobuf.Duration
+	16, // 15: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
+	18, // 16: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
+	21, // 17: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
+	23, // 18: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
+	25, // 19: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
+	30, // 20: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	30, // 21: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	32, // 22: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
+	1,  // 23: merlon.ca.v1.Entry.key_delivery:type_name -> merlon.ca.v1.KeyDelivery
+	31, // 24: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
+	28, // 25: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
+	30, // 26: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	2,  // 27: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
+	7,  // 28: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
+	9,  // 29: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
+	15, // 30: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
+	20, // 31: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
+	6,  // 32: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
+	8,  // 33: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
+	14, // 34: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
+	17, // 35: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
+	22, // 36: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
+	32, // [32:37] is the sub-list for method output_type
+	27, // [27:32] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_node_proto_init() }
@@ -2354,7 +2427,7 @@ func file_ca_capb_node_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_node_proto_rawDesc), len(file_ca_capb_node_proto_rawDesc)),
-			NumEnums:      1,
+			NumEnums:      2,
 			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,

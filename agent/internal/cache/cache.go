@@ -61,8 +61,9 @@ type Cache struct {
 	bySel     map[string]map[*Subscription]struct{}
 	blind     map[workload.Kinds]map[*Subscription]struct{} // kind → streams of which nothing of it was read
 	behind    map[uint64]int                                // trust bundle sequence → streams that were sent it last
-	slots     map[string]*slot
-	kept      map[string]StoredSVID // from the disk, by entry ID; not looked at yet
+	slots     map[slotKey]*slot
+	slotsOf   map[string]map[*slot]struct{} // by entry ID
+	kept      map[string]StoredSVID         // from the disk, by entry ID; not looked at yet
 	queue     []*slot
 	feed      feed
 	coming    update // what is not complete yet
@@ -84,7 +85,7 @@ func New(o Options) *Cache {
 		wake: make(chan struct{}, 1), served: make(chan struct{}, 1), changed: make(chan struct{}, 1),
 		entries: map[string]*Entry{}, index: newIndex(),
 		subs: map[*Subscription]struct{}{}, bySel: map[string]map[*Subscription]struct{}{}, blind: map[workload.Kinds]map[*Subscription]struct{}{},
-		behind: map[uint64]int{}, slots: map[string]*slot{}, kept: map[string]StoredSVID{}, expiries: map[string]*time.Timer{},
+		behind: map[uint64]int{}, slots: map[slotKey]*slot{}, slotsOf: map[string]map[*slot]struct{}{}, kept: map[string]StoredSVID{}, expiries: map[string]*time.Timer{},
 		feed: newFeed(), jwts: newTokens(), asking: &jwtQueue{authority: o.Authority},
 	}
 	c.revocations.Store(svid.NewRevocations(nil))
@@ -180,7 +181,7 @@ func (c *Cache) remove(id string) {
 		delete(c.expiries, id)
 	}
 	c.jwts.forgetEntry(id)
-	c.dropSlot(id)
+	c.dropSlots(id)
 	c.notifyMatching(e)
 }
 
@@ -210,7 +211,7 @@ func (c *Cache) expired(e *Entry) {
 		delete(c.expiries, e.ID)
 	}
 	c.jwts.forgetEntry(e.ID)
-	c.dropSlot(e.ID)
+	c.dropSlots(e.ID)
 	c.notifyMatching(e)
 	signal(c.changed)
 }

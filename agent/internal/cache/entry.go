@@ -30,6 +30,9 @@ type Entry struct {
 	CreatedAt time.Time
 	// ExpiresAt is zero for an entry that does not expire.
 	ExpiresAt time.Time
+	// AgentKey: the agent may make the key of its X509-SVIDs and hand it over.
+	// OwnKey: the workload may make it. One of them, or both.
+	AgentKey, OwnKey bool
 
 	// certificate sums up what else goes into an X509-SVID: when it changes,
 	// the SVID has to be made anew.
@@ -61,6 +64,16 @@ func parseEntry(pb *capb.Entry, td spiffeid.TrustDomain) (*Entry, error) {
 		Revision: pb.GetRevision(),
 		certificate: fmt.Sprintf("%d %q %q", pb.GetX509SvidTtlSeconds(), pb.GetDnsNames(),
 			pb.GetCommonName()),
+	}
+	switch pb.GetKeyDelivery() {
+	case capb.KeyDelivery_KEY_DELIVERY_UNSPECIFIED, capb.KeyDelivery_KEY_DELIVERY_AGENT:
+		e.AgentKey = true
+	case capb.KeyDelivery_KEY_DELIVERY_WORKLOAD:
+		e.OwnKey = true
+	case capb.KeyDelivery_KEY_DELIVERY_BOTH:
+		e.AgentKey, e.OwnKey = true, true
+	default: // of a newer CA: what it forbids is not known
+		return nil, fmt.Errorf("key_delivery %s is not known to this agent", pb.GetKeyDelivery())
 	}
 	if len(e.Hint) > maxHintBytes {
 		e.Hint = ""

@@ -6,6 +6,7 @@ package cache
 
 import (
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -47,15 +48,23 @@ type SVID struct {
 	Entry *Entry
 	// Chain is the leaf and then the intermediates, DER, one after the other.
 	Chain []byte
-	// Key is PKCS#8, DER.
+	// Key is PKCS#8, DER; nil: the workload has it.
 	Key  []byte
 	Peer *svid.Peer
 
 	renewAt time.Time
 }
 
+// slotKey says whose SVID is in a slot: of the entry, for everybody whom the agent
+// gives the key; or for one stream, whose workload holds the key.
+type slotKey struct {
+	entryID string
+	holder  *Subscription
+}
+
 // slot is the place of one entry's SVID. All fields are guarded by Cache.mu.
 type slot struct {
+	key   slotKey
 	entry *Entry
 	svid  *SVID // nil: none that may be served
 	users map[*Subscription]struct{}
@@ -66,6 +75,14 @@ type slot struct {
 	failures int  // since the last success
 	nextTry  time.Time
 	timer    *time.Timer
+
+	// Of a key that the workload holds: whether it was asked for a CSR, that CSR
+	// and its key, and why the last came to nothing.
+	asked   bool
+	wishes  uint64 // how often
+	csr     []byte
+	public  publicKey
+	refusal string
 }
 
 // pending says that the first answer is still to come.
@@ -90,22 +107,43 @@ func (sl *slot) notifyUsers() {
 	}
 }
 
-// slotFor returns the slot of e. c.mu is held.
-func (c *Cache) slotFor(e *Entry) *slot {
-	sl := c.slots[e.ID]
+// slotFor returns the slot of e for holder; nil: whose key the agent makes. c.mu
+// is held.
+func (c *Cache) slotFor(e *Entry, holder *Subscription) *slot {
+	key := slotKey{e.ID, holder}
+	sl := c.slots[key]
 	if sl == nil {
-		sl = &slot{entry: e, svid: c.takeKept(e), users: map[*Subscription]struct{}{}}
-		c.slots[e.ID] = sl
+		sl = &slot{key: key, entry: e, users: map[*Subscription]struct{}{}}
+		if holder == nil {
+			sl.svid = c.takeKept(e)
+		}
+		c.addSlot(sl)
 	}
 	return sl
 }
 
-// dropSlot forgets an entry's SVID. c.mu is held.
-func (c *Cache) dropSlot(id string) {
+func (c *Cache) addSlot(sl *slot) {
+	c.slots[sl.key] = sl
+	if c.slotsOf[sl.key.entryID] == nil {
+		c.slotsOf[sl.key.entryID] = map[*slot]struct{}{}
+	}
+	c.slotsOf[sl.key.entryID][sl] = struct{}{}
+}
+
+// removeSlot forgets one SVID. c.mu is held.
+func (c *Cache) removeSlot(sl *slot) {
+	sl.stopTimer()
+	delete(c.slots, sl.key)
+	if delete(c.slotsOf[sl.key.entryID], sl); len(c.slotsOf[sl.key.entryID]) == 0 {
+		delete(c.slotsOf, sl.key.entryID)
+	}
+}
+
+// dropSlots forgets an entry's SVIDs. c.mu is held.
+func (c *Cache) dropSlots(id string) {
 	delete(c.kept, id)
-	if sl := c.slots[id]; sl != nil {
-		delete(c.slots, id)
-		sl.stopTimer()
+	for sl := range c.slotsOf[id] {
+		c.removeSlot(sl)
 	}
 }
 
@@ -116,13 +154,19 @@ func (sl *slot) stopTimer() {
 	}
 }
 
-// entryChanged carries a changed entry over to its slot. c.mu is held.
+// entryChanged carries a changed entry over to its slots. c.mu is held.
 func (c *Cache) entryChanged(old, e *Entry) {
-	sl := c.slots[e.ID]
-	if sl == nil {
+	for sl := range c.slotsOf[e.ID] {
+		c.carryOver(sl, old, e)
+	}
+}
+
+func (c *Cache) carryOver(sl *slot, old, e *Entry) {
+	sl.entry = e
+	if allowed := e.AgentKey && sl.key.holder == nil || e.OwnKey && sl.key.holder != nil; !allowed {
+		c.removeSlot(sl)
 		return
 	}
-	sl.entry = e
 	switch {
 	case old.SPIFFEID != e.SPIFFEID:
 		sl.withdraw()
@@ -141,7 +185,7 @@ func (c *Cache) entryChanged(old, e *Entry) {
 // timer for the next turn. c.mu is held.
 func (c *Cache) turn(sl *slot) {
 	sl.stopTimer()
-	if c.closed || c.slots[sl.entry.ID] != sl {
+	if c.closed || c.slots[sl.key] != sl {
 		return
 	}
 	now := time.Now()
@@ -151,9 +195,9 @@ func (c *Cache) turn(sl *slot) {
 	}
 	var next time.Time
 	switch {
-	case len(sl.users) == 0 && (sl.svid == nil || sl.reissue):
+	case len(sl.users) == 0 && (sl.svid == nil || sl.reissue || sl.key.holder != nil):
 		if !sl.ordered {
-			delete(c.slots, sl.entry.ID)
+			c.removeSlot(sl)
 		}
 		return
 	case len(sl.users) > 0 && !sl.ordered:
@@ -185,6 +229,14 @@ func (sl *slot) due() time.Time {
 }
 
 func (c *Cache) order(sl *slot) {
+	if sl.key.holder != nil && sl.csr == nil {
+		if !sl.asked {
+			sl.asked = true
+			sl.wishes++
+			sl.notifyUsers()
+		}
+		return
+	}
 	sl.ordered = true
 	c.queue = append(c.queue, sl)
 	signal(c.wake)
@@ -269,10 +321,16 @@ func (c *Cache) stop() {
 
 // want is one SVID on its way.
 type want struct {
-	slot  *slot
-	entry *Entry
-	key   *ecdsa.PrivateKey
-	pkcs8 []byte
+	slot   *slot
+	entry  *Entry
+	csr    []byte
+	public publicKey
+	pkcs8  []byte // nil: the workload has the key
+}
+
+// publicKey is what the keys of package crypto have in common.
+type publicKey interface {
+	Equal(other crypto.PublicKey) bool
 }
 
 func (c *Cache) takeBatch() []want {
@@ -283,9 +341,10 @@ func (c *Cache) takeBatch() []want {
 		sl := c.queue[0]
 		c.queue[0] = nil
 		c.queue = c.queue[1:]
-		if c.slots[sl.entry.ID] == sl {
+		if c.slots[sl.key] == sl {
 			sl.outdated = false
-			batch = append(batch, want{slot: sl, entry: sl.entry})
+			batch = append(batch, want{slot: sl, entry: sl.entry, csr: sl.csr, public: sl.public})
+			sl.csr, sl.public = nil, nil
 		}
 	}
 	return batch
@@ -298,12 +357,13 @@ func (c *Cache) issue(ctx context.Context, batch []want) {
 	items := make([]*capb.SignItem, len(batch))
 	for i := range batch {
 		w := &batch[i]
-		csr, err := w.makeKey()
-		if err != nil {
-			c.settleAll(ctx, batch, err)
-			return
+		if w.csr == nil {
+			if err := w.makeKey(); err != nil {
+				c.settleAll(ctx, batch, err)
+				return
+			}
 		}
-		items[i] = &capb.SignItem{EntryId: w.entry.ID, Csr: csr}
+		items[i] = &capb.SignItem{EntryId: w.entry.ID, Csr: w.csr}
 	}
 	results, err := c.authority.Sign(ctx, items)
 	if err == nil && len(results) != len(items) {
@@ -321,20 +381,22 @@ func (c *Cache) issue(ctx context.Context, batch []want) {
 
 // makeKey makes the key, which never leaves the node, and its CSR. The CA
 // takes nothing but the public key from the CSR; the URI is for its readers.
-func (w *want) makeKey() (csr []byte, err error) {
-	if w.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
-		return nil, fmt.Errorf("make a key: %w", err)
-	}
-	if w.pkcs8, err = x509.MarshalPKCS8PrivateKey(w.key); err != nil {
-		return nil, fmt.Errorf("encode a key: %w", err)
-	}
-	csr, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
-		URIs: []*url.URL{w.entry.SPIFFEID.URL()},
-	}, w.key)
+func (w *want) makeKey() error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return nil, fmt.Errorf("make a CSR: %w", err)
+		return fmt.Errorf("make a key: %w", err)
 	}
-	return csr, nil
+	if w.pkcs8, err = x509.MarshalPKCS8PrivateKey(key); err != nil {
+		return fmt.Errorf("encode a key: %w", err)
+	}
+	w.public = &key.PublicKey
+	w.csr, err = x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
+		URIs: []*url.URL{w.entry.SPIFFEID.URL()},
+	}, key)
+	if err != nil {
+		return fmt.Errorf("make a CSR: %w", err)
+	}
+	return nil
 }
 
 // accept checks that the CA's answer is an SVID for what was asked: it would
@@ -355,7 +417,7 @@ func (c *Cache) accept(w *want, r *capb.SignResult) (*SVID, error) {
 	if peer.ID != w.entry.SPIFFEID {
 		return nil, fmt.Errorf("the CA signed %s, asked for was %s", peer.ID, w.entry.SPIFFEID)
 	}
-	if pub, ok := peer.Leaf.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(&w.key.PublicKey) {
+	if !w.public.Equal(peer.Leaf.PublicKey) {
 		return nil, errors.New("the CA signed another key")
 	}
 	if warning := r.GetWarning(); warning != "" {
@@ -397,7 +459,7 @@ func (c *Cache) settle(ctx context.Context, w want, made *SVID, err error) {
 	defer c.mu.Unlock()
 	sl := w.slot
 	sl.ordered = false
-	if c.slots[w.entry.ID] != sl || c.closed {
+	if c.slots[sl.key] != sl || c.closed {
 		return
 	}
 	if made != nil {
@@ -415,7 +477,7 @@ func (c *Cache) settle(ctx context.Context, w want, made *SVID, err error) {
 		if made.Entry != sl.entry { // its hint changed meanwhile
 			made.Entry = sl.entry
 		}
-		sl.svid, sl.reissue, sl.failures, sl.nextTry = c.hurry(made), false, 0, time.Time{}
+		sl.svid, sl.reissue, sl.failures, sl.nextTry, sl.refusal = c.hurry(made), false, 0, time.Time{}, ""
 		c.log.LogAttrs(ctx, slog.LevelInfo, "SVID issued",
 			slog.String("spiffe_id", made.Peer.ID.String()), slog.String("entry_id", made.Entry.ID),
 			slog.String("serial", made.Peer.SerialHex), slog.Time("not_after", made.Peer.NotAfter))
@@ -437,6 +499,7 @@ func (c *Cache) failed(ctx context.Context, sl *slot, err error) {
 	wait = wait/2 + time.Duration(mathrand.Int64N(int64(wait))) //nolint:gosec // jitter
 	sl.failures++
 	sl.nextTry = time.Now().Add(wait)
+	sl.refusal = refusalFor(err)
 	c.log.LogAttrs(ctx, level, "SVID not issued",
 		slog.String("spiffe_id", sl.entry.SPIFFEID.String()), slog.String("entry_id", sl.entry.ID),
 		slog.Duration("retry_in", wait), slog.Any("err", err))

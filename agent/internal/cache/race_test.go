@@ -48,7 +48,7 @@ func TestRevocationOvertakesAnSVIDOnItsWay(t *testing.T) {
 
 		// The same answer again, accepted before the revocation, settled after.
 		f.mu.Lock()
-		sl := f.slots["e1"]
+		sl := f.slots[slotKey{"e1", nil}]
 		sl.withdraw()
 		sl.ordered, sl.outdated = true, false
 		f.mu.Unlock()
@@ -81,8 +81,8 @@ func TestLateTimersAreCaughtUpWith(t *testing.T) {
 		gone.View(proves("unix:uid:2"), true)
 		take(t, gone, "unix:uid:2")
 		f.mu.Lock()
-		f.slots["e1"].stopTimer()
-		f.slots["e2"].stopTimer()
+		f.slots[slotKey{"e1", nil}].stopTimer()
+		f.slots[slotKey{"e2", nil}].stopTimer()
 		f.expiries["e2"].Stop()
 		f.mu.Unlock()
 		before := f.ca.count()

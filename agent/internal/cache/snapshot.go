@@ -106,7 +106,7 @@ func (c *Cache) Snapshot(agentID string, secrets bool) *Snapshot {
 		return s
 	}
 	for _, sl := range c.slots {
-		if held := sl.svid; held != nil && now.Before(held.Peer.NotAfter) {
+		if held := sl.svid; held != nil && held.Key != nil && now.Before(held.Peer.NotAfter) {
 			s.SVIDs = append(s.SVIDs, StoredSVID{
 				EntryID: held.Entry.ID, Certificate: held.Entry.certificate, Chain: held.Chain, Key: held.Key,
 				RenewAt: held.renewAt, NotAfter: held.Peer.NotAfter,

@@ -18,7 +18,7 @@ type Subscription struct {
 
 	// guarded by c.mu
 	proof     workload.Proof
-	slots     map[string]*slot
+	slots     map[slotKey]*slot
 	delivered uint64 // sequence of the trust bundle sent last; 0 for none
 }
 
@@ -35,13 +35,15 @@ type View struct {
 	// Pending says that an SVID is on its way, and the workload better waits
 	// than gets half an answer.
 	Pending bool
+	// Withheld says that there are Entries whose keys only their workload may make.
+	Withheld bool
 	// Trust is nil before the first trust bundle.
 	Trust *Trust
 }
 
 // Subscribe registers a stream. Close the result.
 func (c *Cache) Subscribe() *Subscription {
-	s := &Subscription{c: c, woken: make(chan struct{}, 1), slots: map[string]*slot{}}
+	s := &Subscription{c: c, woken: make(chan struct{}, 1), slots: map[slotKey]*slot{}}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.subs[s] = struct{}{}
@@ -69,28 +71,23 @@ func (s *Subscription) ViewOf(proof workload.Proof, wanted func([]*Entry) []*Ent
 	c := s.c
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s.register(proof)
-	now := time.Now()
-	unread := c.index.unread(proof)
-	if unread != 0 {
-		s.notify() // an entry came while the process was read
-	}
-	v := View{Current: c.current() && unread == 0, Entries: c.match(proof.Selectors, now), Trust: c.trust.Load()}
+	v := s.look(proof)
 	chosen := wanted(v.Entries)
 	if len(chosen) == 0 && len(s.slots) == 0 {
 		return v
 	}
-	used := make(map[string]*slot, len(chosen))
+	used := make(map[slotKey]*slot, len(chosen))
 	seen := make(map[string]bool, len(chosen))
 	for _, e := range chosen {
+		if !e.AgentKey {
+			v.Withheld = true
+			continue
+		}
 		if seen[e.SPIFFEID.String()] {
 			continue
 		}
 		seen[e.SPIFFEID.String()] = true
-		sl := c.slotFor(e)
-		sl.users[s] = struct{}{}
-		used[e.ID] = sl
-		c.turn(sl)
+		sl := s.use(e, nil, used)
 		if sl.svid != nil {
 			v.SVIDs = append(v.SVIDs, sl.svid)
 		}
@@ -101,8 +98,28 @@ func (s *Subscription) ViewOf(proof workload.Proof, wanted func([]*Entry) []*Ent
 	return v
 }
 
+// look is the part of a View that needs no SVIDs. c.mu is held.
+func (s *Subscription) look(proof workload.Proof) View {
+	c := s.c
+	s.register(proof)
+	unread := c.index.unread(proof)
+	if unread != 0 {
+		s.notify() // an entry came while the process was read
+	}
+	return View{Current: c.current() && unread == 0, Entries: c.match(proof.Selectors, time.Now()), Trust: c.trust.Load()}
+}
+
+// use makes s a user of the slot of e for holder. c.mu is held.
+func (s *Subscription) use(e *Entry, holder *Subscription, used map[slotKey]*slot) *slot {
+	sl := s.c.slotFor(e, holder)
+	sl.users[s] = struct{}{}
+	used[sl.key] = sl
+	s.c.turn(sl)
+	return sl
+}
+
 // release gives up the slots that are not in keep. c.mu is held.
-func (s *Subscription) release(keep map[string]*slot) {
+func (s *Subscription) release(keep map[slotKey]*slot) {
 	for id, sl := range s.slots {
 		if keep[id] != sl {
 			delete(sl.users, s)

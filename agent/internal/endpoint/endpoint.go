@@ -42,6 +42,8 @@ const (
 	RateLimited     = "RATE_LIMITED"           // the caller's user asks for more than his share
 	SlowReader      = "SLOW_READER"            // the caller does not read what he asked for
 	NotEntitled     = "NOT_ENTITLED"           // the caller asked for another identity
+	ByWorkload      = "KEY_DELIVERY_WORKLOAD"  // the caller's entries let its key stay with it
+	ByAgent         = "KEY_DELIVERY_AGENT"     // the caller's entries let the agent make its keys
 )
 
 // syncWait is how long a unary call is held while the agent is not in sync
@@ -138,6 +140,19 @@ func (c *Callers) awaitEntitled(ctx context.Context) (*workload.Process, []*cach
 func NoEntry(pid int32) error {
 	return Error(codes.PermissionDenied, NoMatchingEntry, "no registration entry matches this process",
 		fmt.Sprintf("merlon explain identity --pid %d", pid))
+}
+
+// KeyWithheld says that no key is handed out for the caller's identities. It is
+// PERMISSION_DENIED as the standard has it: by this call he gets none.
+func KeyWithheld() error {
+	return Error(codes.PermissionDenied, ByWorkload, "the registration entries of this process let no key be handed out",
+		"hold the key yourself and send a CSR (merlon.agent.v1.Local/HoldKeys), as sdk.Open does")
+}
+
+// KeysByAgent says that the caller may hold no key itself.
+func KeysByAgent() error {
+	return Error(codes.PermissionDenied, ByAgent, "no registration entry of this process lets it hold its own key",
+		"use the Workload API; or merlon entry create --key-delivery workload")
 }
 
 // NotAmong says that the caller asked for another identity than his. While

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/tap"
 
+	"merlon.dev/agent/agentpb"
 	"merlon.dev/sdk/unixsock"
 )
 
@@ -71,6 +72,7 @@ var calledOnce = map[string]bool{
 	workload.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName:      true,
 	workload.SpiffeWorkloadAPI_FetchX509Bundles_FullMethodName:   true,
 	workload.SpiffeWorkloadAPI_FetchJWTBundles_FullMethodName:    true,
+	agentpb.Local_HoldKeys_FullMethodName:                        true,
 	secretv3.SecretDiscoveryService_StreamSecrets_FullMethodName: true,
 	secretv3.SecretDiscoveryService_DeltaSecrets_FullMethodName:  true,
 	secretv3.SecretDiscoveryService_FetchSecrets_FullMethodName:  true,

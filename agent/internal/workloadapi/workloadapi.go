@@ -85,6 +85,9 @@ func follow[M proto.Message](ctx context.Context, s *Server, svids bool, send fu
 		if len(view.Entries) == 0 && view.Current {
 			return endpoint.NoEntry(p.PID)
 		}
+		if svids && view.Withheld && len(view.SVIDs) == 0 && !view.Pending && view.Current {
+			return endpoint.KeyWithheld()
+		}
 		if complete(view, svids, last != nil) {
 			if m := build(view); last == nil || !proto.Equal(m, last) {
 				if err := s.callers.Alive(ctx); err != nil {

@@ -34,6 +34,7 @@ type entryJSON struct {
 	DNSNames           []string   `json:"dns_names,omitempty"`
 	CommonName         string     `json:"common_name,omitempty"`
 	Hint               string     `json:"hint,omitempty"`
+	KeyDelivery        string     `json:"key_delivery"`
 	Admin              bool       `json:"admin,omitempty"`
 	Role               string     `json:"role,omitempty"`
 	RolePrefix         string     `json:"role_prefix,omitempty"`
@@ -46,7 +47,7 @@ func newEntryJSON(e *capb.Entry) entryJSON {
 	return entryJSON{
 		EntryID: e.GetEntryId(), SPIFFEID: e.GetSpiffeId(), ParentID: e.GetParentId(), Selectors: selectorStrings(e.GetSelectors()),
 		X509SVIDTTLSeconds: e.GetX509SvidTtlSeconds(), JWTSVIDTTLSeconds: e.GetJwtSvidTtlSeconds(),
-		DNSNames: e.GetDnsNames(), CommonName: e.GetCommonName(), Hint: e.GetHint(), Admin: e.GetAdmin(),
+		DNSNames: e.GetDnsNames(), CommonName: e.GetCommonName(), Hint: e.GetHint(), KeyDelivery: deliveryText(e.GetKeyDelivery()), Admin: e.GetAdmin(),
 		Role: roleText(e.GetRole()), RolePrefix: e.GetRolePrefix(),
 		ExpiresAt: timeOf(e.GetExpiresAt()), CreatedAt: timeOf(e.GetCreatedAt()), Revision: e.GetRevision(),
 	}
@@ -72,12 +73,13 @@ func printEntry(w io.Writer, o *options, e *capb.Entry) error {
 		"entry_id", e.GetEntryId(), "spiffe_id", e.GetSpiffeId(), "parent_id", e.GetParentId(),
 		"selectors", strings.Join(selectorStrings(e.GetSelectors()), " "), "x509_svid_ttl", ttl,
 		"dns_names", strings.Join(e.GetDnsNames(), " "), "common_name", e.GetCommonName(),
-		"hint", e.GetHint(), "role", roleText(e.GetRole()), "role_prefix", e.GetRolePrefix(), "expires_at", formatTime(e.GetExpiresAt()))
+		"hint", e.GetHint(), "key_delivery", deliveryText(e.GetKeyDelivery()), "role", roleText(e.GetRole()), "role_prefix", e.GetRolePrefix(), "expires_at", formatTime(e.GetExpiresAt()))
 }
 
 // entryFlags are the fields of a new entry as typed.
 type entryFlags struct {
 	spiffeID, parent, commonName, hint, expires string
+	delivery                                    string
 	selectors, dnsNames                         []string
 	ttl, jwtTTL                                 time.Duration
 	admin                                       bool
@@ -114,6 +116,7 @@ func entryCreate(o *options) *cobra.Command {
 	fl.StringArrayVar(&f.dnsNames, "dns", nil, "DNS name to put into the X509-SVID (repeatable)")
 	fl.StringVar(&f.commonName, "cn", "", "common name of the subject, for software that cannot read URI SANs")
 	fl.StringVar(&f.hint, "hint", "", "hint by which a workload with several identities tells them apart")
+	fl.StringVar(&f.delivery, "key-delivery", "agent", "who makes the key of X509-SVIDs: agent (the Workload API hands it over), workload (by CSR; no call hands it over) or both")
 	fl.StringVar(&f.role, "role", "", "role in which the workload may administer the CA: viewer, registrar, policy-publisher or operator")
 	fl.StringVar(&f.rolePrefix, "role-prefix", "", "path at or below which the SPIFFE IDs of a registrar lie, such as /ns/shop")
 	fl.BoolVar(&f.admin, "allow-admin", false, "the workload may administer the CA: --role operator")
@@ -138,8 +141,13 @@ func (f *entryFlags) entry() (*capb.Entry, error) {
 	if err != nil {
 		return nil, err
 	}
+	delivery, err := f.givenDelivery()
+	if err != nil {
+		return nil, err
+	}
 	e := &capb.Entry{
-		Role: given, RolePrefix: f.rolePrefix,
+		KeyDelivery: delivery,
+		Role:        given, RolePrefix: f.rolePrefix,
 		SpiffeId: f.spiffeID, ParentId: f.parent, DnsNames: f.dnsNames, CommonName: f.commonName,
 		Hint: f.hint, Admin: given == capb.Role_ROLE_OPERATOR, // for a CA that knows no roles
 		X509SvidTtlSeconds: int64(f.ttl / time.Second), JwtSvidTtlSeconds: int64(f.jwtTTL / time.Second),
@@ -169,6 +177,23 @@ func roleText(r capb.Role) string {
 		return ""
 	}
 	return strings.ReplaceAll(strings.ToLower(strings.TrimPrefix(r.String(), roleEnum)), "_", "-")
+}
+
+// deliveryText is a way of the key as the flag has it.
+func deliveryText(d capb.KeyDelivery) string {
+	if d == capb.KeyDelivery_KEY_DELIVERY_UNSPECIFIED {
+		d = capb.KeyDelivery_KEY_DELIVERY_AGENT // of a CA that knows no other
+	}
+	return strings.ToLower(strings.TrimPrefix(d.String(), "KEY_DELIVERY_"))
+}
+
+func (f *entryFlags) givenDelivery() (capb.KeyDelivery, error) {
+	for n := range capb.KeyDelivery_name {
+		if d := capb.KeyDelivery(n); n != 0 && deliveryText(d) == f.delivery {
+			return d, nil
+		}
+	}
+	return 0, usageError{fmt.Sprintf("--key-delivery %q is not known", f.delivery), "agent, workload or both"}
 }
 
 func (f *entryFlags) givenRole() (capb.Role, error) {

@@ -28,6 +28,9 @@ func entryFromProto(p *capb.Entry) (*entry.Entry, error) {
 	if e.Role, err = roleFromProto(p); err != nil {
 		return nil, err
 	}
+	if e.KeyDelivery, err = deliveryFromProto(p.GetKeyDelivery()); err != nil {
+		return nil, err
+	}
 	if e.SPIFFEID, err = entry.ParseID("spiffe_id", p.GetSpiffeId()); err != nil {
 		return nil, err
 	}
@@ -80,13 +83,41 @@ func roleFromProto(p *capb.Entry) (role.Role, error) {
 	return r, nil
 }
 
+// deliveries are the ways of a key as the protos have them.
+var deliveries = map[capb.KeyDelivery]entry.KeyDelivery{
+	capb.KeyDelivery_KEY_DELIVERY_UNSPECIFIED: entry.ByAgent,
+	capb.KeyDelivery_KEY_DELIVERY_AGENT:       entry.ByAgent,
+	capb.KeyDelivery_KEY_DELIVERY_WORKLOAD:    entry.ByWorkload,
+	capb.KeyDelivery_KEY_DELIVERY_BOTH:        entry.ByEither,
+}
+
+func deliveryFromProto(d capb.KeyDelivery) (entry.KeyDelivery, error) {
+	known, ok := deliveries[d]
+	if !ok {
+		return "", &entry.InvalidError{Field: "key_delivery", Reason: fmt.Sprintf("%s is not known", d)}
+	}
+	return known, nil
+}
+
+func deliveryToProto(d entry.KeyDelivery) capb.KeyDelivery {
+	switch d {
+	case entry.ByWorkload:
+		return capb.KeyDelivery_KEY_DELIVERY_WORKLOAD
+	case entry.ByEither:
+		return capb.KeyDelivery_KEY_DELIVERY_BOTH
+	default:
+		return capb.KeyDelivery_KEY_DELIVERY_AGENT
+	}
+}
+
 func entryToProto(e *entry.Entry) *capb.Entry {
 	p := &capb.Entry{
 		EntryId: e.ID, SpiffeId: e.SPIFFEID.String(), ParentId: e.ParentID.String(),
 		X509SvidTtlSeconds: int64(e.X509SVIDTTL / time.Second), JwtSvidTtlSeconds: int64(e.JWTSVIDTTL / time.Second),
 		DnsNames: e.DNSNames, CommonName: e.CommonName, Hint: e.Hint,
 		Admin: e.Role.Name == role.Operator, Role: roleToProto(e.Role.Name), RolePrefix: e.Role.Prefix,
-		ExpiresAt: timestamp(e.ExpiresAt), Revision: e.Revision, CreatedAt: timestamp(e.CreatedAt),
+		KeyDelivery: deliveryToProto(e.KeyDelivery),
+		ExpiresAt:   timestamp(e.ExpiresAt), Revision: e.Revision, CreatedAt: timestamp(e.CreatedAt),
 	}
 	p.Selectors = selectorsToProto(e.Selectors)
 	return p

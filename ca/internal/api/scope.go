@@ -79,7 +79,7 @@ func (s *Service) mayRegister(c *Caller, e *entry.Entry) error {
 func registrars(e *entry.Entry) *entry.Entry {
 	return &entry.Entry{
 		SPIFFEID: e.SPIFFEID, ParentID: e.ParentID, Selectors: e.Selectors,
-		X509SVIDTTL: e.X509SVIDTTL, JWTSVIDTTL: e.JWTSVIDTTL, Hint: e.Hint, ExpiresAt: e.ExpiresAt,
+		X509SVIDTTL: e.X509SVIDTTL, JWTSVIDTTL: e.JWTSVIDTTL, Hint: e.Hint, KeyDelivery: e.KeyDelivery, ExpiresAt: e.ExpiresAt,
 	}
 }
 

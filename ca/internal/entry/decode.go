@@ -44,19 +44,22 @@ func decodeJSON(b []byte) (*Entry, error) {
 	if err := json.Unmarshal(b, &s); err != nil {
 		return nil, fmt.Errorf("decode registration entry: %w", err)
 	}
-	if s.Version > encodingVersion {
-		return nil, fmt.Errorf("decode registration entry %q: version %d: %w, which writes %d", s.ID, s.Version, ErrNewer, encodingVersion)
+	if s.Version > deliveryVersion {
+		return nil, fmt.Errorf("decode registration entry %q: version %d: %w, which writes %d", s.ID, s.Version, ErrNewer, deliveryVersion)
 	}
-	if s.Version != encodingVersion {
+	if s.Version < encodingVersion {
 		return nil, fmt.Errorf("decode registration entry %q: version %d is not known; this Merlon writes %d", s.ID, s.Version, encodingVersion)
 	}
 	e := &Entry{
 		ID: s.ID, SPIFFEID: s.SPIFFEID, ParentID: s.ParentID,
 		X509SVIDTTL: time.Duration(s.X509SVIDTTL), JWTSVIDTTL: time.Duration(s.JWTSVIDTTL),
-		DNSNames: s.DNSNames, CommonName: s.CommonName, Hint: s.Hint,
+		DNSNames: s.DNSNames, CommonName: s.CommonName, Hint: s.Hint, KeyDelivery: s.KeyDelivery,
 		ExpiresAt: s.ExpiresAt, CreatedAt: s.CreatedAt,
 	}
 	if err := e.setRole(s.Admin, s.Role, s.RolePrefix); err != nil {
+		return nil, fmt.Errorf("decode registration entry %s: %w", s.ID, err)
+	}
+	if err := checkKeyDelivery(e.KeyDelivery); err != nil {
 		return nil, fmt.Errorf("decode registration entry %s: %w", s.ID, err)
 	}
 	for _, text := range s.Selectors {
@@ -75,7 +78,9 @@ func (d *Decoder) cut(b []byte) *Entry {
 	c := cursor{rest: b}
 	d.text, d.lens = d.text[:0], d.lens[:0]
 	e := &Entry{}
-	c.want(`{"v":1,"id":"`)
+	if !c.has(`{"v":2,"id":"`) {
+		c.want(`{"v":1,"id":"`)
+	}
 	d.keep(c.text())
 	c.want(`,"spiffe_id":"`)
 	d.keep(c.text())
@@ -101,6 +106,9 @@ func (d *Decoder) cut(b []byte) *Entry {
 	if hint {
 		d.keep(c.text())
 	}
+	if c.has(`,"key_delivery":"`) {
+		e.KeyDelivery = KeyDelivery(c.text())
+	}
 	operator := c.has(`,"admin":true`)
 	var name, prefix string
 	if c.has(`,"role":"`) { // few have one
@@ -119,7 +127,7 @@ func (d *Decoder) cut(b []byte) *Entry {
 	if c.odd || len(c.rest) > 0 {
 		return nil
 	}
-	if e.setRole(operator, role.Name(name), prefix) != nil {
+	if e.setRole(operator, role.Name(name), prefix) != nil || checkKeyDelivery(e.KeyDelivery) != nil {
 		return nil
 	}
 	p := pieces{text: string(d.text), lens: d.lens}

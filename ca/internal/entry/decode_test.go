@@ -88,6 +88,7 @@ func TestOrdinaryEntriesAreReadTheShortWay(t *testing.T) {
 		"TTLs":        func(e *Entry) { e.X509SVIDTTL, e.JWTSVIDTTL = time.Hour, time.Minute },
 		"names":       func(e *Entry) { e.DNSNames, e.CommonName = []string{"a.test", "b.test"}, "a" },
 		"admin, hint": func(e *Entry) { e.Role.Name, e.Hint = role.Operator, "for the shop's owner" },
+		"own key":     func(e *Entry) { e.KeyDelivery, e.Hint = ByWorkload, "h" },
 		"viewer":      func(e *Entry) { e.Role.Name = role.Viewer },
 		"registrar":   func(e *Entry) { e.Role = role.Role{Name: role.Registrar, Prefix: "/ns/shop"} },
 		"times":       func(e *Entry) { e.CreatedAt, e.ExpiresAt = now, now.Add(time.Hour) },

@@ -13,7 +13,12 @@ import (
 	"merlon.dev/ca/internal/role"
 )
 
-const encodingVersion = 1
+const (
+	encodingVersion = 1
+	// deliveryVersion is that of an entry that keeps a key from being handed out: a
+	// Merlon that does not know the field must not read it without.
+	deliveryVersion = 2
+)
 
 // ErrNewer says that a record was written by a Merlon that knows more.
 var ErrNewer = errors.New("written by a newer Merlon than this one")
@@ -29,6 +34,7 @@ type stored struct {
 	DNSNames    []string    `json:"dns_names,omitempty"`
 	CommonName  string      `json:"common_name,omitempty"`
 	Hint        string      `json:"hint,omitempty"`
+	KeyDelivery KeyDelivery `json:"key_delivery,omitempty"`
 	// Admin is the role operator, as every Merlon writes it; Role is any other:
 	// one that does not know it reads an entry without power.
 	Admin      bool      `json:"admin,omitempty"`
@@ -43,12 +49,15 @@ func Encode(e *Entry) ([]byte, error) {
 	s := stored{
 		Version: encodingVersion, ID: e.ID, SPIFFEID: e.SPIFFEID, ParentID: e.ParentID,
 		X509SVIDTTL: int64(e.X509SVIDTTL), JWTSVIDTTL: int64(e.JWTSVIDTTL),
-		DNSNames: e.DNSNames, CommonName: e.CommonName, Hint: e.Hint,
+		DNSNames: e.DNSNames, CommonName: e.CommonName, Hint: e.Hint, KeyDelivery: e.KeyDelivery,
 		Admin: e.Role.Name == role.Operator, Role: e.Role.Name, RolePrefix: e.Role.Prefix,
 		ExpiresAt: e.ExpiresAt.UTC(), CreatedAt: e.CreatedAt.UTC(),
 	}
 	if s.Admin {
 		s.Role = ""
+	}
+	if e.KeyDelivery != ByAgent {
+		s.Version = deliveryVersion
 	}
 	for _, sel := range e.Selectors {
 		s.Selectors = append(s.Selectors, sel.String())

@@ -54,6 +54,8 @@ type Entry struct {
 	// CommonName is the subject's, for software that cannot read URI SANs.
 	CommonName string
 	Hint       string
+	// KeyDelivery says who makes the key of its X509-SVIDs.
+	KeyDelivery KeyDelivery
 	// Role lets the workload administer the CA; zero does not.
 	Role role.Role
 	// ExpiresAt is when the entry stops to hold; zero for never.
@@ -63,6 +65,20 @@ type Entry struct {
 	Revision  uint64
 	CreatedAt time.Time
 }
+
+// KeyDelivery says who makes the key of a workload's X509-SVIDs, and with it which
+// call gives them out. It is the agent that keeps to it.
+type KeyDelivery string
+
+// The ways of a key.
+const (
+	// ByAgent: the agent makes it and hands it over, as the SPIFFE Workload API has it.
+	ByAgent KeyDelivery = ""
+	// ByWorkload: the workload makes it, shows a CSR, and never gives it away.
+	ByWorkload KeyDelivery = "workload"
+	// ByEither: as the workload asks.
+	ByEither KeyDelivery = "both"
+)
 
 // InvalidError reports a registration entry, or another thing an operator
 // asked for, that the CA refuses to store.
@@ -147,6 +163,7 @@ func (e *Entry) Validate(td spiffeid.TrustDomain, now time.Time) error {
 		func() *InvalidError { return checkDNSNames(e.DNSNames) },
 		func() *InvalidError { return checkCommonName(e.CommonName) },
 		func() *InvalidError { return checkText("hint", e.Hint, maxHintBytes) },
+		func() *InvalidError { return checkKeyDelivery(e.KeyDelivery) },
 		func() *InvalidError { return checkRole(e.Role) },
 		func() *InvalidError { return e.checkExpiry(now) },
 	} {
@@ -181,6 +198,14 @@ func TTLFromSeconds(field string, seconds int64) (time.Duration, error) {
 		return 0, invalid(field, "%d seconds is not between 0 and %d", seconds, int64(MaxSVIDTTL/time.Second))
 	}
 	return time.Duration(seconds) * time.Second, nil
+}
+
+func checkKeyDelivery(d KeyDelivery) *InvalidError {
+	switch d {
+	case ByAgent, ByWorkload, ByEither:
+		return nil
+	}
+	return invalid("key_delivery", "%q is not known", d)
 }
 
 func checkRole(r role.Role) *InvalidError {

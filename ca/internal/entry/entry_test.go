@@ -129,6 +129,7 @@ func TestRefusesBadEntriesNamingTheField(t *testing.T) {
 		"U+2028 in hint":    {func(e *Entry) { e.Hint = "a\u2028b" }, "hint"},
 		"bad UTF-8 in hint": {func(e *Entry) { e.Hint = "\xff" }, "hint"},
 		"long hint":         {func(e *Entry) { e.Hint = strings.Repeat("h", 1025) }, "hint"},
+		"key delivery":      {func(e *Entry) { e.KeyDelivery = "nobody" }, "key_delivery"},
 		"expired":           {func(e *Entry) { e.ExpiresAt = now }, "expires_at"},
 		"year 10000":        {func(e *Entry) { e.ExpiresAt = time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC) }, "expires_at"},
 	} {
@@ -257,6 +258,7 @@ var genEntry = rapid.Custom(func(t *rapid.T) *Entry {
 		DNSNames:    rapid.SliceOfNDistinct(rapid.StringMatching(`[a-z]{1,9}\.test`), 0, 3, rapid.ID[string]).Draw(t, "dns"),
 		CommonName:  rapid.StringMatching(`([!-~ä][ -~ä]{0,30}[!-~ä])?`).Draw(t, "cn"),
 		Hint:        rapid.StringMatching(`[ -~]{0,30}`).Draw(t, "hint"),
+		KeyDelivery: rapid.SampledFrom([]KeyDelivery{ByAgent, ByWorkload, ByEither}).Draw(t, "key delivery"),
 		Role:        rapid.SampledFrom(someRoles).Draw(t, "role"),
 		CreatedAt:   now.Add(time.Duration(rapid.Int64Range(0, 1e15).Draw(t, "created"))),
 	}
@@ -289,12 +291,23 @@ func TestDecodeUndoesEncode(t *testing.T) {
 	})
 }
 
+// A Merlon that does not know the ways of a key must not hand one out.
+func TestEntryThatKeepsAKeyIsOfANewerVersion(t *testing.T) {
+	for delivery, want := range map[KeyDelivery]string{ByAgent: `{"v":1,`, ByWorkload: `{"v":2,`, ByEither: `{"v":2,`} {
+		e := valid()
+		e.KeyDelivery = delivery
+		if b, err := Encode(e); err != nil || !strings.HasPrefix(string(b), want) {
+			t.Errorf("Encode() with %q = %s, %v; want %s", delivery, b, err, want)
+		}
+	}
+}
+
 func TestDecodeRefusesANewerVersion(t *testing.T) {
 	b, err := Encode(valid())
 	if err != nil {
 		t.Fatal(err)
 	}
-	newer := strings.Replace(string(b), `"v":1`, `"v":2`, 1)
+	newer := strings.Replace(string(b), `"v":1`, `"v":3`, 1)
 	if _, err := Decode([]byte(newer)); err == nil {
 		t.Fatal("Decode took a newer version")
 	}

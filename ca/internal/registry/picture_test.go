@@ -283,7 +283,7 @@ func TestEntryOfANewerMerlonEndsTheRegistry(t *testing.T) {
 	done := make(chan error, 1)
 	go func() { done <- r.Run(t.Context()) }()
 	op := encoded(t, &entry.Entry{ID: entry.NewID(), ParentID: nodeA, SPIFFEID: nodeB, Selectors: []entry.Selector{{Type: "unix", Value: "uid:1"}}})
-	op.Value = bytes.Replace(op.Value, []byte(`"v":1`), []byte(`"v":2`), 1)
+	op.Value = bytes.Replace(op.Value, []byte(`"v":1`), []byte(`"v":3`), 1)
 	if _, err := st.Txn(t.Context(), nil, []store.Op{op}, nil); err != nil {
 		t.Fatal(err)
 	}
