@@ -146,10 +146,12 @@ func (s *Service) takeOver(ctx context.Context, caller *Caller, p *capb.SharedRe
 		return nil
 	case shared.Serial == "" && (shared.Realm != caller.Replica.Realm || shared.BeforeRevision == 0):
 		return status.Errorf(codes.InvalidArgument, "revocation %s: nested CA %s speaks of revisions of its own store, which is realm %d", shared.ID, caller.Replica.Name, caller.Replica.Realm)
-	case shared.ExpiresAt.After(now.Add(recordLife + time.Minute)):
-		return status.Errorf(codes.InvalidArgument, "revocation %s: it lives longer than any SVID", shared.ID)
 	case len(shared.Note) > maxNoteBytes || slices.ContainsFunc([]rune(shared.Note), func(c rune) bool { return !unicode.IsPrint(c) }):
 		return status.Errorf(codes.InvalidArgument, "revocation %s: its note is no printable text of %d bytes", shared.ID, maxNoteBytes)
+	}
+	// Its clock may be ahead; no SVID that there is lives longer.
+	if end := now.Add(recordLife); shared.ExpiresAt.After(end) {
+		shared.ExpiresAt = end
 	}
 	cmp, ops, err := revocation.Import(shared, s.opts.Realm, now)
 	if err != nil {
