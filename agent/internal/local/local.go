@@ -175,7 +175,7 @@ func (s *Server) Watch(_ *agentpb.WatchRequest, stream grpc.ServerStreamingServe
 		if err := s.o.Callers.Alive(ctx); err != nil {
 			return err
 		}
-		if err := stream.Send(m); err != nil {
+		if err := endpoint.Deliver(ctx, endpoint.Patience, func() error { return stream.Send(m) }); err != nil {
 			return err
 		}
 		select {
