@@ -22,7 +22,7 @@ import (
 
 // settleEpoch refuses a store of an earlier epoch than this data_dir remembers,
 // says whether one has been accepted, where it was to be, and remembers its
-// epoch.
+// epoch. One of a later epoch is on record, whoever began that.
 func (p *parts) settleEpoch(ctx context.Context, cfg Config) error {
 	revision, err := p.store.Revision(ctx)
 	if err != nil {
@@ -34,6 +34,15 @@ func (p *parts) settleEpoch(ctx context.Context, cfg Config) error {
 	}
 	if err := store.CheckEpoch(revision, last); err != nil {
 		return fmt.Errorf("%s: %w", filepath.Join(cfg.DataDir, epochFile), err)
+	}
+	if last != 0 && cfg.AcceptOlderStore == 0 && store.Epoch(revision) > store.Epoch(last) {
+		// Accepted, begun anew or restored, on another machine or by a start that
+		// was killed before it wrote that down.
+		if err := p.audit.Append(ctx, audit.Record{
+			Time: time.Now(), Type: audit.Admin, Actor: "ca", Detail: fmt.Sprintf("go on with a store of a later epoch, at revision %d", revision),
+		}); err != nil {
+			return err
+		}
 	}
 	if accepted := cfg.AcceptOlderStore; accepted != 0 {
 		if store.Epoch(revision) <= store.Epoch(accepted) {

@@ -54,6 +54,37 @@ func TestEveryAcceptedStoreTakesAnEpochOfItsOwn(t *testing.T) {
 	}
 }
 
+// A start with the flag that was killed before it wrote that down is written down
+// by the next one, which has no flag.
+func TestNewEpochThatNobodyWroteDownIsRecorded(t *testing.T) {
+	dir := tempDir(t)
+	c := startCA(t, dir)
+	at := c.entry("n1", "kept").GetRevision()
+	c.stop()
+	remembered := filepath.Join(dir, "data", "epoch")
+	before, err := os.ReadFile(remembered)
+	if err != nil {
+		t.Fatal(err)
+	}
+	startCA(t, dir, accepting(at)).stop()
+	if err := os.WriteFile(remembered, before, 0o600); err != nil { // as the kill would have left it
+		t.Fatal(err)
+	}
+	for range 2 { // once
+		c = startCA(t, dir)
+		c.stop()
+	}
+	recorded := 0
+	for _, r := range c.auditRecords() {
+		if strings.HasPrefix(text(r["detail"]), "go on with a store of a later epoch") {
+			recorded++
+		}
+	}
+	if recorded != 1 {
+		t.Errorf("the later epoch is recorded %d times; want once", recorded)
+	}
+}
+
 // A flag that was left in the unit file does nothing, and nobody says that it
 // did.
 func TestStoreIsSaidToBeAcceptedOnce(t *testing.T) {

@@ -132,7 +132,8 @@ func RestoreStore(ctx context.Context, cfg Config, path string, o RestoreOptions
 	if err := r.fill(ctx, cfg, path); err != nil {
 		return r, err
 	}
-	return r, errors.Join(rememberEpoch(cfg, r.Revision), r.record(ctx, cfg))
+	// In this order: the next start writes down an epoch that is not remembered.
+	return r, errors.Join(r.record(ctx, cfg), rememberEpoch(cfg, r.Revision))
 }
 
 // checkEmpty refuses a store that is there.
