@@ -184,7 +184,7 @@ func TestWhoHoldsItsKeyIsUpToTheEntry(t *testing.T) {
 	srv, admin := startRealCA(t)
 	n := startRealNode(t, srv, admin, testLogger(t))
 	entryID := createDelivery(t, admin, "/web", uidSelector, capb.KeyDelivery_KEY_DELIVERY_AGENT)
-	receive(t, n.x509Stream(t), "/web")
+	n.firstSVID(t, "/web")
 	_, err := n.holdKeys(t).stream.Recv()
 	wantError(t, err, codes.PermissionDenied, endpoint.ByAgent)
 
