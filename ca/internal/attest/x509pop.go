@@ -56,7 +56,10 @@ func (p *POP) Prove(chain [][]byte, signature, statement []byte, now time.Time) 
 	if err != nil {
 		return nil, err
 	}
-	if len(signature) > maxPOPSignature || !possession.Verify(leaf.PublicKey, statement, signature) {
+	if len(signature) > maxPOPSignature {
+		return nil, refused(X509POP, Malformed, "the signature has %d bytes; at most %d", len(signature), maxPOPSignature)
+	}
+	if !possession.Verify(leaf.PublicKey, statement, signature) {
 		return nil, refused(X509POP, NotProved, "the signature is not by the certificate's key over this connection and CSR: connect again and sign anew")
 	}
 	id, err := p.id(leaf)

@@ -161,10 +161,13 @@ func TestCertificatesThatProveNothing(t *testing.T) {
 		by        string
 		want      Reason
 	}{
-		"no certificate":            {nil, nil, "", Malformed},
-		"no DER":                    {[][]byte{{1, 2}}, nil, "", Malformed},
-		"too long a chain":          {append(raw(deep.issue(t, key, nodeCert())), long...), nil, "", Malformed},
-		"too large":                 {[][]byte{make([]byte, maxPOPBytes+1)}, nil, "", Malformed},
+		"no certificate":   {nil, nil, "", Malformed},
+		"no DER":           {[][]byte{{1, 2}}, nil, "", Malformed},
+		"too long a chain": {append(raw(deep.issue(t, key, nodeCert())), long...), nil, "", Malformed},
+		"too large":        {[][]byte{make([]byte, maxPOPBytes+1)}, nil, "", Malformed},
+		"too large, and in order": {with(root, func(c *x509.Certificate) {
+			c.ExtraExtensions = []pkix.Extension{{Id: []int{1, 3, 6, 1, 4, 1, 99999, 1}, Value: make([]byte, maxPOPBytes)}}
+		}), nil, "", Malformed},
 		"a key that is not taken":   {raw(root.issue(t, p224, nodeCert())), nil, "", Malformed},
 		"of a stranger":             {with(stranger, func(*x509.Certificate) {}), nil, "", Untrusted},
 		"by a stranger's authority": {append(with(stranger, func(*x509.Certificate) {}), stranger.cert.Raw), nil, "", Untrusted},
@@ -182,7 +185,7 @@ func TestCertificatesThatProveNothing(t *testing.T) {
 		"an issuer that is no CA":     {raw((&site{cert: root.issue(t, key, nodeCert()), key: key}).issue(t, key, nodeCert()), root.issue(t, key, nodeCert())), nil, "", Untrusted},
 		"no signature":                {good, []byte{}, "", NotProved},
 		"a signature of another's":    {good, signPOP(t, newECDSA(t, elliptic.P256())), "", NotProved},
-		"a signature that is too big": {good, make([]byte, maxPOPSignature+1), "", NotProved},
+		"a signature that is too big": {good, make([]byte, maxPOPSignature+1), "", Malformed},
 		"a name that is no segment":   {with(root, func(c *x509.Certificate) { c.Subject.CommonName = "a/b" }), nil, popByCommonName, NotAllowed},
 		"a name with a space":         {with(root, func(c *x509.Certificate) { c.Subject.CommonName = "a b" }), nil, popByCommonName, NotAllowed},
 		"no name":                     {with(root, func(c *x509.Certificate) { c.Subject.CommonName = "" }), nil, popByCommonName, NotAllowed},
