@@ -131,7 +131,7 @@ func (a *Agent) openDir() error {
 func (a *Agent) openClient() (err error) {
 	a.client, err = caclient.New(caclient.Config{
 		TrustDomain: a.td, Addresses: a.cfg.CAAddress, DataDir: a.dir,
-		Attestor: a.cfg.attestor(), Recover: a.cfg.NodeAttestor == byJoinToken, RootHash: a.cfg.RootHash,
+		Attestor: a.cfg.attestor(), Recover: a.cfg.goodOnce(), RootHash: a.cfg.RootHash,
 		OnPolicyBundle:   func(pb *capb.PolicyBundle) { a.policy.Announce(pb) },
 		PolicyGeneration: func() uint64 { return a.policy.Generation() },
 		PolicySeen:       func() uint64 { return a.policy.Seen() },

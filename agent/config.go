@@ -61,9 +61,9 @@ type Config struct {
 	// means /run/merlon/agent/admin/admin.sock.
 	AdminSocket string `yaml:"admin_socket"`
 
-	// NodeAttestor is how the node proves itself to the CA: join_token, x509pop, k8s.
-	// Empty means join_token. What proves it is read at each attempt; but for a join
-	// token the agent attests again by itself whenever it has to.
+	// NodeAttestor is how the node proves itself to the CA: join_token, x509pop, k8s, gcp,
+	// azure. Empty means join_token. What proves it is read at each attempt; with
+	// x509pop and k8s the agent attests again by itself whenever it has to.
 	NodeAttestor string `yaml:"node_attestor"`
 
 	// JoinToken proves the node once, as `merlon token create` printed it. It
@@ -84,6 +84,14 @@ type Config struct {
 	// K8sTokenFile where the agent's pod finds its projected service-account token.
 	K8sCluster   string `yaml:"k8s_cluster"`
 	K8sTokenFile string `yaml:"k8s_token_file"`
+
+	// NodeAudience is, for gcp and azure, whom the instance's token is for, as the CA
+	// has it configured.
+	NodeAudience string `yaml:"node_audience"`
+
+	// NodeMetadataURL is the metadata server of the cloud, http://host. Empty means
+	// the cloud's own.
+	NodeMetadataURL string `yaml:"node_metadata_url"`
 
 	// RootHash is the SHA-256 of the CA root's public key in hex, as `merlon
 	// token create` and `merlon trust show` print it. The agent sends what proves

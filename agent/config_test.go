@@ -53,20 +53,25 @@ func TestValidateNamesTheField(t *testing.T) {
 		"certificate without hash": {func(c *Config) {
 			c.JoinToken, c.NodeAttestor, c.NodeCertFile, c.NodeKeyFile, c.RootHash = "", "x509pop", "/c", "/k", ""
 		}, "root_hash"},
-		"token without hash":     {func(c *Config) { c.RootHash = "" }, "root_hash"},
-		"short hash":             {func(c *Config) { c.RootHash = "0a" }, "root_hash"},
-		"impatient":              {func(c *Config) { c.RevocationMaxAge = time.Second }, "revocation_max_age"},
-		"unknown on_stale":       {func(c *Config) { c.OnStale = "panic" }, "on_stale"},
-		"policy path":            {func(c *Config) { c.PolicyBundle = "../x" }, "policy_bundle"},
-		"unknown log level":      {func(c *Config) { c.LogLevel = "loud" }, "log_level"},
-		"unknown log format":     {func(c *Config) { c.LogFormat = "xml" }, "log_format"},
-		"health without a port":  {func(c *Config) { c.HealthAddress = "localhost" }, "health_address"},
-		"kubelet without a port": {func(c *Config) { c.KubeletAddress = "node1" }, "kubelet_address"},
-		"kubelet as a URL":       {func(c *Config) { c.KubeletAddress = "https://node1:10250/pods" }, "kubelet_address"},
-		"kubelet turned off":     {func(c *Config) { c.KubeletAddress = "off" }, "kubelet_address"},
-		"token for no kubelet":   {func(c *Config) { c.KubeletTokenFile = "/t" }, "kubelet_token_file"},
-		"CA for no kubelet":      {func(c *Config) { c.KubeletCAFile = "/c" }, "kubelet_ca_file"},
-		"no token of a pod":      {func(c *Config) { c.JoinToken, c.NodeAttestor, c.K8sCluster = "", "k8s", "prod" }, "k8s_token_file"},
+		"no audience": {func(c *Config) { c.JoinToken, c.NodeAttestor = "", "gcp" }, "node_audience"},
+		"metadata over https": {func(c *Config) {
+			c.JoinToken, c.NodeAttestor, c.NodeAudience, c.NodeMetadataURL = "", "azure", "a", "https://169.254.169.254"
+		}, "node_metadata_url"},
+		"audience for a join token": {func(c *Config) { c.NodeAudience = "a" }, "node_audience"},
+		"token without hash":        {func(c *Config) { c.RootHash = "" }, "root_hash"},
+		"short hash":                {func(c *Config) { c.RootHash = "0a" }, "root_hash"},
+		"impatient":                 {func(c *Config) { c.RevocationMaxAge = time.Second }, "revocation_max_age"},
+		"unknown on_stale":          {func(c *Config) { c.OnStale = "panic" }, "on_stale"},
+		"policy path":               {func(c *Config) { c.PolicyBundle = "../x" }, "policy_bundle"},
+		"unknown log level":         {func(c *Config) { c.LogLevel = "loud" }, "log_level"},
+		"unknown log format":        {func(c *Config) { c.LogFormat = "xml" }, "log_format"},
+		"health without a port":     {func(c *Config) { c.HealthAddress = "localhost" }, "health_address"},
+		"kubelet without a port":    {func(c *Config) { c.KubeletAddress = "node1" }, "kubelet_address"},
+		"kubelet as a URL":          {func(c *Config) { c.KubeletAddress = "https://node1:10250/pods" }, "kubelet_address"},
+		"kubelet turned off":        {func(c *Config) { c.KubeletAddress = "off" }, "kubelet_address"},
+		"token for no kubelet":      {func(c *Config) { c.KubeletTokenFile = "/t" }, "kubelet_token_file"},
+		"CA for no kubelet":         {func(c *Config) { c.KubeletCAFile = "/c" }, "kubelet_ca_file"},
+		"no token of a pod":         {func(c *Config) { c.JoinToken, c.NodeAttestor, c.K8sCluster = "", "k8s", "prod" }, "k8s_token_file"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

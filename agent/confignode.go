@@ -6,6 +6,7 @@ package agent
 import (
 	"encoding/hex"
 	"fmt"
+	"net/url"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -17,13 +18,18 @@ const (
 	byJoinToken = "join_token"
 	byX509POP   = "x509pop"
 	byK8s       = "k8s"
+	byGCP       = "gcp"
+	byAzure     = "azure"
 )
 
-// evidence lists, by kind, the settings that say where it is.
+// evidence lists, by kind, the settings that say where it is; node_metadata_url can
+// be left out.
 var evidence = map[string][]string{
 	byJoinToken: {"join_token", "join_token_file"},
 	byX509POP:   {"node_cert_file", "node_key_file"},
 	byK8s:       {"k8s_cluster", "k8s_token_file"},
+	byGCP:       {"node_audience", "node_metadata_url"},
+	byAzure:     {"node_audience", "node_metadata_url"},
 }
 
 func (c Config) evidenceSettings() map[string]string {
@@ -31,6 +37,7 @@ func (c Config) evidenceSettings() map[string]string {
 		"join_token": c.JoinToken, "join_token_file": c.JoinTokenFile,
 		"node_cert_file": c.NodeCertFile, "node_key_file": c.NodeKeyFile,
 		"k8s_cluster": c.K8sCluster, "k8s_token_file": c.K8sTokenFile,
+		"node_audience": c.NodeAudience, "node_metadata_url": c.NodeMetadataURL,
 	}
 }
 
@@ -41,9 +48,16 @@ func (c Config) attestor() attest.Attestor {
 		return &attest.X509POP{CertFile: c.NodeCertFile, KeyFile: c.NodeKeyFile}
 	case byK8s:
 		return &attest.K8s{Cluster: c.K8sCluster, TokenFile: c.K8sTokenFile}
+	case byGCP:
+		return &attest.GCP{Audience: c.NodeAudience, Server: c.NodeMetadataURL}
+	case byAzure:
+		return &attest.Azure{Audience: c.NodeAudience, Server: c.NodeMetadataURL}
 	}
 	return &attest.JoinToken{Token: c.JoinToken, File: c.JoinTokenFile}
 }
+
+// goodOnce says whether what is configured does not bring the node back by itself.
+func (c Config) goodOnce() bool { return c.NodeAttestor != byX509POP && c.NodeAttestor != byK8s }
 
 func (c Config) checkEvidence() error {
 	own, known := evidence[c.NodeAttestor]
@@ -53,7 +67,7 @@ func (c Config) checkEvidence() error {
 	settings := c.evidenceSettings()
 	for kind, others := range evidence {
 		for _, key := range others {
-			if kind != c.NodeAttestor && settings[key] != "" {
+			if !slices.Contains(own, key) && settings[key] != "" {
 				return &InvalidError{Field: key, Reason: "is for node_attestor: " + kind + ", which is " + c.NodeAttestor, Hint: "set one kind of evidence"}
 			}
 		}
@@ -74,6 +88,12 @@ func (c Config) checkEvidence() error {
 
 // checkSource judges a setting that must be there; those called …_file are paths.
 func checkSource(key, value string) error {
+	if key == "node_metadata_url" {
+		if u, err := url.Parse(value); value != "" && (err != nil || u.Scheme != "http" || u.Host == "" || u.Path+u.RawQuery != "") {
+			return &InvalidError{Field: key, Reason: fmt.Sprintf("%q is not http://host, as metadata servers are", value)}
+		}
+		return nil
+	}
 	if value == "" {
 		return &InvalidError{Field: key, Reason: "is missing: the node could not prove itself"}
 	}

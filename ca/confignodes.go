@@ -5,10 +5,12 @@
 package ca
 
 import (
+	"cmp"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -21,6 +23,37 @@ import (
 type NodeAttestors struct {
 	X509POP *X509POP     `yaml:"x509pop"`
 	K8s     []K8sCluster `yaml:"k8s"`
+	GCP     *GCP         `yaml:"gcp"`
+	Azure   *Azure       `yaml:"azure"`
+}
+
+// GCP takes instances of Google Compute Engine.
+type GCP struct {
+	// Audience is what the agents ask Google's tokens for, such as the URL of this
+	// CA. Required.
+	Audience string `yaml:"audience"`
+	// Projects are the IDs of the projects whose instances are nodes. Required.
+	Projects []string `yaml:"projects"`
+	// KeysURL is where the issuer's keys are, and CAFile the authorities of that
+	// server. Default: Google's, and the system's.
+	KeysURL string `yaml:"keys_url"`
+	CAFile  string `yaml:"ca_file"`
+}
+
+// Azure takes virtual machines of one tenant that have an identity assigned by
+// the system.
+type Azure struct {
+	// Tenant is the ID of the tenant. Required.
+	Tenant string `yaml:"tenant"`
+	// Audience is what the agents ask tokens for: an application of your own, whose
+	// tokens open nothing else. Required.
+	Audience string `yaml:"audience"`
+	// Subscriptions are the IDs of those whose machines are nodes. Required.
+	Subscriptions []string `yaml:"subscriptions"`
+	// KeysURL is where the issuer's keys are, and CAFile the authorities of that
+	// server. Default: Azure's, and the system's.
+	KeysURL string `yaml:"keys_url"`
+	CAFile  string `yaml:"ca_file"`
 }
 
 // X509POP takes nodes that hold the key of a certificate.
@@ -70,6 +103,19 @@ func (n NodeAttestors) validate(td spiffeid.TrustDomain) error {
 		}
 		seen[k.Cluster] = true
 	}
+	if g := n.GCP; g != nil {
+		if err := checkCloud(g.source(nil), g.Projects, "projects"); err != nil {
+			return fmt.Errorf("node_attestors.gcp.%w", err)
+		}
+	}
+	if a := n.Azure; a != nil {
+		if a.Tenant == "" {
+			return errors.New("node_attestors.azure.tenant: is missing")
+		}
+		if err := checkCloud(a.source(nil), a.Subscriptions, "subscriptions"); err != nil {
+			return fmt.Errorf("node_attestors.azure.%w", err)
+		}
+	}
 	if p := n.X509POP; p != nil {
 		if p.CAFile == "" {
 			return fmt.Errorf("node_attestors.x509pop.ca_file: is missing: no certificate would prove a node")
@@ -116,6 +162,31 @@ func (k K8sCluster) validate(td spiffeid.TrustDomain) error {
 	return nil
 }
 
+// checkCloud wants a list of whose instances are nodes.
+func checkCloud(issuer oidc.Issuer, whose []string, key string) error {
+	if len(whose) == 0 || slices.Contains(whose, "") {
+		return fmt.Errorf("%s: are missing: every instance of the cloud, or none, would be a node", key)
+	}
+	return issuer.ValidateSource()
+}
+
+func (g *GCP) source(roots *x509.CertPool) oidc.Issuer {
+	return oidc.Issuer{URL: attest.GCPIssuer, Audience: g.Audience, KeysURL: cmp.Or(g.KeysURL, attest.GCPKeysURL), Roots: roots}
+}
+
+func (a *Azure) source(roots *x509.CertPool) oidc.Issuer {
+	return oidc.Issuer{URL: attest.AzureIssuer(a.Tenant), Audience: a.Audience, KeysURL: cmp.Or(a.KeysURL, attest.AzureKeysURL(a.Tenant)), Roots: roots}
+}
+
+// lowered: Azure's IDs are the same in capitals.
+func lowered(ids []string) []string {
+	low := make([]string, len(ids))
+	for i, id := range ids {
+		low[i] = strings.ToLower(id)
+	}
+	return low
+}
+
 func (k K8sCluster) source(roots *x509.CertPool) oidc.Issuer {
 	return oidc.Issuer{URL: k.Issuer, Audience: k.Audience, KeysURL: k.KeysURL, KeysFile: k.KeysFile, Roots: roots}
 }
@@ -150,6 +221,20 @@ func (n NodeAttestors) open(td spiffeid.TrustDomain, log *slog.Logger) (attest.A
 			return all, fmt.Errorf("node_attestors.k8s[%d].%w", i, err)
 		}
 		all.Clusters[k.Cluster] = c
+	}
+	if g := n.GCP; g != nil {
+		roots, err := readRoots(g.CAFile)
+		if err != nil {
+			return all, fmt.Errorf("node_attestors.gcp.ca_file: %w", err)
+		}
+		all.GCP = &attest.GCP{TrustDomain: td, Projects: g.Projects, Source: oidc.NewSource(g.source(roots), log)}
+	}
+	if a := n.Azure; a != nil {
+		roots, err := readRoots(a.CAFile)
+		if err != nil {
+			return all, fmt.Errorf("node_attestors.azure.ca_file: %w", err)
+		}
+		all.Azure = &attest.Azure{TrustDomain: td, Tenant: a.Tenant, Subscriptions: lowered(a.Subscriptions), Source: oidc.NewSource(a.source(roots), log)}
 	}
 	if p := n.X509POP; p != nil {
 		roots, err := readRoots(p.CAFile)

@@ -223,6 +223,16 @@ func TestKindsThatAreNotConfiguredAreRefused(t *testing.T) {
 	if said := status.Convert(err).Message(); !strings.Contains(said, "node_attestors.k8s") {
 		t.Errorf("it says %q; want the setting that is missing", said)
 	}
+	for setting, req := range map[string]*capb.AttestRequest{
+		"node_attestors.gcp":   {Evidence: &capb.AttestRequest_GcpToken{GcpToken: "x"}, Csr: csr},
+		"node_attestors.azure": {Evidence: &capb.AttestRequest_AzureToken{AzureToken: "x"}, Csr: csr},
+	} {
+		_, err := node.Attest(t.Context(), req)
+		wantCode(t, err, codes.PermissionDenied)
+		if said := status.Convert(err).Message(); !strings.Contains(said, setting) {
+			t.Errorf("it says %q; want the setting that is missing", said)
+		}
+	}
 	_, err = node.Attest(t.Context(), &capb.AttestRequest{Csr: csr})
 	wantCode(t, err, codes.InvalidArgument)
 }
@@ -248,6 +258,14 @@ func TestNodeAttestorSettings(t *testing.T) {
 		"node_attestors:\n  k8s: [{cluster: a, issuer: https://i, audience: m, service_accounts: ['n:s']}]":                                                                          "",
 		"node_attestors:\n  k8s: [{cluster: a, api_server: https://a, token_file: /t, audience: m, service_accounts: ['n:s']}]":                                                      "",
 		"node_attestors:\n  k8s: [{cluster: a, issuer: https://i, audience: m, service_accounts: ['n:s']}, {cluster: a, issuer: https://j, audience: m, service_accounts: ['n:s']}]": "k8s[1].cluster",
+		"node_attestors:\n  gcp: {audience: a}":                                                                                                                                      "gcp.projects",
+		"node_attestors:\n  gcp: {projects: [p]}":                                                                                                                                    "gcp.audience",
+		"node_attestors:\n  gcp: {projects: [p], audience: a, keys_url: http://k}":                                                                                                   "gcp.keys_url",
+		"node_attestors:\n  gcp: {projects: [p], audience: a}":                                                                                                                       "",
+		"node_attestors:\n  azure: {audience: a, subscriptions: [s]}":                                                                                                                "azure.tenant",
+		"node_attestors:\n  azure: {audience: a, tenant: t}":                                                                                                                         "azure.subscriptions",
+		"node_attestors:\n  azure: {audience: a, tenant: t, subscriptions: ['']}":                                                                                                    "azure.subscriptions",
+		"node_attestors:\n  azure: {audience: a, tenant: t, subscriptions: [s]}":                                                                                                     "",
 		"node_attestors:\n  tpm: {}":                                "tpm",
 		"node_attestors:\n  x509pop: {ca_file: /x}":                 "",
 		"node_attestors:\n  x509pop: {ca_file: /x, name: dns_name}": "",

@@ -6,12 +6,17 @@ package integration_test
 import (
 	"errors"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"merlon.dev/integration/k8sapi"
+	"merlon.dev/integration/oidcprovider"
 	"merlon.dev/integration/stage"
 )
 
@@ -136,4 +141,41 @@ func TestNodeOfAClusterComesBackByItself(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An instance of a cloud, whose metadata server and issuer are served here: it
+// attests once, and again when an operator has evicted it.
+func TestInstanceOfACloudAttestsOnce(t *testing.T) {
+	p, dir := oidcprovider.Start(t), stage.Dir(t)
+	caFile := filepath.Join(dir, "issuer.pem")
+	if err := os.WriteFile(caFile, p.CertificatePEM(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	metadata := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		claims := p.Claims(r.URL.Query().Get("audience"), "1", time.Now())
+		claims["iss"], claims["jti"] = "https://accounts.google.com", time.Now().UnixNano()
+		claims["google"] = map[string]any{"compute_engine": map[string]any{"project_id": "shop-prod", "instance_id": "441", "zone": "europe-west1-b"}}
+		w.Header().Set("Metadata-Flavor", "Google")
+		fmt.Fprint(w, p.Token(claims))
+	}))
+	t.Cleanup(metadata.Close)
+	d := stage.CAAlone(t, "", nil, "node_attestors:",
+		fmt.Sprintf("  gcp: {audience: \"https://ca.test\", projects: [shop-prod], keys_url: %s, ca_file: %s}", p.URL+oidcprovider.KeysPath, caFile))
+	d.StartAgentBy(d.Token().RootHash, "node_attestor: gcp", "node_audience: https://ca.test", "node_metadata_url: "+metadata.URL)
+	first := connectedAgent(t, d, "the instance is attested", func(attestedAgent) bool { return true })
+	if first.SPIFFEID != d.ID("/agent/gcp/shop-prod/441") || !slices.Contains(first.Selectors, "gcp:zone:europe-west1-b") {
+		t.Errorf("the node is %s with %q", first.SPIFFEID, first.Selectors)
+	}
+	other := *d // another process on the instance, say
+	other.SetDir(stage.Dir(t))
+	other.StartAgentBy(d.Token().RootHash, "node_attestor: gcp", "node_audience: https://ca.test", "node_metadata_url: "+metadata.URL)
+	stage.Eventually(t, "a second agent of the instance is refused", func() error {
+		if log := other.Agent.Log(); !strings.Contains(log, "merlon agent evict") {
+			return errors.New(log)
+		}
+		return nil
+	})
+	other.Agent.Stop()
+	d.Merlon("agent", "evict", first.SPIFFEID)
+	connectedAgent(t, d, "the evicted instance attests again", func(a attestedAgent) bool { return a.AttestedAt.After(first.AttestedAt) })
 }

@@ -153,6 +153,8 @@ type AttestRequest struct {
 	//	*AttestRequest_JoinToken
 	//	*AttestRequest_X509Pop
 	//	*AttestRequest_K8S
+	//	*AttestRequest_GcpToken
+	//	*AttestRequest_AzureToken
 	//	*AttestRequest_OwnSvid
 	Evidence isAttestRequest_Evidence `protobuf_oneof:"evidence"`
 	// PKCS#10, DER: only the public key is taken; the signature proves
@@ -226,6 +228,24 @@ func (x *AttestRequest) GetK8S() *K8SToken {
 	return nil
 }
 
+func (x *AttestRequest) GetGcpToken() string {
+	if x != nil {
+		if x, ok := x.Evidence.(*AttestRequest_GcpToken); ok {
+			return x.GcpToken
+		}
+	}
+	return ""
+}
+
+func (x *AttestRequest) GetAzureToken() string {
+	if x != nil {
+		if x, ok := x.Evidence.(*AttestRequest_AzureToken); ok {
+			return x.AzureToken
+		}
+	}
+	return ""
+}
+
 func (x *AttestRequest) GetOwnSvid() *OwnSvid {
 	if x != nil {
 		if x, ok := x.Evidence.(*AttestRequest_OwnSvid); ok {
@@ -262,6 +282,17 @@ type AttestRequest_K8S struct {
 	K8S *K8SToken `protobuf:"bytes,3,opt,name=k8s,proto3,oneof"`
 }
 
+type AttestRequest_GcpToken struct {
+	// An identity token of a Google Compute Engine instance, with the instance in
+	// it (format=full), for the audience that the CA has configured. At most 16 KiB.
+	GcpToken string `protobuf:"bytes,4,opt,name=gcp_token,json=gcpToken,proto3,oneof"`
+}
+
+type AttestRequest_AzureToken struct {
+	// A token of the identity that Azure assigned to the virtual machine, likewise.
+	AzureToken string `protobuf:"bytes,5,opt,name=azure_token,json=azureToken,proto3,oneof"`
+}
+
 type AttestRequest_OwnSvid struct {
 	// The agent's own X509-SVID, which has ended.
 	OwnSvid *OwnSvid `protobuf:"bytes,9,opt,name=own_svid,json=ownSvid,proto3,oneof"`
@@ -272,6 +303,10 @@ func (*AttestRequest_JoinToken) isAttestRequest_Evidence() {}
 func (*AttestRequest_X509Pop) isAttestRequest_Evidence() {}
 
 func (*AttestRequest_K8S) isAttestRequest_Evidence() {}
+
+func (*AttestRequest_GcpToken) isAttestRequest_Evidence() {}
+
+func (*AttestRequest_AzureToken) isAttestRequest_Evidence() {}
 
 func (*AttestRequest_OwnSvid) isAttestRequest_Evidence() {}
 
@@ -2141,12 +2176,15 @@ var File_ca_capb_node_proto protoreflect.FileDescriptor
 
 const file_ca_capb_node_proto_rawDesc = "" +
 	"\n" +
-	"\x12ca/capb/node.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe1\x01\n" +
+	"\x12ca/capb/node.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa3\x02\n" +
 	"\rAttestRequest\x12\x1f\n" +
 	"\n" +
 	"join_token\x18\x01 \x01(\tH\x00R\tjoinToken\x121\n" +
 	"\ax509pop\x18\x02 \x01(\v2\x15.merlon.ca.v1.X509PopH\x00R\ax509pop\x12*\n" +
-	"\x03k8s\x18\x03 \x01(\v2\x16.merlon.ca.v1.K8sTokenH\x00R\x03k8s\x122\n" +
+	"\x03k8s\x18\x03 \x01(\v2\x16.merlon.ca.v1.K8sTokenH\x00R\x03k8s\x12\x1d\n" +
+	"\tgcp_token\x18\x04 \x01(\tH\x00R\bgcpToken\x12!\n" +
+	"\vazure_token\x18\x05 \x01(\tH\x00R\n" +
+	"azureToken\x122\n" +
 	"\bown_svid\x18\t \x01(\v2\x15.merlon.ca.v1.OwnSvidH\x00R\aownSvid\x12\x10\n" +
 	"\x03csr\x18\n" +
 	" \x01(\fR\x03csrB\n" +
@@ -2414,6 +2452,8 @@ func file_ca_capb_node_proto_init() {
 		(*AttestRequest_JoinToken)(nil),
 		(*AttestRequest_X509Pop)(nil),
 		(*AttestRequest_K8S)(nil),
+		(*AttestRequest_GcpToken)(nil),
+		(*AttestRequest_AzureToken)(nil),
 		(*AttestRequest_OwnSvid)(nil),
 	}
 	file_ca_capb_node_proto_msgTypes[27].OneofWrappers = []any{

@@ -100,6 +100,16 @@ func (s *Service) prove(ctx context.Context, req *capb.AttestRequest, now time.T
 			return nil, attest.NotTaken(attest.K8s, "set the cluster in node_attestors.k8s in its configuration, under the name that the agent has as k8s_cluster")
 		}
 		return cluster.Prove(ctx, evidence.K8S.GetToken(), now)
+	case *capb.AttestRequest_GcpToken:
+		if s.opts.Attestors.GCP == nil {
+			return nil, attest.NotTaken(attest.GCPKind, "set node_attestors.gcp in its configuration")
+		}
+		return s.opts.Attestors.GCP.Prove(ctx, evidence.GcpToken, now)
+	case *capb.AttestRequest_AzureToken:
+		if s.opts.Attestors.Azure == nil {
+			return nil, attest.NotTaken(attest.AzureKind, "set node_attestors.azure in its configuration")
+		}
+		return s.opts.Attestors.Azure.Prove(ctx, evidence.AzureToken, now)
 	default:
 		return nil, &entry.InvalidError{Field: "evidence", Reason: "is missing, or of a kind that this CA does not know"}
 	}
@@ -128,6 +138,10 @@ func attestReason(err error) string {
 		return "unknown_token"
 	case errors.Is(err, attest.ErrExpiredToken):
 		return "expired_token"
+	case errors.Is(err, attest.ErrAttestedOnce):
+		return "attested_once"
+	case errors.Is(err, attest.ErrUsedEvidence):
+		return "used_evidence"
 	case errors.Is(err, attest.ErrBanned):
 		return "banned_agent"
 	default:

@@ -409,6 +409,8 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 		{attest.ErrEvicted, codes.Unauthenticated},
 		{attest.ErrUnknownToken, codes.PermissionDenied},
 		{attest.ErrExpiredToken, codes.PermissionDenied},
+		{attest.ErrAttestedOnce, codes.PermissionDenied},
+		{attest.ErrUsedEvidence, codes.PermissionDenied},
 		{store.ErrTooLarge, codes.InvalidArgument},
 		{trust.ErrContended, codes.Aborted},
 		{store.ErrClosed, codes.Unavailable},

@@ -67,6 +67,9 @@ type Agent struct {
 	// AttestedRevision is the store revision at which it attested last, Revision
 	// that of the record.
 	AttestedRevision, Revision uint64
+
+	// once: its evidence makes no agent live that is there, unless it was evicted.
+	once bool
 }
 
 type storedAgent struct {
@@ -299,6 +302,9 @@ func enroll(ctx context.Context, st store.Store, a *Agent) ([]store.Cmp, []store
 		}
 		if before.Standing == Banned {
 			return nil, nil, fmt.Errorf("%s: %w", a.ID, ErrBanned)
+		}
+		if a.once && before.Standing != Evicted {
+			return nil, nil, fmt.Errorf("%s: %w", a.ID, ErrAttestedOnce)
 		}
 		a.Handle = before.Handle
 		cmps = []store.Cmp{{Key: key, ModRevision: kv.ModRevision}}

@@ -24,6 +24,10 @@ type Node struct {
 	Kind string
 	// Selectors are facts about it.
 	Selectors []entry.Selector
+
+	// Of evidence that is good once: what it is remembered by, and until when.
+	tokenID  string
+	tokenEnd time.Time
 }
 
 // Attestors are the kinds of evidence that a CA is configured for, beside join
@@ -31,6 +35,8 @@ type Node struct {
 type Attestors struct {
 	POP      *POP
 	Clusters map[string]*Cluster // by name
+	GCP      *GCP
+	Azure    *Azure
 }
 
 // Reason says in a word why evidence is refused, for metrics.
@@ -71,8 +77,12 @@ func NotTaken(kind, hint string) *RefusedError {
 // its record.
 func Enroll(ctx context.Context, st store.Store, n *Node, now, notAfter time.Time) (*Agent, error) {
 	for range maxAttempts {
-		a := &Agent{ID: n.ID, Attestation: n.Kind, Selectors: n.Selectors, AttestedAt: now, NotAfter: notAfter}
-		done, err := commit(ctx, st, a, nil, nil)
+		cmps, ops, err := n.use(ctx, st)
+		if err != nil {
+			return nil, err
+		}
+		a := &Agent{ID: n.ID, Attestation: n.Kind, Selectors: n.Selectors, AttestedAt: now, NotAfter: notAfter, once: n.tokenID != ""}
+		done, err := commit(ctx, st, a, cmps, ops)
 		if err != nil {
 			return nil, err
 		}

@@ -21,6 +21,19 @@ var nodeKinds = map[string]map[string]func(string) string{
 		"pod-name":        nodeFact,
 		"pod-uid":         podUID,
 	},
+	"gcp": {
+		"project":         nodeFact,
+		"zone":            nodeFact,
+		"instance-id":     nodeFact,
+		"instance-name":   nodeFact,
+		"service-account": nodeFact,
+	},
+	"azure": {
+		"tenant":         nodeFact,
+		"subscription":   nodeFact,
+		"resource-group": nodeFact,
+		"vm-name":        nodeFact,
+	},
 }
 
 // CheckNodeSelector says why sel cannot be a fact about a node, as an

@@ -1,0 +1,50 @@
+// Azure: a token of the identity that is assigned to the virtual machine, by the
+// metadata server.
+
+package attest
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"fmt"
+	"net/url"
+
+	"merlon.dev/ca/capb"
+)
+
+const azureMetadata = "http://169.254.169.254"
+
+// Azure shows a token that names the virtual machine.
+type Azure struct {
+	// Audience is what the CA expects.
+	Audience string
+	// Server is the metadata server; empty for Azure's.
+	Server string
+}
+
+// Kind implements Attestor.
+func (*Azure) Kind() string { return "azure" }
+
+// Evidence implements Attestor.
+func (a *Azure) Evidence(ctx context.Context, _ tls.ConnectionState, req *capb.AttestRequest) error {
+	query := url.Values{"resource": {a.Audience}, "api-version": {"2018-02-01"}}
+	_, body, err := metadata(ctx, cmp.Or(a.Server, azureMetadata), "/metadata/identity/oauth2/token", query, "Metadata", "true")
+	if err != nil {
+		return fmt.Errorf("ask for the machine's token: %w: is this a virtual machine of Azure with a system-assigned identity?", err)
+	}
+	var answer struct {
+		AccessToken string `json:"access_token"`
+	}
+	if err := json.Unmarshal(body, &answer); err != nil || answer.AccessToken == "" {
+		return fmt.Errorf("ask for the machine's token: the answer holds no access_token")
+	}
+	req.Evidence = &capb.AttestRequest_AzureToken{AzureToken: answer.AccessToken}
+	return nil
+}
+
+// Advice implements Attestor.
+func (*Azure) Advice() string {
+	return "compare node_audience with node_attestors.azure of the CA; a machine that attested before has to be evicted first (merlon agent evict)"
+}
