@@ -53,8 +53,8 @@ func (l *Limit) Give(uid uint32) {
 
 // Tap bounds the open calls of a user, from their first header on: a call
 // whose request never comes reaches no interceptor, and holds a goroutine all
-// the same. How often he opens streams of the Workload API and of SDS is bounded by
-// opens, if that is not nil.
+// the same. How often he opens streams is bounded by opens, if that is not nil;
+// decisions, which are asked for call by call, are not counted.
 func (l *Limit) Tap(opens *Rate) tap.ServerInHandle {
 	return func(ctx context.Context, call *tap.Info) (context.Context, error) {
 		if opens != nil && calledOnce[call.FullMethodName] {
@@ -72,6 +72,8 @@ var calledOnce = map[string]bool{
 	workload.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName:      true,
 	workload.SpiffeWorkloadAPI_FetchX509Bundles_FullMethodName:   true,
 	workload.SpiffeWorkloadAPI_FetchJWTBundles_FullMethodName:    true,
+	agentpb.Local_Watch_FullMethodName:                           true,
+	agentpb.Local_WatchPolicy_FullMethodName:                     true,
 	agentpb.Local_HoldKeys_FullMethodName:                        true,
 	secretv3.SecretDiscoveryService_StreamSecrets_FullMethodName: true,
 	secretv3.SecretDiscoveryService_DeltaSecrets_FullMethodName:  true,

@@ -76,6 +76,8 @@ func TestStreamsAreOpenedAtARate(t *testing.T) {
 		secretv3.SecretDiscoveryService_StreamSecrets_FullMethodName: codes.ResourceExhausted,
 		secretv3.SecretDiscoveryService_DeltaSecrets_FullMethodName:  codes.ResourceExhausted,
 		secretv3.SecretDiscoveryService_FetchSecrets_FullMethodName:  codes.ResourceExhausted,
+		agentpb.Local_Watch_FullMethodName:                           codes.ResourceExhausted,
+		agentpb.Local_WatchPolicy_FullMethodName:                     codes.ResourceExhausted,
 		agentpb.Local_Authorize_FullMethodName:                       codes.OK,
 	} {
 		var last error
