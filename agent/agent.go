@@ -206,7 +206,7 @@ func (a *Agent) buildServices() {
 	a.sds = sds.New(callers, a.td, a.log)
 	a.local = local.New(local.Options{
 		Callers: callers, Engine: a.policy.Active, PolicyChanged: a.policy.Changed, AgentID: a.client.ID,
-		RevocationMaxAge: a.cfg.RevocationMaxAge, DenyStale: a.cfg.OnStale == onDeny,
+		RevocationMaxAge: a.cfg.RevocationMaxAge, DenyStale: a.cfg.OnStale == onDeny, Status: a.status,
 		Logger: a.log, Registerer: a.health.Registry(),
 	})
 	a.health.Check("identity", a.client.Ready)

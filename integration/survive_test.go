@@ -6,7 +6,9 @@ package integration_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -175,4 +177,71 @@ func TestAgentComesBackAfterItsSVIDEnded(t *testing.T) {
 	})
 	d.Entry("/third")
 	stream.expect(t, d.ID("/third"))
+}
+
+// What an operator sees of it: the outage budget, and exit status 3 where the
+// node is not well or something ends too soon.
+func TestDoctorShowsTheOutageBudget(t *testing.T) {
+	d := stage.Separate(t)
+	d.Entry("/me", "--ttl", "1h")
+	d.Merlon("policy", "push", "../examples/quickstart/policy")
+	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, d); return err })
+	kept(t, d, `"svids":[{`)
+	doctor := func(args ...string) (out doctorReport, code int) {
+		t.Helper()
+		stdout, stderr, err := stage.Run(t.Context(), t, []string{"MERLON_ADMIN=" + d.AgentAdmin}, "merlon", append([]string{"doctor", "-o", "json"}, args...)...)
+		if exit := new(exec.ExitError); errors.As(err, &exit) {
+			code = exit.ExitCode()
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		if stdout == "" {
+			t.Fatalf("merlon doctor: %s", stderr)
+		}
+		stage.Decode(t, stdout, &out)
+		return out, code
+	}
+	out, code := doctor()
+	b := out.Budget
+	if code != 0 || !out.Healthy || b.X509SVIDs != 1 || time.Until(b.First) < 55*time.Minute || !b.First.Equal(b.Median) || b.Policy != 1 || !b.SurvivesRestart || b.OwnSVID.IsZero() {
+		t.Errorf("exit status %d, %+v", code, out)
+	}
+	if out, code := doctor("--fail-if-expiring", "2h"); code != 3 || out.Healthy {
+		t.Errorf("with an SVID that ends within 2 h: exit status %d, %+v", code, out)
+	}
+	d.CA.Kill()
+	stage.Eventually(t, "the doctor sees that the CA is away", func() error {
+		out, code := doctor()
+		if code != 3 || out.failing() != "ca" {
+			return fmt.Errorf("exit status %d, failing %q", code, out.failing())
+		}
+		return nil
+	})
+}
+
+// doctorReport is `merlon doctor -o json`.
+type doctorReport struct {
+	Healthy bool `json:"healthy"`
+	Budget  struct {
+		X509SVIDs       int       `json:"x509_svids"`
+		First           time.Time `json:"first_x509_svid_not_after"`
+		Median          time.Time `json:"median_x509_svid_not_after"`
+		Policy          int       `json:"policy_generation"`
+		OwnSVID         time.Time `json:"own_svid_not_after"`
+		SurvivesRestart bool      `json:"survives_restart"`
+	} `json:"outage_budget"`
+	Checks []struct {
+		Name string `json:"name"`
+		OK   bool   `json:"ok"`
+	} `json:"checks"`
+}
+
+func (r doctorReport) failing() string {
+	var names []string
+	for _, c := range r.Checks {
+		if !c.OK {
+			names = append(names, c.Name)
+		}
+	}
+	return strings.Join(names, " ")
 }

@@ -1362,6 +1362,327 @@ func (x *EntryMatch) GetMissing() []string {
 	return nil
 }
 
+type StatusRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatusRequest) Reset() {
+	*x = StatusRequest{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatusRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatusRequest) ProtoMessage() {}
+
+func (x *StatusRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
+func (*StatusRequest) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{19}
+}
+
+type StatusResponse struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	AgentId string                 `protobuf:"bytes,1,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
+	// The node's clock.
+	Now          *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=now,proto3" json:"now,omitempty"`
+	PublicSocket string                 `protobuf:"bytes,3,opt,name=public_socket,json=publicSocket,proto3" json:"public_socket,omitempty"`
+	// The replica of the CA that is followed, empty for none, and all of them. Why
+	// no changes arrive; empty if they do.
+	CaAddress   string   `protobuf:"bytes,4,opt,name=ca_address,json=caAddress,proto3" json:"ca_address,omitempty"`
+	CaAddresses []string `protobuf:"bytes,5,rep,name=ca_addresses,json=caAddresses,proto3" json:"ca_addresses,omitempty"`
+	CaFault     string   `protobuf:"bytes,6,opt,name=ca_fault,json=caFault,proto3" json:"ca_fault,omitempty"`
+	// When what is held was last everything that the CA knew.
+	HeardAt *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=heard_at,json=heardAt,proto3" json:"heard_at,omitempty"`
+	// By how much the node's clock was ahead of the CA's when that spoke last; unset
+	// where it has not spoken since the start.
+	ClockAhead *durationpb.Duration `protobuf:"bytes,8,opt,name=clock_ahead,json=clockAhead,proto3" json:"clock_ahead,omitempty"`
+	EntryCount int32                `protobuf:"varint,9,opt,name=entry_count,json=entryCount,proto3" json:"entry_count,omitempty"`
+	// Entries that processes wait for an SVID of, the first few of them, by ID.
+	EntriesWithoutSvid      []string `protobuf:"bytes,10,rep,name=entries_without_svid,json=entriesWithoutSvid,proto3" json:"entries_without_svid,omitempty"`
+	EntriesWithoutSvidCount int32    `protobuf:"varint,11,opt,name=entries_without_svid_count,json=entriesWithoutSvidCount,proto3" json:"entries_without_svid_count,omitempty"`
+	// The end of the agent's own SVID; unset for none.
+	OwnSvidNotAfter *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=own_svid_not_after,json=ownSvidNotAfter,proto3" json:"own_svid_not_after,omitempty"`
+	// X509-SVIDs that are served or kept for who asks: how many, and the end of the
+	// first and of the median.
+	X509SvidCount          int32                  `protobuf:"varint,13,opt,name=x509_svid_count,json=x509SvidCount,proto3" json:"x509_svid_count,omitempty"`
+	FirstX509SvidNotAfter  *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=first_x509_svid_not_after,json=firstX509SvidNotAfter,proto3" json:"first_x509_svid_not_after,omitempty"`
+	MedianX509SvidNotAfter *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=median_x509_svid_not_after,json=medianX509SvidNotAfter,proto3" json:"median_x509_svid_not_after,omitempty"`
+	// JWT-SVIDs that are kept: how many, and the end of the first and of the last.
+	JwtSvidCount         int32                  `protobuf:"varint,16,opt,name=jwt_svid_count,json=jwtSvidCount,proto3" json:"jwt_svid_count,omitempty"`
+	FirstJwtSvidNotAfter *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=first_jwt_svid_not_after,json=firstJwtSvidNotAfter,proto3" json:"first_jwt_svid_not_after,omitempty"`
+	LastJwtSvidNotAfter  *timestamppb.Timestamp `protobuf:"bytes,18,opt,name=last_jwt_svid_not_after,json=lastJwtSvidNotAfter,proto3" json:"last_jwt_svid_not_after,omitempty"`
+	// Of the active policy bundle; 0 and unset for none.
+	PolicyGeneration uint64                 `protobuf:"varint,19,opt,name=policy_generation,json=policyGeneration,proto3" json:"policy_generation,omitempty"`
+	PolicyNotAfter   *timestamppb.Timestamp `protobuf:"bytes,20,opt,name=policy_not_after,json=policyNotAfter,proto3" json:"policy_not_after,omitempty"`
+	RevocationMaxAge *durationpb.Duration   `protobuf:"bytes,21,opt,name=revocation_max_age,json=revocationMaxAge,proto3" json:"revocation_max_age,omitempty"`
+	// "keep" or "deny": what happens to calls when that has passed since heard_at.
+	OnStale string `protobuf:"bytes,22,opt,name=on_stale,json=onStale,proto3" json:"on_stale,omitempty"`
+	// What is on disk: since when, why not anything newer, under which key file it
+	// is sealed, whether the settings name that, and whether workloads' keys are
+	// among it.
+	CacheSavedAt  *timestamppb.Timestamp `protobuf:"bytes,23,opt,name=cache_saved_at,json=cacheSavedAt,proto3" json:"cache_saved_at,omitempty"`
+	CacheFault    string                 `protobuf:"bytes,24,opt,name=cache_fault,json=cacheFault,proto3" json:"cache_fault,omitempty"`
+	SealedUnder   string                 `protobuf:"bytes,25,opt,name=sealed_under,json=sealedUnder,proto3" json:"sealed_under,omitempty"`
+	KeyConfigured bool                   `protobuf:"varint,26,opt,name=key_configured,json=keyConfigured,proto3" json:"key_configured,omitempty"`
+	KeysCached    bool                   `protobuf:"varint,27,opt,name=keys_cached,json=keysCached,proto3" json:"keys_cached,omitempty"`
+	DataDir       string                 `protobuf:"bytes,28,opt,name=data_dir,json=dataDir,proto3" json:"data_dir,omitempty"`
+	// What the disk of it has left.
+	FreeBytes     uint64 `protobuf:"varint,29,opt,name=free_bytes,json=freeBytes,proto3" json:"free_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatusResponse) Reset() {
+	*x = StatusResponse{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatusResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatusResponse) ProtoMessage() {}
+
+func (x *StatusResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
+func (*StatusResponse) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *StatusResponse) GetAgentId() string {
+	if x != nil {
+		return x.AgentId
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetNow() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Now
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetPublicSocket() string {
+	if x != nil {
+		return x.PublicSocket
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetCaAddress() string {
+	if x != nil {
+		return x.CaAddress
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetCaAddresses() []string {
+	if x != nil {
+		return x.CaAddresses
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetCaFault() string {
+	if x != nil {
+		return x.CaFault
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetHeardAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.HeardAt
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetClockAhead() *durationpb.Duration {
+	if x != nil {
+		return x.ClockAhead
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetEntryCount() int32 {
+	if x != nil {
+		return x.EntryCount
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetEntriesWithoutSvid() []string {
+	if x != nil {
+		return x.EntriesWithoutSvid
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetEntriesWithoutSvidCount() int32 {
+	if x != nil {
+		return x.EntriesWithoutSvidCount
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetOwnSvidNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.OwnSvidNotAfter
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetX509SvidCount() int32 {
+	if x != nil {
+		return x.X509SvidCount
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetFirstX509SvidNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.FirstX509SvidNotAfter
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetMedianX509SvidNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.MedianX509SvidNotAfter
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetJwtSvidCount() int32 {
+	if x != nil {
+		return x.JwtSvidCount
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetFirstJwtSvidNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.FirstJwtSvidNotAfter
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetLastJwtSvidNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastJwtSvidNotAfter
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetPolicyGeneration() uint64 {
+	if x != nil {
+		return x.PolicyGeneration
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetPolicyNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PolicyNotAfter
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetRevocationMaxAge() *durationpb.Duration {
+	if x != nil {
+		return x.RevocationMaxAge
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetOnStale() string {
+	if x != nil {
+		return x.OnStale
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetCacheSavedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CacheSavedAt
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetCacheFault() string {
+	if x != nil {
+		return x.CacheFault
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetSealedUnder() string {
+	if x != nil {
+		return x.SealedUnder
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetKeyConfigured() bool {
+	if x != nil {
+		return x.KeyConfigured
+	}
+	return false
+}
+
+func (x *StatusResponse) GetKeysCached() bool {
+	if x != nil {
+		return x.KeysCached
+	}
+	return false
+}
+
+func (x *StatusResponse) GetDataDir() string {
+	if x != nil {
+		return x.DataDir
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetFreeBytes() uint64 {
+	if x != nil {
+		return x.FreeBytes
+	}
+	return 0
+}
+
 type ExplainDecisionRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	DecisionId    string                 `protobuf:"bytes,1,opt,name=decision_id,json=decisionId,proto3" json:"decision_id,omitempty"`
@@ -1371,7 +1692,7 @@ type ExplainDecisionRequest struct {
 
 func (x *ExplainDecisionRequest) Reset() {
 	*x = ExplainDecisionRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[19]
+	mi := &file_agent_agentpb_local_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1383,7 +1704,7 @@ func (x *ExplainDecisionRequest) String() string {
 func (*ExplainDecisionRequest) ProtoMessage() {}
 
 func (x *ExplainDecisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[19]
+	mi := &file_agent_agentpb_local_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1396,7 +1717,7 @@ func (x *ExplainDecisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainDecisionRequest.ProtoReflect.Descriptor instead.
 func (*ExplainDecisionRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{19}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExplainDecisionRequest) GetDecisionId() string {
@@ -1421,7 +1742,7 @@ type ExplainDecisionResponse struct {
 
 func (x *ExplainDecisionResponse) Reset() {
 	*x = ExplainDecisionResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[20]
+	mi := &file_agent_agentpb_local_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1433,7 +1754,7 @@ func (x *ExplainDecisionResponse) String() string {
 func (*ExplainDecisionResponse) ProtoMessage() {}
 
 func (x *ExplainDecisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[20]
+	mi := &file_agent_agentpb_local_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1446,7 +1767,7 @@ func (x *ExplainDecisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainDecisionResponse.ProtoReflect.Descriptor instead.
 func (*ExplainDecisionResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{20}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExplainDecisionResponse) GetDecision() *Decision {
@@ -1598,7 +1919,45 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x18\n" +
 	"\amatches\x18\x03 \x01(\bR\amatches\x12\x18\n" +
-	"\amissing\x18\x04 \x03(\tR\amissing\"9\n" +
+	"\amissing\x18\x04 \x03(\tR\amissing\"\x0f\n" +
+	"\rStatusRequest\"\xa8\v\n" +
+	"\x0eStatusResponse\x12\x19\n" +
+	"\bagent_id\x18\x01 \x01(\tR\aagentId\x12,\n" +
+	"\x03now\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x03now\x12#\n" +
+	"\rpublic_socket\x18\x03 \x01(\tR\fpublicSocket\x12\x1d\n" +
+	"\n" +
+	"ca_address\x18\x04 \x01(\tR\tcaAddress\x12!\n" +
+	"\fca_addresses\x18\x05 \x03(\tR\vcaAddresses\x12\x19\n" +
+	"\bca_fault\x18\x06 \x01(\tR\acaFault\x125\n" +
+	"\bheard_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\aheardAt\x12:\n" +
+	"\vclock_ahead\x18\b \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"clockAhead\x12\x1f\n" +
+	"\ventry_count\x18\t \x01(\x05R\n" +
+	"entryCount\x120\n" +
+	"\x14entries_without_svid\x18\n" +
+	" \x03(\tR\x12entriesWithoutSvid\x12;\n" +
+	"\x1aentries_without_svid_count\x18\v \x01(\x05R\x17entriesWithoutSvidCount\x12G\n" +
+	"\x12own_svid_not_after\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\x0fownSvidNotAfter\x12&\n" +
+	"\x0fx509_svid_count\x18\r \x01(\x05R\rx509SvidCount\x12T\n" +
+	"\x19first_x509_svid_not_after\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\x15firstX509SvidNotAfter\x12V\n" +
+	"\x1amedian_x509_svid_not_after\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\x16medianX509SvidNotAfter\x12$\n" +
+	"\x0ejwt_svid_count\x18\x10 \x01(\x05R\fjwtSvidCount\x12R\n" +
+	"\x18first_jwt_svid_not_after\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\x14firstJwtSvidNotAfter\x12P\n" +
+	"\x17last_jwt_svid_not_after\x18\x12 \x01(\v2\x1a.google.protobuf.TimestampR\x13lastJwtSvidNotAfter\x12+\n" +
+	"\x11policy_generation\x18\x13 \x01(\x04R\x10policyGeneration\x12D\n" +
+	"\x10policy_not_after\x18\x14 \x01(\v2\x1a.google.protobuf.TimestampR\x0epolicyNotAfter\x12G\n" +
+	"\x12revocation_max_age\x18\x15 \x01(\v2\x19.google.protobuf.DurationR\x10revocationMaxAge\x12\x19\n" +
+	"\bon_stale\x18\x16 \x01(\tR\aonStale\x12@\n" +
+	"\x0ecache_saved_at\x18\x17 \x01(\v2\x1a.google.protobuf.TimestampR\fcacheSavedAt\x12\x1f\n" +
+	"\vcache_fault\x18\x18 \x01(\tR\n" +
+	"cacheFault\x12!\n" +
+	"\fsealed_under\x18\x19 \x01(\tR\vsealedUnder\x12%\n" +
+	"\x0ekey_configured\x18\x1a \x01(\bR\rkeyConfigured\x12\x1f\n" +
+	"\vkeys_cached\x18\x1b \x01(\bR\n" +
+	"keysCached\x12\x19\n" +
+	"\bdata_dir\x18\x1c \x01(\tR\adataDir\x12\x1d\n" +
+	"\n" +
+	"free_bytes\x18\x1d \x01(\x04R\tfreeBytes\"9\n" +
 	"\x16ExplainDecisionRequest\x12\x1f\n" +
 	"\vdecision_id\x18\x01 \x01(\tR\n" +
 	"decisionId\"\xf2\x01\n" +
@@ -1614,10 +1973,11 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\x05Watch\x12\x1d.merlon.agent.v1.WatchRequest\x1a\x1e.merlon.agent.v1.WatchResponse0\x01\x12Z\n" +
 	"\vWatchPolicy\x12#.merlon.agent.v1.WatchPolicyRequest\x1a$.merlon.agent.v1.WatchPolicyResponse0\x01\x12K\n" +
 	"\x06Report\x12\x1e.merlon.agent.v1.ReportRequest\x1a\x1f.merlon.agent.v1.ReportResponse(\x01\x12S\n" +
-	"\bHoldKeys\x12 .merlon.agent.v1.HoldKeysRequest\x1a!.merlon.agent.v1.HoldKeysResponse(\x010\x012\xd3\x01\n" +
+	"\bHoldKeys\x12 .merlon.agent.v1.HoldKeysRequest\x1a!.merlon.agent.v1.HoldKeysResponse(\x010\x012\x9e\x02\n" +
 	"\x05Debug\x12d\n" +
 	"\x0fExplainIdentity\x12'.merlon.agent.v1.ExplainIdentityRequest\x1a(.merlon.agent.v1.ExplainIdentityResponse\x12d\n" +
-	"\x0fExplainDecision\x12'.merlon.agent.v1.ExplainDecisionRequest\x1a(.merlon.agent.v1.ExplainDecisionResponseB\x1aZ\x18merlon.dev/agent/agentpbb\x06proto3"
+	"\x0fExplainDecision\x12'.merlon.agent.v1.ExplainDecisionRequest\x1a(.merlon.agent.v1.ExplainDecisionResponse\x12I\n" +
+	"\x06Status\x12\x1e.merlon.agent.v1.StatusRequest\x1a\x1f.merlon.agent.v1.StatusResponseB\x1aZ\x18merlon.dev/agent/agentpbb\x06proto3"
 
 var (
 	file_agent_agentpb_local_proto_rawDescOnce sync.Once
@@ -1631,7 +1991,7 @@ func file_agent_agentpb_local_proto_rawDescGZIP() []byte {
 	return file_agent_agentpb_local_proto_rawDescData
 }
 
-var file_agent_agentpb_local_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_agent_agentpb_local_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_agent_agentpb_local_proto_goTypes = []any{
 	(*AuthorizeRequest)(nil),        // 0: merlon.agent.v1.AuthorizeRequest
 	(*HeaderValues)(nil),            // 1: merlon.agent.v1.HeaderValues
@@ -1652,54 +2012,69 @@ var file_agent_agentpb_local_proto_goTypes = []any{
 	(*ExplainIdentityRequest)(nil),  // 16: merlon.agent.v1.ExplainIdentityRequest
 	(*ExplainIdentityResponse)(nil), // 17: merlon.agent.v1.ExplainIdentityResponse
 	(*EntryMatch)(nil),              // 18: merlon.agent.v1.EntryMatch
-	(*ExplainDecisionRequest)(nil),  // 19: merlon.agent.v1.ExplainDecisionRequest
-	(*ExplainDecisionResponse)(nil), // 20: merlon.agent.v1.ExplainDecisionResponse
-	nil,                             // 21: merlon.agent.v1.AuthorizeRequest.HeadersEntry
-	nil,                             // 22: merlon.agent.v1.HoldKeysResponse.BundlesEntry
-	nil,                             // 23: merlon.agent.v1.ReportRequest.DecidedEntry
-	(*timestamppb.Timestamp)(nil),   // 24: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 25: google.protobuf.Duration
+	(*StatusRequest)(nil),           // 19: merlon.agent.v1.StatusRequest
+	(*StatusResponse)(nil),          // 20: merlon.agent.v1.StatusResponse
+	(*ExplainDecisionRequest)(nil),  // 21: merlon.agent.v1.ExplainDecisionRequest
+	(*ExplainDecisionResponse)(nil), // 22: merlon.agent.v1.ExplainDecisionResponse
+	nil,                             // 23: merlon.agent.v1.AuthorizeRequest.HeadersEntry
+	nil,                             // 24: merlon.agent.v1.HoldKeysResponse.BundlesEntry
+	nil,                             // 25: merlon.agent.v1.ReportRequest.DecidedEntry
+	(*timestamppb.Timestamp)(nil),   // 26: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 27: google.protobuf.Duration
 }
 var file_agent_agentpb_local_proto_depIdxs = []int32{
-	21, // 0: merlon.agent.v1.AuthorizeRequest.headers:type_name -> merlon.agent.v1.AuthorizeRequest.HeadersEntry
+	23, // 0: merlon.agent.v1.AuthorizeRequest.headers:type_name -> merlon.agent.v1.AuthorizeRequest.HeadersEntry
 	3,  // 1: merlon.agent.v1.AuthorizeResponse.decision:type_name -> merlon.agent.v1.Decision
 	6,  // 2: merlon.agent.v1.HoldKeysResponse.identities:type_name -> merlon.agent.v1.HeldIdentity
-	22, // 3: merlon.agent.v1.HoldKeysResponse.bundles:type_name -> merlon.agent.v1.HoldKeysResponse.BundlesEntry
+	24, // 3: merlon.agent.v1.HoldKeysResponse.bundles:type_name -> merlon.agent.v1.HoldKeysResponse.BundlesEntry
 	15, // 4: merlon.agent.v1.WatchResponse.revocations:type_name -> merlon.agent.v1.Revocation
-	24, // 5: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
-	25, // 6: merlon.agent.v1.WatchResponse.deny_after:type_name -> google.protobuf.Duration
+	26, // 5: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
+	27, // 6: merlon.agent.v1.WatchResponse.deny_after:type_name -> google.protobuf.Duration
 	11, // 7: merlon.agent.v1.WatchPolicyResponse.programs:type_name -> merlon.agent.v1.Program
 	13, // 8: merlon.agent.v1.ReportRequest.records:type_name -> merlon.agent.v1.DecisionRecord
-	23, // 9: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
+	25, // 9: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
 	3,  // 10: merlon.agent.v1.DecisionRecord.decision:type_name -> merlon.agent.v1.Decision
 	0,  // 11: merlon.agent.v1.DecisionRecord.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	24, // 12: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
-	24, // 13: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	26, // 12: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
+	26, // 13: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
 	18, // 14: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
-	24, // 15: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
-	3,  // 16: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 17: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	24, // 18: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
-	1,  // 19: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
-	0,  // 20: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
-	7,  // 21: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
-	9,  // 22: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
-	12, // 23: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
-	4,  // 24: merlon.agent.v1.Local.HoldKeys:input_type -> merlon.agent.v1.HoldKeysRequest
-	16, // 25: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
-	19, // 26: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
-	2,  // 27: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
-	8,  // 28: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
-	10, // 29: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
-	14, // 30: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
-	5,  // 31: merlon.agent.v1.Local.HoldKeys:output_type -> merlon.agent.v1.HoldKeysResponse
-	17, // 32: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
-	20, // 33: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
-	27, // [27:34] is the sub-list for method output_type
-	20, // [20:27] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	26, // 15: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
+	26, // 16: merlon.agent.v1.StatusResponse.now:type_name -> google.protobuf.Timestamp
+	26, // 17: merlon.agent.v1.StatusResponse.heard_at:type_name -> google.protobuf.Timestamp
+	27, // 18: merlon.agent.v1.StatusResponse.clock_ahead:type_name -> google.protobuf.Duration
+	26, // 19: merlon.agent.v1.StatusResponse.own_svid_not_after:type_name -> google.protobuf.Timestamp
+	26, // 20: merlon.agent.v1.StatusResponse.first_x509_svid_not_after:type_name -> google.protobuf.Timestamp
+	26, // 21: merlon.agent.v1.StatusResponse.median_x509_svid_not_after:type_name -> google.protobuf.Timestamp
+	26, // 22: merlon.agent.v1.StatusResponse.first_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
+	26, // 23: merlon.agent.v1.StatusResponse.last_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
+	26, // 24: merlon.agent.v1.StatusResponse.policy_not_after:type_name -> google.protobuf.Timestamp
+	27, // 25: merlon.agent.v1.StatusResponse.revocation_max_age:type_name -> google.protobuf.Duration
+	26, // 26: merlon.agent.v1.StatusResponse.cache_saved_at:type_name -> google.protobuf.Timestamp
+	3,  // 27: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 28: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	26, // 29: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
+	1,  // 30: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
+	0,  // 31: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
+	7,  // 32: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
+	9,  // 33: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
+	12, // 34: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
+	4,  // 35: merlon.agent.v1.Local.HoldKeys:input_type -> merlon.agent.v1.HoldKeysRequest
+	16, // 36: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
+	21, // 37: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
+	19, // 38: merlon.agent.v1.Debug.Status:input_type -> merlon.agent.v1.StatusRequest
+	2,  // 39: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
+	8,  // 40: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
+	10, // 41: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
+	14, // 42: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
+	5,  // 43: merlon.agent.v1.Local.HoldKeys:output_type -> merlon.agent.v1.HoldKeysResponse
+	17, // 44: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
+	22, // 45: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
+	20, // 46: merlon.agent.v1.Debug.Status:output_type -> merlon.agent.v1.StatusResponse
+	39, // [39:47] is the sub-list for method output_type
+	31, // [31:39] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_agent_agentpb_local_proto_init() }
@@ -1719,7 +2094,7 @@ func file_agent_agentpb_local_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_agentpb_local_proto_rawDesc), len(file_agent_agentpb_local_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   24,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

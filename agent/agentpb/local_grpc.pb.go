@@ -311,6 +311,7 @@ var Local_ServiceDesc = grpc.ServiceDesc{
 const (
 	Debug_ExplainIdentity_FullMethodName = "/merlon.agent.v1.Debug/ExplainIdentity"
 	Debug_ExplainDecision_FullMethodName = "/merlon.agent.v1.Debug/ExplainDecision"
+	Debug_Status_FullMethodName          = "/merlon.agent.v1.Debug/Status"
 )
 
 // DebugClient is the client API for Debug service.
@@ -325,6 +326,9 @@ type DebugClient interface {
 	// ExplainDecision finds one of the last 10 000 decisions. NOT_FOUND when it
 	// is older or was made elsewhere.
 	ExplainDecision(ctx context.Context, in *ExplainDecisionRequest, opts ...grpc.CallOption) (*ExplainDecisionResponse, error)
+	// Status says how the agent is, and for how long what it holds lasts without
+	// the CA.
+	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
 }
 
 type debugClient struct {
@@ -355,6 +359,16 @@ func (c *debugClient) ExplainDecision(ctx context.Context, in *ExplainDecisionRe
 	return out, nil
 }
 
+func (c *debugClient) Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StatusResponse)
+	err := c.cc.Invoke(ctx, Debug_Status_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // DebugServer is the server API for Debug service.
 // All implementations must embed UnimplementedDebugServer
 // for forward compatibility.
@@ -367,6 +381,9 @@ type DebugServer interface {
 	// ExplainDecision finds one of the last 10 000 decisions. NOT_FOUND when it
 	// is older or was made elsewhere.
 	ExplainDecision(context.Context, *ExplainDecisionRequest) (*ExplainDecisionResponse, error)
+	// Status says how the agent is, and for how long what it holds lasts without
+	// the CA.
+	Status(context.Context, *StatusRequest) (*StatusResponse, error)
 	mustEmbedUnimplementedDebugServer()
 }
 
@@ -382,6 +399,9 @@ func (UnimplementedDebugServer) ExplainIdentity(context.Context, *ExplainIdentit
 }
 func (UnimplementedDebugServer) ExplainDecision(context.Context, *ExplainDecisionRequest) (*ExplainDecisionResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ExplainDecision not implemented")
+}
+func (UnimplementedDebugServer) Status(context.Context, *StatusRequest) (*StatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Status not implemented")
 }
 func (UnimplementedDebugServer) mustEmbedUnimplementedDebugServer() {}
 func (UnimplementedDebugServer) testEmbeddedByValue()               {}
@@ -440,6 +460,24 @@ func _Debug_ExplainDecision_Handler(srv interface{}, ctx context.Context, dec fu
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Debug_Status_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StatusRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DebugServer).Status(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Debug_Status_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DebugServer).Status(ctx, req.(*StatusRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Debug_ServiceDesc is the grpc.ServiceDesc for Debug service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -454,6 +492,10 @@ var Debug_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ExplainDecision",
 			Handler:    _Debug_ExplainDecision_Handler,
+		},
+		{
+			MethodName: "Status",
+			Handler:    _Debug_Status_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

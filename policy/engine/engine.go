@@ -138,6 +138,9 @@ func (e *Engine) prepare(ctx context.Context, src Source) (err error) {
 // Generation is the generation of the policy that e decides by.
 func (e *Engine) Generation() uint64 { return e.generation }
 
+// NotAfter is when the policy ends, zero for never.
+func (e *Engine) NotAfter() time.Time { return e.notAfter }
+
 // Grants is the number of grants of the policy.
 func (e *Engine) Grants() int { return len(e.grants) }
 

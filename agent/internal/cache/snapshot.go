@@ -114,7 +114,7 @@ func (c *Cache) Snapshot(agentID string, secrets bool) *Snapshot {
 		}
 	}
 	for id, kept := range c.kept {
-		if !now.Before(kept.NotAfter) {
+		if e := c.entries[id]; e == nil || !e.AgentKey || !now.Before(kept.NotAfter) {
 			delete(c.kept, id)
 			continue
 		}

@@ -384,3 +384,37 @@ func fuzzTrust(f *testing.F) *Trust {
 	}
 	return trust
 }
+
+// The outlook counts what is served, and what came back from the disk and was not
+// asked for yet, and nothing that has ended.
+func TestOutlook(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		s, a, _ := saved(t, f)
+		f.ca.set(func(s *signer) { s.ttl = 3 * time.Hour })
+		sub := f.Subscribe()
+		defer sub.Close()
+		sub.View(proves("unix:uid:2"), true)
+		b := take(t, sub, "unix:uid:2").SVIDs[0]
+		o := f.Outlook()
+		if o.X509 != 2 || !o.First.Equal(a.Peer.NotAfter) || !o.Median.Equal(a.Peer.NotAfter) || o.JWTs != 1 || !o.LastJWT.Equal(o.FirstJWT) || o.FirstJWT.IsZero() || len(o.Waiting) != 0 {
+			t.Errorf("outlook = %+v", o)
+		}
+		again, _ := restarted(t, f)
+		if err := again.Restore(t.Context(), s); err != nil {
+			t.Fatal(err)
+		}
+		if o := again.Outlook(); o.X509 != 1 || !o.First.Equal(a.Peer.NotAfter.Truncate(time.Second)) {
+			t.Errorf("outlook after a restart = %+v", o)
+		}
+		other := again.Subscribe()
+		defer other.Close()
+		other.View(proves("unix:uid:2"), true) // the CA is away
+		if o := again.Outlook(); len(o.Waiting) != 1 || o.Waiting[0] != "e2" {
+			t.Errorf("waiting = %q", o.Waiting)
+		}
+		time.Sleep(time.Until(a.Peer.NotAfter))
+		if o := f.Outlook(); o.X509 != 1 || !o.First.Equal(b.Peer.NotAfter) || o.JWTs != 0 {
+			t.Errorf("outlook after the first ended = %+v", o)
+		}
+	})
+}

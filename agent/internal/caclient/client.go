@@ -78,7 +78,8 @@ type Client struct {
 	links       *links
 	logs        *logs
 	successor   successor
-	notTaken    *x509svid.SVID // of the agent, by which it does not come back; of one goroutine
+	clockAhead  atomic.Pointer[time.Duration] // nil: not known yet
+	notTaken    *x509svid.SVID                // of the agent, by which it does not come back; of one goroutine
 	standing    *standing
 	// firstWord is how long a replica may take to say something, where there
 	// are others; lookAgain is about how often an agent of a stale replica looks
@@ -179,6 +180,23 @@ func (c *Client) ID() spiffeid.ID {
 		return own.ID
 	}
 	return spiffeid.ID{}
+}
+
+// NotAfter is the end of the agent's own SVID, zero for none.
+func (c *Client) NotAfter() time.Time {
+	if own := c.own.Load(); own != nil {
+		return own.notAfter()
+	}
+	return time.Time{}
+}
+
+// ClockAhead is by how much the node's clock was ahead of the CA's when that
+// spoke last.
+func (c *Client) ClockAhead() (ahead time.Duration, known bool) {
+	if d := c.clockAhead.Load(); d != nil {
+		return *d, true
+	}
+	return 0, false
 }
 
 // Ready says what keeps the agent from obtaining SVIDs, as far as its own

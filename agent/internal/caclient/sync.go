@@ -135,8 +135,8 @@ func (s *stream) take(ctx context.Context, m *capb.SyncResponse) error {
 		s.heed(nil)
 		s.links.use(s.link)
 		s.standing.joined(ctx, s.link.address, m.GetStale())
-		s.checkClock(ctx, m)
 	}
+	s.checkClock(ctx, m)
 	s.standing.spoke(ctx, s.link.address, m.GetStale())
 	if !m.GetStale() && len(s.cfg.Addresses) > 1 {
 		s.patient = false
@@ -176,7 +176,9 @@ func (c *Client) checkClock(ctx context.Context, m *capb.SyncResponse) {
 	if m.GetSentAt() == nil {
 		return
 	}
-	if off := time.Since(m.GetSentAt().AsTime()); off.Abs() > clockAlarm {
+	off := time.Since(m.GetSentAt().AsTime())
+	before := c.clockAhead.Swap(&off)
+	if off.Abs() > clockAlarm && (before == nil || before.Abs() <= clockAlarm) {
 		c.cfg.Logger.LogAttrs(ctx, slog.LevelError, "clocks of CA and node differ", slog.Duration("ahead", off))
 	}
 }

@@ -78,6 +78,11 @@ func whyNone(state cache.State, matches []*cache.Entry, misses []cache.Miss, p *
 	return endpoint.NoMatchingEntry, hint
 }
 
+// Status says how the agent is.
+func (s *Server) Status(ctx context.Context, _ *agentpb.StatusRequest) (*agentpb.StatusResponse, error) {
+	return s.o.Status(ctx), nil
+}
+
 // ExplainDecision finds one of the last decisions and asks the policy that
 // made it once more, in words.
 func (s *Server) ExplainDecision(ctx context.Context, req *agentpb.ExplainDecisionRequest) (*agentpb.ExplainDecisionResponse, error) {

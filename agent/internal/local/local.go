@@ -43,6 +43,8 @@ type Options struct {
 	// RevocationMaxAge is how long the CA may be silent before revocations
 	// count as stale.
 	RevocationMaxAge time.Duration
+	// Status is what the agent says of itself.
+	Status func(context.Context) *agentpb.StatusResponse
 	// DenyStale denies every call with STALE_REVOCATIONS then; otherwise what
 	// is known stays in force.
 	DenyStale  bool

@@ -292,3 +292,12 @@ func (l *lateDebug) ExplainDecision(ctx context.Context, req *agentpb.ExplainDec
 	}
 	return s.ExplainDecision(ctx, req)
 }
+
+// Status asks the agent.
+func (l *lateDebug) Status(ctx context.Context, req *agentpb.StatusRequest) (*agentpb.StatusResponse, error) {
+	s, err := l.get(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return s.Status(ctx, req)
+}

@@ -85,7 +85,7 @@ SVID or an OIDC token; "merlon dev" starts both in one process.`,
 	})
 	root.AddCommand(
 		entryCommand(&o), tokenCommand(&o), agentCommand(&o), trustCommand(&o),
-		revokeCommand(&o), revocationCommand(&o), policyNoun(&o), explainCommand(&o),
+		revokeCommand(&o), revocationCommand(&o), policyNoun(&o), explainCommand(&o), doctorCommand(&o),
 		storeCommand(&o), logCommand(&o), keyCommand(&o), replicaCommand(&o), authorityCommand(&o), devCommand(&o),
 	)
 	checkArgs(root)
