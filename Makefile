@@ -8,7 +8,7 @@ BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 export MERLON_INTEROP ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/merlon/interop
 
 .DEFAULT_GOAL := help
-.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate pidreuse taint
+.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate pidreuse taint reconnect
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -63,6 +63,9 @@ ENTRIES ?= 1000000
 bench-store: ## both stores, and a CA that starts on them, with ENTRIES entries (default 1000000); takes a quarter of an hour
 	MERLON_BENCH_LARGE=$(ENTRIES) go test -timeout 60m -run '^$$' -bench 'Import|Load|Open|Change' -benchtime 3x ./ca/internal/store/badger
 	MERLON_BENCH_LARGE=$(ENTRIES) go test -timeout 60m -run '^$$' -bench Ready -benchtime 3x ./ca
+
+reconnect: ## an agent that comes back to a CA with ENTRIES entries (take 100000), 1000 of them its node's
+	MERLON_SYNC_ENTRIES=$(ENTRIES) go test -count 1 -v -run TestReconnectCosts ./ca
 
 FUZZTIME ?= 30s
 fuzz: ## every fuzz target for FUZZTIME (default 30s)

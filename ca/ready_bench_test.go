@@ -63,7 +63,7 @@ func benchReady(b *testing.B, dir string, n int, open func() (store.Store, error
 	c.agent("n1")
 	c.stop()
 	loading := time.Now()
-	last := fillEntries(b, n, open)
+	last := fillEntries(b, n, open, benchEntry)
 	loaded := time.Since(loading)
 	for b.Loop() {
 		debug.FreeOSMemory()
@@ -82,9 +82,9 @@ func benchReady(b *testing.B, dir string, n int, open func() (store.Store, error
 	b.ReportMetric(loaded.Seconds(), "s-load")
 }
 
-// fillEntries writes n entries of 10 000 agents past the CA, which is stopped,
-// and returns the ID of the last.
-func fillEntries(b *testing.B, n int, open func() (store.Store, error)) (last string) {
+// fillEntries writes n entries past the CA, which is stopped, and returns the ID of
+// the last.
+func fillEntries(b testing.TB, n int, open func() (store.Store, error), newEntry func(i int) *entry.Entry) (last string) {
 	b.Helper()
 	st, err := open()
 	if err != nil {
@@ -96,7 +96,7 @@ func fillEntries(b *testing.B, n int, open func() (store.Store, error)) (last st
 		writers.Go(func() error {
 			var ops []store.Op
 			for i := at; i < min(n, at+store.MaxTxnOps); i++ {
-				e := benchEntry(i)
+				e := newEntry(i)
 				value, err := entry.Encode(e)
 				if err != nil {
 					return err
@@ -119,6 +119,7 @@ func fillEntries(b *testing.B, n int, open func() (store.Store, error)) (last st
 	return last
 }
 
+// benchEntry is the entry i of 10 000 agents.
 func benchEntry(i int) *entry.Entry {
 	td := spiffeid.RequireTrustDomainFromString("shop.test")
 	return &entry.Entry{

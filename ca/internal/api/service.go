@@ -146,6 +146,9 @@ type Service struct {
 	// evidence bounds how often the log says that the store was put back.
 	evidence *rate.Sometimes
 
+	// takeTimeout is the constant, but in tests.
+	takeTimeout time.Duration
+
 	// keys knows whose the public keys are that were signed here.
 	keys *authority.KeyUse
 
@@ -162,17 +165,18 @@ func New(o Options) *Service {
 	keys := authority.NewKeyUse(authority.MaxKeys)
 	return &Service{
 		opts: o, registry: o.Registry, access: accessTable(), log: o.Log,
-		metrics:  newMetrics(o.Metrics, o.Registry, keys),
-		keys:     keys,
-		calls:    newCalls(),
-		shares:   newShares(),
-		unread:   newUnread(),
-		proving:  make(chan struct{}, 1),
-		evidence: evidenceLog(),
-		unnoted:  newUnnoted(),
-		keeping:  make(chan struct{}, maxKeeping),
-		reach:    newReach(),
-		stopping: make(chan struct{}),
+		metrics:     newMetrics(o.Metrics, o.Registry, keys),
+		keys:        keys,
+		calls:       newCalls(),
+		shares:      newShares(),
+		unread:      newUnread(),
+		takeTimeout: takeTimeout,
+		proving:     make(chan struct{}, 1),
+		evidence:    evidenceLog(),
+		unnoted:     newUnnoted(),
+		keeping:     make(chan struct{}, maxKeeping),
+		reach:       newReach(),
+		stopping:    make(chan struct{}),
 	}
 }
 

@@ -26,9 +26,9 @@ import (
 const (
 	// heartbeat stays below the 15 s that node.proto promises.
 	heartbeat = 10 * time.Second
-	// An agent that takes nothing for sendTimeout is left: a message would stay in
+	// takeTimeout is how long an agent may take to take a message: it would stay in
 	// memory for it, and an answer to its pings keeps the connection.
-	sendTimeout = time.Minute
+	takeTimeout = time.Minute
 	// An agent pauses 20 ms between acknowledgements. One that sends more waits
 	// until they are read; what is written down of them is bounded further.
 	acksPerSecond, acksBurst = 50, 100
@@ -58,7 +58,7 @@ func (s *Service) Sync(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.Sy
 	}
 	defer feed.Close()
 	follower := &follower{
-		Service: s, stream: stream, feed: feed, caller: caller, witness: witness, sendTimeout: sendTimeout,
+		Service: s, stream: stream, feed: feed, caller: caller, witness: witness,
 		acks: rate.NewLimiter(acksPerSecond, acksBurst), kept: rate.NewLimiter(keptPerSecond, keptBurst),
 	}
 	follower.noteAck(ctx, first)
@@ -81,12 +81,11 @@ func claims(req *capb.SyncRequest) *capb.Seen {
 // follower is the agent at the other end of one Sync stream.
 type follower struct {
 	*Service
-	stream      grpc.BidiStreamingServer[capb.SyncRequest, capb.SyncResponse]
-	feed        *registry.Feed
-	caller      *Caller
-	witness     *witness
-	acks, kept  *rate.Limiter
-	sendTimeout time.Duration
+	stream     grpc.BidiStreamingServer[capb.SyncRequest, capb.SyncResponse]
+	feed       *registry.Feed
+	caller     *Caller
+	witness    *witness
+	acks, kept *rate.Limiter
 }
 
 // receiveAcks notes acknowledgements until the stream ends. One that says more
@@ -208,7 +207,7 @@ var errStopping = status.Error(codes.Unavailable, "the CA is stopping")
 func (f *follower) send(ctx context.Context, msg *capb.SyncResponse) error {
 	sent := make(chan error, 1)
 	go func() { sent <- f.stream.Send(msg) }()
-	patience := time.NewTimer(f.sendTimeout)
+	patience := time.NewTimer(f.takeTimeout)
 	defer patience.Stop()
 	select {
 	case err := <-sent:
@@ -219,7 +218,7 @@ func (f *follower) send(ctx context.Context, msg *capb.SyncResponse) error {
 		return errStopping
 	case <-patience.C:
 		return f.refuse(ctx, f.caller, audit.Record{Detail: capb.Node_Sync_FullMethodName},
-			status.Errorf(codes.ResourceExhausted, "the agent has taken nothing for %s; it can come again", f.sendTimeout))
+			status.Errorf(codes.ResourceExhausted, "the agent has taken nothing for %s; it can come again", f.takeTimeout))
 	}
 }
 
