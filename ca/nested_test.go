@@ -67,11 +67,14 @@ func (c *testCA) holdsRealms(id string, realms ...uint32) bool {
 	return slices.Equal(got, realms)
 }
 
-func (c *testCA) revokeID(id string) {
+// revokeID returns which other CAs have not been told.
+func (c *testCA) revokeID(id string) (notTold []string) {
 	c.t.Helper()
-	if _, err := c.admin.Revoke(c.t.Context(), &capb.RevokeRequest{Subject: &capb.RevokeRequest_SpiffeId{SpiffeId: id}, Note: "lost"}); err != nil {
+	resp, err := c.admin.Revoke(c.t.Context(), &capb.RevokeRequest{Subject: &capb.RevokeRequest_SpiffeId{SpiffeId: id}, Note: "lost"})
+	if err != nil {
 		c.t.Fatal(err)
 	}
+	return resp.GetNotTold()
 }
 
 func TestNestedCAsShareWhatReplicasDo(t *testing.T) {
@@ -87,6 +90,9 @@ func TestNestedCAsShareWhatReplicasDo(t *testing.T) {
 		}
 		return len(bundle.JWTAuthorities()) == 3
 	})
+	for _, below := range []*testCA{eu, us} {
+		eventually(t, "the stream is open", func() bool { _, body := below.get("/ready"); return !strings.Contains(body, "notes") })
+	}
 	if r := up.replicas(); r["eu"].GetRealm() != 1 || r["us"].GetRealm() != 2 || r["ca"].GetRealm() != 0 {
 		t.Errorf("replicas = %v; want realms 1, 2, and none", r)
 	}
@@ -95,7 +101,9 @@ func TestNestedCAsShareWhatReplicasDo(t *testing.T) {
 	// made; and it is in the audit log above, too.
 	for i, made := range []*testCA{up, eu, us} {
 		id := fmt.Sprintf("spiffe://shop.test/w%d", i)
-		made.revokeID(id)
+		if away := made.revokeID(id); len(away) > 0 {
+			t.Errorf("not told: %v; want all told", away)
+		}
 		for _, c := range []*testCA{up, eu, us} {
 			eventually(t, "every CA holds a record for each realm", func() bool { return c.holdsRealms(id, 0, 1, 2) })
 		}
@@ -237,7 +245,9 @@ func TestNestedCAGoesOnAlone(t *testing.T) {
 	if keys := glob(t, eu.dir, "jwt-*"); len(keys) != 2 {
 		t.Errorf("JWT keys %v; want the one that signs and the one to come", keys)
 	}
-	eu.revokeID("spiffe://shop.test/web")
+	if away := eu.revokeID("spiffe://shop.test/web"); !slices.Equal(away, []string{"the CA above"}) {
+		t.Errorf("not told: %v; want the CA above", away)
+	}
 
 	up = startCA(t, dir, withAddress(address))
 	eventually(t, "the revocation has come up", func() bool { return up.holdsRealms("spiffe://shop.test/web", 0, 1) })
@@ -277,6 +287,9 @@ func TestWithdrawnNestedCA(t *testing.T) {
 	stream := a.sync(0)
 	until(t, stream, synced)
 	away.stop()
+	eventually(t, "who revokes learns that one is away", func() bool {
+		return slices.Equal(up.revokeID("spiffe://shop.test/web"), []string{"nested CA us"})
+	})
 	for _, name := range []string{"eu", "us"} {
 		if _, err := up.admin.EvictReplica(t.Context(), &capb.EvictReplicaRequest{Name: name}); err != nil {
 			t.Fatal(err)

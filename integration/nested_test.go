@@ -444,7 +444,9 @@ func TestNestedCAAlone(t *testing.T) {
 	})
 	kill(down) // nor does a start need it
 	before := up.serial()
-	down.Merlon("revoke", "--spiffe-id", up.ID("/up"))
+	if _, stderr, err := down.Try("revoke", "--spiffe-id", up.ID("/up")); err != nil || !strings.Contains(stderr, "hint: not told yet: the CA above.") {
+		t.Errorf("revoke while the CA above is away: %v, %s; want it to say so", err, stderr)
+	}
 	old := down.serial()
 	down.Merlon("revoke", "--spiffe-id", down.ID("/down"))
 	down.wantNewSVID(old)
@@ -468,6 +470,9 @@ func TestNestedCAAlone(t *testing.T) {
 	up.CA.Stop()
 	copyDir(t, data, data+".old")
 	up.CA.Restart()
+	for i := range 20 { // so that it cannot make up for it by what a start writes
+		done(up.Domain, "entry", "create", "--spiffe-id", up.ID(fmt.Sprintf("/later/%d", i)), "--selector", "unix:uid:4294967294", "--parent", up.AgentID())
+	}
 	old = down.serial()
 	done(up.Domain, "revoke", "--spiffe-id", down.ID("/down"))
 	down.wantNewSVID(old) // so the record is below

@@ -1444,8 +1444,11 @@ func (*RevokeRequest_AuthorityId) isRevokeRequest_Subject() {}
 func (*RevokeRequest_Serial) isRevokeRequest_Subject() {}
 
 type RevokeResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Revocation    *Revocation            `protobuf:"bytes,1,opt,name=revocation,proto3" json:"revocation,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Revocation *Revocation            `protobuf:"bytes,1,opt,name=revocation,proto3" json:"revocation,omitempty"`
+	// Other CAs that hear of it only later: nested ones that are not connected to
+	// this replica, or the CA above. Until then it does not bind what they issued.
+	NotTold       []string `protobuf:"bytes,2,rep,name=not_told,json=notTold,proto3" json:"not_told,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1483,6 +1486,13 @@ func (*RevokeResponse) Descriptor() ([]byte, []int) {
 func (x *RevokeResponse) GetRevocation() *Revocation {
 	if x != nil {
 		return x.Revocation
+	}
+	return nil
+}
+
+func (x *RevokeResponse) GetNotTold() []string {
+	if x != nil {
+		return x.NotTold
 	}
 	return nil
 }
@@ -3191,11 +3201,12 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\fauthority_id\x18\x03 \x01(\tH\x00R\vauthorityId\x12\x18\n" +
 	"\x06serial\x18\x04 \x01(\tH\x00R\x06serial\x12\x12\n" +
 	"\x04note\x18\x05 \x01(\tR\x04noteB\t\n" +
-	"\asubject\"J\n" +
+	"\asubject\"e\n" +
 	"\x0eRevokeResponse\x128\n" +
 	"\n" +
 	"revocation\x18\x01 \x01(\v2\x18.merlon.ca.v1.RevocationR\n" +
-	"revocation\"\x18\n" +
+	"revocation\x12\x19\n" +
+	"\bnot_told\x18\x02 \x03(\tR\anotTold\"\x18\n" +
 	"\x16ListRevocationsRequest\"U\n" +
 	"\x17ListRevocationsResponse\x12:\n" +
 	"\vrevocations\x18\x01 \x03(\v2\x18.merlon.ca.v1.RevocationR\vrevocations\"?\n" +

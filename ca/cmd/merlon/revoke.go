@@ -108,6 +108,11 @@ SVID at once; to take its identity away, delete the entry.`,
 					return listHint(err, "merlon agent list")
 				}
 				r := resp.GetRevocation()
+				if names := resp.GetNotTold(); len(names) > 0 && r.GetSerial() == "" {
+					if _, err := fmt.Fprintf(cmd.ErrOrStderr(), "hint: not told yet: %s. What they have issued is withdrawn once they are; at once one SVID by --serial, or all of a nested CA by merlon replica evict\n", strings.Join(names, ", ")); err != nil {
+						return err
+					}
+				}
 				if o.output == "json" {
 					return printJSON(cmd.OutOrStdout(), newRevocationJSON(r))
 				}

@@ -53,13 +53,9 @@ func (s *Service) Follow(stream grpc.BidiStreamingServer[capb.FollowRequest, cap
 	if err := s.checkSeen(ctx, caller, seen); err != nil {
 		return err
 	}
-	id, err := spiffeid.FromSegments(s.opts.TrustDomain, "ca", caller.Replica.Name)
-	if err != nil {
-		return err
-	}
 	waiting, cancel := context.WithTimeout(ctx, catchUpTimeout)
 	defer cancel()
-	feed, err := s.registry.Subscribe(waiting, id, 0)
+	feed, err := s.registry.Subscribe(waiting, s.followerID(caller.Replica.Name), 0)
 	if err != nil {
 		return s.behind(err)
 	}
@@ -75,6 +71,24 @@ func (s *Service) Follow(stream grpc.BidiStreamingServer[capb.FollowRequest, cap
 		f.since = 0 // what it holds may never have been here
 	}
 	return f.run(ctx, ended)
+}
+
+// followerID names the stream of a nested CA. No agent has it.
+func (s *Service) followerID(name string) spiffeid.ID {
+	return spiffeid.RequireFromSegments(s.opts.TrustDomain, "ca", name) // names of replicas are valid segments
+}
+
+// notTold are the other CAs that hear later of what is revoked now.
+func (s *Service) notTold(now time.Time) (names []string) {
+	if s.opts.UpstreamAge != nil && s.opts.UpstreamAge(now) > 2*heartbeat {
+		names = append(names, "the CA above")
+	}
+	for _, rec := range s.registry.Replicas() {
+		if rec.Realm != s.opts.Realm && !s.registry.Subscribed(s.followerID(rec.Name)) {
+			names = append(names, "nested CA "+rec.Name)
+		}
+	}
+	return names
 }
 
 func (s *Service) listen(stream grpc.BidiStreamingServer[capb.FollowRequest, capb.FollowResponse], caller *Caller) error {

@@ -118,7 +118,7 @@ func (s *Service) Revoke(ctx context.Context, req *capb.RevokeRequest) (*capb.Re
 	if err := s.registry.Wait(ctx, res.Revision); err != nil {
 		return nil, err
 	}
-	return &capb.RevokeResponse{Revocation: revocationToProto(s.revocationAt(r, key, res.Revision))}, nil
+	return &capb.RevokeResponse{Revocation: revocationToProto(s.revocationAt(r, key, res.Revision)), NotTold: s.notTold(time.Now())}, nil
 }
 
 func subjectOf(r svid.Revocation) string {

@@ -5,6 +5,8 @@ package registry
 import (
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/revocation"
 	"merlon.dev/ca/internal/rotation"
@@ -30,6 +32,13 @@ func (r *Registry) Shared(name string) (Shared, bool) {
 // Progress is what the nested CA called name said last; nil for nothing.
 func (r *Registry) Progress(name string) *replica.Progress {
 	return r.pic.Load().replicas.progress[name]
+}
+
+// Subscribed says whether a stream of id's is open here.
+func (r *Registry) Subscribed(id spiffeid.ID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.feeds[id]) > 0
 }
 
 // HoldsRevocation says whether the record with the given key is there.
