@@ -21,7 +21,7 @@ import (
 // bare is an identity that no agent serves, which trusts root "aa".
 func bare() *Identity {
 	log := slog.New(slog.DiscardHandler)
-	id := &Identity{log: log, conns: newConnTable(log)}
+	id := &Identity{log: log, conns: newConnTable(log), report: newReport(), calls: newLiveCalls()}
 	own := spiffeid.RequireFromString("spiffe://sdktest.test/orders")
 	id.current.Store(&current{
 		svid:     &x509svid.SVID{ID: own},

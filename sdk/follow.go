@@ -206,6 +206,8 @@ func (id *Identity) followRevocations(ctx context.Context, progress func()) erro
 		if g := res.GetPolicyGeneration(); id.generation.Load() != g {
 			id.generationSince.Store(time.Now().UnixNano())
 			id.generation.Store(g)
+			id.calls.changed()
+			time.AfterFunc(lag, id.calls.changed) // where no program comes
 			if id.ready.isReady() {
 				id.log.LogAttrs(ctx, slog.LevelInfo, "policy changed", slog.Uint64("policy_revision", g))
 			}

@@ -74,6 +74,7 @@ func (id *Identity) takePrograms(ctx context.Context, res *agentpb.WatchPolicyRe
 		}
 	}
 	id.programs.Store(next)
+	id.calls.changed()
 }
 
 // program is the one that decides calls to destination now; nil where the agent

@@ -25,7 +25,6 @@ func encoded(generation uint64, destination string) []byte {
 func withProgram(t *testing.T, generation uint64) *Identity {
 	t.Helper()
 	id := bare()
-	id.report = newReport()
 	id.generation.Store(generation)
 	id.takePrograms(t.Context(), &agentpb.WatchPolicyResponse{PolicyGeneration: generation, Programs: []*agentpb.Program{{Destination: ownID, Encoded: encoded(generation, ownID)}}})
 	return id
@@ -156,7 +155,6 @@ func TestReportHasAllDenialsAndSomeAllowed(t *testing.T) {
 // A decision, its record and its ID.
 func BenchmarkDecideHere(b *testing.B) {
 	id := bare()
-	id.report = newReport()
 	id.generation.Store(7)
 	id.takePrograms(b.Context(), &agentpb.WatchPolicyResponse{PolicyGeneration: 7, Programs: []*agentpb.Program{{Destination: ownID, Encoded: encoded(7, ownID)}}})
 	in := web("/orders/1")

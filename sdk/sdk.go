@@ -34,6 +34,7 @@ type Identity struct {
 	revocations atomic.Pointer[svid.Revocations]
 	programs    atomic.Pointer[programs]
 	report      *report
+	calls       *liveCalls
 	generation  atomic.Uint64 // of the policy that the agent says is active
 	// The rest in Unix time or nanoseconds.
 	generationSince atomic.Int64
@@ -101,6 +102,7 @@ func Open(ctx context.Context, opts ...Option) (*Identity, error) {
 		conns:   newConnTable(o.log),
 		rotated: make(map[int]func()),
 		report:  newReport(),
+		calls:   newLiveCalls(),
 	}
 	id.ready.init()
 	id.current.Store(&current{err: errors.New("the agent has not given an identity yet"), bundles: x509bundle.NewSet()})
@@ -118,6 +120,7 @@ func (id *Identity) start(ctx context.Context) {
 	id.goroutines.Go(func() { id.keepTrying(ctx, revocationFeed, id.followRevocations) })
 	id.goroutines.Go(func() { id.keepTrying(ctx, policyFeed, id.followPolicy) })
 	id.goroutines.Go(func() { id.keepTrying(ctx, reportFeed, id.sendReports) })
+	id.goroutines.Go(func() { id.followCalls(ctx) })
 	id.goroutines.Go(func() { id.conns.run(ctx.Done()) })
 }
 

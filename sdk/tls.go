@@ -259,6 +259,13 @@ func (id *Identity) Peer(cs *tls.ConnectionState) (*svid.Peer, bool) {
 	return c.peer, true
 }
 
+// Cut ends the connection with TLS state cs at once, for a reason that is logged.
+func (id *Identity) Cut(cs *tls.ConnectionState, reason string) {
+	if c, ok := id.conns.find(cs); ok {
+		id.conns.cut(&cs.PeerCertificates[0], c, reason)
+	}
+}
+
 // Draining says whether the connection is near its end, so that the peer
 // should be asked to come back on a new one.
 func (id *Identity) Draining(cs *tls.ConnectionState) bool {

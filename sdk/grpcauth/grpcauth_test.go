@@ -72,14 +72,20 @@ func (s *service) FullDuplexCall(stream testgrpc.TestService_FullDuplexCallServe
 
 func start(t testing.TB, id *sdk.Identity, s *service) string {
 	t.Helper()
+	return startService(t, id, s, grpc.UnknownServiceHandler(func(any, grpc.ServerStream) error {
+		s.calls.Add(1)
+		return nil
+	}))
+}
+
+// startService serves s behind options that stand in front of ours.
+func startService(t testing.TB, id *sdk.Identity, s testgrpc.TestServiceServer, before ...grpc.ServerOption) string {
+	t.Helper()
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := grpc.NewServer(append(grpcauth.ServerOptions(id), grpc.UnknownServiceHandler(func(any, grpc.ServerStream) error {
-		s.calls.Add(1)
-		return nil
-	}))...)
+	srv := grpc.NewServer(append(before, grpcauth.ServerOptions(id)...)...)
 	testgrpc.RegisterTestServiceServer(srv, s)
 	done := make(chan struct{})
 	go func() { defer close(done); _ = srv.Serve(lis) }()

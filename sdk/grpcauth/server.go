@@ -27,6 +27,9 @@ import (
 // come back on a new one after a quarter of the X509-SVID's life; put your own
 // keepalive parameters behind these options to change that.
 //
+// A call that is under way when the policy stops allowing it ends with
+// PermissionDenied, as one that is new; its handler's context ends with it.
+//
 // Interceptors of your own that you pass behind these options run after the
 // decision.
 func ServerOptions(id *sdk.Identity) []grpc.ServerOption {
@@ -47,32 +50,38 @@ func ServerOptions(id *sdk.Identity) []grpc.ServerOption {
 type server struct{ id *sdk.Identity }
 
 func (s *server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
-	ctx, err := s.decide(ctx, info.FullMethod)
+	ctx, call, err := s.decide(ctx, info.FullMethod)
 	if err != nil {
 		return nil, err
 	}
-	return next(ctx, req)
+	ctx, live := s.follow(ctx, call)
+	defer live.stop()
+	reply, err := next(ctx, req)
+	if denied := live.denied(); denied != nil {
+		return nil, denied
+	}
+	return reply, err
 }
 
 func (s *server) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-	ctx, err := s.decide(stream.Context(), info.FullMethod)
+	ctx, call, err := s.decide(stream.Context(), info.FullMethod)
 	if err != nil {
 		return err
 	}
-	return next(srv, &decidedStream{ServerStream: stream, ctx: ctx})
+	ctx, live := s.follow(ctx, call)
+	defer live.stop()
+	return live.run(&decidedStream{ServerStream: stream, ctx: ctx, live: live}, func(ds grpc.ServerStream) error { return next(srv, ds) })
 }
 
-// decidedStream carries peer and decision in its context.
-type decidedStream struct {
-	grpc.ServerStream
-	ctx context.Context
+// decided is a call that the policy allows.
+type decided struct {
+	in       *policy.Input
+	decision policy.Decision
+	state    *tls.ConnectionState
 }
-
-// Context implements grpc.ServerStream.
-func (s *decidedStream) Context() context.Context { return s.ctx }
 
 // decide puts one call to the policy. A denial is the error to answer with.
-func (s *server) decide(ctx context.Context, served string) (context.Context, error) {
+func (s *server) decide(ctx context.Context, served string) (context.Context, decided, error) {
 	in := &policy.Input{Protocol: policy.GRPC, Method: "POST"}
 	var state *tls.ConnectionState
 	if p, ok := peer.FromContext(ctx); ok {
@@ -90,13 +99,13 @@ func (s *server) decide(ctx context.Context, served string) (context.Context, er
 	sent, err := exactMethod(ctx, served)
 	in.Path = sent
 	if err != nil {
-		return nil, denial(s.id.Refuse(ctx, state, in, err))
+		return nil, decided{}, denial(s.id.Refuse(ctx, state, in, err))
 	}
 	ctx, decision := s.id.Decide(ctx, state, in)
 	if !decision.Allow {
-		return nil, denial(decision)
+		return nil, decided{}, denial(decision)
 	}
-	return ctx, nil
+	return ctx, decided{in, decision, state}, nil
 }
 
 // denial is the error of a denied call: PermissionDenied with ErrorInfo.

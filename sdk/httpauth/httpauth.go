@@ -42,6 +42,11 @@ type Problem struct {
 // policy decides about the bytes that were sent, and a request whose URL has
 // been changed since is denied. Ambiguous paths are answered with 400 and
 // never reach next, nor the redirects of an http.ServeMux in it.
+//
+// A request that is under way when the policy stops allowing it ends: its context
+// is cancelled, with the denial as cause, its body and answer give errors, and the
+// peer gets the denial, or a broken answer where one had begun. A connection that
+// next has hijacked is cut, as long as ServeHTTP has not returned.
 func Handler(id *sdk.Identity, next http.Handler) http.Handler {
 	return &handler{id: id, next: next}
 }
@@ -80,7 +85,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(w, r, decision)
 		return
 	}
-	h.next.ServeHTTP(w, r.WithContext(ctx))
+	h.serveLive(w, r.WithContext(ctx), in, decision)
 }
 
 // exactPath gives the bytes of the path as they came over the wire, unless
