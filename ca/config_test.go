@@ -151,7 +151,7 @@ func TestEverySettingHasAFlag(t *testing.T) {
 		if err := c.Set(key, map[string]string{
 			"development": "true", "admin_uids": "1", "x509_svid_ttl": "1h", "jwt_svid_ttl": "1m", "agent_svid_ttl": "1h", "disk_reserve_mib": "1",
 			"root_ttl": "1h", "intermediate_ttl": "1h", "jwt_key_ttl": "1h", "trust_refresh_hint": "1m",
-			"audit_max_age": "48h", "audit_max_mib": "100", "jwt_max_audiences": "1",
+			"audit_max_age": "48h", "audit_max_mib": "100", "jwt_max_audiences": "1", "agent_recovery": "1h",
 		}[key]); err != nil {
 			t.Errorf("Set(%s): %v", key, err)
 		}

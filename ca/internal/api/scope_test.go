@@ -19,21 +19,22 @@ import (
 
 // others are values for the fields of an entry, by type.
 var others = map[reflect.Type]any{
-	reflect.TypeFor[string]():           "x",
-	reflect.TypeFor[[]string]():         []string{"x"},
-	reflect.TypeFor[uint64]():           uint64(1),
-	reflect.TypeFor[bool]():             true,
-	reflect.TypeFor[time.Duration]():    time.Minute,
-	reflect.TypeFor[time.Time]():        time.Unix(1e9, 0),
-	reflect.TypeFor[spiffeid.ID]():      spiffeid.RequireFromString("spiffe://shop.test/ns/shop/other"),
-	reflect.TypeFor[[]entry.Selector](): []entry.Selector{{Type: "unix", Value: "uid:1"}},
-	reflect.TypeFor[role.Role]():        role.Role{Name: role.Viewer},
+	reflect.TypeFor[string]():            "x",
+	reflect.TypeFor[[]string]():          []string{"x"},
+	reflect.TypeFor[uint64]():            uint64(1),
+	reflect.TypeFor[bool]():              true,
+	reflect.TypeFor[time.Duration]():     time.Minute,
+	reflect.TypeFor[time.Time]():         time.Unix(1e9, 0),
+	reflect.TypeFor[spiffeid.ID]():       spiffeid.RequireFromString("spiffe://shop.test/ns/shop/other"),
+	reflect.TypeFor[[]entry.Selector]():  []entry.Selector{{Type: "unix", Value: "uid:1"}},
+	reflect.TypeFor[entry.KeyDelivery](): entry.ByWorkload,
+	reflect.TypeFor[role.Role]():         role.Role{Name: role.Viewer},
 }
 
 func TestRegistrarSaysNothingButWhatIsListed(t *testing.T) {
 	s, _ := newService(t)
 	c := &Caller{Using: []role.Role{{Name: role.Registrar, Prefix: "/ns/shop"}}}
-	open := []string{"SPIFFEID", "ParentID", "Selectors", "X509SVIDTTL", "JWTSVIDTTL", "Hint", "ExpiresAt"}
+	open := []string{"SPIFFEID", "ParentID", "Selectors", "X509SVIDTTL", "JWTSVIDTTL", "Hint", "KeyDelivery", "ExpiresAt"}
 	for _, field := range reflect.VisibleFields(reflect.TypeFor[entry.Entry]()) {
 		e := &entry.Entry{SPIFFEID: spiffeid.RequireFromString("spiffe://shop.test/ns/shop/web")}
 		value, ok := others[field.Type]
