@@ -84,7 +84,11 @@ func Adopt(lis *net.UnixListener, access Access) error {
 	if !filepath.IsAbs(path) {
 		return fmt.Errorf("serve on %q: not the absolute path of a socket", path)
 	}
-	if err := checkDir(filepath.Dir(path), modes[access].forbidden); err != nil {
+	dir := filepath.Dir(path)
+	if err := checkAbove(dir); err != nil {
+		return fmt.Errorf("serve on %s: %w", path, err)
+	}
+	if err := checkDir(dir, modes[access].forbidden); err != nil {
 		return fmt.Errorf("serve on %s: %w", path, err)
 	}
 	// Closing it must not take it away from who opened it.

@@ -394,3 +394,45 @@ func TestClientRefusesForeignServer(t *testing.T) {
 	}
 	child.Process.Kill()
 }
+
+// A socket that another process opened is held to what Listen keeps to, and stays
+// when it is closed.
+func TestAdoptedSocketIsJudged(t *testing.T) {
+	for mode, ok := range map[os.FileMode]bool{0o755: true, 0o777: false, 0o775: false} {
+		dir := filepath.Join(shortDir(t), "s")
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(dir, "a.sock")
+		lis, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chmod(dir, mode); err != nil {
+			t.Fatal(err)
+		}
+		if err := unixsock.Adopt(lis, unixsock.Public); (err == nil) != ok {
+			t.Errorf("mode %04o: Adopt = %v", mode, err)
+		}
+		lis.Close()
+		if _, err := os.Lstat(path); (err == nil) != ok {
+			t.Errorf("mode %04o: after Close the socket is there: %v", mode, err == nil)
+		}
+	}
+	above := filepath.Join(shortDir(t), "above")
+	path := filepath.Join(above, "s", "a.sock")
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	lis, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lis.Close()
+	if err := os.Chmod(above, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := unixsock.Adopt(lis, unixsock.Public); err == nil {
+		t.Error("a socket below a directory that others can write was taken")
+	}
+}

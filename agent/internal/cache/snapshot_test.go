@@ -418,3 +418,31 @@ func TestOutlook(t *testing.T) {
 		}
 	})
 }
+
+// The CA was told that nothing is left that a tainted authority signed: what lay
+// on the disk does not come back then. While the CA is away it is better than
+// nothing.
+func TestTaintedSVIDDoesNotComeBack(t *testing.T) {
+	for name, connected := range map[string]bool{"the CA is there": true, "the CA is away": false} {
+		t.Run(name, func(t *testing.T) {
+			run(t, func(t *testing.T, f *fixture) {
+				s, before, _ := saved(t, f)
+				again, _ := restarted(t, f)
+				if err := again.Restore(t.Context(), s); err != nil {
+					t.Fatal(err)
+				}
+				tainted := f.trust(2)
+				tainted.TaintedAuthorityIds = before.Peer.AuthorityIDs
+				again.apply(&capb.SyncResponse{Reset_: true, TrustBundle: tainted, Entries: []*capb.Entry{newEntry("e1", "/a", "unix:uid:1")}})
+				if !connected {
+					again.Disconnected()
+				}
+				sub := again.Subscribe()
+				defer sub.Close()
+				if v := sub.View(proves("unix:uid:1"), true); (len(v.SVIDs) == 0) != connected {
+					t.Errorf("%d SVIDs are served", len(v.SVIDs))
+				}
+			})
+		})
+	}
+}
