@@ -61,6 +61,10 @@ type above struct {
 	viewer   registry.Viewer
 	log      *slog.Logger
 
+	// seen is the highest revision of the CA above up to which everything is here,
+	// of this run; the store has those at which something changed. Of run alone.
+	seen uint64
+
 	heard atomic.Pointer[time.Time] // when everything was here that it knew; nil: not since the start
 	fault atomic.Pointer[error]     // why the stream is down; nil while it is up
 }
@@ -148,9 +152,10 @@ func (u *above) follow(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	u.seen = max(u.seen, revision)
 	r := reporting{above: u, stream: stream}
 	first := r.next(time.Now())
-	first.Seen = &capb.Seen{Revision: revision, TrustBundleSequence: sequence}
+	first.Seen = &capb.Seen{Revision: u.seen, TrustBundleSequence: sequence}
 	if err := stream.Send(first); err != nil {
 		return receiveError(ctx, stream)
 	}
@@ -161,7 +166,7 @@ func (u *above) follow(ctx context.Context) error {
 			return streamError(ctx, err)
 		}
 		silent.Reset(aboveSilence)
-		if err := u.take(ctx, msg, &revision); err != nil {
+		if err := u.take(ctx, msg); err != nil {
 			return err
 		}
 	}
@@ -180,10 +185,10 @@ func streamError(ctx context.Context, err error) error {
 	return err
 }
 
-// take puts down one message. seen is what is here.
-func (u *above) take(ctx context.Context, msg *capb.FollowResponse, seen *uint64) error {
-	if revision := msg.GetRevision(); revision != 0 && revision < *seen {
-		return fmt.Errorf("%w: it is at revision %d, and this one has seen %d", nested.ErrOlder, revision, *seen)
+// take puts down one message.
+func (u *above) take(ctx context.Context, msg *capb.FollowResponse) error {
+	if revision := msg.GetRevision(); revision != 0 && revision < u.seen {
+		return fmt.Errorf("%w: it is at revision %d, and this one has seen %d", nested.ErrOlder, revision, u.seen)
 	}
 	changed := msg.GetState() != nil || len(msg.GetRevocations()) > 0
 	if msg.GetState() != nil {
@@ -205,12 +210,12 @@ func (u *above) take(ctx context.Context, msg *capb.FollowResponse, seen *uint64
 	if msg.GetRevision() == 0 {
 		return nil
 	}
-	if changed || *seen == 0 {
+	if changed || u.seen == 0 {
 		if err := u.mirror.Follows(ctx, msg.GetRevision()); err != nil {
 			return err
 		}
 	}
-	*seen = msg.GetRevision()
+	u.seen = msg.GetRevision()
 	if !msg.GetStale() {
 		u.isUp(ctx)
 	}
