@@ -89,7 +89,7 @@ func (l *liveCall) run(stream grpc.ServerStream, serve func(grpc.ServerStream) e
 		patience := time.AfterFunc(sendTime, l.cut)
 		l.sending.Lock() // nothing is sent any more: see decidedStream
 		patience.Stop()
-		l.sending.Unlock() //nolint:staticcheck // only waited for
+		l.sending.Unlock()
 		return l.denied()
 	}
 }

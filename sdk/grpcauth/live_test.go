@@ -4,6 +4,7 @@ package grpcauth_test
 
 import (
 	"context"
+	"errors"
 	"io"
 	"testing"
 	"time"
@@ -129,7 +130,7 @@ func TestPolicyEndsAStreamThatNobodyReads(t *testing.T) {
 	for err == nil {
 		_, err = stream.Recv() // what came before
 	}
-	if code := status.Code(err); err == io.EOF || code != codes.PermissionDenied && code != codes.Unavailable {
+	if code := status.Code(err); errors.Is(err, io.EOF) || code != codes.PermissionDenied && code != codes.Unavailable {
 		t.Errorf("the stream ended with %v", err)
 	}
 }

@@ -59,11 +59,11 @@ func readTrace(path string, offset int64) (calls []syncCall, err error) {
 	begun := make(map[string]half)    // by thread
 	mapped := make(map[string]string) // address -> file
 	ended := func(from, to int64, name, args, result, note string) {
-		switch {
-		case name == "mmap":
+		switch name {
+		case "mmap":
 			mapped[result] = fileOf(args)
 			return
-		case name == "mremap":
+		case "mremap":
 			mapped[result] = mapped[firstArg(args)]
 			return
 		}
