@@ -54,18 +54,26 @@ type authority struct {
 // authorityIn is the authority of a kind and state, if there is one and the CA
 // answers.
 func authorityIn(d *stage.Domain, kind, state string) (authority, error) {
-	stdout, stderr, err := d.Try("authority", "list", "-o", "json")
+	all, err := authorities(d)
 	if err != nil {
-		return authority{}, fmt.Errorf("%w: %s", err, stderr)
+		return authority{}, err
 	}
-	var all []authority
-	stage.Decode(d.TB, stdout, &all)
 	for _, a := range all {
 		if a.Kind == kind && a.State == state {
 			return a, nil
 		}
 	}
-	return authority{}, fmt.Errorf("no %s is %s in %s", kind, state, stdout)
+	return authority{}, fmt.Errorf("no %s is %s in %+v", kind, state, all)
+}
+
+// authorities are all that there are.
+func authorities(d *stage.Domain) (all []authority, err error) {
+	stdout, stderr, err := d.Try("authority", "list", "-o", "json")
+	if err != nil {
+		return nil, fmt.Errorf("%w: %s", err, stderr)
+	}
+	stage.Decode(d.TB, stdout, &all)
+	return all, nil
 }
 
 // done repeats a command until it succeeds: it waits, or the CA is away.
@@ -97,10 +105,12 @@ func rotate(t *testing.T, d *stage.Domain, between func()) {
 	})
 	done(d, "authority", "activate", next.ID)
 	between()
-	stage.Eventually(t, "the new root signs", func() error {
-		i, err := authorityIn(d, "x509-intermediate", "active")
-		if err == nil && i.Root != next.ID {
-			err = fmt.Errorf("the intermediate is under %s, not %s", i.Root, next.ID)
+	stage.Eventually(t, "every replica signs under the new root", func() error {
+		all, err := authorities(d)
+		for _, a := range all {
+			if a.Kind == "x509-intermediate" && a.State == "active" && a.Root != next.ID {
+				err = fmt.Errorf("an intermediate is under %s, not %s", a.Root, next.ID)
+			}
 		}
 		return err
 	})
@@ -157,8 +167,26 @@ func handshake(ctx context.Context, id *sdk.Identity, address string) error {
 // workloads.
 func TestRootRotatesUnderHandshakes(t *testing.T) {
 	t.Parallel() // it mostly waits
-	rounds, perSecond, workloads := sizeOf(t, "ROTATIONS", 2), sizeOf(t, "HANDSHAKES", 50), sizeOf(t, "WORKLOADS", 4)
 	d := stage.Separate(t, "trust_refresh_hint: 1s")
+	rotateUnderHandshakes(t, d, sizeOf(t, "ROTATIONS", 2), func() []*stage.Process { return []*stage.Process{d.CA} })
+}
+
+// The same on two replicas and one etcd, of which each is killed in turn: `make
+// rotate-replicas`.
+func TestRootOfTwoReplicasRotatesUnderHandshakes(t *testing.T) {
+	t.Parallel() // it mostly waits
+	c := stage.StartCluster(t, 1, 2, "trust_refresh_hint: 1s")
+	c.Join()
+	rotateUnderHandshakes(t, c.Domain, sizeOf(t, "ROTATIONS", 2), func() []*stage.Process {
+		return []*stage.Process{c.Replicas[0].Process, c.Replicas[1].Process}
+	})
+}
+
+// rotateUnderHandshakes replaces the root while workloads connect to each other.
+// In every second round each step is followed by the kill of one of the CAs.
+func rotateUnderHandshakes(t *testing.T, d *stage.Domain, rounds int, cas func() []*stage.Process) {
+	t.Helper()
+	perSecond, workloads := sizeOf(t, "HANDSHAKES", 50), sizeOf(t, "WORKLOADS", 4)
 	d.Entry("/me")
 	var ids []*sdk.Identity
 	var addresses []string
@@ -196,8 +224,9 @@ func TestRootRotatesUnderHandshakes(t *testing.T) {
 	for round := range rounds {
 		rotate(t, d, func() {
 			if round%2 == 1 { // the first round shows that it works without
-				d.CA.Kill()
-				d.CA.Restart()
+				all := cas()
+				all[kills%len(all)].Kill()
+				all[kills%len(all)].Restart()
 				kills++
 			}
 		})
@@ -205,7 +234,7 @@ func TestRootRotatesUnderHandshakes(t *testing.T) {
 	took := time.Since(begun)
 	stop()
 	running.Wait()
-	t.Logf("%d rotations in %s, %d kills of the CA, %d handshakes (%.0f a second), %d failed",
+	t.Logf("%d rotations in %s, %d kills of a CA, %d handshakes (%.0f a second), %d failed",
 		rounds, took.Round(time.Second), kills, made.Load(), float64(made.Load())/took.Seconds(), failed.Load())
 	if n := failed.Load(); n > 0 {
 		t.Errorf("%d of %d handshakes failed; want none", n, made.Load())

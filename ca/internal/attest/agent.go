@@ -55,6 +55,8 @@ type Agent struct {
 	// TrustSequence is that of the trust bundle that it acknowledged last, as far
 	// as something hung on it.
 	TrustSequence uint64
+	// TrustSince is when it acknowledged that.
+	TrustSince time.Time
 	// LastSerial is that of its newest X509-SVID, PriorSerial that of the one which
 	// asked for it; empty until it renews for the first time.
 	LastSerial, PriorSerial string
@@ -81,8 +83,9 @@ type storedAgent struct {
 	AttestedAt  time.Time   `json:"attested_at"`
 	NotAfter    time.Time   `json:"not_after"`
 
-	TrustSequence    uint64 `json:"trust_sequence,omitempty"`
-	AttestedRevision uint64 `json:"attested_revision,omitempty"` // 0: that of the record, which nobody has written since
+	TrustSequence    uint64    `json:"trust_sequence,omitempty"`
+	TrustSince       time.Time `json:"trust_since,omitzero"`
+	AttestedRevision uint64    `json:"attested_revision,omitempty"` // 0: that of the record, which nobody has written since
 
 	LastSerial  string `json:"last_serial,omitempty"`
 	PriorSerial string `json:"prior_serial,omitempty"`
@@ -111,7 +114,7 @@ func DecodeAgent(kv store.KV) (*Agent, error) {
 	}
 	return &Agent{
 		ID: s.ID, Handle: s.Handle, Attestation: s.Attestation, Selectors: selectors,
-		AttestedAt: s.AttestedAt, NotAfter: s.NotAfter, TrustSequence: s.TrustSequence,
+		AttestedAt: s.AttestedAt, NotAfter: s.NotAfter, TrustSequence: s.TrustSequence, TrustSince: s.TrustSince,
 		LastSerial: s.LastSerial, PriorSerial: s.PriorSerial, LastKeyID: s.LastKeyID,
 		Standing: s.Standing, StandingSince: s.StandingSince, StandingNote: s.StandingNote,
 		AttestedRevision: cmp.Or(s.AttestedRevision, kv.ModRevision), Revision: kv.ModRevision,
@@ -126,7 +129,7 @@ func (a *Agent) put() (store.Op, error) {
 	b, err := json.Marshal(storedAgent{
 		Version: version, ID: a.ID, Handle: a.Handle, Attestation: a.Attestation,
 		Selectors: encodeSelectors(a.Selectors), AttestedAt: a.AttestedAt.UTC(), NotAfter: a.NotAfter.UTC(),
-		TrustSequence: a.TrustSequence, AttestedRevision: a.AttestedRevision,
+		TrustSequence: a.TrustSequence, TrustSince: a.TrustSince, AttestedRevision: a.AttestedRevision,
 		LastSerial: a.LastSerial, PriorSerial: a.PriorSerial, LastKeyID: a.LastKeyID,
 		Standing: a.Standing, StandingSince: a.StandingSince.UTC(), StandingNote: a.StandingNote,
 	})
@@ -209,7 +212,9 @@ func CaughtUp(ctx context.Context, st store.Store, id spiffeid.ID, shown, issued
 // Acknowledged records the trust bundle that the agent serves, which showed an SVID.
 func Acknowledged(ctx context.Context, st store.Store, id spiffeid.ID, sequence uint64, shown SVID) error {
 	return act(ctx, st, id, func(a *Agent) error {
-		a.TrustSequence = sequence
+		if a.TrustSequence != sequence {
+			a.TrustSequence, a.TrustSince = sequence, time.Now().UTC()
+		}
 		if shown.NotAfter.After(a.NotAfter) { // its renewal could not be noted
 			a.replaced(a.LastSerial, shown)
 		}

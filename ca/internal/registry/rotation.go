@@ -48,7 +48,7 @@ func (p *picture) counted(now time.Time, defaults Viewer) []rotation.Agent {
 	}
 	agents := make([]rotation.Agent, 0, p.agents.Len())
 	for _, a := range p.agents.All() {
-		counted := rotation.Agent{Name: a.ID.String(), Sequence: a.TrustSequence, Until: a.NotAfter}
+		counted := rotation.Agent{Name: a.ID.String(), Sequence: a.TrustSequence, Since: a.TrustSince, Until: a.NotAfter}
 		counted.Banned = a.Standing == attest.Banned || banned[counted.Name] > a.AttestedRevision
 		if !now.Before(a.NotAfter) { // what its workloads got last may live on
 			counted.Until = a.NotAfter.Add(p.longestTTL(a.ID, defaults))

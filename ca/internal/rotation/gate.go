@@ -14,6 +14,11 @@ import (
 // (SPIFFE Trust Domain and Bundle §4.1 advises three to five).
 const hints = 3
 
+// settle is how long after its acknowledgement an agent is still waited for: what
+// is written to a stream has to be read, and handshakes that began before it to
+// end.
+const settle = 2 * time.Second
+
 // View is what the steps are judged by, beside the authorities.
 type View struct {
 	Agents  []Agent
@@ -29,10 +34,18 @@ type Agent struct {
 	// Sequence is that of the trust bundle that it has acknowledged last: written
 	// to all its open streams, and nothing under a tainted authority is served.
 	Sequence uint64
+	// Since is when it did.
+	Since time.Time
 	// Until is when the last SVID issued through it has expired.
 	Until time.Time
 	// Banned: everything issued through it is revoked.
 	Banned bool
+}
+
+// settled says whether the agent has acknowledged sequence, and not just now.
+func (a Agent) settled(sequence uint64, now time.Time) bool {
+	just := now.Sub(a.Since)
+	return a.Sequence >= sequence && (just < 0 || just >= settle) // a clock that is ahead holds up nobody
 }
 
 func (a Agent) counts(now time.Time) bool { return !a.Banned && now.Before(a.Until) }
@@ -189,7 +202,7 @@ func (v View) Served(current uint64, now time.Time) (sequence uint64, behind []s
 // missing are the agents that count and have not acknowledged sequence.
 func (v View) missing(sequence uint64, now time.Time) (names []string) {
 	for _, a := range v.Agents {
-		if a.counts(now) && a.Sequence < sequence {
+		if a.counts(now) && !a.settled(sequence, now) {
 			names = append(names, a.Name)
 		}
 	}
