@@ -125,7 +125,7 @@ func TestTokenAdministersOverTheNetwork(t *testing.T) {
 	check("the other of two roots", expect(as(strings.Repeat("0", 64)+","+hash, claims("ci"))("policy", "push", quickstartPolicy))(0, "generation"))
 	check("a root and noise", expect(as(hash+",", claims("ci"))("policy", "push", quickstartPolicy))(2, "merlon trust show"))
 	check("no root", expect(as("", claims("ci"))("policy", "push", quickstartPolicy))(2, "merlon trust show"))
-	check("no token", expect(ci("--token-file", filepath.Join(dir, "none"), "agent", "list"))(1, "hint: name a file"))
+	check("no token", expect(ci("--token-file", filepath.Join(dir, "none"), "agent", "list"))(2, "hint: name a file"))
 	if out, stderr, err := d.Try("--token-file", "x", "agent", "list"); err == nil || !strings.Contains(stderr, "add --ca HOST:PORT") {
 		t.Errorf("a token on the admin socket: %v\n%s%s", err, out, stderr)
 	}

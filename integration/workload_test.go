@@ -9,6 +9,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -46,6 +47,13 @@ func startWorkload(t *testing.T, d *stage.Domain, uid int) *process {
 	}
 	public := strings.TrimPrefix(d.WorkloadAPI, "unix://")
 	openPath(t, filepath.Dir(filepath.Dir(filepath.Dir(public))))
+	stage.Eventually(t, "the agent's socket is there", func() error {
+		conn, err := net.Dial("unix", public)
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	})
 	p := &process{t: t, cmd: exec.Command(workloadBin(t))}
 	p.cmd.Dir, p.cmd.Env = "/", append(os.Environ(), "SPIFFE_ENDPOINT_SOCKET="+d.WorkloadAPI)
 	p.cmd.Stderr = os.Stderr

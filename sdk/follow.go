@@ -161,7 +161,7 @@ func (id *Identity) adopt(ctx context.Context, next *current) {
 	if next.svid == nil {
 		return
 	}
-	id.ready.haveIdentity()
+	defer id.ready.haveIdentity() // who waits for the first does not hear of it as a rotation
 	if before.svid != nil && before.svid.Certificates[0].Equal(next.svid.Certificates[0]) {
 		return
 	}

@@ -88,6 +88,9 @@ func TestExpiryIsCheckedAtEachCall(t *testing.T) {
 	e := load(t, parseGrants(t, "grants:\n  - {id: a, http: {}, expires: 2027-01-01T00:00:00Z}\n"), nil)
 	e.notAfter = now.Add(time.Hour)
 	e.now = func() time.Time { return now }
+	if _, err := e.Program(t.Context(), get("/").Destination); err != nil { // before the time moves
+		t.Fatal(err)
+	}
 	for _, step := range []struct {
 		add  time.Duration
 		want policy.Reason

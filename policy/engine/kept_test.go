@@ -118,6 +118,9 @@ func TestKeptDecisionsEndWithGrants(t *testing.T) {
 	e := load(t, parseGrants(t, text), map[string]string{"a.rego": "package authz\n\n" + byPort})
 	e.now = func() time.Time { return now }
 	e.notAfter = now.Add(time.Hour)
+	if _, err := e.Program(t.Context(), get("/").Destination); err == nil { // tried before the time moves
+		t.Fatal("the policy has a compiled form")
+	}
 	for _, step := range []struct {
 		at   time.Duration
 		want policy.Reason
