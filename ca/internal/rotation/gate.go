@@ -188,12 +188,17 @@ func (s Set) revocation(a *Authority, v View, p Policy, now time.Time) Wait {
 }
 
 // Served returns the sequence that every agent serves which counts, current at the
-// most, and the names of those that do not serve that one yet.
+// most, and the names of those that do not serve that one yet. What an agent served
+// before its acknowledgement is not known: one that has just come counts for nothing.
 func (v View) Served(current uint64, now time.Time) (sequence uint64, behind []string) {
 	sequence = current
 	for _, a := range v.Agents {
-		if a.counts(now) {
+		switch {
+		case !a.counts(now):
+		case a.settled(a.Sequence, now):
 			sequence = min(sequence, a.Sequence)
+		default:
+			sequence = 0
 		}
 	}
 	return sequence, v.missing(current, now)

@@ -106,19 +106,39 @@ func TestServedIsWhatEverybodyServes(t *testing.T) {
 			v.Agents = append(v.Agents, Agent{
 				Name: fmt.Sprint("n", i), Sequence: rapid.Uint64Range(0, 6).Draw(rt, "sequence"),
 				Until: now.Add(time.Duration(rapid.IntRange(-1, 1).Draw(rt, "until")) * time.Minute), Banned: rapid.Bool().Draw(rt, "banned"),
+				Since: now.Add(-settle + time.Duration(rapid.IntRange(-1, 1).Draw(rt, "since"))),
 			})
 		}
 		current := rapid.Uint64Range(0, 6).Draw(rt, "current")
 		sequence, behind := v.Served(current, now)
-		if sequence > current || (len(behind) == 0) != (sequence == current) {
+		if sequence > current || current > 0 && (len(behind) == 0) != (sequence == current) {
 			rt.Errorf("Served(%d) = %d, %v", current, sequence, behind)
 		}
 		for _, a := range v.Agents {
-			if a.counts(now) && (a.Sequence < sequence || (a.Sequence < current) != slices.Contains(behind, a.Name)) {
-				rt.Errorf("Served(%d) = %d, %v, and %s serves %d", current, sequence, behind, a.Name, a.Sequence)
+			just := now.Sub(a.Since) < settle
+			if a.counts(now) && (a.Sequence < sequence || just && sequence > 0 || (just || a.Sequence < current) != slices.Contains(behind, a.Name)) {
+				rt.Errorf("Served(%d) = %d, %v, and %s serves %d since %s", current, sequence, behind, a.Name, a.Sequence, now.Sub(a.Since))
 			}
 		}
 	})
+}
+
+// The CA above judges by what is reported alone: as long as an acknowledgement has
+// just come below, it is one that waits for the agent, whatever it was about.
+func TestWhatWasJustAcknowledgedBelowCountsForNothingAbove(t *testing.T) {
+	published := step(t, begin(t), Command{Verb: Prepare, New: new(newRoot("b", start))}, View{}, start)
+	published = step(t, published, Command{Verb: Publish, ID: "b"}, View{}, start).Stamped(2)
+	now := start.Add(hints * policy.RefreshHint)
+	for ago, want := range map[time.Duration]bool{0: false, settle - 1: false, settle: true} {
+		for _, current := range []uint64{2, 3} { // also with a newer one, which it lacks
+			below := View{Agents: []Agent{{Name: "n1", Sequence: 2, Since: now.Add(-ago), Until: now.Add(time.Hour)}}}
+			sequence, _ := below.Served(current, now)
+			above := View{Agents: []Agent{{Name: "nested CA eu", Sequence: sequence, Until: now.Add(time.Hour)}}}
+			if _, err := Step(published, Command{Verb: Activate, ID: "b"}, above, policy, now); (err == nil) != want {
+				t.Errorf("%s after the acknowledgement below, of %d: reported %d, activate: %v; want it done: %t", ago, current, sequence, err, want)
+			}
+		}
+	}
 }
 
 func TestRevocationWaitsForWhatIsAlive(t *testing.T) {
