@@ -1,4 +1,6 @@
-// What the configuration says about the audit log.
+// What the configuration says about the audit log, and whether it may be a new
+// one: the file is made before the key that signs its checkpoints, so a key without
+// a file has signed for records that are gone.
 
 package ca
 
@@ -17,6 +19,7 @@ const (
 	issuanceStrict = "strict"
 	issuanceAsync  = "async"
 	minAuditMiB    = 64
+	logKeyFolder   = "log-1" // in keys; there is one for as long as there is the log
 
 	verifyTries = 3
 	verifyPause = 100 * time.Millisecond
@@ -33,13 +36,48 @@ func (c Config) auditOptions() audit.Options {
 
 // openAudit opens the log, and sees whether it is a new one.
 func (p *parts) openAudit(cfg Config) error {
-	first, err := audit.Begin(cfg.auditPath())
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("open audit log: %w", err)
+	first, err := cfg.beginOfLog()
+	if err != nil {
+		return err
 	}
 	p.newLog = first == 0
 	p.audit, err = audit.Open(cfg.auditPath(), cfg.auditOptions())
 	return err
+}
+
+// LostLogError is returned by a CA whose audit log is not there, and that has had
+// one.
+type LostLogError struct {
+	// Path is where the log is looked for, Proof what shows that there was one.
+	Path, Proof string
+}
+
+// Error implements error.
+func (e *LostLogError) Error() string {
+	return fmt.Sprintf("there is no record in the audit log, %s, and this CA has had one, as %s shows", e.Path, e.Proof)
+}
+
+// beginOfLog is the first record of the log, 0 where it is to begin with the next
+// one: another log under a key that has signed for a lost one would contradict it.
+// A first start that was killed after it made the key has left a file with nothing
+// in it, and no later keys.
+func (c Config) beginOfLog() (uint64, error) {
+	first, err := audit.Begin(c.auditPath())
+	missing := errors.Is(err, os.ErrNotExist)
+	if err != nil && !missing {
+		return 0, fmt.Errorf("open audit log: %w", err)
+	}
+	key := filepath.Join(c.keysDir(), logKeyFolder)
+	if first > 0 || !exists(key) {
+		return first, nil
+	}
+	if missing {
+		return 0, &LostLogError{c.auditPath(), key}
+	}
+	if later := c.laterKeys(); later != "" {
+		return 0, &LostLogError{c.auditPath(), later}
+	}
+	return 0, nil
 }
 
 // checkAudit: what an SVID was issued by stays for as long as the SVID lives.

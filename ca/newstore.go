@@ -55,12 +55,17 @@ func (c Config) proofOfStore() (string, error) {
 	if first > 0 {
 		return c.auditPath(), nil
 	}
+	return c.laterKeys(), nil
+}
+
+// laterKeys is a folder of keys that have followed others; empty: there is none.
+func (c Config) laterKeys() string {
 	for _, second := range []string{"intermediate-2", "jwt-2", "root-2"} {
 		if path := filepath.Join(c.keysDir(), second); exists(path) {
-			return path, nil
+			return path
 		}
 	}
-	return "", nil
+	return ""
 }
 
 func exists(path string) bool {

@@ -43,9 +43,7 @@ func TestCAThatHadAStoreBeginsNoOther(t *testing.T) {
 		"audit log":  {gone: []string{"epoch"}, proof: "audit.jsonl"},
 		"keys alone": {gone: []string{"epoch", "audit*"}, proof: "intermediate-2", prove: func(t *testing.T, data string) {
 			t.Helper()
-			if err := os.CopyFS(filepath.Join(data, "keys", "intermediate-2"), os.DirFS(filepath.Join(data, "keys", "intermediate-1"))); err != nil {
-				t.Fatal(err)
-			}
+			laterKeys(t, filepath.Dir(data))
 		}},
 		"epoch file, after the keys were removed": {gone: []string{"keys"}, proof: "epoch"},
 	} {
@@ -146,6 +144,7 @@ func TestFirstStartThatWasKilledIsBegunAgain(t *testing.T) {
 			root := c.srv.Root()
 			c.stop()
 			away(t, dir, "store", "epoch", "audit*")
+			emptyLog(t, dir) // it is made first
 			left(t, dir)
 			if c = startCA(t, dir); !c.srv.Root().Equal(root) {
 				t.Error("it has another root")
@@ -153,6 +152,107 @@ func TestFirstStartThatWasKilledIsBegunAgain(t *testing.T) {
 			c.entry("n1", "web")
 		})
 	}
+}
+
+// One that is killed after the first write, before the first record, leaves a log
+// with nothing in it.
+func TestFirstStartThatWasKilledBeforeItsFirstRecordIsBegunAgain(t *testing.T) {
+	dir := tempDir(t)
+	startCA(t, dir).stop()
+	away(t, dir, "audit*")
+	emptyLog(t, dir)
+	c := startCA(t, dir)
+	if first := c.auditRecords()[0]; first["detail"] != "begin with root" {
+		t.Errorf("the log begins with %v", first)
+	}
+}
+
+func emptyLog(t *testing.T, dir string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(dir, "data", "audit.jsonl"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A log that is gone is not replaced under the key that signed for it, neither by
+// the CA nor by a restore; without the key another log begins.
+func TestCAThatHadALogBeginsNoOther(t *testing.T) {
+	for name, test := range map[string]struct {
+		prepare func(t *testing.T, dir string)
+		proof   string
+	}{
+		"no file":       {func(*testing.T, string) {}, "log-1"},
+		"an empty file": {func(t *testing.T, dir string) { t.Helper(); laterKeys(t, dir); emptyLog(t, dir) }, "intermediate-2"},
+		"keys alone":    {func(t *testing.T, dir string) { t.Helper(); away(t, dir, "store", "epoch") }, "log-1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := tempDir(t)
+			c := startCA(t, dir)
+			a := c.agent("n1")
+			_, before := announced(t, c, a, nil)
+			c.stop()
+			away(t, dir, "audit*")
+			test.prepare(t, dir)
+			err := refusedCA(t, dir)
+			lost, ok := errors.AsType[*ca.LostLogError](err)
+			if !ok || filepath.Base(lost.Proof) != test.proof || lost.Path != filepath.Join(dir, "data", "audit.jsonl") {
+				t.Fatalf("the CA ended with %v; want a LostLogError by %s", err, test.proof)
+			}
+			for _, way := range []string{"audit.tree", "keys/log-1"} {
+				if hint := ca.Hint(err); !strings.Contains(hint, way) {
+					t.Errorf("hint %q does not name %s", hint, way)
+				}
+			}
+			away(t, dir, "audit*", "keys/log-1", "keys/intermediate-2")
+			c = startCA(t, dir)
+			if name == "keys alone" {
+				return // the agent is unknown
+			}
+			if _, after := announced(t, c, c.client(a.key, a.chain), &before); after.Origin == before.Origin {
+				t.Error("the log that begins is under the same key")
+			}
+		})
+	}
+}
+
+// laterKeys makes a second generation of the intermediate, as time would.
+func laterKeys(t *testing.T, dir string) {
+	t.Helper()
+	keys := filepath.Join(dir, "data", "keys", "intermediate-")
+	if err := os.CopyFS(keys+"2", os.DirFS(keys+"1")); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A restore would begin one with its own record.
+func TestRestoreBeginsNoLogInPlaceOfOneThatIsLost(t *testing.T) {
+	dir := tempDir(t)
+	startCA(t, dir).stop()
+	cfg := ca.Config{TrustDomain: "shop.test", DataDir: filepath.Join(dir, "data"), AdminSocket: filepath.Join(dir, "s", "a.sock")}
+	backup := filepath.Join(dir, "backup")
+	f, err := os.Create(backup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ca.BackupStore(t.Context(), cfg, f); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	away(t, dir, "store", "audit*")
+	_, err = ca.RestoreStore(t.Context(), cfg, backup, ca.RestoreOptions{AcceptLoss: true})
+	if _, ok := errors.AsType[*ca.LostLogError](err); !ok || !strings.Contains(ca.Hint(err), "keys/log-1") {
+		t.Fatalf("restored: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "data", "store")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the restore that refuses made a store: %v", err)
+	}
+	away(t, dir, "keys/log-1")
+	if _, err := ca.RestoreStore(t.Context(), cfg, backup, ca.RestoreOptions{AcceptLoss: true}); err != nil {
+		t.Fatal(err)
+	}
+	startCA(t, dir)
 }
 
 // A mistyped prefix is no new store, and is left as it is; nor is one that

@@ -106,6 +106,9 @@ func RestoreStore(ctx context.Context, cfg Config, path string, o RestoreOptions
 	if err := checkEmpty(ctx, cfg); err != nil {
 		return r, err
 	}
+	if _, err := cfg.beginOfLog(); err != nil { // record goes on with it
+		return r, err
+	}
 	lost, err := lostContent(o.Replaces)
 	if err != nil {
 		return r, err

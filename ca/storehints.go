@@ -6,6 +6,7 @@ package ca
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strings"
 
 	"merlon.dev/ca/internal/store"
@@ -53,6 +54,9 @@ func storeHint(err error) string {
 	}
 	if lost, ok := errors.AsType[*LostStoreError](err); ok {
 		return "one of three: set data_dir, or etcd_endpoints and etcd_prefix, to where the store is (is its disk mounted?); or restore a backup: merlon store restore -h; or, if " + lost.Place + " is lost for good, begin a new one: start once with -new-store"
+	}
+	if lost, ok := errors.AsType[*LostLogError](err); ok {
+		return "one of two: put the newest copy of audit*.jsonl and audit.tree back into " + filepath.Dir(lost.Path) + " (is its disk mounted?); or, if they are lost for good, move what is left of them and keys/" + logKeyFolder + " away: the CA begins another log under another key, and every agent says so once"
 	}
 	switch {
 	case errors.Is(err, store.ErrUnfinished):
