@@ -243,10 +243,31 @@ func (u *above) age(now time.Time) time.Duration {
 	return max(now.Sub(*heard), 0)
 }
 
-// note is for /ready.
+// check is for /ready: one that is refused hears of no revocation, nor is heard,
+// until somebody acts, and its agents are better off elsewhere.
+func (u *above) check() error {
+	fault := u.fault.Load()
+	if fault == nil || !refusal(*fault) {
+		return nil
+	}
+	return fmt.Errorf("this CA and the one above, at %s, do not go together, so neither hears what the other revokes: %w", u.address, *fault)
+}
+
+// refusal tells what stands in the way until somebody acts from a CA above that is
+// away.
+func refusal(err error) bool {
+	switch status.Code(err) {
+	case codes.InvalidArgument, codes.FailedPrecondition, codes.PermissionDenied, codes.Unauthenticated, codes.Unimplemented:
+		return true
+	default:
+		return errors.Is(err, nested.ErrOlder)
+	}
+}
+
+// note is for /ready, too, which stays good while the CA above is away.
 func (u *above) note() string {
 	fault := u.fault.Load()
-	if fault == nil {
+	if fault == nil || refusal(*fault) {
 		return ""
 	}
 	since := "since the start"
@@ -259,6 +280,7 @@ func (u *above) note() string {
 
 // watch tells health and metrics.
 func (u *above) watch(h *health.Server) {
+	h.Check("nested", u.check)
 	h.Note("upstream", u.note)
 	h.Registry().MustRegister(
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
@@ -317,7 +339,7 @@ func (r *reporting) next(now time.Time) *capb.FollowRequest {
 			at = rec.Revision - 1
 			break
 		}
-		msg.Revocations = append(msg.Revocations, api.SharedToProto(rec.Share()))
+		msg.Revocations = append(msg.Revocations, api.SharedToProto(r.restated(rec.Share())))
 	}
 	r.sent = at
 	if !r.look(now) && len(msg.GetRevocations()) == 0 {
@@ -325,6 +347,19 @@ func (r *reporting) next(now time.Time) *capb.FollowRequest {
 	}
 	msg.TrustBundleSequence, msg.Behind = r.sequence, r.behind
 	return msg
+}
+
+// restated is rec as of the realm that this CA has now. It may have made it in a
+// former one: before it was evicted, while nobody above heard it. Left out, what it
+// names would stay good everywhere else; under the former realm it is not this CA's
+// to send, since a restore above may have given that to another. All that was issued
+// in the former realm the eviction has withdrawn for good, and the limit holds in
+// this one, whose revisions are of the same store.
+func (r *reporting) restated(rec revocation.Shared) revocation.Shared {
+	if rec.Serial == "" {
+		rec.Realm = r.realm
+	}
+	return rec
 }
 
 // look says whether another trust bundle is served below than was reported last.

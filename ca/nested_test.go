@@ -311,21 +311,86 @@ func TestWithdrawnNestedCA(t *testing.T) {
 		return code != http.StatusOK && strings.Contains(body, "has been evicted")
 	})
 	// It joins anew, with the store that it has, as another realm.
-	eu.stop()
-	for _, key := range glob(t, eu.dir, "*") {
-		if key != "log-1" { // its audit log goes on
-			if err := os.RemoveAll(filepath.Join(eu.dir, "data", "keys", key)); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	eu = startCA(t, eu.dir, up.nestedBelow("eu"))
+	eu = joinsAnew(t, up, eu, "eu")
 	if got := eu.replicas()["eu"].GetRealm(); got != 3 {
 		t.Errorf("realm %d; want 3", got)
 	}
 	if list, err := eu.admin.ListAgents(t.Context(), &capb.ListAgentsRequest{}); err != nil || len(list.GetAgents()) != 1 {
 		t.Errorf("agents = %v, %v; want those that it had", list.GetAgents(), err)
 	}
+}
+
+// joinsAnew lets a nested CA that was evicted join again, with the store that it has.
+func joinsAnew(t *testing.T, up, below *testCA, name string) *testCA {
+	t.Helper()
+	below.stop()
+	for _, key := range glob(t, below.dir, "*") {
+		if key != "log-1" { // its audit log goes on
+			if err := os.RemoveAll(filepath.Join(below.dir, "data", "keys", key)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return startCA(t, below.dir, up.nestedBelow(name))
+}
+
+// What a nested CA has revoked in a former realm, while nobody heard it, binds
+// everywhere once it has joined anew; and no note of its operators is in the way.
+func TestFormerRealmIsHeard(t *testing.T) {
+	address := fmt.Sprintf("127.0.0.1:%d", stage.FreePort(t))
+	dir := tempDir(t)
+	up := startCA(t, dir, withAddress(address))
+	eu := startCA(t, tempDir(t), up.nestedBelow("eu"))
+	up.stop()
+	eventually(t, "the CA above is away", func() bool { _, body := eu.get("/ready"); return strings.Contains(body, "is away") })
+	eu.revokeID("spiffe://shop.test/web")
+	eu.stop()
+	up = startCA(t, dir, withAddress(address))
+	if _, err := up.admin.EvictReplica(t.Context(), &capb.EvictReplicaRequest{Name: "eu"}); err != nil {
+		t.Fatal(err)
+	}
+	eu = joinsAnew(t, up, eu, "eu")
+	eventually(t, "its former revocation binds above", func() bool { return up.holdsRealms("spiffe://shop.test/web", 0, 2) })
+	a := eu.agent("n7")
+	if _, err := eu.admin.BanAgent(t.Context(), &capb.BanAgentRequest{Agent: "n7", Note: strings.Repeat("x", 1020)}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the ban is known above", func() bool {
+		return slices.ContainsFunc(up.revocations(), func(r *capb.Revocation) bool { return r.GetAgentId() == a.id })
+	})
+	for _, r := range eu.revocations() {
+		if len(r.GetNote()) > 1024 {
+			t.Errorf("the note of %s has %d bytes; want 1024 at most", r.GetAgentId(), len(r.GetNote()))
+		}
+	}
+	eventually(t, "the stream is open", func() bool {
+		code, body := eu.get("/ready")
+		return code == http.StatusOK && !strings.Contains(body, "notes")
+	})
+	up.revokeID("spiffe://shop.test/db")
+	eventually(t, "it hears what is revoked above", func() bool { return eu.holdsRealms("spiffe://shop.test/db", 0, 2) })
+}
+
+// Who answers at upstream_address, and is not the CA above: nothing is shared until
+// somebody sets that right, so /ready fails. What the nested CA is it stays.
+func TestNestedCAThatIsRefusedIsNotReady(t *testing.T) {
+	up := startCA(t, tempDir(t), quick)
+	below := up.nestedBelow("eu")
+	eu := startCA(t, tempDir(t), below)
+	us := startCA(t, tempDir(t), up.nestedBelow("us"))
+	eventually(t, "it is ready", func() bool { code, _ := eu.get("/ready"); return code == http.StatusOK })
+	eu.stop()
+	eu = startCA(t, eu.dir, below, func(cfg *ca.Config) { cfg.UpstreamAddress = us.srv.Address().String() })
+	eventually(t, "/ready says why it is refused", func() bool {
+		code, body := eu.get("/ready")
+		return code == http.StatusServiceUnavailable && strings.Contains(body, "its authority is not that of a replica") && !strings.Contains(body, "is away")
+	})
+	eu.stop()
+	eu = startCA(t, eu.dir, below)
+	eventually(t, "it is heard again", func() bool {
+		code, body := eu.get("/ready")
+		return code == http.StatusOK && !strings.Contains(body, "notes")
+	})
 }
 
 // A nested CA whose own store lost something is one all the same: whether it was

@@ -201,7 +201,7 @@ func (s *Service) decide(ctx context.Context, what, name string, d attest.Decisi
 	if withdraws != nil {
 		d.With = func(a *attest.Agent) (put store.Op, err error) {
 			made = withdraws(a)
-			made.ExpiresAt, made.Note = d.Now.Add(recordLife), strings.TrimSuffix(what+": "+d.Note, ": ")
+			made.ExpiresAt, made.Note = d.Now.Add(recordLife), fitNote(strings.TrimSuffix(what+": "+d.Note, ": "))
 			put, key, err = revocation.Put(s.opts.Realm, made)
 			return put, err
 		}

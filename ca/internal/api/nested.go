@@ -12,7 +12,6 @@ import (
 	"log/slog"
 	"slices"
 	"time"
-	"unicode"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
@@ -108,10 +107,8 @@ func (s *Service) hear(ctx context.Context, caller *Caller, req *capb.FollowRequ
 	if len(req.GetBehind()) > maxBehind || len(req.GetRevocations()) > maxShared {
 		return status.Errorf(codes.InvalidArgument, "a message names up to %d agents and %d revocations", maxBehind, maxShared)
 	}
-	for _, shared := range req.GetRevocations() {
-		if err := s.takeOver(ctx, caller, shared); err != nil {
-			return err
-		}
+	if err := s.takeOverAll(ctx, caller, req.GetRevocations()); err != nil {
+		return err
 	}
 	return s.noteProgress(ctx, &replica.Progress{
 		Name: caller.Replica.Name, TrustSequence: req.GetTrustBundleSequence(), Behind: req.GetBehind(),
@@ -148,7 +145,27 @@ func (s *Service) noteProgress(ctx context.Context, p *replica.Progress) error {
 	return nil
 }
 
+// takeOverAll leaves out, on record, what cannot be taken: the stream goes on, on
+// which all others come up, and what is revoked here goes down.
+func (s *Service) takeOverAll(ctx context.Context, caller *Caller, all []*capb.SharedRevocation) error {
+	var refused []error
+	for _, shared := range all {
+		err := s.takeOver(ctx, caller, shared)
+		if status.Code(err) == codes.InvalidArgument {
+			refused = append(refused, s.refuse(ctx, caller, audit.Record{Detail: "take over a revocation of nested CA " + caller.Replica.Name}, err))
+		} else if err != nil {
+			return err
+		}
+	}
+	if len(refused) > 0 {
+		s.log.LogAttrs(ctx, slog.LevelError, "revocations of a nested CA are not taken over, and bind nothing here", slog.String("replica", caller.Replica.Name),
+			slog.Int("revocations", len(refused)), slog.Any("first", refused[0]), slog.String("hint", "revoke here what they name: merlon revoke"))
+	}
+	return nil
+}
+
 // takeOver stores a revocation that was made below, and what follows from it here.
+// Only one that is no good is an INVALID_ARGUMENT.
 func (s *Service) takeOver(ctx context.Context, caller *Caller, p *capb.SharedRevocation) error {
 	shared, err := SharedFromProto(p)
 	if err != nil {
@@ -160,9 +177,8 @@ func (s *Service) takeOver(ctx context.Context, caller *Caller, p *capb.SharedRe
 		return nil
 	case shared.Serial == "" && (shared.Realm != caller.Replica.Realm || shared.BeforeRevision == 0):
 		return status.Errorf(codes.InvalidArgument, "revocation %s: nested CA %s speaks of revisions of its own store, which is realm %d", shared.ID, caller.Replica.Name, caller.Replica.Realm)
-	case len(shared.Note) > maxNoteBytes || slices.ContainsFunc([]rune(shared.Note), func(c rune) bool { return !unicode.IsPrint(c) }):
-		return status.Errorf(codes.InvalidArgument, "revocation %s: its note is no printable text of %d bytes", shared.ID, maxNoteBytes)
 	}
+	shared.Note = fitNote(shared.Note) // no reason to leave a revocation out
 	// Its clock may be ahead; no SVID that there is lives longer.
 	if end := now.Add(recordLife); shared.ExpiresAt.After(end) {
 		shared.ExpiresAt = end

@@ -5,10 +5,13 @@ package api
 
 import (
 	"context"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -156,19 +159,18 @@ func TestRevocationsFromBelow(t *testing.T) {
 		"by a clock ahead": {func(p *capb.SharedRevocation) {
 			p.Revocation.ExpiresAt = timestamppb.New(time.Now().Add(48 * time.Hour))
 		}, 2, false},
-		"with a long note":   {func(p *capb.SharedRevocation) { p.Revocation.Note = strings.Repeat("x", maxNoteBytes+1) }, 0, true},
-		"with a broken note": {func(p *capb.SharedRevocation) { p.Revocation.Note = "a\nb" }, 0, true},
+		"with a long note":   {func(p *capb.SharedRevocation) { p.Revocation.Note = strings.Repeat("x", maxNoteBytes+1) }, 2, false},
+		"with a broken note": {func(p *capb.SharedRevocation) { p.Revocation.Note = "a\nb" }, 2, false},
 		"without a subject":  {func(p *capb.SharedRevocation) { p.Revocation.Subject = nil }, 0, true},
 		"with another key":   {func(p *capb.SharedRevocation) { p.Id = "x/../trust" }, 0, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, _ := newRootHolder(t)
 			eu := s.below(t, "eu")
-			req := &capb.FollowRequest{Revocations: []*capb.SharedRevocation{revoked(test.edit)}}
 			for range 2 { // the second time it is there
-				err := s.hear(as(t, eu), eu, req)
+				err := s.takeOver(as(t, eu), eu, revoked(test.edit))
 				if got := status.Code(err) == codes.InvalidArgument; got != test.refused || !got && err != nil {
-					t.Errorf("hear: %v; want it refused: %t", err, test.refused)
+					t.Errorf("take over: %v; want it refused: %t", err, test.refused)
 				}
 			}
 			if err := s.wait(t); err != nil {
@@ -182,9 +184,56 @@ func TestRevocationsFromBelow(t *testing.T) {
 				if r.ExpiresAt.After(time.Now().Add(recordLife)) {
 					t.Errorf("a record lives until %s, longer than any SVID", r.ExpiresAt)
 				}
+				if err := checkNote(r.Note); err != nil {
+					t.Error(err)
+				}
 			}
 		})
 	}
+}
+
+// One record that cannot be taken holds up neither the others nor the stream.
+func TestRevocationThatCannotBeTakenIsLeftOut(t *testing.T) {
+	dir := t.TempDir()
+	s, _ := newRootHolderIn(t, dir)
+	eu := s.below(t, "eu")
+	err := s.hear(as(t, eu), eu, &capb.FollowRequest{TrustBundleSequence: 8, Revocations: []*capb.SharedRevocation{
+		revoked(func(p *capb.SharedRevocation) { p.Revocation.Realm = 2 }),
+		revoked(func(p *capb.SharedRevocation) { p.Id = strings.Repeat("1", 32) }),
+	}})
+	if err != nil {
+		t.Fatalf("hear: %v; want the rest taken", err)
+	}
+	if err := s.wait(t); err != nil {
+		t.Fatal(err)
+	}
+	if s.registry.HoldsRevocation(revocation.Prefix+someID) || !s.registry.HoldsRevocation(revocation.Prefix+strings.Repeat("1", 32)) {
+		t.Errorf("records = %v; want the good one alone", s.registry.Revocations(time.Now()))
+	}
+	if p := s.registry.Progress("eu"); p == nil || p.TrustSequence != 8 {
+		t.Errorf("progress = %+v; want what it said", p)
+	}
+	log, err := os.ReadFile(filepath.Join(dir, "audit.jsonl"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(string(log), "take over a revocation of nested CA eu"); n != 1 || !strings.Contains(string(log), "which is realm 1") {
+		t.Errorf("%d refusals on record; want 1, with the reason", n)
+	}
+}
+
+func FuzzFitNote(f *testing.F) {
+	f.Add(strings.Repeat("é", maxNoteBytes))
+	f.Add("a\nb\xff")
+	f.Fuzz(func(t *testing.T, text string) {
+		got := fitNote(text)
+		if err := checkNote(got); err != nil {
+			t.Errorf("fitNote(%q) = %q: %v", text, got, err)
+		}
+		if checkNote(text) == nil && utf8.ValidString(text) && got != text {
+			t.Errorf("fitNote(%q) = %q, which was good", text, got)
+		}
+	})
 }
 
 // wait returns once the picture has everything that is stored.

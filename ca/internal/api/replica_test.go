@@ -36,7 +36,12 @@ import (
 // newRootHolder is a service with the root key and a published trust bundle.
 func newRootHolder(t *testing.T) (*Service, *upstream.Keys) {
 	t.Helper()
-	s, _ := newService(t)
+	return newRootHolderIn(t, t.TempDir())
+}
+
+func newRootHolderIn(t *testing.T, dir string) (*Service, *upstream.Keys) {
+	t.Helper()
+	s, _ := newServiceIn(t, dir)
 	keys, err := upstream.Open(t.Context(), upstream.Config{TrustDomain: td, Dir: filepath.Join(t.TempDir(), "keys")})
 	if err != nil {
 		t.Fatal(err)

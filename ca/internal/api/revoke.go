@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 	"unicode"
+	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -166,6 +167,21 @@ func checkNote(note string) error {
 		return &entry.InvalidError{Field: "note", Reason: fmt.Sprintf("want up to %d bytes of printable text", maxNoteBytes)}
 	}
 	return nil
+}
+
+// fitNote makes a note of text that checkNote passes.
+func fitNote(text string) string {
+	text = strings.Map(func(c rune) rune {
+		if !unicode.IsPrint(c) {
+			return ' '
+		}
+		return c
+	}, text)
+	end := min(len(text), maxNoteBytes)
+	for end < len(text) && !utf8.RuneStart(text[end]) {
+		end--
+	}
+	return text[:end]
 }
 
 func (s *Service) agentRevocation(r svid.Revocation, text string) (svid.Revocation, error) {
