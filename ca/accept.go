@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/etcd"
 )
@@ -61,8 +62,20 @@ func (p *parts) settleEpoch(ctx context.Context, cfg Config) error {
 		}); err != nil {
 			return err
 		}
+		if err := p.skipRealms(ctx, cfg); err != nil {
+			return err
+		}
 	}
 	return rememberEpoch(cfg, revision)
+}
+
+// skipRealms is what a store without some of its past needs, lest nested CAs get
+// realms that others had.
+func (p *parts) skipRealms(ctx context.Context, cfg Config) error {
+	if cfg.nested() {
+		return nil
+	}
+	return replica.SkipRealms(ctx, p.store, realmsGiven(cfg))
 }
 
 // epochFile remembers, outside of the store, the highest epoch that this

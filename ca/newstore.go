@@ -88,6 +88,9 @@ func (p *parts) noteStore(ctx context.Context, cfg Config) error {
 	if !cfg.NewStore {
 		return nil
 	}
+	if err := p.skipRealms(ctx, cfg); err != nil {
+		return err
+	}
 	return p.audit.Append(ctx, audit.Record{
 		Time: time.Now(), Type: audit.Admin, Actor: "ca", Detail: "begin a new store, as -new-store says, without what was in the one before",
 	})

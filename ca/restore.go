@@ -286,7 +286,7 @@ func sameTrustDomain(cfg Config, pairs iter.Seq2[store.KV, error]) iter.Seq2[sto
 // a token that was used since would work again; a replica that was evicted
 // since would be one again, and its JWT key trusted.
 func (r *Restored) leaveOut(cfg Config, pairs iter.Seq2[store.KV, error]) error {
-	var authorities store.KV
+	var authorities, realms store.KV
 	for kv, err := range pairs {
 		switch {
 		case err != nil:
@@ -295,13 +295,15 @@ func (r *Restored) leaveOut(cfg Config, pairs iter.Seq2[store.KV, error]) error 
 			r.Tokens = append(r.Tokens, kv.Key)
 		case kv.Key == trust.AuthoritiesKey:
 			authorities = kv
+		case kv.Key == replica.RealmKey:
+			realms = kv
 		case strings.HasPrefix(kv.Key, replica.Prefix):
 			if err := r.dropReplica(cfg, kv); err != nil {
 				return err
 			}
 		}
 	}
-	if err := r.dropJWTKeys(authorities); err != nil {
+	if err := errors.Join(r.dropJWTKeys(authorities), r.skipRealms(cfg, realms)); err != nil {
 		return err
 	}
 	return r.withdraw(certifiedSince(cfg, r.Backup.CreatedAt, time.Now()))

@@ -252,7 +252,7 @@ func TestRestoreWithALossLeavesOutWhatIsDangerous(t *testing.T) {
 	keys, published := stored(t, to)
 	slices.Sort(keys) // revocations have random keys
 	want := []string{
-		"agent/n1", "entry/1", "former-replica/east", "former-replica/west", "replica/ca", "revocation/1",
+		"agent/n1", "entry/1", "former-replica/east", "former-replica/west", replica.RealmKey, "replica/ca", "revocation/1",
 		"revocation/id-east", "revocation/id-later", "revocation/id-north", "revocation/id-west", "revocation/key-east", "revocation/key-east-next", "revocation/key-west",
 		"token/mbr", trust.AuthoritiesKey, trust.Key,
 	}

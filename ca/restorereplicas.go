@@ -6,6 +6,7 @@
 package ca
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -61,6 +62,35 @@ func (r *Restored) dropJWTKeys(authorities store.KV) error {
 		}
 	}
 	return nil
+}
+
+// skipRealms leaves out those that can have been given to nested CAs since: which,
+// the audit log says as far as the root holder's is here, and has not been put back.
+func (r *Restored) skipRealms(cfg Config, last store.KV) error {
+	if cfg.nested() { // gives out none
+		return nil
+	}
+	put, err := replica.PutSkipped(last, realmsGiven(cfg))
+	if err == nil {
+		r.write(put)
+	}
+	return err
+}
+
+// realmsGiven is the highest realm of which the audit log says that a nested CA got
+// it, 0 for none.
+func realmsGiven(cfg Config) (last uint32) {
+	first, err := audit.Begin(cfg.auditPath())
+	if err != nil {
+		return 0
+	}
+	for line, err := range audit.Lines(cfg.auditPath(), first) {
+		var r audit.Record
+		if err == nil && bytes.Contains(line.Text, []byte("realm")) && json.Unmarshal(line.Text, &r) == nil {
+			last = max(last, api.JoinedRealm(r))
+		}
+	}
+	return last
 }
 
 func (r *Restored) withdraw(revocations []svid.Revocation) error {

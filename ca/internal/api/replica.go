@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -28,6 +29,7 @@ import (
 	"merlon.dev/ca/internal/revocation"
 	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
+	"merlon.dev/sdk/svid"
 )
 
 // RootKeys is what the replica that holds the root key does for others;
@@ -160,7 +162,19 @@ func realmOf(rec *replica.Record) string {
 	if !rec.Nested() {
 		return ""
 	}
-	return fmt.Sprintf(" with a store of its own, realm %d", rec.Realm)
+	return fmt.Sprintf("%s%d", detailOfRealm, rec.Realm)
+}
+
+// JoinedRealm is the realm of the nested CA whose joining an audit record is of, 0
+// where it is of something else.
+func JoinedRealm(r audit.Record) uint32 {
+	_, realm, _ := strings.Cut(r.Detail, detailOfRealm)
+	realm, _, _ = strings.Cut(realm, ",")
+	n, err := strconv.ParseUint(realm, 10, 32)
+	if _, joins := CertifiedReplica(r); !joins || r.Type != audit.Attest || err != nil || n > uint64(svid.MaxRealm) {
+		return 0
+	}
+	return uint32(n)
 }
 
 func (s *Service) newReplica(name string, keys replicaKeys, now time.Time) (*replica.Record, *x509.Certificate, error) {
@@ -180,6 +194,7 @@ func (s *Service) newReplica(name string, keys replicaKeys, now time.Time) (*rep
 const (
 	detailOfReplica      = "replica "
 	detailOfIntermediate = "intermediate of replica "
+	detailOfRealm        = " with a store of its own, realm "
 )
 
 // CertifiedReplica names the replica whose new authority an audit record is of.

@@ -34,22 +34,76 @@ func (r *Record) Nested() bool { return r.Realm != 0 }
 // NextRealm returns a realm that nobody had, with what takes it: of two who want
 // it, one gets it.
 func NextRealm(ctx context.Context, st store.Store) (uint32, store.Cmp, store.Op, error) {
-	kv, _, err := st.Get(ctx, RealmKey)
-	last := uint64(0)
-	switch {
-	case errors.Is(err, store.ErrNotFound):
-	case err != nil:
-		return 0, store.Cmp{}, store.Op{}, fmt.Errorf("read the last realm: %w", err)
-	default:
-		if last, err = strconv.ParseUint(string(kv.Value), 10, 32); err != nil {
-			return 0, store.Cmp{}, store.Op{}, fmt.Errorf("read the last realm: %w", err)
-		}
+	kv, last, err := lastRealm(ctx, st)
+	if err != nil {
+		return 0, store.Cmp{}, store.Op{}, err
 	}
-	if last >= uint64(svid.MaxRealm) {
+	if last >= svid.MaxRealm {
 		return 0, store.Cmp{}, store.Op{}, ErrNoRealm
 	}
-	next := uint32(last + 1)
-	return next, store.Cmp{Key: RealmKey, ModRevision: kv.ModRevision}, store.Put(RealmKey, strconv.AppendUint(nil, uint64(next), 10)), nil
+	next := last + 1
+	return next, store.Cmp{Key: RealmKey, ModRevision: kv.ModRevision}, putRealm(next), nil
+}
+
+// SkipRealms takes those that can have been given out without a trace in the store:
+// up to given, and some above.
+func SkipRealms(ctx context.Context, st store.Store, given uint32) error {
+	for {
+		kv, last, err := lastRealm(ctx, st)
+		if err != nil {
+			return err
+		}
+		res, err := st.Txn(ctx, []store.Cmp{{Key: RealmKey, ModRevision: kv.ModRevision}}, []store.Op{putRealm(skip(last, given))}, nil)
+		if err != nil || res.Succeeded {
+			return err
+		}
+	}
+}
+
+// PutSkipped is SkipRealms for a store that is about to be made, in which kv is what
+// it would keep at RealmKey.
+func PutSkipped(kv store.KV, given uint32) (store.Op, error) {
+	last, err := realmIn(kv)
+	return putRealm(skip(last, given)), err
+}
+
+// maxSkipped is how many realms are skipped each time: more than are given out
+// between two backups.
+const maxSkipped = 16
+
+// skip is what counts as given out last. Half of what is left at least can still be
+// given.
+func skip(last, given uint32) uint32 {
+	last = min(max(last, given), svid.MaxRealm)
+	return last + min(maxSkipped, (svid.MaxRealm-last)/2)
+}
+
+func lastRealm(ctx context.Context, st store.Store) (store.KV, uint32, error) {
+	kv, _, err := st.Get(ctx, RealmKey)
+	if errors.Is(err, store.ErrNotFound) {
+		return store.KV{}, 0, nil
+	}
+	if err != nil {
+		return kv, 0, fmt.Errorf("read the last realm: %w", err)
+	}
+	last, err := realmIn(kv)
+	return kv, last, err
+}
+
+// realmIn is what kv says, 0 where nothing is stored.
+func realmIn(kv store.KV) (uint32, error) {
+	if kv.Key == "" {
+		return 0, nil
+	}
+	last, err := strconv.ParseUint(string(kv.Value), 10, 32)
+	if err != nil {
+		return 0, fmt.Errorf("read the last realm: %w", err)
+	}
+	return uint32(last), nil
+}
+
+func putRealm(last uint32) store.Op {
+	return store.Put(RealmKey, strconv.AppendUint(nil, uint64(last), 10))
 }
 
 // Progress is how far those are who count below a nested CA. It is immutable.

@@ -6,9 +6,25 @@ import (
 	"sync"
 	"testing"
 
+	"pgregory.net/rapid"
+
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
+	"merlon.dev/sdk/svid"
 )
+
+// However often some are skipped, there is one left to give; and none is given that
+// can have been.
+func TestSkippedRealmsLeaveSome(t *testing.T) {
+	rapid.Check(t, func(rt *rapid.T) {
+		last, given := rapid.Uint32Range(0, svid.MaxRealm).Draw(rt, "last"), rapid.Uint32Range(0, svid.MaxRealm).Draw(rt, "given")
+		before, after := max(last, given), skip(last, given)
+		left := svid.MaxRealm - before
+		if after < before || after-before > maxSkipped || left >= 2*maxSkipped && after-before != maxSkipped || left > 0 && after == svid.MaxRealm {
+			rt.Errorf("after %d and %d: %d", last, given, after)
+		}
+	})
+}
 
 func TestEachRealmIsGivenOnce(t *testing.T) {
 	st, err := badger.Open(t.TempDir(), badger.Options{})
