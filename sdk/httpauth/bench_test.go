@@ -12,23 +12,30 @@ import (
 	"merlon.dev/sdk/sdktest"
 )
 
-// One call over an open connection: client, TLS, decision at the agent over
-// its socket, handler, all in this process.
+// One call over an open connection: client, TLS, decision, handler, all in this
+// process; by the compiled policy, and by the agent over its socket.
 func BenchmarkCall(b *testing.B) {
-	td := sdktest.New(b)
-	td.Allow("web", "orders")
-	url := start(b, td.Workload("orders"), http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = io.WriteString(w, "ok")
-	}))
-	c := client(b, td.Workload("web"), sdk.Service("orders"))
-	if _, _, err := get(c, url+"/"); err != nil {
-		b.Fatal(err)
-	}
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, _, err := get(c, url+"/"); err != nil {
-			b.Fatal(err)
-		}
+	for _, by := range []string{"program", "agent"} {
+		b.Run(by, func(b *testing.B) {
+			td := sdktest.New(b)
+			td.Allow("web", "orders")
+			if by == "program" {
+				td.CompilePolicy()
+			}
+			url := start(b, td.Workload("orders"), http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				_, _ = io.WriteString(w, "ok")
+			}))
+			c := client(b, td.Workload("web"), sdk.Service("orders"))
+			if _, _, err := get(c, url+"/"); err != nil {
+				b.Fatal(err)
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, _, err := get(c, url+"/"); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
 
