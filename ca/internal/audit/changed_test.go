@@ -5,6 +5,7 @@ package audit
 
 import (
 	"bytes"
+	"encoding/hex"
 	"errors"
 	"log/slog"
 	"os"
@@ -12,6 +13,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"merlon.dev/sdk/checkpoint"
 )
 
 // TestSignedLogIsRefusedWhenItWasChanged is attack T53 with a checkpoint.
@@ -238,6 +241,33 @@ func TestLogSaysThatItHasACheckpoint(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantRobbed("a checkpoint of 4 records was saved before it, and the one that is there counts 1")
+}
+
+// A file's own word for what was before it counts only where nothing is before it,
+// and the tree has the record.
+func TestFirstRecordFollowsWhatIsThere(t *testing.T) {
+	one, other := link{seq: 4, hash: [32]byte{1}}, link{seq: 4, hash: [32]byte{2}}
+	after := func(l link) header { return header{Seq: l.seq + 1, Prev: hex.EncodeToString(l.hash[:])} }
+	for name, test := range map[string]struct {
+		first   header
+		prior   link
+		counted int64
+		want    *link // nil: it is refused
+	}{
+		"the file before":               {after(one), one, 0, &one},
+		"another file before":           {after(one), other, 9, nil},
+		"a gap after the file before":   {after(one), link{seq: 3}, 9, nil},
+		"dropped, and in the tree":      {after(one), link{}, 5, &one},
+		"dropped, and not in the tree":  {after(one), link{}, 4, nil},
+		"dropped, and there is no tree": {after(one), link{}, 0, nil},
+		"the first of all":              {after(link{}), link{}, 0, &link{}},
+		"one before the first of all":   {after(link{hash: one.hash}), link{}, 9, nil},
+	} {
+		before, err := test.first.before(test.prior, checkpoint.Checkpoint{Size: test.counted})
+		if (err == nil) != (test.want != nil) || err == nil && before != *test.want {
+			t.Errorf("%s: %+v, %v", name, before, err)
+		}
+	}
 }
 
 func TestLogOfAnotherKeyIsRefused(t *testing.T) {

@@ -237,6 +237,36 @@ func TestPreparedTwiceIsRefused(t *testing.T) {
 	}
 }
 
+// Nor does what has ended begin to sign, or sign again, by force either.
+func TestEndedKeySignsNoMore(t *testing.T) {
+	newKey := map[Kind]func(string, time.Time) Authority{
+		Root: newRoot,
+		JWT:  func(id string, from time.Time) Authority { return newJWT(id, "ca", from) },
+	}
+	for kind, made := range newKey {
+		b := made("b", start)
+		published := step(t, begin(t), Command{Verb: Prepare, New: &b}, View{}, start)
+		published = step(t, published, Command{Verb: Publish, ID: "b"}, View{}, start).Stamped(2)
+		before := published.Root()
+		if kind == JWT {
+			before = published.JWT("ca")
+		}
+		old := step(t, published, Command{Verb: Activate, ID: "b", Force: true}, View{}, start)
+		for name, test := range map[string]struct {
+			set Set
+			id  string
+			end time.Time
+		}{"published": {published, "b", b.NotAfter}, "old": {old, before.ID, before.NotAfter}} {
+			activate := Command{Verb: Activate, ID: test.id, Force: true}
+			step(t, test.set, activate, View{}, test.end.Add(-1))
+			next, err := Step(test.set, activate, View{}, policy, test.end)
+			if refusal, ok := errors.AsType[*RefusedError](err); !ok || !strings.Contains(refusal.Reason, "its life is over") || !next.Equal(test.set) {
+				t.Errorf("%s, %s: activated at its end: %v", kind, name, err)
+			}
+		}
+	}
+}
+
 // The key of a replica that joins signs when everybody knows it, as any other.
 func TestJoiningReplicaWaitsForItsKey(t *testing.T) {
 	s, err := begin(t).Joined(newJWT("j2", "ca-2", start), start)
