@@ -64,6 +64,7 @@ func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 		"nested on etcd":    {etcdYAML(localEtcd + "upstream: merlon\nupstream_address: ca:8443\n"), "store must be badger"},
 		"nested replica":    {"trust_domain: a.test\nupstream: merlon\nupstream_address: ca:8443\njoin_address: ca:8443\n", "join_address: is for replicas"},
 		"nested, a root":    {"trust_domain: a.test\nupstream: merlon\nupstream_address: ca:8443\nupstream_root_file: /r\n", "upstream_root_file: is for other upstreams"},
+		"nested in itself":  {"trust_domain: a.test\nupstream: merlon\naddress: ca:8443\nupstream_address: ca:8443\n", "upstream_address: "},
 		"nested, no hash":   {"trust_domain: a.test\nupstream: merlon\nupstream_address: ca:8443\njoin_token: t\n", "root_hash: "},
 		"PIN in the file":   {"trust_domain: a.test\nkms: pkcs11:token=t?pin-value=1\n", "kms: "},
 		"short hash":        {etcdYAML(localEtcd + "join_address: ca:8443\njoin_token: t\nroot_hash: 0a0a\n"), "root_hash: "},

@@ -81,6 +81,8 @@ func (c Config) checkNested() error {
 		return errors.New("upstream: a nested CA is one process with a store of its own, so store must be badger; more processes on one etcd are replicas (join_address)")
 	case c.JoinAddress != "":
 		return errors.New("join_address: is for replicas, which share a store; a nested CA has upstream_address")
+	case c.UpstreamAddress == c.Address:
+		return fmt.Errorf("upstream_address: %s is this CA's own address; give that of the CA that holds the root key", c.UpstreamAddress)
 	}
 	return nil
 }

@@ -11,9 +11,11 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
@@ -94,14 +96,11 @@ func (u *above) run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		if status.Code(err) == codes.PermissionDenied {
+		if api.WasEvicted(err) {
 			u.log.LogAttrs(ctx, slog.LevelError, "the CA above has withdrawn this one", slog.String("address", u.address), slog.Any("err", err))
 			return u.mirror.Withdraw(ctx, u.name)
 		}
-		if u.fault.Swap(&err) == nil || time.Since(started) > aboveSilence {
-			u.log.LogAttrs(ctx, slog.LevelWarn, "the CA above is away; this one goes on until its intermediate ends",
-				slog.String("address", u.address), slog.Time("until", u.keys.X509().NotAfter()), slog.Any("err", err))
-		}
+		u.fails(ctx, err)
 		if time.Since(started) > maxAbovePause {
 			pause = minAbovePause
 		}
@@ -112,6 +111,30 @@ func (u *above) run(ctx context.Context) error {
 		pause = min(2*pause, maxAbovePause)
 	}
 	return nil
+}
+
+// fails notes why the stream is down, and logs it when that is news.
+func (u *above) fails(ctx context.Context, err error) {
+	if before := u.fault.Swap(&err); before != nil && kindOf(*before) == kindOf(err) {
+		return
+	}
+	what := "the CA above is away; this one goes on until its intermediate ends"
+	if refusal(err) {
+		what = "this CA and the one above do not go together, so neither hears what the other revokes; it goes on until its intermediate ends"
+	}
+	u.log.LogAttrs(ctx, slog.LevelWarn, what,
+		slog.String("address", u.address), slog.Time("until", u.keys.X509().NotAfter()), slog.Any("err", err))
+}
+
+// kindOf is err without its figures: ports, revisions and times change with each
+// attempt, and the reason does not.
+func kindOf(err error) string {
+	return strings.Map(func(c rune) rune {
+		if unicode.IsDigit(c) {
+			return -1
+		}
+		return c
+	}, err.Error())
 }
 
 // call makes one call.

@@ -380,12 +380,20 @@ func TestNestedCAThatIsRefusedIsNotReady(t *testing.T) {
 	us := startCA(t, tempDir(t), up.nestedBelow("us"))
 	eventually(t, "it is ready", func() bool { code, _ := eu.get("/ready"); return code == http.StatusOK })
 	eu.stop()
-	eu = startCA(t, eu.dir, below, func(cfg *ca.Config) { cfg.UpstreamAddress = us.srv.Address().String() })
-	eventually(t, "/ready says why it is refused", func() bool {
-		code, body := eu.get("/ready")
-		return code == http.StatusServiceUnavailable && strings.Contains(body, "its authority is not that of a replica") && !strings.Contains(body, "is away")
-	})
-	eu.stop()
+	port := stage.FreePort(t)
+	for address, want := range map[string]string{
+		us.srv.Address().String():         "its authority is not that of a replica",
+		fmt.Sprintf("localhost:%d", port): "spiffe://shop.test/ca may not call", // itself
+	} {
+		eu = startCA(t, eu.dir, below, func(cfg *ca.Config) {
+			cfg.UpstreamAddress, cfg.Address = address, fmt.Sprintf("127.0.0.1:%d", port)
+		})
+		eventually(t, "/ready says why it is refused", func() bool {
+			code, body := eu.get("/ready")
+			return code == http.StatusServiceUnavailable && strings.Contains(body, want) && !strings.Contains(body, "is away")
+		})
+		eu.stop()
+	}
 	eu = startCA(t, eu.dir, below)
 	eventually(t, "it is heard again", func() bool {
 		code, body := eu.get("/ready")

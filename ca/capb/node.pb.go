@@ -26,7 +26,7 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// Refusal is why the CA refuses an agent, for programs: the reason of a
+// Refusal is why the CA refuses an agent or a nested CA, for programs: the reason of a
 // google.rpc.ErrorInfo (domain merlon.dev) in the status, without REFUSAL_.
 type Refusal int32
 
@@ -40,6 +40,9 @@ const (
 	// Its X509-SVID is revoked, or there is no record of it: it has to attest anew.
 	Refusal_REFUSAL_SVID_REVOKED  Refusal = 3
 	Refusal_REFUSAL_AGENT_UNKNOWN Refusal = 4
+	// The nested CA was evicted for good: it serves nobody any more
+	// (PERMISSION_DENIED). No other refusal says that.
+	Refusal_REFUSAL_CA_EVICTED Refusal = 5
 )
 
 // Enum value maps for Refusal.
@@ -50,6 +53,7 @@ var (
 		2: "REFUSAL_AGENT_EVICTED",
 		3: "REFUSAL_SVID_REVOKED",
 		4: "REFUSAL_AGENT_UNKNOWN",
+		5: "REFUSAL_CA_EVICTED",
 	}
 	Refusal_value = map[string]int32{
 		"REFUSAL_UNSPECIFIED":   0,
@@ -57,6 +61,7 @@ var (
 		"REFUSAL_AGENT_EVICTED": 2,
 		"REFUSAL_SVID_REVOKED":  3,
 		"REFUSAL_AGENT_UNKNOWN": 4,
+		"REFUSAL_CA_EVICTED":    5,
 	}
 )
 
@@ -2324,13 +2329,14 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x04note\x18\a \x01(\tR\x04note\x12!\n" +
 	"\fagent_handle\x18\b \x01(\x04R\vagentHandle\x12\x14\n" +
 	"\x05realm\x18\t \x01(\rR\x05realmB\t\n" +
-	"\asubject*\x8c\x01\n" +
+	"\asubject*\xa4\x01\n" +
 	"\aRefusal\x12\x17\n" +
 	"\x13REFUSAL_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14REFUSAL_AGENT_BANNED\x10\x01\x12\x19\n" +
 	"\x15REFUSAL_AGENT_EVICTED\x10\x02\x12\x18\n" +
 	"\x14REFUSAL_SVID_REVOKED\x10\x03\x12\x19\n" +
-	"\x15REFUSAL_AGENT_UNKNOWN\x10\x04*u\n" +
+	"\x15REFUSAL_AGENT_UNKNOWN\x10\x04\x12\x16\n" +
+	"\x12REFUSAL_CA_EVICTED\x10\x05*u\n" +
 	"\vKeyDelivery\x12\x1c\n" +
 	"\x18KEY_DELIVERY_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12KEY_DELIVERY_AGENT\x10\x01\x12\x19\n" +

@@ -298,7 +298,7 @@ func (t access) authorize(c *Caller, method string) error {
 		return status.Errorf(codes.Unavailable, "%s: %s", c.Name, c.Unsure)
 	}
 	if c.Withdrawn {
-		return status.Errorf(codes.PermissionDenied, "%s: its authority was withdrawn for good: this CA was evicted", c.Name)
+		return refused(codes.PermissionDenied, capb.Refusal_REFUSAL_CA_EVICTED, c.Name+": its authority was withdrawn for good: this CA was evicted")
 	}
 	if c.Fault != "" {
 		return c.unauthenticated()

@@ -66,13 +66,18 @@ func refusalOf(err error) capb.Refusal {
 	return capb.Refusal_REFUSAL_UNSPECIFIED
 }
 
+const refusalDomain = "merlon.dev"
+
+// reasonOf is why on the wire.
+func reasonOf(why capb.Refusal) string { return strings.TrimPrefix(why.String(), "REFUSAL_") }
+
 // refused is a status that also programs understand.
 func refused(code codes.Code, why capb.Refusal, message string) error {
 	st := status.New(code, message)
 	if why == capb.Refusal_REFUSAL_UNSPECIFIED {
 		return st.Err()
 	}
-	info := &errdetails.ErrorInfo{Reason: strings.TrimPrefix(why.String(), "REFUSAL_"), Domain: "merlon.dev"}
+	info := &errdetails.ErrorInfo{Reason: reasonOf(why), Domain: refusalDomain}
 	if with, err := st.WithDetails(info); err == nil {
 		st = with
 	}

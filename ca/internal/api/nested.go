@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -115,6 +116,22 @@ func (s *Service) hear(ctx context.Context, caller *Caller, req *capb.FollowRequ
 	})
 }
 
+// evictedBelow tells a nested CA that it is none any more.
+func evictedBelow(name string) error {
+	return refused(codes.PermissionDenied, capb.Refusal_REFUSAL_CA_EVICTED, "nested CA "+name+" has been evicted")
+}
+
+// WasEvicted says whether a CA was told that it has been evicted. That somebody lets
+// it in for nothing does not say so: it may have come to the wrong door.
+func WasEvicted(err error) bool {
+	for _, d := range status.Convert(err).Details() {
+		if info, ok := d.(*errdetails.ErrorInfo); ok && info.GetDomain() == refusalDomain && info.GetReason() == reasonOf(capb.Refusal_REFUSAL_CA_EVICTED) {
+			return true
+		}
+	}
+	return false
+}
+
 // noteProgress writes down which trust bundle is served below, where that is news.
 func (s *Service) noteProgress(ctx context.Context, p *replica.Progress) error {
 	before := s.registry.Progress(p.Name)
@@ -132,7 +149,7 @@ func (s *Service) noteProgress(ctx context.Context, p *replica.Progress) error {
 	}
 	rec, ok := s.registry.Replica(p.Name)
 	if !ok {
-		return status.Errorf(codes.PermissionDenied, "nested CA %s has been evicted", p.Name)
+		return evictedBelow(p.Name)
 	}
 	// The record may be written anew meanwhile; then the next message says it again.
 	res, err := s.opts.Store.Txn(ctx, []store.Cmp{rec.Cmp()}, []store.Op{put}, nil)
@@ -348,7 +365,7 @@ func (s *Service) Step(ctx context.Context, req *capb.StepRequest) (*capb.StepRe
 	}
 	state, ok := s.stateOf(caller.Replica.Name)
 	if !ok {
-		return nil, status.Errorf(codes.PermissionDenied, "nested CA %s has been evicted", caller.Replica.Name)
+		return nil, evictedBelow(caller.Replica.Name)
 	}
 	return &capb.StepResponse{State: state}, nil
 }
