@@ -110,6 +110,36 @@ func (c *testCA) recordsOf(id, kind, detail string) (n int) {
 	return n
 }
 
+// The start with an older copy of the keys stands when the newest come back; while
+// something that the newer root signed lives, it can sign again.
+func TestNewestKeysDoNotUndoTheStartWithOlderOnes(t *testing.T) {
+	t.Parallel() // it mostly waits
+	dir := tempDir(t)
+	c := startCA(t, dir)
+	bringOlder := keepKeys(t, dir, "older")
+	first, second := c.authority(rootKind, "active", "").GetAuthorityId(), c.prepare(rootKind)
+	if err := c.activate(second, true); err != nil {
+		t.Fatal(err)
+	}
+	under := func(root string) func() bool {
+		return func() bool { return c.authority("x509-intermediate", "active", "").GetRootAuthorityId() == root }
+	}
+	eventually(t, "an intermediate under the newer root", under(second))
+	c.stop()
+	bringNewest := keepKeys(t, dir, "newest")
+	bringOlder()
+	startCA(t, dir).stop()
+	bringNewest()
+	c = startCA(t, dir)
+	if active, old := c.authority(rootKind, "active", "").GetAuthorityId(), c.authority(rootKind, "old", "").GetAuthorityId(); active != first || old != second {
+		t.Errorf("%s signs, and %s is old; want %s and %s", active, old, first, second)
+	}
+	if err := c.activate(second, true); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "an intermediate under the newer root again", under(second))
+}
+
 // keepKeys makes a copy of the keys, which bring puts in their place.
 func keepKeys(t *testing.T, dir, name string) (bring func()) {
 	t.Helper()
