@@ -15,6 +15,7 @@ import (
 	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/authority"
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
@@ -107,16 +108,24 @@ var errNotLeading = errors.New("another replica leads now")
 
 // maintain does this replica's own chores until ctx ends.
 func (p *parts) maintain(ctx context.Context) error {
-	upkeep := time.NewTicker(min(upkeepInterval, max(p.intermediateTTL/8, minTick))) // it is renewed at half of its life
-	defer upkeep.Stop()
-	for now := time.Now(); ; {
-		p.upkeep(ctx, now)
+	for {
+		p.upkeep(ctx, time.Now())
 		select {
 		case <-ctx.Done():
 			return nil
-		case now = <-upkeep.C:
+		case <-time.After(upkeepEvery(p.keys.X509())):
 		}
 	}
+}
+
+// upkeepEvery is often enough to renew ca's intermediate at half of its life, which
+// is as long as the CA says that signed it, whatever this one's intermediate_ttl.
+func upkeepEvery(ca *authority.X509Authority) time.Duration {
+	if ca == nil {
+		return upkeepInterval
+	}
+	life := ca.Chain[0].NotAfter.Sub(ca.Chain[0].NotBefore)
+	return min(upkeepInterval, max(life/8, minTick))
 }
 
 // lead does the chores of all replicas whenever this one leads, until ctx ends.

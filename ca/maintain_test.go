@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
+	"crypto/x509"
 	"errors"
 	"log/slog"
 	"os"
@@ -18,6 +19,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/authority"
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
@@ -237,6 +239,26 @@ func (p *parts) contents(t *testing.T) *bundle.Contents {
 		t.Fatal(err)
 	}
 	return c
+}
+
+// How long an intermediate lives its own certificate says: that of a nested CA is made
+// by the CA above, in that one's intermediate_ttl.
+func TestUpkeepIsInTimeForTheIntermediate(t *testing.T) {
+	for life, want := range map[time.Duration]time.Duration{
+		24 * time.Hour: time.Minute, 40 * time.Second: 5 * time.Second, 2 * time.Second: time.Second,
+	} {
+		now := time.Now()
+		ca := &authority.X509Authority{Chain: []*x509.Certificate{{NotBefore: now, NotAfter: now.Add(life)}}}
+		if got := upkeepEvery(ca); got != want {
+			t.Errorf("every %s with a life of %s; want %s", got, life, want)
+		}
+	}
+	if got := upkeepEvery(nil); got != time.Minute {
+		t.Errorf("every %s without an intermediate; want 1m", got)
+	}
+	if p, _ := openParts(t); upkeepEvery(p.keys.X509()) != time.Minute {
+		t.Error("another interval for the default life")
+	}
 }
 
 func TestPolicyIsSignedAgainAtHalfOfItsValidity(t *testing.T) {

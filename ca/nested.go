@@ -118,12 +118,12 @@ func (u *above) fails(ctx context.Context, err error) {
 	if before := u.fault.Swap(&err); before != nil && kindOf(*before) == kindOf(err) {
 		return
 	}
-	what := "the CA above is away; this one goes on until its intermediate ends"
+	about := []slog.Attr{slog.String("address", u.address), slog.Time("until", u.keys.X509().NotAfter()), slog.Any("err", err)}
 	if refusal(err) {
-		what = "this CA and the one above do not go together, so neither hears what the other revokes; it goes on until its intermediate ends"
+		u.log.LogAttrs(ctx, slog.LevelWarn, "this CA and the one above do not go together, so neither hears what the other revokes; it goes on until its intermediate ends", about...)
+		return
 	}
-	u.log.LogAttrs(ctx, slog.LevelWarn, what,
-		slog.String("address", u.address), slog.Time("until", u.keys.X509().NotAfter()), slog.Any("err", err))
+	u.log.LogAttrs(ctx, slog.LevelWarn, "the CA above is away; this one goes on until its intermediate ends", about...)
 }
 
 // kindOf is err without its figures: ports, revisions and times change with each

@@ -351,6 +351,14 @@ func TestFormerRealmIsHeard(t *testing.T) {
 	}
 	eu = joinsAnew(t, up, eu, "eu")
 	eventually(t, "its former revocation binds above", func() bool { return up.holdsRealms("spiffe://shop.test/web", 0, 2) })
+	// What is not its to step is refused, and not for want of a role.
+	for _, kind := range []string{"x509-root", "jwt"} {
+		id := up.authority(kind, "active", "ca").GetAuthorityId()
+		_, err := eu.admin.TaintAuthority(t.Context(), &capb.TaintAuthorityRequest{AuthorityId: id})
+		if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "at the CA") {
+			t.Errorf("taint the %s above from below: %v; want FAILED_PRECONDITION, which says where", kind, err)
+		}
+	}
 	a := eu.agent("n7")
 	if _, err := eu.admin.BanAgent(t.Context(), &capb.BanAgentRequest{Agent: "n7", Note: strings.Repeat("x", 1020)}); err != nil {
 		t.Fatal(err)

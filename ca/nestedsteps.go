@@ -27,8 +27,11 @@ func (a *authorities) TakeFor(ctx context.Context, name string, c rotation.Comma
 				return fmt.Errorf("%s %.80q: %w", c.Verb, c.ID, rotation.ErrUnknown)
 			}
 		}
-		if subject.Kind != rotation.JWT || subject.Replica != name {
-			return status.Errorf(codes.PermissionDenied, "%s %s: it is no JWT key of nested CA %s", c.Verb, c.ID, name)
+		switch {
+		case subject.Kind == rotation.Root:
+			return status.Errorf(codes.PermissionDenied, "%s %s: it is a root, and no JWT key of nested CA %s: roots are stepped at the CA above alone", c.Verb, c.ID, name)
+		case subject.Kind != rotation.JWT || subject.Replica != name:
+			return status.Errorf(codes.PermissionDenied, "%s %s: it is no JWT key of nested CA %s: its steps are taken at the CA that holds it", c.Verb, c.ID, name)
 		}
 		return nil
 	})
@@ -53,7 +56,7 @@ func (u *above) step(ctx context.Context, c rotation.Command) (uint64, error) {
 	})
 	switch status.Code(err) {
 	case codes.OK:
-	case codes.FailedPrecondition:
+	case codes.FailedPrecondition, codes.PermissionDenied: // of this CA, and not of who asks it
 		reason := strings.TrimPrefix(status.Convert(err).Message(), fmt.Sprintf("%s %s: ", c.Verb, c.ID))
 		return 0, &rotation.RefusedError{Verb: c.Verb, ID: c.ID, Reason: reason}
 	case codes.NotFound:

@@ -123,6 +123,12 @@ func TestStateIsFollowed(t *testing.T) {
 	if err != nil || current.Sequence != 4 {
 		t.Errorf("the trust bundle has sequence %+v, %v; want 4, as above", current, err)
 	}
+	// One as old, whose authorities are not as they were and whose trust bundle is.
+	overtaken := stateWith(t, td, r, 11, 4, 1)
+	overtaken.Authorities = append(overtaken.Authorities, ' ')
+	if revision, err = m.Apply(ctx, overtaken); err != nil || revision != 0 {
+		t.Errorf("a state that was overtaken by one with the same trust bundle: %d, %v; want it left alone", revision, err)
+	}
 	// Another process on the same store, as after a restart.
 	again := &Mirror{Store: m.Store, TrustDomain: td}
 	if _, err := again.Apply(ctx, stateWith(t, td, r, 2, 3, 1)); !errors.Is(err, ErrOlder) {
