@@ -113,18 +113,19 @@ func (p *parts) maintain(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(upkeepEvery(p.keys.X509())):
+		case <-time.After(upkeepEvery(p.intermediateTTL, p.keys.X509())):
 		}
 	}
 }
 
-// upkeepEvery is often enough to renew ca's intermediate at half of its life, which
-// is as long as the CA says that signed it, whatever this one's intermediate_ttl.
-func upkeepEvery(ca *authority.X509Authority) time.Duration {
-	if ca == nil {
-		return upkeepInterval
+// upkeepEvery is often enough to renew ca's intermediate at half of its life: ttl is
+// what this CA asks for, and the CA that signed it may have given less. The life of
+// the certificate alone is too long by what its begin was set back.
+func upkeepEvery(ttl time.Duration, ca *authority.X509Authority) time.Duration {
+	life := ttl
+	if ca != nil {
+		life = min(life, ca.Chain[0].NotAfter.Sub(ca.Chain[0].NotBefore))
 	}
-	life := ca.Chain[0].NotAfter.Sub(ca.Chain[0].NotBefore)
 	return min(upkeepInterval, max(life/8, minTick))
 }
 

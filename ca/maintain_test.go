@@ -249,14 +249,17 @@ func TestUpkeepIsInTimeForTheIntermediate(t *testing.T) {
 	} {
 		now := time.Now()
 		ca := &authority.X509Authority{Chain: []*x509.Certificate{{NotBefore: now, NotAfter: now.Add(life)}}}
-		if got := upkeepEvery(ca); got != want {
+		if got := upkeepEvery(24*time.Hour, ca); got != want {
 			t.Errorf("every %s with a life of %s; want %s", got, life, want)
 		}
 	}
-	if got := upkeepEvery(nil); got != time.Minute {
+	if got := upkeepEvery(20*time.Second, nil); got != 2500*time.Millisecond {
+		t.Errorf("every %s for 20 s that are asked for; want 2.5s", got)
+	}
+	if got := upkeepEvery(24*time.Hour, nil); got != time.Minute {
 		t.Errorf("every %s without an intermediate; want 1m", got)
 	}
-	if p, _ := openParts(t); upkeepEvery(p.keys.X509()) != time.Minute {
+	if p, _ := openParts(t); upkeepEvery(p.intermediateTTL, p.keys.X509()) != time.Minute {
 		t.Error("another interval for the default life")
 	}
 }

@@ -130,7 +130,7 @@ type parts struct {
 	// storeFault is what the last look at the store said.
 	storeFault atomic.Pointer[error]
 
-	x509SVIDTTL time.Duration
+	x509SVIDTTL, intermediateTTL time.Duration
 }
 
 // close closes the store last: everything else may still want to write.
@@ -152,7 +152,7 @@ func (p *parts) close() error {
 }
 
 func (s *Server) open(ctx context.Context) (_ *parts, err error) {
-	p := &parts{log: s.log, overdue: make(overdue), x509SVIDTTL: s.cfg.X509SVIDTTL} // no named result: the returns below would make it nil before close
+	p := &parts{log: s.log, overdue: make(overdue), x509SVIDTTL: s.cfg.X509SVIDTTL, intermediateTTL: s.cfg.IntermediateTTL} // no named result: the returns below would make it nil before close
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.close())
