@@ -218,9 +218,11 @@ func TestTwoReplicasNeverActivateTwoRoots(t *testing.T) {
 	t.Run("etcd", func(t *testing.T) {
 		e := stage.StartEtcd(t, 1)
 		var stores []store.Store
-		for range 3 { // each with a connection of its own, as replicas have
+		// Each with a connection of its own, as replicas have; what the last one
+		// publishes is none of the others', whose roots to come are bounded.
+		for _, prefix := range []string{"/rotation/", "/rotation/", "/fenced/"} {
 			st, err := etcd.Open(t.Context(), etcd.Config{
-				Endpoints: e.Endpoints(), CAFile: e.Files.CA, CertFile: e.Files.Cert, KeyFile: e.Files.Key, Prefix: "/rotation/",
+				Endpoints: e.Endpoints(), CAFile: e.Files.CA, CertFile: e.Files.Cert, KeyFile: e.Files.Key, Prefix: prefix,
 			})
 			if err != nil {
 				t.Fatal(err)
