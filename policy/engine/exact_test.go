@@ -4,6 +4,7 @@
 package engine
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"testing"
@@ -159,6 +160,16 @@ func TestWrongProgramsAreNotUsed(t *testing.T) {
 			t.Errorf("%s: holdAgainstOPA = %v, %d mismatches", name, err, e.Mismatches()-before)
 		}
 		src = whole
+	}
+}
+
+// Whoever asks first and goes away leaves a program to the others.
+func TestProgramsOutliveWhoAskedFirst(t *testing.T) {
+	e := load(t, parseGrants(t, webReadsOrders), map[string]string{"a.rego": "package authz\n\ndeny if input.attributes.request.http.headers.debug == \"on\"\n"})
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if p, err := e.Program(gone, get("/").Destination); err != nil || p == nil {
+		t.Errorf("Program = %v, %v", p, err)
 	}
 }
 

@@ -78,7 +78,10 @@ func (e *Engine) compilation(destination string) *compilation {
 	return c.(*compilation)
 }
 
+// make compiles for all who ask: that the first of them goes away must not leave
+// the others without a program. It takes bounded time by itself.
 func (e *Engine) make(ctx context.Context, c *compilation, destination string) {
+	ctx = context.WithoutCancel(ctx)
 	c.once.Do(func() {
 		defer close(c.done)
 		src, err := e.programSource(ctx, destination)
