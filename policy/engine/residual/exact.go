@@ -110,14 +110,22 @@ func exactRule(rule *ast.Rule) (found error) {
 		}
 		return found != nil
 	})
-	ast.WalkTerms(rule, func(t *ast.Term) bool {
-		// A variable called input is never a reference to it.
-		if v, ok := t.Value.(ast.Var); ok && found == nil && v.Equal(ast.InputRootDocument.Value) && !insideRef(rule, t) {
-			found = notNative(t.Loc(), "input is read as a whole")
-		}
-		return found != nil
-	})
+	if t := wholeInput(rule); t != nil && found == nil {
+		found = notNative(t.Loc(), "input is read as a whole")
+	}
 	return found
+}
+
+// wholeInput is where rule names the input other than as the head of a reference
+// to a part of it; nil if it does not.
+func wholeInput(rule *ast.Rule) (whole *ast.Term) {
+	ast.WalkTerms(rule, func(t *ast.Term) bool {
+		if v, ok := t.Value.(ast.Var); ok && whole == nil && v.Equal(ast.InputRootDocument.Value) && !insideRef(rule, t) {
+			whole = t
+		}
+		return whole != nil
+	})
+	return whole
 }
 
 // insideRef says whether t is the head of a reference, which asWhole judges.

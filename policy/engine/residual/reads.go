@@ -53,7 +53,7 @@ func FindReads(c *ast.Compiler) (Reads, error) {
 			}
 			return false
 		})
-		if wholeInput(rule) {
+		if wholeInput(rule) != nil {
 			r.everything()
 		}
 	}
@@ -68,18 +68,6 @@ func FindReads(c *ast.Compiler) (Reads, error) {
 	}
 	r.Headers = slices.Sorted(maps.Keys(headers))
 	return r, unsteady
-}
-
-// wholeInput says whether rule names the input other than as the head of a
-// reference to a part of it.
-func wholeInput(rule *ast.Rule) (whole bool) {
-	ast.WalkTerms(rule, func(t *ast.Term) bool {
-		if v, ok := t.Value.(ast.Var); ok && v.Equal(ast.InputRootDocument.Value) && !insideRef(rule, t) {
-			whole = true
-		}
-		return whole
-	})
-	return whole
 }
 
 func (r *Reads) everything() {
