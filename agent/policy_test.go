@@ -26,6 +26,7 @@ import (
 	"merlon.dev/agent/agentpb"
 	"merlon.dev/agent/internal/fakeca"
 	"merlon.dev/ca/capb"
+	"merlon.dev/policy"
 	"merlon.dev/policy/bundle"
 	"merlon.dev/sdk/svid"
 )
@@ -149,8 +150,10 @@ func TestAuthorize(t *testing.T) {
 	if err != nil || why.GetDecision().GetReason() != "METHOD" || len(why.GetDetails()) == 0 || why.GetInput().GetMethod() != "POST" {
 		t.Errorf("ExplainDecision() = %v, %v; want the denial in words", why, err)
 	}
-	if _, err := debug.ExplainDecision(ctx, &agentpb.ExplainDecisionRequest{DecisionId: "gone"}); status.Code(err) != codes.NotFound {
-		t.Errorf("ExplainDecision(unknown) = %v; want NotFound", err)
+	for id, want := range map[string]codes.Code{policy.NewDecisionID().String(): codes.NotFound, "gone": codes.InvalidArgument} {
+		if _, err := debug.ExplainDecision(ctx, &agentpb.ExplainDecisionRequest{DecisionId: id}); status.Code(err) != want {
+			t.Errorf("ExplainDecision(%s) = %v; want %v", id, err, want)
+		}
 	}
 
 	ca.Revoke(&capb.Revocation{Subject: &capb.Revocation_SpiffeId{SpiffeId: "spiffe://" + td + "/web"}})

@@ -79,7 +79,7 @@ func TestReportedDecisionsAreExplained(t *testing.T) {
 	n.policyIs(t, 1)
 	record := func(change func(*agentpb.DecisionRecord)) *agentpb.DecisionRecord {
 		rec := &agentpb.DecisionRecord{
-			Decision:  &agentpb.Decision{Reason: "METHOD", DecisionId: policy.NewDecisionID(), PolicyGeneration: 1},
+			Decision:  &agentpb.Decision{Reason: "METHOD", DecisionId: policy.NewDecisionID().String(), PolicyGeneration: 1},
 			Input:     &agentpb.AuthorizeRequest{Destination: "spiffe://" + td + "/orders", Source: "spiffe://" + td + "/web", Protocol: "http", Method: "POST", Path: "/orders"},
 			DecidedAt: timestamppb.Now(),
 		}

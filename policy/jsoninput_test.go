@@ -127,7 +127,7 @@ func TestSPIFFEIDsAreThoseOfGoSPIFFE(t *testing.T) {
 }
 
 func TestAnswerHasItsKeysInOrder(t *testing.T) {
-	got, err := json.Marshal(Decision{Allow: true, Reason: Allowed, RuleID: "web-reads-orders", DecisionID: "x"}.Answer("opa"))
+	got, err := json.Marshal(Decision{Allow: true, Reason: Allowed, RuleID: "web-reads-orders", DecisionID: NewDecisionID()}.Answer("opa"))
 	if err != nil {
 		t.Fatal(err)
 	}

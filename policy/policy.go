@@ -4,13 +4,7 @@
 // programs which only enforce stay small.
 package policy
 
-import (
-	"context"
-	"crypto/rand"
-	"encoding/binary"
-	"encoding/hex"
-	"sync/atomic"
-)
+import "context"
 
 // Protocol is how a call arrived. The enforcement point sets it; it is never
 // derived from what the caller sends.
@@ -84,8 +78,8 @@ type Decision struct {
 	// when nothing matched.
 	RuleID string
 	// DecisionID names this one decision in logs, errors and `merlon explain
-	// decision`: 24 lower-case hex digits.
-	DecisionID string
+	// decision`.
+	DecisionID DecisionID
 	// Revision is the generation of the policy bundle that decided; 0 for none.
 	Revision uint64
 }
@@ -93,31 +87,6 @@ type Decision struct {
 // Deny is a denial for reason r with a fresh decision ID.
 func Deny(r Reason) Decision {
 	return Decision{Reason: r, DecisionID: NewDecisionID()}
-}
-
-// Decision IDs are 6 random bytes of this process, then 6 that count from a random
-// start: unique, and no secret.
-var (
-	decisionProcess [6]byte
-	decisionCount   atomic.Uint64
-)
-
-func init() {
-	var start [8]byte
-	rand.Read(decisionProcess[:]) // never fails, see crypto/rand
-	rand.Read(start[:])
-	decisionCount.Store(binary.BigEndian.Uint64(start[:]))
-}
-
-// NewDecisionID returns a decision ID that no other call returns, here or in
-// another process.
-func NewDecisionID() string {
-	var b [14]byte
-	copy(b[:], decisionProcess[:])
-	binary.BigEndian.PutUint64(b[6:], decisionCount.Add(1)<<16)
-	var text [24]byte
-	hex.Encode(text[:], b[:12])
-	return string(text[:])
 }
 
 // Hint says in a few words what the reader of a denial can do next.
@@ -134,7 +103,7 @@ func (d Decision) Hint() string {
 	case Expired, Revoked, NoIdentity:
 		return "merlon explain identity --pid PID, on the caller's node"
 	default:
-		return "merlon explain decision " + d.DecisionID
+		return "merlon explain decision " + d.DecisionID.String()
 	}
 }
 

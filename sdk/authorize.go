@@ -45,7 +45,7 @@ func (id *Identity) Authorize(ctx context.Context, in *policy.Input) policy.Deci
 func (id *Identity) logDenied(ctx context.Context, in *policy.Input, d policy.Decision, err error) {
 	attrs := []slog.Attr{
 		slog.String("reason", string(d.Reason)),
-		slog.String("decision_id", d.DecisionID),
+		slog.String("decision_id", d.DecisionID.String()),
 		slog.String("source", in.Source),
 		slog.String("protocol", string(in.Protocol)),
 		slog.String("method", in.Method),
@@ -103,13 +103,13 @@ func (id *Identity) askAgent(ctx context.Context, in *policy.Input) policy.Decis
 // says so in both of its fields.
 func decisionOf(pb *agentpb.Decision) policy.Decision {
 	d := policy.Decision{
-		Allow:      pb.GetAllow() && policy.Reason(pb.GetReason()) == policy.Allowed,
-		Reason:     policy.Reason(pb.GetReason()),
-		RuleID:     pb.GetRuleId(),
-		DecisionID: pb.GetDecisionId(),
-		Revision:   pb.GetPolicyGeneration(),
+		Allow:    pb.GetAllow() && policy.Reason(pb.GetReason()) == policy.Allowed,
+		Reason:   policy.Reason(pb.GetReason()),
+		RuleID:   pb.GetRuleId(),
+		Revision: pb.GetPolicyGeneration(),
 	}
-	if d.DecisionID == "" {
+	var err error
+	if d.DecisionID, err = policy.ParseDecisionID(pb.GetDecisionId()); err != nil {
 		d.DecisionID = policy.NewDecisionID()
 	}
 	if !d.Allow && (d.Reason == "" || d.Reason == policy.Allowed) {

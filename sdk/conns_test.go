@@ -252,7 +252,7 @@ func TestNothingIsLetInWithoutDecisions(t *testing.T) {
 		t.Error("let in while the agent was away")
 	}
 	d := orders.Authorize(t.Context(), &policy.Input{Source: "spiffe://sdktest.test/web", Protocol: policy.HTTP, Method: "GET", Path: "/"})
-	if d.Allow || d.Reason != policy.AgentUnavailable || d.DecisionID == "" {
+	if d.Allow || d.Reason != policy.AgentUnavailable || d.DecisionID.IsZero() {
 		t.Errorf("Authorize = %+v; want AGENT_UNAVAILABLE with a decision ID", d)
 	}
 	td.StartAgent("orders")
@@ -274,7 +274,7 @@ func TestAuthorizeNeverAllowsByAccident(t *testing.T) {
 		"other destination": {&policy.Input{Source: web, Destination: "spiffe://sdktest.test/refunds", Protocol: policy.HTTP, Path: "/"}, policy.Error},
 		"no grant":          {&policy.Input{Source: "spiffe://sdktest.test/x", Protocol: policy.HTTP, Path: "/"}, policy.NoGrant},
 	} {
-		if d := orders.Authorize(t.Context(), tc.in); d.Allow || d.Reason != tc.want || d.DecisionID == "" {
+		if d := orders.Authorize(t.Context(), tc.in); d.Allow || d.Reason != tc.want || d.DecisionID.IsZero() {
 			t.Errorf("%s: %+v; want a denial for %s", name, d, tc.want)
 		}
 	}

@@ -130,7 +130,7 @@ func TestEachCallLooksAtThePeerAgain(t *testing.T) {
 			id.revocations.Store(svid.NewRevocations([]svid.Revocation{{SPIFFEID: tc.peer.ID.String()}}))
 		}
 		d := id.decide(t.Context(), tc.peer, tc.in)
-		if d.Allow || d.Reason != tc.want || d.DecisionID == "" {
+		if d.Allow || d.Reason != tc.want || d.DecisionID.IsZero() {
 			t.Errorf("%s: %+v; want a denial for %s", name, d, tc.want)
 		}
 	}

@@ -96,7 +96,7 @@ func (e *DeniedError) GRPCStatus() *status.Status {
 
 // DeniedBy is the error that tells the caller of a denial.
 func DeniedBy(d policy.Decision) *DeniedError {
-	return &DeniedError{Reason: d.Reason, DecisionID: d.DecisionID, Hint: d.Hint()}
+	return &DeniedError{Reason: d.Reason, DecisionID: d.DecisionID.String(), Hint: d.Hint()}
 }
 
 // DeniedFromStatus finds a Merlon denial in a gRPC error.

@@ -37,7 +37,7 @@ func web(path string) *policy.Input {
 func TestProgramDecidesWithoutTheAgent(t *testing.T) {
 	id := withProgram(t, 7) // which has no agent: to ask it would panic
 	d := id.Authorize(t.Context(), web("/a"))
-	if !d.Allow || d.RuleID != "all" || d.Revision != 7 || d.DecisionID == "" {
+	if !d.Allow || d.RuleID != "all" || d.Revision != 7 || d.DecisionID.IsZero() {
 		t.Errorf("%+v", d)
 	}
 	in := web("/a")

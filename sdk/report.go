@@ -55,7 +55,7 @@ func (r *report) note(id *Identity, in *policy.Input, d policy.Decision, now tim
 	}
 	rec := &agentpb.DecisionRecord{
 		Decision: &agentpb.Decision{
-			Allow: d.Allow, Reason: string(d.Reason), RuleId: d.RuleID, DecisionId: d.DecisionID, PolicyGeneration: d.Revision,
+			Allow: d.Allow, Reason: string(d.Reason), RuleId: d.RuleID, DecisionId: d.DecisionID.String(), PolicyGeneration: d.Revision,
 		},
 		Input: authorizeRequest(in, id.current.Load()), DecidedAt: timestamppb.New(now),
 	}

@@ -229,7 +229,7 @@ func (e *Engine) decideByOPA(ctx context.Context, in *policy.Input) (policy.Deci
 	e.count(a.dryRun)
 	if a.err != nil {
 		d.Allow, d.Reason, d.RuleID = false, policy.Error, ""
-		e.log.LogAttrs(ctx, slog.LevelWarn, "policy evaluation failed", slog.String("decision_id", d.DecisionID),
+		e.log.LogAttrs(ctx, slog.LevelWarn, "policy evaluation failed", slog.String("decision_id", d.DecisionID.String()),
 			slog.Uint64("policy_revision", e.generation), slog.Any("err", a.err))
 	}
 	return d, a

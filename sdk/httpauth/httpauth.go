@@ -172,7 +172,7 @@ func refuse(w http.ResponseWriter, r *http.Request, d policy.Decision) {
 		Title:      "The call is denied",
 		Status:     http.StatusForbidden,
 		Reason:     d.Reason,
-		DecisionID: d.DecisionID,
+		DecisionID: d.DecisionID.String(),
 		Hint:       d.Hint(),
 	}
 	if d.Reason == policy.BadRequest {
@@ -182,7 +182,7 @@ func refuse(w http.ResponseWriter, r *http.Request, d policy.Decision) {
 	header.Set("Content-Type", problemContentType)
 	header.Set("Cache-Control", "no-store")
 	header.Set("X-Content-Type-Options", "nosniff")
-	header.Set(DecisionIDHeader, d.DecisionID)
+	header.Set(DecisionIDHeader, p.DecisionID)
 	w.WriteHeader(p.Status)
 	if r.Method == http.MethodHead {
 		return

@@ -205,7 +205,7 @@ func (a *agent) Authorize(_ context.Context, req *agentpb.AuthorizeRequest) (*ag
 		Allow:            d.Allow,
 		Reason:           string(d.Reason),
 		RuleId:           d.RuleID,
-		DecisionId:       d.DecisionID,
+		DecisionId:       d.DecisionID.String(),
 		PolicyGeneration: d.Revision,
 	}}, nil
 }

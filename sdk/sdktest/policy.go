@@ -94,7 +94,7 @@ func (td *TD) authorize(in *policy.Input) policy.Decision {
 			d = policy.Decision{Allow: true, Reason: policy.Allowed}
 		}
 	}
-	if d.DecisionID == "" {
+	if d.DecisionID.IsZero() {
 		d.DecisionID = policy.NewDecisionID()
 	}
 	d.Revision = generation

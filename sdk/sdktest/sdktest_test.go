@@ -58,7 +58,7 @@ func TestPolicyDeniesUnlessAllowedAndDenyWins(t *testing.T) {
 	} {
 		step.change()
 		d := orders.Authorize(t.Context(), &policy.Input{Source: td.ID("web").String(), Protocol: policy.TCP})
-		if d.Reason != step.want || d.Allow != (step.want == policy.Allowed) || d.DecisionID == "" || d.Revision == 0 {
+		if d.Reason != step.want || d.Allow != (step.want == policy.Allowed) || d.DecisionID.IsZero() || d.Revision == 0 {
 			t.Errorf("%+v; want %s", d, step.want)
 		}
 	}

@@ -16,6 +16,7 @@ import (
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/endpoint"
 	"merlon.dev/agent/internal/workload"
+	"merlon.dev/policy"
 )
 
 // maxMisses is how many entries that do not match are told about.
@@ -86,7 +87,11 @@ func (s *Server) Status(ctx context.Context, _ *agentpb.StatusRequest) (*agentpb
 // ExplainDecision finds one of the last decisions and asks the policy that
 // made it once more, in words.
 func (s *Server) ExplainDecision(ctx context.Context, req *agentpb.ExplainDecisionRequest) (*agentpb.ExplainDecisionResponse, error) {
-	rec, ok := s.decisions.await(ctx, req.GetDecisionId())
+	id, err := policy.ParseDecisionID(req.GetDecisionId())
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	rec, ok := s.decisions.await(ctx, id)
 	if !ok {
 		return nil, status.Errorf(codes.NotFound,
 			"decision %.64q is not among the last %d of this agent, which has all denials and some of the calls that were allowed; ask the agent on the node of the called service", req.GetDecisionId(), ringSize)
@@ -116,7 +121,7 @@ func hintFor(rec record) string {
 	if d.Allow {
 		return ""
 	}
-	if hint := d.Hint(); hint != "merlon explain decision "+d.DecisionID {
+	if hint := d.Hint(); hint != "merlon explain decision "+d.DecisionID.String() {
 		return hint
 	}
 	return fmt.Sprintf("to allow it, add a grant from %s to %s and run: merlon policy push FOLDER", rec.input.Source, rec.input.Destination)

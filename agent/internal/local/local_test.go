@@ -70,10 +70,10 @@ func TestStaleRevocations(t *testing.T) {
 func TestRingKeepsTheLastDecisions(t *testing.T) {
 	r := newRing()
 	for i := range ringSize + 5 {
-		r.add(&policy.Input{Method: fmt.Sprint(i)}, policy.Decision{DecisionID: fmt.Sprint(i)}, time.Time{})
+		r.add(&policy.Input{Method: fmt.Sprint(i)}, policy.Decision{DecisionID: policy.DecisionID{byte(i >> 8), byte(i)}}, time.Time{})
 	}
 	for i, want := range map[int]bool{0: false, 4: false, 5: true, ringSize + 4: true, ringSize + 5: false} {
-		rec, ok := r.find(fmt.Sprint(i))
+		rec, ok := r.find(policy.DecisionID{byte(i >> 8), byte(i)})
 		if ok != want || ok && rec.input.Method != fmt.Sprint(i) {
 			t.Errorf("find(%d) = %v, %v; want %v", i, rec.input.Method, ok, want)
 		}

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"regexp"
 	"time"
 
 	"google.golang.org/grpc"
@@ -84,9 +83,6 @@ func (s *Server) programs(ctx context.Context, entries []*cache.Entry) *agentpb.
 // maxRecords bounds the records of one message.
 const maxRecords = 1024
 
-// decisionID is what policy.NewDecisionID makes.
-var decisionID = regexp.MustCompile(`^[0-9a-f]{24}$`)
-
 // Report keeps the decisions that the caller made by its programs, as if they had
 // been made here: for explanations, and counted. It takes none about another
 // destination than the caller.
@@ -130,8 +126,8 @@ func (s *Server) keep(m *agentpb.ReportRequest, entries []*cache.Entry) error {
 		if !ok {
 			return s.o.Callers.NotAmong("the caller reports a decision of a destination that it is not entitled to")
 		}
-		d := decisionOf(rec.GetDecision())
-		if !known[d.Reason] || !decisionID.MatchString(d.DecisionID) || rec.GetDecidedAt().CheckValid() != nil {
+		d, err := decisionOf(rec.GetDecision())
+		if err != nil || !known[d.Reason] || rec.GetDecidedAt().CheckValid() != nil {
 			return status.Error(codes.InvalidArgument, "a report has a malformed decision")
 		}
 		s.decisions.add(inputOf(rec.GetInput(), destination), d, rec.GetDecidedAt().AsTime())
@@ -139,11 +135,12 @@ func (s *Server) keep(m *agentpb.ReportRequest, entries []*cache.Entry) error {
 	return nil
 }
 
-func decisionOf(pb *agentpb.Decision) policy.Decision {
+func decisionOf(pb *agentpb.Decision) (policy.Decision, error) {
+	id, err := policy.ParseDecisionID(pb.GetDecisionId())
 	return policy.Decision{
 		Allow: pb.GetAllow(), Reason: policy.Reason(pb.GetReason()), RuleID: pb.GetRuleId(),
-		DecisionID: pb.GetDecisionId(), Revision: pb.GetPolicyGeneration(),
-	}
+		DecisionID: id, Revision: pb.GetPolicyGeneration(),
+	}, err
 }
 
 // denyAfter is how old what the CA said may be; zero where age does not matter.

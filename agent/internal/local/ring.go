@@ -38,11 +38,11 @@ type ring struct {
 	// guarded by mu
 	records []record
 	next    int
-	byID    map[string]int
+	byID    map[policy.DecisionID]int
 	added   chan struct{} // closed when there is another
 }
 
-func newRing() *ring { return &ring{byID: map[string]int{}, added: make(chan struct{})} }
+func newRing() *ring { return &ring{byID: map[policy.DecisionID]int{}, added: make(chan struct{})} }
 
 // add keeps a decision in place of the oldest.
 func (r *ring) add(in *policy.Input, d policy.Decision, now time.Time) {
@@ -72,7 +72,7 @@ func (r *ring) add(in *policy.Input, d policy.Decision, now time.Time) {
 const patience = time.Second
 
 // await finds the record of a decision that may have been made just now.
-func (r *ring) await(ctx context.Context, id string) (record, bool) {
+func (r *ring) await(ctx context.Context, id policy.DecisionID) (record, bool) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
@@ -90,7 +90,7 @@ func (r *ring) await(ctx context.Context, id string) (record, bool) {
 	}
 }
 
-func (r *ring) find(id string) (record, bool) {
+func (r *ring) find(id policy.DecisionID) (record, bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	i, ok := r.byID[id]
