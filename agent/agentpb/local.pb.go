@@ -576,9 +576,14 @@ type WatchResponse struct {
 	RevocationsAsOf *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=revocations_as_of,json=revocationsAsOf,proto3" json:"revocations_as_of,omitempty"`
 	// When the agent has heard nothing from the CA for longer than this, calls are
 	// denied STALE_REVOCATIONS. Absent: what is known stays in force.
-	DenyAfter     *durationpb.Duration `protobuf:"bytes,5,opt,name=deny_after,json=denyAfter,proto3" json:"deny_after,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	DenyAfter *durationpb.Duration `protobuf:"bytes,5,opt,name=deny_after,json=denyAfter,proto3" json:"deny_after,omitempty"`
+	// Another number for each state of the policy on the node: of the active
+	// generation, the candidate, and where that decides.
+	PolicyVersion uint64 `protobuf:"varint,6,opt,name=policy_version,json=policyVersion,proto3" json:"policy_version,omitempty"`
+	// Generation of the candidate that may decide here; 0 for none.
+	CandidateGeneration uint64 `protobuf:"varint,7,opt,name=candidate_generation,json=candidateGeneration,proto3" json:"candidate_generation,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *WatchResponse) Reset() {
@@ -646,6 +651,20 @@ func (x *WatchResponse) GetDenyAfter() *durationpb.Duration {
 	return nil
 }
 
+func (x *WatchResponse) GetPolicyVersion() uint64 {
+	if x != nil {
+		return x.PolicyVersion
+	}
+	return 0
+}
+
+func (x *WatchResponse) GetCandidateGeneration() uint64 {
+	if x != nil {
+		return x.CandidateGeneration
+	}
+	return 0
+}
+
 type WatchPolicyRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -687,9 +706,14 @@ type WatchPolicyResponse struct {
 	// Generation of the active policy bundle; 0 for none.
 	PolicyGeneration uint64 `protobuf:"varint,1,opt,name=policy_generation,json=policyGeneration,proto3" json:"policy_generation,omitempty"`
 	// One for each of the caller's SPIFFE IDs; none without a policy.
-	Programs      []*Program `protobuf:"bytes,2,rep,name=programs,proto3" json:"programs,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Programs []*Program `protobuf:"bytes,2,rep,name=programs,proto3" json:"programs,omitempty"`
+	// As in WatchResponse.
+	PolicyVersion uint64 `protobuf:"varint,3,opt,name=policy_version,json=policyVersion,proto3" json:"policy_version,omitempty"`
+	// The candidate that is tried, and which step of that; 0 for none.
+	CandidateGeneration uint64 `protobuf:"varint,4,opt,name=candidate_generation,json=candidateGeneration,proto3" json:"candidate_generation,omitempty"`
+	Step                uint32 `protobuf:"varint,5,opt,name=step,proto3" json:"step,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *WatchPolicyResponse) Reset() {
@@ -736,6 +760,27 @@ func (x *WatchPolicyResponse) GetPrograms() []*Program {
 	return nil
 }
 
+func (x *WatchPolicyResponse) GetPolicyVersion() uint64 {
+	if x != nil {
+		return x.PolicyVersion
+	}
+	return 0
+}
+
+func (x *WatchPolicyResponse) GetCandidateGeneration() uint64 {
+	if x != nil {
+		return x.CandidateGeneration
+	}
+	return 0
+}
+
+func (x *WatchPolicyResponse) GetStep() uint32 {
+	if x != nil {
+		return x.Step
+	}
+	return 0
+}
+
 // Program is what the policy says of calls to one destination.
 type Program struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
@@ -744,7 +789,12 @@ type Program struct {
 	// compiled for this destination, and Authorize decides.
 	Encoded []byte `protobuf:"bytes,2,opt,name=encoded,proto3" json:"encoded,omitempty"`
 	// Why it is not compiled.
-	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// What another generation says, in the same form: it decides nothing, and is
+	// counted. Empty where there is none, or it is not compiled.
+	Beside []byte `protobuf:"bytes,4,opt,name=beside,proto3" json:"beside,omitempty"`
+	// encoded is the candidate's, and beside the active policy's.
+	Canary        bool `protobuf:"varint,5,opt,name=canary,proto3" json:"canary,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -800,6 +850,20 @@ func (x *Program) GetReason() string {
 	return ""
 }
 
+func (x *Program) GetBeside() []byte {
+	if x != nil {
+		return x.Beside
+	}
+	return nil
+}
+
+func (x *Program) GetCanary() bool {
+	if x != nil {
+		return x.Canary
+	}
+	return false
+}
+
 type ReportRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// All denials and some of the calls that were allowed.
@@ -807,7 +871,12 @@ type ReportRequest struct {
 	// How many calls were decided since the last message, by reason.
 	Decided map[string]uint64 `protobuf:"bytes,2,rep,name=decided,proto3" json:"decided,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	// How many denials of those are not among the records of any message.
-	Dropped       uint64 `protobuf:"varint,3,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	Dropped uint64 `protobuf:"varint,3,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	// The version of the policy that the process decides by now; 0: it says nothing
+	// of that.
+	PolicyVersion uint64 `protobuf:"varint,4,opt,name=policy_version,json=policyVersion,proto3" json:"policy_version,omitempty"`
+	// What was compared since the last message.
+	Counts        *Counts `protobuf:"bytes,5,opt,name=counts,proto3" json:"counts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -863,6 +932,286 @@ func (x *ReportRequest) GetDropped() uint64 {
 	return 0
 }
 
+func (x *ReportRequest) GetPolicyVersion() uint64 {
+	if x != nil {
+		return x.PolicyVersion
+	}
+	return 0
+}
+
+func (x *ReportRequest) GetCounts() *Counts {
+	if x != nil {
+		return x.Counts
+	}
+	return nil
+}
+
+// Counts compare what a candidate and the active policy say of the same calls.
+type Counts struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in WatchPolicyResponse.
+	CandidateGeneration uint64        `protobuf:"varint,1,opt,name=candidate_generation,json=candidateGeneration,proto3" json:"candidate_generation,omitempty"`
+	Step                uint32        `protobuf:"varint,2,opt,name=step,proto3" json:"step,omitempty"`
+	Comparisons         []*Comparison `protobuf:"bytes,3,rep,name=comparisons,proto3" json:"comparisons,omitempty"`
+	Differences         []*Difference `protobuf:"bytes,4,rep,name=differences,proto3" json:"differences,omitempty"`
+	// Calls with a difference that has no place among differences.
+	DifferencesDropped uint64 `protobuf:"varint,5,opt,name=differences_dropped,json=differencesDropped,proto3" json:"differences_dropped,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *Counts) Reset() {
+	*x = Counts{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Counts) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Counts) ProtoMessage() {}
+
+func (x *Counts) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Counts.ProtoReflect.Descriptor instead.
+func (*Counts) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Counts) GetCandidateGeneration() uint64 {
+	if x != nil {
+		return x.CandidateGeneration
+	}
+	return 0
+}
+
+func (x *Counts) GetStep() uint32 {
+	if x != nil {
+		return x.Step
+	}
+	return 0
+}
+
+func (x *Counts) GetComparisons() []*Comparison {
+	if x != nil {
+		return x.Comparisons
+	}
+	return nil
+}
+
+func (x *Counts) GetDifferences() []*Difference {
+	if x != nil {
+		return x.Differences
+	}
+	return nil
+}
+
+func (x *Counts) GetDifferencesDropped() uint64 {
+	if x != nil {
+		return x.DifferencesDropped
+	}
+	return 0
+}
+
+// Comparison counts calls to one of the caller's SPIFFE IDs.
+type Comparison struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Destination string                 `protobuf:"bytes,1,opt,name=destination,proto3" json:"destination,omitempty"`
+	// The candidate decided them.
+	Canary        bool   `protobuf:"varint,2,opt,name=canary,proto3" json:"canary,omitempty"`
+	BothAllow     uint64 `protobuf:"varint,3,opt,name=both_allow,json=bothAllow,proto3" json:"both_allow,omitempty"`
+	BothDeny      uint64 `protobuf:"varint,4,opt,name=both_deny,json=bothDeny,proto3" json:"both_deny,omitempty"`
+	WouldAllow    uint64 `protobuf:"varint,5,opt,name=would_allow,json=wouldAllow,proto3" json:"would_allow,omitempty"`
+	WouldDeny     uint64 `protobuf:"varint,6,opt,name=would_deny,json=wouldDeny,proto3" json:"would_deny,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Comparison) Reset() {
+	*x = Comparison{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Comparison) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Comparison) ProtoMessage() {}
+
+func (x *Comparison) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Comparison.ProtoReflect.Descriptor instead.
+func (*Comparison) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Comparison) GetDestination() string {
+	if x != nil {
+		return x.Destination
+	}
+	return ""
+}
+
+func (x *Comparison) GetCanary() bool {
+	if x != nil {
+		return x.Canary
+	}
+	return false
+}
+
+func (x *Comparison) GetBothAllow() uint64 {
+	if x != nil {
+		return x.BothAllow
+	}
+	return 0
+}
+
+func (x *Comparison) GetBothDeny() uint64 {
+	if x != nil {
+		return x.BothDeny
+	}
+	return 0
+}
+
+func (x *Comparison) GetWouldAllow() uint64 {
+	if x != nil {
+		return x.WouldAllow
+	}
+	return 0
+}
+
+func (x *Comparison) GetWouldDeny() uint64 {
+	if x != nil {
+		return x.WouldDeny
+	}
+	return 0
+}
+
+// Difference counts calls of one kind that come out differently.
+type Difference struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Source          string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	Destination     string                 `protobuf:"bytes,2,opt,name=destination,proto3" json:"destination,omitempty"`
+	Reason          string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	RuleId          string                 `protobuf:"bytes,4,opt,name=rule_id,json=ruleId,proto3" json:"rule_id,omitempty"`
+	CandidateReason string                 `protobuf:"bytes,5,opt,name=candidate_reason,json=candidateReason,proto3" json:"candidate_reason,omitempty"`
+	CandidateRuleId string                 `protobuf:"bytes,6,opt,name=candidate_rule_id,json=candidateRuleId,proto3" json:"candidate_rule_id,omitempty"`
+	CandidateAllows bool                   `protobuf:"varint,7,opt,name=candidate_allows,json=candidateAllows,proto3" json:"candidate_allows,omitempty"`
+	Calls           uint64                 `protobuf:"varint,8,opt,name=calls,proto3" json:"calls,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *Difference) Reset() {
+	*x = Difference{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Difference) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Difference) ProtoMessage() {}
+
+func (x *Difference) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Difference.ProtoReflect.Descriptor instead.
+func (*Difference) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Difference) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *Difference) GetDestination() string {
+	if x != nil {
+		return x.Destination
+	}
+	return ""
+}
+
+func (x *Difference) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Difference) GetRuleId() string {
+	if x != nil {
+		return x.RuleId
+	}
+	return ""
+}
+
+func (x *Difference) GetCandidateReason() string {
+	if x != nil {
+		return x.CandidateReason
+	}
+	return ""
+}
+
+func (x *Difference) GetCandidateRuleId() string {
+	if x != nil {
+		return x.CandidateRuleId
+	}
+	return ""
+}
+
+func (x *Difference) GetCandidateAllows() bool {
+	if x != nil {
+		return x.CandidateAllows
+	}
+	return false
+}
+
+func (x *Difference) GetCalls() uint64 {
+	if x != nil {
+		return x.Calls
+	}
+	return 0
+}
+
 type DecisionRecord struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Decision *Decision              `protobuf:"bytes,1,opt,name=decision,proto3" json:"decision,omitempty"`
@@ -875,7 +1224,7 @@ type DecisionRecord struct {
 
 func (x *DecisionRecord) Reset() {
 	*x = DecisionRecord{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[13]
+	mi := &file_agent_agentpb_local_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -887,7 +1236,7 @@ func (x *DecisionRecord) String() string {
 func (*DecisionRecord) ProtoMessage() {}
 
 func (x *DecisionRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[13]
+	mi := &file_agent_agentpb_local_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -900,7 +1249,7 @@ func (x *DecisionRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionRecord.ProtoReflect.Descriptor instead.
 func (*DecisionRecord) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{13}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DecisionRecord) GetDecision() *Decision {
@@ -932,7 +1281,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[14]
+	mi := &file_agent_agentpb_local_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -944,7 +1293,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[14]
+	mi := &file_agent_agentpb_local_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -957,7 +1306,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{14}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{17}
 }
 
 // Revocation withdraws SVIDs before they expire; see merlon.ca.v1.Revocation.
@@ -981,7 +1330,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[15]
+	mi := &file_agent_agentpb_local_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -993,7 +1342,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[15]
+	mi := &file_agent_agentpb_local_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1006,7 +1355,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{15}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -1124,7 +1473,7 @@ type ExplainIdentityRequest struct {
 
 func (x *ExplainIdentityRequest) Reset() {
 	*x = ExplainIdentityRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[16]
+	mi := &file_agent_agentpb_local_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1136,7 +1485,7 @@ func (x *ExplainIdentityRequest) String() string {
 func (*ExplainIdentityRequest) ProtoMessage() {}
 
 func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[16]
+	mi := &file_agent_agentpb_local_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1149,7 +1498,7 @@ func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityRequest.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{16}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ExplainIdentityRequest) GetPid() int32 {
@@ -1188,7 +1537,7 @@ type ExplainIdentityResponse struct {
 
 func (x *ExplainIdentityResponse) Reset() {
 	*x = ExplainIdentityResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[17]
+	mi := &file_agent_agentpb_local_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1200,7 +1549,7 @@ func (x *ExplainIdentityResponse) String() string {
 func (*ExplainIdentityResponse) ProtoMessage() {}
 
 func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[17]
+	mi := &file_agent_agentpb_local_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1213,7 +1562,7 @@ func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityResponse.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{17}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ExplainIdentityResponse) GetSynced() bool {
@@ -1306,7 +1655,7 @@ type EntryMatch struct {
 
 func (x *EntryMatch) Reset() {
 	*x = EntryMatch{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[18]
+	mi := &file_agent_agentpb_local_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1318,7 +1667,7 @@ func (x *EntryMatch) String() string {
 func (*EntryMatch) ProtoMessage() {}
 
 func (x *EntryMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[18]
+	mi := &file_agent_agentpb_local_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1331,7 +1680,7 @@ func (x *EntryMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryMatch.ProtoReflect.Descriptor instead.
 func (*EntryMatch) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{18}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *EntryMatch) GetEntryId() string {
@@ -1370,7 +1719,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[19]
+	mi := &file_agent_agentpb_local_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1382,7 +1731,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[19]
+	mi := &file_agent_agentpb_local_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1395,7 +1744,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{19}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{22}
 }
 
 type StatusResponse struct {
@@ -1452,7 +1801,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[20]
+	mi := &file_agent_agentpb_local_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1464,7 +1813,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[20]
+	mi := &file_agent_agentpb_local_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1477,7 +1826,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{20}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *StatusResponse) GetAgentId() string {
@@ -1692,7 +2041,7 @@ type ExplainDecisionRequest struct {
 
 func (x *ExplainDecisionRequest) Reset() {
 	*x = ExplainDecisionRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[21]
+	mi := &file_agent_agentpb_local_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1704,7 +2053,7 @@ func (x *ExplainDecisionRequest) String() string {
 func (*ExplainDecisionRequest) ProtoMessage() {}
 
 func (x *ExplainDecisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[21]
+	mi := &file_agent_agentpb_local_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1717,7 +2066,7 @@ func (x *ExplainDecisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainDecisionRequest.ProtoReflect.Descriptor instead.
 func (*ExplainDecisionRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{21}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExplainDecisionRequest) GetDecisionId() string {
@@ -1742,7 +2091,7 @@ type ExplainDecisionResponse struct {
 
 func (x *ExplainDecisionResponse) Reset() {
 	*x = ExplainDecisionResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[22]
+	mi := &file_agent_agentpb_local_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1754,7 +2103,7 @@ func (x *ExplainDecisionResponse) String() string {
 func (*ExplainDecisionResponse) ProtoMessage() {}
 
 func (x *ExplainDecisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[22]
+	mi := &file_agent_agentpb_local_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1767,7 +2116,7 @@ func (x *ExplainDecisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainDecisionResponse.ProtoReflect.Descriptor instead.
 func (*ExplainDecisionResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{22}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ExplainDecisionResponse) GetDecision() *Decision {
@@ -1856,29 +2205,65 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\n" +
 	"csr_wanted\x18\x05 \x01(\x04R\tcsrWanted\x12\x18\n" +
 	"\arefusal\x18\x06 \x01(\tR\arefusal\"\x0e\n" +
-	"\fWatchRequest\"\x93\x02\n" +
+	"\fWatchRequest\"\xed\x02\n" +
 	"\rWatchResponse\x12+\n" +
 	"\x11policy_generation\x18\x01 \x01(\x04R\x10policyGeneration\x12\x14\n" +
 	"\x05reset\x18\x02 \x01(\bR\x05reset\x12=\n" +
 	"\vrevocations\x18\x03 \x03(\v2\x1b.merlon.agent.v1.RevocationR\vrevocations\x12F\n" +
 	"\x11revocations_as_of\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x0frevocationsAsOf\x128\n" +
 	"\n" +
-	"deny_after\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\tdenyAfter\"\x14\n" +
-	"\x12WatchPolicyRequest\"x\n" +
+	"deny_after\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\tdenyAfter\x12%\n" +
+	"\x0epolicy_version\x18\x06 \x01(\x04R\rpolicyVersion\x121\n" +
+	"\x14candidate_generation\x18\a \x01(\x04R\x13candidateGeneration\"\x14\n" +
+	"\x12WatchPolicyRequest\"\xe6\x01\n" +
 	"\x13WatchPolicyResponse\x12+\n" +
 	"\x11policy_generation\x18\x01 \x01(\x04R\x10policyGeneration\x124\n" +
-	"\bprograms\x18\x02 \x03(\v2\x18.merlon.agent.v1.ProgramR\bprograms\"]\n" +
+	"\bprograms\x18\x02 \x03(\v2\x18.merlon.agent.v1.ProgramR\bprograms\x12%\n" +
+	"\x0epolicy_version\x18\x03 \x01(\x04R\rpolicyVersion\x121\n" +
+	"\x14candidate_generation\x18\x04 \x01(\x04R\x13candidateGeneration\x12\x12\n" +
+	"\x04step\x18\x05 \x01(\rR\x04step\"\x8d\x01\n" +
 	"\aProgram\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x18\n" +
 	"\aencoded\x18\x02 \x01(\fR\aencoded\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\"\xe7\x01\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x16\n" +
+	"\x06beside\x18\x04 \x01(\fR\x06beside\x12\x16\n" +
+	"\x06canary\x18\x05 \x01(\bR\x06canary\"\xbf\x02\n" +
 	"\rReportRequest\x129\n" +
 	"\arecords\x18\x01 \x03(\v2\x1f.merlon.agent.v1.DecisionRecordR\arecords\x12E\n" +
 	"\adecided\x18\x02 \x03(\v2+.merlon.agent.v1.ReportRequest.DecidedEntryR\adecided\x12\x18\n" +
-	"\adropped\x18\x03 \x01(\x04R\adropped\x1a:\n" +
+	"\adropped\x18\x03 \x01(\x04R\adropped\x12%\n" +
+	"\x0epolicy_version\x18\x04 \x01(\x04R\rpolicyVersion\x12/\n" +
+	"\x06counts\x18\x05 \x01(\v2\x17.merlon.agent.v1.CountsR\x06counts\x1a:\n" +
 	"\fDecidedEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\xbb\x01\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\xfe\x01\n" +
+	"\x06Counts\x121\n" +
+	"\x14candidate_generation\x18\x01 \x01(\x04R\x13candidateGeneration\x12\x12\n" +
+	"\x04step\x18\x02 \x01(\rR\x04step\x12=\n" +
+	"\vcomparisons\x18\x03 \x03(\v2\x1b.merlon.agent.v1.ComparisonR\vcomparisons\x12=\n" +
+	"\vdifferences\x18\x04 \x03(\v2\x1b.merlon.agent.v1.DifferenceR\vdifferences\x12/\n" +
+	"\x13differences_dropped\x18\x05 \x01(\x04R\x12differencesDropped\"\xc2\x01\n" +
+	"\n" +
+	"Comparison\x12 \n" +
+	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x16\n" +
+	"\x06canary\x18\x02 \x01(\bR\x06canary\x12\x1d\n" +
+	"\n" +
+	"both_allow\x18\x03 \x01(\x04R\tbothAllow\x12\x1b\n" +
+	"\tboth_deny\x18\x04 \x01(\x04R\bbothDeny\x12\x1f\n" +
+	"\vwould_allow\x18\x05 \x01(\x04R\n" +
+	"wouldAllow\x12\x1d\n" +
+	"\n" +
+	"would_deny\x18\x06 \x01(\x04R\twouldDeny\"\x8f\x02\n" +
+	"\n" +
+	"Difference\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x12 \n" +
+	"\vdestination\x18\x02 \x01(\tR\vdestination\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x17\n" +
+	"\arule_id\x18\x04 \x01(\tR\x06ruleId\x12)\n" +
+	"\x10candidate_reason\x18\x05 \x01(\tR\x0fcandidateReason\x12*\n" +
+	"\x11candidate_rule_id\x18\x06 \x01(\tR\x0fcandidateRuleId\x12)\n" +
+	"\x10candidate_allows\x18\a \x01(\bR\x0fcandidateAllows\x12\x14\n" +
+	"\x05calls\x18\b \x01(\x04R\x05calls\"\xbb\x01\n" +
 	"\x0eDecisionRecord\x125\n" +
 	"\bdecision\x18\x01 \x01(\v2\x19.merlon.agent.v1.DecisionR\bdecision\x127\n" +
 	"\x05input\x18\x02 \x01(\v2!.merlon.agent.v1.AuthorizeRequestR\x05input\x129\n" +
@@ -1991,7 +2376,7 @@ func file_agent_agentpb_local_proto_rawDescGZIP() []byte {
 	return file_agent_agentpb_local_proto_rawDescData
 }
 
-var file_agent_agentpb_local_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_agent_agentpb_local_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_agent_agentpb_local_proto_goTypes = []any{
 	(*AuthorizeRequest)(nil),        // 0: merlon.agent.v1.AuthorizeRequest
 	(*HeaderValues)(nil),            // 1: merlon.agent.v1.HeaderValues
@@ -2006,75 +2391,81 @@ var file_agent_agentpb_local_proto_goTypes = []any{
 	(*WatchPolicyResponse)(nil),     // 10: merlon.agent.v1.WatchPolicyResponse
 	(*Program)(nil),                 // 11: merlon.agent.v1.Program
 	(*ReportRequest)(nil),           // 12: merlon.agent.v1.ReportRequest
-	(*DecisionRecord)(nil),          // 13: merlon.agent.v1.DecisionRecord
-	(*ReportResponse)(nil),          // 14: merlon.agent.v1.ReportResponse
-	(*Revocation)(nil),              // 15: merlon.agent.v1.Revocation
-	(*ExplainIdentityRequest)(nil),  // 16: merlon.agent.v1.ExplainIdentityRequest
-	(*ExplainIdentityResponse)(nil), // 17: merlon.agent.v1.ExplainIdentityResponse
-	(*EntryMatch)(nil),              // 18: merlon.agent.v1.EntryMatch
-	(*StatusRequest)(nil),           // 19: merlon.agent.v1.StatusRequest
-	(*StatusResponse)(nil),          // 20: merlon.agent.v1.StatusResponse
-	(*ExplainDecisionRequest)(nil),  // 21: merlon.agent.v1.ExplainDecisionRequest
-	(*ExplainDecisionResponse)(nil), // 22: merlon.agent.v1.ExplainDecisionResponse
-	nil,                             // 23: merlon.agent.v1.AuthorizeRequest.HeadersEntry
-	nil,                             // 24: merlon.agent.v1.HoldKeysResponse.BundlesEntry
-	nil,                             // 25: merlon.agent.v1.ReportRequest.DecidedEntry
-	(*timestamppb.Timestamp)(nil),   // 26: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 27: google.protobuf.Duration
+	(*Counts)(nil),                  // 13: merlon.agent.v1.Counts
+	(*Comparison)(nil),              // 14: merlon.agent.v1.Comparison
+	(*Difference)(nil),              // 15: merlon.agent.v1.Difference
+	(*DecisionRecord)(nil),          // 16: merlon.agent.v1.DecisionRecord
+	(*ReportResponse)(nil),          // 17: merlon.agent.v1.ReportResponse
+	(*Revocation)(nil),              // 18: merlon.agent.v1.Revocation
+	(*ExplainIdentityRequest)(nil),  // 19: merlon.agent.v1.ExplainIdentityRequest
+	(*ExplainIdentityResponse)(nil), // 20: merlon.agent.v1.ExplainIdentityResponse
+	(*EntryMatch)(nil),              // 21: merlon.agent.v1.EntryMatch
+	(*StatusRequest)(nil),           // 22: merlon.agent.v1.StatusRequest
+	(*StatusResponse)(nil),          // 23: merlon.agent.v1.StatusResponse
+	(*ExplainDecisionRequest)(nil),  // 24: merlon.agent.v1.ExplainDecisionRequest
+	(*ExplainDecisionResponse)(nil), // 25: merlon.agent.v1.ExplainDecisionResponse
+	nil,                             // 26: merlon.agent.v1.AuthorizeRequest.HeadersEntry
+	nil,                             // 27: merlon.agent.v1.HoldKeysResponse.BundlesEntry
+	nil,                             // 28: merlon.agent.v1.ReportRequest.DecidedEntry
+	(*timestamppb.Timestamp)(nil),   // 29: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 30: google.protobuf.Duration
 }
 var file_agent_agentpb_local_proto_depIdxs = []int32{
-	23, // 0: merlon.agent.v1.AuthorizeRequest.headers:type_name -> merlon.agent.v1.AuthorizeRequest.HeadersEntry
+	26, // 0: merlon.agent.v1.AuthorizeRequest.headers:type_name -> merlon.agent.v1.AuthorizeRequest.HeadersEntry
 	3,  // 1: merlon.agent.v1.AuthorizeResponse.decision:type_name -> merlon.agent.v1.Decision
 	6,  // 2: merlon.agent.v1.HoldKeysResponse.identities:type_name -> merlon.agent.v1.HeldIdentity
-	24, // 3: merlon.agent.v1.HoldKeysResponse.bundles:type_name -> merlon.agent.v1.HoldKeysResponse.BundlesEntry
-	15, // 4: merlon.agent.v1.WatchResponse.revocations:type_name -> merlon.agent.v1.Revocation
-	26, // 5: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
-	27, // 6: merlon.agent.v1.WatchResponse.deny_after:type_name -> google.protobuf.Duration
+	27, // 3: merlon.agent.v1.HoldKeysResponse.bundles:type_name -> merlon.agent.v1.HoldKeysResponse.BundlesEntry
+	18, // 4: merlon.agent.v1.WatchResponse.revocations:type_name -> merlon.agent.v1.Revocation
+	29, // 5: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
+	30, // 6: merlon.agent.v1.WatchResponse.deny_after:type_name -> google.protobuf.Duration
 	11, // 7: merlon.agent.v1.WatchPolicyResponse.programs:type_name -> merlon.agent.v1.Program
-	13, // 8: merlon.agent.v1.ReportRequest.records:type_name -> merlon.agent.v1.DecisionRecord
-	25, // 9: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
-	3,  // 10: merlon.agent.v1.DecisionRecord.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 11: merlon.agent.v1.DecisionRecord.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	26, // 12: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
-	26, // 13: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	18, // 14: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
-	26, // 15: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
-	26, // 16: merlon.agent.v1.StatusResponse.now:type_name -> google.protobuf.Timestamp
-	26, // 17: merlon.agent.v1.StatusResponse.heard_at:type_name -> google.protobuf.Timestamp
-	27, // 18: merlon.agent.v1.StatusResponse.clock_ahead:type_name -> google.protobuf.Duration
-	26, // 19: merlon.agent.v1.StatusResponse.own_svid_not_after:type_name -> google.protobuf.Timestamp
-	26, // 20: merlon.agent.v1.StatusResponse.first_x509_svid_not_after:type_name -> google.protobuf.Timestamp
-	26, // 21: merlon.agent.v1.StatusResponse.median_x509_svid_not_after:type_name -> google.protobuf.Timestamp
-	26, // 22: merlon.agent.v1.StatusResponse.first_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
-	26, // 23: merlon.agent.v1.StatusResponse.last_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
-	26, // 24: merlon.agent.v1.StatusResponse.policy_not_after:type_name -> google.protobuf.Timestamp
-	27, // 25: merlon.agent.v1.StatusResponse.revocation_max_age:type_name -> google.protobuf.Duration
-	26, // 26: merlon.agent.v1.StatusResponse.cache_saved_at:type_name -> google.protobuf.Timestamp
-	3,  // 27: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 28: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	26, // 29: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
-	1,  // 30: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
-	0,  // 31: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
-	7,  // 32: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
-	9,  // 33: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
-	12, // 34: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
-	4,  // 35: merlon.agent.v1.Local.HoldKeys:input_type -> merlon.agent.v1.HoldKeysRequest
-	16, // 36: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
-	21, // 37: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
-	19, // 38: merlon.agent.v1.Debug.Status:input_type -> merlon.agent.v1.StatusRequest
-	2,  // 39: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
-	8,  // 40: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
-	10, // 41: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
-	14, // 42: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
-	5,  // 43: merlon.agent.v1.Local.HoldKeys:output_type -> merlon.agent.v1.HoldKeysResponse
-	17, // 44: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
-	22, // 45: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
-	20, // 46: merlon.agent.v1.Debug.Status:output_type -> merlon.agent.v1.StatusResponse
-	39, // [39:47] is the sub-list for method output_type
-	31, // [31:39] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	16, // 8: merlon.agent.v1.ReportRequest.records:type_name -> merlon.agent.v1.DecisionRecord
+	28, // 9: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
+	13, // 10: merlon.agent.v1.ReportRequest.counts:type_name -> merlon.agent.v1.Counts
+	14, // 11: merlon.agent.v1.Counts.comparisons:type_name -> merlon.agent.v1.Comparison
+	15, // 12: merlon.agent.v1.Counts.differences:type_name -> merlon.agent.v1.Difference
+	3,  // 13: merlon.agent.v1.DecisionRecord.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 14: merlon.agent.v1.DecisionRecord.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	29, // 15: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
+	29, // 16: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	21, // 17: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
+	29, // 18: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
+	29, // 19: merlon.agent.v1.StatusResponse.now:type_name -> google.protobuf.Timestamp
+	29, // 20: merlon.agent.v1.StatusResponse.heard_at:type_name -> google.protobuf.Timestamp
+	30, // 21: merlon.agent.v1.StatusResponse.clock_ahead:type_name -> google.protobuf.Duration
+	29, // 22: merlon.agent.v1.StatusResponse.own_svid_not_after:type_name -> google.protobuf.Timestamp
+	29, // 23: merlon.agent.v1.StatusResponse.first_x509_svid_not_after:type_name -> google.protobuf.Timestamp
+	29, // 24: merlon.agent.v1.StatusResponse.median_x509_svid_not_after:type_name -> google.protobuf.Timestamp
+	29, // 25: merlon.agent.v1.StatusResponse.first_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
+	29, // 26: merlon.agent.v1.StatusResponse.last_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
+	29, // 27: merlon.agent.v1.StatusResponse.policy_not_after:type_name -> google.protobuf.Timestamp
+	30, // 28: merlon.agent.v1.StatusResponse.revocation_max_age:type_name -> google.protobuf.Duration
+	29, // 29: merlon.agent.v1.StatusResponse.cache_saved_at:type_name -> google.protobuf.Timestamp
+	3,  // 30: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 31: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	29, // 32: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
+	1,  // 33: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
+	0,  // 34: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
+	7,  // 35: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
+	9,  // 36: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
+	12, // 37: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
+	4,  // 38: merlon.agent.v1.Local.HoldKeys:input_type -> merlon.agent.v1.HoldKeysRequest
+	19, // 39: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
+	24, // 40: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
+	22, // 41: merlon.agent.v1.Debug.Status:input_type -> merlon.agent.v1.StatusRequest
+	2,  // 42: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
+	8,  // 43: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
+	10, // 44: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
+	17, // 45: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
+	5,  // 46: merlon.agent.v1.Local.HoldKeys:output_type -> merlon.agent.v1.HoldKeysResponse
+	20, // 47: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
+	25, // 48: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
+	23, // 49: merlon.agent.v1.Debug.Status:output_type -> merlon.agent.v1.StatusResponse
+	42, // [42:50] is the sub-list for method output_type
+	34, // [34:42] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_agent_agentpb_local_proto_init() }
@@ -2082,7 +2473,7 @@ func file_agent_agentpb_local_proto_init() {
 	if File_agent_agentpb_local_proto != nil {
 		return
 	}
-	file_agent_agentpb_local_proto_msgTypes[15].OneofWrappers = []any{
+	file_agent_agentpb_local_proto_msgTypes[18].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -2094,7 +2485,7 @@ func file_agent_agentpb_local_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_agentpb_local_proto_rawDesc), len(file_agent_agentpb_local_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   26,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -1577,216 +1577,6 @@ func (x *ListRevocationsResponse) GetRevocations() []*Revocation {
 	return nil
 }
 
-type PushPolicyRequest struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Empty means "main".
-	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// gzipped tar as built by `merlon policy build`; at most 4 MiB.
-	Bundle        []byte `protobuf:"bytes,2,opt,name=bundle,proto3" json:"bundle,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *PushPolicyRequest) Reset() {
-	*x = PushPolicyRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[27]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *PushPolicyRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*PushPolicyRequest) ProtoMessage() {}
-
-func (x *PushPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[27]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use PushPolicyRequest.ProtoReflect.Descriptor instead.
-func (*PushPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{27}
-}
-
-func (x *PushPolicyRequest) GetName() string {
-	if x != nil {
-		return x.Name
-	}
-	return ""
-}
-
-func (x *PushPolicyRequest) GetBundle() []byte {
-	if x != nil {
-		return x.Bundle
-	}
-	return nil
-}
-
-type PushPolicyResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Generation    uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
-	Etag          string                 `protobuf:"bytes,3,opt,name=etag,proto3" json:"etag,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *PushPolicyResponse) Reset() {
-	*x = PushPolicyResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[28]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *PushPolicyResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*PushPolicyResponse) ProtoMessage() {}
-
-func (x *PushPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[28]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use PushPolicyResponse.ProtoReflect.Descriptor instead.
-func (*PushPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{28}
-}
-
-func (x *PushPolicyResponse) GetName() string {
-	if x != nil {
-		return x.Name
-	}
-	return ""
-}
-
-func (x *PushPolicyResponse) GetGeneration() uint64 {
-	if x != nil {
-		return x.Generation
-	}
-	return 0
-}
-
-func (x *PushPolicyResponse) GetEtag() string {
-	if x != nil {
-		return x.Etag
-	}
-	return ""
-}
-
-type GetPolicyRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *GetPolicyRequest) Reset() {
-	*x = GetPolicyRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[29]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *GetPolicyRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*GetPolicyRequest) ProtoMessage() {}
-
-func (x *GetPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[29]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use GetPolicyRequest.ProtoReflect.Descriptor instead.
-func (*GetPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{29}
-}
-
-func (x *GetPolicyRequest) GetName() string {
-	if x != nil {
-		return x.Name
-	}
-	return ""
-}
-
-type GetPolicyResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	PolicyBundle  *PolicyBundle          `protobuf:"bytes,1,opt,name=policy_bundle,json=policyBundle,proto3" json:"policy_bundle,omitempty"`
-	Etag          string                 `protobuf:"bytes,2,opt,name=etag,proto3" json:"etag,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *GetPolicyResponse) Reset() {
-	*x = GetPolicyResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[30]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *GetPolicyResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*GetPolicyResponse) ProtoMessage() {}
-
-func (x *GetPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[30]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use GetPolicyResponse.ProtoReflect.Descriptor instead.
-func (*GetPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{30}
-}
-
-func (x *GetPolicyResponse) GetPolicyBundle() *PolicyBundle {
-	if x != nil {
-		return x.PolicyBundle
-	}
-	return nil
-}
-
-func (x *GetPolicyResponse) GetEtag() string {
-	if x != nil {
-		return x.Etag
-	}
-	return ""
-}
-
 type ProveIssuancesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Lower-case hex; 1 to 1000.
@@ -1797,7 +1587,7 @@ type ProveIssuancesRequest struct {
 
 func (x *ProveIssuancesRequest) Reset() {
 	*x = ProveIssuancesRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[31]
+	mi := &file_ca_capb_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1809,7 +1599,7 @@ func (x *ProveIssuancesRequest) String() string {
 func (*ProveIssuancesRequest) ProtoMessage() {}
 
 func (x *ProveIssuancesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[31]
+	mi := &file_ca_capb_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1822,7 +1612,7 @@ func (x *ProveIssuancesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveIssuancesRequest.ProtoReflect.Descriptor instead.
 func (*ProveIssuancesRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{31}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ProveIssuancesRequest) GetSerials() []string {
@@ -1854,7 +1644,7 @@ type ProveIssuancesResponse struct {
 
 func (x *ProveIssuancesResponse) Reset() {
 	*x = ProveIssuancesResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[32]
+	mi := &file_ca_capb_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1866,7 +1656,7 @@ func (x *ProveIssuancesResponse) String() string {
 func (*ProveIssuancesResponse) ProtoMessage() {}
 
 func (x *ProveIssuancesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[32]
+	mi := &file_ca_capb_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1879,7 +1669,7 @@ func (x *ProveIssuancesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveIssuancesResponse.ProtoReflect.Descriptor instead.
 func (*ProveIssuancesResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{32}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ProveIssuancesResponse) GetProofs() []*IssuanceProof {
@@ -1945,7 +1735,7 @@ type IssuanceProof struct {
 
 func (x *IssuanceProof) Reset() {
 	*x = IssuanceProof{}
-	mi := &file_ca_capb_admin_proto_msgTypes[33]
+	mi := &file_ca_capb_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1957,7 +1747,7 @@ func (x *IssuanceProof) String() string {
 func (*IssuanceProof) ProtoMessage() {}
 
 func (x *IssuanceProof) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[33]
+	mi := &file_ca_capb_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1970,7 +1760,7 @@ func (x *IssuanceProof) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuanceProof.ProtoReflect.Descriptor instead.
 func (*IssuanceProof) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{33}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *IssuanceProof) GetSerial() string {
@@ -2012,7 +1802,7 @@ type Issuer struct {
 
 func (x *Issuer) Reset() {
 	*x = Issuer{}
-	mi := &file_ca_capb_admin_proto_msgTypes[34]
+	mi := &file_ca_capb_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2024,7 +1814,7 @@ func (x *Issuer) String() string {
 func (*Issuer) ProtoMessage() {}
 
 func (x *Issuer) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[34]
+	mi := &file_ca_capb_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2037,7 +1827,7 @@ func (x *Issuer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Issuer.ProtoReflect.Descriptor instead.
 func (*Issuer) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{34}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Issuer) GetAuthorityId() string {
@@ -2062,7 +1852,7 @@ type ListReplicasRequest struct {
 
 func (x *ListReplicasRequest) Reset() {
 	*x = ListReplicasRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[35]
+	mi := &file_ca_capb_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2074,7 +1864,7 @@ func (x *ListReplicasRequest) String() string {
 func (*ListReplicasRequest) ProtoMessage() {}
 
 func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[35]
+	mi := &file_ca_capb_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2087,7 +1877,7 @@ func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasRequest.ProtoReflect.Descriptor instead.
 func (*ListReplicasRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{35}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{31}
 }
 
 type ListReplicasResponse struct {
@@ -2099,7 +1889,7 @@ type ListReplicasResponse struct {
 
 func (x *ListReplicasResponse) Reset() {
 	*x = ListReplicasResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[36]
+	mi := &file_ca_capb_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2111,7 +1901,7 @@ func (x *ListReplicasResponse) String() string {
 func (*ListReplicasResponse) ProtoMessage() {}
 
 func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[36]
+	mi := &file_ca_capb_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2124,7 +1914,7 @@ func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasResponse.ProtoReflect.Descriptor instead.
 func (*ListReplicasResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{36}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListReplicasResponse) GetReplicas() []*CAReplica {
@@ -2157,7 +1947,7 @@ type CAReplica struct {
 
 func (x *CAReplica) Reset() {
 	*x = CAReplica{}
-	mi := &file_ca_capb_admin_proto_msgTypes[37]
+	mi := &file_ca_capb_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2169,7 +1959,7 @@ func (x *CAReplica) String() string {
 func (*CAReplica) ProtoMessage() {}
 
 func (x *CAReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[37]
+	mi := &file_ca_capb_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2182,7 +1972,7 @@ func (x *CAReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CAReplica.ProtoReflect.Descriptor instead.
 func (*CAReplica) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{37}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CAReplica) GetName() string {
@@ -2257,7 +2047,7 @@ type EvictReplicaRequest struct {
 
 func (x *EvictReplicaRequest) Reset() {
 	*x = EvictReplicaRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[38]
+	mi := &file_ca_capb_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2269,7 +2059,7 @@ func (x *EvictReplicaRequest) String() string {
 func (*EvictReplicaRequest) ProtoMessage() {}
 
 func (x *EvictReplicaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[38]
+	mi := &file_ca_capb_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2282,7 +2072,7 @@ func (x *EvictReplicaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReplicaRequest.ProtoReflect.Descriptor instead.
 func (*EvictReplicaRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{38}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *EvictReplicaRequest) GetName() string {
@@ -2302,7 +2092,7 @@ type EvictReplicaResponse struct {
 
 func (x *EvictReplicaResponse) Reset() {
 	*x = EvictReplicaResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[39]
+	mi := &file_ca_capb_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2314,7 +2104,7 @@ func (x *EvictReplicaResponse) String() string {
 func (*EvictReplicaResponse) ProtoMessage() {}
 
 func (x *EvictReplicaResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[39]
+	mi := &file_ca_capb_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2327,7 +2117,7 @@ func (x *EvictReplicaResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReplicaResponse.ProtoReflect.Descriptor instead.
 func (*EvictReplicaResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{39}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *EvictReplicaResponse) GetReplica() *CAReplica {
@@ -2352,7 +2142,7 @@ type BackupStoreRequest struct {
 
 func (x *BackupStoreRequest) Reset() {
 	*x = BackupStoreRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[40]
+	mi := &file_ca_capb_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2364,7 +2154,7 @@ func (x *BackupStoreRequest) String() string {
 func (*BackupStoreRequest) ProtoMessage() {}
 
 func (x *BackupStoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[40]
+	mi := &file_ca_capb_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2377,7 +2167,7 @@ func (x *BackupStoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStoreRequest.ProtoReflect.Descriptor instead.
 func (*BackupStoreRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{40}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{36}
 }
 
 type BackupStoreResponse struct {
@@ -2389,7 +2179,7 @@ type BackupStoreResponse struct {
 
 func (x *BackupStoreResponse) Reset() {
 	*x = BackupStoreResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[41]
+	mi := &file_ca_capb_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2401,7 +2191,7 @@ func (x *BackupStoreResponse) String() string {
 func (*BackupStoreResponse) ProtoMessage() {}
 
 func (x *BackupStoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[41]
+	mi := &file_ca_capb_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2414,7 +2204,7 @@ func (x *BackupStoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStoreResponse.ProtoReflect.Descriptor instead.
 func (*BackupStoreResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{41}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *BackupStoreResponse) GetData() []byte {
@@ -2432,7 +2222,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[42]
+	mi := &file_ca_capb_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2444,7 +2234,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[42]
+	mi := &file_ca_capb_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2457,7 +2247,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{42}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{38}
 }
 
 type ListAuthoritiesResponse struct {
@@ -2469,7 +2259,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[43]
+	mi := &file_ca_capb_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2481,7 +2271,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[43]
+	mi := &file_ca_capb_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2494,7 +2284,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{43}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*CAAuthority {
@@ -2532,7 +2322,7 @@ type CAAuthority struct {
 
 func (x *CAAuthority) Reset() {
 	*x = CAAuthority{}
-	mi := &file_ca_capb_admin_proto_msgTypes[44]
+	mi := &file_ca_capb_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2544,7 +2334,7 @@ func (x *CAAuthority) String() string {
 func (*CAAuthority) ProtoMessage() {}
 
 func (x *CAAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[44]
+	mi := &file_ca_capb_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2557,7 +2347,7 @@ func (x *CAAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CAAuthority.ProtoReflect.Descriptor instead.
 func (*CAAuthority) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{44}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *CAAuthority) GetAuthorityId() string {
@@ -2656,7 +2446,7 @@ type PendingStep struct {
 
 func (x *PendingStep) Reset() {
 	*x = PendingStep{}
-	mi := &file_ca_capb_admin_proto_msgTypes[45]
+	mi := &file_ca_capb_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2668,7 +2458,7 @@ func (x *PendingStep) String() string {
 func (*PendingStep) ProtoMessage() {}
 
 func (x *PendingStep) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[45]
+	mi := &file_ca_capb_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2681,7 +2471,7 @@ func (x *PendingStep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingStep.ProtoReflect.Descriptor instead.
 func (*PendingStep) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{45}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *PendingStep) GetStep() string {
@@ -2743,7 +2533,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[46]
+	mi := &file_ca_capb_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2755,7 +2545,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[46]
+	mi := &file_ca_capb_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2768,7 +2558,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{46}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *PrepareAuthorityRequest) GetKind() string {
@@ -2787,7 +2577,7 @@ type PrepareAuthorityResponse struct {
 
 func (x *PrepareAuthorityResponse) Reset() {
 	*x = PrepareAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[47]
+	mi := &file_ca_capb_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2799,7 +2589,7 @@ func (x *PrepareAuthorityResponse) String() string {
 func (*PrepareAuthorityResponse) ProtoMessage() {}
 
 func (x *PrepareAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[47]
+	mi := &file_ca_capb_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2812,7 +2602,7 @@ func (x *PrepareAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{47}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *PrepareAuthorityResponse) GetAuthority() *CAAuthority {
@@ -2833,7 +2623,7 @@ type ActivateAuthorityRequest struct {
 
 func (x *ActivateAuthorityRequest) Reset() {
 	*x = ActivateAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[48]
+	mi := &file_ca_capb_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2845,7 +2635,7 @@ func (x *ActivateAuthorityRequest) String() string {
 func (*ActivateAuthorityRequest) ProtoMessage() {}
 
 func (x *ActivateAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[48]
+	mi := &file_ca_capb_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2858,7 +2648,7 @@ func (x *ActivateAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ActivateAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{48}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ActivateAuthorityRequest) GetAuthorityId() string {
@@ -2884,7 +2674,7 @@ type ActivateAuthorityResponse struct {
 
 func (x *ActivateAuthorityResponse) Reset() {
 	*x = ActivateAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[49]
+	mi := &file_ca_capb_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2896,7 +2686,7 @@ func (x *ActivateAuthorityResponse) String() string {
 func (*ActivateAuthorityResponse) ProtoMessage() {}
 
 func (x *ActivateAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[49]
+	mi := &file_ca_capb_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2909,7 +2699,7 @@ func (x *ActivateAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ActivateAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{49}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ActivateAuthorityResponse) GetAuthority() *CAAuthority {
@@ -2928,7 +2718,7 @@ type TaintAuthorityRequest struct {
 
 func (x *TaintAuthorityRequest) Reset() {
 	*x = TaintAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[50]
+	mi := &file_ca_capb_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2940,7 +2730,7 @@ func (x *TaintAuthorityRequest) String() string {
 func (*TaintAuthorityRequest) ProtoMessage() {}
 
 func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[50]
+	mi := &file_ca_capb_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2953,7 +2743,7 @@ func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*TaintAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{50}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *TaintAuthorityRequest) GetAuthorityId() string {
@@ -2972,7 +2762,7 @@ type TaintAuthorityResponse struct {
 
 func (x *TaintAuthorityResponse) Reset() {
 	*x = TaintAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[51]
+	mi := &file_ca_capb_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2984,7 +2774,7 @@ func (x *TaintAuthorityResponse) String() string {
 func (*TaintAuthorityResponse) ProtoMessage() {}
 
 func (x *TaintAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[51]
+	mi := &file_ca_capb_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2997,7 +2787,7 @@ func (x *TaintAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*TaintAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{51}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *TaintAuthorityResponse) GetAuthority() *CAAuthority {
@@ -3018,7 +2808,7 @@ type RevokeAuthorityRequest struct {
 
 func (x *RevokeAuthorityRequest) Reset() {
 	*x = RevokeAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[52]
+	mi := &file_ca_capb_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3030,7 +2820,7 @@ func (x *RevokeAuthorityRequest) String() string {
 func (*RevokeAuthorityRequest) ProtoMessage() {}
 
 func (x *RevokeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[52]
+	mi := &file_ca_capb_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3043,7 +2833,7 @@ func (x *RevokeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*RevokeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{52}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *RevokeAuthorityRequest) GetAuthorityId() string {
@@ -3069,7 +2859,7 @@ type RevokeAuthorityResponse struct {
 
 func (x *RevokeAuthorityResponse) Reset() {
 	*x = RevokeAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[53]
+	mi := &file_ca_capb_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3081,7 +2871,7 @@ func (x *RevokeAuthorityResponse) String() string {
 func (*RevokeAuthorityResponse) ProtoMessage() {}
 
 func (x *RevokeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[53]
+	mi := &file_ca_capb_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3094,7 +2884,7 @@ func (x *RevokeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*RevokeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{53}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *RevokeAuthorityResponse) GetAuthority() *CAAuthority {
@@ -3108,7 +2898,7 @@ var File_ca_capb_admin_proto protoreflect.FileDescriptor
 
 const file_ca_capb_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x13ca/capb/admin.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x12ca/capb/node.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"?\n" +
+	"\x13ca/capb/admin.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x12ca/capb/node.proto\x1a\x14ca/capb/policy.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"?\n" +
 	"\x12CreateEntryRequest\x12)\n" +
 	"\x05entry\x18\x01 \x01(\v2\x13.merlon.ca.v1.EntryR\x05entry\"@\n" +
 	"\x13CreateEntryResponse\x12)\n" +
@@ -3209,21 +2999,7 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\bnot_told\x18\x02 \x03(\tR\anotTold\"\x18\n" +
 	"\x16ListRevocationsRequest\"U\n" +
 	"\x17ListRevocationsResponse\x12:\n" +
-	"\vrevocations\x18\x01 \x03(\v2\x18.merlon.ca.v1.RevocationR\vrevocations\"?\n" +
-	"\x11PushPolicyRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
-	"\x06bundle\x18\x02 \x01(\fR\x06bundle\"\\\n" +
-	"\x12PushPolicyResponse\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
-	"\n" +
-	"generation\x18\x02 \x01(\x04R\n" +
-	"generation\x12\x12\n" +
-	"\x04etag\x18\x03 \x01(\tR\x04etag\"&\n" +
-	"\x10GetPolicyRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"h\n" +
-	"\x11GetPolicyResponse\x12?\n" +
-	"\rpolicy_bundle\x18\x01 \x01(\v2\x1a.merlon.ca.v1.PolicyBundleR\fpolicyBundle\x12\x12\n" +
-	"\x04etag\x18\x02 \x01(\tR\x04etag\"1\n" +
+	"\vrevocations\x18\x01 \x03(\v2\x18.merlon.ca.v1.RevocationR\vrevocations\"1\n" +
 	"\x15ProveIssuancesRequest\x12\x18\n" +
 	"\aserials\x18\x01 \x03(\tR\aserials\"\xbe\x02\n" +
 	"\x16ProveIssuancesResponse\x123\n" +
@@ -3394,7 +3170,7 @@ func file_ca_capb_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
+var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
 var file_ca_capb_admin_proto_goTypes = []any{
 	(TokenKind)(0),                    // 0: merlon.ca.v1.TokenKind
 	(*CreateEntryRequest)(nil),        // 1: merlon.ca.v1.CreateEntryRequest
@@ -3424,140 +3200,138 @@ var file_ca_capb_admin_proto_goTypes = []any{
 	(*RevokeResponse)(nil),            // 25: merlon.ca.v1.RevokeResponse
 	(*ListRevocationsRequest)(nil),    // 26: merlon.ca.v1.ListRevocationsRequest
 	(*ListRevocationsResponse)(nil),   // 27: merlon.ca.v1.ListRevocationsResponse
-	(*PushPolicyRequest)(nil),         // 28: merlon.ca.v1.PushPolicyRequest
-	(*PushPolicyResponse)(nil),        // 29: merlon.ca.v1.PushPolicyResponse
-	(*GetPolicyRequest)(nil),          // 30: merlon.ca.v1.GetPolicyRequest
-	(*GetPolicyResponse)(nil),         // 31: merlon.ca.v1.GetPolicyResponse
-	(*ProveIssuancesRequest)(nil),     // 32: merlon.ca.v1.ProveIssuancesRequest
-	(*ProveIssuancesResponse)(nil),    // 33: merlon.ca.v1.ProveIssuancesResponse
-	(*IssuanceProof)(nil),             // 34: merlon.ca.v1.IssuanceProof
-	(*Issuer)(nil),                    // 35: merlon.ca.v1.Issuer
-	(*ListReplicasRequest)(nil),       // 36: merlon.ca.v1.ListReplicasRequest
-	(*ListReplicasResponse)(nil),      // 37: merlon.ca.v1.ListReplicasResponse
-	(*CAReplica)(nil),                 // 38: merlon.ca.v1.CAReplica
-	(*EvictReplicaRequest)(nil),       // 39: merlon.ca.v1.EvictReplicaRequest
-	(*EvictReplicaResponse)(nil),      // 40: merlon.ca.v1.EvictReplicaResponse
-	(*BackupStoreRequest)(nil),        // 41: merlon.ca.v1.BackupStoreRequest
-	(*BackupStoreResponse)(nil),       // 42: merlon.ca.v1.BackupStoreResponse
-	(*ListAuthoritiesRequest)(nil),    // 43: merlon.ca.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil),   // 44: merlon.ca.v1.ListAuthoritiesResponse
-	(*CAAuthority)(nil),               // 45: merlon.ca.v1.CAAuthority
-	(*PendingStep)(nil),               // 46: merlon.ca.v1.PendingStep
-	(*PrepareAuthorityRequest)(nil),   // 47: merlon.ca.v1.PrepareAuthorityRequest
-	(*PrepareAuthorityResponse)(nil),  // 48: merlon.ca.v1.PrepareAuthorityResponse
-	(*ActivateAuthorityRequest)(nil),  // 49: merlon.ca.v1.ActivateAuthorityRequest
-	(*ActivateAuthorityResponse)(nil), // 50: merlon.ca.v1.ActivateAuthorityResponse
-	(*TaintAuthorityRequest)(nil),     // 51: merlon.ca.v1.TaintAuthorityRequest
-	(*TaintAuthorityResponse)(nil),    // 52: merlon.ca.v1.TaintAuthorityResponse
-	(*RevokeAuthorityRequest)(nil),    // 53: merlon.ca.v1.RevokeAuthorityRequest
-	(*RevokeAuthorityResponse)(nil),   // 54: merlon.ca.v1.RevokeAuthorityResponse
-	nil,                               // 55: merlon.ca.v1.CAAuthority.SinceEntry
-	(*Entry)(nil),                     // 56: merlon.ca.v1.Entry
-	(*Revocation)(nil),                // 57: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil),     // 58: google.protobuf.Timestamp
-	(*SyncAck)(nil),                   // 59: merlon.ca.v1.SyncAck
-	(*Selector)(nil),                  // 60: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),               // 61: merlon.ca.v1.TrustBundle
-	(*PolicyBundle)(nil),              // 62: merlon.ca.v1.PolicyBundle
+	(*ProveIssuancesRequest)(nil),     // 28: merlon.ca.v1.ProveIssuancesRequest
+	(*ProveIssuancesResponse)(nil),    // 29: merlon.ca.v1.ProveIssuancesResponse
+	(*IssuanceProof)(nil),             // 30: merlon.ca.v1.IssuanceProof
+	(*Issuer)(nil),                    // 31: merlon.ca.v1.Issuer
+	(*ListReplicasRequest)(nil),       // 32: merlon.ca.v1.ListReplicasRequest
+	(*ListReplicasResponse)(nil),      // 33: merlon.ca.v1.ListReplicasResponse
+	(*CAReplica)(nil),                 // 34: merlon.ca.v1.CAReplica
+	(*EvictReplicaRequest)(nil),       // 35: merlon.ca.v1.EvictReplicaRequest
+	(*EvictReplicaResponse)(nil),      // 36: merlon.ca.v1.EvictReplicaResponse
+	(*BackupStoreRequest)(nil),        // 37: merlon.ca.v1.BackupStoreRequest
+	(*BackupStoreResponse)(nil),       // 38: merlon.ca.v1.BackupStoreResponse
+	(*ListAuthoritiesRequest)(nil),    // 39: merlon.ca.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),   // 40: merlon.ca.v1.ListAuthoritiesResponse
+	(*CAAuthority)(nil),               // 41: merlon.ca.v1.CAAuthority
+	(*PendingStep)(nil),               // 42: merlon.ca.v1.PendingStep
+	(*PrepareAuthorityRequest)(nil),   // 43: merlon.ca.v1.PrepareAuthorityRequest
+	(*PrepareAuthorityResponse)(nil),  // 44: merlon.ca.v1.PrepareAuthorityResponse
+	(*ActivateAuthorityRequest)(nil),  // 45: merlon.ca.v1.ActivateAuthorityRequest
+	(*ActivateAuthorityResponse)(nil), // 46: merlon.ca.v1.ActivateAuthorityResponse
+	(*TaintAuthorityRequest)(nil),     // 47: merlon.ca.v1.TaintAuthorityRequest
+	(*TaintAuthorityResponse)(nil),    // 48: merlon.ca.v1.TaintAuthorityResponse
+	(*RevokeAuthorityRequest)(nil),    // 49: merlon.ca.v1.RevokeAuthorityRequest
+	(*RevokeAuthorityResponse)(nil),   // 50: merlon.ca.v1.RevokeAuthorityResponse
+	nil,                               // 51: merlon.ca.v1.CAAuthority.SinceEntry
+	(*Entry)(nil),                     // 52: merlon.ca.v1.Entry
+	(*Revocation)(nil),                // 53: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil),     // 54: google.protobuf.Timestamp
+	(*SyncAck)(nil),                   // 55: merlon.ca.v1.SyncAck
+	(*Selector)(nil),                  // 56: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),               // 57: merlon.ca.v1.TrustBundle
+	(*PushPolicyRequest)(nil),         // 58: merlon.ca.v1.PushPolicyRequest
+	(*GetPolicyRequest)(nil),          // 59: merlon.ca.v1.GetPolicyRequest
+	(*PushPolicyResponse)(nil),        // 60: merlon.ca.v1.PushPolicyResponse
+	(*GetPolicyResponse)(nil),         // 61: merlon.ca.v1.GetPolicyResponse
 }
 var file_ca_capb_admin_proto_depIdxs = []int32{
-	56, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
-	56, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	56, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
-	56, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	56, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	57, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	52, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
+	52, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	52, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
+	52, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	52, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	53, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	0,  // 6: merlon.ca.v1.CreateTokenRequest.kind:type_name -> merlon.ca.v1.TokenKind
-	58, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	54, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
 	13, // 8: merlon.ca.v1.ListAgentsResponse.agents:type_name -> merlon.ca.v1.Agent
-	58, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
-	58, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
-	59, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
-	58, // 12: merlon.ca.v1.Agent.state_since:type_name -> google.protobuf.Timestamp
-	60, // 13: merlon.ca.v1.Agent.selectors:type_name -> merlon.ca.v1.Selector
+	54, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
+	54, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
+	55, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
+	54, // 12: merlon.ca.v1.Agent.state_since:type_name -> google.protobuf.Timestamp
+	56, // 13: merlon.ca.v1.Agent.selectors:type_name -> merlon.ca.v1.Selector
 	13, // 14: merlon.ca.v1.GetAgentResponse.agent:type_name -> merlon.ca.v1.Agent
 	13, // 15: merlon.ca.v1.EvictAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	57, // 16: merlon.ca.v1.EvictAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	53, // 16: merlon.ca.v1.EvictAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	13, // 17: merlon.ca.v1.BanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	57, // 18: merlon.ca.v1.BanAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	53, // 18: merlon.ca.v1.BanAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	13, // 19: merlon.ca.v1.UnbanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	61, // 20: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	57, // 21: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
-	57, // 22: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	62, // 23: merlon.ca.v1.GetPolicyResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	34, // 24: merlon.ca.v1.ProveIssuancesResponse.proofs:type_name -> merlon.ca.v1.IssuanceProof
-	35, // 25: merlon.ca.v1.ProveIssuancesResponse.issuers:type_name -> merlon.ca.v1.Issuer
-	58, // 26: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
-	38, // 27: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
-	58, // 28: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
-	58, // 29: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
-	38, // 30: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
-	57, // 31: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	45, // 32: merlon.ca.v1.ListAuthoritiesResponse.authorities:type_name -> merlon.ca.v1.CAAuthority
-	58, // 33: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
-	58, // 34: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
-	55, // 35: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
-	46, // 36: merlon.ca.v1.CAAuthority.pending:type_name -> merlon.ca.v1.PendingStep
-	58, // 37: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
-	58, // 38: merlon.ca.v1.PendingStep.last_call:type_name -> google.protobuf.Timestamp
-	45, // 39: merlon.ca.v1.PrepareAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	45, // 40: merlon.ca.v1.ActivateAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	45, // 41: merlon.ca.v1.TaintAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	45, // 42: merlon.ca.v1.RevokeAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	58, // 43: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
-	1,  // 44: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
-	3,  // 45: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
-	5,  // 46: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
-	7,  // 47: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
-	9,  // 48: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
-	11, // 49: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
-	14, // 50: merlon.ca.v1.Admin.GetAgent:input_type -> merlon.ca.v1.GetAgentRequest
-	16, // 51: merlon.ca.v1.Admin.EvictAgent:input_type -> merlon.ca.v1.EvictAgentRequest
-	18, // 52: merlon.ca.v1.Admin.BanAgent:input_type -> merlon.ca.v1.BanAgentRequest
-	20, // 53: merlon.ca.v1.Admin.UnbanAgent:input_type -> merlon.ca.v1.UnbanAgentRequest
-	22, // 54: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
-	24, // 55: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
-	26, // 56: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
-	28, // 57: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
-	36, // 58: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
-	39, // 59: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
-	43, // 60: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
-	47, // 61: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
-	49, // 62: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
-	51, // 63: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
-	53, // 64: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
-	41, // 65: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
-	30, // 66: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
-	32, // 67: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
-	2,  // 68: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
-	4,  // 69: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
-	6,  // 70: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
-	8,  // 71: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
-	10, // 72: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
-	12, // 73: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
-	15, // 74: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
-	17, // 75: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
-	19, // 76: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
-	21, // 77: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
-	23, // 78: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
-	25, // 79: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
-	27, // 80: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
-	29, // 81: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
-	37, // 82: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
-	40, // 83: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
-	44, // 84: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
-	48, // 85: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
-	50, // 86: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
-	52, // 87: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
-	54, // 88: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
-	42, // 89: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
-	31, // 90: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
-	33, // 91: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
-	68, // [68:92] is the sub-list for method output_type
-	44, // [44:68] is the sub-list for method input_type
-	44, // [44:44] is the sub-list for extension type_name
-	44, // [44:44] is the sub-list for extension extendee
-	0,  // [0:44] is the sub-list for field type_name
+	57, // 20: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	53, // 21: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	53, // 22: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	30, // 23: merlon.ca.v1.ProveIssuancesResponse.proofs:type_name -> merlon.ca.v1.IssuanceProof
+	31, // 24: merlon.ca.v1.ProveIssuancesResponse.issuers:type_name -> merlon.ca.v1.Issuer
+	54, // 25: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
+	34, // 26: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
+	54, // 27: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
+	54, // 28: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
+	34, // 29: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
+	53, // 30: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	41, // 31: merlon.ca.v1.ListAuthoritiesResponse.authorities:type_name -> merlon.ca.v1.CAAuthority
+	54, // 32: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
+	54, // 33: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
+	51, // 34: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
+	42, // 35: merlon.ca.v1.CAAuthority.pending:type_name -> merlon.ca.v1.PendingStep
+	54, // 36: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
+	54, // 37: merlon.ca.v1.PendingStep.last_call:type_name -> google.protobuf.Timestamp
+	41, // 38: merlon.ca.v1.PrepareAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	41, // 39: merlon.ca.v1.ActivateAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	41, // 40: merlon.ca.v1.TaintAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	41, // 41: merlon.ca.v1.RevokeAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	54, // 42: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
+	1,  // 43: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
+	3,  // 44: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
+	5,  // 45: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
+	7,  // 46: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
+	9,  // 47: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
+	11, // 48: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
+	14, // 49: merlon.ca.v1.Admin.GetAgent:input_type -> merlon.ca.v1.GetAgentRequest
+	16, // 50: merlon.ca.v1.Admin.EvictAgent:input_type -> merlon.ca.v1.EvictAgentRequest
+	18, // 51: merlon.ca.v1.Admin.BanAgent:input_type -> merlon.ca.v1.BanAgentRequest
+	20, // 52: merlon.ca.v1.Admin.UnbanAgent:input_type -> merlon.ca.v1.UnbanAgentRequest
+	22, // 53: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
+	24, // 54: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
+	26, // 55: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
+	58, // 56: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
+	32, // 57: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
+	35, // 58: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
+	39, // 59: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
+	43, // 60: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
+	45, // 61: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
+	47, // 62: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
+	49, // 63: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
+	37, // 64: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
+	59, // 65: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
+	28, // 66: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
+	2,  // 67: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
+	4,  // 68: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
+	6,  // 69: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
+	8,  // 70: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
+	10, // 71: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
+	12, // 72: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
+	15, // 73: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
+	17, // 74: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
+	19, // 75: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
+	21, // 76: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
+	23, // 77: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
+	25, // 78: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
+	27, // 79: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
+	60, // 80: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
+	33, // 81: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
+	36, // 82: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
+	40, // 83: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
+	44, // 84: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
+	46, // 85: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
+	48, // 86: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
+	50, // 87: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
+	38, // 88: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
+	61, // 89: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
+	29, // 90: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
+	67, // [67:91] is the sub-list for method output_type
+	43, // [43:67] is the sub-list for method input_type
+	43, // [43:43] is the sub-list for extension type_name
+	43, // [43:43] is the sub-list for extension extendee
+	0,  // [0:43] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_admin_proto_init() }
@@ -3567,6 +3341,7 @@ func file_ca_capb_admin_proto_init() {
 	}
 	file_ca_capb_access_proto_init()
 	file_ca_capb_node_proto_init()
+	file_ca_capb_policy_proto_init()
 	file_ca_capb_admin_proto_msgTypes[23].OneofWrappers = []any{
 		(*RevokeRequest_SpiffeId)(nil),
 		(*RevokeRequest_AgentId)(nil),
@@ -3579,7 +3354,7 @@ func file_ca_capb_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_admin_proto_rawDesc), len(file_ca_capb_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   55,
+			NumMessages:   51,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -648,7 +648,9 @@ type SyncRequest struct {
 	// In the first message: the highest that the agent has ever seen, also
 	// before it was restarted. A CA that has less was restored from an older
 	// backup and answers FAILED_PRECONDITION.
-	Seen          *Seen `protobuf:"bytes,3,opt,name=seen,proto3" json:"seen,omitempty"`
+	Seen *Seen `protobuf:"bytes,3,opt,name=seen,proto3" json:"seen,omitempty"`
+	// What became of the policy on the node; each has what is new.
+	PolicyReport  *PolicyReport `protobuf:"bytes,4,opt,name=policy_report,json=policyReport,proto3" json:"policy_report,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -700,6 +702,13 @@ func (x *SyncRequest) GetAck() *SyncAck {
 func (x *SyncRequest) GetSeen() *Seen {
 	if x != nil {
 		return x.Seen
+	}
+	return nil
+}
+
+func (x *SyncRequest) GetPolicyReport() *PolicyReport {
+	if x != nil {
+		return x.PolicyReport
 	}
 	return nil
 }
@@ -1892,123 +1901,6 @@ func (x *TrustBundle) GetRenewSpread() *durationpb.Duration {
 	return nil
 }
 
-// PolicyBundle announces a generation of a policy bundle; the bytes travel
-// over REST.
-type PolicyBundle struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// As in /v1/policy/bundles/{name}.
-	Name       string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Generation uint64 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
-	// Keys that may sign the bundle.
-	Keys          []*PolicyKey `protobuf:"bytes,3,rep,name=keys,proto3" json:"keys,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *PolicyBundle) Reset() {
-	*x = PolicyBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[25]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *PolicyBundle) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*PolicyBundle) ProtoMessage() {}
-
-func (x *PolicyBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[25]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use PolicyBundle.ProtoReflect.Descriptor instead.
-func (*PolicyBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{25}
-}
-
-func (x *PolicyBundle) GetName() string {
-	if x != nil {
-		return x.Name
-	}
-	return ""
-}
-
-func (x *PolicyBundle) GetGeneration() uint64 {
-	if x != nil {
-		return x.Generation
-	}
-	return 0
-}
-
-func (x *PolicyBundle) GetKeys() []*PolicyKey {
-	if x != nil {
-		return x.Keys
-	}
-	return nil
-}
-
-type PolicyKey struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	Kid   string                 `protobuf:"bytes,1,opt,name=kid,proto3" json:"kid,omitempty"`
-	// PKIX, DER; ECDSA P-256.
-	PublicKey     []byte `protobuf:"bytes,2,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *PolicyKey) Reset() {
-	*x = PolicyKey{}
-	mi := &file_ca_capb_node_proto_msgTypes[26]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *PolicyKey) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*PolicyKey) ProtoMessage() {}
-
-func (x *PolicyKey) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[26]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use PolicyKey.ProtoReflect.Descriptor instead.
-func (*PolicyKey) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{26}
-}
-
-func (x *PolicyKey) GetKid() string {
-	if x != nil {
-		return x.Kid
-	}
-	return ""
-}
-
-func (x *PolicyKey) GetPublicKey() []byte {
-	if x != nil {
-		return x.PublicKey
-	}
-	return nil
-}
-
 // Revocation withdraws SVIDs before they expire. It lives until the last SVID
 // that it can concern has expired.
 type Revocation struct {
@@ -2039,7 +1931,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_ca_capb_node_proto_msgTypes[27]
+	mi := &file_ca_capb_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2051,7 +1943,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[27]
+	mi := &file_ca_capb_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2064,7 +1956,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{27}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -2181,7 +2073,7 @@ var File_ca_capb_node_proto protoreflect.FileDescriptor
 
 const file_ca_capb_node_proto_rawDesc = "" +
 	"\n" +
-	"\x12ca/capb/node.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa3\x02\n" +
+	"\x12ca/capb/node.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x14ca/capb/policy.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa3\x02\n" +
 	"\rAttestRequest\x12\x1f\n" +
 	"\n" +
 	"join_token\x18\x01 \x01(\tH\x00R\tjoinToken\x121\n" +
@@ -2211,11 +2103,12 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\"j\n" +
 	"\rRenewResponse\x12\x1b\n" +
 	"\tx509_svid\x18\x01 \x03(\fR\bx509Svid\x12<\n" +
-	"\ftrust_bundle\x18\x02 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\"\x87\x01\n" +
+	"\ftrust_bundle\x18\x02 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\"\xc8\x01\n" +
 	"\vSyncRequest\x12'\n" +
 	"\x0fresume_revision\x18\x01 \x01(\x04R\x0eresumeRevision\x12'\n" +
 	"\x03ack\x18\x02 \x01(\v2\x15.merlon.ca.v1.SyncAckR\x03ack\x12&\n" +
-	"\x04seen\x18\x03 \x01(\v2\x12.merlon.ca.v1.SeenR\x04seen\"\xaf\x01\n" +
+	"\x04seen\x18\x03 \x01(\v2\x12.merlon.ca.v1.SeenR\x04seen\x12?\n" +
+	"\rpolicy_report\x18\x04 \x01(\v2\x1a.merlon.ca.v1.PolicyReportR\fpolicyReport\"\xaf\x01\n" +
 	"\x04Seen\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
 	"\x15trust_bundle_sequence\x18\x02 \x01(\x04R\x13trustBundleSequence\x12+\n" +
@@ -2306,17 +2199,7 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\bsequence\x18\x02 \x01(\x04R\bsequence\x12\x12\n" +
 	"\x04jwks\x18\x03 \x01(\fR\x04jwks\x122\n" +
 	"\x15tainted_authority_ids\x18\x04 \x03(\tR\x13taintedAuthorityIds\x12<\n" +
-	"\frenew_spread\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\vrenewSpread\"o\n" +
-	"\fPolicyBundle\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
-	"\n" +
-	"generation\x18\x02 \x01(\x04R\n" +
-	"generation\x12+\n" +
-	"\x04keys\x18\x03 \x03(\v2\x17.merlon.ca.v1.PolicyKeyR\x04keys\"<\n" +
-	"\tPolicyKey\x12\x10\n" +
-	"\x03kid\x18\x01 \x01(\tR\x03kid\x12\x1d\n" +
-	"\n" +
-	"public_key\x18\x02 \x01(\fR\tpublicKey\"\xc3\x02\n" +
+	"\frenew_spread\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\vrenewSpread\"\xc3\x02\n" +
 	"\n" +
 	"Revocation\x12\x1d\n" +
 	"\tspiffe_id\x18\x01 \x01(\tH\x00R\bspiffeId\x12\x1b\n" +
@@ -2367,7 +2250,7 @@ func file_ca_capb_node_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
 var file_ca_capb_node_proto_goTypes = []any{
 	(Refusal)(0),                  // 0: merlon.ca.v1.Refusal
 	(KeyDelivery)(0),              // 1: merlon.ca.v1.KeyDelivery
@@ -2396,9 +2279,9 @@ var file_ca_capb_node_proto_goTypes = []any{
 	(*Entry)(nil),                 // 24: merlon.ca.v1.Entry
 	(*Selector)(nil),              // 25: merlon.ca.v1.Selector
 	(*TrustBundle)(nil),           // 26: merlon.ca.v1.TrustBundle
-	(*PolicyBundle)(nil),          // 27: merlon.ca.v1.PolicyBundle
-	(*PolicyKey)(nil),             // 28: merlon.ca.v1.PolicyKey
-	(*Revocation)(nil),            // 29: merlon.ca.v1.Revocation
+	(*Revocation)(nil),            // 27: merlon.ca.v1.Revocation
+	(*PolicyReport)(nil),          // 28: merlon.ca.v1.PolicyReport
+	(*PolicyBundle)(nil),          // 29: merlon.ca.v1.PolicyBundle
 	(*timestamppb.Timestamp)(nil), // 30: google.protobuf.Timestamp
 	(*durationpb.Duration)(nil),   // 31: google.protobuf.Duration
 	(Role)(0),                     // 32: merlon.ca.v1.Role
@@ -2411,25 +2294,25 @@ var file_ca_capb_node_proto_depIdxs = []int32{
 	26, // 4: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
 	13, // 5: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
 	10, // 6: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
-	11, // 7: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
-	24, // 8: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
-	26, // 9: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	29, // 10: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	27, // 11: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	30, // 12: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
-	12, // 13: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
-	31, // 14: merlon.ca.v1.SyncResponse.upstream_age:type_name -> google.protobuf.Duration
-	16, // 15: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
-	18, // 16: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
-	21, // 17: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
-	23, // 18: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
-	25, // 19: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
-	30, // 20: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	30, // 21: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	32, // 22: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
-	1,  // 23: merlon.ca.v1.Entry.key_delivery:type_name -> merlon.ca.v1.KeyDelivery
-	31, // 24: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
-	28, // 25: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
+	28, // 7: merlon.ca.v1.SyncRequest.policy_report:type_name -> merlon.ca.v1.PolicyReport
+	11, // 8: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
+	24, // 9: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
+	26, // 10: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	27, // 11: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	29, // 12: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	30, // 13: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
+	12, // 14: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
+	31, // 15: merlon.ca.v1.SyncResponse.upstream_age:type_name -> google.protobuf.Duration
+	16, // 16: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
+	18, // 17: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
+	21, // 18: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
+	23, // 19: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
+	25, // 20: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
+	30, // 21: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	30, // 22: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	32, // 23: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
+	1,  // 24: merlon.ca.v1.Entry.key_delivery:type_name -> merlon.ca.v1.KeyDelivery
+	31, // 25: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
 	30, // 26: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
 	2,  // 27: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
 	7,  // 28: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
@@ -2454,6 +2337,7 @@ func file_ca_capb_node_proto_init() {
 		return
 	}
 	file_ca_capb_access_proto_init()
+	file_ca_capb_policy_proto_init()
 	file_ca_capb_node_proto_msgTypes[0].OneofWrappers = []any{
 		(*AttestRequest_JoinToken)(nil),
 		(*AttestRequest_X509Pop)(nil),
@@ -2462,7 +2346,7 @@ func file_ca_capb_node_proto_init() {
 		(*AttestRequest_AzureToken)(nil),
 		(*AttestRequest_OwnSvid)(nil),
 	}
-	file_ca_capb_node_proto_msgTypes[27].OneofWrappers = []any{
+	file_ca_capb_node_proto_msgTypes[25].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -2474,7 +2358,7 @@ func file_ca_capb_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_node_proto_rawDesc), len(file_ca_capb_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   28,
+			NumMessages:   26,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
