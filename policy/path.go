@@ -41,9 +41,12 @@ func CheckPath(path string) error {
 	ascii, start := true, 1 // start of the current segment
 	for i := 1; i < len(path); i++ {
 		switch c := path[i]; {
+		case plain[c]:
 		case c == '/':
-			if reason := checkSegment(path[start:i], false); reason != "" {
-				return &PathError{Path: path, Offset: start, Reason: reason}
+			if i-start <= len("..") {
+				if reason := checkSegment(path[start:i], false); reason != "" {
+					return &PathError{Path: path, Offset: start, Reason: reason}
+				}
 			}
 			start = i + 1
 		case c == '%':
@@ -68,6 +71,15 @@ func CheckPath(path string) error {
 	}
 	return nil
 }
+
+// plain are the bytes that nothing is to be looked at for: all but "/", "%", what
+// checkRaw refuses and what is not ASCII.
+var plain = func() (table [256]bool) {
+	for c := range byte(utf8.RuneSelf) {
+		table[c] = c != '/' && c != '%' && checkRaw(c) == ""
+	}
+	return table
+}()
 
 // DecodePath gives path, which has passed CheckPath, as a server decodes it:
 // "/caf%C3%A9" and "/caf%c3%a9" are "/café", and "/a%3Ab" is "/a:b". Grants

@@ -74,14 +74,13 @@ type Part struct {
 // Program decides the calls of one destination. It never changes and is safe
 // for concurrent use. The zero value denies everything.
 type Program struct {
+	grants *index // nil in the zero value
 	source Source
-	grants index
-	made   bool
 }
 
 // New makes a program. Errors say what in src is malformed.
 func New(src Source) (*Program, error) {
-	p := &Program{source: src, made: true}
+	p := &Program{source: src}
 	for i := range src.Grants {
 		if i > 0 && src.Grants[i-1].ID >= src.Grants[i].ID {
 			return nil, fmt.Errorf("program: grant %q is out of order", src.Grants[i].ID)
@@ -130,7 +129,7 @@ func (v *Verdict) Allow() bool { return v.Reason == policy.Allowed }
 // allocates nothing unless a path is percent-encoded or a dry-run grant matches.
 func (p *Program) Decide(in *policy.Input, now time.Time) Verdict {
 	switch {
-	case !p.made || in == nil || in.Destination != p.source.Destination:
+	case p.grants == nil || in == nil || in.Destination != p.source.Destination:
 		return Verdict{Reason: policy.Error}
 	case in.Source == "":
 		return Verdict{Reason: policy.NoIdentity}
@@ -147,9 +146,10 @@ func (p *Program) Decide(in *policy.Input, now time.Time) Verdict {
 
 func (p *Program) decide(in *policy.Input, now time.Time) (v Verdict) {
 	c := callOf(in)
-	found := p.grants.lookup(in.Source, in.Protocol)
+	found := found{in: p.grants}
+	found.lookup(in.Source, in.Protocol)
 	at, elements := now.UnixNano(), elements{}
-	v.DryRun = p.dryRun(&found, &c, at)
+	v.DryRun = found.dryRun(&c, at)
 	if g := found.first(Deny, &c, at); g != nil {
 		v.Reason, v.RuleID = policy.DenyRule, g.id
 		return v
