@@ -27,6 +27,7 @@ import (
 	"merlon.dev/ca/internal/nested"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
+	"merlon.dev/ca/internal/report"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/ca/internal/upstream"
@@ -118,6 +119,7 @@ type parts struct {
 	// authorities takes the steps of rotation.
 	authorities *authorities
 	releases    *release.Publisher
+	statuses    report.Statuses
 	service     *api.Service
 	own         *ownSVID
 	// mirror, realm and above are a nested CA's.
@@ -369,7 +371,7 @@ func (s *Server) startServers(ctx context.Context, g *errgroup.Group, p *parts, 
 	serveGRPC(ctx, g, p, p.service.TLSServer(tlsGRPC), l.grpc)
 	serveGRPC(ctx, g, p, p.service.SocketServer(extra...), l.admin)
 	pages := web.New(web.Options{
-		Service: p.service, Registry: p.registry, Store: p.store, Audit: p.audit, Log: s.log,
+		Service: p.service, Registry: p.registry, Store: p.store, Audit: p.audit, Log: s.log, Statuses: &p.statuses,
 		Bundles: bundles{p.releases, p.registry, p.service}.handler(s.log),
 	})
 	g.Go(func() error { return pages.Serve(ctx, l.https, s.tlsConfig(p, "h2", "http/1.1")) })

@@ -310,6 +310,9 @@ func (s *Service) Permits(caller *Caller, method string) bool {
 	return s.access.authorize(caller, method) == nil
 }
 
+// TrustDomain is the one that the service issues for.
+func (s *Service) TrustDomain() spiffeid.TrustDomain { return s.opts.TrustDomain }
+
 // Refused records that caller was not let through to what it wanted, outside
 // of gRPC.
 func (s *Service) Refused(ctx context.Context, caller *Caller, what, reason string) {

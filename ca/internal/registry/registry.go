@@ -188,6 +188,19 @@ func (r *Registry) Entries(f Filter, after string, limit int) (page []*entry.Ent
 	return page, false
 }
 
+// Holds says whether an entry of the agent's node, its own or an alias's, gives the
+// SPIFFE ID id at now.
+func (r *Registry) Holds(agent, id spiffeid.ID, now time.Time) bool {
+	pic := r.pic.Load()
+	g := Grounds{pic: pic, Agent: pic.agent(agent)}
+	for e := range named(pic.entries.bySPIFFEID, id, now) {
+		if g.Concerns(e, now) {
+			return true
+		}
+	}
+	return false
+}
+
 // ExpiredEntries returns the entries that do not hold any more at now, and
 // looks at no others.
 func (r *Registry) ExpiredEntries(now time.Time) []*entry.Entry {

@@ -1,6 +1,6 @@
 // Package web is the CA's HTTPS side: policy bundles for agents and stock OPAs
-// (the OPA bundle protocol), the trust bundle for everyone, and the log for
-// auditors.
+// (the OPA bundle protocol), the trust bundle for everyone, the log for auditors,
+// and what enforcement points report.
 package web
 
 import (
@@ -22,6 +22,7 @@ import (
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
+	"merlon.dev/ca/internal/report"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/sdk/svid"
@@ -50,13 +51,18 @@ type Options struct {
 	Store    store.Store
 	Audit    *audit.Log
 	Log      *slog.Logger
+	// Statuses keeps what enforcement points say of themselves.
+	Statuses *report.Statuses
 	// Bundles serves GET and PUT below /v1/policy/bundles/ to whoever has been
 	// let through; CallerFrom tells it whom.
 	Bundles http.Handler
 }
 
 // Server serves HTTPS. Its methods are safe for concurrent use.
-type Server struct{ opts Options }
+type Server struct {
+	opts    Options
+	uploads uploads
+}
 
 // New makes a server.
 func New(o Options) *Server { return &Server{opts: o} }
@@ -110,6 +116,8 @@ func (s *Server) Handler() http.Handler {
 			s.trustBundle(w, r)
 		case isBundle && release.CheckName(name) == nil:
 			s.policyBundle(w, r, name)
+		case isReport(path, statusPath):
+			s.takeReport(w, r, s.takeStatus)
 		case strings.HasPrefix(path, logPath):
 			s.auditLog(w, r, strings.TrimPrefix(path, logPath))
 		default:

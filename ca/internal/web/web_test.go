@@ -28,6 +28,7 @@ import (
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/report"
 	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/store/badger"
 	"merlon.dev/ca/internal/trust"
@@ -70,7 +71,7 @@ func newServer(t *testing.T, publish bool) *Server {
 	}
 	return New(Options{
 		Service:  api.New(api.Options{TrustDomain: td, Store: st, Registry: reg, Audit: log, Log: discard, Metrics: prometheus.NewRegistry()}),
-		Registry: reg, Store: st, Audit: log, Log: discard,
+		Registry: reg, Store: st, Audit: log, Log: discard, Statuses: new(report.Statuses),
 		Bundles: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if c := CallerFrom(r.Context()); c != nil {
 				_, _ = io.WriteString(w, c.Name)
@@ -103,6 +104,11 @@ func TestPathsAreTakenLiterally(t *testing.T) {
 		"/metrics":                        404,
 		"/debug/pprof/":                   404,
 		"/v1/policy/bundles/main":         401,
+		"/v1/status":                      405,
+		"/v1/status/":                     404,
+		"/v1/status/east":                 405,
+		"/v1/status/a/b":                  404,
+		"/v1/statuses":                    404,
 		"/v1/policy/bundles/":             404,
 		"/v1/policy/bundles/main/":        404,
 		"/v1/policy/bundles/..":           404,
@@ -232,5 +238,113 @@ func TestEachKindOfCaller(t *testing.T) {
 				t.Errorf("%s %s = %d %s; want %d", name, method, code, reason, want)
 			}
 		}
+	}
+}
+
+// A status is its sender's alone, and nobody without an identity has one.
+func TestStatusIsForThoseWhoProveWhoTheyAre(t *testing.T) {
+	s := newServer(t, true)
+	token, err := attest.CreateReaderToken(t.Context(), s.opts.Store, "main", time.Now().Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const status = `{"labels":{"id":"i1"},"bundles":{"main":{"active_revision":"7"}}}`
+	for name, tt := range map[string]struct {
+		method, authorization, body string
+		want                        int
+	}{
+		"with a token":     {http.MethodPost, "Bearer " + token, status, 200},
+		"without":          {http.MethodPost, "", status, 401},
+		"an unknown token": {http.MethodPost, "Bearer mbr-aaaa", status, 401},
+		"a JWT":            {http.MethodPost, "Bearer a.b.c", status, 401},
+		"malformed":        {http.MethodPost, "Bearer " + token, "{", 400},
+		"too large":        {http.MethodPost, "Bearer " + token, strings.Repeat(" ", report.MaxBytes+1), 413},
+		"read":             {http.MethodGet, "Bearer " + token, "", 405},
+	} {
+		r := httptest.NewRequestWithContext(t.Context(), tt.method, "https://ca.test/v1/status", strings.NewReader(tt.body))
+		r.TLS = nil
+		r.Header.Set("Authorization", tt.authorization)
+		w := httptest.NewRecorder()
+		s.Handler().ServeHTTP(w, r)
+		if w.Code != tt.want || strings.Contains(w.Body.String(), token) {
+			t.Errorf("%s: %d %s; want %d, without the token", name, w.Code, w.Body, tt.want)
+		}
+	}
+	all := s.opts.Statuses.Instances()
+	if len(all) != 1 || !strings.HasPrefix(all[0].Uploader, "token:main:") || all[0].Bundles[0].Revision != "7" || strings.Contains(all[0].Uploader, token) {
+		t.Errorf("kept: %+v; want the one with a token", all)
+	}
+}
+
+// Who may report, and about which destinations.
+func TestReportersAndTheirScope(t *testing.T) {
+	s := newServer(t, true)
+	token, err := attest.CreateReaderToken(t.Context(), s.opts.Store, "main", time.Now().Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	as := func(path string, kinds ...capb.Caller) *api.Caller {
+		id := spiffeid.RequireFromString("spiffe://shop.test" + path)
+		return &api.Caller{Name: id.String(), Peer: &svid.Peer{ID: id}, Kinds: append([]capb.Caller{capb.Caller_CALLER_ANONYMOUS}, kinds...)}
+	}
+	revoked := as("/web")
+	revoked.Fault = "its X509-SVID is revoked"
+	for name, tt := range map[string]struct {
+		caller *api.Caller
+		token  string
+		code   int
+		about  string // comma list of those of /web, /orders and other.test/web that are in scope
+	}{
+		"workload":     {as("/web"), "", 0, "/web"},
+		"revoked":      {revoked, "", 401, ""},
+		"agent of /":   {as("/agent/n1", capb.Caller_CALLER_AGENT), "", 0, ""},
+		"the CA":       {as("/ca", capb.Caller_CALLER_REPLICA), "", 403, ""},
+		"anonymous":    {api.Anonymous(), "", 401, ""},
+		"token":        {api.Anonymous(), token, 0, "/web,/orders"},
+		"two at once":  {api.TwoCredentials(), token, 401, ""},
+		"made-up":      {api.Anonymous(), "mbr-" + strings.Repeat("a", 32), 401, ""},
+		"unsure agent": {&api.Caller{Name: "a", Unsure: "newer"}, "", 503, ""},
+	} {
+		r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "https://ca.test/v1/logs", nil)
+		if tt.token != "" {
+			r.Header.Set("Authorization", "Bearer "+tt.token)
+		}
+		from, code, reason := s.reporterOf(r, tt.caller)
+		var about []string
+		for _, id := range []string{"spiffe://shop.test/web", "spiffe://shop.test/orders", "spiffe://other.test/web", "", "web"} {
+			if code == 0 && from.scope(id) {
+				about = append(about, strings.TrimPrefix(id, "spiffe://shop.test"))
+			}
+		}
+		if code != tt.code || strings.Join(about, ",") != tt.about {
+			t.Errorf("%s: %d %q about %q; want %d, %q", name, code, reason, about, tt.code, tt.about)
+		}
+	}
+}
+
+func TestUploadsAtTheSameTimeAreBounded(t *testing.T) {
+	var u uploads
+	var ends []func()
+	begin := func(who string) bool {
+		done, ok := u.begin(who)
+		if ok {
+			ends = append(ends, done)
+		}
+		return ok
+	}
+	if !begin("a") || !begin("a") || begin("a") || !begin("b") {
+		t.Error("one uploader has another share than two")
+	}
+	for n := range maxUploads {
+		begin(string(rune('c' + n)))
+	}
+	if u.n != maxUploads || begin("z") {
+		t.Errorf("%d uploads at the same time; want %d", u.n, maxUploads)
+	}
+	for _, done := range ends {
+		done()
+	}
+	if u.n != 0 || len(u.by) != 0 || !begin("a") {
+		t.Errorf("after all: %d, %v", u.n, u.by)
 	}
 }
