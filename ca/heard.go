@@ -19,7 +19,7 @@ const (
 	// A replica that is gone holds rotation back after its sign of life has run out.
 	// Until then the records of its agents must be good: they renew at half of their
 	// SVIDs' lives, and as much is left of what is recorded.
-	maxHeardTTL = 15 * time.Second
+	maxHeardTTL = store.CampaignTTL
 	minHeardTTL = 2 * time.Second
 	// heardAttempt bounds the way from the last look at what is not noted to the
 	// sign of life.

@@ -31,9 +31,8 @@ const (
 	probeTimeout  = 3 * time.Second
 	choreTimeout  = 30 * time.Second
 	// Chores that are done once for all replicas: a leader that is gone is
-	// replaced after leaderTTL.
+	// replaced after store.CampaignTTL.
 	upkeepLeader  = "upkeep"
-	leaderTTL     = 15 * time.Second
 	leaderRetry   = 5 * time.Second
 	resignTimeout = time.Second
 )
@@ -132,7 +131,7 @@ func upkeepEvery(ttl time.Duration, ca *authority.X509Authority) time.Duration {
 // lead does the chores of all replicas whenever this one leads, until ctx ends.
 func (p *parts) lead(ctx context.Context) error {
 	for ctx.Err() == nil && p.service.Standing() == nil {
-		l, err := p.store.Campaign(ctx, upkeepLeader, leaderTTL)
+		l, err := p.store.Campaign(ctx, upkeepLeader, store.CampaignTTL)
 		if err == nil {
 			p.leadUntilLost(ctx, l)
 			continue

@@ -81,7 +81,7 @@ func (p *parts) everything(t *testing.T, now time.Time) {
 
 func (p *parts) leads(t *testing.T) store.Leadership {
 	t.Helper()
-	l, err := p.store.Campaign(t.Context(), upkeepLeader, leaderTTL)
+	l, err := p.store.Campaign(t.Context(), upkeepLeader, store.CampaignTTL)
 	if err != nil {
 		t.Fatal(err)
 	}

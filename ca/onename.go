@@ -14,12 +14,9 @@ import (
 	"merlon.dev/ca/internal/store"
 )
 
-const (
-	nameTTL = 10 * time.Second
-	// namePatience is how many TTLs a name may be somebody else's: one passes
-	// after a CA that was killed, and is started again.
-	namePatience = 3
-)
+// namePatience is how many TTLs a name may be somebody else's: one passes after a
+// CA that was killed, and is started again.
+const namePatience = 3
 
 // errOtherHolder is returned where another CA runs under this one's name.
 var errOtherHolder = errors.New("another CA runs as this replica, with a copy of its keys")

@@ -201,11 +201,14 @@ func TestReplicasAreOneCA(t *testing.T) {
 	}
 
 	etcd := e.Client()
-	for _, name := range []string{"ca", "ca-2"} {
-		eventually(t, name+" holds its name", func() bool {
-			held, err := etcd.Get(t.Context(), "/merlon/k/leader/replica-"+name)
+	for _, name := range []string{"replica-ca", "replica-ca-2", "alive-ca", "alive-ca-2", "upkeep"} {
+		eventually(t, "somebody leads "+name, func() bool {
+			held, err := etcd.Get(t.Context(), "/merlon/k/leader/"+name)
 			return err == nil && held.Count == 1
 		})
+	}
+	if leases, err := etcd.Leases(t.Context()); err != nil || len(leases.Leases) != 2 {
+		t.Errorf("%d leases, %v; want one for each replica", len(leases.Leases), err)
 	}
 
 	// After a restart it is the same replica, and needs no token.

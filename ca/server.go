@@ -340,7 +340,7 @@ func (s *Server) serve(ctx context.Context, p *parts, l *listeners) error {
 	base.Go(func() error { return p.maintain(inner) })
 	base.Go(func() error { return p.lead(inner) })
 	if s.cfg.Store == storeEtcd { // Badger's is locked
-		base.Go(func() error { return p.holdName(inner, nameTTL) })
+		base.Go(func() error { return p.holdName(inner, store.CampaignTTL) })
 		base.Go(func() error { return p.beHeard(inner, heardTTL(s.cfg.AgentSVIDTTL)) })
 	}
 	base.Go(func() error { return p.authorities.run(inner, p.service.Standing) })

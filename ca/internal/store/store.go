@@ -105,6 +105,10 @@ type Batch struct {
 // LeaderPrefix begins the keys that campaigns write: leader/NAME.
 const LeaderPrefix = "leader/"
 
+// CampaignTTL is the time to live that a CA's campaigns ask for. On etcd those
+// that ask for the same share a lease, and a replica is to have one.
+const CampaignTTL = 15 * time.Second
+
 // Leadership is a held campaign.
 type Leadership interface {
 	// Lost is closed when the leadership has been lost, at the latest when

@@ -14,11 +14,8 @@ import (
 	"merlon.dev/ca/internal/store"
 )
 
-const (
-	compactionTTL = 30 * time.Second
-	// samples is how often a KeepHistory the revision is noted.
-	samples = 6
-)
+// samples is how often a KeepHistory the revision is noted.
+const samples = 6
 
 // sample says what the latest revision of etcd's was at a time.
 type sample struct {
@@ -34,7 +31,7 @@ func (s *Store) compactInTurns() {
 	var notes []sample
 	for sleep(ctx, s.cfg.KeepHistory/samples) {
 		notes = s.note(ctx, notes)
-		leader, err := s.Campaign(ctx, "compaction", compactionTTL)
+		leader, err := s.Campaign(ctx, "compaction", store.CampaignTTL)
 		if err != nil {
 			if ctx.Err() == nil {
 				s.log.LogAttrs(ctx, slog.LevelWarn, "etcd is not compacted", slog.Any("err", err))

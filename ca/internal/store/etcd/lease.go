@@ -1,8 +1,8 @@
 package etcd
 
-// Leases. A store has one for each time to live that its campaigns ask for,
-// which is one; it is renewed until the store closes or etcd could not be
-// reached for so long that it may have run out.
+// Leases. A store has one for each time to live that its campaigns ask for, so
+// one as long as they ask for store.CampaignTTL; it is renewed until the store
+// closes or etcd could not be reached for so long that it may have run out.
 
 import (
 	"context"
