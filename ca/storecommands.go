@@ -35,7 +35,7 @@ type StoreReport struct {
 	// last good one, 0 for none.
 	Revision uint64
 	// MissingFirst and MissingLast are the revisions that a damaged store should
-	// have; 0 where that is not known.
+	// have; 0 where that is not known, the first alone where each may be missing.
 	MissingFirst, MissingLast uint64
 	Keys                      uint64
 	// CreatedAt, SHA256 and Bytes are those of a backup.

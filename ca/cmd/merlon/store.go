@@ -249,8 +249,10 @@ func printVerified(w io.Writer, output string, r ca.StoreReport) error {
 // missing names the revisions that a store should have.
 func missing(r ca.StoreReport) string {
 	switch {
-	case r.MissingFirst == 0:
+	case r.MissingFirst == 0 && r.MissingLast == 0:
 		return ""
+	case r.MissingFirst == 0:
+		return fmt.Sprintf("any of 1 to %d", r.MissingLast)
 	case r.MissingLast == 0:
 		return fmt.Sprintf("from %d on", r.MissingFirst)
 	default:

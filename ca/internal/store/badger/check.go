@@ -34,6 +34,9 @@ func (f *inspection) damage(dir string) error {
 	if !f.noData {
 		e.LastGood = f.tip.revision
 	}
+	if e.First == 0 {
+		e.Last = f.head.tip.revision
+	}
 	return e
 }
 

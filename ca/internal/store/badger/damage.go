@@ -15,8 +15,8 @@ type DamagedError struct {
 	// LastGood is the last revision up to which everything is there; 0 if there
 	// is none.
 	LastGood uint64
-	// First and Last are the revisions that are missing. Last is 0 if it is not
-	// known how many there were; both are 0 if it is not known which.
+	// First and Last are the revisions that are missing. First is 0 if it is not
+	// known which of those up to Last, Last if it is not known how many there were.
 	First, Last uint64
 	// Refused is the revision that Options.AcceptOlder named, if it is not
 	// LastGood.
@@ -44,8 +44,10 @@ func (e *DamagedError) loss() string {
 		good = fmt.Sprintf("the last good revision is %d", e.LastGood)
 	}
 	switch {
-	case e.First == 0:
+	case e.First == 0 && e.Last == 0:
 		return good + ", what is missing is not known"
+	case e.First == 0:
+		return fmt.Sprintf("%s, any of revisions 1 to %d may be missing", good, e.Last)
 	case e.Last == 0:
 		return fmt.Sprintf("%s, from %d on it is not known how many are missing", good, e.First)
 	case e.First == e.Last:

@@ -164,27 +164,27 @@ func TestOpenRefusesWhatHasLostSomething(t *testing.T) {
 		},
 		"data above the log": {
 			func(txn *bdg.Txn) error { return txn.Set(dataKey("x"), newState("x", nil, 9).stored) }, 9,
-			DamagedError{Reason: "data of revision 9, but the revision log ends at 6"},
+			DamagedError{Reason: "data of revision 9, but the revision log ends at 6", Last: 6},
 		},
 		"changed value": {
 			flip(dataKey("k3")), 0,
-			DamagedError{Reason: `read key "k3": record damaged: its checksum does not match`},
+			DamagedError{Reason: `read key "k3": record damaged: its checksum does not match`, Last: 6},
 		},
 		"other value": {
 			func(txn *bdg.Txn) error { return txn.Set(dataKey("k3"), newState("k3", []byte("other"), 3).stored) }, 0,
-			DamagedError{Reason: "the data at revision 6 is not what the revision log says"},
+			DamagedError{Reason: "the data at revision 6 is not what the revision log says", Last: 6},
 		},
 		"older value": {
 			func(txn *bdg.Txn) error { return txn.Set(dataKey("a"), newState("a", []byte("5"), 5).stored) }, 0,
-			DamagedError{Reason: "the data at revision 6 is not what the revision log says"},
+			DamagedError{Reason: "the data at revision 6 is not what the revision log says", Last: 6},
 		},
 		"lost key": {
 			func(txn *bdg.Txn) error { return txn.Delete(dataKey("k3")) }, 0,
-			DamagedError{Reason: "5 keys are there at revision 6, and 6 should be"},
+			DamagedError{Reason: "5 keys are there at revision 6, and 6 should be", Last: 6},
 		},
 		"changed compaction point": {
 			flip(compactedKey), 0,
-			DamagedError{Reason: "the checksum of the compaction point does not match"},
+			DamagedError{Reason: "the checksum of the compaction point does not match", Last: 6},
 		},
 		"no format": {
 			func(txn *bdg.Txn) error { return txn.Delete(formatKey) }, 0,
@@ -192,7 +192,7 @@ func TestOpenRefusesWhatHasLostSomething(t *testing.T) {
 		},
 		"no compaction point": {
 			func(txn *bdg.Txn) error { return txn.Delete(compactedKey) }, 0,
-			DamagedError{Reason: "the compaction point is missing"},
+			DamagedError{Reason: "the compaction point is missing", Last: 6},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -284,6 +284,8 @@ func TestDamageSaysWhatToDo(t *testing.T) {
 		},
 		"store d is damaged: r; no revision is whole, what is missing is not known. Nothing was changed. " +
 			"Inspect it with: merlon store verify d. Restore a backup": {Dir: "d", Reason: "r", Refused: 6},
+		"store d is damaged: r; no revision is whole, any of revisions 1 to 9 may be missing. Nothing was changed. " +
+			"Inspect it with: merlon store verify d. Restore a backup": {Dir: "d", Reason: "r", Last: 9},
 	} {
 		if got := e.Error(); got != want {
 			t.Errorf("%+v says\n%s\nwant\n%s", e, got, want)

@@ -297,3 +297,44 @@ func TestDamagedValueIsAnErrorWhereItIsRead(t *testing.T) {
 		}
 	}
 }
+
+// TestDamagedRecordEndsTheWatchThatReadsIt: likewise a record of the revision
+// log, which a watcher that is behind reads from the disk.
+func TestDamagedRecordEndsTheWatchThatReadsIt(t *testing.T) {
+	for name, rot := range map[string]func(r *record, after *point){
+		"another value":  func(r *record, _ *point) { r.events[0].KV.Value = []byte("fOrty") },
+		"another key":    func(r *record, _ *point) { r.events[0].KV.Key = "K" },
+		"a put, deleted": func(r *record, _ *point) { r.events[0].Delete, r.events[0].KV.Value = true, nil },
+		"another link":   func(_ *record, after *point) { after.sum++ },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := openStore(t, t.TempDir(), Options{RecentRevisions: 1})
+			txn(t, s, store.Put("k", []byte("three")))
+			rotten := txn(t, s, store.Put("k", []byte("forty")))
+			last := txn(t, s, store.Put("k", []byte("five")))
+			view := s.db.NewTransactionAt(last, true)
+			r, after, err := readRecord(view, rotten)
+			if err != nil {
+				t.Fatal(err)
+			}
+			rot(&r, &after)
+			if err := errors.Join(view.Set(logKey(rotten), after.appendLink(r.encode())), view.CommitAt(last, nil)); err != nil {
+				t.Fatal(err)
+			}
+			for _, from := range []uint64{0, rotten - 1} {
+				ch, err := s.Watch(t.Context(), "", from)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for b := range ch {
+					if b.Revision >= rotten {
+						t.Errorf("from %d the watch sent %+v", from, b)
+					}
+				}
+			}
+			if _, err := s.readLog(rotten - 1); !errors.Is(err, store.ErrDamaged) {
+				t.Errorf("readLog = %v; want %v", err, store.ErrDamaged)
+			}
+		})
+	}
+}

@@ -118,11 +118,16 @@ func (s *Store) readLog(revision uint64) ([]record, error) {
 }
 
 // readRecords reads records above revision up to last, with the values before.
-// It starts with the whole batch, for these may stem from it.
+// It starts with the whole batch, for these may stem from it. A record that does
+// not go on from the one before has rotted since the store was opened.
 func readRecords(db *bdg.DB, revision, last uint64) ([]record, error) {
 	view := db.NewTransactionAt(last, false)
 	defer view.Discard()
 	next, _, err := readRecord(view, revision+1)
+	if err != nil {
+		return nil, err
+	}
+	before, err := pointAt(view, next.first-1)
 	if err != nil {
 		return nil, err
 	}
@@ -133,10 +138,14 @@ func readRecords(db *bdg.DB, revision, last uint64) ([]record, error) {
 	)
 	defer prev.close()
 	for at := next.first; at <= last && len(records) < maxStepRecords && size < maxStepBytes; at++ {
-		r, _, err := readRecord(view, at)
+		r, after, err := readRecord(view, at)
 		if err != nil {
 			return nil, err
 		}
+		if !after.follows(before, r.encode()) {
+			return nil, fmt.Errorf("revision log: record %d: %w: it does not continue the hash chain", at, store.ErrDamaged)
+		}
+		before = after
 		if err := prev.fill(&r); err != nil {
 			return nil, err
 		}
@@ -146,6 +155,17 @@ func readRecords(db *bdg.DB, revision, last uint64) ([]record, error) {
 		}
 	}
 	return records, nil
+}
+
+// pointAt returns the point after a revision whose record is kept, or that is
+// the last one whose record is not.
+func pointAt(view *bdg.Txn, revision uint64) (point, error) {
+	compacted, err := readCompacted(view)
+	if err != nil || compacted.revision == revision {
+		return compacted, err
+	}
+	_, after, err := readRecord(view, revision)
+	return after, err
 }
 
 // previous finds the values before each event of records read in order.

@@ -115,7 +115,7 @@ func itemState(item *bdg.Item) (st state, err error) {
 // decodeValue reads what newState encoded; the value is part of b.
 func decodeValue(storedKey, b []byte) (state, error) {
 	if len(b) < valueHeaderBytes || !slices.Equal(storedKey[:min(len(dataPrefix), len(storedKey))], dataPrefix) {
-		return state{}, fmt.Errorf("read key %q: damaged: %d bytes are no value", trimDataPrefix(storedKey), len(b))
+		return state{}, fmt.Errorf("read key %q: %w: %d bytes are no value", trimDataPrefix(storedKey), store.ErrDamaged, len(b))
 	}
 	crc := binary.BigEndian.Uint32(b)
 	if checksum(storedKey, b[4:]) != crc {
@@ -123,7 +123,7 @@ func decodeValue(storedKey, b []byte) (state, error) {
 	}
 	revision := binary.BigEndian.Uint64(b[4:])
 	if revision == 0 {
-		return state{}, fmt.Errorf("read key %q: damaged: revision 0", trimDataPrefix(storedKey))
+		return state{}, fmt.Errorf("read key %q: %w: revision 0", trimDataPrefix(storedKey), store.ErrDamaged)
 	}
 	return state{value: b[valueHeaderBytes:], revision: revision, sum: fingerprint(crc, revision)}, nil
 }
