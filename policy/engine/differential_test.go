@@ -237,13 +237,13 @@ func compareKept(t *testing.T, e *Engine, in *policy.Input, module string) (kept
 	if e.kept == nil {
 		return 0
 	}
-	if _, ok := e.kept.find(e.kept.key(nil, in), time.Now().UnixNano()); ok {
+	if _, ok := e.kept.Find(in, time.Now().UnixNano()); ok {
 		kept = 1
 	}
 	d, a := e.decideKept(context.Background(), in)
 	want, b := e.decideByOPA(context.Background(), in)
 	if d.Allow != want.Allow || d.Reason != want.Reason || d.RuleID != want.RuleID || (a.err == nil) != (b.err == nil) {
-		t.Fatalf("call %+v:\nOPA  %+v (%v)\nkept %+v (%v)\n%s\nreads %+v", *in, want, b.err, d, a.err, module, e.kept.reads)
+		t.Fatalf("call %+v:\nOPA  %+v (%v)\nkept %+v (%v)\n%s", *in, want, b.err, d, a.err, module)
 	}
 	return kept
 }

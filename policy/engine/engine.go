@@ -25,6 +25,7 @@ import (
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/grant"
+	"merlon.dev/policy/kept"
 )
 
 // EvaluationLimit is how long one decision may take; then it is a denial with
@@ -61,7 +62,7 @@ type Engine struct {
 	ownRego    bool // there are modules beside Module, which may read all input
 	dryRun     map[string]*atomic.Uint64
 	programs   programs
-	kept       *kept // nil where unsteady says why
+	kept       *kept.Cache // nil where unsteady says why
 	unsteady   error
 	mismatches atomic.Uint64
 	log        *slog.Logger

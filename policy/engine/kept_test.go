@@ -3,7 +3,6 @@
 package engine
 
 import (
-	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -70,7 +69,7 @@ func TestDecisionsAreKeptForWhatThePolicyReads(t *testing.T) {
 			e := keptOf(t, tt.rego)
 			e.Authorize(t.Context(), get("/orders/1"))
 			has := func(in *policy.Input) bool {
-				_, ok := e.kept.find(e.kept.key(nil, in), time.Now().UnixNano())
+				_, ok := e.kept.Find(in, time.Now().UnixNano())
 				return ok
 			}
 			if !has(get("/orders/1")) {
@@ -106,7 +105,7 @@ func TestErrorsAreNotKept(t *testing.T) {
 	if d := e.Authorize(t.Context(), in); d.Reason != policy.Error {
 		t.Fatalf("%+v", d)
 	}
-	if _, ok := e.kept.find(e.kept.key(nil, in), 0); ok {
+	if _, ok := e.kept.Find(in, 0); ok {
 		t.Error("an error is kept")
 	}
 }
@@ -131,21 +130,6 @@ func TestKeptDecisionsEndWithGrants(t *testing.T) {
 				t.Errorf("after %v: %+v; want %s", step.at, d, step.want)
 			}
 		}
-	}
-}
-
-func TestKeptDecisionsAreBounded(t *testing.T) {
-	e := keptOf(t, byPort)
-	for i := range 3 * perShard {
-		e.kept.shards[0].put(fmt.Sprint(i), keptDecision{until: never})
-	}
-	if s := &e.kept.shards[0]; len(s.young) > perShard || len(s.older) > perShard {
-		t.Errorf("%d and %d are kept", len(s.young), len(s.older))
-	}
-	long := get("/" + strings.Repeat("a", maxKey))
-	e.Authorize(t.Context(), long)
-	if _, ok := e.kept.find(e.kept.key(nil, long), 0); ok {
-		t.Error("a call that is too long is kept")
 	}
 }
 

@@ -11,43 +11,41 @@ import (
 
 	"github.com/open-policy-agent/opa/v1/ast"
 	"github.com/open-policy-agent/opa/v1/dependencies"
+
+	"merlon.dev/policy/kept"
 )
 
-// Reads are parts of a call beside those that grants read (source, destination,
-// protocol, method and path), which every decision may depend on.
-type Reads struct {
-	Query, Host, SourceAddress, DestinationAddress bool
-	// AllHeaders is set where Headers, their names, do not say it all.
-	AllHeaders bool
-	Headers    []string
+// reads is kept.Reads as it is found.
+type reads struct {
+	kept.Reads
+	headers map[string]bool
 }
 
 // part is a place of the input, and what of a call it holds.
 type part struct {
 	place ast.Ref
-	take  func(*Reads)
+	take  func(*kept.Reads)
 	named bool // its members are headers
 }
 
 var parts = []part{
-	{ast.MustParseRef("input.attributes.request.http.path"), func(r *Reads) { r.Query = true }, false},
-	{ast.MustParseRef("input.parsed_query"), func(r *Reads) { r.Query = true }, false},
-	{ast.MustParseRef("input.attributes.request.http.host"), func(r *Reads) { r.Host = true }, false},
-	{ast.MustParseRef("input.attributes.request.http.headers"), func(r *Reads) { r.AllHeaders = true }, true},
-	{ast.MustParseRef("input.attributes.request.http.headers_all"), func(r *Reads) { r.AllHeaders = true }, true},
-	{ast.MustParseRef("input.attributes.source.address"), func(r *Reads) { r.SourceAddress = true }, false},
-	{ast.MustParseRef("input.attributes.destination.address"), func(r *Reads) { r.DestinationAddress = true }, false},
+	{ast.MustParseRef("input.attributes.request.http.path"), func(r *kept.Reads) { r.Query = true }, false},
+	{ast.MustParseRef("input.parsed_query"), func(r *kept.Reads) { r.Query = true }, false},
+	{ast.MustParseRef("input.attributes.request.http.host"), func(r *kept.Reads) { r.Host = true }, false},
+	{ast.MustParseRef("input.attributes.request.http.headers"), func(r *kept.Reads) { r.AllHeaders = true }, true},
+	{ast.MustParseRef("input.attributes.request.http.headers_all"), func(r *kept.Reads) { r.AllHeaders = true }, true},
+	{ast.MustParseRef("input.attributes.source.address"), func(r *kept.Reads) { r.SourceAddress = true }, false},
+	{ast.MustParseRef("input.attributes.destination.address"), func(r *kept.Reads) { r.DestinationAddress = true }, false},
 }
 
 // FindReads says what the policy that c has compiled can read, or why its answer
 // may be another one for the same call.
-func FindReads(c *ast.Compiler) (Reads, error) {
-	var r Reads
-	headers := map[string]bool{}
+func FindReads(c *ast.Compiler) (kept.Reads, error) {
+	r := reads{headers: map[string]bool{}}
 	var unsteady error
 	for _, rule := range reachable(c) {
 		ast.WalkRefs(rule, func(ref ast.Ref) bool {
-			r.take(ref, headers)
+			r.take(ref)
 			if b := ast.BuiltinMap[ref.String()]; b != nil && b.Nondeterministic && unsteady == nil {
 				unsteady = notNative(ref[0].Loc(), "%s gives another value each time", b.Name)
 			}
@@ -60,22 +58,22 @@ func FindReads(c *ast.Compiler) (Reads, error) {
 	for _, path := range asked {
 		refs, err := dependencies.Base(c, ast.MustParseRef(path))
 		if err != nil {
-			return Reads{}, fmt.Errorf("what %s reads cannot be found: %v", path, err)
+			return kept.Reads{}, fmt.Errorf("what %s reads cannot be found: %v", path, err)
 		}
 		for _, ref := range refs {
-			r.take(ref, headers)
+			r.take(ref)
 		}
 	}
-	r.Headers = slices.Sorted(maps.Keys(headers))
-	return r, unsteady
+	r.Headers = slices.Sorted(maps.Keys(r.headers))
+	return r.Reads, unsteady
 }
 
-func (r *Reads) everything() {
-	*r = Reads{Query: true, Host: true, SourceAddress: true, DestinationAddress: true, AllHeaders: true}
+func (r *reads) everything() {
+	r.Reads = kept.Reads{Query: true, Host: true, SourceAddress: true, DestinationAddress: true, AllHeaders: true}
 }
 
 // take adds what ref can read.
-func (r *Reads) take(ref ast.Ref, headers map[string]bool) {
+func (r *reads) take(ref ast.Ref) {
 	if !ref.HasPrefix(ast.InputRootRef) {
 		return
 	}
@@ -83,14 +81,14 @@ func (r *Reads) take(ref ast.Ref, headers map[string]bool) {
 	for _, p := range parts {
 		switch {
 		case p.place.HasPrefix(ground): // all of something that it is in
-			p.take(r)
+			p.take(&r.Reads)
 		case !ground.HasPrefix(p.place):
 		default:
 			if name, ok := ground[len(p.place)].Value.(ast.String); ok && p.named {
-				headers[string(name)] = true
+				r.headers[string(name)] = true
 				continue
 			}
-			p.take(r)
+			p.take(&r.Reads)
 		}
 	}
 }
