@@ -265,6 +265,9 @@ func (a *Agent) serveSockets(ctx context.Context, group *errgroup.Group, passed 
 	if err != nil {
 		return fmt.Errorf("open the public socket: %w", err)
 	}
+	if err := unixsock.Passable(a.cfg.PublicSocket); err != nil && a.cfg.Supervised {
+		a.log.LogAttrs(ctx, slog.LevelWarn, "the public socket is not for every user", slog.Any("err", err))
+	}
 	serve(ctx, group, a.publicServer(), public)
 	admin, err := listen(a.cfg.AdminSocket, adminAccess(a.cfg.AdminUIDs), passed)
 	if err != nil {

@@ -32,6 +32,7 @@ import (
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/ca/internal/upstream"
 	"merlon.dev/ca/internal/web"
+	"merlon.dev/sdk/durable"
 	"merlon.dev/sdk/health"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/unixsock"
@@ -201,7 +202,7 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 // openDataDir makes the folder of the keys, and refuses one that others can
 // write: they could put their own keys there.
 func openDataDir(dir string) error {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := durable.MakeDir(dir, 0o700); err != nil {
 		return fmt.Errorf("make data_dir: %w", err)
 	}
 	fi, err := os.Stat(dir)

@@ -12,6 +12,8 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+
+	"merlon.dev/sdk/durable"
 )
 
 // MaxPath is the longest socket path that Linux takes, in bytes (sun_path less
@@ -99,7 +101,7 @@ func Adopt(lis *net.UnixListener, access Access) error {
 // makeDir makes the directory if it is missing. One of ours that was private
 // until now is opened to passage for a shared socket.
 func makeDir(dir string, access Access) error {
-	if err := os.MkdirAll(dir, modes[access].dir); err != nil {
+	if err := durable.MakeDir(dir, modes[access].dir); err != nil {
 		return err
 	}
 	fi, err := os.Lstat(dir)
@@ -194,6 +196,26 @@ func othersWrite(dir string, fi fs.FileInfo) error {
 	}
 	if writable != 0 && fi.Mode()&fs.ModeSticky == 0 {
 		return fmt.Errorf("directory %s above it has mode %04o, which lets other users replace what is in it: chmod o-w,g-w %[1]s", dir, fi.Mode().Perm())
+	}
+	return nil
+}
+
+// Passable says why users other than root and ours cannot come to the socket at
+// path: a directory above it that they may not pass.
+func Passable(path string) error {
+	dir, err := filepath.Abs(path)
+	if err != nil {
+		return err
+	}
+	for dir != filepath.Dir(dir) {
+		dir = filepath.Dir(dir)
+		fi, err := os.Stat(dir)
+		if err != nil {
+			return err
+		}
+		if fi.Mode().Perm()&0o001 == 0 {
+			return fmt.Errorf("directory %s has mode %04o, so other users do not come to %s: chmod o+x %[1]s", dir, fi.Mode().Perm(), path)
+		}
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -60,6 +61,36 @@ func TestListenSetsModes(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A private socket that was there first, as the CA's, does not shut users out of
+// a public one beside it, whatever the umask is.
+func TestPublicSocketBesideAPrivateOneIsForEveryUser(t *testing.T) {
+	before := syscall.Umask(0o077)
+	defer syscall.Umask(before)
+	top := shortDir(t)
+	public := filepath.Join(top, "run", "agent", "public", "api.sock")
+	for path, access := range map[string]unixsock.Access{
+		filepath.Join(top, "run", "ca", "admin.sock"): unixsock.Private, public: unixsock.Public,
+	} {
+		lis, err := unixsock.Listen(path, access)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer lis.Close()
+	}
+	if err := unixsock.Passable(public); err == nil || !strings.Contains(err.Error(), "chmod o+x "+top) {
+		t.Errorf("Passable below a folder of mode 0700 = %v; want that named", err)
+	}
+	if err := os.Chmod(top, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := unixsock.Passable(public); err != nil {
+		t.Error(err)
+	}
+	if fi, err := os.Stat(filepath.Join(top, "run", "ca")); err != nil || fi.Mode().Perm() != 0o700 {
+		t.Errorf("the private socket's directory = %v, %v; want mode 0700", fi.Mode(), err)
 	}
 }
 

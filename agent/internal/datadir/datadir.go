@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"time"
 
 	"merlon.dev/sdk/durable"
@@ -47,7 +48,7 @@ type Dir struct {
 // lies in the folder, and is made at the first start: that protects copies of
 // single files, and nothing from who can read the folder.
 func Open(path, trustDomain string, source seal.Source, log *slog.Logger) (*Dir, error) {
-	if err := os.MkdirAll(path, 0o700); err != nil {
+	if err := durable.MakeDir(path, 0o700); err != nil {
 		return nil, fmt.Errorf("make the data directory: %w", err)
 	}
 	fi, err := os.Stat(path)
@@ -57,6 +58,9 @@ func Open(path, trustDomain string, source seal.Source, log *slog.Logger) (*Dir,
 	if !fi.IsDir() || fi.Mode().Perm()&0o077 != 0 {
 		return nil, fmt.Errorf("data directory %s has mode %04o, which lets other users in; chmod it to 0700", path, fi.Mode().Perm())
 	}
+	if uid := owner(fi); uid != os.Geteuid() && uid != 0 {
+		return nil, fmt.Errorf("data directory %s belongs to uid %d, who can put older files in the place of newer ones; run: chown %d %s", path, uid, os.Geteuid(), path)
+	}
 	if err := durable.RemoveUnfinished(path); err != nil {
 		return nil, fmt.Errorf("clean the data directory: %w", err)
 	}
@@ -65,6 +69,14 @@ func Open(path, trustDomain string, source seal.Source, log *slog.Logger) (*Dir,
 		return nil, fmt.Errorf("open the data directory: %w", err)
 	}
 	return d, nil
+}
+
+// owner is the user to whom a folder belongs.
+func owner(fi fs.FileInfo) int {
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+		return int(st.Uid)
+	}
+	return -1
 }
 
 func openKey(source seal.Source, path string) (*seal.Key, error) {

@@ -99,6 +99,20 @@ func TestFolderOpenToOthersIsRefused(t *testing.T) {
 
 // Damage, another file in its place, another trust domain's: set aside, kept,
 // and said.
+func TestFolderOfAnotherUserIsRefused(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to give a folder away")
+	}
+	folder := newFolder(t)
+	open(t, folder, seal.Source{})
+	if err := os.Chown(folder, 12345, 12345); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(folder, "a.test", seal.Source{}, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "belongs to uid 12345") {
+		t.Errorf("Open of another user's folder = %v; want it refused", err)
+	}
+}
+
 func TestDamagedFilesAreSetAside(t *testing.T) {
 	for name, spoil := range map[string]func(t *testing.T, path string){
 		"flipped bit": func(t *testing.T, path string) {

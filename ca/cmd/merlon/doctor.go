@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"merlon.dev/agent/agentpb"
+	"merlon.dev/sdk/unixsock"
 )
 
 const (
@@ -131,8 +132,13 @@ func verdict(name string, ok bool, good, bad, hint string) []checkJSON {
 	return []checkJSON{{Name: name, Message: bad, Hint: hint}}
 }
 
+// checkSocket names a socket that is not for every user, which may be meant so.
 func checkSocket(s *agentpb.StatusResponse, err error) []checkJSON {
-	return verdict("socket", err == nil, s.GetPublicSocket()+" takes connections", fmt.Sprintf("%s does not: %v", s.GetPublicSocket(), err),
+	good := s.GetPublicSocket() + " takes connections"
+	if closed := unixsock.Passable(s.GetPublicSocket()); closed != nil {
+		good += fmt.Sprintf(", but not of every user: %v", closed)
+	}
+	return verdict("socket", err == nil, good, fmt.Sprintf("%s does not: %v", s.GetPublicSocket(), err),
 		"is public_socket the one that systemd opened, and its directory there?")
 }
 
@@ -160,7 +166,7 @@ func checkOwn(s *agentpb.StatusResponse, now time.Time, expiring time.Duration) 
 	case end == nil:
 		return verdict("agent_svid", false, "", "the node is not attested", "the agent's log says why; it may need a join token: merlon token create")
 	case !now.Add(expiring).Before(end.AsTime()):
-		return verdict("agent_svid", false, "", "the agent's own SVID ends "+when(end, now), "while the CA is reached it is renewed at half of its life; after its end the agent comes back by itself, for agent_recovery after it was issued; later: merlon token create")
+		return verdict("agent_svid", false, "", "the agent's own SVID "+ending(end, now), "while the CA is reached it is renewed at half of its life; after its end the agent comes back by itself, for agent_recovery after it was issued; later: merlon token create")
 	}
 	return verdict("agent_svid", true, "the agent's own SVID ends "+when(end, now), "", "")
 }
@@ -211,6 +217,14 @@ func checkDisk(s *agentpb.StatusResponse) []checkJSON {
 func agentName(id string) string {
 	_, name, _ := strings.Cut(id, "/agent/")
 	return name
+}
+
+// ending is when something ends, or did.
+func ending(ts *timestamppb.Timestamp, now time.Time) string {
+	if ts.AsTime().After(now) {
+		return "ends " + when(ts, now)
+	}
+	return "ended " + when(ts, now)
 }
 
 // when is a time as people count it from now.
