@@ -82,6 +82,9 @@ type Decision struct {
 	DecisionID DecisionID
 	// Revision is the generation of the policy bundle that decided; 0 for none.
 	Revision uint64
+	// Response is what the policy wants sent with the decision; nil for nothing. It
+	// is shared, and must not be changed.
+	Response *Response
 }
 
 // Deny is a denial for reason r with a fresh decision ID.

@@ -112,10 +112,34 @@ func decisionOf(pb *agentpb.Decision) policy.Decision {
 	if d.DecisionID, err = policy.ParseDecisionID(pb.GetDecisionId()); err != nil {
 		d.DecisionID = policy.NewDecisionID()
 	}
+	if d.Response, err = responseOf(pb.GetResponse()); err != nil {
+		d.Allow, d.Reason = false, policy.Error
+	}
 	if !d.Allow && (d.Reason == "" || d.Reason == policy.Allowed) {
 		d.Reason = policy.Error
 	}
 	return d
+}
+
+func responseOf(pb *agentpb.Response) (*policy.Response, error) {
+	if pb == nil {
+		return nil, nil
+	}
+	r := &policy.Response{
+		Status: int(pb.GetStatus()), Body: pb.GetBody(), Headers: fieldsOf(pb.GetHeaders()),
+		ResponseHeaders: fieldsOf(pb.GetResponseHeaders()), RemoveHeaders: pb.GetRemoveHeaders(),
+	}
+	if err := r.Check(); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+func fieldsOf(pb []*agentpb.HeaderField) (fields []policy.HeaderField) {
+	for _, f := range pb {
+		fields = append(fields, policy.HeaderField{Name: f.GetName(), Value: f.GetValue()})
+	}
+	return fields
 }
 
 func authorizeRequest(in *policy.Input, own *current) *agentpb.AuthorizeRequest {

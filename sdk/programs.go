@@ -103,7 +103,7 @@ func (id *Identity) decideHere(p *program.Program, in *policy.Input, now time.Ti
 		d.Reason, d.Revision = policy.StaleRevocations, 0
 	} else {
 		v := p.Decide(in, now)
-		d.Allow, d.Reason, d.RuleID = v.Allow(), v.Reason, v.RuleID
+		d.Allow, d.Reason, d.RuleID, d.Response = v.Allow(), v.Reason, v.RuleID, v.Response
 	}
 	id.report.note(id, in, d, now)
 	return d

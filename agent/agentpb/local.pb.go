@@ -258,8 +258,10 @@ type Decision struct {
 	DecisionId string `protobuf:"bytes,4,opt,name=decision_id,json=decisionId,proto3" json:"decision_id,omitempty"`
 	// Generation of the policy bundle that decided; 0 for none.
 	PolicyGeneration uint64 `protobuf:"varint,5,opt,name=policy_generation,json=policyGeneration,proto3" json:"policy_generation,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// What the policy wants sent with it; unset for nothing, and in records.
+	Response      *Response `protobuf:"bytes,6,opt,name=response,proto3" json:"response,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Decision) Reset() {
@@ -327,6 +329,148 @@ func (x *Decision) GetPolicyGeneration() uint64 {
 	return 0
 }
 
+func (x *Decision) GetResponse() *Response {
+	if x != nil {
+		return x.Response
+	}
+	return nil
+}
+
+// Response is what goes with a decision; see package policy.
+type Response struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// HTTP status of a denial; 0 for 403.
+	Status uint32 `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	// Body of a denial; empty for the problem document.
+	Body string `protobuf:"bytes,2,opt,name=body,proto3" json:"body,omitempty"`
+	// Of the answer to a denial, or of the request that is passed on.
+	Headers []*HeaderField `protobuf:"bytes,3,rep,name=headers,proto3" json:"headers,omitempty"`
+	// Of the answer to a call that is allowed.
+	ResponseHeaders []*HeaderField `protobuf:"bytes,4,rep,name=response_headers,json=responseHeaders,proto3" json:"response_headers,omitempty"`
+	// Taken out of the request that is passed on.
+	RemoveHeaders []string `protobuf:"bytes,5,rep,name=remove_headers,json=removeHeaders,proto3" json:"remove_headers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Response) Reset() {
+	*x = Response{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Response) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Response) ProtoMessage() {}
+
+func (x *Response) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Response.ProtoReflect.Descriptor instead.
+func (*Response) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Response) GetStatus() uint32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *Response) GetBody() string {
+	if x != nil {
+		return x.Body
+	}
+	return ""
+}
+
+func (x *Response) GetHeaders() []*HeaderField {
+	if x != nil {
+		return x.Headers
+	}
+	return nil
+}
+
+func (x *Response) GetResponseHeaders() []*HeaderField {
+	if x != nil {
+		return x.ResponseHeaders
+	}
+	return nil
+}
+
+func (x *Response) GetRemoveHeaders() []string {
+	if x != nil {
+		return x.RemoveHeaders
+	}
+	return nil
+}
+
+type HeaderField struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In lower case.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Value         string `protobuf:"bytes,2,opt,name=value,proto3" json:"value,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeaderField) Reset() {
+	*x = HeaderField{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeaderField) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeaderField) ProtoMessage() {}
+
+func (x *HeaderField) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeaderField.ProtoReflect.Descriptor instead.
+func (*HeaderField) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *HeaderField) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *HeaderField) GetValue() string {
+	if x != nil {
+		return x.Value
+	}
+	return ""
+}
+
 type HoldKeysRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// An identity of the last answer whose csr_wanted is set.
@@ -341,7 +485,7 @@ type HoldKeysRequest struct {
 
 func (x *HoldKeysRequest) Reset() {
 	*x = HoldKeysRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[4]
+	mi := &file_agent_agentpb_local_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -353,7 +497,7 @@ func (x *HoldKeysRequest) String() string {
 func (*HoldKeysRequest) ProtoMessage() {}
 
 func (x *HoldKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[4]
+	mi := &file_agent_agentpb_local_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -366,7 +510,7 @@ func (x *HoldKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HoldKeysRequest.ProtoReflect.Descriptor instead.
 func (*HoldKeysRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{4}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *HoldKeysRequest) GetSpiffeId() string {
@@ -396,7 +540,7 @@ type HoldKeysResponse struct {
 
 func (x *HoldKeysResponse) Reset() {
 	*x = HoldKeysResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[5]
+	mi := &file_agent_agentpb_local_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -408,7 +552,7 @@ func (x *HoldKeysResponse) String() string {
 func (*HoldKeysResponse) ProtoMessage() {}
 
 func (x *HoldKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[5]
+	mi := &file_agent_agentpb_local_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -421,7 +565,7 @@ func (x *HoldKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HoldKeysResponse.ProtoReflect.Descriptor instead.
 func (*HoldKeysResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{5}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *HoldKeysResponse) GetIdentities() []*HeldIdentity {
@@ -458,7 +602,7 @@ type HeldIdentity struct {
 
 func (x *HeldIdentity) Reset() {
 	*x = HeldIdentity{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[6]
+	mi := &file_agent_agentpb_local_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -470,7 +614,7 @@ func (x *HeldIdentity) String() string {
 func (*HeldIdentity) ProtoMessage() {}
 
 func (x *HeldIdentity) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[6]
+	mi := &file_agent_agentpb_local_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -483,7 +627,7 @@ func (x *HeldIdentity) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldIdentity.ProtoReflect.Descriptor instead.
 func (*HeldIdentity) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{6}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *HeldIdentity) GetSpiffeId() string {
@@ -536,7 +680,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[7]
+	mi := &file_agent_agentpb_local_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -548,7 +692,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[7]
+	mi := &file_agent_agentpb_local_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -561,7 +705,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{7}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{9}
 }
 
 type WatchResponse struct {
@@ -588,7 +732,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[8]
+	mi := &file_agent_agentpb_local_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -600,7 +744,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[8]
+	mi := &file_agent_agentpb_local_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -613,7 +757,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{8}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *WatchResponse) GetPolicyGeneration() uint64 {
@@ -673,7 +817,7 @@ type WatchPolicyRequest struct {
 
 func (x *WatchPolicyRequest) Reset() {
 	*x = WatchPolicyRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[9]
+	mi := &file_agent_agentpb_local_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -685,7 +829,7 @@ func (x *WatchPolicyRequest) String() string {
 func (*WatchPolicyRequest) ProtoMessage() {}
 
 func (x *WatchPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[9]
+	mi := &file_agent_agentpb_local_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -698,7 +842,7 @@ func (x *WatchPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchPolicyRequest.ProtoReflect.Descriptor instead.
 func (*WatchPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{9}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{11}
 }
 
 type WatchPolicyResponse struct {
@@ -718,7 +862,7 @@ type WatchPolicyResponse struct {
 
 func (x *WatchPolicyResponse) Reset() {
 	*x = WatchPolicyResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[10]
+	mi := &file_agent_agentpb_local_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -730,7 +874,7 @@ func (x *WatchPolicyResponse) String() string {
 func (*WatchPolicyResponse) ProtoMessage() {}
 
 func (x *WatchPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[10]
+	mi := &file_agent_agentpb_local_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -743,7 +887,7 @@ func (x *WatchPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchPolicyResponse.ProtoReflect.Descriptor instead.
 func (*WatchPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{10}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WatchPolicyResponse) GetPolicyGeneration() uint64 {
@@ -801,7 +945,7 @@ type Program struct {
 
 func (x *Program) Reset() {
 	*x = Program{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[11]
+	mi := &file_agent_agentpb_local_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -813,7 +957,7 @@ func (x *Program) String() string {
 func (*Program) ProtoMessage() {}
 
 func (x *Program) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[11]
+	mi := &file_agent_agentpb_local_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -826,7 +970,7 @@ func (x *Program) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Program.ProtoReflect.Descriptor instead.
 func (*Program) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{11}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Program) GetDestination() string {
@@ -883,7 +1027,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[12]
+	mi := &file_agent_agentpb_local_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -895,7 +1039,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[12]
+	mi := &file_agent_agentpb_local_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -908,7 +1052,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{12}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ReportRequest) GetRecords() []*DecisionRecord {
@@ -962,7 +1106,7 @@ type Counts struct {
 
 func (x *Counts) Reset() {
 	*x = Counts{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[13]
+	mi := &file_agent_agentpb_local_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -974,7 +1118,7 @@ func (x *Counts) String() string {
 func (*Counts) ProtoMessage() {}
 
 func (x *Counts) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[13]
+	mi := &file_agent_agentpb_local_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -987,7 +1131,7 @@ func (x *Counts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Counts.ProtoReflect.Descriptor instead.
 func (*Counts) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{13}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Counts) GetCandidateGeneration() uint64 {
@@ -1041,7 +1185,7 @@ type Comparison struct {
 
 func (x *Comparison) Reset() {
 	*x = Comparison{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[14]
+	mi := &file_agent_agentpb_local_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1053,7 +1197,7 @@ func (x *Comparison) String() string {
 func (*Comparison) ProtoMessage() {}
 
 func (x *Comparison) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[14]
+	mi := &file_agent_agentpb_local_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1066,7 +1210,7 @@ func (x *Comparison) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Comparison.ProtoReflect.Descriptor instead.
 func (*Comparison) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{14}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Comparison) GetDestination() string {
@@ -1128,7 +1272,7 @@ type Difference struct {
 
 func (x *Difference) Reset() {
 	*x = Difference{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[15]
+	mi := &file_agent_agentpb_local_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1140,7 +1284,7 @@ func (x *Difference) String() string {
 func (*Difference) ProtoMessage() {}
 
 func (x *Difference) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[15]
+	mi := &file_agent_agentpb_local_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1153,7 +1297,7 @@ func (x *Difference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Difference.ProtoReflect.Descriptor instead.
 func (*Difference) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{15}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Difference) GetSource() string {
@@ -1224,7 +1368,7 @@ type DecisionRecord struct {
 
 func (x *DecisionRecord) Reset() {
 	*x = DecisionRecord{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[16]
+	mi := &file_agent_agentpb_local_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1236,7 +1380,7 @@ func (x *DecisionRecord) String() string {
 func (*DecisionRecord) ProtoMessage() {}
 
 func (x *DecisionRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[16]
+	mi := &file_agent_agentpb_local_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1249,7 +1393,7 @@ func (x *DecisionRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionRecord.ProtoReflect.Descriptor instead.
 func (*DecisionRecord) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{16}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *DecisionRecord) GetDecision() *Decision {
@@ -1281,7 +1425,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[17]
+	mi := &file_agent_agentpb_local_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1293,7 +1437,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[17]
+	mi := &file_agent_agentpb_local_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1306,7 +1450,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{17}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{19}
 }
 
 // Revocation withdraws SVIDs before they expire; see merlon.ca.v1.Revocation.
@@ -1330,7 +1474,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[18]
+	mi := &file_agent_agentpb_local_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1342,7 +1486,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[18]
+	mi := &file_agent_agentpb_local_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1355,7 +1499,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{18}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -1473,7 +1617,7 @@ type ExplainIdentityRequest struct {
 
 func (x *ExplainIdentityRequest) Reset() {
 	*x = ExplainIdentityRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[19]
+	mi := &file_agent_agentpb_local_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1485,7 +1629,7 @@ func (x *ExplainIdentityRequest) String() string {
 func (*ExplainIdentityRequest) ProtoMessage() {}
 
 func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[19]
+	mi := &file_agent_agentpb_local_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1498,7 +1642,7 @@ func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityRequest.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{19}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ExplainIdentityRequest) GetPid() int32 {
@@ -1537,7 +1681,7 @@ type ExplainIdentityResponse struct {
 
 func (x *ExplainIdentityResponse) Reset() {
 	*x = ExplainIdentityResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[20]
+	mi := &file_agent_agentpb_local_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1549,7 +1693,7 @@ func (x *ExplainIdentityResponse) String() string {
 func (*ExplainIdentityResponse) ProtoMessage() {}
 
 func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[20]
+	mi := &file_agent_agentpb_local_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1562,7 +1706,7 @@ func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityResponse.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{20}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExplainIdentityResponse) GetSynced() bool {
@@ -1655,7 +1799,7 @@ type EntryMatch struct {
 
 func (x *EntryMatch) Reset() {
 	*x = EntryMatch{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[21]
+	mi := &file_agent_agentpb_local_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1667,7 +1811,7 @@ func (x *EntryMatch) String() string {
 func (*EntryMatch) ProtoMessage() {}
 
 func (x *EntryMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[21]
+	mi := &file_agent_agentpb_local_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1680,7 +1824,7 @@ func (x *EntryMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryMatch.ProtoReflect.Descriptor instead.
 func (*EntryMatch) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{21}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *EntryMatch) GetEntryId() string {
@@ -1719,7 +1863,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[22]
+	mi := &file_agent_agentpb_local_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1731,7 +1875,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[22]
+	mi := &file_agent_agentpb_local_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1744,7 +1888,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{22}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{24}
 }
 
 type StatusResponse struct {
@@ -1801,7 +1945,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[23]
+	mi := &file_agent_agentpb_local_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1813,7 +1957,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[23]
+	mi := &file_agent_agentpb_local_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1826,7 +1970,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{23}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *StatusResponse) GetAgentId() string {
@@ -2041,7 +2185,7 @@ type ExplainDecisionRequest struct {
 
 func (x *ExplainDecisionRequest) Reset() {
 	*x = ExplainDecisionRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[24]
+	mi := &file_agent_agentpb_local_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2053,7 +2197,7 @@ func (x *ExplainDecisionRequest) String() string {
 func (*ExplainDecisionRequest) ProtoMessage() {}
 
 func (x *ExplainDecisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[24]
+	mi := &file_agent_agentpb_local_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2066,7 +2210,7 @@ func (x *ExplainDecisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainDecisionRequest.ProtoReflect.Descriptor instead.
 func (*ExplainDecisionRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{24}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ExplainDecisionRequest) GetDecisionId() string {
@@ -2091,7 +2235,7 @@ type ExplainDecisionResponse struct {
 
 func (x *ExplainDecisionResponse) Reset() {
 	*x = ExplainDecisionResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[25]
+	mi := &file_agent_agentpb_local_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2103,7 +2247,7 @@ func (x *ExplainDecisionResponse) String() string {
 func (*ExplainDecisionResponse) ProtoMessage() {}
 
 func (x *ExplainDecisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[25]
+	mi := &file_agent_agentpb_local_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2116,7 +2260,7 @@ func (x *ExplainDecisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainDecisionResponse.ProtoReflect.Descriptor instead.
 func (*ExplainDecisionResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{25}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ExplainDecisionResponse) GetDecision() *Decision {
@@ -2178,14 +2322,24 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\fHeaderValues\x12\x16\n" +
 	"\x06values\x18\x01 \x03(\tR\x06values\"J\n" +
 	"\x11AuthorizeResponse\x125\n" +
-	"\bdecision\x18\x01 \x01(\v2\x19.merlon.agent.v1.DecisionR\bdecision\"\x9f\x01\n" +
+	"\bdecision\x18\x01 \x01(\v2\x19.merlon.agent.v1.DecisionR\bdecision\"\xd6\x01\n" +
 	"\bDecision\x12\x14\n" +
 	"\x05allow\x18\x01 \x01(\bR\x05allow\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x17\n" +
 	"\arule_id\x18\x03 \x01(\tR\x06ruleId\x12\x1f\n" +
 	"\vdecision_id\x18\x04 \x01(\tR\n" +
 	"decisionId\x12+\n" +
-	"\x11policy_generation\x18\x05 \x01(\x04R\x10policyGeneration\"@\n" +
+	"\x11policy_generation\x18\x05 \x01(\x04R\x10policyGeneration\x125\n" +
+	"\bresponse\x18\x06 \x01(\v2\x19.merlon.agent.v1.ResponseR\bresponse\"\xde\x01\n" +
+	"\bResponse\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\rR\x06status\x12\x12\n" +
+	"\x04body\x18\x02 \x01(\tR\x04body\x126\n" +
+	"\aheaders\x18\x03 \x03(\v2\x1c.merlon.agent.v1.HeaderFieldR\aheaders\x12G\n" +
+	"\x10response_headers\x18\x04 \x03(\v2\x1c.merlon.agent.v1.HeaderFieldR\x0fresponseHeaders\x12%\n" +
+	"\x0eremove_headers\x18\x05 \x03(\tR\rremoveHeaders\"7\n" +
+	"\vHeaderField\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\"@\n" +
 	"\x0fHoldKeysRequest\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x10\n" +
 	"\x03csr\x18\x02 \x01(\fR\x03csr\"\xd7\x01\n" +
@@ -2376,96 +2530,101 @@ func file_agent_agentpb_local_proto_rawDescGZIP() []byte {
 	return file_agent_agentpb_local_proto_rawDescData
 }
 
-var file_agent_agentpb_local_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_agent_agentpb_local_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_agent_agentpb_local_proto_goTypes = []any{
 	(*AuthorizeRequest)(nil),        // 0: merlon.agent.v1.AuthorizeRequest
 	(*HeaderValues)(nil),            // 1: merlon.agent.v1.HeaderValues
 	(*AuthorizeResponse)(nil),       // 2: merlon.agent.v1.AuthorizeResponse
 	(*Decision)(nil),                // 3: merlon.agent.v1.Decision
-	(*HoldKeysRequest)(nil),         // 4: merlon.agent.v1.HoldKeysRequest
-	(*HoldKeysResponse)(nil),        // 5: merlon.agent.v1.HoldKeysResponse
-	(*HeldIdentity)(nil),            // 6: merlon.agent.v1.HeldIdentity
-	(*WatchRequest)(nil),            // 7: merlon.agent.v1.WatchRequest
-	(*WatchResponse)(nil),           // 8: merlon.agent.v1.WatchResponse
-	(*WatchPolicyRequest)(nil),      // 9: merlon.agent.v1.WatchPolicyRequest
-	(*WatchPolicyResponse)(nil),     // 10: merlon.agent.v1.WatchPolicyResponse
-	(*Program)(nil),                 // 11: merlon.agent.v1.Program
-	(*ReportRequest)(nil),           // 12: merlon.agent.v1.ReportRequest
-	(*Counts)(nil),                  // 13: merlon.agent.v1.Counts
-	(*Comparison)(nil),              // 14: merlon.agent.v1.Comparison
-	(*Difference)(nil),              // 15: merlon.agent.v1.Difference
-	(*DecisionRecord)(nil),          // 16: merlon.agent.v1.DecisionRecord
-	(*ReportResponse)(nil),          // 17: merlon.agent.v1.ReportResponse
-	(*Revocation)(nil),              // 18: merlon.agent.v1.Revocation
-	(*ExplainIdentityRequest)(nil),  // 19: merlon.agent.v1.ExplainIdentityRequest
-	(*ExplainIdentityResponse)(nil), // 20: merlon.agent.v1.ExplainIdentityResponse
-	(*EntryMatch)(nil),              // 21: merlon.agent.v1.EntryMatch
-	(*StatusRequest)(nil),           // 22: merlon.agent.v1.StatusRequest
-	(*StatusResponse)(nil),          // 23: merlon.agent.v1.StatusResponse
-	(*ExplainDecisionRequest)(nil),  // 24: merlon.agent.v1.ExplainDecisionRequest
-	(*ExplainDecisionResponse)(nil), // 25: merlon.agent.v1.ExplainDecisionResponse
-	nil,                             // 26: merlon.agent.v1.AuthorizeRequest.HeadersEntry
-	nil,                             // 27: merlon.agent.v1.HoldKeysResponse.BundlesEntry
-	nil,                             // 28: merlon.agent.v1.ReportRequest.DecidedEntry
-	(*timestamppb.Timestamp)(nil),   // 29: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 30: google.protobuf.Duration
+	(*Response)(nil),                // 4: merlon.agent.v1.Response
+	(*HeaderField)(nil),             // 5: merlon.agent.v1.HeaderField
+	(*HoldKeysRequest)(nil),         // 6: merlon.agent.v1.HoldKeysRequest
+	(*HoldKeysResponse)(nil),        // 7: merlon.agent.v1.HoldKeysResponse
+	(*HeldIdentity)(nil),            // 8: merlon.agent.v1.HeldIdentity
+	(*WatchRequest)(nil),            // 9: merlon.agent.v1.WatchRequest
+	(*WatchResponse)(nil),           // 10: merlon.agent.v1.WatchResponse
+	(*WatchPolicyRequest)(nil),      // 11: merlon.agent.v1.WatchPolicyRequest
+	(*WatchPolicyResponse)(nil),     // 12: merlon.agent.v1.WatchPolicyResponse
+	(*Program)(nil),                 // 13: merlon.agent.v1.Program
+	(*ReportRequest)(nil),           // 14: merlon.agent.v1.ReportRequest
+	(*Counts)(nil),                  // 15: merlon.agent.v1.Counts
+	(*Comparison)(nil),              // 16: merlon.agent.v1.Comparison
+	(*Difference)(nil),              // 17: merlon.agent.v1.Difference
+	(*DecisionRecord)(nil),          // 18: merlon.agent.v1.DecisionRecord
+	(*ReportResponse)(nil),          // 19: merlon.agent.v1.ReportResponse
+	(*Revocation)(nil),              // 20: merlon.agent.v1.Revocation
+	(*ExplainIdentityRequest)(nil),  // 21: merlon.agent.v1.ExplainIdentityRequest
+	(*ExplainIdentityResponse)(nil), // 22: merlon.agent.v1.ExplainIdentityResponse
+	(*EntryMatch)(nil),              // 23: merlon.agent.v1.EntryMatch
+	(*StatusRequest)(nil),           // 24: merlon.agent.v1.StatusRequest
+	(*StatusResponse)(nil),          // 25: merlon.agent.v1.StatusResponse
+	(*ExplainDecisionRequest)(nil),  // 26: merlon.agent.v1.ExplainDecisionRequest
+	(*ExplainDecisionResponse)(nil), // 27: merlon.agent.v1.ExplainDecisionResponse
+	nil,                             // 28: merlon.agent.v1.AuthorizeRequest.HeadersEntry
+	nil,                             // 29: merlon.agent.v1.HoldKeysResponse.BundlesEntry
+	nil,                             // 30: merlon.agent.v1.ReportRequest.DecidedEntry
+	(*timestamppb.Timestamp)(nil),   // 31: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 32: google.protobuf.Duration
 }
 var file_agent_agentpb_local_proto_depIdxs = []int32{
-	26, // 0: merlon.agent.v1.AuthorizeRequest.headers:type_name -> merlon.agent.v1.AuthorizeRequest.HeadersEntry
+	28, // 0: merlon.agent.v1.AuthorizeRequest.headers:type_name -> merlon.agent.v1.AuthorizeRequest.HeadersEntry
 	3,  // 1: merlon.agent.v1.AuthorizeResponse.decision:type_name -> merlon.agent.v1.Decision
-	6,  // 2: merlon.agent.v1.HoldKeysResponse.identities:type_name -> merlon.agent.v1.HeldIdentity
-	27, // 3: merlon.agent.v1.HoldKeysResponse.bundles:type_name -> merlon.agent.v1.HoldKeysResponse.BundlesEntry
-	18, // 4: merlon.agent.v1.WatchResponse.revocations:type_name -> merlon.agent.v1.Revocation
-	29, // 5: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
-	30, // 6: merlon.agent.v1.WatchResponse.deny_after:type_name -> google.protobuf.Duration
-	11, // 7: merlon.agent.v1.WatchPolicyResponse.programs:type_name -> merlon.agent.v1.Program
-	16, // 8: merlon.agent.v1.ReportRequest.records:type_name -> merlon.agent.v1.DecisionRecord
-	28, // 9: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
-	13, // 10: merlon.agent.v1.ReportRequest.counts:type_name -> merlon.agent.v1.Counts
-	14, // 11: merlon.agent.v1.Counts.comparisons:type_name -> merlon.agent.v1.Comparison
-	15, // 12: merlon.agent.v1.Counts.differences:type_name -> merlon.agent.v1.Difference
-	3,  // 13: merlon.agent.v1.DecisionRecord.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 14: merlon.agent.v1.DecisionRecord.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	29, // 15: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
-	29, // 16: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	21, // 17: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
-	29, // 18: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
-	29, // 19: merlon.agent.v1.StatusResponse.now:type_name -> google.protobuf.Timestamp
-	29, // 20: merlon.agent.v1.StatusResponse.heard_at:type_name -> google.protobuf.Timestamp
-	30, // 21: merlon.agent.v1.StatusResponse.clock_ahead:type_name -> google.protobuf.Duration
-	29, // 22: merlon.agent.v1.StatusResponse.own_svid_not_after:type_name -> google.protobuf.Timestamp
-	29, // 23: merlon.agent.v1.StatusResponse.first_x509_svid_not_after:type_name -> google.protobuf.Timestamp
-	29, // 24: merlon.agent.v1.StatusResponse.median_x509_svid_not_after:type_name -> google.protobuf.Timestamp
-	29, // 25: merlon.agent.v1.StatusResponse.first_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
-	29, // 26: merlon.agent.v1.StatusResponse.last_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
-	29, // 27: merlon.agent.v1.StatusResponse.policy_not_after:type_name -> google.protobuf.Timestamp
-	30, // 28: merlon.agent.v1.StatusResponse.revocation_max_age:type_name -> google.protobuf.Duration
-	29, // 29: merlon.agent.v1.StatusResponse.cache_saved_at:type_name -> google.protobuf.Timestamp
-	3,  // 30: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 31: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	29, // 32: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
-	1,  // 33: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
-	0,  // 34: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
-	7,  // 35: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
-	9,  // 36: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
-	12, // 37: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
-	4,  // 38: merlon.agent.v1.Local.HoldKeys:input_type -> merlon.agent.v1.HoldKeysRequest
-	19, // 39: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
-	24, // 40: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
-	22, // 41: merlon.agent.v1.Debug.Status:input_type -> merlon.agent.v1.StatusRequest
-	2,  // 42: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
-	8,  // 43: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
-	10, // 44: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
-	17, // 45: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
-	5,  // 46: merlon.agent.v1.Local.HoldKeys:output_type -> merlon.agent.v1.HoldKeysResponse
-	20, // 47: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
-	25, // 48: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
-	23, // 49: merlon.agent.v1.Debug.Status:output_type -> merlon.agent.v1.StatusResponse
-	42, // [42:50] is the sub-list for method output_type
-	34, // [34:42] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	4,  // 2: merlon.agent.v1.Decision.response:type_name -> merlon.agent.v1.Response
+	5,  // 3: merlon.agent.v1.Response.headers:type_name -> merlon.agent.v1.HeaderField
+	5,  // 4: merlon.agent.v1.Response.response_headers:type_name -> merlon.agent.v1.HeaderField
+	8,  // 5: merlon.agent.v1.HoldKeysResponse.identities:type_name -> merlon.agent.v1.HeldIdentity
+	29, // 6: merlon.agent.v1.HoldKeysResponse.bundles:type_name -> merlon.agent.v1.HoldKeysResponse.BundlesEntry
+	20, // 7: merlon.agent.v1.WatchResponse.revocations:type_name -> merlon.agent.v1.Revocation
+	31, // 8: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
+	32, // 9: merlon.agent.v1.WatchResponse.deny_after:type_name -> google.protobuf.Duration
+	13, // 10: merlon.agent.v1.WatchPolicyResponse.programs:type_name -> merlon.agent.v1.Program
+	18, // 11: merlon.agent.v1.ReportRequest.records:type_name -> merlon.agent.v1.DecisionRecord
+	30, // 12: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
+	15, // 13: merlon.agent.v1.ReportRequest.counts:type_name -> merlon.agent.v1.Counts
+	16, // 14: merlon.agent.v1.Counts.comparisons:type_name -> merlon.agent.v1.Comparison
+	17, // 15: merlon.agent.v1.Counts.differences:type_name -> merlon.agent.v1.Difference
+	3,  // 16: merlon.agent.v1.DecisionRecord.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 17: merlon.agent.v1.DecisionRecord.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	31, // 18: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
+	31, // 19: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	23, // 20: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
+	31, // 21: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
+	31, // 22: merlon.agent.v1.StatusResponse.now:type_name -> google.protobuf.Timestamp
+	31, // 23: merlon.agent.v1.StatusResponse.heard_at:type_name -> google.protobuf.Timestamp
+	32, // 24: merlon.agent.v1.StatusResponse.clock_ahead:type_name -> google.protobuf.Duration
+	31, // 25: merlon.agent.v1.StatusResponse.own_svid_not_after:type_name -> google.protobuf.Timestamp
+	31, // 26: merlon.agent.v1.StatusResponse.first_x509_svid_not_after:type_name -> google.protobuf.Timestamp
+	31, // 27: merlon.agent.v1.StatusResponse.median_x509_svid_not_after:type_name -> google.protobuf.Timestamp
+	31, // 28: merlon.agent.v1.StatusResponse.first_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
+	31, // 29: merlon.agent.v1.StatusResponse.last_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
+	31, // 30: merlon.agent.v1.StatusResponse.policy_not_after:type_name -> google.protobuf.Timestamp
+	32, // 31: merlon.agent.v1.StatusResponse.revocation_max_age:type_name -> google.protobuf.Duration
+	31, // 32: merlon.agent.v1.StatusResponse.cache_saved_at:type_name -> google.protobuf.Timestamp
+	3,  // 33: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 34: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	31, // 35: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
+	1,  // 36: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
+	0,  // 37: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
+	9,  // 38: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
+	11, // 39: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
+	14, // 40: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
+	6,  // 41: merlon.agent.v1.Local.HoldKeys:input_type -> merlon.agent.v1.HoldKeysRequest
+	21, // 42: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
+	26, // 43: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
+	24, // 44: merlon.agent.v1.Debug.Status:input_type -> merlon.agent.v1.StatusRequest
+	2,  // 45: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
+	10, // 46: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
+	12, // 47: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
+	19, // 48: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
+	7,  // 49: merlon.agent.v1.Local.HoldKeys:output_type -> merlon.agent.v1.HoldKeysResponse
+	22, // 50: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
+	27, // 51: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
+	25, // 52: merlon.agent.v1.Debug.Status:output_type -> merlon.agent.v1.StatusResponse
+	45, // [45:53] is the sub-list for method output_type
+	37, // [37:45] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_agent_agentpb_local_proto_init() }
@@ -2473,7 +2632,7 @@ func file_agent_agentpb_local_proto_init() {
 	if File_agent_agentpb_local_proto != nil {
 		return
 	}
-	file_agent_agentpb_local_proto_msgTypes[18].OneofWrappers = []any{
+	file_agent_agentpb_local_proto_msgTypes[20].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -2485,7 +2644,7 @@ func file_agent_agentpb_local_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_agentpb_local_proto_rawDesc), len(file_agent_agentpb_local_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

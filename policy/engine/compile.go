@@ -117,8 +117,9 @@ type query struct {
 
 // The variables that queries bind.
 const (
-	verdictVar = ast.Var("verdict")
-	dryRunVar  = ast.Var("dry_run")
+	verdictVar  = ast.Var("verdict")
+	dryRunVar   = ast.Var("dry_run")
+	responseVar = ast.Var("response")
 )
 
 // grantsOnly is the program of every policy without Rego of its own.
@@ -133,6 +134,9 @@ func newProgram(own map[string]string, prepare func(*ast.Compiler)) (*compiled, 
 	decides := "verdict = data.merlon.granted"
 	if len(own) > 0 {
 		decides = "verdict = data.merlon.verdict"
+		if residual.AnswersObjects(compiler) {
+			decides += "; response = data.merlon.response"
+		}
 	}
 	p := &compiled{compiler: compiler, forPrograms: sync.OnceValues(func() (*ast.Compiler, error) {
 		if err := residual.Check(compiler); err != nil {
@@ -145,17 +149,17 @@ func newProgram(own map[string]string, prepare func(*ast.Compiler)) (*compiled, 
 			c.WithStageAfterID(ast.StageBuildRequiredCapabilities, residual.Guard)
 		})
 	})}
-	if p.decides, err = newQuery(compiler, decides); err != nil {
+	if p.decides, err = newQuery(compiler, ast.MustParseBody(decides)); err != nil {
 		return nil, err
 	}
-	p.decidesAndRecords, err = newQuery(compiler, decides+"; dry_run = data.merlon.dry_run")
+	p.decidesAndRecords, err = newQuery(compiler, ast.MustParseBody(decides+"; dry_run = data.merlon.dry_run"))
 	return p, err
 }
 
-func newQuery(c *ast.Compiler, text string) (query, error) {
+func newQuery(c *ast.Compiler, question ast.Body) (query, error) {
 	q := query{compiler: c.QueryCompiler()}
 	var err error
-	if q.body, err = q.compiler.Compile(ast.MustParseBody(text)); err != nil {
+	if q.body, err = q.compiler.Compile(question); err != nil {
 		return query{}, fmt.Errorf("load policy: %v", err)
 	}
 	return q, nil

@@ -181,6 +181,9 @@ func (w *writer) module() string {
 	if w.IntN(2) == 0 {
 		b.WriteString("default allow := false\n\n")
 	}
+	if w.IntN(5) == 0 {
+		return w.objects() + strings.Join(w.helpers, "\n")
+	}
 	for range w.IntN(3) {
 		fmt.Fprintf(&b, "allow if %s\n", w.body(0))
 	}
@@ -191,6 +194,34 @@ func (w *writer) module() string {
 		fmt.Fprintf(&b, "allow := %s if %s\n", w.one("false", `"yes"`, `{"allowed": true}`), w.body(0))
 	}
 	b.WriteString(strings.Join(w.helpers, "\n"))
+	return b.String()
+}
+
+// objects writes a policy of opa-envoy-plugin's kind.
+func (w *writer) objects() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "package %s\n\n", w.one("authz", "envoy.authz"))
+	if w.IntN(3) > 0 {
+		fmt.Fprintf(&b, "default allow := %s\n\n", w.one("false", `{"allowed": false, "http_status": 401, "body": "no"}`, `{"allowed": false, "http_status": 404, "headers": {"x-a": "1"}}`, `{"allowed": false}`))
+	}
+	if w.IntN(3) == 0 {
+		fmt.Fprintf(&b, "deny if %s\n", w.body(0))
+	}
+	answers := []string{
+		`{"allowed": true, "headers": {"x-a": "1", "x-b": ["2", "3"]}, "request_headers_to_remove": ["accept"]}`, `{"allowed": true}`, "true", "false",
+		`{"allowed": false, "http_status": 404, "headers": {"x-a": "1"}}`, `{"allowed": true, "response_headers_to_add": {"x-c": "4"}, "dynamic_metadata": {"a": 1}}`,
+		`{"allowed": input.protocol == "http"}`, `{"allowed": true, "headers": {"x-a": "a\nb"}}`,
+	}
+	if w.IntN(2) == 0 { // rules that exclude each other
+		for _, method := range []string{"GET", "POST"} {
+			fmt.Fprintf(&b, "allow := %s if {\n\tinput.attributes.request.http.method == %q\n%s\n", w.one(answers...), method, strings.TrimPrefix(w.body(0), "{\n"))
+		}
+		return b.String()
+	}
+	answer := w.one(answers...)
+	for range w.IntN(2) + 1 {
+		fmt.Fprintf(&b, "allow := response if {\n\tresponse := %s\n%s\n", answer, strings.TrimPrefix(w.body(0), "{\n"))
+	}
 	return b.String()
 }
 
@@ -242,7 +273,7 @@ func compareKept(t *testing.T, e *Engine, in *policy.Input, module string) (kept
 	}
 	d, a := e.decideKept(context.Background(), in)
 	want, b := e.decideByOPA(context.Background(), in)
-	if d.Allow != want.Allow || d.Reason != want.Reason || d.RuleID != want.RuleID || (a.err == nil) != (b.err == nil) {
+	if d.Allow != want.Allow || d.Reason != want.Reason || d.RuleID != want.RuleID || !d.Response.Equal(want.Response) || (a.err == nil) != (b.err == nil) {
 		t.Fatalf("call %+v:\nOPA  %+v (%v)\nkept %+v (%v)\n%s", *in, want, b.err, d, a.err, module)
 	}
 	return kept
@@ -273,7 +304,7 @@ func TestProgramsAnswerAsOPADoes(t *testing.T) {
 	}
 	t.Logf("MERLON_SEED=%d", seed)
 	n, tried := pairs(t), 0
-	native, byOPA, compared, allowed, failed, kept := 0, map[string]int{}, 0, 0, 0, 0
+	native, byOPA, compared, allowed, failed, kept, responses := 0, map[string]int{}, 0, 0, 0, 0, 0
 	for i := 0; compared < n && tried < 4*n; i++ {
 		w := &writer{Rand: rand.New(rand.NewPCG(seed, uint64(i)))}
 		module := w.module()
@@ -319,7 +350,10 @@ func TestProgramsAnswerAsOPADoes(t *testing.T) {
 			if d.Reason == policy.Error {
 				failed++
 			}
-			if v.Allow() != d.Allow || v.Reason != d.Reason || v.RuleID != d.RuleID {
+			if v.Response != nil {
+				responses++
+			}
+			if v.Allow() != d.Allow || v.Reason != d.Reason || v.RuleID != d.RuleID || !v.Response.Equal(d.Response) {
 				src, _ := e.programSource(context.Background(), in.Destination)
 				t.Fatalf("policy %d, call %+v:\nOPA     %+v (%v)\nprogram %+v\n%s\nallow %+v\ndeny %+v", i, *in, d, a.err, v, module, src.Allow, src.Deny)
 			}
@@ -331,8 +365,8 @@ func TestProgramsAnswerAsOPADoes(t *testing.T) {
 			t.Logf("%5d %s", n, reason)
 		}
 	}
-	t.Logf("%d decisions of OPA were kept", kept)
-	if kept == 0 || compared < n || allowed == 0 || allowed == compared {
+	t.Logf("%d decisions of OPA were kept, %d programs' answers were objects", kept, responses)
+	if kept == 0 || responses == 0 || compared < n || allowed == 0 || allowed == compared {
 		t.Errorf("of %d pairs %d were compared, %d allowed: too little is shown", tried, compared, allowed)
 	}
 }

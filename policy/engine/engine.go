@@ -206,7 +206,9 @@ func (e *Engine) decide(ctx context.Context, in *policy.Input) (policy.Decision,
 	if v.Reason == policy.BadRequest {
 		a.err = policy.CheckPath(in.Path)
 	}
-	return policy.Decision{Allow: v.Allow(), Reason: v.Reason, RuleID: v.RuleID, DecisionID: policy.NewDecisionID(), Revision: e.generation}, a
+	return policy.Decision{
+		Allow: v.Allow(), Reason: v.Reason, RuleID: v.RuleID, DecisionID: policy.NewDecisionID(), Revision: e.generation, Response: v.Response,
+	}, a
 }
 
 func (e *Engine) decideByOPA(ctx context.Context, in *policy.Input) (policy.Decision, answer) {
@@ -229,7 +231,7 @@ func (e *Engine) decideByOPA(ctx context.Context, in *policy.Input) (policy.Deci
 	a := e.evaluate(ctx, in, now, e.limit, &d)
 	e.count(a.dryRun)
 	if a.err != nil {
-		d.Allow, d.Reason, d.RuleID = false, policy.Error, ""
+		d.Allow, d.Reason, d.RuleID, d.Response = false, policy.Error, "", nil
 		e.log.LogAttrs(ctx, slog.LevelWarn, "policy evaluation failed", slog.String("decision_id", d.DecisionID.String()),
 			slog.Uint64("policy_revision", e.generation), slog.Any("err", a.err))
 	}
@@ -304,6 +306,10 @@ func (e *Engine) read(result topdown.QueryResult, d *policy.Decision) (a answer)
 	dryRun, ok3 := value[*ast.Array](result[dryRunVar])
 	if !ok1 || !ok2 || !ok3 && result[dryRunVar] != nil {
 		return answer{err: errors.New("evaluate policy: malformed decision")}
+	}
+	var err error
+	if d.Response, err = readResponse(result[responseVar]); err != nil {
+		return answer{err: fmt.Errorf("evaluate policy: the object that allow is: %w", err)}
 	}
 	d.Reason, d.RuleID = policy.Reason(reason), string(rule)
 	d.Allow = d.Reason == policy.Allowed

@@ -26,11 +26,12 @@ func (e *Engine) decideKept(ctx context.Context, in *policy.Input) (policy.Decis
 		e.count(v.DryRun)
 		return policy.Decision{
 			Allow: v.Allow(), Reason: v.Reason, RuleID: v.RuleID, DecisionID: policy.NewDecisionID(), Revision: e.generation,
+			Response: v.Response,
 		}, answer{dryRun: v.DryRun}
 	}
 	d, a := e.decideByOPA(ctx, in)
 	if a.err == nil {
-		e.kept.Put(in, program.Verdict{Reason: d.Reason, RuleID: d.RuleID, DryRun: a.dryRun}, at, e.now().UnixNano())
+		e.kept.Put(in, program.Verdict{Reason: d.Reason, RuleID: d.RuleID, DryRun: a.dryRun, Response: d.Response}, at, e.now().UnixNano())
 	}
 	return d, a
 }

@@ -60,6 +60,26 @@ verdict := ["DENY_RULE", denying[0]] if {
 	rego_allows
 } else := [nearest_miss, ""]
 
+# response is the object that own Rego answers with, if it says the same as
+# verdict: it goes with a call that is allowed or with a denial by default.
+default response := null
+
+response := data.authz.allow if {
+	agrees(data.authz.allow)
+} else := data.envoy.authz.allow if {
+	agrees(data.envoy.authz.allow)
+}
+
+agrees(answer) if {
+	answer.allowed == true
+	verdict[0] == "ALLOWED"
+}
+
+agrees(answer) if {
+	answer.allowed == false
+	verdict == [nearest_miss, ""]
+}
+
 # granted is verdict without own Rego.
 granted := ["DENY_RULE", denying[0]] if {
 	input.merlon.deny

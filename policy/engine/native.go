@@ -46,8 +46,41 @@ func (e *Engine) programSource(ctx context.Context, destination string) (program
 	if src.Deny, err = e.remaining(ctx, compiler, "deny", destination); err != nil {
 		return program.Source{}, err
 	}
+	if residual.AnswersObjects(e.program.compiler) {
+		err = e.answers(ctx, compiler, &src)
+		return src, err
+	}
 	src.Allow, err = e.remaining(ctx, compiler, "allow", destination)
 	return src, err
+}
+
+// answers is what allow answers where that can be an object, and to which calls.
+func (e *Engine) answers(ctx context.Context, c *ast.Compiler, src *program.Source) error {
+	either := program.Expr{Op: program.Or}
+	for _, a := range residual.Answers(e.program.compiler) {
+		r := program.Response{Allow: a.Allows()}
+		if object, ok := a.Value.(ast.Object); ok {
+			var err error
+			if r.Send, err = responseOf(object); err != nil {
+				return fmt.Errorf("the object that %s is: %v", a.Rule, err)
+			}
+		}
+		if !a.Default {
+			when, err := e.whereTrue(ctx, c, ast.NewBody(ast.Equality.Expr(ast.NewTerm(a.Rule), ast.NewTerm(a.Value))), src.Destination)
+			if err != nil {
+				return err
+			}
+			when = residual.Simplify(when)
+			r.When = &when
+			if r.Allow {
+				either.Of = append(either.Of, when)
+			}
+		}
+		src.Responses = append(src.Responses, r)
+	}
+	simple := residual.Simplify(either)
+	src.Allow = &simple
+	return nil
 }
 
 func nativeGrant(g *grant.Grant) program.Grant {
@@ -120,11 +153,7 @@ func known(destination string) *ast.Term {
 func (e *Engine) remaining(ctx context.Context, c *ast.Compiler, name, destination string) (*program.Expr, error) {
 	either := program.Expr{Op: program.Or}
 	for _, pkg := range []string{"data.authz", "data.envoy.authz"} {
-		bodies, support, err := e.partial(ctx, c, fmt.Sprintf("%s.%s == true", pkg, name), destination)
-		if err != nil {
-			return nil, err
-		}
-		one, err := residual.Translate(bodies, support)
+		one, err := e.whereTrue(ctx, c, ast.MustParseBody(fmt.Sprintf("%s.%s == true", pkg, name)), destination)
 		if err != nil {
 			return nil, err
 		}
@@ -134,10 +163,19 @@ func (e *Engine) remaining(ctx context.Context, c *ast.Compiler, name, destinati
 	return &simple, nil
 }
 
-func (e *Engine) partial(ctx context.Context, c *ast.Compiler, question, destination string) (bodies []ast.Body, support []*ast.Module, err error) {
+// whereTrue is for which calls the question is true.
+func (e *Engine) whereTrue(ctx context.Context, c *ast.Compiler, question ast.Body, destination string) (program.Expr, error) {
+	bodies, support, err := e.partial(ctx, c, question, destination)
+	if err != nil {
+		return program.Expr{}, err
+	}
+	return residual.Translate(bodies, support)
+}
+
+func (e *Engine) partial(ctx context.Context, c *ast.Compiler, question ast.Body, destination string) (bodies []ast.Body, support []*ast.Module, err error) {
 	defer func() {
 		if r := recover(); r != nil { // a bug in OPA, as in evaluate
-			err = fmt.Errorf("evaluate %s without a call: panic: %v", question, r)
+			err = fmt.Errorf("evaluate %v without a call: panic: %v", question, r)
 		}
 	}()
 	q, err := newQuery(c, question)

@@ -151,7 +151,7 @@ func (e *Engine) holdAgainstOPA(p *program.Program, src *program.Source) error {
 		if v.Reason == policy.StalePolicy || v.Reason == policy.BadRequest {
 			continue // which OPA is not asked about
 		}
-		if v.Reason != d.Reason || v.RuleID != d.RuleID || !slices.Equal(v.DryRun, a.dryRun) {
+		if v.Reason != d.Reason || v.RuleID != d.RuleID || !slices.Equal(v.DryRun, a.dryRun) || !v.Response.Equal(d.Response) {
 			e.mismatches.Add(1)
 			e.log.Error("a compiled policy differs from OPA's answer; OPA decides for this destination: please report this as a bug of Merlon",
 				slog.String("destination", src.Destination), slog.Uint64("policy_revision", e.generation), slog.Any("call", in),

@@ -31,6 +31,8 @@ const (
 	ways = 4
 	// maxKey is the longest key; longer calls are decided each time.
 	maxKey = 1024
+	// maxResponse is the most that may be sent with a decision that is kept.
+	maxResponse = 1024
 )
 
 // Cache keeps decisions. It is bounded, takes no lock, and is safe for concurrent
@@ -92,7 +94,7 @@ func (c *Cache) Find(in *policy.Input, at int64) (v program.Verdict, ok bool) {
 func (c *Cache) Put(in *policy.Input, v program.Verdict, asked, came int64) {
 	until := c.until(asked)
 	key := c.key(nil, in)
-	if len(key) > maxKey || came >= until {
+	if len(key) > maxKey || v.Response.Size() > maxResponse || came >= until {
 		return
 	}
 	table := c.table.Load()

@@ -83,6 +83,15 @@ func TestCacheIsBounded(t *testing.T) {
 	if _, ok := c.Find(long, 0); ok {
 		t.Error("a call that is too long is kept")
 	}
+	for n, want := range map[int]bool{maxResponse: true, maxResponse + 1: false} {
+		v := allowed("body")
+		v.Response = &policy.Response{Body: strings.Repeat("a", n-3), Headers: []policy.HeaderField{{Name: "a", Value: "b"}}, RemoveHeaders: []string{"c"}}
+		c.Put(call("/body"), v, 0, 0)
+		got, ok := c.Find(call("/body"), 0)
+		if c = New(Reads{}, nil); ok != want || ok && got.Response != v.Response {
+			t.Errorf("with %d bytes to send: kept is %v", n, ok)
+		}
+	}
 }
 
 // What is asked for again and again outlives what was asked for once.

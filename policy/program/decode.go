@@ -38,6 +38,7 @@ func decode(data []byte) (src Source, err error) {
 	src.Destination = r.text()
 	src.Grants = readList(&r, r.number(), r.grant)
 	src.Deny, src.Allow = r.condition(), r.condition()
+	src.Responses = readList(&r, r.number(), r.response)
 	if !r.bad && r.rest != "" {
 		r.bad = true
 	}

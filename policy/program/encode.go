@@ -15,7 +15,7 @@ const MaxBytes = 16 << 20
 
 // version changes with each change of the form. A reader refuses others, and asks
 // the agent for each decision instead.
-const version = 1
+const version = 2
 
 // ErrVersion is a program in a form that this version of Merlon does not read.
 var ErrVersion = errors.New("program: made by another version of merlon")
@@ -32,6 +32,10 @@ func Encode(src *Source) []byte {
 	}
 	w.condition(src.Deny)
 	w.condition(src.Allow)
+	w.number(uint64(len(src.Responses)))
+	for i := range src.Responses {
+		w.response(&src.Responses[i])
+	}
 
 	out := append(make([]byte, 0, len(w.body)+len(w.texts)*16), version)
 	out = binary.AppendUvarint(out, uint64(len(w.texts)))

@@ -110,11 +110,31 @@ func anyExpr(t *rapid.T, nested, depth int) Expr {
 	return e
 }
 
+var anyResponse = rapid.Custom(func(t *rapid.T) Response {
+	r := Response{Allow: rapid.Bool().Draw(t, "allow")}
+	if rapid.Bool().Draw(t, "when") {
+		when := anyExpr(t, 0, 0)
+		r.When = &when
+	}
+	if rapid.Bool().Draw(t, "send") {
+		field := rapid.Custom(func(t *rapid.T) policy.HeaderField {
+			return policy.HeaderField{Name: rapid.SampledFrom([]string{"x-a", "location"}).Draw(t, "name"), Value: anyText.Draw(t, "value")}
+		})
+		r.Send = &policy.Response{
+			Status: rapid.SampledFrom([]int{0, 200, 599}).Draw(t, "status"), Body: anyText.Draw(t, "body"),
+			Headers: some(t, field, "headers"), ResponseHeaders: some(t, field, "response headers"),
+			RemoveHeaders: some(t, rapid.SampledFrom([]string{"cookie", "x-b"}), "removed"),
+		}
+	}
+	return r
+})
+
 var anySource = rapid.Custom(func(t *rapid.T) Source {
 	src := Source{
 		Destination: anyText.Draw(t, "destination"), Generation: rapid.Uint64().Draw(t, "generation"),
 		Grants: rapid.SliceOfN(anyGrant, 0, 4).Draw(t, "grants"),
 	}
+	src.Responses = rapid.SliceOfN(anyResponse, 0, 2).Draw(t, "responses")
 	for i := range src.Grants {
 		src.Grants[i].ID = "g" + string(rune('a'+i))
 	}

@@ -27,6 +27,9 @@ type Source struct {
 	Grants []Grant
 	// Deny and Allow are the policy's own Rego; nil where it has none.
 	Deny, Allow *Expr
+	// Responses are what it answers beside yes and no, where it does; the first one
+	// that goes with a verdict is sent.
+	Responses []Response
 }
 
 // Kind says what a matching grant does.
@@ -86,17 +89,21 @@ func New(src Source) (*Program, error) {
 			return nil, fmt.Errorf("program: grant %q is out of order", src.Grants[i].ID)
 		}
 	}
+	nodes := 0
 	for _, e := range []**Expr{&p.source.Deny, &p.source.Allow} {
 		if *e == nil {
 			continue
 		}
-		own, nodes := **e, 0
+		own := **e
 		if err := own.check(0, 0, &nodes); err != nil {
 			return nil, fmt.Errorf("program: %w", err)
 		}
 		*e = &own
 	}
-	var err error
+	err := p.copyResponses(&nodes)
+	if err != nil {
+		return nil, fmt.Errorf("program: %w", err)
+	}
 	p.grants, err = newIndex(src.Grants)
 	return p, err
 }
@@ -117,6 +124,8 @@ type Verdict struct {
 	RuleID string
 	// DryRun has the IDs of the dry-run grants that match, sorted.
 	DryRun []string
+	// Response is what to send beside it; nil for nothing. It is shared.
+	Response *policy.Response
 }
 
 // Allow says whether the call may happen.
@@ -159,13 +168,13 @@ func (p *Program) decide(in *policy.Input, now time.Time) (v Verdict) {
 		return v
 	}
 	if g := found.first(Allow, &c, at); g != nil {
-		v.Reason, v.RuleID = policy.Allowed, g.id
+		v.Reason, v.RuleID, v.Response = policy.Allowed, g.id, p.response(true, in, &elements)
 		return v
 	}
 	if p.source.Allow != nil && p.source.Allow.holds(in, &elements) {
-		v.Reason, v.RuleID = policy.Allowed, "rego:allow"
+		v.Reason, v.RuleID, v.Response = policy.Allowed, "rego:allow", p.response(true, in, &elements)
 		return v
 	}
-	v.Reason = found.nearest(&c, at)
+	v.Reason, v.Response = found.nearest(&c, at), p.response(false, in, &elements)
 	return v
 }

@@ -8,6 +8,7 @@ import (
 	"crypto/tls"
 	"encoding/base64"
 	"errors"
+	"maps"
 	"strings"
 	"time"
 
@@ -103,12 +104,43 @@ func (s *server) decide(ctx context.Context, served string) (context.Context, de
 	}
 	ctx, decision := s.id.Decide(ctx, state, in)
 	if !decision.Allow {
-		return nil, decided{}, denial(decision)
+		return nil, decided{}, withFields(ctx, decision)
 	}
-	return ctx, decided{in, decision, state}, nil
+	return asDecided(ctx, decision.Response), decided{in, decision, state}, nil
 }
 
-// denial is the error of a denied call: PermissionDenied with ErrorInfo.
+// withFields is the error of a denied call, before anything was answered: the fields
+// that the policy wants go in front.
+func withFields(ctx context.Context, d policy.Decision) error {
+	if d.Response != nil && len(d.Response.Headers) > 0 {
+		_ = grpc.SetHeader(ctx, metadataOf(d.Response.Headers)) // who has gone needs none
+	}
+	return denial(d)
+}
+
+// asDecided gives the context that a handler is to see: with the policy's metadata in
+// the place of the caller's of the same names, and without what it takes away.
+func asDecided(ctx context.Context, send *policy.Response) context.Context {
+	if send == nil {
+		return ctx
+	}
+	if len(send.ResponseHeaders) > 0 {
+		_ = grpc.SetHeader(ctx, metadataOf(send.ResponseHeaders)) // likewise
+	}
+	md, _ := metadata.FromIncomingContext(ctx) // a copy
+	maps.DeleteFunc(md, func(name string, _ []string) bool { return send.Replaces(name) })
+	return metadata.NewIncomingContext(ctx, metadata.Join(md, metadataOf(send.Headers)))
+}
+
+func metadataOf(fields []policy.HeaderField) metadata.MD {
+	md := metadata.MD{}
+	for _, f := range fields {
+		md.Append(f.Name, f.Value)
+	}
+	return md
+}
+
+// denial is the error of a denied call, with ErrorInfo.
 func denial(d policy.Decision) error { return sdk.DeniedBy(d).GRPCStatus().Err() }
 
 // exactMethod gives the :path of the stream as it was sent, unless it is
@@ -140,8 +172,7 @@ func (s *server) headers(ctx context.Context, in *policy.Input) context.Context 
 	}
 	stripped := false
 	for name := range md {
-		switch strings.ReplaceAll(name, "_", "-") {
-		case "x-spiffe-id", "x-forwarded-client-cert":
+		if policy.ClaimsIdentity(name) {
 			delete(md, name)
 			stripped = true
 		}

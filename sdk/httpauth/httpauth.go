@@ -4,7 +4,6 @@
 package httpauth
 
 import (
-	"encoding/json"
 	"errors"
 	"maps"
 	"net"
@@ -23,16 +22,6 @@ const ProblemType = "https://merlon.dev/problems/denied"
 // DecisionIDHeader carries the decision ID of a denial.
 const DecisionIDHeader = "X-Decision-Id"
 
-// Problem is the body of a denial, application/problem+json.
-type Problem struct {
-	Type       string        `json:"type"`
-	Title      string        `json:"title"`
-	Status     int           `json:"status"`
-	Reason     policy.Reason `json:"reason"`
-	DecisionID string        `json:"decision_id"`
-	Hint       string        `json:"hint,omitempty"`
-}
-
 // Handler asks the policy about every request and passes on to next only what
 // is allowed; next finds peer and decision by sdk.PeerFromContext and
 // sdk.DecisionFromContext. The server has to use id.ServerTLS: on any other
@@ -42,6 +31,10 @@ type Problem struct {
 // policy decides about the bytes that were sent, and a request whose URL has
 // been changed since is denied. Ambiguous paths are answered with 400 and
 // never reach next, nor the redirects of an http.ServeMux in it.
+//
+// What the policy wants sent with its decision is sent: header fields that it adds to
+// an allowed request, or takes away from it, are what next sees, and a denial has
+// the policy's status, fields and body.
 //
 // A request that is under way when the policy stops allowing it ends: its context
 // is cancelled, with the denial as cause, its body and answer give errors, and the
@@ -85,7 +78,10 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		refuse(w, r, decision)
 		return
 	}
-	h.serveLive(w, r.WithContext(ctx), in, decision)
+	if decision.Response != nil {
+		addFields(w.Header(), decision.Response.ResponseHeaders)
+	}
+	h.serveLive(w, asDecided(r.WithContext(ctx), decision.Response), in, decision)
 }
 
 // exactPath gives the bytes of the path as they came over the wire, unless
@@ -120,23 +116,12 @@ func exactPath(r *http.Request) (string, error) {
 	return path, nil
 }
 
-// forged says whether a field name, in lower case, claims an identity. Only
-// TLS says who the caller is (T13). Underscores count as hyphens: CGI and its
-// descendants make them the same.
-func forged(name string) bool {
-	switch strings.ReplaceAll(name, "_", "-") {
-	case "x-spiffe-id", "x-forwarded-client-cert":
-		return true
-	}
-	return false
-}
-
 // withoutForgedIdentity gives r without header or trailer fields that claim an
 // identity. It copies only what it changes.
 func withoutForgedIdentity(r *http.Request) *http.Request {
-	isForged := func(name string, _ []string) bool { return forged(strings.ToLower(name)) }
+	isForged := func(name string, _ []string) bool { return policy.ClaimsIdentity(strings.ToLower(name)) }
 	for name := range r.Header {
-		if forged(strings.ToLower(name)) {
+		if policy.ClaimsIdentity(strings.ToLower(name)) {
 			clean := maps.Clone(r.Header)
 			maps.DeleteFunc(clean, isForged)
 			copied := *r
@@ -164,32 +149,3 @@ func lowerCase(header http.Header) map[string][]string {
 	}
 	return out
 }
-
-// refuse answers with the denial.
-func refuse(w http.ResponseWriter, r *http.Request, d policy.Decision) {
-	p := Problem{
-		Type:       ProblemType,
-		Title:      "The call is denied",
-		Status:     http.StatusForbidden,
-		Reason:     d.Reason,
-		DecisionID: d.DecisionID.String(),
-		Hint:       d.Hint(),
-	}
-	if d.Reason == policy.BadRequest {
-		p.Title, p.Status = "The request is ambiguous", http.StatusBadRequest
-	}
-	header := w.Header()
-	header.Set("Content-Type", problemContentType)
-	header.Set("Cache-Control", "no-store")
-	header.Set("X-Content-Type-Options", "nosniff")
-	header.Set(DecisionIDHeader, p.DecisionID)
-	w.WriteHeader(p.Status)
-	if r.Method == http.MethodHead {
-		return
-	}
-	if err := json.NewEncoder(w).Encode(p); err != nil {
-		panic(http.ErrAbortHandler) // the caller has gone; end the connection quietly
-	}
-}
-
-const problemContentType = "application/problem+json"

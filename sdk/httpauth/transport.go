@@ -98,10 +98,11 @@ func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
 }
 
 // denialOf reads a Merlon denial, of which res has every mark, and nothing
-// else: an application's own 403 stays a response.
+// else: an application's own 403 stays a response, and so does a denial to which
+// the other side's policy gives a body of its own.
 func denialOf(res *http.Response) *sdk.DeniedError {
 	decision := res.Header.Get(DecisionIDHeader)
-	if decision == "" || res.StatusCode != http.StatusForbidden && res.StatusCode != http.StatusBadRequest {
+	if decision == "" || res.StatusCode < http.StatusBadRequest {
 		return nil
 	}
 	if kind, _, err := mime.ParseMediaType(res.Header.Get("Content-Type")); err != nil || kind != problemContentType {

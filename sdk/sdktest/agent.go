@@ -207,5 +207,21 @@ func (a *agent) Authorize(_ context.Context, req *agentpb.AuthorizeRequest) (*ag
 		RuleId:           d.RuleID,
 		DecisionId:       d.DecisionID.String(),
 		PolicyGeneration: d.Revision,
+		Response:         responseToPB(d.Response),
 	}}, nil
+}
+
+func responseToPB(r *policy.Response) *agentpb.Response {
+	if r == nil {
+		return nil
+	}
+	fields := func(of []policy.HeaderField) (pb []*agentpb.HeaderField) {
+		for _, f := range of {
+			pb = append(pb, &agentpb.HeaderField{Name: f.Name, Value: f.Value})
+		}
+		return pb
+	}
+	return &agentpb.Response{
+		Status: uint32(r.Status), Body: r.Body, Headers: fields(r.Headers), ResponseHeaders: fields(r.ResponseHeaders), RemoveHeaders: r.RemoveHeaders,
+	}
 }

@@ -46,8 +46,25 @@ func inputToPB(in *policy.Input) *agentpb.AuthorizeRequest {
 func decisionToPB(d policy.Decision) *agentpb.Decision {
 	return &agentpb.Decision{
 		Allow: d.Allow, Reason: string(d.Reason), RuleId: d.RuleID,
-		DecisionId: d.DecisionID.String(), PolicyGeneration: d.Revision,
+		DecisionId: d.DecisionID.String(), PolicyGeneration: d.Revision, Response: responseToPB(d.Response),
 	}
+}
+
+func responseToPB(r *policy.Response) *agentpb.Response {
+	if r == nil {
+		return nil
+	}
+	return &agentpb.Response{
+		Status: uint32(r.Status), Body: r.Body, Headers: fieldsToPB(r.Headers),
+		ResponseHeaders: fieldsToPB(r.ResponseHeaders), RemoveHeaders: r.RemoveHeaders,
+	}
+}
+
+func fieldsToPB(fields []policy.HeaderField) (pb []*agentpb.HeaderField) {
+	for _, f := range fields {
+		pb = append(pb, &agentpb.HeaderField{Name: f.Name, Value: f.Value})
+	}
+	return pb
 }
 
 func revocationToPB(r svid.Revocation) *agentpb.Revocation {

@@ -60,6 +60,9 @@ func Check(c *ast.Compiler) error {
 			return err
 		}
 	}
+	if err := oneOfObjects(c); err != nil {
+		return err
+	}
 	return findFailing(c, rules)
 }
 
@@ -81,7 +84,7 @@ func reachable(c *ast.Compiler) (all []*ast.Rule) {
 		}
 	}
 	for _, path := range asked {
-		visit(c.GetRulesExact(ast.MustParseRef(path)))
+		visit(c.GetRules(ast.MustParseRef(path))) // those of its members, too
 	}
 	slices.SortFunc(all, func(a, b *ast.Rule) int { return a.Loc().Compare(b.Loc()) })
 	return all
@@ -146,29 +149,6 @@ func asWhole(ref ast.Ref) (string, bool) {
 	default:
 		return ground, strings.HasPrefix(ground, "input.merlon.")
 	}
-}
-
-// exactAnswer is for allow and deny: false by default, and by rules always the
-// same.
-func exactAnswer(rules []*ast.Rule) error {
-	var answers []ast.Value
-	for _, rule := range rules {
-		answer, ok := rule.Head.Value.Value.(ast.Boolean)
-		switch {
-		case !ok:
-			return notNative(rule.Loc(), "%s is not always a boolean constant", rule.Head.Name)
-		case rule.Default && bool(answer):
-			return notNative(rule.Loc(), "%s is true by default", rule.Head.Name)
-		case !rule.Default:
-			answers = append(answers, answer)
-		}
-	}
-	for i, rule := range rules {
-		if !rule.Default && rule.Head.Value.Value.Compare(answers[0]) != 0 {
-			return notNative(rules[i].Loc(), "%s is true by one rule and false by another", rule.Head.Name)
-		}
-	}
-	return nil
 }
 
 // exactValue makes sure that rules of one name cannot have two values for one
