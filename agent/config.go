@@ -62,7 +62,7 @@ type Config struct {
 	AdminSocket string `yaml:"admin_socket"`
 
 	// NodeAttestor is how the node proves itself to the CA: join_token, x509pop, k8s, gcp,
-	// azure. Empty means join_token. What proves it is read at each attempt; with
+	// azure, aws. Empty means join_token. What proves it is read at each attempt; with
 	// x509pop and k8s the agent attests again by itself whenever it has to.
 	NodeAttestor string `yaml:"node_attestor"`
 

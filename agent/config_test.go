@@ -57,6 +57,7 @@ func TestValidateNamesTheField(t *testing.T) {
 		"metadata over https": {func(c *Config) {
 			c.JoinToken, c.NodeAttestor, c.NodeAudience, c.NodeMetadataURL = "", "azure", "a", "https://169.254.169.254"
 		}, "node_metadata_url"},
+		"audience for aws":          {func(c *Config) { c.JoinToken, c.NodeAttestor, c.NodeAudience = "", "aws", "a" }, "node_audience"},
 		"audience for a join token": {func(c *Config) { c.NodeAudience = "a" }, "node_audience"},
 		"token without hash":        {func(c *Config) { c.RootHash = "" }, "root_hash"},
 		"short hash":                {func(c *Config) { c.RootHash = "0a" }, "root_hash"},

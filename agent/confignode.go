@@ -20,6 +20,7 @@ const (
 	byK8s       = "k8s"
 	byGCP       = "gcp"
 	byAzure     = "azure"
+	byAWS       = "aws"
 )
 
 // evidence lists, by kind, the settings that say where it is; node_metadata_url can
@@ -30,6 +31,7 @@ var evidence = map[string][]string{
 	byK8s:       {"k8s_cluster", "k8s_token_file"},
 	byGCP:       {"node_audience", "node_metadata_url"},
 	byAzure:     {"node_audience", "node_metadata_url"},
+	byAWS:       {"node_metadata_url"},
 }
 
 func (c Config) evidenceSettings() map[string]string {
@@ -52,6 +54,8 @@ func (c Config) attestor() attest.Attestor {
 		return &attest.GCP{Audience: c.NodeAudience, Server: c.NodeMetadataURL}
 	case byAzure:
 		return &attest.Azure{Audience: c.NodeAudience, Server: c.NodeMetadataURL}
+	case byAWS:
+		return &attest.AWS{Server: c.NodeMetadataURL}
 	}
 	return &attest.JoinToken{Token: c.JoinToken, File: c.JoinTokenFile}
 }

@@ -5,13 +5,17 @@
 package ca
 
 import (
+	"bytes"
 	"cmp"
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -25,6 +29,7 @@ type NodeAttestors struct {
 	K8s     []K8sCluster `yaml:"k8s"`
 	GCP     *GCP         `yaml:"gcp"`
 	Azure   *Azure       `yaml:"azure"`
+	AWS     *AWS         `yaml:"aws"`
 }
 
 // GCP takes instances of Google Compute Engine.
@@ -55,6 +60,22 @@ type Azure struct {
 	KeysURL string `yaml:"keys_url"`
 	CAFile  string `yaml:"ca_file"`
 }
+
+// AWS takes instances of Amazon EC2.
+type AWS struct {
+	// Accounts are the IDs of those whose instances are nodes, 12 digits each.
+	// Required.
+	Accounts []string `yaml:"accounts"`
+	// Certificates names, for each region whose instances are nodes, a file in PEM
+	// with Amazon's certificate for the RSA-2048 signature of its identity documents,
+	// or several while it changes. Required: none is built in.
+	Certificates map[string]string `yaml:"certificates"`
+	// MaxAge is how long after the start of an instance its document is taken.
+	// Default: 1h.
+	MaxAge time.Duration `yaml:"max_age"`
+}
+
+const defaultAWSMaxAge = time.Hour
 
 // X509POP takes nodes that hold the key of a certificate.
 type X509POP struct {
@@ -116,6 +137,11 @@ func (n NodeAttestors) validate(td spiffeid.TrustDomain) error {
 			return fmt.Errorf("node_attestors.azure.%w", err)
 		}
 	}
+	if a := n.AWS; a != nil {
+		if err := a.validate(); err != nil {
+			return fmt.Errorf("node_attestors.aws.%w", err)
+		}
+	}
 	if p := n.X509POP; p != nil {
 		if p.CAFile == "" {
 			return fmt.Errorf("node_attestors.x509pop.ca_file: is missing: no certificate would prove a node")
@@ -170,6 +196,50 @@ func checkCloud(issuer oidc.Issuer, whose []string, key string) error {
 	return issuer.ValidateSource()
 }
 
+func (a *AWS) validate() error {
+	if len(a.Accounts) == 0 {
+		return errors.New("accounts: are missing: every instance of the cloud, or none, would be a node")
+	}
+	for _, id := range a.Accounts {
+		if err := attest.CheckAWSAccount(id); err != nil {
+			return fmt.Errorf("accounts: %q: %w", id, err)
+		}
+	}
+	if len(a.Certificates) == 0 {
+		return errors.New("certificates: are missing: nothing says whose documents are good")
+	}
+	for region, file := range a.Certificates {
+		if err := attest.CheckAWSRegion(region); err != nil {
+			return fmt.Errorf("certificates: %q: %w", region, err)
+		}
+		if file == "" {
+			return fmt.Errorf("certificates: %s: names no file", region)
+		}
+	}
+	if a.MaxAge < 0 {
+		return fmt.Errorf("max_age: %v is less than nothing", a.MaxAge)
+	}
+	return nil
+}
+
+// open reads the certificates. One that would verify nothing is an error.
+func (a *AWS) open(td spiffeid.TrustDomain) (*attest.AWS, error) {
+	opened := &attest.AWS{TrustDomain: td, Accounts: a.Accounts, Certificates: make(map[string][]*x509.Certificate), MaxAge: cmp.Or(a.MaxAge, defaultAWSMaxAge)}
+	for region, file := range a.Certificates {
+		certs, err := readCertificates(file)
+		if err != nil {
+			return nil, fmt.Errorf("certificates: %s: %w", region, err)
+		}
+		for _, c := range certs {
+			if err := attest.CheckAWSCertificate(c); err != nil {
+				return nil, fmt.Errorf("certificates: %s: a certificate in %s is of no use: %w", region, file, err)
+			}
+		}
+		opened.Certificates[region] = certs
+	}
+	return opened, nil
+}
+
 func (g *GCP) source(roots *x509.CertPool) oidc.Issuer {
 	return oidc.Issuer{URL: attest.GCPIssuer, Audience: g.Audience, KeysURL: cmp.Or(g.KeysURL, attest.GCPKeysURL), Roots: roots}
 }
@@ -212,6 +282,27 @@ func (p *X509POP) name() string {
 	return p.Name
 }
 
+// readCertificates reads a file with certificates in PEM and nothing else.
+func readCertificates(path string) ([]*x509.Certificate, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	var certs []*x509.Certificate
+	block, rest := pem.Decode(data)
+	for ; block != nil; block, rest = pem.Decode(rest) {
+		c, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("%s holds a %s that does not parse as a certificate", path, block.Type)
+		}
+		certs = append(certs, c)
+	}
+	if len(data) > maxCAFile || len(certs) == 0 || len(bytes.TrimSpace(rest)) > 0 {
+		return nil, fmt.Errorf("%s holds no certificate in PEM, or something else beside, or is too large", path)
+	}
+	return certs, nil
+}
+
 // open reads the files of what is configured.
 func (n NodeAttestors) open(td spiffeid.TrustDomain, log *slog.Logger) (attest.Attestors, error) {
 	all := attest.Attestors{Clusters: make(map[string]*attest.Cluster)}
@@ -235,6 +326,12 @@ func (n NodeAttestors) open(td spiffeid.TrustDomain, log *slog.Logger) (attest.A
 			return all, fmt.Errorf("node_attestors.azure.ca_file: %w", err)
 		}
 		all.Azure = &attest.Azure{TrustDomain: td, Tenant: a.Tenant, Subscriptions: lowered(a.Subscriptions), Source: oidc.NewSource(a.source(roots), log)}
+	}
+	if a := n.AWS; a != nil {
+		var err error
+		if all.AWS, err = a.open(td); err != nil {
+			return all, fmt.Errorf("node_attestors.aws.%w", err)
+		}
 	}
 	if p := n.X509POP; p != nil {
 		roots, err := readRoots(p.CAFile)

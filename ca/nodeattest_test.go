@@ -226,6 +226,7 @@ func TestKindsThatAreNotConfiguredAreRefused(t *testing.T) {
 	for setting, req := range map[string]*capb.AttestRequest{
 		"node_attestors.gcp":   {Evidence: &capb.AttestRequest_GcpToken{GcpToken: "x"}, Csr: csr},
 		"node_attestors.azure": {Evidence: &capb.AttestRequest_AzureToken{AzureToken: "x"}, Csr: csr},
+		"node_attestors.aws":   {Evidence: &capb.AttestRequest_AwsDocument{AwsDocument: &capb.AwsDocument{}}, Csr: csr},
 	} {
 		_, err := node.Attest(t.Context(), req)
 		wantCode(t, err, codes.PermissionDenied)
@@ -266,6 +267,15 @@ func TestNodeAttestorSettings(t *testing.T) {
 		"node_attestors:\n  azure: {audience: a, tenant: t}":                                                                                                                         "azure.subscriptions",
 		"node_attestors:\n  azure: {audience: a, tenant: t, subscriptions: ['']}":                                                                                                    "azure.subscriptions",
 		"node_attestors:\n  azure: {audience: a, tenant: t, subscriptions: [s]}":                                                                                                     "",
+		"node_attestors:\n  aws: {certificates: {eu-central-1: /x}}":                                                                                                                 "aws.accounts",
+		"node_attestors:\n  aws: {accounts: ['12345678901'], certificates: {eu-central-1: /x}}":                                                                                      "aws.accounts",
+		"node_attestors:\n  aws: {accounts: [123456789012], certificates: {eu-central-1: /x}}":                                                                                       "aws.accounts",
+		"node_attestors:\n  aws: {accounts: ['123456789012']}":                                                                                                                       "aws.certificates",
+		"node_attestors:\n  aws: {accounts: ['123456789012'], certificates: {Frankfurt: /x}}":                                                                                        "aws.certificates",
+		"node_attestors:\n  aws: {accounts: ['123456789012'], certificates: {eu-central-1: ''}}":                                                                                     "aws.certificates",
+		"node_attestors:\n  aws: {accounts: ['123456789012'], certificates: {eu-central-1: /x}, max_age: -1s}":                                                                       "aws.max_age",
+		"node_attestors:\n  aws: {accounts: ['123456789012'], certificates: {eu-central-1: /x}, audience: a}":                                                                        "audience",
+		"node_attestors:\n  aws: {accounts: ['012345678901'], certificates: {us-gov-west-1: /x}, max_age: 24h}":                                                                      "",
 		"node_attestors:\n  tpm: {}":                                "tpm",
 		"node_attestors:\n  x509pop: {ca_file: /x}":                 "",
 		"node_attestors:\n  x509pop: {ca_file: /x, name: dns_name}": "",
@@ -278,18 +288,45 @@ func TestNodeAttestorSettings(t *testing.T) {
 			t.Errorf("%q: %v; want an error about %q", text, err, want)
 		}
 	}
-	cfg := ca.Config{TrustDomain: "shop.test"}
-	cfg.NodeAttestors.X509POP = &ca.X509POP{CAFile: filepath.Join(t.TempDir(), "none.pem")}
-	dir := tempDir(t)
-	cfg.DataDir, cfg.AdminSocket = filepath.Join(dir, "data"), filepath.Join(dir, "s", "a.sock")
-	cfg.Address, cfg.HTTPSAddress, cfg.HealthAddress = "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0"
-	srv, err := ca.New(cfg)
-	if err == nil {
-		err = srv.Run(t.Context())
+}
+
+// Files of node attestors that are of no use keep the CA from starting.
+func TestFilesOfNodeAttestorsAreReadAtTheStart(t *testing.T) {
+	missing, site := filepath.Join(t.TempDir(), "none.pem"), newSite(t).file
+	aws := func(file string) ca.NodeAttestors {
+		return ca.NodeAttestors{AWS: &ca.AWS{Accounts: []string{"123456789012"}, Certificates: map[string]string{"eu-central-1": file}}}
 	}
-	if err == nil || !strings.Contains(err.Error(), "node_attestors.x509pop.ca_file") {
-		t.Errorf("a CA whose roots of nodes cannot be read starts: %v", err)
+	for name, tc := range map[string]struct {
+		attestors ca.NodeAttestors
+		want      string
+	}{
+		"roots that are missing":        {ca.NodeAttestors{X509POP: &ca.X509POP{CAFile: missing}}, "node_attestors.x509pop.ca_file"},
+		"a certificate that is missing": {aws(missing), "node_attestors.aws.certificates: eu-central-1"},
+		"one of the wrong key":          {aws(site), "RSA-2048 signature"},
+		"no certificate":                {aws(textFile(t, "-----BEGIN PKCS7-----\nAAAA\n-----END PKCS7-----\n")), "does not parse as a certificate"},
+		"something else":                {aws(textFile(t, "x")), "holds no certificate"},
+	} {
+		dir := tempDir(t)
+		cfg := ca.Config{TrustDomain: "shop.test", NodeAttestors: tc.attestors}
+		cfg.DataDir, cfg.AdminSocket = filepath.Join(dir, "data"), filepath.Join(dir, "s", "a.sock")
+		cfg.Address, cfg.HTTPSAddress, cfg.HealthAddress = "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1:0"
+		srv, err := ca.New(cfg)
+		if err == nil {
+			err = srv.Run(t.Context())
+		}
+		if err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: the CA starts: %v; want an error about %q", name, err, tc.want)
+		}
 	}
+}
+
+func textFile(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "text")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 func TestAliasIsPushedToTheNodesThatItStandsFor(t *testing.T) {

@@ -4,14 +4,18 @@
 package integration_test
 
 import (
+	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -178,4 +182,61 @@ func TestInstanceOfACloudAttestsOnce(t *testing.T) {
 	other.Agent.Stop()
 	d.Merlon("agent", "evict", first.SPIFFEID)
 	connectedAgent(t, d, "the evicted instance attests again", func(a attestedAgent) bool { return a.AttestedAt.After(first.AttestedAt) })
+}
+
+// An instance of EC2, whose metadata service is served here, and signs what a key
+// of our own signs, by openssl: it attests once per start.
+func TestInstanceOfEC2AttestsOncePerStart(t *testing.T) {
+	dir := stage.Dir(t)
+	signer := filepath.Join(dir, "amazon.pem")
+	if _, err := openssl(t.Context(), "", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", signer+".key", "-out", signer, "-days", "2", "-subj", "/O=Cloud"); err != nil {
+		t.Fatal(err)
+	}
+	var started atomic.Pointer[time.Time]
+	start := func(at time.Time) { started.Store(&at) }
+	start(time.Now())
+	metadata := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodPut {
+			fmt.Fprint(w, "AQAEAs4WBg==")
+			return
+		}
+		document := fmt.Sprintf(`{"accountId" : "123456789012", "region" : "eu-central-1", "instanceId" : "i-0123456789abcdef0", "pendingTime" : %q}`, started.Load().UTC().Format(time.RFC3339))
+		message, err := openssl(r.Context(), document, "cms", "-sign", "-binary", "-nodetach", "-nocerts", "-md", "sha256", "-signer", signer, "-inkey", signer+".key", "-outform", "DER", "-stream", "-indef")
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		fmt.Fprint(w, base64.StdEncoding.EncodeToString(message))
+	}))
+	t.Cleanup(metadata.Close)
+	d := stage.CAAlone(t, "", nil, "node_attestors:", "  aws: {accounts: [\"123456789012\"], certificates: {eu-central-1: "+signer+"}}")
+	settings := []string{"node_attestor: aws", "node_metadata_url: " + metadata.URL}
+	d.StartAgentBy(d.Token().RootHash, settings...)
+	first := connectedAgent(t, d, "the instance is attested", func(attestedAgent) bool { return true })
+	if first.SPIFFEID != d.ID("/agent/aws/123456789012/eu-central-1/i-0123456789abcdef0") || !slices.Contains(first.Selectors, "aws:region:eu-central-1") {
+		t.Errorf("the node is %s with %q", first.SPIFFEID, first.Selectors)
+	}
+	other := *d
+	other.SetDir(stage.Dir(t))
+	other.StartAgentBy(d.Token().RootHash, settings...)
+	says := func(d *stage.Domain, what, word string) {
+		stage.Eventually(t, what, func() error {
+			if log := d.Agent.Log(); !strings.Contains(log, word) {
+				return errors.New(log)
+			}
+			return nil
+		})
+	}
+	says(&other, "a second agent of the instance is refused", "merlon agent evict")
+	other.Agent.Stop()
+	d.Merlon("agent", "evict", first.SPIFFEID)
+	says(d, "the document that was used brings no evicted instance back", "this very token or document")
+	start(time.Now().Add(time.Second)) // stopped and started
+	connectedAgent(t, d, "the instance that was started again is attested", func(a attestedAgent) bool { return a.AttestedAt.After(first.AttestedAt) })
+}
+
+func openssl(ctx context.Context, in string, arguments ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, "openssl", arguments...)
+	cmd.Stdin = strings.NewReader(in)
+	return cmd.Output()
 }

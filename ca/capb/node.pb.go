@@ -160,6 +160,7 @@ type AttestRequest struct {
 	//	*AttestRequest_K8S
 	//	*AttestRequest_GcpToken
 	//	*AttestRequest_AzureToken
+	//	*AttestRequest_AwsDocument
 	//	*AttestRequest_OwnSvid
 	Evidence isAttestRequest_Evidence `protobuf_oneof:"evidence"`
 	// PKCS#10, DER: only the public key is taken; the signature proves
@@ -251,6 +252,15 @@ func (x *AttestRequest) GetAzureToken() string {
 	return ""
 }
 
+func (x *AttestRequest) GetAwsDocument() *AwsDocument {
+	if x != nil {
+		if x, ok := x.Evidence.(*AttestRequest_AwsDocument); ok {
+			return x.AwsDocument
+		}
+	}
+	return nil
+}
+
 func (x *AttestRequest) GetOwnSvid() *OwnSvid {
 	if x != nil {
 		if x, ok := x.Evidence.(*AttestRequest_OwnSvid); ok {
@@ -298,6 +308,11 @@ type AttestRequest_AzureToken struct {
 	AzureToken string `protobuf:"bytes,5,opt,name=azure_token,json=azureToken,proto3,oneof"`
 }
 
+type AttestRequest_AwsDocument struct {
+	// The identity document of an instance of Amazon EC2.
+	AwsDocument *AwsDocument `protobuf:"bytes,6,opt,name=aws_document,json=awsDocument,proto3,oneof"`
+}
+
 type AttestRequest_OwnSvid struct {
 	// The agent's own X509-SVID, which has ended.
 	OwnSvid *OwnSvid `protobuf:"bytes,9,opt,name=own_svid,json=ownSvid,proto3,oneof"`
@@ -312,6 +327,8 @@ func (*AttestRequest_K8S) isAttestRequest_Evidence() {}
 func (*AttestRequest_GcpToken) isAttestRequest_Evidence() {}
 
 func (*AttestRequest_AzureToken) isAttestRequest_Evidence() {}
+
+func (*AttestRequest_AwsDocument) isAttestRequest_Evidence() {}
 
 func (*AttestRequest_OwnSvid) isAttestRequest_Evidence() {}
 
@@ -487,6 +504,74 @@ func (x *K8SToken) GetToken() string {
 	return ""
 }
 
+// AwsDocument proves an instance of EC2 by what its metadata service has signed
+// (/latest/dynamic/instance-identity/rsa2048): the parts of that PKCS #7 message,
+// so that the CA verifies before it parses.
+type AwsDocument struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The content: JSON, byte for byte. At most 16 KiB.
+	Document []byte `protobuf:"bytes,1,opt,name=document,proto3" json:"document,omitempty"`
+	// What is signed: the attributes of the only signer, as a SET OF in DER (RFC 5652
+	// §5.4). The digest of the document (SHA-256) is one of them. At most 4 KiB.
+	SignedAttributes []byte `protobuf:"bytes,2,opt,name=signed_attributes,json=signedAttributes,proto3" json:"signed_attributes,omitempty"`
+	// RSA PKCS #1 v1.5 with SHA-256, by the key of the region's certificate. At most
+	// 1 KiB.
+	Signature     []byte `protobuf:"bytes,3,opt,name=signature,proto3" json:"signature,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AwsDocument) Reset() {
+	*x = AwsDocument{}
+	mi := &file_ca_capb_node_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AwsDocument) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AwsDocument) ProtoMessage() {}
+
+func (x *AwsDocument) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_node_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AwsDocument.ProtoReflect.Descriptor instead.
+func (*AwsDocument) Descriptor() ([]byte, []int) {
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *AwsDocument) GetDocument() []byte {
+	if x != nil {
+		return x.Document
+	}
+	return nil
+}
+
+func (x *AwsDocument) GetSignedAttributes() []byte {
+	if x != nil {
+		return x.SignedAttributes
+	}
+	return nil
+}
+
+func (x *AwsDocument) GetSignature() []byte {
+	if x != nil {
+		return x.Signature
+	}
+	return nil
+}
+
 type AttestResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The agent's X509-SVID, leaf first, then intermediates; DER each.
@@ -499,7 +584,7 @@ type AttestResponse struct {
 
 func (x *AttestResponse) Reset() {
 	*x = AttestResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[4]
+	mi := &file_ca_capb_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -511,7 +596,7 @@ func (x *AttestResponse) String() string {
 func (*AttestResponse) ProtoMessage() {}
 
 func (x *AttestResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[4]
+	mi := &file_ca_capb_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -524,7 +609,7 @@ func (x *AttestResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AttestResponse.ProtoReflect.Descriptor instead.
 func (*AttestResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{4}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *AttestResponse) GetX509Svid() [][]byte {
@@ -551,7 +636,7 @@ type RenewRequest struct {
 
 func (x *RenewRequest) Reset() {
 	*x = RenewRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[5]
+	mi := &file_ca_capb_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -563,7 +648,7 @@ func (x *RenewRequest) String() string {
 func (*RenewRequest) ProtoMessage() {}
 
 func (x *RenewRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[5]
+	mi := &file_ca_capb_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -576,7 +661,7 @@ func (x *RenewRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewRequest.ProtoReflect.Descriptor instead.
 func (*RenewRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{5}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RenewRequest) GetCsr() []byte {
@@ -596,7 +681,7 @@ type RenewResponse struct {
 
 func (x *RenewResponse) Reset() {
 	*x = RenewResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[6]
+	mi := &file_ca_capb_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -608,7 +693,7 @@ func (x *RenewResponse) String() string {
 func (*RenewResponse) ProtoMessage() {}
 
 func (x *RenewResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[6]
+	mi := &file_ca_capb_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -621,7 +706,7 @@ func (x *RenewResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewResponse.ProtoReflect.Descriptor instead.
 func (*RenewResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{6}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RenewResponse) GetX509Svid() [][]byte {
@@ -657,7 +742,7 @@ type SyncRequest struct {
 
 func (x *SyncRequest) Reset() {
 	*x = SyncRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[7]
+	mi := &file_ca_capb_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -669,7 +754,7 @@ func (x *SyncRequest) String() string {
 func (*SyncRequest) ProtoMessage() {}
 
 func (x *SyncRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[7]
+	mi := &file_ca_capb_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -682,7 +767,7 @@ func (x *SyncRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncRequest.ProtoReflect.Descriptor instead.
 func (*SyncRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{7}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SyncRequest) GetResumeRevision() uint64 {
@@ -728,7 +813,7 @@ type Seen struct {
 
 func (x *Seen) Reset() {
 	*x = Seen{}
-	mi := &file_ca_capb_node_proto_msgTypes[8]
+	mi := &file_ca_capb_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -740,7 +825,7 @@ func (x *Seen) String() string {
 func (*Seen) ProtoMessage() {}
 
 func (x *Seen) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[8]
+	mi := &file_ca_capb_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -753,7 +838,7 @@ func (x *Seen) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Seen.ProtoReflect.Descriptor instead.
 func (*Seen) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{8}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Seen) GetRevision() uint64 {
@@ -796,7 +881,7 @@ type LogState struct {
 
 func (x *LogState) Reset() {
 	*x = LogState{}
-	mi := &file_ca_capb_node_proto_msgTypes[9]
+	mi := &file_ca_capb_node_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -808,7 +893,7 @@ func (x *LogState) String() string {
 func (*LogState) ProtoMessage() {}
 
 func (x *LogState) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[9]
+	mi := &file_ca_capb_node_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -821,7 +906,7 @@ func (x *LogState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogState.ProtoReflect.Descriptor instead.
 func (*LogState) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{9}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *LogState) GetOrigin() string {
@@ -864,7 +949,7 @@ type LogCheckpoint struct {
 
 func (x *LogCheckpoint) Reset() {
 	*x = LogCheckpoint{}
-	mi := &file_ca_capb_node_proto_msgTypes[10]
+	mi := &file_ca_capb_node_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -876,7 +961,7 @@ func (x *LogCheckpoint) String() string {
 func (*LogCheckpoint) ProtoMessage() {}
 
 func (x *LogCheckpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[10]
+	mi := &file_ca_capb_node_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -889,7 +974,7 @@ func (x *LogCheckpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogCheckpoint.ProtoReflect.Descriptor instead.
 func (*LogCheckpoint) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{10}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *LogCheckpoint) GetCheckpoint() []byte {
@@ -935,7 +1020,7 @@ type SyncAck struct {
 
 func (x *SyncAck) Reset() {
 	*x = SyncAck{}
-	mi := &file_ca_capb_node_proto_msgTypes[11]
+	mi := &file_ca_capb_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -947,7 +1032,7 @@ func (x *SyncAck) String() string {
 func (*SyncAck) ProtoMessage() {}
 
 func (x *SyncAck) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[11]
+	mi := &file_ca_capb_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -960,7 +1045,7 @@ func (x *SyncAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncAck.ProtoReflect.Descriptor instead.
 func (*SyncAck) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{11}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SyncAck) GetRevision() uint64 {
@@ -1019,7 +1104,7 @@ type SyncResponse struct {
 
 func (x *SyncResponse) Reset() {
 	*x = SyncResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[12]
+	mi := &file_ca_capb_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1031,7 +1116,7 @@ func (x *SyncResponse) String() string {
 func (*SyncResponse) ProtoMessage() {}
 
 func (x *SyncResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[12]
+	mi := &file_ca_capb_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1044,7 +1129,7 @@ func (x *SyncResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncResponse.ProtoReflect.Descriptor instead.
 func (*SyncResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{12}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SyncResponse) GetRevision() uint64 {
@@ -1140,7 +1225,7 @@ type SignRequest struct {
 
 func (x *SignRequest) Reset() {
 	*x = SignRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[13]
+	mi := &file_ca_capb_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1152,7 +1237,7 @@ func (x *SignRequest) String() string {
 func (*SignRequest) ProtoMessage() {}
 
 func (x *SignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[13]
+	mi := &file_ca_capb_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1165,7 +1250,7 @@ func (x *SignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignRequest.ProtoReflect.Descriptor instead.
 func (*SignRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{13}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SignRequest) GetItems() []*SignItem {
@@ -1186,7 +1271,7 @@ type SignItem struct {
 
 func (x *SignItem) Reset() {
 	*x = SignItem{}
-	mi := &file_ca_capb_node_proto_msgTypes[14]
+	mi := &file_ca_capb_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1198,7 +1283,7 @@ func (x *SignItem) String() string {
 func (*SignItem) ProtoMessage() {}
 
 func (x *SignItem) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[14]
+	mi := &file_ca_capb_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1211,7 +1296,7 @@ func (x *SignItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignItem.ProtoReflect.Descriptor instead.
 func (*SignItem) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{14}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SignItem) GetEntryId() string {
@@ -1237,7 +1322,7 @@ type SignResponse struct {
 
 func (x *SignResponse) Reset() {
 	*x = SignResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[15]
+	mi := &file_ca_capb_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1249,7 +1334,7 @@ func (x *SignResponse) String() string {
 func (*SignResponse) ProtoMessage() {}
 
 func (x *SignResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[15]
+	mi := &file_ca_capb_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1262,7 +1347,7 @@ func (x *SignResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResponse.ProtoReflect.Descriptor instead.
 func (*SignResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{15}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SignResponse) GetResults() []*SignResult {
@@ -1287,7 +1372,7 @@ type SignResult struct {
 
 func (x *SignResult) Reset() {
 	*x = SignResult{}
-	mi := &file_ca_capb_node_proto_msgTypes[16]
+	mi := &file_ca_capb_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1299,7 +1384,7 @@ func (x *SignResult) String() string {
 func (*SignResult) ProtoMessage() {}
 
 func (x *SignResult) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[16]
+	mi := &file_ca_capb_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1312,7 +1397,7 @@ func (x *SignResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResult.ProtoReflect.Descriptor instead.
 func (*SignResult) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SignResult) GetX509Svid() [][]byte {
@@ -1353,7 +1438,7 @@ type AskAnotherReplica struct {
 
 func (x *AskAnotherReplica) Reset() {
 	*x = AskAnotherReplica{}
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1365,7 +1450,7 @@ func (x *AskAnotherReplica) String() string {
 func (*AskAnotherReplica) ProtoMessage() {}
 
 func (x *AskAnotherReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1378,7 +1463,7 @@ func (x *AskAnotherReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AskAnotherReplica.ProtoReflect.Descriptor instead.
 func (*AskAnotherReplica) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
 }
 
 type SignJWTRequest struct {
@@ -1391,7 +1476,7 @@ type SignJWTRequest struct {
 
 func (x *SignJWTRequest) Reset() {
 	*x = SignJWTRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1403,7 +1488,7 @@ func (x *SignJWTRequest) String() string {
 func (*SignJWTRequest) ProtoMessage() {}
 
 func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1416,7 +1501,7 @@ func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
 func (*SignJWTRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SignJWTRequest) GetItems() []*SignJWTItem {
@@ -1437,7 +1522,7 @@ type SignJWTItem struct {
 
 func (x *SignJWTItem) Reset() {
 	*x = SignJWTItem{}
-	mi := &file_ca_capb_node_proto_msgTypes[19]
+	mi := &file_ca_capb_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1449,7 +1534,7 @@ func (x *SignJWTItem) String() string {
 func (*SignJWTItem) ProtoMessage() {}
 
 func (x *SignJWTItem) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[19]
+	mi := &file_ca_capb_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1462,7 +1547,7 @@ func (x *SignJWTItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTItem.ProtoReflect.Descriptor instead.
 func (*SignJWTItem) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SignJWTItem) GetEntryId() string {
@@ -1488,7 +1573,7 @@ type SignJWTResponse struct {
 
 func (x *SignJWTResponse) Reset() {
 	*x = SignJWTResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[20]
+	mi := &file_ca_capb_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1500,7 +1585,7 @@ func (x *SignJWTResponse) String() string {
 func (*SignJWTResponse) ProtoMessage() {}
 
 func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[20]
+	mi := &file_ca_capb_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1513,7 +1598,7 @@ func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
 func (*SignJWTResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{20}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SignJWTResponse) GetResults() []*SignJWTResult {
@@ -1536,7 +1621,7 @@ type SignJWTResult struct {
 
 func (x *SignJWTResult) Reset() {
 	*x = SignJWTResult{}
-	mi := &file_ca_capb_node_proto_msgTypes[21]
+	mi := &file_ca_capb_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1548,7 +1633,7 @@ func (x *SignJWTResult) String() string {
 func (*SignJWTResult) ProtoMessage() {}
 
 func (x *SignJWTResult) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[21]
+	mi := &file_ca_capb_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1561,7 +1646,7 @@ func (x *SignJWTResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResult.ProtoReflect.Descriptor instead.
 func (*SignJWTResult) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{21}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SignJWTResult) GetToken() string {
@@ -1622,7 +1707,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_ca_capb_node_proto_msgTypes[22]
+	mi := &file_ca_capb_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1634,7 +1719,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[22]
+	mi := &file_ca_capb_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1647,7 +1732,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{22}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Entry) GetEntryId() string {
@@ -1775,7 +1860,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_ca_capb_node_proto_msgTypes[23]
+	mi := &file_ca_capb_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1787,7 +1872,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[23]
+	mi := &file_ca_capb_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1800,7 +1885,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{23}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Selector) GetType() string {
@@ -1838,7 +1923,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[24]
+	mi := &file_ca_capb_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1850,7 +1935,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[24]
+	mi := &file_ca_capb_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1863,7 +1948,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{24}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -1931,7 +2016,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_ca_capb_node_proto_msgTypes[25]
+	mi := &file_ca_capb_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1943,7 +2028,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[25]
+	mi := &file_ca_capb_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1956,7 +2041,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{25}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -2073,7 +2158,7 @@ var File_ca_capb_node_proto protoreflect.FileDescriptor
 
 const file_ca_capb_node_proto_rawDesc = "" +
 	"\n" +
-	"\x12ca/capb/node.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x14ca/capb/policy.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa3\x02\n" +
+	"\x12ca/capb/node.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x14ca/capb/policy.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe3\x02\n" +
 	"\rAttestRequest\x12\x1f\n" +
 	"\n" +
 	"join_token\x18\x01 \x01(\tH\x00R\tjoinToken\x121\n" +
@@ -2081,7 +2166,8 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x03k8s\x18\x03 \x01(\v2\x16.merlon.ca.v1.K8sTokenH\x00R\x03k8s\x12\x1d\n" +
 	"\tgcp_token\x18\x04 \x01(\tH\x00R\bgcpToken\x12!\n" +
 	"\vazure_token\x18\x05 \x01(\tH\x00R\n" +
-	"azureToken\x122\n" +
+	"azureToken\x12>\n" +
+	"\faws_document\x18\x06 \x01(\v2\x19.merlon.ca.v1.AwsDocumentH\x00R\vawsDocument\x122\n" +
 	"\bown_svid\x18\t \x01(\v2\x15.merlon.ca.v1.OwnSvidH\x00R\aownSvid\x12\x10\n" +
 	"\x03csr\x18\n" +
 	" \x01(\fR\x03csrB\n" +
@@ -2095,7 +2181,11 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\tsignature\x18\x02 \x01(\fR\tsignature\":\n" +
 	"\bK8sToken\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12\x14\n" +
-	"\x05token\x18\x02 \x01(\tR\x05token\"k\n" +
+	"\x05token\x18\x02 \x01(\tR\x05token\"t\n" +
+	"\vAwsDocument\x12\x1a\n" +
+	"\bdocument\x18\x01 \x01(\fR\bdocument\x12+\n" +
+	"\x11signed_attributes\x18\x02 \x01(\fR\x10signedAttributes\x12\x1c\n" +
+	"\tsignature\x18\x03 \x01(\fR\tsignature\"k\n" +
 	"\x0eAttestResponse\x12\x1b\n" +
 	"\tx509_svid\x18\x01 \x03(\fR\bx509Svid\x12<\n" +
 	"\ftrust_bundle\x18\x02 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\" \n" +
@@ -2250,7 +2340,7 @@ func file_ca_capb_node_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 26)
+var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
 var file_ca_capb_node_proto_goTypes = []any{
 	(Refusal)(0),                  // 0: merlon.ca.v1.Refusal
 	(KeyDelivery)(0),              // 1: merlon.ca.v1.KeyDelivery
@@ -2258,77 +2348,79 @@ var file_ca_capb_node_proto_goTypes = []any{
 	(*OwnSvid)(nil),               // 3: merlon.ca.v1.OwnSvid
 	(*X509Pop)(nil),               // 4: merlon.ca.v1.X509Pop
 	(*K8SToken)(nil),              // 5: merlon.ca.v1.K8sToken
-	(*AttestResponse)(nil),        // 6: merlon.ca.v1.AttestResponse
-	(*RenewRequest)(nil),          // 7: merlon.ca.v1.RenewRequest
-	(*RenewResponse)(nil),         // 8: merlon.ca.v1.RenewResponse
-	(*SyncRequest)(nil),           // 9: merlon.ca.v1.SyncRequest
-	(*Seen)(nil),                  // 10: merlon.ca.v1.Seen
-	(*LogState)(nil),              // 11: merlon.ca.v1.LogState
-	(*LogCheckpoint)(nil),         // 12: merlon.ca.v1.LogCheckpoint
-	(*SyncAck)(nil),               // 13: merlon.ca.v1.SyncAck
-	(*SyncResponse)(nil),          // 14: merlon.ca.v1.SyncResponse
-	(*SignRequest)(nil),           // 15: merlon.ca.v1.SignRequest
-	(*SignItem)(nil),              // 16: merlon.ca.v1.SignItem
-	(*SignResponse)(nil),          // 17: merlon.ca.v1.SignResponse
-	(*SignResult)(nil),            // 18: merlon.ca.v1.SignResult
-	(*AskAnotherReplica)(nil),     // 19: merlon.ca.v1.AskAnotherReplica
-	(*SignJWTRequest)(nil),        // 20: merlon.ca.v1.SignJWTRequest
-	(*SignJWTItem)(nil),           // 21: merlon.ca.v1.SignJWTItem
-	(*SignJWTResponse)(nil),       // 22: merlon.ca.v1.SignJWTResponse
-	(*SignJWTResult)(nil),         // 23: merlon.ca.v1.SignJWTResult
-	(*Entry)(nil),                 // 24: merlon.ca.v1.Entry
-	(*Selector)(nil),              // 25: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),           // 26: merlon.ca.v1.TrustBundle
-	(*Revocation)(nil),            // 27: merlon.ca.v1.Revocation
-	(*PolicyReport)(nil),          // 28: merlon.ca.v1.PolicyReport
-	(*PolicyBundle)(nil),          // 29: merlon.ca.v1.PolicyBundle
-	(*timestamppb.Timestamp)(nil), // 30: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 31: google.protobuf.Duration
-	(Role)(0),                     // 32: merlon.ca.v1.Role
+	(*AwsDocument)(nil),           // 6: merlon.ca.v1.AwsDocument
+	(*AttestResponse)(nil),        // 7: merlon.ca.v1.AttestResponse
+	(*RenewRequest)(nil),          // 8: merlon.ca.v1.RenewRequest
+	(*RenewResponse)(nil),         // 9: merlon.ca.v1.RenewResponse
+	(*SyncRequest)(nil),           // 10: merlon.ca.v1.SyncRequest
+	(*Seen)(nil),                  // 11: merlon.ca.v1.Seen
+	(*LogState)(nil),              // 12: merlon.ca.v1.LogState
+	(*LogCheckpoint)(nil),         // 13: merlon.ca.v1.LogCheckpoint
+	(*SyncAck)(nil),               // 14: merlon.ca.v1.SyncAck
+	(*SyncResponse)(nil),          // 15: merlon.ca.v1.SyncResponse
+	(*SignRequest)(nil),           // 16: merlon.ca.v1.SignRequest
+	(*SignItem)(nil),              // 17: merlon.ca.v1.SignItem
+	(*SignResponse)(nil),          // 18: merlon.ca.v1.SignResponse
+	(*SignResult)(nil),            // 19: merlon.ca.v1.SignResult
+	(*AskAnotherReplica)(nil),     // 20: merlon.ca.v1.AskAnotherReplica
+	(*SignJWTRequest)(nil),        // 21: merlon.ca.v1.SignJWTRequest
+	(*SignJWTItem)(nil),           // 22: merlon.ca.v1.SignJWTItem
+	(*SignJWTResponse)(nil),       // 23: merlon.ca.v1.SignJWTResponse
+	(*SignJWTResult)(nil),         // 24: merlon.ca.v1.SignJWTResult
+	(*Entry)(nil),                 // 25: merlon.ca.v1.Entry
+	(*Selector)(nil),              // 26: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),           // 27: merlon.ca.v1.TrustBundle
+	(*Revocation)(nil),            // 28: merlon.ca.v1.Revocation
+	(*PolicyReport)(nil),          // 29: merlon.ca.v1.PolicyReport
+	(*PolicyBundle)(nil),          // 30: merlon.ca.v1.PolicyBundle
+	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 32: google.protobuf.Duration
+	(Role)(0),                     // 33: merlon.ca.v1.Role
 }
 var file_ca_capb_node_proto_depIdxs = []int32{
 	4,  // 0: merlon.ca.v1.AttestRequest.x509pop:type_name -> merlon.ca.v1.X509Pop
 	5,  // 1: merlon.ca.v1.AttestRequest.k8s:type_name -> merlon.ca.v1.K8sToken
-	3,  // 2: merlon.ca.v1.AttestRequest.own_svid:type_name -> merlon.ca.v1.OwnSvid
-	26, // 3: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	26, // 4: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	13, // 5: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
-	10, // 6: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
-	28, // 7: merlon.ca.v1.SyncRequest.policy_report:type_name -> merlon.ca.v1.PolicyReport
-	11, // 8: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
-	24, // 9: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
-	26, // 10: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	27, // 11: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	29, // 12: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	30, // 13: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
-	12, // 14: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
-	31, // 15: merlon.ca.v1.SyncResponse.upstream_age:type_name -> google.protobuf.Duration
-	16, // 16: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
-	18, // 17: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
-	21, // 18: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
-	23, // 19: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
-	25, // 20: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
-	30, // 21: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	30, // 22: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	32, // 23: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
-	1,  // 24: merlon.ca.v1.Entry.key_delivery:type_name -> merlon.ca.v1.KeyDelivery
-	31, // 25: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
-	30, // 26: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	2,  // 27: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
-	7,  // 28: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
-	9,  // 29: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
-	15, // 30: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
-	20, // 31: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
-	6,  // 32: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
-	8,  // 33: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
-	14, // 34: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
-	17, // 35: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
-	22, // 36: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
-	32, // [32:37] is the sub-list for method output_type
-	27, // [27:32] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	6,  // 2: merlon.ca.v1.AttestRequest.aws_document:type_name -> merlon.ca.v1.AwsDocument
+	3,  // 3: merlon.ca.v1.AttestRequest.own_svid:type_name -> merlon.ca.v1.OwnSvid
+	27, // 4: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	27, // 5: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	14, // 6: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
+	11, // 7: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
+	29, // 8: merlon.ca.v1.SyncRequest.policy_report:type_name -> merlon.ca.v1.PolicyReport
+	12, // 9: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
+	25, // 10: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
+	27, // 11: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	28, // 12: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	30, // 13: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	31, // 14: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
+	13, // 15: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
+	32, // 16: merlon.ca.v1.SyncResponse.upstream_age:type_name -> google.protobuf.Duration
+	17, // 17: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
+	19, // 18: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
+	22, // 19: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
+	24, // 20: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
+	26, // 21: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
+	31, // 22: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	31, // 23: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	33, // 24: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
+	1,  // 25: merlon.ca.v1.Entry.key_delivery:type_name -> merlon.ca.v1.KeyDelivery
+	32, // 26: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
+	31, // 27: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	2,  // 28: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
+	8,  // 29: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
+	10, // 30: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
+	16, // 31: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
+	21, // 32: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
+	7,  // 33: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
+	9,  // 34: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
+	15, // 35: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
+	18, // 36: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
+	23, // 37: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
+	33, // [33:38] is the sub-list for method output_type
+	28, // [28:33] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_node_proto_init() }
@@ -2344,9 +2436,10 @@ func file_ca_capb_node_proto_init() {
 		(*AttestRequest_K8S)(nil),
 		(*AttestRequest_GcpToken)(nil),
 		(*AttestRequest_AzureToken)(nil),
+		(*AttestRequest_AwsDocument)(nil),
 		(*AttestRequest_OwnSvid)(nil),
 	}
-	file_ca_capb_node_proto_msgTypes[25].OneofWrappers = []any{
+	file_ca_capb_node_proto_msgTypes[26].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -2358,7 +2451,7 @@ func file_ca_capb_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_node_proto_rawDesc), len(file_ca_capb_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   26,
+			NumMessages:   27,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -14,8 +14,6 @@ import (
 	"merlon.dev/ca/capb"
 )
 
-const azureMetadata = "http://169.254.169.254"
-
 // Azure shows a token that names the virtual machine.
 type Azure struct {
 	// Audience is what the CA expects.
@@ -30,7 +28,7 @@ func (*Azure) Kind() string { return "azure" }
 // Evidence implements Attestor.
 func (a *Azure) Evidence(ctx context.Context, _ tls.ConnectionState, req *capb.AttestRequest) error {
 	query := url.Values{"resource": {a.Audience}, "api-version": {"2018-02-01"}}
-	_, body, err := metadata(ctx, cmp.Or(a.Server, azureMetadata), "/metadata/identity/oauth2/token", query, "Metadata", "true")
+	_, body, err := metadataServer(cmp.Or(a.Server, linkLocal)).get(ctx, "/metadata/identity/oauth2/token", query, "Metadata", "true")
 	if err != nil {
 		return fmt.Errorf("ask for the machine's token: %w: is this a virtual machine of Azure with a system-assigned identity?", err)
 	}
@@ -46,5 +44,5 @@ func (a *Azure) Evidence(ctx context.Context, _ tls.ConnectionState, req *capb.A
 
 // Advice implements Attestor.
 func (*Azure) Advice() string {
-	return "compare node_audience with node_attestors.azure of the CA; a machine that attested before has to be evicted first (merlon agent evict)"
+	return "compare node_audience with node_attestors.azure of the CA" + attestedBefore
 }

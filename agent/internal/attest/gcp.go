@@ -29,11 +29,11 @@ func (*GCP) Kind() string { return "gcp" }
 // Evidence implements Attestor.
 func (g *GCP) Evidence(ctx context.Context, _ tls.ConnectionState, req *capb.AttestRequest) error {
 	query := url.Values{"audience": {g.Audience}, "format": {"full"}}
-	resp, body, err := metadata(ctx, cmp.Or(g.Server, gcpMetadata), "/computeMetadata/v1/instance/service-accounts/default/identity", query, "Metadata-Flavor", "Google")
+	header, body, err := metadataServer(cmp.Or(g.Server, gcpMetadata)).get(ctx, "/computeMetadata/v1/instance/service-accounts/default/identity", query, "Metadata-Flavor", "Google")
 	if err != nil {
 		return fmt.Errorf("ask for the instance's identity token: %w: is this an instance of Compute Engine with a service account?", err)
 	}
-	if resp.Header.Get("Metadata-Flavor") != "Google" {
+	if header.Get("Metadata-Flavor") != "Google" {
 		return fmt.Errorf("ask for the instance's identity token: what answers is not Google's metadata server")
 	}
 	req.Evidence = &capb.AttestRequest_GcpToken{GcpToken: strings.TrimSpace(string(body))}
@@ -42,5 +42,5 @@ func (g *GCP) Evidence(ctx context.Context, _ tls.ConnectionState, req *capb.Att
 
 // Advice implements Attestor.
 func (*GCP) Advice() string {
-	return "compare node_audience with node_attestors.gcp of the CA; an instance that attested before has to be evicted first (merlon agent evict)"
+	return "compare node_audience with node_attestors.gcp of the CA" + attestedBefore
 }

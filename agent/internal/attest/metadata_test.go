@@ -1,9 +1,10 @@
-// Instance tokens, from a served metadata server.
+// Instance tokens and documents, from a served metadata server.
 
 package attest
 
 import (
 	"crypto/tls"
+	"encoding/base64"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -30,6 +31,90 @@ func azureServer(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	fmt.Fprintf(w, `{"access_token":"token.for.%s","expires_in":"86399","token_type":"Bearer"}`, r.URL.Query().Get("resource"))
+}
+
+// awsServer answers as Amazon's metadata service does where its first version is
+// switched off: to who has a session token, which a PUT gives.
+func awsServer(message []byte) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.Method == http.MethodPut && r.URL.Path == "/latest/api/token" && r.Header.Get("X-aws-ec2-metadata-token-ttl-seconds") != "":
+			fmt.Fprint(w, "AQAEAs4WBg==")
+		case r.Method == http.MethodGet && r.URL.Path == "/latest/dynamic/instance-identity/rsa2048" && r.Header.Get("X-aws-ec2-metadata-token") == "AQAEAs4WBg==":
+			text := base64.StdEncoding.EncodeToString(message)
+			for len(text) > 64 {
+				fmt.Fprintln(w, text[:64])
+				text = text[64:]
+			}
+			fmt.Fprint(w, text)
+		default:
+			w.WriteHeader(http.StatusUnauthorized)
+		}
+	}
+}
+
+func TestDocumentIsAskedForBySessionToken(t *testing.T) {
+	message, _ := signedByOpenSSL(t, identityDocument, openLengths...)
+	req := &capb.AttestRequest{}
+	if err := (&AWS{Server: serve(t, awsServer(message))}).Evidence(t.Context(), tls.ConnectionState{}, req); err != nil {
+		t.Fatal(err)
+	}
+	d := req.GetAwsDocument()
+	if string(d.GetDocument()) != identityDocument || len(d.GetSignedAttributes()) == 0 || len(d.GetSignature()) != 256 {
+		t.Errorf("evidence = %v; want the document, its attributes and the signature", d)
+	}
+}
+
+func TestMetadataServicesThatAnswerNoDocument(t *testing.T) {
+	message, _ := signedByOpenSSL(t, identityDocument, openLengths...)
+	session := func(token string, then http.HandlerFunc) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodPut {
+				fmt.Fprint(w, token)
+				return
+			}
+			then(w, r)
+		}
+	}
+	says := func(body string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, body) }
+	}
+	good := awsServer(message)
+	for name, tc := range map[string]struct {
+		server http.HandlerFunc
+		want   string
+	}{
+		"the first version alone": {func(w http.ResponseWriter, r *http.Request) {
+			if r.Method != http.MethodGet {
+				w.WriteHeader(http.StatusMethodNotAllowed)
+				return
+			}
+			fmt.Fprint(w, base64.StdEncoding.EncodeToString(message))
+		}, "hop limit"},
+		"no session token":         {session("", good), "not Amazon's"},
+		"a portal that answers":    {says("<html>\n</html>"), "not Amazon's"},
+		"too long a session token": {session(strings.Repeat("x", maxAWSSessionToken+1), good), "not Amazon's"},
+		"another's session token":  {session("other", good), "status 401"},
+		"no base64":                {session("x", says("<html>")), "no PKCS #7"},
+		"no message":               {session("x", says("AAAA")), "no PKCS #7"},
+		"too much":                 {session("x", says(strings.Repeat("A", maxMetadataAnswer+1))), "more than"},
+		"a redirect for a session": {func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/x", http.StatusTemporaryRedirect) }, "not followed"},
+		"a redirect":               {session("x", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/x", http.StatusFound) }), "not followed"},
+	} {
+		req := &capb.AttestRequest{}
+		err := (&AWS{Server: serve(t, tc.server)}).Evidence(t.Context(), tls.ConnectionState{}, req)
+		if err == nil || req.GetEvidence() != nil || !strings.Contains(err.Error(), tc.want) || !strings.Contains(err.Error(), "document") {
+			t.Errorf("%s: evidence %v, %v; want an error with %q", name, req.GetEvidence(), err, tc.want)
+		}
+	}
+}
+
+// A proxy of the environment is for other addresses; the metadata server's means
+// another machine there.
+func TestMetadataServerIsAskedWithoutProxy(t *testing.T) {
+	if transport, ok := metadataClient().Transport.(*http.Transport); !ok || transport.Proxy != nil {
+		t.Errorf("the client goes by %v", metadataClient().Transport)
+	}
 }
 
 func serve(t *testing.T, h http.HandlerFunc) string {

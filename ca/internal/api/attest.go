@@ -110,6 +110,12 @@ func (s *Service) prove(ctx context.Context, req *capb.AttestRequest, now time.T
 			return nil, attest.NotTaken(attest.AzureKind, "set node_attestors.azure in its configuration")
 		}
 		return s.opts.Attestors.Azure.Prove(ctx, evidence.AzureToken, now)
+	case *capb.AttestRequest_AwsDocument:
+		if s.opts.Attestors.AWS == nil {
+			return nil, attest.NotTaken(attest.AWSKind, "set node_attestors.aws in its configuration")
+		}
+		d := evidence.AwsDocument
+		return s.opts.Attestors.AWS.Prove(attest.AWSDocument{Document: d.GetDocument(), SignedAttributes: d.GetSignedAttributes(), Signature: d.GetSignature()}, now)
 	default:
 		return nil, &entry.InvalidError{Field: "evidence", Reason: "is missing, or of a kind that this CA does not know"}
 	}

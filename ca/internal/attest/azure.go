@@ -68,5 +68,5 @@ func (a *Azure) Prove(ctx context.Context, token string, now time.Time) (*Node, 
 	f.add("subscription", subscription)
 	f.add("resource-group", group)
 	f.add("vm-name", name)
-	return (&Node{ID: id, Kind: AzureKind, Selectors: f.list}).once(token, claims), nil
+	return (&Node{ID: id, Kind: AzureKind, Selectors: f.list}).once([]byte(token), endOf(claims)), nil
 }

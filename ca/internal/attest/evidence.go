@@ -37,6 +37,7 @@ type Attestors struct {
 	Clusters map[string]*Cluster // by name
 	GCP      *GCP
 	Azure    *Azure
+	AWS      *AWS
 }
 
 // Reason says in a word why evidence is refused, for metrics.

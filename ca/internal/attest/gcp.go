@@ -60,5 +60,5 @@ func (g *GCP) Prove(ctx context.Context, token string, now time.Time) (*Node, er
 	if claims["email_verified"] == true {
 		f.add("service-account", text(claims, "email"))
 	}
-	return (&Node{ID: spiffeID, Kind: GCPKind, Selectors: f.list}).once(token, claims), nil
+	return (&Node{ID: spiffeID, Kind: GCPKind, Selectors: f.list}).once([]byte(token), endOf(claims)), nil
 }

@@ -1,6 +1,7 @@
-// What instance tokens of clouds have in common. Every process on a machine can
-// ask its cloud for one, so the first who shows one is the agent, and the instance
-// attests again only after an operator has evicted it; and no token is good twice.
+// What instance tokens and documents of clouds have in common. Every process on a
+// machine can ask its cloud for one, so the first who shows one is the agent, and
+// the instance attests again only after an operator has evicted it; and none is
+// good twice.
 
 package attest
 
@@ -20,16 +21,16 @@ import (
 
 const (
 	maxInstanceToken = 16 << 10
-	// usedKind is that of the records of tokens which somebody else made and which
-	// were used here. They go with the tokens' end.
+	// usedKind is that of the records of tokens and documents which somebody else
+	// made and which were used here. They go when those have ended.
 	usedKind = "used"
 )
 
 // ErrAttestedOnce is returned for an instance that has attested before.
-var ErrAttestedOnce = errors.New("the instance has attested already, and any process on it could ask for such a token: if it is to attest anew, merlon agent evict")
+var ErrAttestedOnce = errors.New("the instance has attested already, and any process on it could show the same: if it is to attest anew, merlon agent evict")
 
-// ErrUsedEvidence is returned for a token that attested an instance before.
-var ErrUsedEvidence = errors.New("the token was used already: ask the cloud for another")
+// ErrUsedEvidence is returned for what attested an instance before.
+var ErrUsedEvidence = errors.New("the instance attested by this very token or document before: it needs another of its cloud's (EC2 makes one when the instance is stopped and started)")
 
 // instanceClaims verifies a token by the keys of its cloud.
 func instanceClaims(ctx context.Context, kind string, source *oidc.Source, token string, now time.Time) (map[string]any, error) {
@@ -49,15 +50,20 @@ func instanceClaims(ctx context.Context, kind string, source *oidc.Source, token
 	return claims, nil
 }
 
-// once marks n as proved by a token that is good once.
-func (n *Node) once(token string, claims map[string]any) *Node {
-	exp, _ := claims["exp"].(float64) // verified
-	sum := sha256.Sum256([]byte(token))
-	n.tokenID, n.tokenEnd = hex.EncodeToString(sum[:]), time.Unix(int64(exp), 0).Add(time.Minute)
+// once marks n as proved by what is good once, and not at all after end.
+func (n *Node) once(evidence []byte, end time.Time) *Node {
+	sum := sha256.Sum256(evidence)
+	n.tokenID, n.tokenEnd = hex.EncodeToString(sum[:]), end.Add(time.Minute)
 	return n
 }
 
-// use prepares the record that n's token was used, which must not be there.
+// endOf is when a verified token ends.
+func endOf(claims map[string]any) time.Time {
+	exp, _ := claims["exp"].(float64)
+	return time.Unix(int64(exp), 0)
+}
+
+// use prepares the record that n's evidence was used, which must not be there.
 func (n *Node) use(ctx context.Context, st store.Store) ([]store.Cmp, []store.Op, error) {
 	if n.tokenID == "" {
 		return nil, nil, nil

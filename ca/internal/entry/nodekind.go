@@ -34,6 +34,14 @@ var nodeKinds = map[string]map[string]func(string) string{
 		"resource-group": nodeFact,
 		"vm-name":        nodeFact,
 	},
+	"aws": {
+		"account":       nodeFact,
+		"region":        nodeFact,
+		"zone":          nodeFact,
+		"instance-id":   nodeFact,
+		"instance-type": nodeFact,
+		"image-id":      nodeFact,
+	},
 }
 
 // CheckNodeSelector says why sel cannot be a fact about a node, as an
