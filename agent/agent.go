@@ -205,7 +205,7 @@ func (a *Agent) buildServices() {
 	a.api = workloadapi.New(callers, a.td, a.log)
 	a.sds = sds.New(callers, a.td, a.log)
 	a.local = local.New(local.Options{
-		Callers: callers, Engine: a.policy.Active, PolicyChanged: a.policy.Changed, AgentID: a.client.ID,
+		Callers: callers, Engine: a.policy.Active, EngineOf: a.policy.Of, ExplainHeaders: a.cfg.ExplainHeaders, PolicyChanged: a.policy.Changed, AgentID: a.client.ID,
 		RevocationMaxAge: a.cfg.RevocationMaxAge, DenyStale: a.cfg.OnStale == onDeny, Status: a.status,
 		Logger: a.log, Registerer: a.health.Registry(),
 	})

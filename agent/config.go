@@ -121,6 +121,12 @@ type Config struct {
 	// main.
 	PolicyBundle string `yaml:"policy_bundle"`
 
+	// ExplainHeaders names the request headers, in lower case, whose values are
+	// kept in memory with the last decisions, for `merlon explain decision`; of
+	// all others the names alone are. Nil means content-type, user-agent and
+	// x-request-id. List here what the policy reads, unless it is a secret.
+	ExplainHeaders []string `yaml:"explain_headers"`
+
 	// KubeletAddress is the HTTPS port of this node's kubelet, as host:port; its
 	// certificate must be for that host. The kubelet says whose container is
 	// whose, for selectors such as k8s:ns and k8s:pod-label. Empty means not to
@@ -227,6 +233,9 @@ func (c Config) withDefaults() Config {
 	if c.RevocationMaxAge == 0 {
 		c.RevocationMaxAge = defaultRevocationMaxAge
 	}
+	if c.ExplainHeaders == nil {
+		c.ExplainHeaders = []string{"content-type", "user-agent", "x-request-id"}
+	}
 	return c
 }
 
@@ -324,6 +333,11 @@ func (c Config) checkChoices() error {
 	}
 	if strings.ContainsAny(c.PolicyBundle, "/?#%") || c.PolicyBundle == "." || c.PolicyBundle == ".." {
 		return &InvalidError{Field: "policy_bundle", Reason: fmt.Sprintf("%q is not the name of a policy bundle", c.PolicyBundle)}
+	}
+	for _, name := range c.ExplainHeaders {
+		if name == "" || name != strings.ToLower(name) || strings.ContainsAny(name, " \t*,;=") {
+			return &InvalidError{Field: "explain_headers", Reason: fmt.Sprintf("%q is not the name of a header in lower case", name)}
+		}
 	}
 	if _, err := c.logger(); err != nil {
 		return err

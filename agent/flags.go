@@ -64,6 +64,7 @@ var settings = []setting{
 	{key: "revocation_max_age", usage: "`duration` of silence after which revocations are stale (default 5m)", set: setRevocationMaxAge},
 	{key: "on_stale", usage: "keep or deny: what happens to calls then (default keep)", set: text(func(c *Config) *string { return &c.OnStale })},
 	{key: "policy_bundle", usage: "`name` of the policy bundle (default " + DefaultPolicyBundle + ")", set: text(func(c *Config) *string { return &c.PolicyBundle })},
+	{key: "explain_headers", usage: "`names`, separated by commas, of request headers whose values merlon explain decision may show (default content-type,user-agent,x-request-id)", set: setExplainHeaders},
 	{key: "kubelet_address", usage: "the HTTPS port of this node's kubelet, as `host:port`, to ask for pods (default: not at all)", set: text(func(c *Config) *string { return &c.KubeletAddress })},
 	{key: "kubelet_token_file", usage: "`file` with the bearer token for it (default: the service account's)", set: text(func(c *Config) *string { return &c.KubeletTokenFile })},
 	{key: "kubelet_ca_file", usage: "`file` with the CA of its certificate, in PEM (default: the service account's)", set: text(func(c *Config) *string { return &c.KubeletCAFile })},
@@ -79,6 +80,16 @@ func setAdminUIDs(c *Config, value string) error {
 			return fmt.Errorf("%q is not a uid", part)
 		}
 		c.AdminUIDs = append(c.AdminUIDs, uint32(uid))
+	}
+	return nil
+}
+
+func setExplainHeaders(c *Config, value string) error {
+	c.ExplainHeaders = []string{}
+	for part := range strings.SplitSeq(value, ",") {
+		if name := strings.TrimSpace(part); name != "" {
+			c.ExplainHeaders = append(c.ExplainHeaders, name)
+		}
 	}
 	return nil
 }

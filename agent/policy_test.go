@@ -170,15 +170,64 @@ func TestSecretHeadersAreNotKept(t *testing.T) {
 	n.waitReady(t)
 	d, err := n.authorize(t, &agentpb.AuthorizeRequest{
 		Source: "spiffe://" + td + "/web", Protocol: "http", Method: "GET", Path: "/",
-		Headers: map[string]*agentpb.HeaderValues{"authorization": {Values: []string{"Bearer canary"}}, "accept": {Values: []string{"x"}}},
+		Headers: map[string]*agentpb.HeaderValues{"authorization": {Values: []string{"Bearer canary"}}, "x-own": {Values: []string{"canary"}}, "user-agent": {Values: []string{"x"}}},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	debug, ctx := n.debug(t)
 	why, err := debug.ExplainDecision(ctx, &agentpb.ExplainDecisionRequest{DecisionId: d.GetDecisionId()})
-	if err != nil || strings.Contains(why.String(), "canary") || why.GetInput().GetHeaders()["accept"] == nil {
-		t.Errorf("ExplainDecision() = %v, %v; want the headers without the secret", why, err)
+	if err != nil || strings.Contains(why.String(), "canary") || why.GetInput().GetHeaders()["x-own"] == nil || why.GetInput().GetHeaders()["user-agent"].GetValues()[0] != "x" {
+		t.Errorf("ExplainDecision() = %v, %v; want the headers, and values of those alone that are to be kept", why, err)
+	}
+}
+
+// A decision is explained by the generation that made it, also when the policy has
+// changed since, and for the time at which it was made.
+func TestDecisionIsExplainedByItsGeneration(t *testing.T) {
+	ca := fakeca.New(t, td)
+	ca.PutEntry(ca.Entry("e1", "/orders", uidSelector))
+	n := start(t, newConfig(t, ca))
+	n.waitReady(t)
+	key := newPolicyKey(t)
+	push := func(text string, generation uint64) {
+		t.Helper()
+		ca.PublishPolicy(key.bundle(text, generation), key.announcement(generation))
+		n.policyIs(t, generation)
+	}
+	push(grants, 1)
+	post := &agentpb.AuthorizeRequest{
+		Source: "spiffe://" + td + "/web", Protocol: "http", Method: "POST", Path: "/orders",
+		Headers: map[string]*agentpb.HeaderValues{"x-team": {Values: []string{"shop"}}},
+	}
+	denied, err := n.authorize(t, post)
+	if err != nil || denied.GetReason() != "METHOD" {
+		t.Fatalf("%v, %v; want METHOD", denied, err)
+	}
+	debug, ctx := n.debug(t)
+	explain := func(trace bool) *agentpb.ExplainDecisionResponse {
+		t.Helper()
+		m, err := debug.ExplainDecision(ctx, &agentpb.ExplainDecisionRequest{DecisionId: denied.GetDecisionId(), Trace: trace})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}
+	const sentence = "grant web-reads: method POST not in [GET]"
+	for generation := uint64(2); generation <= 5; generation++ {
+		push(strings.ReplaceAll(grants, "[GET]", "[POST]"), generation)
+		m := explain(generation == 5)
+		if words := m.GetDetails(); len(words) != 2 || words[0] != sentence || !strings.Contains(words[1], "not kept") || !strings.Contains(words[1], "x-team") ||
+			m.GetEngine() != "native" || m.GetDecision().GetPolicyGeneration() != 1 {
+			t.Errorf("at generation %d explained as %v; want %q by generation 1", generation, m, sentence)
+		}
+		if generation == 5 && !strings.Contains(m.GetTrace(), "Fail") {
+			t.Errorf("OPA's trace is %q", m.GetTrace())
+		}
+	}
+	push(grants, 6) // and with that the first is gone
+	if words := explain(true).GetDetails(); len(words) != 1 || !strings.Contains(words[0], "policy generation 1 decided, and cannot be asked any more: the agent keeps the active generation and the 4 before it") {
+		t.Errorf("without its generation explained as %q", words)
 	}
 }
 

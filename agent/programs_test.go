@@ -105,7 +105,7 @@ func TestReportedDecisionsAreExplained(t *testing.T) {
 	explained := make(chan error, 1)
 	go func() {
 		m, err := debug.ExplainDecision(adminCtx, &agentpb.ExplainDecisionRequest{DecisionId: good.GetDecision().GetDecisionId()})
-		if err == nil && !strings.Contains(strings.Join(m.GetDetails(), "\n"), "web-reads allows GET, not POST") {
+		if err == nil && !strings.Contains(strings.Join(m.GetDetails(), "\n"), "grant web-reads: method POST not in [GET]") {
 			t.Errorf("explained as %v", m)
 		}
 		explained <- err

@@ -169,7 +169,7 @@ func TestDenialIsExplained(t *testing.T) {
 	if !errors.As(err, &denied) {
 		t.Fatalf("error = %v; want a DeniedError", err)
 	}
-	if got := d.Explain("decision", denied.DecisionID); !strings.Contains(got, "me-to-me allows POST, not GET") {
+	if got := d.Explain("decision", denied.DecisionID); !strings.Contains(got, "grant me-to-me: method GET not in [POST]") {
 		t.Errorf("the explanation misses the nearest grant:\n%s", got)
 	}
 	if got := d.Explain("identity", "--pid", fmt.Sprint(os.Getpid())); !strings.Contains(got, "matches "+d.ID("/me")) {

@@ -2177,8 +2177,10 @@ func (x *StatusResponse) GetFreeBytes() uint64 {
 }
 
 type ExplainDecisionRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	DecisionId    string                 `protobuf:"bytes,1,opt,name=decision_id,json=decisionId,proto3" json:"decision_id,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	DecisionId string                 `protobuf:"bytes,1,opt,name=decision_id,json=decisionId,proto3" json:"decision_id,omitempty"`
+	// Ask for OPA's trace.
+	Trace         bool `protobuf:"varint,2,opt,name=trace,proto3" json:"trace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2220,15 +2222,26 @@ func (x *ExplainDecisionRequest) GetDecisionId() string {
 	return ""
 }
 
+func (x *ExplainDecisionRequest) GetTrace() bool {
+	if x != nil {
+		return x.Trace
+	}
+	return false
+}
+
 type ExplainDecisionResponse struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Decision  *Decision              `protobuf:"bytes,1,opt,name=decision,proto3" json:"decision,omitempty"`
 	Input     *AuthorizeRequest      `protobuf:"bytes,2,opt,name=input,proto3" json:"input,omitempty"`
 	DecidedAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=decided_at,json=decidedAt,proto3" json:"decided_at,omitempty"`
-	// What was compared, in sentences: "grant web-reads-orders allows GET, not
-	// POST".
-	Details       []string `protobuf:"bytes,4,rep,name=details,proto3" json:"details,omitempty"`
-	Hint          string   `protobuf:"bytes,5,opt,name=hint,proto3" json:"hint,omitempty"`
+	// What was compared, in sentences: "grant web-reads-orders: method POST not in
+	// [GET]". It is said by the generation that decided, for the time at which it did.
+	Details []string `protobuf:"bytes,4,rep,name=details,proto3" json:"details,omitempty"`
+	Hint    string   `protobuf:"bytes,5,opt,name=hint,proto3" json:"hint,omitempty"`
+	// What decides such calls, "native" or "opa"; empty where no policy was asked, or
+	// its generation is gone.
+	Engine        string `protobuf:"bytes,6,opt,name=engine,proto3" json:"engine,omitempty"`
+	Trace         string `protobuf:"bytes,7,opt,name=trace,proto3" json:"trace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2294,6 +2307,20 @@ func (x *ExplainDecisionResponse) GetDetails() []string {
 func (x *ExplainDecisionResponse) GetHint() string {
 	if x != nil {
 		return x.Hint
+	}
+	return ""
+}
+
+func (x *ExplainDecisionResponse) GetEngine() string {
+	if x != nil {
+		return x.Engine
+	}
+	return ""
+}
+
+func (x *ExplainDecisionResponse) GetTrace() string {
+	if x != nil {
+		return x.Trace
 	}
 	return ""
 }
@@ -2496,17 +2523,20 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"keysCached\x12\x19\n" +
 	"\bdata_dir\x18\x1c \x01(\tR\adataDir\x12\x1d\n" +
 	"\n" +
-	"free_bytes\x18\x1d \x01(\x04R\tfreeBytes\"9\n" +
+	"free_bytes\x18\x1d \x01(\x04R\tfreeBytes\"O\n" +
 	"\x16ExplainDecisionRequest\x12\x1f\n" +
 	"\vdecision_id\x18\x01 \x01(\tR\n" +
-	"decisionId\"\xf2\x01\n" +
+	"decisionId\x12\x14\n" +
+	"\x05trace\x18\x02 \x01(\bR\x05trace\"\xa0\x02\n" +
 	"\x17ExplainDecisionResponse\x125\n" +
 	"\bdecision\x18\x01 \x01(\v2\x19.merlon.agent.v1.DecisionR\bdecision\x127\n" +
 	"\x05input\x18\x02 \x01(\v2!.merlon.agent.v1.AuthorizeRequestR\x05input\x129\n" +
 	"\n" +
 	"decided_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tdecidedAt\x12\x18\n" +
 	"\adetails\x18\x04 \x03(\tR\adetails\x12\x12\n" +
-	"\x04hint\x18\x05 \x01(\tR\x04hint2\xa3\x03\n" +
+	"\x04hint\x18\x05 \x01(\tR\x04hint\x12\x16\n" +
+	"\x06engine\x18\x06 \x01(\tR\x06engine\x12\x14\n" +
+	"\x05trace\x18\a \x01(\tR\x05trace2\xa3\x03\n" +
 	"\x05Local\x12R\n" +
 	"\tAuthorize\x12!.merlon.agent.v1.AuthorizeRequest\x1a\".merlon.agent.v1.AuthorizeResponse\x12H\n" +
 	"\x05Watch\x12\x1d.merlon.agent.v1.WatchRequest\x1a\x1e.merlon.agent.v1.WatchResponse0\x01\x12Z\n" +

@@ -323,8 +323,8 @@ type DebugClient interface {
 	// ExplainIdentity says which selectors a process has and which entries it
 	// matches or nearly matches.
 	ExplainIdentity(ctx context.Context, in *ExplainIdentityRequest, opts ...grpc.CallOption) (*ExplainIdentityResponse, error)
-	// ExplainDecision finds one of the last 10 000 decisions. NOT_FOUND when it
-	// is older or was made elsewhere.
+	// ExplainDecision finds one of the last 10 000 denials, or of the last 1000 calls
+	// that were allowed. NOT_FOUND when it is older or was made elsewhere.
 	ExplainDecision(ctx context.Context, in *ExplainDecisionRequest, opts ...grpc.CallOption) (*ExplainDecisionResponse, error)
 	// Status says how the agent is, and for how long what it holds lasts without
 	// the CA.
@@ -378,8 +378,8 @@ type DebugServer interface {
 	// ExplainIdentity says which selectors a process has and which entries it
 	// matches or nearly matches.
 	ExplainIdentity(context.Context, *ExplainIdentityRequest) (*ExplainIdentityResponse, error)
-	// ExplainDecision finds one of the last 10 000 decisions. NOT_FOUND when it
-	// is older or was made elsewhere.
+	// ExplainDecision finds one of the last 10 000 denials, or of the last 1000 calls
+	// that were allowed. NOT_FOUND when it is older or was made elsewhere.
 	ExplainDecision(context.Context, *ExplainDecisionRequest) (*ExplainDecisionResponse, error)
 	// Status says how the agent is, and for how long what it holds lasts without
 	// the CA.

@@ -2894,6 +2894,113 @@ func (x *RevokeAuthorityResponse) GetAuthority() *CAAuthority {
 	return nil
 }
 
+type FetchPolicyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Empty means "main".
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// 0 means the active one. NOT_FOUND for one that is not kept.
+	Generation    uint64 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FetchPolicyRequest) Reset() {
+	*x = FetchPolicyRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FetchPolicyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FetchPolicyRequest) ProtoMessage() {}
+
+func (x *FetchPolicyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FetchPolicyRequest.ProtoReflect.Descriptor instead.
+func (*FetchPolicyRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *FetchPolicyRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *FetchPolicyRequest) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+type FetchPolicyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// gzipped tar, signed with one of keys; at most 4 MiB.
+	Bundle        []byte       `protobuf:"bytes,1,opt,name=bundle,proto3" json:"bundle,omitempty"`
+	Keys          []*PolicyKey `protobuf:"bytes,2,rep,name=keys,proto3" json:"keys,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FetchPolicyResponse) Reset() {
+	*x = FetchPolicyResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FetchPolicyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FetchPolicyResponse) ProtoMessage() {}
+
+func (x *FetchPolicyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FetchPolicyResponse.ProtoReflect.Descriptor instead.
+func (*FetchPolicyResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *FetchPolicyResponse) GetBundle() []byte {
+	if x != nil {
+		return x.Bundle
+	}
+	return nil
+}
+
+func (x *FetchPolicyResponse) GetKeys() []*PolicyKey {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
 var File_ca_capb_admin_proto protoreflect.FileDescriptor
 
 const file_ca_capb_admin_proto_rawDesc = "" +
@@ -3090,13 +3197,21 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\"R\n" +
 	"\x17RevokeAuthorityResponse\x127\n" +
-	"\tauthority\x18\x01 \x01(\v2\x19.merlon.ca.v1.CAAuthorityR\tauthority*\x8c\x01\n" +
+	"\tauthority\x18\x01 \x01(\v2\x19.merlon.ca.v1.CAAuthorityR\tauthority\"H\n" +
+	"\x12FetchPolicyRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x04R\n" +
+	"generation\"Z\n" +
+	"\x13FetchPolicyResponse\x12\x16\n" +
+	"\x06bundle\x18\x01 \x01(\fR\x06bundle\x12+\n" +
+	"\x04keys\x18\x02 \x03(\v2\x17.merlon.ca.v1.PolicyKeyR\x04keys*\x8c\x01\n" +
 	"\tTokenKind\x12\x1a\n" +
 	"\x16TOKEN_KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fTOKEN_KIND_JOIN\x10\x01\x12\x1c\n" +
 	"\x18TOKEN_KIND_BUNDLE_READER\x10\x02\x12\x16\n" +
 	"\x12TOKEN_KIND_REPLICA\x10\x03\x12\x18\n" +
-	"\x14TOKEN_KIND_NESTED_CA\x10\x042\xaf\x14\n" +
+	"\x14TOKEN_KIND_NESTED_CA\x10\x042\x92\x15\n" +
 	"\x05Admin\x12m\n" +
 	"\vCreateEntry\x12 .merlon.ca.v1.CreateEntryRequest\x1a!.merlon.ca.v1.CreateEntryResponse\"\x19\xaa\xed\x18\x15\n" +
 	"\x01\x03\x12\x02\x02\x04\"\fcreate entry\x12b\n" +
@@ -3153,7 +3268,9 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x01\x03\x12\x01\x04\"\x11back up the store0\x01\x12\\\n" +
 	"\tGetPolicy\x12\x1e.merlon.ca.v1.GetPolicyRequest\x1a\x1f.merlon.ca.v1.GetPolicyResponse\"\x0e\xaa\xed\x18\n" +
 	"\n" +
-	"\x01\x03\x12\x03\x01\x03\x04\x18\x01\x12j\n" +
+	"\x01\x03\x12\x03\x01\x03\x04\x18\x01\x12a\n" +
+	"\vFetchPolicy\x12 .merlon.ca.v1.FetchPolicyRequest\x1a!.merlon.ca.v1.FetchPolicyResponse\"\r\xaa\xed\x18\t\n" +
+	"\x01\x03\x12\x02\x03\x04\x18\x01\x12j\n" +
 	"\x0eProveIssuances\x12#.merlon.ca.v1.ProveIssuancesRequest\x1a$.merlon.ca.v1.ProveIssuancesResponse\"\r\xaa\xed\x18\t\n" +
 	"\x01\x03\x12\x02\x01\x04\x18\x01B\x14Z\x12merlon.dev/ca/capbb\x06proto3"
 
@@ -3170,7 +3287,7 @@ func file_ca_capb_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
+var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
 var file_ca_capb_admin_proto_goTypes = []any{
 	(TokenKind)(0),                    // 0: merlon.ca.v1.TokenKind
 	(*CreateEntryRequest)(nil),        // 1: merlon.ca.v1.CreateEntryRequest
@@ -3223,115 +3340,121 @@ var file_ca_capb_admin_proto_goTypes = []any{
 	(*TaintAuthorityResponse)(nil),    // 48: merlon.ca.v1.TaintAuthorityResponse
 	(*RevokeAuthorityRequest)(nil),    // 49: merlon.ca.v1.RevokeAuthorityRequest
 	(*RevokeAuthorityResponse)(nil),   // 50: merlon.ca.v1.RevokeAuthorityResponse
-	nil,                               // 51: merlon.ca.v1.CAAuthority.SinceEntry
-	(*Entry)(nil),                     // 52: merlon.ca.v1.Entry
-	(*Revocation)(nil),                // 53: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil),     // 54: google.protobuf.Timestamp
-	(*SyncAck)(nil),                   // 55: merlon.ca.v1.SyncAck
-	(*Selector)(nil),                  // 56: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),               // 57: merlon.ca.v1.TrustBundle
-	(*PushPolicyRequest)(nil),         // 58: merlon.ca.v1.PushPolicyRequest
-	(*GetPolicyRequest)(nil),          // 59: merlon.ca.v1.GetPolicyRequest
-	(*PushPolicyResponse)(nil),        // 60: merlon.ca.v1.PushPolicyResponse
-	(*GetPolicyResponse)(nil),         // 61: merlon.ca.v1.GetPolicyResponse
+	(*FetchPolicyRequest)(nil),        // 51: merlon.ca.v1.FetchPolicyRequest
+	(*FetchPolicyResponse)(nil),       // 52: merlon.ca.v1.FetchPolicyResponse
+	nil,                               // 53: merlon.ca.v1.CAAuthority.SinceEntry
+	(*Entry)(nil),                     // 54: merlon.ca.v1.Entry
+	(*Revocation)(nil),                // 55: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil),     // 56: google.protobuf.Timestamp
+	(*SyncAck)(nil),                   // 57: merlon.ca.v1.SyncAck
+	(*Selector)(nil),                  // 58: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),               // 59: merlon.ca.v1.TrustBundle
+	(*PolicyKey)(nil),                 // 60: merlon.ca.v1.PolicyKey
+	(*PushPolicyRequest)(nil),         // 61: merlon.ca.v1.PushPolicyRequest
+	(*GetPolicyRequest)(nil),          // 62: merlon.ca.v1.GetPolicyRequest
+	(*PushPolicyResponse)(nil),        // 63: merlon.ca.v1.PushPolicyResponse
+	(*GetPolicyResponse)(nil),         // 64: merlon.ca.v1.GetPolicyResponse
 }
 var file_ca_capb_admin_proto_depIdxs = []int32{
-	52, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
-	52, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	52, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
-	52, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	52, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	53, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	54, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
+	54, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	54, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
+	54, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	54, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	55, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	0,  // 6: merlon.ca.v1.CreateTokenRequest.kind:type_name -> merlon.ca.v1.TokenKind
-	54, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	56, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
 	13, // 8: merlon.ca.v1.ListAgentsResponse.agents:type_name -> merlon.ca.v1.Agent
-	54, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
-	54, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
-	55, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
-	54, // 12: merlon.ca.v1.Agent.state_since:type_name -> google.protobuf.Timestamp
-	56, // 13: merlon.ca.v1.Agent.selectors:type_name -> merlon.ca.v1.Selector
+	56, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
+	56, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
+	57, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
+	56, // 12: merlon.ca.v1.Agent.state_since:type_name -> google.protobuf.Timestamp
+	58, // 13: merlon.ca.v1.Agent.selectors:type_name -> merlon.ca.v1.Selector
 	13, // 14: merlon.ca.v1.GetAgentResponse.agent:type_name -> merlon.ca.v1.Agent
 	13, // 15: merlon.ca.v1.EvictAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	53, // 16: merlon.ca.v1.EvictAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	55, // 16: merlon.ca.v1.EvictAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	13, // 17: merlon.ca.v1.BanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	53, // 18: merlon.ca.v1.BanAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	55, // 18: merlon.ca.v1.BanAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	13, // 19: merlon.ca.v1.UnbanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	57, // 20: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	53, // 21: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
-	53, // 22: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	59, // 20: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	55, // 21: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	55, // 22: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
 	30, // 23: merlon.ca.v1.ProveIssuancesResponse.proofs:type_name -> merlon.ca.v1.IssuanceProof
 	31, // 24: merlon.ca.v1.ProveIssuancesResponse.issuers:type_name -> merlon.ca.v1.Issuer
-	54, // 25: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
+	56, // 25: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
 	34, // 26: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
-	54, // 27: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
-	54, // 28: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
+	56, // 27: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
+	56, // 28: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
 	34, // 29: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
-	53, // 30: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	55, // 30: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
 	41, // 31: merlon.ca.v1.ListAuthoritiesResponse.authorities:type_name -> merlon.ca.v1.CAAuthority
-	54, // 32: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
-	54, // 33: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
-	51, // 34: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
+	56, // 32: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
+	56, // 33: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
+	53, // 34: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
 	42, // 35: merlon.ca.v1.CAAuthority.pending:type_name -> merlon.ca.v1.PendingStep
-	54, // 36: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
-	54, // 37: merlon.ca.v1.PendingStep.last_call:type_name -> google.protobuf.Timestamp
+	56, // 36: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
+	56, // 37: merlon.ca.v1.PendingStep.last_call:type_name -> google.protobuf.Timestamp
 	41, // 38: merlon.ca.v1.PrepareAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
 	41, // 39: merlon.ca.v1.ActivateAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
 	41, // 40: merlon.ca.v1.TaintAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
 	41, // 41: merlon.ca.v1.RevokeAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	54, // 42: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
-	1,  // 43: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
-	3,  // 44: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
-	5,  // 45: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
-	7,  // 46: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
-	9,  // 47: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
-	11, // 48: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
-	14, // 49: merlon.ca.v1.Admin.GetAgent:input_type -> merlon.ca.v1.GetAgentRequest
-	16, // 50: merlon.ca.v1.Admin.EvictAgent:input_type -> merlon.ca.v1.EvictAgentRequest
-	18, // 51: merlon.ca.v1.Admin.BanAgent:input_type -> merlon.ca.v1.BanAgentRequest
-	20, // 52: merlon.ca.v1.Admin.UnbanAgent:input_type -> merlon.ca.v1.UnbanAgentRequest
-	22, // 53: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
-	24, // 54: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
-	26, // 55: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
-	58, // 56: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
-	32, // 57: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
-	35, // 58: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
-	39, // 59: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
-	43, // 60: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
-	45, // 61: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
-	47, // 62: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
-	49, // 63: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
-	37, // 64: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
-	59, // 65: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
-	28, // 66: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
-	2,  // 67: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
-	4,  // 68: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
-	6,  // 69: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
-	8,  // 70: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
-	10, // 71: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
-	12, // 72: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
-	15, // 73: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
-	17, // 74: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
-	19, // 75: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
-	21, // 76: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
-	23, // 77: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
-	25, // 78: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
-	27, // 79: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
-	60, // 80: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
-	33, // 81: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
-	36, // 82: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
-	40, // 83: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
-	44, // 84: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
-	46, // 85: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
-	48, // 86: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
-	50, // 87: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
-	38, // 88: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
-	61, // 89: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
-	29, // 90: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
-	67, // [67:91] is the sub-list for method output_type
-	43, // [43:67] is the sub-list for method input_type
-	43, // [43:43] is the sub-list for extension type_name
-	43, // [43:43] is the sub-list for extension extendee
-	0,  // [0:43] is the sub-list for field type_name
+	60, // 42: merlon.ca.v1.FetchPolicyResponse.keys:type_name -> merlon.ca.v1.PolicyKey
+	56, // 43: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
+	1,  // 44: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
+	3,  // 45: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
+	5,  // 46: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
+	7,  // 47: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
+	9,  // 48: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
+	11, // 49: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
+	14, // 50: merlon.ca.v1.Admin.GetAgent:input_type -> merlon.ca.v1.GetAgentRequest
+	16, // 51: merlon.ca.v1.Admin.EvictAgent:input_type -> merlon.ca.v1.EvictAgentRequest
+	18, // 52: merlon.ca.v1.Admin.BanAgent:input_type -> merlon.ca.v1.BanAgentRequest
+	20, // 53: merlon.ca.v1.Admin.UnbanAgent:input_type -> merlon.ca.v1.UnbanAgentRequest
+	22, // 54: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
+	24, // 55: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
+	26, // 56: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
+	61, // 57: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
+	32, // 58: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
+	35, // 59: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
+	39, // 60: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
+	43, // 61: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
+	45, // 62: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
+	47, // 63: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
+	49, // 64: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
+	37, // 65: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
+	62, // 66: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
+	51, // 67: merlon.ca.v1.Admin.FetchPolicy:input_type -> merlon.ca.v1.FetchPolicyRequest
+	28, // 68: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
+	2,  // 69: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
+	4,  // 70: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
+	6,  // 71: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
+	8,  // 72: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
+	10, // 73: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
+	12, // 74: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
+	15, // 75: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
+	17, // 76: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
+	19, // 77: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
+	21, // 78: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
+	23, // 79: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
+	25, // 80: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
+	27, // 81: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
+	63, // 82: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
+	33, // 83: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
+	36, // 84: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
+	40, // 85: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
+	44, // 86: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
+	46, // 87: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
+	48, // 88: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
+	50, // 89: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
+	38, // 90: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
+	64, // 91: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
+	52, // 92: merlon.ca.v1.Admin.FetchPolicy:output_type -> merlon.ca.v1.FetchPolicyResponse
+	29, // 93: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
+	69, // [69:94] is the sub-list for method output_type
+	44, // [44:69] is the sub-list for method input_type
+	44, // [44:44] is the sub-list for extension type_name
+	44, // [44:44] is the sub-list for extension extendee
+	0,  // [0:44] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_admin_proto_init() }
@@ -3354,7 +3477,7 @@ func file_ca_capb_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_admin_proto_rawDesc), len(file_ca_capb_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   51,
+			NumMessages:   53,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -46,6 +46,7 @@ const (
 	Admin_RevokeAuthority_FullMethodName   = "/merlon.ca.v1.Admin/RevokeAuthority"
 	Admin_BackupStore_FullMethodName       = "/merlon.ca.v1.Admin/BackupStore"
 	Admin_GetPolicy_FullMethodName         = "/merlon.ca.v1.Admin/GetPolicy"
+	Admin_FetchPolicy_FullMethodName       = "/merlon.ca.v1.Admin/FetchPolicy"
 	Admin_ProveIssuances_FullMethodName    = "/merlon.ca.v1.Admin/ProveIssuances"
 )
 
@@ -108,6 +109,9 @@ type AdminClient interface {
 	BackupStore(ctx context.Context, in *BackupStoreRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupStoreResponse], error)
 	// GetPolicy names the current generation and the keys that sign it.
 	GetPolicy(ctx context.Context, in *GetPolicyRequest, opts ...grpc.CallOption) (*GetPolicyResponse, error)
+	// FetchPolicy gives the signed policy bundle of a generation: who may read it may
+	// read all grants.
+	FetchPolicy(ctx context.Context, in *FetchPolicyRequest, opts ...grpc.CallOption) (*FetchPolicyResponse, error)
 	// ProveIssuances proves that the log of the replica that answers holds the
 	// SVIDs with these serial numbers. Whoever may call it may also read the log
 	// over HTTPS, below /log/REPLICA/.
@@ -361,6 +365,16 @@ func (c *adminClient) GetPolicy(ctx context.Context, in *GetPolicyRequest, opts 
 	return out, nil
 }
 
+func (c *adminClient) FetchPolicy(ctx context.Context, in *FetchPolicyRequest, opts ...grpc.CallOption) (*FetchPolicyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(FetchPolicyResponse)
+	err := c.cc.Invoke(ctx, Admin_FetchPolicy_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) ProveIssuances(ctx context.Context, in *ProveIssuancesRequest, opts ...grpc.CallOption) (*ProveIssuancesResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ProveIssuancesResponse)
@@ -430,6 +444,9 @@ type AdminServer interface {
 	BackupStore(*BackupStoreRequest, grpc.ServerStreamingServer[BackupStoreResponse]) error
 	// GetPolicy names the current generation and the keys that sign it.
 	GetPolicy(context.Context, *GetPolicyRequest) (*GetPolicyResponse, error)
+	// FetchPolicy gives the signed policy bundle of a generation: who may read it may
+	// read all grants.
+	FetchPolicy(context.Context, *FetchPolicyRequest) (*FetchPolicyResponse, error)
 	// ProveIssuances proves that the log of the replica that answers holds the
 	// SVIDs with these serial numbers. Whoever may call it may also read the log
 	// over HTTPS, below /log/REPLICA/.
@@ -512,6 +529,9 @@ func (UnimplementedAdminServer) BackupStore(*BackupStoreRequest, grpc.ServerStre
 }
 func (UnimplementedAdminServer) GetPolicy(context.Context, *GetPolicyRequest) (*GetPolicyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetPolicy not implemented")
+}
+func (UnimplementedAdminServer) FetchPolicy(context.Context, *FetchPolicyRequest) (*FetchPolicyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method FetchPolicy not implemented")
 }
 func (UnimplementedAdminServer) ProveIssuances(context.Context, *ProveIssuancesRequest) (*ProveIssuancesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ProveIssuances not implemented")
@@ -944,6 +964,24 @@ func _Admin_GetPolicy_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_FetchPolicy_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FetchPolicyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).FetchPolicy(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_FetchPolicy_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).FetchPolicy(ctx, req.(*FetchPolicyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_ProveIssuances_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ProveIssuancesRequest)
 	if err := dec(in); err != nil {
@@ -1056,6 +1094,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetPolicy",
 			Handler:    _Admin_GetPolicy_Handler,
+		},
+		{
+			MethodName: "FetchPolicy",
+			Handler:    _Admin_FetchPolicy_Handler,
 		},
 		{
 			MethodName: "ProveIssuances",

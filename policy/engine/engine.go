@@ -212,7 +212,17 @@ func (e *Engine) decide(ctx context.Context, in *policy.Input) (policy.Decision,
 }
 
 func (e *Engine) decideByOPA(ctx context.Context, in *policy.Input) (policy.Decision, answer) {
-	now := e.now()
+	d, a := e.decideAt(ctx, in, e.now())
+	e.count(a.dryRun)
+	if d.Reason == policy.Error && a.err != nil {
+		e.log.LogAttrs(ctx, slog.LevelWarn, "policy evaluation failed", slog.String("decision_id", d.DecisionID.String()),
+			slog.Uint64("policy_revision", e.generation), slog.Any("err", a.err))
+	}
+	return d, a
+}
+
+// decideAt is the decision at now: what stands before any policy, and then OPA's.
+func (e *Engine) decideAt(ctx context.Context, in *policy.Input, now time.Time) (policy.Decision, answer) {
 	d := policy.Decision{DecisionID: policy.NewDecisionID(), Revision: e.generation}
 	if in == nil || in.Source == "" {
 		d.Reason = policy.NoIdentity
@@ -229,11 +239,8 @@ func (e *Engine) decideByOPA(ctx context.Context, in *policy.Input) (policy.Deci
 		}
 	}
 	a := e.evaluate(ctx, in, now, e.limit, &d)
-	e.count(a.dryRun)
 	if a.err != nil {
 		d.Allow, d.Reason, d.RuleID, d.Response = false, policy.Error, "", nil
-		e.log.LogAttrs(ctx, slog.LevelWarn, "policy evaluation failed", slog.String("decision_id", d.DecisionID.String()),
-			slog.Uint64("policy_revision", e.generation), slog.Any("err", a.err))
 	}
 	return d, a
 }

@@ -148,28 +148,31 @@ func TestExplainSaysWhatWasNearest(t *testing.T) {
 `), nil)
 	post, cart := get("/orders"), get("/orders")
 	post.Method, cart.Source = "POST", "spiffe://shop.test/cart"
-	const dry = "grant tried matches, but is in mode dry-run and decides nothing"
+	const dry = "dry-run grant tried would allow the call; it decides nothing"
 	tests := map[string]struct {
 		in   *policy.Input
 		want []string
 	}{
 		"allowed":   {get("/orders"), []string{"grant web-reads-orders allows the call", dry}},
-		"method":    {post, []string{"grant web-reads-orders allows GET, not POST", dry}},
-		"path":      {get("/admin"), []string{"grant web-reads-orders allows /orders, /orders/*, not /admin", dry}},
-		"expired":   {cart, []string{"no grant lets spiffe://shop.test/cart call spiffe://shop.test/orders over http", "grant old expired at 2020-01-01T00:00:00Z"}},
+		"method":    {post, []string{"grant web-reads-orders: method POST not in [GET]", dry}},
+		"path":      {get("/admin"), []string{"grant web-reads-orders: path /admin not in [/orders, /orders/*]", dry}},
+		"expired":   {cart, []string{"no grant lets spiffe://shop.test/cart call spiffe://shop.test/orders over http", "grant old: expired at 2020-01-01T00:00:00Z", "grant web-reads-orders: source spiffe://shop.test/cart not in [spiffe://shop.test/web]"}},
 		"ambiguous": {get("/a//b"), []string{`path "/a//b" is ambiguous: empty segment ("//") at byte 3`}},
 		"nobody":    {&policy.Input{Protocol: policy.TCP}, []string{"the caller proved no SPIFFE ID"}},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			d, got := e.Explain(t.Context(), tt.in)
-			if strings.Join(got, "\n") != strings.Join(tt.want, "\n") {
-				t.Errorf("%s: %q; want %q", d.Reason, got, tt.want)
+			x := e.Explain(t.Context(), tt.in, How{})
+			if strings.Join(x.Details, "\n") != strings.Join(tt.want, "\n") {
+				t.Errorf("%s: %q; want %q", x.Reason, x.Details, tt.want)
+			}
+			if d := e.Authorize(t.Context(), tt.in); d.Allow != x.Allow || d.Reason != x.Reason || d.RuleID != x.RuleID {
+				t.Errorf("explained as %+v; the decision is %+v", x.Decision, d)
 			}
 		})
 	}
 	if n := e.DryRun()["tried"]; n != 3 {
-		t.Errorf("dry-run grant counted %d calls; want 3", n)
+		t.Errorf("dry-run grant counted %d calls; want 3, for an explanation is none", n)
 	}
 }
 
@@ -247,11 +250,11 @@ func TestT32UnclearAnswersDeny(t *testing.T) {
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			e := load(t, parseGrants(t, "grants:\n  - {id: all, http: {}}\n"), map[string]string{"a.rego": "package authz\n\n" + tt.rego + "\n"})
-			d, why := e.Explain(t.Context(), get("/"))
+			d := e.Explain(t.Context(), get("/"), How{})
 			if d.Reason != tt.want || d.Allow != (tt.want == policy.Allowed) {
-				t.Errorf("decision = %+v; want %s", d, tt.want)
+				t.Errorf("decision = %+v; want %s", d.Decision, tt.want)
 			}
-			if len(why) == 0 || why[0] == "" {
+			if len(d.Details) == 0 || d.Details[0] == "" {
 				t.Error("no explanation")
 			}
 		})
@@ -304,8 +307,8 @@ func TestEngineIsSafeForConcurrentUse(t *testing.T) {
 				if i == 7 {
 					want = policy.DenyRule
 				}
-				if d, why := e.Explain(context.Background(), get(fmt.Sprintf("/orders/%d", i))); d.Reason != want {
-					done <- fmt.Errorf("/orders/%d: %+v, %q", i, d, why)
+				if d := e.Explain(context.Background(), get(fmt.Sprintf("/orders/%d", i)), How{}); d.Reason != want {
+					done <- fmt.Errorf("/orders/%d: %+v", i, d)
 					return
 				}
 			}

@@ -132,7 +132,7 @@ func TestT32ObjectsThatCannotBeSentDeny(t *testing.T) {
 		if d := byAll(t, e, get("/")); d.Allow || d.Reason != policy.Error || d.Response != nil {
 			t.Errorf("%s: %+v", rego, d)
 		}
-		if _, why := e.Explain(t.Context(), get("/")); len(why) != 1 || !strings.Contains(why[0], want) {
+		if why := e.Explain(t.Context(), get("/"), How{}).Details; len(why) != 1 || !strings.Contains(why[0], want) {
 			t.Errorf("%s: %q; want %q", rego, why, want)
 		}
 	}

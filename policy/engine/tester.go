@@ -58,14 +58,14 @@ func (e *Engine) RunGrantTests(ctx context.Context, name string, data []byte) ([
 		if err != nil {
 			return nil, err
 		}
-		d, why := e.Explain(ctx, in)
+		d := e.Explain(ctx, in, How{})
 		got := "deny"
 		if d.Allow {
 			got = "allow"
 		}
 		r := TestResult{File: name, Line: c.Where.Line, Name: c.Name, Pass: got == c.Want && (c.Reason == "" || c.Reason == string(d.Reason))}
 		if !r.Pass {
-			r.Detail = fmt.Sprintf("got %s %s, want %s: %s", got, d.Reason, strings.TrimSpace(c.Want+" "+c.Reason), strings.Join(why, "; "))
+			r.Detail = fmt.Sprintf("got %s %s, want %s: %s", got, d.Reason, strings.TrimSpace(c.Want+" "+c.Reason), strings.Join(d.Details, "; "))
 		}
 		results = append(results, r)
 	}

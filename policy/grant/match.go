@@ -1,10 +1,9 @@
 package grant
 
 // This file is what grants mean, in plain Go: the reference that the compiled
-// policy is compared with, and the source of explanations.
+// policy is compared with.
 
 import (
-	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -146,30 +145,4 @@ func least(a, b string) string {
 		return b
 	}
 	return a
-}
-
-// Explain says in one sentence how far g is from allowing the call in.
-func (g *Grant) Explain(in *policy.Input, fit Fit) string {
-	method, path := in.Method, in.Path
-	if service, rpc, ok := policy.SplitRPC(in.Path); ok && g.GRPC != nil {
-		method, path = rpc, service
-	}
-	switch fit {
-	case SamePath:
-		return fmt.Sprintf("grant %s allows %s, not %s", g.ID, some(g.methods()), method)
-	case SameParty:
-		return fmt.Sprintf("grant %s allows %s, not %s", g.ID, some(g.paths()), path)
-	case Everything:
-		return fmt.Sprintf("grant %s matches", g.ID)
-	}
-	return fmt.Sprintf("grant %s is for another caller, service or protocol", g.ID)
-}
-
-// some lists a few of items.
-func some(items []string) string {
-	const few = 8
-	if len(items) <= few {
-		return strings.Join(items, ", ")
-	}
-	return fmt.Sprintf("%s and %d more", strings.Join(items[:few], ", "), len(items)-few)
 }

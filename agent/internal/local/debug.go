@@ -1,4 +1,5 @@
-// Explanations for operators, on the admin socket.
+// What operators ask on the admin socket: how the agent is, and why a process has no
+// identity.
 
 package local
 
@@ -16,7 +17,6 @@ import (
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/endpoint"
 	"merlon.dev/agent/internal/workload"
-	"merlon.dev/policy"
 )
 
 // maxMisses is how many entries that do not match are told about.
@@ -82,47 +82,4 @@ func whyNone(state cache.State, matches []*cache.Entry, misses []cache.Miss, p *
 // Status says how the agent is.
 func (s *Server) Status(ctx context.Context, _ *agentpb.StatusRequest) (*agentpb.StatusResponse, error) {
 	return s.o.Status(ctx), nil
-}
-
-// ExplainDecision finds one of the last decisions and asks the policy that
-// made it once more, in words.
-func (s *Server) ExplainDecision(ctx context.Context, req *agentpb.ExplainDecisionRequest) (*agentpb.ExplainDecisionResponse, error) {
-	id, err := policy.ParseDecisionID(req.GetDecisionId())
-	if err != nil {
-		return nil, status.Error(codes.InvalidArgument, err.Error())
-	}
-	rec, ok := s.decisions.await(ctx, id)
-	if !ok {
-		return nil, status.Errorf(codes.NotFound,
-			"decision %.64q is not among the last %d of this agent, which has all denials and some of the calls that were allowed; ask the agent on the node of the called service", req.GetDecisionId(), ringSize)
-	}
-	m := &agentpb.ExplainDecisionResponse{
-		Decision: decisionToPB(rec.decision), Input: inputToPB(&rec.input),
-		DecidedAt: timestamppb.New(rec.decidedAt), Hint: hintFor(rec),
-	}
-	active := s.o.Engine()
-	switch {
-	case rec.decision.Revision == 0:
-		m.Details = []string{"no policy was asked: the reason stood before it"}
-	case active == nil || active.Generation() != rec.decision.Revision:
-		m.Details = []string{fmt.Sprintf("policy generation %d, which decided, is not active any more", rec.decision.Revision)}
-	default:
-		_, m.Details = active.Explain(ctx, &rec.input)
-	}
-	if rec.shortened {
-		m.Details = append(m.Details, "headers and query are not kept whole, so a policy that reads them may come out differently here")
-	}
-	return m, nil
-}
-
-// hintFor says what to do next. The decision's own hint would lead back here.
-func hintFor(rec record) string {
-	d := rec.decision
-	if d.Allow {
-		return ""
-	}
-	if hint := d.Hint(); hint != "merlon explain decision "+d.DecisionID.String() {
-		return hint
-	}
-	return fmt.Sprintf("to allow it, add a grant from %s to %s and run: merlon policy push FOLDER", rec.input.Source, rec.input.Destination)
 }

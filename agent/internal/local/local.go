@@ -35,6 +35,12 @@ type Options struct {
 	Callers *endpoint.Callers
 	// Engine returns the active policy, nil for none.
 	Engine func() *engine.Engine
+	// EngineOf returns the policy of a generation that was active some time ago. The
+	// error says why it cannot be had.
+	EngineOf func(ctx context.Context, generation uint64) (*engine.Engine, error)
+	// ExplainHeaders names the headers whose values are kept with the last
+	// decisions.
+	ExplainHeaders []string
 	// PolicyChanged returns a channel that is closed at the next change of the
 	// active policy.
 	PolicyChanged func() <-chan struct{}
@@ -60,7 +66,7 @@ type Server struct {
 
 	o         Options
 	cache     *cache.Cache
-	decisions *ring
+	decisions *decisions
 	counted   *prometheus.CounterVec
 	// unrecorded are denials that services counted and did not report.
 	unrecorded prometheus.Counter
@@ -69,7 +75,7 @@ type Server struct {
 // New returns a Server.
 func New(o Options) *Server {
 	s := &Server{
-		o: o, cache: o.Callers.Cache, decisions: newRing(),
+		o: o, cache: o.Callers.Cache, decisions: newDecisions(o.ExplainHeaders),
 		counted: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "merlon_agent_decisions_total", Help: "Decisions for workloads, by reason.",
 		}, []string{"reason"}),

@@ -67,29 +67,68 @@ func TestStaleRevocations(t *testing.T) {
 	})
 }
 
-func TestRingKeepsTheLastDecisions(t *testing.T) {
-	r := newRing()
-	for i := range ringSize + 5 {
-		r.add(&policy.Input{Method: fmt.Sprint(i)}, policy.Decision{DecisionID: policy.DecisionID{byte(i >> 8), byte(i)}}, time.Time{})
+func decisionNumber(i int) policy.DecisionID { return policy.DecisionID{byte(i >> 8), byte(i)} }
+
+func TestTheLastDecisionsAreKept(t *testing.T) {
+	d := newDecisions(nil)
+	for i := range maxDenied + 5 {
+		d.add(&policy.Input{Method: fmt.Sprint(i)}, policy.Decision{DecisionID: decisionNumber(i)}, time.Time{})
 	}
-	for i, want := range map[int]bool{0: false, 4: false, 5: true, ringSize + 4: true, ringSize + 5: false} {
-		rec, ok := r.find(policy.DecisionID{byte(i >> 8), byte(i)})
-		if ok != want || ok && rec.input.Method != fmt.Sprint(i) {
-			t.Errorf("find(%d) = %v, %v; want %v", i, rec.input.Method, ok, want)
+	// Calls that are allowed have room of their own.
+	for i := range 2 * maxAllowed {
+		d.add(&policy.Input{Method: fmt.Sprint(i)}, policy.Decision{Allow: true, DecisionID: decisionNumber(20_000 + i)}, time.Time{})
+	}
+	// Nobody replaces a record, not by another verdict either.
+	d.add(&policy.Input{Method: "forged"}, policy.Decision{Allow: true, DecisionID: decisionNumber(5)}, time.Time{})
+	d.add(&policy.Input{Method: "forged"}, policy.Decision{DecisionID: decisionNumber(20_000 + maxAllowed)}, time.Time{})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for i, want := range map[int]string{
+		0: "", 4: "", 5: "5", maxDenied + 4: fmt.Sprint(maxDenied + 4), maxDenied + 5: "",
+		20_000 + maxAllowed - 1: "", 20_000 + maxAllowed: fmt.Sprint(maxAllowed), 20_000 + 2*maxAllowed - 1: fmt.Sprint(2*maxAllowed - 1),
+	} {
+		rec, ok := d.await(ctx, decisionNumber(i))
+		if ok != (want != "") || rec.input.Method != want {
+			t.Errorf("await(%d) = %q, %v; want %q", i, rec.input.Method, ok, want)
 		}
 	}
-	if len(r.byID) != ringSize {
-		t.Errorf("%d IDs are known; want %d", len(r.byID), ringSize)
+	if len(d.denied.byID) != maxDenied || len(d.allowed.byID) != maxAllowed {
+		t.Errorf("%d and %d IDs are known; want %d and %d", len(d.denied.byID), len(d.allowed.byID), maxDenied, maxAllowed)
 	}
 }
 
-func TestKeptHeadersAreBounded(t *testing.T) {
-	headers := map[string][]string{"accept": {"x"}, "cookie": {"canary"}}
-	kept, shortened := keepHeaders(headers)
-	if !shortened || kept["cookie"][0] != masked || kept["accept"][0] != "x" || headers["cookie"][0] != "canary" {
-		t.Errorf("keepHeaders() = %v, %v; want the cookie masked, and the input as it was", kept, shortened)
+// T37: only what somebody has found harmless is kept.
+func TestHeadersAreKeptByAllowList(t *testing.T) {
+	d := newDecisions([]string{"Accept", "big"})
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	kept := func(number int, headers map[string][]string) record {
+		t.Helper()
+		d.add(&policy.Input{Headers: headers}, policy.Decision{DecisionID: decisionNumber(number)}, time.Time{})
+		rec, ok := d.await(ctx, decisionNumber(number))
+		if !ok {
+			t.Fatal("the record is not there")
+		}
+		return rec
 	}
-	if kept, shortened := keepHeaders(map[string][]string{"x": {string(make([]byte, maxHeaderBytes))}}); len(kept) != 0 || !shortened {
-		t.Errorf("keepHeaders(too much) = %d headers, %v; want none", len(kept), shortened)
+	headers := map[string][]string{"accept": {"x", "y"}, "x-session": {"canary", "canary"}, "cookie": {"canary"}}
+	rec := kept(1, headers)
+	if got, want := fmt.Sprint(rec.input.Headers), "map[accept:[x y] cookie:[(masked)] x-session:[(masked)]]"; got != want || fmt.Sprint(rec.masked) != "[cookie x-session]" || rec.shortened {
+		t.Errorf("kept %s, masked %v; want %s", got, rec.masked, want)
+	}
+	if headers["cookie"][0] != "canary" {
+		t.Error("the call itself was changed")
+	}
+	if rec := kept(2, map[string][]string{"big": {string(make([]byte, maxHeaderBytes))}}); len(rec.input.Headers) != 0 || !rec.shortened {
+		t.Errorf("kept %d headers of too many bytes, shortened: %v", len(rec.input.Headers), rec.shortened)
+	}
+}
+
+func BenchmarkKeepDenial(b *testing.B) {
+	d := newDecisions([]string{"accept"})
+	in := &policy.Input{Source: "spiffe://example.test/web", Headers: map[string][]string{"accept": {"x"}, "cookie": {"y"}}}
+	b.ReportAllocs()
+	for i := range b.N {
+		d.add(in, policy.Decision{DecisionID: policy.DecisionID{byte(i >> 24), byte(i >> 16), byte(i >> 8), byte(i)}}, time.Time{})
 	}
 }

@@ -1,39 +1,81 @@
-// The last decisions, so that one of them can be explained afterwards.
+// The last decisions, so that one of them can be explained afterwards: which are
+// kept, and what of their calls.
 
 package local
 
 import (
 	"context"
+	"maps"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"merlon.dev/policy"
 )
 
-// ringSize is how many decisions are kept.
-const ringSize = 10_000
+// Denials and calls that were allowed have room of their own, so that many of these
+// do not displace those that somebody will ask for.
+const (
+	maxDenied  = 10_000
+	maxAllowed = 1000
+)
 
 // maxHeaderBytes bounds what is kept of one call's headers.
 const maxHeaderBytes = 2048
 
-// masked stands for the values of headers that carry secrets (SECURITY.md T37).
+// masked stands for the values of headers that are not to be kept: of any but those
+// that the configuration names, for nobody can list all that carry secrets
+// (SECURITY.md T37).
 const masked = "(masked)"
-
-// secretHeaders are never kept.
-var secretHeaders = map[string]bool{
-	"authorization": true, "proxy-authorization": true, "cookie": true, "set-cookie": true, "x-api-key": true,
-}
 
 // record is one decision.
 type record struct {
 	decision  policy.Decision
 	input     policy.Input
 	decidedAt time.Time
-	shortened bool // the input is not kept whole
+	// masked are the names of headers whose values are not kept, and shortened says
+	// that more of the input is not.
+	masked    []string
+	shortened bool
+}
+
+// decisions are the last ones. They are safe for concurrent use.
+type decisions struct {
+	denied, allowed *ring
+	// keep has the headers whose values are kept.
+	keep map[string]bool
+}
+
+func newDecisions(keep []string) *decisions {
+	d := &decisions{denied: newRing(maxDenied), allowed: newRing(maxAllowed), keep: make(map[string]bool, len(keep))}
+	for _, name := range keep {
+		d.keep[strings.ToLower(name)] = true
+	}
+	return d
+}
+
+// add keeps a decision in place of the oldest.
+func (d *decisions) add(in *policy.Input, decision policy.Decision, now time.Time) {
+	if d.denied.has(decision.DecisionID) || d.allowed.has(decision.DecisionID) {
+		return // nobody replaces the record of another's decision
+	}
+	rec := record{decision: decision, input: *in, decidedAt: now}
+	rec.keepHeaders(in.Headers, d.keep)
+	if len(rec.input.Query) > maxHeaderBytes {
+		rec.input.Query, rec.shortened = "", true
+	}
+	if decision.Allow {
+		d.allowed.add(rec)
+	} else {
+		d.denied.add(rec)
+	}
 }
 
 // ring is safe for concurrent use.
 type ring struct {
+	size int
+
 	mu sync.Mutex
 	// guarded by mu
 	records []record
@@ -42,28 +84,25 @@ type ring struct {
 	added   chan struct{} // closed when there is another
 }
 
-func newRing() *ring { return &ring{byID: map[policy.DecisionID]int{}, added: make(chan struct{})} }
+func newRing(size int) *ring {
+	return &ring{size: size, byID: map[policy.DecisionID]int{}, added: make(chan struct{})}
+}
 
-// add keeps a decision in place of the oldest.
-func (r *ring) add(in *policy.Input, d policy.Decision, now time.Time) {
-	rec := record{decision: d, input: *in, decidedAt: now}
-	rec.input.Headers, rec.shortened = keepHeaders(in.Headers)
-	if len(rec.input.Query) > maxHeaderBytes {
-		rec.input.Query, rec.shortened = "", true
-	}
+func (r *ring) add(rec record) {
+	id := rec.decision.DecisionID
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if _, known := r.byID[d.DecisionID]; known {
-		return // nobody replaces the record of another's decision
+	if _, known := r.byID[id]; known {
+		return // as in decisions.add, but for two at the same time
 	}
-	if len(r.records) < ringSize {
+	if len(r.records) < r.size {
 		r.records = append(r.records, rec)
 	} else {
 		delete(r.byID, r.records[r.next].decision.DecisionID)
 		r.records[r.next] = rec
 	}
-	r.byID[d.DecisionID] = r.next
-	r.next = (r.next + 1) % ringSize
+	r.byID[id] = r.next
+	r.next = (r.next + 1) % r.size
 	close(r.added)
 	r.added = make(chan struct{})
 }
@@ -72,22 +111,38 @@ func (r *ring) add(in *policy.Input, d policy.Decision, now time.Time) {
 const patience = time.Second
 
 // await finds the record of a decision that may have been made just now.
-func (r *ring) await(ctx context.Context, id policy.DecisionID) (record, bool) {
+func (d *decisions) await(ctx context.Context, id policy.DecisionID) (record, bool) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
-		r.mu.Lock()
-		added := r.added
-		r.mu.Unlock()
-		if rec, ok := r.find(id); ok {
+		denied, allowed := d.denied.changed(), d.allowed.changed()
+		if rec, ok := d.denied.find(id); ok {
+			return rec, true
+		}
+		if rec, ok := d.allowed.find(id); ok {
 			return rec, true
 		}
 		select {
-		case <-added:
+		case <-denied:
+		case <-allowed:
 		case <-ctx.Done():
 			return record{}, false
 		}
 	}
+}
+
+// changed returns a channel that is closed at the next addition.
+func (r *ring) changed() <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.added
+}
+
+func (r *ring) has(id policy.DecisionID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_, known := r.byID[id]
+	return known
 }
 
 func (r *ring) find(id policy.DecisionID) (record, bool) {
@@ -100,24 +155,30 @@ func (r *ring) find(id policy.DecisionID) (record, bool) {
 	return r.records[i], true
 }
 
-// keepHeaders copies headers without secrets, as far as there is room.
-func keepHeaders(headers map[string][]string) (kept map[string][]string, shortened bool) {
+// keepHeaders copies headers as far as there is room, and only the values of those
+// to be kept.
+func (rec *record) keepHeaders(headers map[string][]string, keep map[string]bool) {
+	rec.input.Headers = nil
 	room := maxHeaderBytes
-	for name, values := range headers {
-		if secretHeaders[name] {
-			values, shortened = []string{masked}, true
+	for _, name := range slices.Sorted(maps.Keys(headers)) {
+		values := headers[name]
+		if !keep[name] {
+			values = []string{masked}
 		}
 		room -= len(name)
 		for _, v := range values {
 			room -= len(v)
 		}
 		if room < 0 {
-			return kept, true
+			rec.shortened = true
+			return
 		}
-		if kept == nil {
-			kept = make(map[string][]string, len(headers))
+		if rec.input.Headers == nil {
+			rec.input.Headers = make(map[string][]string, len(headers))
 		}
-		kept[name] = values
+		rec.input.Headers[name] = values
+		if !keep[name] {
+			rec.masked = append(rec.masked, name)
+		}
 	}
-	return kept, shortened
 }

@@ -62,6 +62,8 @@ type Feed struct {
 	keys    []bundle.Key // that may sign
 	changed chan struct{}
 
+	past past
+
 	highest atomic.Uint64 // generation that was active, ever
 	etag    string        // of the goroutine that loads: New, then Run
 }
@@ -216,28 +218,19 @@ func (f *Feed) loadFrom(ctx context.Context, url string, want uint64, keys []bun
 
 // activate verifies, compiles, keeps and swaps, in that order.
 func (f *Feed) activate(ctx context.Context, raw []byte, keys []bundle.Key, keep bool) error {
-	contents, err := bundle.Verify(raw, keys, bundle.Expect{
-		Name: f.cfg.Name, TrustDomain: f.cfg.TrustDomain, MinGeneration: f.Seen(),
-	})
+	compiled, generation, err := f.compile(ctx, raw, keys, f.Seen())
 	if err != nil {
-		return fmt.Errorf("verify policy bundle %s: %w", f.cfg.Name, err)
-	}
-	md := contents.Metadata
-	compiled, err := engine.New(ctx, engine.Source{
-		Modules: contents.Modules, Data: contents.Data,
-		Generation: md.Generation, NotAfter: md.NotAfter, Logger: f.cfg.Logger,
-	})
-	if err != nil {
-		return fmt.Errorf("compile policy bundle %s generation %d: %w", f.cfg.Name, md.Generation, err)
+		return err
 	}
 	if keep {
 		// Before it decides anything: a generation that was active once must
 		// not be forgotten.
-		if err := f.save(raw, md.Generation, keys); err != nil {
+		if err := f.save(raw, generation, keys); err != nil {
 			return err
 		}
 	}
-	f.highest.Store(md.Generation)
+	f.highest.Store(generation)
+	f.past.keep(pastBundle{generation, raw, keys})
 	f.active.Store(compiled)
 	f.mu.Lock()
 	close(f.changed)
@@ -245,6 +238,25 @@ func (f *Feed) activate(ctx context.Context, raw []byte, keys []bundle.Key, keep
 	f.mu.Unlock()
 	f.cfg.OnChange()
 	f.cfg.Logger.LogAttrs(ctx, slog.LevelInfo, "policy active",
-		slog.String("name", f.cfg.Name), slog.Uint64("policy_revision", md.Generation), slog.Int("grants", compiled.Grants()))
+		slog.String("name", f.cfg.Name), slog.Uint64("policy_revision", generation), slog.Int("grants", compiled.Grants()))
 	return nil
+}
+
+// compile verifies a bundle that is not older than generation least.
+func (f *Feed) compile(ctx context.Context, raw []byte, keys []bundle.Key, least uint64) (*engine.Engine, uint64, error) {
+	contents, err := bundle.Verify(raw, keys, bundle.Expect{
+		Name: f.cfg.Name, TrustDomain: f.cfg.TrustDomain, MinGeneration: least,
+	})
+	if err != nil {
+		return nil, 0, fmt.Errorf("verify policy bundle %s: %w", f.cfg.Name, err)
+	}
+	md := contents.Metadata
+	compiled, err := engine.New(ctx, engine.Source{
+		Modules: contents.Modules, Data: contents.Data,
+		Generation: md.Generation, NotAfter: md.NotAfter, Logger: f.cfg.Logger,
+	})
+	if err != nil {
+		return nil, 0, fmt.Errorf("compile policy bundle %s generation %d: %w", f.cfg.Name, md.Generation, err)
+	}
+	return compiled, md.Generation, nil
 }

@@ -142,21 +142,31 @@ type decisionJSON struct {
 	Protocol         string     `json:"protocol"`
 	Method           string     `json:"method,omitempty"`
 	Path             string     `json:"path,omitempty"`
+	Engine           string     `json:"engine,omitempty"`
 	Details          []string   `json:"details"`
 	Hint             string     `json:"hint,omitempty"`
+	Trace            string     `json:"trace,omitempty"`
 }
 
 func explainDecision(o *options) *cobra.Command {
-	return &cobra.Command{
-		Use:     "decision DECISION_ID",
-		Short:   "Show one of the agent's last 10 000 decisions and what it compared",
-		Example: "  merlon explain decision 5b2f0c6d1a7e4f3b9c8d7e6f",
-		Args:    cobra.ExactArgs(1),
+	var trace bool
+	cmd := &cobra.Command{
+		Use:   "decision DECISION_ID",
+		Short: "Show one of the agent's last 10 000 denials and what it compared",
+		Long: `Show one of the last 10 000 denials of this node, or of its last 1000 calls that
+were allowed, by the ID that the caller got with the refusal; what decided
+it, and what the policy compares. It is asked of the generation that decided, for
+the time at which it did, also when the policy has changed since, as long as the
+agent keeps that generation: the active one and the four before it. Of the
+headers the agent keeps the values that explain_headers names.`,
+		Example: `  merlon explain decision 5b2f0c6d1a7e4f3b9c8d7e6f
+  merlon explain decision 5b2f0c6d1a7e4f3b9c8d7e6f --trace`,
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return o.withAgent(func(agent agentpb.DebugClient) error {
-				resp, err := agent.ExplainDecision(cmd.Context(), &agentpb.ExplainDecisionRequest{DecisionId: args[0]})
+				resp, err := agent.ExplainDecision(cmd.Context(), &agentpb.ExplainDecisionRequest{DecisionId: args[0], Trace: trace})
 				if status.Code(err) == codes.NotFound {
-					return hintError{errors.New(status.Convert(err).Message()), "ask on the node of the called service, soon after the call: an agent keeps its last 10 000 decisions"}
+					return hintError{errors.New(status.Convert(err).Message()), "ask on the node of the called service, soon after the call: an agent keeps its last 10 000 denials, until it is restarted"}
 				}
 				if err != nil {
 					return err
@@ -165,6 +175,8 @@ func explainDecision(o *options) *cobra.Command {
 			})
 		},
 	}
+	cmd.Flags().BoolVar(&trace, "trace", false, "print OPA's whole trace, too")
+	return cmd
 }
 
 func printDecision(w io.Writer, o *options, resp *agentpb.ExplainDecisionResponse) error {
@@ -176,7 +188,8 @@ func printDecision(w io.Writer, o *options, resp *agentpb.ExplainDecisionRespons
 		}
 		return printJSON(w, decisionJSON{
 			d.GetDecisionId(), timeOf(resp.GetDecidedAt()), d.GetAllow(), d.GetReason(), d.GetRuleId(), d.GetPolicyGeneration(),
-			in.GetSource(), in.GetDestination(), in.GetProtocol(), in.GetMethod(), in.GetPath(), details, resp.GetHint(),
+			in.GetSource(), in.GetDestination(), in.GetProtocol(), in.GetMethod(), in.GetPath(),
+			resp.GetEngine(), details, resp.GetHint(), resp.GetTrace(),
 		})
 	}
 	verdict := "denied"
@@ -195,6 +208,9 @@ func printDecision(w io.Writer, o *options, resp *agentpb.ExplainDecisionRespons
 	}
 	if resp.GetHint() != "" {
 		fmt.Fprintf(w, "hint: %s\n", resp.GetHint())
+	}
+	if resp.GetTrace() != "" {
+		fmt.Fprintf(w, "OPA's trace:\n%s", resp.GetTrace())
 	}
 	return nil
 }

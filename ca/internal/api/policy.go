@@ -3,8 +3,12 @@
 package api
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/audit"
@@ -65,6 +69,19 @@ func (s *Service) GetPolicy(_ context.Context, req *capb.GetPolicyRequest) (*cap
 		return &capb.GetPolicyResponse{PolicyBundle: s.policyBundle(&release.Head{Name: name})}, nil
 	}
 	return &capb.GetPolicyResponse{PolicyBundle: s.policyBundle(head), Etag: head.ETag()}, nil
+}
+
+// FetchPolicy implements capb.AdminServer.
+func (s *Service) FetchPolicy(ctx context.Context, req *capb.FetchPolicyRequest) (*capb.FetchPolicyResponse, error) {
+	name := cmp.Or(req.GetName(), release.DefaultName)
+	signed, head, err := s.opts.Releases.Current(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	if want := req.GetGeneration(); want != 0 && want != head.Generation {
+		return nil, status.Errorf(codes.NotFound, "generation %d of policy bundle %s is not kept; the active one is %d", want, name, head.Generation)
+	}
+	return &capb.FetchPolicyResponse{Bundle: signed, Keys: s.policyBundle(head).GetKeys()}, nil
 }
 
 func (s *Service) policyBundle(h *release.Head) *capb.PolicyBundle {
