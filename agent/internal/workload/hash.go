@@ -22,34 +22,42 @@ const MaxProgramBytes = 512 << 20
 // maxHashes bounds the cache of digests.
 const maxHashes = 1024
 
-// hashes remembers digests by device, inode, size and times. It is safe for
-// concurrent use.
+// hashes remembers digests by device, inode, size and times. Programs are hashed
+// two at a time, and of one user one at a time: who starts many large programs is
+// waited for by nobody but himself (SECURITY.md T39). It is safe for concurrent
+// use.
 type hashes struct {
-	slots chan struct{} // how many programs are hashed at the same time
+	slots chan struct{}
 
 	mu *sync.Mutex
 	// guarded by mu
 	known map[fileID]string
+	turns map[uint32]*turn // of users who have something to hash
+}
+
+// turn is had by one of those who wait for it.
+type turn struct {
+	free    chan struct{}
+	waiting int // and who has it; guarded by hashes.mu
 }
 
 func newHashes() hashes {
-	return hashes{slots: make(chan struct{}, 2), mu: new(sync.Mutex), known: map[fileID]string{}}
+	return hashes{slots: make(chan struct{}, 2), mu: new(sync.Mutex), known: map[fileID]string{}, turns: map[uint32]*turn{}}
 }
 
-// of returns the digest of the program below dir, which must be exe.
-func (h *hashes) of(ctx context.Context, dir int, exe fileID) (string, error) {
+// of returns the digest of the program below dir, which must be exe, for uid.
+func (h *hashes) of(ctx context.Context, uid uint32, dir int, exe fileID) (string, error) {
 	if sum, ok := h.lookup(exe); ok {
 		return sum, nil
 	}
 	if exe.size > MaxProgramBytes {
 		return "", fmt.Errorf("the program has %d bytes, more than %d", exe.size, MaxProgramBytes)
 	}
-	select {
-	case h.slots <- struct{}{}:
-		defer func() { <-h.slots }()
-	case <-ctx.Done():
-		return "", ctx.Err()
+	done, err := h.begin(ctx, uid)
+	if err != nil {
+		return "", err
 	}
+	defer done()
 	// Another caller may have hashed it while this one waited.
 	if sum, ok := h.lookup(exe); ok {
 		return sum, nil
@@ -65,6 +73,37 @@ func (h *hashes) of(ctx context.Context, dir int, exe fileID) (string, error) {
 	}
 	h.known[exe] = sum
 	return sum, nil
+}
+
+// begin waits until uid may hash a program.
+func (h *hashes) begin(ctx context.Context, uid uint32) (done func(), err error) {
+	h.mu.Lock()
+	t := h.turns[uid]
+	if t == nil {
+		t = &turn{free: make(chan struct{}, 1)}
+		h.turns[uid] = t
+	}
+	t.waiting++
+	h.mu.Unlock()
+	leave := func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if t.waiting--; t.waiting == 0 {
+			delete(h.turns, uid)
+		}
+	}
+	for i, slots := range []chan struct{}{t.free, h.slots} {
+		select {
+		case slots <- struct{}{}:
+		case <-ctx.Done():
+			if i > 0 {
+				<-t.free
+			}
+			leave()
+			return nil, ctx.Err()
+		}
+	}
+	return func() { <-h.slots; <-t.free; leave() }, nil
 }
 
 func (h *hashes) lookup(exe fileID) (string, bool) {

@@ -189,7 +189,7 @@ func (a *Attestor) readProgram(ctx context.Context, dir int, p *Process) {
 	if p.Read&Digest == 0 {
 		return
 	}
-	if sum, err := a.hashes.of(ctx, dir, exe); err != nil {
+	if sum, err := a.hashes.of(ctx, p.UID, dir, exe); err != nil {
 		p.note("no unix:sha256 selector: %v", err)
 	} else {
 		p.SHA256 = sum

@@ -163,7 +163,7 @@ func (a *Attestor) Attest(ctx context.Context, peer *unixsock.Peer, wanted Kinds
 	if peer.PID <= 0 {
 		return nil, ErrForeign
 	}
-	p, err := a.read(ctx, peer.PID, wanted, !peer.Pinned(), peer.Alive)
+	p, err := a.read(ctx, &Process{PID: peer.PID, UID: peer.UID, Read: wanted}, !peer.Pinned(), peer.Alive)
 	if err != nil {
 		return nil, err
 	}
@@ -187,25 +187,26 @@ func (a *Attestor) AttestPID(ctx context.Context, pid int32) (*Process, error) {
 		return nil, fmt.Errorf("%w: process %d: %v", ErrGone, pid, err)
 	}
 	defer unix.Close(fd)
-	return a.read(ctx, pid, AllKinds, false, func() bool {
+	return a.read(ctx, &Process{PID: pid, UID: uint32(os.Geteuid()), Read: AllKinds}, false, func() bool {
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
 		return err == nil && n == 0
 	})
 }
 
 // read looks at /proc/PID between two calls of alive, both of which must say
-// yes. weak says that alive can only tell that some process has the number.
-func (a *Attestor) read(ctx context.Context, pid int32, wanted Kinds, weak bool, alive func() bool) (*Process, error) {
-	dir, err := unix.Openat(int(a.proc.Fd()), fmt.Sprint(pid), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+// yes. p says which process, which kinds are wanted and, until that is read, the
+// user who asks. weak says that alive can only tell that some process has the
+// number.
+func (a *Attestor) read(ctx context.Context, p *Process, weak bool, alive func() bool) (*Process, error) {
+	dir, err := unix.Openat(int(a.proc.Fd()), fmt.Sprint(p.PID), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
 	if err != nil {
-		return nil, fmt.Errorf("%w: process %d: %v", ErrGone, pid, err)
+		return nil, fmt.Errorf("%w: process %d: %v", ErrGone, p.PID, err)
 	}
 	defer unix.Close(dir)
 	// Alive after the directory was opened: so it is this process's.
 	if !alive() {
 		return nil, ErrGone
 	}
-	p := &Process{PID: pid, Read: wanted}
 	if err := a.readFacts(ctx, dir, p, weak); err != nil {
 		return nil, err
 	}

@@ -550,7 +550,7 @@ func TestBothLooksMustFindTheProcessAlive(t *testing.T) {
 	for _, dead := range []int{1, 2} {
 		looks := 0
 		alive := func() bool { looks++; return looks != dead }
-		if got, err := a.read(t.Context(), int32(os.Getpid()), 0, false, alive); !errors.Is(err, ErrGone) {
+		if got, err := a.read(t.Context(), &Process{PID: int32(os.Getpid())}, false, alive); !errors.Is(err, ErrGone) {
 			t.Errorf("read() = %v, %v where look %d finds it dead; want ErrGone", got, err, dead)
 		}
 	}
