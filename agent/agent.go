@@ -291,7 +291,7 @@ func (a *Agent) serveSockets(ctx context.Context, group *errgroup.Group, passed 
 
 func (a *Agent) publicServer() *grpc.Server {
 	s := grpc.NewServer(append(limits(),
-		grpc.Creds(endpoint.NewLimit(maxConnectionsPerUser).Credentials()),
+		grpc.Creds(endpoint.NewLimit(maxConnectionsPerUser).Credentials(a.attestor.Meet)),
 		grpc.InTapHandle(endpoint.NewLimit(maxStreamsPerUser).Tap(endpoint.NewRate(streamsPerSecond, streamsAtOnce))),
 		grpc.ChainUnaryInterceptor(endpoint.UnaryHeader),
 		grpc.ChainStreamInterceptor(endpoint.StreamHeader),
@@ -308,7 +308,7 @@ func (a *Agent) adminServer() *grpc.Server {
 	unary, stream := endpoint.Admins(a.cfg.AdminUIDs)
 	s := grpc.NewServer(append(limits(),
 		// Where admin_uids are set, others can connect and are refused call by call.
-		grpc.Creds(endpoint.NewLimit(maxConnectionsPerUser).Credentials()),
+		grpc.Creds(endpoint.NewLimit(maxConnectionsPerUser).Credentials(func(*unixsock.Peer) {})),
 		grpc.InTapHandle(endpoint.NewLimit(maxStreamsPerUser).Tap(nil)),
 		grpc.ChainUnaryInterceptor(unary), grpc.ChainStreamInterceptor(stream),
 	)...)

@@ -25,6 +25,9 @@ type Peer struct {
 	mu     sync.Mutex
 	pidfd  int // if pinned and not closed
 	closed bool
+
+	once  sync.Once
+	first any
 }
 
 // PeerOf asks the kernel who is at the other end of conn, a Unix socket.
@@ -100,6 +103,13 @@ func (p *Peer) pin(fd, option int) (err error) {
 // Pinned says whether the peer is held by a pidfd, so that its PID cannot
 // come to mean another process unnoticed.
 func (p *Peer) Pinned() bool { return p.pinned }
+
+// First returns what look returned the first time that First was called, so that
+// a connection remembers what its process was.
+func (p *Peer) First(look func() any) any {
+	p.once.Do(func() { p.first = look() })
+	return p.first
+}
 
 // Alive says whether the process still runs and the Peer is open. Without a
 // pidfd it only says that some process has that PID.

@@ -95,14 +95,15 @@ func (l *Limit) take(ctx context.Context) (context.Context, error) {
 }
 
 // Credentials are unixsock's server credentials with at most l connections per
-// user.
-func (l *Limit) Credentials() credentials.TransportCredentials {
-	return limitedCredentials{TransportCredentials: unixsock.ServerCredentials(), limit: l}
+// user. Each process that is let in is shown to meet, before its first call.
+func (l *Limit) Credentials(meet func(*unixsock.Peer)) credentials.TransportCredentials {
+	return limitedCredentials{TransportCredentials: unixsock.ServerCredentials(), limit: l, meet: meet}
 }
 
 type limitedCredentials struct {
 	credentials.TransportCredentials
 	limit *Limit
+	meet  func(*unixsock.Peer)
 }
 
 func (c limitedCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
@@ -110,16 +111,18 @@ func (c limitedCredentials) ServerHandshake(conn net.Conn) (net.Conn, credential
 	if err != nil {
 		return nil, nil, err
 	}
-	uid := info.(unixsock.AuthInfo).Peer.UID
+	peer := info.(unixsock.AuthInfo).Peer
+	uid := peer.UID
 	if !c.limit.Take(uid) {
 		wrapped.Close()
 		return nil, nil, fmt.Errorf("uid %d has %d connections open, which is all it may have", uid, c.limit.max)
 	}
+	c.meet(peer)
 	return &limitedConn{Conn: wrapped, done: sync.OnceFunc(func() { c.limit.Give(uid) })}, info, nil
 }
 
 func (c limitedCredentials) Clone() credentials.TransportCredentials {
-	return limitedCredentials{TransportCredentials: c.TransportCredentials.Clone(), limit: c.limit}
+	return limitedCredentials{TransportCredentials: c.TransportCredentials.Clone(), limit: c.limit, meet: c.meet}
 }
 
 type limitedConn struct {

@@ -48,7 +48,8 @@ func TestConnectionsAreLimitedAndReleased(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer lis.Close()
-	creds := NewLimit(1).Credentials()
+	met := 0
+	creds := NewLimit(1).Credentials(func(*unixsock.Peer) { met++ })
 	accept := func() (net.Conn, error) {
 		client, err := net.Dial("unix", lis.Addr().String())
 		if err != nil {
@@ -82,6 +83,9 @@ func TestConnectionsAreLimitedAndReleased(t *testing.T) {
 	}
 	if _, err := accept(); err == nil {
 		t.Error("closing twice counted twice")
+	}
+	if met != 2 {
+		t.Errorf("%d processes were met; want the 2 that were let in", met)
 	}
 	second.Close()
 }

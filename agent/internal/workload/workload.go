@@ -30,9 +30,9 @@ var ErrGone = errors.New("the calling process is gone")
 // not see, so that it has no number here.
 var ErrForeign = errors.New("the calling process is in another PID namespace than the agent, and not below it")
 
-// ErrChanged says that the process is not what it was when it connected: it
-// changed its user or group. It has to connect again.
-var ErrChanged = errors.New("the calling process changed its user or group after it connected")
+// ErrChanged says that the process is not what it was when it connected: it runs
+// another program, or changed its user or group. It has to connect again.
+var ErrChanged = errors.New("the calling process runs another program, or as another user or group, than when it connected")
 
 // Process is what was proved about one process at one moment.
 type Process struct {
@@ -149,7 +149,8 @@ func (a *Attestor) Close() error {
 
 // Attest proves what it can about peer, of the kinds in wanted. Attest returns
 // ErrGone when the process ended before the end of
-// the call, and ErrChanged when it is no longer the user that connected.
+// the call, and ErrChanged when it is no longer the user that connected, or runs
+// another program than when Meet, or else Attest, first looked at it.
 //
 // With a pidfd (Linux 6.5 or later) the answer is about the process that
 // connected and no other: /proc/PID is opened while the pidfd shows it alive,
@@ -163,16 +164,43 @@ func (a *Attestor) Attest(ctx context.Context, peer *unixsock.Peer, wanted Kinds
 	if peer.PID <= 0 {
 		return nil, ErrForeign
 	}
+	began := a.began(peer)
 	p, err := a.read(ctx, &Process{PID: peer.PID, UID: peer.UID, Read: wanted}, !peer.Pinned(), peer.Alive)
 	if err != nil {
 		return nil, err
 	}
-	// A set-user-ID program run by the peer, which holds the socket open
-	// elsewhere, would otherwise pass for that program's user (T3, T4).
-	if p.UID != peer.UID || p.GID != peer.GID {
+	// A program run by the peer, which holds the socket open elsewhere, would
+	// otherwise speak for that program, or for its set-user-ID user (T3, T4).
+	if p.UID != peer.UID || p.GID != peer.GID || !p.exe.sameFile(began) {
 		return nil, ErrChanged
 	}
 	return p, nil
+}
+
+// Meet looks at the program of a process that has just connected: whatever it
+// becomes later is not what its connection belongs to.
+func (a *Attestor) Meet(peer *unixsock.Peer) { a.began(peer) }
+
+// began is the program that the connection of peer belongs to; zero where it
+// cannot be read.
+func (a *Attestor) began(peer *unixsock.Peer) fileID {
+	return peer.First(func() any {
+		dir, err := a.open(peer.PID)
+		if err != nil {
+			return fileID{}
+		}
+		defer unix.Close(dir)
+		exe, err := statExe(dir)
+		if err != nil || !peer.Alive() {
+			return fileID{}
+		}
+		return exe
+	}).(fileID)
+}
+
+// open opens the directory of a process below /proc.
+func (a *Attestor) open(pid int32) (dir int, err error) {
+	return unix.Openat(int(a.proc.Fd()), fmt.Sprint(pid), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
 }
 
 // AttestPID proves everything that it can about the process with this number.
@@ -198,7 +226,7 @@ func (a *Attestor) AttestPID(ctx context.Context, pid int32) (*Process, error) {
 // user who asks. weak says that alive can only tell that some process has the
 // number.
 func (a *Attestor) read(ctx context.Context, p *Process, weak bool, alive func() bool) (*Process, error) {
-	dir, err := unix.Openat(int(a.proc.Fd()), fmt.Sprint(p.PID), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	dir, err := a.open(p.PID)
 	if err != nil {
 		return nil, fmt.Errorf("%w: process %d: %v", ErrGone, p.PID, err)
 	}

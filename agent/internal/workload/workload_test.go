@@ -265,7 +265,8 @@ func startWithPID(t *testing.T, pid int) *exec.Cmd {
 	return nil
 }
 
-// T3: another program in the same process is another workload.
+// T3: another program in the same process is another workload, and the connection
+// is not its.
 func TestExecAfterConnectIsSeen(t *testing.T) {
 	a, p := newAttestor(t), startPeer(t, self(t))
 	before, err := a.Attest(t.Context(), p.peer, 0)
@@ -279,15 +280,38 @@ func TestExecAfterConnectIsSeen(t *testing.T) {
 	p.tell(t, "exec "+other)
 	for deadline := time.Now().Add(10 * time.Second); ; {
 		after, err := a.Attest(t.Context(), p.peer, 0)
-		if err == nil && !after.Same(before) {
-			if slices.Contains(after.Selectors(), "unix:path:"+before.Path) {
-				t.Errorf("Selectors() = %q after exec of %s", after.Selectors(), other)
-			}
+		if errors.Is(err, ErrChanged) {
 			return
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("Attest() = %v, %v; want %s", after, err, other)
+		if err == nil && !after.Same(before) {
+			t.Fatalf("Selectors() = %q on the connection of %s", after.Selectors(), before.Path)
 		}
+		if time.Now().After(deadline) {
+			t.Fatalf("Attest() = %v, %v; want ErrChanged", after, err)
+		}
+	}
+}
+
+// T3: nor is it where the process became another before its first call.
+func TestExecBeforeTheFirstCallIsSeen(t *testing.T) {
+	a, p := newAttestor(t), startPeer(t, self(t))
+	a.Meet(p.peer)
+	other, err := filepath.EvalSymlinks("/bin/sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.tell(t, "exec "+other)
+	link := fmt.Sprintf("/proc/%d/exe", p.peer.PID)
+	for deadline := time.Now().Add(30 * time.Second); ; {
+		if path, err := os.Readlink(link); err == nil && path == other {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("it does not run %s", other)
+		}
+	}
+	if got, err := a.Attest(t.Context(), p.peer, 0); !errors.Is(err, ErrChanged) {
+		t.Errorf("Attest() = %v, %v; want ErrChanged", got, err)
 	}
 }
 

@@ -91,7 +91,7 @@ func entryCreate(o *options) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "create --spiffe-id ID --selector TYPE:VALUE…",
 		Short: "Give a SPIFFE ID to the processes that have every selector",
-		Example: `  merlon entry create --spiffe-id spiffe://shop.test/web --selector unix:path:/usr/bin/web
+		Example: `  merlon entry create --spiffe-id spiffe://shop.test/web --selector unix:path:/usr/bin/web --selector unix:user:web
   merlon entry create --spiffe-id spiffe://shop.test/db --selector unix:uid:999 --dns db.shop.test --ttl 30m
   merlon entry create --spiffe-id spiffe://shop.test/watch --selector unix:uid:998 --role viewer
   merlon entry create --spiffe-id spiffe://shop.test/agent/alias/eu --selector k8s:cluster:eu
@@ -127,7 +127,7 @@ func entryCreate(o *options) *cobra.Command {
 // entry turns the flags into a request; what only the CA can judge stays with
 // the CA.
 func (f *entryFlags) entry() (*capb.Entry, error) {
-	const example = "merlon entry create --spiffe-id spiffe://shop.test/web --selector unix:path:/usr/bin/web"
+	const example = "merlon entry create --spiffe-id spiffe://shop.test/web --selector unix:path:/usr/bin/web --selector unix:user:web"
 	if f.spiffeID == "" {
 		return nil, usageError{"--spiffe-id is missing", example}
 	}
@@ -231,7 +231,18 @@ func createEntry(cmd *cobra.Command, o *options, ca capb.AdminClient, e *capb.En
 		return err
 	}
 	warnAbsentAgent(ctx, cmd.ErrOrStderr(), ca, e.GetParentId())
+	warnOpenToAll(cmd.ErrOrStderr(), e)
 	return printEntry(cmd.OutOrStdout(), o, resp.GetEntry())
+}
+
+// warnOpenToAll is for an entry that names a program and nobody who runs it.
+func warnOpenToAll(stderr io.Writer, e *capb.Entry) {
+	for _, s := range e.GetSelectors() {
+		if s.GetType() != "unix" || !strings.HasPrefix(s.GetValue(), "path:") && !strings.HasPrefix(s.GetValue(), "sha256:") {
+			return
+		}
+	}
+	fmt.Fprintln(stderr, "hint: every user of the node who may execute this program can have this SPIFFE ID: add --selector unix:user:NAME or systemd:unit:NAME")
 }
 
 // warnAbsentAgent tells an entry made ahead of its agent or alias from a typo.
