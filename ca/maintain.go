@@ -152,7 +152,7 @@ func (p *parts) leadUntilLost(ctx context.Context, l store.Leadership) {
 	upkeep := time.NewTicker(upkeepInterval)
 	defer upkeep.Stop()
 	for now := time.Now(); p.service.Standing() == nil && p.holds(ctx, l.Fence()); {
-		p.chores(ctx, now, l.Fence())
+		p.chores(ctx, now, l)
 		select {
 		case <-l.Lost():
 			return
@@ -237,7 +237,8 @@ func (p *parts) upkeep(ctx context.Context, now time.Time) {
 
 // chores does what one does for all replicas. Each write holds only while fence
 // does: nobody else has led since.
-func (p *parts) chores(ctx context.Context, now time.Time, fence store.Cmp) {
+func (p *parts) chores(ctx context.Context, now time.Time, leader store.Leadership) {
+	fence := leader.Fence()
 	p.each(ctx, map[string]func(context.Context) error{
 		"remove expired entries": func(ctx context.Context) error { return p.removeEntries(ctx, now, fence) },
 		"remove old revocations": func(ctx context.Context) error {

@@ -73,7 +73,7 @@ func (p *parts) everything(t *testing.T, now time.Time) {
 	t.Helper()
 	l := p.leads(t)
 	p.upkeep(t.Context(), now)
-	p.chores(t.Context(), now, l.Fence())
+	p.chores(t.Context(), now, l)
 	if err := l.Resign(t.Context()); err != nil {
 		t.Error(err)
 	}

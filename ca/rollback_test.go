@@ -6,6 +6,8 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -70,6 +72,51 @@ func TestAgentThatHasSeenMoreIsRefusedAndNobodyElse(t *testing.T) {
 	_, _, metrics := do(t, httpClient(t, nil, nil), "GET", "http://"+c.srv.HealthAddress().String()+"/metrics", nil, nil)
 	if !strings.Contains(metrics, "merlon_ca_rollback_evidence_total 3") {
 		t.Error("/metrics does not count the evidence")
+	}
+}
+
+// A store that was put back and has gone on since holds more than was seen, and
+// not the same.
+func TestStoreThatWentOnSinceItWasPutBackIsNoticed(t *testing.T) {
+	dir := tempDir(t)
+	c := startCA(t, dir)
+	a := c.agent("n1")
+	first, err := firstAnswer(t, a, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	store, copied := filepath.Join(dir, "data", "store"), filepath.Join(dir, "copied")
+	if err := os.CopyFS(copied, os.DirFS(store)); err != nil { // as a snapshot of the disk has it
+		t.Fatal(err)
+	}
+	seen := &capb.Seen{Revision: c.entry("n1", "lost").GetRevision(), Opening: first.GetOpening()}
+	c.stop()
+
+	// An orderly start is none: what was seen is there.
+	c = startCA(t, dir)
+	answer, err := firstAnswer(t, a.at(c), seen)
+	if err != nil || len(answer.GetOpening()) == 0 || bytes.Equal(answer.GetOpening(), seen.GetOpening()) {
+		t.Fatalf("after a restart: %v, %v; want another opening", answer, err)
+	}
+	c.entry("n1", "web")
+	if _, err := firstAnswer(t, a.at(c), &capb.Seen{Revision: c.entry("n1", "web2").GetRevision(), Opening: answer.GetOpening()}); err != nil {
+		t.Errorf("what was seen under this opening: %v", err)
+	}
+	c.stop()
+
+	if err := errors.Join(os.RemoveAll(store), os.Rename(copied, store)); err != nil {
+		t.Fatal(err)
+	}
+	c = startCA(t, dir)
+	for c.entry("n1", "web").GetRevision() <= seen.GetRevision() {
+	}
+	_, err = firstAnswer(t, a.at(c), seen)
+	wantCode(t, err, codes.FailedPrecondition)
+	if message := status.Convert(err).Message(); !strings.Contains(message, "when it was opened") || !strings.Contains(message, "-accept-older-store=") {
+		t.Errorf("the agent is told %q; want what happened and what to do", message)
+	}
+	if _, err := firstAnswer(t, a.at(c), &capb.Seen{Revision: seen.GetRevision()}); err != nil {
+		t.Errorf("an agent that names no opening, as older ones: %v", err)
 	}
 }
 

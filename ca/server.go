@@ -110,6 +110,7 @@ func (s *Server) Run(ctx context.Context) (err error) {
 // parts are what the CA is made of once it is open.
 type parts struct {
 	store    store.Store
+	opening  api.Opening
 	audit    *audit.Log
 	newLog   bool // it held no record at the start
 	keysLock io.Closer
@@ -168,6 +169,9 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 		return nil, err
 	}
 	if p.store, err = s.openStore(ctx); err != nil {
+		return nil, err
+	}
+	if p.opening, err = openingOf(ctx, s.cfg, p.store); err != nil {
 		return nil, err
 	}
 	if err := p.openAudit(s.cfg); err != nil {
@@ -255,7 +259,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 		return err
 	}
 	options := api.Options{
-		TrustDomain: s.td, Store: p.store, StoreKind: s.cfg.Store, Registry: p.registry, Keys: p.keys, Releases: p.releases, Audit: p.audit,
+		TrustDomain: s.td, Store: p.store, StoreKind: s.cfg.Store, Opening: p.opening, Registry: p.registry, Keys: p.keys, Releases: p.releases, Audit: p.audit,
 		ReplicaName: p.keys.Name(), Reseal: p.reseal,
 		Authorities: p.authorities, Domain: p.domain, Rotation: s.cfg.rotation(), JWTKeyTTL: s.cfg.JWTKeyTTL,
 		Log: s.log, Metrics: p.health.Registry(), UIDs: uids, Tokens: tokens, Attestors: attestors,

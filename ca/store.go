@@ -5,8 +5,11 @@ package ca
 
 import (
 	"context"
+	"crypto/rand"
+	"fmt"
 	"path/filepath"
 
+	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
 	"merlon.dev/ca/internal/store/etcd"
@@ -51,6 +54,19 @@ func openStoreOf(ctx context.Context, cfg Config, existing bool) (store.Store, e
 		return nil, err
 	}
 	return st, nil
+}
+
+// openingOf says how a store was found that was just opened. One in etcd others
+// may have open, too.
+func openingOf(ctx context.Context, cfg Config, st store.Store) (api.Opening, error) {
+	if cfg.Store == storeEtcd {
+		return api.Opening{}, nil
+	}
+	revision, err := st.Revision(ctx)
+	if err != nil {
+		return api.Opening{}, fmt.Errorf("read the store's revision: %w", err)
+	}
+	return api.Opening{ID: rand.Text(), Revision: revision}, nil
 }
 
 // diskReserve is disk_reserve_mib in bytes.

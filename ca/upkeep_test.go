@@ -44,7 +44,7 @@ func TestChoresOfAFormerLeaderAreFenced(t *testing.T) {
 	}
 	next := p.leads(t)
 	later := time.Now().Add(2 * time.Hour)
-	p.chores(t.Context(), later, former.Fence())
+	p.chores(t.Context(), later, former)
 	if _, _, err := p.store.Get(t.Context(), registry.EntryPrefix+e.ID); err != nil {
 		t.Errorf("a former leader removed the entry: %v", err)
 	}
@@ -57,7 +57,7 @@ func TestChoresOfAFormerLeaderAreFenced(t *testing.T) {
 	if err := p.renewPolicies(t.Context(), head.NotAfter, former.Fence()); err != nil || p.contents(t).Metadata.Generation != 1 {
 		t.Errorf("a former leader signed generation %d, %v; want 1 still", p.contents(t).Metadata.Generation, err)
 	}
-	p.chores(t.Context(), later, next.Fence())
+	p.chores(t.Context(), later, next)
 	if tokens() != 0 {
 		t.Error("the leader left the token")
 	}

@@ -806,7 +806,9 @@ type Seen struct {
 	PolicyGeneration    uint64                 `protobuf:"varint,3,opt,name=policy_generation,json=policyGeneration,proto3" json:"policy_generation,omitempty"`
 	// Of each replica's log, the last checkpoint that it verified. A CA whose log
 	// has less, or something else, was put back, and answers FAILED_PRECONDITION.
-	Logs          []*LogState `protobuf:"bytes,4,rep,name=logs,proto3" json:"logs,omitempty"`
+	Logs []*LogState `protobuf:"bytes,4,rep,name=logs,proto3" json:"logs,omitempty"`
+	// The last SyncResponse.opening, of an earlier connection too.
+	Opening       []byte `protobuf:"bytes,5,opt,name=opening,proto3" json:"opening,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -865,6 +867,13 @@ func (x *Seen) GetPolicyGeneration() uint64 {
 func (x *Seen) GetLogs() []*LogState {
 	if x != nil {
 		return x.Logs
+	}
+	return nil
+}
+
+func (x *Seen) GetOpening() []byte {
+	if x != nil {
+		return x.Opening
 	}
 	return nil
 }
@@ -1097,7 +1106,11 @@ type SyncResponse struct {
 	LogCheckpoint *LogCheckpoint `protobuf:"bytes,11,opt,name=log_checkpoint,json=logCheckpoint,proto3" json:"log_checkpoint,omitempty"`
 	// From a nested CA: how long ago it heard from the CA above it. What others
 	// revoked is known no better than that, so the agent's picture is not fresher.
-	UpstreamAge   *durationpb.Duration `protobuf:"bytes,12,opt,name=upstream_age,json=upstreamAge,proto3" json:"upstream_age,omitempty"`
+	UpstreamAge *durationpb.Duration `protobuf:"bytes,12,opt,name=upstream_age,json=upstreamAge,proto3" json:"upstream_age,omitempty"`
+	// In the first message of a stream, of a CA that has its store alone: names the
+	// time since it opened that. The agent says it again in Seen: what it saw under
+	// another one was in the store when this one opened it.
+	Opening       []byte `protobuf:"bytes,13,opt,name=opening,proto3" json:"opening,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1212,6 +1225,13 @@ func (x *SyncResponse) GetLogCheckpoint() *LogCheckpoint {
 func (x *SyncResponse) GetUpstreamAge() *durationpb.Duration {
 	if x != nil {
 		return x.UpstreamAge
+	}
+	return nil
+}
+
+func (x *SyncResponse) GetOpening() []byte {
+	if x != nil {
+		return x.Opening
 	}
 	return nil
 }
@@ -2198,12 +2218,13 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x0fresume_revision\x18\x01 \x01(\x04R\x0eresumeRevision\x12'\n" +
 	"\x03ack\x18\x02 \x01(\v2\x15.merlon.ca.v1.SyncAckR\x03ack\x12&\n" +
 	"\x04seen\x18\x03 \x01(\v2\x12.merlon.ca.v1.SeenR\x04seen\x12?\n" +
-	"\rpolicy_report\x18\x04 \x01(\v2\x1a.merlon.ca.v1.PolicyReportR\fpolicyReport\"\xaf\x01\n" +
+	"\rpolicy_report\x18\x04 \x01(\v2\x1a.merlon.ca.v1.PolicyReportR\fpolicyReport\"\xc9\x01\n" +
 	"\x04Seen\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
 	"\x15trust_bundle_sequence\x18\x02 \x01(\x04R\x13trustBundleSequence\x12+\n" +
 	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\x12*\n" +
-	"\x04logs\x18\x04 \x03(\v2\x16.merlon.ca.v1.LogStateR\x04logs\"J\n" +
+	"\x04logs\x18\x04 \x03(\v2\x16.merlon.ca.v1.LogStateR\x04logs\x12\x18\n" +
+	"\aopening\x18\x05 \x01(\fR\aopening\"J\n" +
 	"\bLogState\x12\x16\n" +
 	"\x06origin\x18\x01 \x01(\tR\x06origin\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x12\x12\n" +
@@ -2219,7 +2240,7 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\aSyncAck\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
 	"\x15trust_bundle_sequence\x18\x02 \x01(\x04R\x13trustBundleSequence\x12+\n" +
-	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\xbb\x04\n" +
+	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\xd5\x04\n" +
 	"\fSyncResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
 	"\x05reset\x18\x02 \x01(\bR\x05reset\x12\x16\n" +
@@ -2233,7 +2254,8 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x05stale\x18\n" +
 	" \x01(\bR\x05stale\x12B\n" +
 	"\x0elog_checkpoint\x18\v \x01(\v2\x1b.merlon.ca.v1.LogCheckpointR\rlogCheckpoint\x12<\n" +
-	"\fupstream_age\x18\f \x01(\v2\x19.google.protobuf.DurationR\vupstreamAge\";\n" +
+	"\fupstream_age\x18\f \x01(\v2\x19.google.protobuf.DurationR\vupstreamAge\x12\x18\n" +
+	"\aopening\x18\r \x01(\fR\aopening\";\n" +
 	"\vSignRequest\x12,\n" +
 	"\x05items\x18\x01 \x03(\v2\x16.merlon.ca.v1.SignItemR\x05items\"7\n" +
 	"\bSignItem\x12\x19\n" +

@@ -66,8 +66,9 @@ type Client struct {
 	caID spiffeid.ID
 
 	own        atomic.Pointer[ownSVID]
-	trust      *cache.Trust // from the disk, for Run
-	remembered storedSeen   // likewise
+	trust      *cache.Trust           // from the disk, for Run
+	remembered storedSeen             // likewise
+	opened     atomic.Pointer[[]byte] // what this run was told last of the CA's store
 	// written is what seenFile holds; of one goroutine at a time.
 	written     storedSeen
 	seenFailing bool

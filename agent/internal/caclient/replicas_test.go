@@ -305,6 +305,7 @@ func TestTheOnlyCAIsKeptWhenItLosesItsStore(t *testing.T) {
 func TestWhatWasSeenIsToldAlsoAfterARestart(t *testing.T) {
 	ca := fakeca.New(t, td)
 	ca.Jump(499)
+	ca.Reopen("first")
 	ca.PutEntry(ca.Entry("e1", "/web", "unix:uid:1"))
 	sequence := ca.RaiseTrust()
 	dir := newDir(t)
@@ -315,17 +316,39 @@ func TestWhatWasSeenIsToldAlsoAfterARestart(t *testing.T) {
 	ca.PutEntry(ca.Entry("e2", "/more", "unix:uid:1"))
 	eventually(t, "the change arrives", func() bool { return a.picture.Seen() == ca.Revision() })
 	a.stop()
+	ca.Reopen("second")
 	a = run(t, dir, ca, ca.Address)
 	a.follows()
+	if now := string(a.seen(a.picture).GetOpening()); now != "second" {
+		t.Errorf("opening = %q; want the one that the CA has named last", now)
+	}
 	all := ca.Seen()
-	if first := all[0]; first.GetRevision() != 0 || first.GetPolicyGeneration() != 0 {
+	if first := all[0]; first.GetRevision() != 0 || first.GetPolicyGeneration() != 0 || len(first.GetOpening()) != 0 {
 		t.Errorf("a new agent has seen %v; want nothing", first)
 	}
-	if last := all[len(all)-1]; last.GetRevision() != ca.Revision() || last.GetTrustBundleSequence() != sequence {
-		t.Errorf("seen after a restart = %v; want revision %d, trust bundle %d", last, ca.Revision(), sequence)
+	if last := all[len(all)-1]; last.GetRevision() != ca.Revision() || last.GetTrustBundleSequence() != sequence || string(last.GetOpening()) != "first" {
+		t.Errorf("seen after a restart = %v; want revision %d, trust bundle %d, under the first opening", last, ca.Revision(), sequence)
 	}
 	if resumes := ca.Resumes(); resumes[len(resumes)-1] != 0 {
 		t.Errorf("resumes = %d; want a full listing after a restart: what was seen is not held", resumes)
+	}
+}
+
+// The cache on the disk can hold a later revision than the file does: one of the
+// present opening, which an earlier one would make evidence against the CA.
+func TestRevisionOfTheCacheHasNoEarlierOpening(t *testing.T) {
+	c := &Client{remembered: storedSeen{Revision: 7, Opening: []byte("first")}}
+	for _, said := range []string{"", "second"} {
+		c.noteOpening([]byte(said))
+		of := map[uint64]string{7: "first", 8: ""}
+		if said != "" {
+			of = map[uint64]string{7: said, 8: said}
+		}
+		for revision, want := range of {
+			if got := string(c.opening(revision)); got != want {
+				t.Errorf("after %q the opening of revision %d = %q; want %q", said, revision, got, want)
+			}
+		}
 	}
 }
 

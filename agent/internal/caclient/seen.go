@@ -1,7 +1,9 @@
 // What the agent remembers of its CA, so that a CA which was restored from an
 // older backup, or set back, is noticed: the highest store revision, sequence
 // number of a trust bundle and policy generation that it ever saw. And when it
-// last heard from it, so that a restart makes no revocation look fresher.
+// last heard from it, so that a restart makes no revocation look fresher. And
+// under which opening of the CA's store it saw the revision: a store that was put
+// back, and has been written to since, is told by that.
 //
 // The trust bundle and the policy generation are written when they change. The
 // revision changes with everything; it is written at most every few seconds
@@ -35,15 +37,38 @@ type storedSeen struct {
 	TrustDomain string    `json:"trust_domain"`
 	Revision    uint64    `json:"revision"`
 	Heard       time.Time `json:"heard,omitzero"`
+	// Opening is that of Revision, or a later one.
+	Opening []byte `json:"opening,omitempty"`
 }
 
 // seen is the highest of everything, for the CA.
 func (c *Client) seen(picture *cache.Cache) *capb.Seen {
 	seen := &capb.Seen{Revision: picture.Seen(), PolicyGeneration: c.cfg.PolicySeen(), Logs: c.logs.states()}
+	seen.Opening = c.opening(seen.Revision)
 	if trust := picture.Trust(); trust != nil {
 		seen.TrustBundleSequence = trust.Sequence
 	}
 	return seen
+}
+
+// opening is the last that a CA named, asked for once revision is known: what was
+// seen under this one must not look as if it were from an earlier one. So after a
+// restart there is none for a revision that only the cache on the disk has.
+func (c *Client) opening(revision uint64) []byte {
+	switch last := c.opened.Load(); {
+	case last != nil:
+		return *last
+	case revision <= c.remembered.Revision:
+		return c.remembered.Opening
+	}
+	return nil
+}
+
+// noteOpening comes before what was sent under it is applied.
+func (c *Client) noteOpening(opening []byte) {
+	if len(opening) > 0 {
+		c.opened.Store(&opening)
+	}
 }
 
 // loadSeen returns what saveSeen wrote, zero when there is nothing.
@@ -108,6 +133,7 @@ func (c *Client) WriteSeen(ctx context.Context, picture *cache.Cache) {
 		TrustDomain: c.cfg.TrustDomain.Name(), Heard: picture.Heard(),
 		Revision: max(c.written.Revision, min(picture.Seen(), c.cfg.Durable())),
 	}
+	now.Opening = c.opening(now.Revision)
 	if now.Revision == c.written.Revision && now.Heard.Sub(c.written.Heard) < heardPause {
 		return
 	}

@@ -119,6 +119,7 @@ func (s *stream) take(ctx context.Context, m *capb.SyncResponse) error {
 		s.standing.spoke(ctx, s.link.address, true)
 		return errStale
 	}
+	s.noteOpening(m.GetOpening())
 	before := s.picture.State().Revision
 	if err := s.apply(ctx, s.picture, m); err != nil {
 		return fmt.Errorf("apply what the CA sent: %w", err)

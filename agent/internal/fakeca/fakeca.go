@@ -64,6 +64,7 @@ type CA struct {
 	acks          []*capb.SyncAck
 	resumes       []uint64
 	seen          []*capb.Seen
+	opening       []byte // of its store
 	holdSync      bool
 	refusal       error  // of Sync
 	cutOff        bool   // from the store; then
@@ -484,7 +485,7 @@ func (ca *CA) subscribe(resume uint64) (chan *capb.SyncResponse, []*capb.SyncRes
 func (ca *CA) messages(resume, revision uint64) []*capb.SyncResponse {
 	out := []*capb.SyncResponse{{
 		Reset_: resume == 0 || resume > revision, TrustBundle: ca.trustBundle(), PolicyBundle: ca.policy,
-		SentAt: timestamppb.Now(), Stale: ca.cutOff,
+		SentAt: timestamppb.Now(), Stale: ca.cutOff, Opening: ca.opening,
 	}}
 	if out[0].Reset_ {
 		resume = 0

@@ -87,6 +87,13 @@ func (ca *CA) Fetches() int {
 	return ca.fetches
 }
 
+// Reopen gives the opening of the store a name.
+func (ca *CA) Reopen(opening string) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.opening = []byte(opening)
+}
+
 // Seen lists what agents said to have seen, for each stream so far.
 func (ca *CA) Seen() []*capb.Seen {
 	ca.mu.Lock()

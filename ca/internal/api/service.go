@@ -82,7 +82,8 @@ type Authorities interface {
 type Options struct {
 	TrustDomain spiffeid.TrustDomain
 	Store       store.Store
-	StoreKind   string // "badger" or "etcd", for backups
+	StoreKind   string  // "badger" or "etcd", for backups
+	Opening     Opening // zero where others write the store, too
 	Registry    *registry.Registry
 	Keys        Keys
 	Authorities Authorities

@@ -60,6 +60,7 @@ func (s *Service) Sync(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.Sy
 	follower := &follower{
 		Service: s, stream: stream, feed: feed, caller: caller, witness: witness,
 		acks: rate.NewLimiter(acksPerSecond, acksBurst), kept: rate.NewLimiter(keptPerSecond, keptBurst),
+		opening: []byte(s.opts.Opening.ID),
 	}
 	follower.noteAck(ctx, first)
 	ended := make(chan error, 1)
@@ -75,6 +76,7 @@ func claims(req *capb.SyncRequest) *capb.Seen {
 		Revision:            max(seen.GetRevision(), req.GetResumeRevision(), ack.GetRevision()),
 		TrustBundleSequence: max(seen.GetTrustBundleSequence(), ack.GetTrustBundleSequence()),
 		PolicyGeneration:    max(seen.GetPolicyGeneration(), ack.GetPolicyGeneration()),
+		Opening:             seen.GetOpening(),
 	}
 }
 
@@ -86,6 +88,7 @@ type follower struct {
 	caller     *Caller
 	witness    *witness
 	acks, kept *rate.Limiter
+	opening    []byte // for the first message
 }
 
 // receiveAcks notes acknowledgements until the stream ends. One that says more
@@ -190,6 +193,7 @@ func (f *follower) push(ctx context.Context, ended <-chan error) error {
 				msg.LogCheckpoint = f.witness.next(ctx)
 			}
 			msg.SentAt, msg.Stale = timestamppb.Now(), reach.stale
+			msg.Opening, f.opening = f.opening, nil
 			if s.opts.UpstreamAge != nil {
 				msg.UpstreamAge = durationpb.New(s.opts.UpstreamAge(time.Now()))
 			}
