@@ -144,6 +144,11 @@ func (c *current) setBundles(td spiffeid.TrustDomain, own []byte, federated map[
 
 // adopt makes next current, and cuts the connections whose ground it removes.
 func (id *Identity) adopt(ctx context.Context, next *current) {
+	if known := id.current.Load().trust; known.Same(next.bundles) {
+		next.trust = known // with the chains that it has verified
+	} else {
+		next.trust = svid.NewTrust(next.bundles)
+	}
 	before := id.current.Swap(next)
 	renamed := before.svid != nil && next.svid != nil && before.svid.ID != next.svid.ID
 	id.conns.cutWhere(func(c *liveConn) string {
@@ -178,6 +183,7 @@ func (id *Identity) withdraw(ctx context.Context, err error) {
 	had := id.current.Swap(&current{
 		err:     fmt.Errorf("the agent gives this process no identity: %w", err),
 		bundles: x509bundle.NewSet(),
+		trust:   new(svid.Trust),
 	})
 	if had.svid == nil {
 		return
@@ -245,6 +251,7 @@ func (id *Identity) revoke(ctx context.Context, res *agentpb.WatchResponse) {
 	if len(records) == 0 {
 		return
 	}
+	id.current.Load().trust.Forget() // revocations are looked at after each chain; this is for good measure
 	n := id.conns.cutWhere(func(c *liveConn) string {
 		if _, ok := known.Concerning(c.peer); ok {
 			return "the peer's X509-SVID is revoked"

@@ -62,6 +62,7 @@ type current struct {
 	err      error
 	notAfter time.Time // the earliest of the SVID's chain
 	bundles  *x509bundle.Set
+	trust    *svid.Trust                              // of bundles
 	roots    map[spiffeid.TrustDomain]map[string]bool // subject key IDs, hex
 	ignored  error                                    // federated bundles that were malformed
 }
@@ -105,7 +106,7 @@ func Open(ctx context.Context, opts ...Option) (*Identity, error) {
 		calls:   newLiveCalls(),
 	}
 	id.ready.init()
-	id.current.Store(&current{err: errors.New("the agent has not given an identity yet"), bundles: x509bundle.NewSet()})
+	id.current.Store(&current{err: errors.New("the agent has not given an identity yet"), bundles: x509bundle.NewSet(), trust: new(svid.Trust)})
 	id.start(context.WithoutCancel(ctx))
 	if err := id.waitReady(ctx, o.startupTimeout); err != nil {
 		id.Close()

@@ -121,7 +121,7 @@ func (id *Identity) tlsBase(svids x509svid.Source, protocols []string) svid.TLS 
 func (id *Identity) verify(ctx context.Context, raw net.Conn, own *snapshot, also func(*svid.Peer) error) func(tls.ConnectionState) error {
 	return func(cs tls.ConnectionState) error {
 		now := time.Now()
-		peer, err := svid.VerifyChain(cs.PeerCertificates, id, now)
+		peer, err := id.current.Load().trust.VerifyChain(cs.PeerCertificates, now)
 		if err == nil {
 			err = id.admit(peer)
 		}

@@ -2,7 +2,8 @@
 // agent and the SDK judge every peer with it.
 //
 // Start with [TLS], which builds mutual-TLS configurations around the verifier.
-// [VerifyChain] and [VerifyJWT] judge a single X509-SVID or JWT-SVID.
+// [VerifyChain] and [VerifyJWT] judge a single X509-SVID or JWT-SVID; [Trust] does the
+// same for many, and knows chains again.
 // [Revocations] says which SVIDs were withdrawn before they expired, by means of
 // the [Serial] number that Merlon gives to each.
 //

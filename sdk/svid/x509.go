@@ -55,24 +55,45 @@ func VerifyRawChain(raw [][]byte, bundles x509bundle.Source, now time.Time) (*Pe
 		}
 		certs[i] = cert
 	}
-	return verify(certs, bundles, now)
+	return verify(certs, from(bundles), now)
 }
 
 // VerifyChain checks a presented chain, leaf first, against the trust bundle of
 // the leaf's own trust domain, at the time now. A root in the presented chain
 // counts for nothing. The error is an *Error. VerifyChain may keep presented[0].
 func VerifyChain(presented []*x509.Certificate, bundles x509bundle.Source, now time.Time) (*Peer, error) {
+	if err := checkPresented(presented); err != nil {
+		return nil, err
+	}
+	return verify(presented, from(bundles), now)
+}
+
+// from makes a source of trust bundles one of anchors, to be asked once.
+func from(bundles x509bundle.Source) func(spiffeid.TrustDomain) (*anchors, error) {
+	return func(td spiffeid.TrustDomain) (*anchors, error) {
+		if bundles == nil {
+			return nil, refuse("X17", "there is no source of trust bundles")
+		}
+		bundle, err := bundles.GetX509BundleForTrustDomain(td)
+		if err != nil {
+			return nil, &Error{Rule: "X17", Reason: "no trust bundle for " + td.IDString(), Err: err}
+		}
+		if bundle == nil || bundle.TrustDomain() != td {
+			return nil, refuse("X17", "the source of trust bundles answered with one of another trust domain")
+		}
+		return &anchors{bundle: bundle, roots: bundle.X509Authorities()}, nil
+	}
+}
+
+func checkPresented(presented []*x509.Certificate) error {
 	raw := make([][]byte, len(presented))
 	for i, cert := range presented {
 		if cert == nil {
-			return nil, refuse("CAP", "certificate %d of the chain is nil", i)
+			return refuse("CAP", "certificate %d of the chain is nil", i)
 		}
 		raw[i] = cert.Raw
 	}
-	if err := checkCaps(raw); err != nil {
-		return nil, err
-	}
-	return verify(presented, bundles, now)
+	return checkCaps(raw)
 }
 
 func checkCaps(raw [][]byte) error {
@@ -94,25 +115,19 @@ func sumLen(raw [][]byte) (total int) {
 	return total
 }
 
-func verify(certs []*x509.Certificate, bundles x509bundle.Source, now time.Time) (*Peer, error) {
+func verify(certs []*x509.Certificate, trusted func(spiffeid.TrustDomain) (*anchors, error), now time.Time) (*Peer, error) {
 	leaf := certs[0]
 	id, err := leafID(leaf)
 	if err != nil {
 		return nil, err
 	}
-	if bundles == nil {
-		return nil, refuse("X17", "there is no source of trust bundles")
-	}
 	// Fetched once and handed on: a source that changes between two questions
 	// cannot give the rules another bundle than go-spiffe saw.
-	bundle, err := bundles.GetX509BundleForTrustDomain(id.TrustDomain())
+	anchors, err := trusted(id.TrustDomain())
 	if err != nil {
-		return nil, &Error{Rule: "X17", Reason: "no trust bundle for " + id.TrustDomain().IDString(), Err: err}
+		return nil, err
 	}
-	if bundle == nil || bundle.TrustDomain() != id.TrustDomain() {
-		return nil, refuse("X17", "the source of trust bundles answered with one of another trust domain")
-	}
-	if err := checkLeaf(leaf, id, bundle); err != nil {
+	if err := checkLeaf(leaf, id, anchors); err != nil {
 		return nil, err
 	}
 	for _, cert := range certs {
@@ -123,7 +138,7 @@ func verify(certs []*x509.Certificate, bundles x509bundle.Source, now time.Time)
 	if now.IsZero() { // go-spiffe would silently take the real time
 		return nil, refuse("X13", "the current time is not known")
 	}
-	verified, chains, err := x509svid.Verify(certs, bundle, x509svid.WithTime(now))
+	verified, chains, err := x509svid.Verify(certs, anchors.above(certs), x509svid.WithTime(now))
 	if err != nil {
 		return nil, &Error{Rule: "X13", Reason: "no valid path to the trust bundle of " + id.TrustDomain().IDString(), Err: err}
 	}

@@ -131,6 +131,8 @@ func TestForgedLeavesAreRefused(t *testing.T) {
 			checkRule(t, err, tt.rule)
 			_, err = svid.VerifyRawChain(tt.svid.Raw(), ca.Bundle(), time.Now())
 			checkRule(t, err, tt.rule)
+			_, err = svid.NewTrust(x509bundle.NewSet(ca.Bundle().X509Bundle())).VerifyChain(tt.svid.Chain, time.Now())
+			checkRule(t, err, tt.rule)
 			if _, _, err := x509svid.Verify(tt.svid.Chain, ca.Bundle()); (err == nil) != tt.goSPIFFE {
 				t.Errorf("go-spiffe alone: %v; want accepted = %t", err, tt.goSPIFFE)
 			}
@@ -175,6 +177,8 @@ func TestForgedAuthoritiesAreRefused(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			leaf := tt.issuer.Leaf("/a")
 			_, err := svid.VerifyChain(leaf.Chain, tt.issuer.Bundle(), time.Now())
+			checkRule(t, err, tt.rule)
+			_, err = svid.NewTrust(x509bundle.NewSet(tt.issuer.Bundle().X509Bundle())).VerifyChain(leaf.Chain, time.Now())
 			checkRule(t, err, tt.rule)
 			if _, _, err := x509svid.Verify(leaf.Chain, tt.issuer.Bundle()); (err == nil) != tt.goSPIFFE {
 				t.Errorf("go-spiffe alone: %v; want accepted = %t", err, tt.goSPIFFE)

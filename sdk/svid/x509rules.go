@@ -16,7 +16,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
@@ -104,8 +103,8 @@ func extension(cert *x509.Certificate, oid asn1.ObjectIdentifier) (der []byte, c
 }
 
 // checkLeaf holds every rule on the leaf that needs no signature.
-func checkLeaf(leaf *x509.Certificate, id spiffeid.ID, bundle *x509bundle.Bundle) error {
-	if slices.ContainsFunc(bundle.X509Authorities(), leaf.Equal) {
+func checkLeaf(leaf *x509.Certificate, id spiffeid.ID, anchors *anchors) error {
+	if anchors.has(leaf) {
 		return refuse("X7", "the certificate is a signing certificate of %s, which authenticates nobody", id.TrustDomain().IDString())
 	}
 	if err := checkKeyUsage(leaf); err != nil {

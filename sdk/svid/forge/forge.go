@@ -77,6 +77,18 @@ func (a *Authority) Intermediate(changes ...Change) *Authority {
 	return sub
 }
 
+// Again is another certificate of this authority: its key, name and issuer, with
+// changes.
+func (a *Authority) Again(changes ...Change) *x509.Certificate {
+	a.tb.Helper()
+	template := a.authorityTemplate("")
+	template.Subject, template.SubjectKeyId = a.Cert.Subject, a.Cert.SubjectKeyId
+	if a.Parent != nil {
+		return a.Parent.sign(template, a.Parent.Cert, a.Key.Public(), changes)
+	}
+	return a.sign(template, nil, a.Key.Public(), changes)
+}
+
 func (a *Authority) authorityTemplate(role string) *x509.Certificate {
 	serial := newSerial(a.tb)
 	now := time.Now()
