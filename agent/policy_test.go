@@ -53,11 +53,17 @@ func newPolicyKey(t *testing.T) *policyKey {
 	return &policyKey{t: t, key: key}
 }
 
-// bundle signs text as a generation of "main".
+// bundle signs the grants in text as a generation of "main".
 func (k *policyKey) bundle(text string, generation uint64) []byte {
 	k.t.Helper()
+	return k.bundleOf("grants.yaml", text, generation)
+}
+
+// bundleOf signs a policy of one file.
+func (k *policyKey) bundleOf(name, text string, generation uint64) []byte {
+	k.t.Helper()
 	dir := k.t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "grants.yaml"), []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 		k.t.Fatal(err)
 	}
 	unsigned, err := bundle.Build(dir)

@@ -25,6 +25,7 @@ type shortInput struct {
 	Method      string              `json:"method,omitempty"`
 	Path        string              `json:"path,omitempty"`
 	Headers     map[string][]string `json:"headers,omitempty"`
+	JWT         map[string]any      `json:"jwt,omitempty"`
 }
 
 type envoyInput struct {
@@ -35,7 +36,8 @@ type envoyInput struct {
 			HTTP *envoyHTTP `json:"http"`
 		} `json:"request"`
 	} `json:"attributes"`
-	Protocol *Protocol `json:"protocol"`
+	Protocol *Protocol      `json:"protocol"`
+	JWT      map[string]any `json:"jwt"`
 }
 
 type envoyPeer struct {
@@ -59,11 +61,13 @@ type envoyHTTP struct {
 // ParseInput reads one call from JSON, either in the short form
 //
 //	{"source":"spiffe://…","destination":"spiffe://…","protocol":"http|grpc|tcp",
-//	 "method":"GET","path":"/orders/1","headers":{"k":["v"]}}
+//	 "method":"GET","path":"/orders/1","headers":{"k":["v"]},
+//	 "jwt":{"sub":"spiffe://…"}}
 //
 // in which unknown keys are errors, or in opa-envoy-plugin's shape, known by
 // its key "attributes"; there the protocol is http where a request is present
-// and tcp where not, unless a key "protocol" beside says otherwise. A path may
+// and tcp where not, unless a key "protocol" beside says otherwise; "jwt" are the
+// claims of a verified JWT-SVID. A path may
 // have a query, which is split off. An empty source is a caller without
 // identity; other sources and destinations must be SPIFFE IDs. No object may
 // have a name twice, nor any string the character U+FFFD.
@@ -156,7 +160,7 @@ func parseShort(data []byte) (*Input, error) {
 	if err := decodeOne(data, &s, true); err != nil {
 		return nil, err
 	}
-	in := &Input{Source: s.Source, Destination: s.Destination, Protocol: s.Protocol, Method: s.Method, Headers: lowerNames(s.Headers)}
+	in := &Input{Source: s.Source, Destination: s.Destination, Protocol: s.Protocol, Method: s.Method, Headers: lowerNames(s.Headers), JWT: s.JWT}
 	in.Path, in.Query, _ = strings.Cut(s.Path, "?")
 	return in, nil
 }
@@ -169,7 +173,7 @@ func parseEnvoy(data []byte) (*Input, error) {
 	source, destination, http := e.Attributes.Source, e.Attributes.Destination, e.Attributes.Request.HTTP
 	in := &Input{
 		Source: source.Principal, Destination: destination.Principal, Protocol: TCP,
-		SourceAddress: source.address(), DestinationAddress: destination.address(),
+		SourceAddress: source.address(), DestinationAddress: destination.address(), JWT: e.JWT,
 	}
 	if http != nil {
 		in.Protocol, in.Method, in.Host = HTTP, http.Method, http.Host
@@ -261,7 +265,7 @@ func (in *Input) MarshalJSON() ([]byte, error) {
 	}
 	return json.Marshal(shortInput{
 		Source: in.Source, Destination: in.Destination, Protocol: in.Protocol,
-		Method: in.Method, Path: path, Headers: in.Headers,
+		Method: in.Method, Path: path, Headers: in.Headers, JWT: in.JWT,
 	})
 }
 

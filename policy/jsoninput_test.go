@@ -37,7 +37,12 @@ func TestParseInputReadsBothForms(t *testing.T) {
 			`{"attributes":{"source":{"principal":"spiffe://shop.test/web"},"request":{"http":{"method":"POST","path":"/shop.Orders/Get"}}},"protocol":"grpc"}`,
 			Input{Source: "spiffe://shop.test/web", Protocol: GRPC, Method: "POST", Path: "/shop.Orders/Get"},
 		},
-		"envoy, no request": {`{"attributes":{"source":{"principal":"spiffe://shop.test/web"}}}`, Input{Source: "spiffe://shop.test/web", Protocol: TCP}},
+		"short, with claims": {
+			`{"protocol":"tcp","jwt":{"sub":"spiffe://shop.test/buyer","n":1}}`,
+			Input{Protocol: TCP, JWT: map[string]any{"sub": "spiffe://shop.test/buyer", "n": 1.0}},
+		},
+		"envoy, with claims": {`{"attributes":{},"jwt":{"aud":["a"]}}`, Input{Protocol: TCP, JWT: map[string]any{"aud": []any{"a"}}}},
+		"envoy, no request":  {`{"attributes":{"source":{"principal":"spiffe://shop.test/web"}}}`, Input{Source: "spiffe://shop.test/web", Protocol: TCP}},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

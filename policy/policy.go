@@ -33,6 +33,9 @@ type Input struct {
 	Host  string
 	// Headers has names in lower case and every value.
 	Headers map[string][]string
+	// JWT are the claims of a JWT-SVID that came with the call, verified for the
+	// destination; nil for none. Who verifies it: see engine.ReadsJWT.
+	JWT map[string]any
 	// SourceAddress and DestinationAddress are "ip:port" where known.
 	SourceAddress, DestinationAddress string
 	// SourceSerial is the serial number of the peer's X509-SVID in lower-case

@@ -77,9 +77,9 @@ func refusal(name string) string {
 	}
 	switch {
 	case name == "io.jwt.decode":
-		return "io.jwt.decode reads unverified tokens; decide by the caller's verified SPIFFE ID, input.attributes.source.principal"
+		return "io.jwt.decode reads unverified tokens; input.jwt has the claims of the call's JWT-SVID, verified"
 	case strings.HasPrefix(name, "io.jwt."):
-		return name + " is not available: a policy holds no keys; decide by the caller's verified SPIFFE ID, input.attributes.source.principal"
+		return name + " is not available: a policy holds no keys; input.jwt has the claims of the call's JWT-SVID, verified"
 	case name == "http.send", strings.HasPrefix(name, "net."):
 		return name + " is not available: decisions do not wait for a network; put what they need into the policy"
 	case name == "opa.runtime":

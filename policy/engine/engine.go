@@ -64,6 +64,7 @@ type Engine struct {
 	programs   programs
 	kept       *kept.Cache // nil where unsteady says why
 	unsteady   error
+	readsJWT   bool
 	mismatches atomic.Uint64
 	log        *slog.Logger
 	now        func() time.Time

@@ -74,7 +74,7 @@ func init() {
 	ast.InternStringTerm("merlon", "deny", "allow", "dry_run", "path", "method",
 		"attributes", "source", "destination", "principal", "address", "socketAddress", "portValue",
 		"request", "host", "headers", "headers_all", "parsed_path", "parsed_query", "parsed_body", "truncated_body",
-		"spiffe", "id", "trust_domain", "service", "protocol", "http", "grpc", "tcp",
+		"spiffe", "jwt", "id", "trust_domain", "service", "protocol", "http", "grpc", "tcp",
 		http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete, http.MethodOptions)
 }
 
@@ -134,12 +134,17 @@ func address(s string) field {
 }
 
 // extras are what lies beside attributes: parsed_path and parsed_query as
-// opa-envoy-plugin gives them, and Merlon's spiffe and grpc.
+// opa-envoy-plugin gives them, and Merlon's spiffe, jwt and grpc.
 func extras(in *policy.Input) []field {
 	fields := []field{
 		{"spiffe", object(field{"source", spiffe(in.Source)}, field{"destination", spiffe(in.Destination)})},
 		{"parsed_body", ast.NullTerm()},
 		{"truncated_body", ast.InternedTerm(false)},
+	}
+	if in.JWT != nil {
+		if claims, err := ast.InterfaceToValue(in.JWT); err == nil { // as JSON always is
+			fields = append(fields, field{"jwt", ast.NewTerm(claims)})
+		}
 	}
 	if in.Protocol != policy.HTTP && in.Protocol != policy.GRPC {
 		return fields

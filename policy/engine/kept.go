@@ -14,7 +14,7 @@ import (
 
 // decideKept is decideByOPA with what is kept in front of it.
 func (e *Engine) decideKept(ctx context.Context, in *policy.Input) (policy.Decision, answer) {
-	if e.kept == nil || in == nil || in.Source == "" {
+	if e.kept == nil || in == nil || in.Source == "" || in.JWT != nil {
 		return e.decideByOPA(ctx, in)
 	}
 	now := e.now()
@@ -40,6 +40,10 @@ func (e *Engine) decideKept(ctx context.Context, in *policy.Input) (policy.Decis
 func (e *Engine) keep() {
 	reads := kept.Reads{}
 	if e.ownRego {
+		if why := residual.NamesJWT(e.program.compiler); why != nil {
+			e.readsJWT, e.unsteady = true, why
+			return
+		}
 		var err error
 		if reads, err = residual.FindReads(e.program.compiler); err != nil {
 			e.unsteady = err
@@ -58,3 +62,9 @@ func (e *Engine) keep() {
 // Kept says whether OPA's decisions are kept for calls that agree in all that the
 // policy can read, and if not why.
 func (e *Engine) Kept() error { return e.unsteady }
+
+// ReadsJWT says whether the policy may read input.jwt. Where it does, the caller of
+// Authorize verifies the JWT-SVID of the call, if it has one, for the destination,
+// and puts its claims into the input. A policy gets them only if its Rego names
+// "jwt"; what it decides is kept by nobody, since a token ends.
+func (e *Engine) ReadsJWT() bool { return e.readsJWT }

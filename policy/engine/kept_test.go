@@ -98,6 +98,35 @@ func TestWhatTheClockDecidesIsNotKept(t *testing.T) {
 	}
 }
 
+// A token ends, so nothing that may come of its claims is kept, here or in services.
+func TestWhatATokenDecidesIsNotKept(t *testing.T) {
+	for _, rego := range []string{
+		"allow if input.jwt.sub == \"spiffe://shop.test/buyer\"\n", "allow if f(input)\n\nf(x) if x.jwt.sub == \"spiffe://shop.test/buyer\"\n",
+		"allow if input[k].sub == \"spiffe://shop.test/buyer\"\n\nk := \"jwt\"\n", "allow if not input.jwt\n",
+	} {
+		e := keptOf(t, rego)
+		if err := e.Kept(); err == nil || !strings.Contains(err.Error(), "what input.jwt says ends with its token") || e.kept != nil || !e.ReadsJWT() {
+			t.Errorf("%s: Kept() = %v", rego, err)
+		}
+		in := get("/none")
+		if !strings.Contains(rego, "not") {
+			in.JWT = map[string]any{"sub": "spiffe://shop.test/buyer"}
+		}
+		if d := e.Authorize(t.Context(), in); !d.Allow {
+			t.Errorf("%s: %+v", rego, d)
+		}
+	}
+	// Where it is not named it is not there; a caller that gives it all the same gets
+	// no decision of one without.
+	e := keptOf(t, byPort)
+	with := get("/orders/1")
+	with.JWT = map[string]any{"sub": "x"}
+	e.Authorize(t.Context(), with)
+	if _, ok := e.kept.Find(with, 0); ok || e.ReadsJWT() {
+		t.Error("a decision with claims is kept")
+	}
+}
+
 func TestErrorsAreNotKept(t *testing.T) {
 	e := keptOf(t, "deny if to_number(input.attributes.request.http.host) == 1\n")
 	in := get("/orders/1")

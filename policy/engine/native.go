@@ -131,7 +131,7 @@ func nativePath(pattern string) program.Path {
 var unknown = func() (terms []*ast.Term) {
 	for _, ref := range []string{
 		"input.attributes.source", "input.attributes.destination.address", "input.attributes.request",
-		"input.protocol", "input.spiffe.source", "input.parsed_path", "input.parsed_query", "input.grpc",
+		"input.protocol", "input.spiffe.source", "input.parsed_path", "input.parsed_query", "input.grpc", "input.jwt",
 	} {
 		terms = append(terms, ast.MustParseTerm(ref))
 	}

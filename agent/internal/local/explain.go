@@ -53,6 +53,9 @@ func (rec *record) caveats(x *engine.Explanation) (words []string) {
 	if len(rec.masked) > 0 {
 		words = append(words, fmt.Sprintf("the values of these headers were not kept, so a policy that reads them may come out differently here (explain_headers keeps them): %s", strings.Join(rec.masked, ", ")))
 	}
+	if rec.claims {
+		words = append(words, "the claims of the call's JWT-SVID were not kept, so a policy that reads input.jwt may come out differently here")
+	}
 	if rec.shortened {
 		words = append(words, "headers or query were too long to be kept whole, so a policy that reads them may come out differently here")
 	}

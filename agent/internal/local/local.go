@@ -135,6 +135,9 @@ func (s *Server) decide(ctx context.Context, in *policy.Input) policy.Decision {
 	if active == nil {
 		return policy.Deny(policy.NoBundle)
 	}
+	if active.ReadsJWT() {
+		in.JWT = s.claimsOf(ctx, in)
+	}
 	return active.Authorize(ctx, in)
 }
 

@@ -124,6 +124,17 @@ func TestHeadersAreKeptByAllowList(t *testing.T) {
 	}
 }
 
+// T37: nor are the claims of a token, and nothing that a policy's author can make
+// large.
+func TestNeitherClaimsNorResponsesAreKept(t *testing.T) {
+	d := newDecisions(nil)
+	d.add(&policy.Input{JWT: map[string]any{"email": "canary"}}, policy.Decision{DecisionID: decisionNumber(1), Response: &policy.Response{Body: "long"}}, time.Time{})
+	rec, ok := d.await(t.Context(), decisionNumber(1))
+	if !ok || rec.input.JWT != nil || !rec.claims || rec.decision.Response != nil {
+		t.Errorf("kept %v %+v", ok, rec)
+	}
+}
+
 func BenchmarkKeepDenial(b *testing.B) {
 	d := newDecisions([]string{"accept"})
 	in := &policy.Input{Source: "spiffe://example.test/web", Headers: map[string][]string{"accept": {"x"}, "cookie": {"y"}}}

@@ -34,10 +34,10 @@ type record struct {
 	decision  policy.Decision
 	input     policy.Input
 	decidedAt time.Time
-	// masked are the names of headers whose values are not kept, and shortened says
-	// that more of the input is not.
-	masked    []string
-	shortened bool
+	// masked are the names of headers whose values are not kept; claims, that the call
+	// had claims of a JWT-SVID; and shortened, that more of the input is not kept.
+	masked            []string
+	claims, shortened bool
 }
 
 // decisions are the last ones. They are safe for concurrent use.
@@ -65,6 +65,10 @@ func (d *decisions) add(in *policy.Input, decision policy.Decision, now time.Tim
 	if len(rec.input.Query) > maxHeaderBytes {
 		rec.input.Query, rec.shortened = "", true
 	}
+	if in.JWT != nil {
+		rec.input.JWT, rec.claims = nil, true
+	}
+	rec.decision.Response = nil // anybody's policy can make it large
 	if decision.Allow {
 		d.allowed.add(rec)
 	} else {

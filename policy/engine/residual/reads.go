@@ -92,3 +92,17 @@ func (r *reads) take(ref ast.Ref) {
 		}
 	}
 }
+
+// NamesJWT says that and where the policy that c has compiled names "jwt", of which a
+// call has as much as its token says, and as long; nil where it does not.
+func NamesJWT(c *ast.Compiler) (found error) {
+	for _, rule := range reachable(c) {
+		ast.WalkTerms(rule, func(t *ast.Term) bool {
+			if found == nil && ast.String("jwt").Equal(t.Value) {
+				found = notNative(t.Loc(), "what input.jwt says ends with its token")
+			}
+			return found != nil
+		})
+	}
+	return found
+}

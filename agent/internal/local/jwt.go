@@ -1,0 +1,38 @@
+// The JWT-SVID of a call, for policies that read it: only what is verified for the
+// called service reaches a policy.
+
+package local
+
+import (
+	"context"
+	"log/slog"
+	"strings"
+	"time"
+
+	"merlon.dev/policy"
+	"merlon.dev/sdk/svid"
+)
+
+// claimsOf are the claims of the JWT-SVID that in carries as its one bearer token
+// (J10), if it is good: of a trust domain that is known, for the SPIFFE ID that is
+// called, neither ended nor revoked. Nil otherwise: to the policy there is none.
+func (s *Server) claimsOf(ctx context.Context, in *policy.Input) map[string]any {
+	values := in.Headers["authorization"]
+	if len(values) != 1 {
+		return nil
+	}
+	scheme, token, ok := strings.Cut(values[0], " ")
+	trust := s.cache.Trust()
+	if !ok || !strings.EqualFold(scheme, "Bearer") || trust == nil {
+		return nil
+	}
+	verified, err := svid.VerifyJWT(token, trust.Bundle, []string{in.Destination}, time.Now())
+	if err != nil {
+		s.o.Logger.LogAttrs(ctx, slog.LevelDebug, "JWT-SVID of a call not taken", slog.String("destination", in.Destination), slog.Any("err", err))
+		return nil
+	}
+	if _, revoked := s.cache.Revocations().ConcerningJWT(verified); revoked {
+		return nil
+	}
+	return verified.Claims
+}
