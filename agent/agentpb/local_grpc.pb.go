@@ -42,7 +42,8 @@ type LocalClient interface {
 	Authorize(ctx context.Context, in *AuthorizeRequest, opts ...grpc.CallOption) (*AuthorizeResponse, error)
 	// Watch tells the caller which policy is active and which SVIDs are
 	// revoked: everything at once, then each change, and at least one message
-	// every 15 s.
+	// every 15 s. PERMISSION_DENIED, with the reason NO_MATCHING_ENTRY, where no
+	// registration entry is for the caller.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
 	// WatchPolicy sends the compiled policy of each of the caller's own SPIFFE
 	// IDs, and again, whole, when the policy or the caller's identities change.
@@ -154,7 +155,8 @@ type LocalServer interface {
 	Authorize(context.Context, *AuthorizeRequest) (*AuthorizeResponse, error)
 	// Watch tells the caller which policy is active and which SVIDs are
 	// revoked: everything at once, then each change, and at least one message
-	// every 15 s.
+	// every 15 s. PERMISSION_DENIED, with the reason NO_MATCHING_ENTRY, where no
+	// registration entry is for the caller.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
 	// WatchPolicy sends the compiled policy of each of the caller's own SPIFFE
 	// IDs, and again, whole, when the policy or the caller's identities change.

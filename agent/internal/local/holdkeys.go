@@ -17,21 +17,27 @@ import (
 	"merlon.dev/agent/agentpb"
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/endpoint"
-	"merlon.dev/agent/internal/workload"
 )
 
 // holder is one HoldKeys stream.
 type holder struct {
 	*Server
+	*caller
 	stream grpc.BidiStreamingServer[agentpb.HoldKeysRequest, agentpb.HoldKeysResponse]
-	sub    *cache.Subscription
-	first  *workload.Process
 	last   proto.Message
 }
 
+// How many CSRs of one user go to the CA: at once after a rest, and then each
+// second. On one stream no more are wanted than are due; but each new stream wants
+// its own.
+const (
+	csrsBurst     = 1000
+	csrsPerSecond = 100
+)
+
 // HoldKeys implements agentpb.Local.
 func (s *Server) HoldKeys(stream grpc.BidiStreamingServer[agentpb.HoldKeysRequest, agentpb.HoldKeysResponse]) error {
-	h := &holder{Server: s, stream: stream, sub: s.cache.Subscribe()}
+	h := &holder{Server: s, caller: s.follow(), stream: stream}
 	defer h.sub.Close()
 	ctx := stream.Context()
 	requests := make(chan *agentpb.HoldKeysRequest)
@@ -69,21 +75,6 @@ func (h *holder) receive(ctx context.Context, requests chan<- *agentpb.HoldKeysR
 			return
 		}
 	}
-}
-
-// attest looks at the process, which must be the one that opened the stream.
-func (h *holder) attest(ctx context.Context) (*workload.Process, error) {
-	p, err := h.o.Callers.Attest(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if h.first == nil {
-		h.first = p
-	}
-	if !p.Same(h.first) {
-		return nil, endpoint.Changed()
-	}
-	return p, nil
 }
 
 // answer says what the caller may have, if that came out differently.
@@ -144,6 +135,9 @@ func (h *holder) submit(ctx context.Context, req *agentpb.HoldKeysRequest) error
 		return err
 	}
 	h.sub.OwnKeys(p.Proof())
+	if err := h.csrs.Admit(ctx, "CSRs", "keep the stream open, and answer each wish once"); err != nil {
+		return err
+	}
 	public, err := cache.CSRKey(req.GetCsr())
 	if err != nil {
 		return status.Error(codes.InvalidArgument, err.Error())

@@ -68,6 +68,7 @@ type Server struct {
 	cache     *cache.Cache
 	decisions *decisions
 	counted   *prometheus.CounterVec
+	csrs      *endpoint.Rate
 	// unrecorded are denials that services counted and did not report.
 	unrecorded prometheus.Counter
 }
@@ -75,7 +76,7 @@ type Server struct {
 // New returns a Server.
 func New(o Options) *Server {
 	s := &Server{
-		o: o, cache: o.Callers.Cache, decisions: newDecisions(o.ExplainHeaders),
+		o: o, cache: o.Callers.Cache, csrs: endpoint.NewRate(csrsPerSecond, csrsBurst), decisions: newDecisions(o.ExplainHeaders),
 		counted: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "merlon_agent_decisions_total", Help: "Decisions for workloads, by reason.",
 		}, []string{"reason"}),
@@ -158,14 +159,24 @@ func peerOf(id spiffeid.ID, serialHex string) *svid.Peer {
 	return p
 }
 
-// Watch streams the generation of the active policy and the revocations:
-// everything at once, then each change.
+// Watch streams the generation of the active policy and the revocations to who
+// has an identity: everything at once, then each change. The caller is looked at
+// again for each message; one whose entries end gets what was revoked with them.
 func (s *Server) Watch(_ *agentpb.WatchRequest, stream grpc.ServerStreamingServer[agentpb.WatchResponse]) error {
 	ctx := stream.Context()
+	who := s.follow()
+	defer who.sub.Close()
+	if err := who.awaitEntries(ctx); err != nil {
+		return err
+	}
 	var cursor cache.Cursor
 	beat := time.NewTicker(heartbeat)
 	defer beat.Stop()
 	for {
+		gone, err := who.withdrawn(ctx)
+		if err != nil {
+			return err
+		}
 		// The channels before what they announce, so that nothing is missed.
 		policyChanged := s.o.PolicyChanged()
 		m := &agentpb.WatchResponse{}
@@ -189,9 +200,13 @@ func (s *Server) Watch(_ *agentpb.WatchRequest, stream grpc.ServerStreamingServe
 		if err := endpoint.Deliver(ctx, endpoint.Patience, func() error { return stream.Send(m) }); err != nil {
 			return err
 		}
+		if gone {
+			return endpoint.NoEntry(who.first.PID)
+		}
 		select {
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
+		case <-who.sub.Woken():
 		case <-policyChanged:
 		case <-more:
 		case <-beat.C:
