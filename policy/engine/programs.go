@@ -4,6 +4,7 @@ package engine
 // is asked for, and holds each against OPA before it decides anything.
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -59,6 +60,27 @@ func (e *Engine) Encoded(ctx context.Context, destination string) ([]byte, error
 	}
 	return e.compilation(destination).encoded, nil
 }
+
+// Same says whether a and b certainly decide calls to destination alike: their programs
+// are the same. Where one has none, nothing is certain.
+func Same(ctx context.Context, a, b *Engine, destination string) bool {
+	var encoded [2][]byte
+	for i, e := range []*Engine{a, b} {
+		if _, err := e.Program(ctx, destination); err != nil {
+			return false
+		}
+		src, err := e.programSource(ctx, destination)
+		if err != nil {
+			return false
+		}
+		src.Generation, src.NotAfter = 0, time.Time{}
+		encoded[i] = program.Encode(&src)
+	}
+	return bytes.Equal(encoded[0], encoded[1])
+}
+
+// OwnRego says whether the policy has Rego of its own beside grants.
+func (e *Engine) OwnRego() bool { return e.ownRego }
 
 // compilation finds or begins the one for destination; nil where there are too
 // many.

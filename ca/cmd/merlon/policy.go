@@ -16,13 +16,14 @@ import (
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/bundle"
+	"merlon.dev/policy/diff"
 	"merlon.dev/policy/engine"
 	"merlon.dev/policy/engine/residual"
 )
 
 func policyCommand(o *options) *cobra.Command {
 	return noun("policy", "Check, test, build and push the policy that decides every call",
-		policyCheck(o), policyTest(o), policyBuild(), policyEval(), policyExplain(o))
+		policyCheck(o), policyTest(o), policyBuild(), policyEval(), policyExplain(o), policyDiff(o))
 }
 
 // policyFolder reads a policy folder; what is wrong in it is reported with a
@@ -81,7 +82,7 @@ type compiledJSON struct {
 }
 
 // anyOther stands for the destinations that no grant names alone.
-const anyOther = "spiffe://any.other.invalid/service"
+const anyOther = diff.Elsewhere
 
 // compiledFor compiles the policy for each of destinations.
 func compiledFor(ctx context.Context, e *engine.Engine, destinations []string) []compiledJSON {

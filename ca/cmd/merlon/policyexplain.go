@@ -8,7 +8,6 @@ import (
 	"io"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -55,10 +54,8 @@ is an answer: the exit code is 0.`,
 			if err != nil {
 				return err
 			}
-			if at != "" {
-				if how.At, err = time.Parse(time.RFC3339, at); err != nil {
-					return usageError{fmt.Sprintf("--at %q is no time", at), "for example --at 2027-01-01T00:00:00Z"}
-				}
+			if how.At, err = timeFlag("at", at); err != nil {
+				return err
 			}
 			where := ""
 			if len(args) == 1 {

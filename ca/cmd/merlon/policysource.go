@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -18,6 +19,7 @@ import (
 	"merlon.dev/ca/capb"
 	"merlon.dev/policy/bundle"
 	"merlon.dev/policy/engine"
+	"merlon.dev/policy/grant"
 )
 
 // namedPolicy is a policy and what to call it.
@@ -51,6 +53,27 @@ func (o *options) openPolicy(ctx context.Context, where, name string) (*namedPol
 	md := p.contents.Metadata
 	p.engine, err = engine.New(ctx, engine.Source{Modules: p.contents.Modules, Data: p.contents.Data, Generation: md.Generation, NotAfter: md.NotAfter})
 	return p, err
+}
+
+// grants are those of p, as written.
+func (p *namedPolicy) grants() ([]grant.Grant, error) {
+	data, ok := p.contents.Data["merlon"].(map[string]any)
+	if !ok {
+		return nil, fmt.Errorf("%s has no grants", p.name)
+	}
+	return grant.FromData(data)
+}
+
+// timeFlag reads a flag that gives a time; empty means now.
+func timeFlag(flag, value string) (time.Time, error) {
+	if value == "" {
+		return time.Now(), nil
+	}
+	at, err := time.Parse(time.RFC3339, value)
+	if err != nil {
+		return time.Time{}, usageError{fmt.Sprintf("--%s %q is no time", flag, value), "for example --" + flag + " 2027-01-01T00:00:00Z"}
+	}
+	return at, nil
 }
 
 func readBundle(file string) (*namedPolicy, error) {
