@@ -204,10 +204,8 @@ func checkAlgorithmFits(alg jose.SignatureAlgorithm, key crypto.PublicKey) error
 		if !strings.HasPrefix(string(alg), "RS") && !strings.HasPrefix(string(alg), "PS") {
 			return fmt.Errorf("the algorithm %s does not fit an RSA key", alg)
 		}
-	default:
-		return fmt.Errorf("a key of type %T signs no JWT-SVID", key)
 	}
-	return checkKey(key)
+	return CheckJWTKey(key)
 }
 
 func checkClaims(id spiffeid.ID, kid string, claims map[string]any, audience []string, now time.Time) (*JWT, error) {

@@ -22,14 +22,7 @@ import (
 	"merlon.dev/ca/internal/authority"
 )
 
-const (
-	organization            = "Merlon"
-	developmentOrganization = "Merlon development root - do not trust"
-)
-
-func isDevelopment(root *x509.Certificate) bool {
-	return slices.Contains(root.Subject.Organization, developmentOrganization)
-}
+const organization = "Merlon"
 
 func (k *Keys) makeRoot(now time.Time) (*generation, error) {
 	template, err := k.caTemplate("root", now, k.cfg.RootTTL)
@@ -106,7 +99,7 @@ func (k *Keys) caTemplate(role string, now time.Time, ttl time.Duration) (*x509.
 		SerialNumber: generation,
 	}
 	if k.cfg.Development {
-		subject.Organization = []string{developmentOrganization}
+		subject.Organization = []string{authority.DevelopmentOrganization}
 	}
 	if len(subject.CommonName) > 64 { // RFC 5280 appendix A.1
 		subject.CommonName = "Merlon " + role

@@ -217,7 +217,7 @@ func (k *Keys) checkRoot(root *x509.Certificate, now time.Time) error {
 	if len(root.URIs) != 1 || root.URIs[0].String() != k.cfg.TrustDomain.IDString() {
 		return fmt.Errorf("the root is of another trust domain than %s", k.cfg.TrustDomain)
 	}
-	if dev := isDevelopment(root); dev != k.cfg.Development {
+	if dev := authority.IsDevelopment(root); dev != k.cfg.Development {
 		return fmt.Errorf("the root was made with development=%t and the configuration says development=%t", dev, k.cfg.Development)
 	}
 	if now.After(root.NotAfter) {
