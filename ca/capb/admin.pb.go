@@ -1321,6 +1321,462 @@ func (x *GetTrustBundleResponse) GetRootHashes() []string {
 	return nil
 }
 
+// FederatedBundle is the trust bundle of another trust domain.
+type FederatedBundle struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Without jwks in a list. The sequence is 0 where the document has none.
+	TrustBundle *TrustBundle `protobuf:"bytes,1,opt,name=trust_bundle,json=trustBundle,proto3" json:"trust_bundle,omitempty"`
+	// Hex SHA-256 of the SubjectPublicKeyInfo of each X.509 authority.
+	RootHashes []string               `protobuf:"bytes,2,rep,name=root_hashes,json=rootHashes,proto3" json:"root_hashes,omitempty"`
+	JwtKeyIds  []string               `protobuf:"bytes,3,rep,name=jwt_key_ids,json=jwtKeyIds,proto3" json:"jwt_key_ids,omitempty"`
+	SetAt      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=set_at,json=setAt,proto3" json:"set_at,omitempty"`
+	// When the last of its X.509 authorities ends; unset where there is none.
+	NotAfter      *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FederatedBundle) Reset() {
+	*x = FederatedBundle{}
+	mi := &file_ca_capb_admin_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FederatedBundle) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FederatedBundle) ProtoMessage() {}
+
+func (x *FederatedBundle) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FederatedBundle.ProtoReflect.Descriptor instead.
+func (*FederatedBundle) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *FederatedBundle) GetTrustBundle() *TrustBundle {
+	if x != nil {
+		return x.TrustBundle
+	}
+	return nil
+}
+
+func (x *FederatedBundle) GetRootHashes() []string {
+	if x != nil {
+		return x.RootHashes
+	}
+	return nil
+}
+
+func (x *FederatedBundle) GetJwtKeyIds() []string {
+	if x != nil {
+		return x.JwtKeyIds
+	}
+	return nil
+}
+
+func (x *FederatedBundle) GetSetAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.SetAt
+	}
+	return nil
+}
+
+func (x *FederatedBundle) GetNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotAfter
+	}
+	return nil
+}
+
+type SetFederatedBundleRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its name, such as "partner.test". What the document says of it is compared
+	// with that, and nothing is inferred.
+	TrustDomain string `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	// A SPIFFE trust bundle document (JWKS), or X.509 authorities in PEM; at most
+	// 256 KiB.
+	Document []byte `protobuf:"bytes,2,opt,name=document,proto3" json:"document,omitempty"`
+	// Take it also where it is not later than what is known.
+	Force         bool `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetFederatedBundleRequest) Reset() {
+	*x = SetFederatedBundleRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetFederatedBundleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetFederatedBundleRequest) ProtoMessage() {}
+
+func (x *SetFederatedBundleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetFederatedBundleRequest.ProtoReflect.Descriptor instead.
+func (*SetFederatedBundleRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *SetFederatedBundleRequest) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *SetFederatedBundleRequest) GetDocument() []byte {
+	if x != nil {
+		return x.Document
+	}
+	return nil
+}
+
+func (x *SetFederatedBundleRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type SetFederatedBundleResponse struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	FederatedBundle *FederatedBundle       `protobuf:"bytes,1,opt,name=federated_bundle,json=federatedBundle,proto3" json:"federated_bundle,omitempty"`
+	// Of each key in the document that is ignored as the standard says: why.
+	Ignored       []string `protobuf:"bytes,2,rep,name=ignored,proto3" json:"ignored,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetFederatedBundleResponse) Reset() {
+	*x = SetFederatedBundleResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetFederatedBundleResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetFederatedBundleResponse) ProtoMessage() {}
+
+func (x *SetFederatedBundleResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetFederatedBundleResponse.ProtoReflect.Descriptor instead.
+func (*SetFederatedBundleResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *SetFederatedBundleResponse) GetFederatedBundle() *FederatedBundle {
+	if x != nil {
+		return x.FederatedBundle
+	}
+	return nil
+}
+
+func (x *SetFederatedBundleResponse) GetIgnored() []string {
+	if x != nil {
+		return x.Ignored
+	}
+	return nil
+}
+
+type ListFederatedBundlesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListFederatedBundlesRequest) Reset() {
+	*x = ListFederatedBundlesRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListFederatedBundlesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListFederatedBundlesRequest) ProtoMessage() {}
+
+func (x *ListFederatedBundlesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListFederatedBundlesRequest.ProtoReflect.Descriptor instead.
+func (*ListFederatedBundlesRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{26}
+}
+
+type ListFederatedBundlesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// By name of the trust domain.
+	FederatedBundles []*FederatedBundle `protobuf:"bytes,1,rep,name=federated_bundles,json=federatedBundles,proto3" json:"federated_bundles,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *ListFederatedBundlesResponse) Reset() {
+	*x = ListFederatedBundlesResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListFederatedBundlesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListFederatedBundlesResponse) ProtoMessage() {}
+
+func (x *ListFederatedBundlesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListFederatedBundlesResponse.ProtoReflect.Descriptor instead.
+func (*ListFederatedBundlesResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *ListFederatedBundlesResponse) GetFederatedBundles() []*FederatedBundle {
+	if x != nil {
+		return x.FederatedBundles
+	}
+	return nil
+}
+
+type GetFederatedBundleRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetFederatedBundleRequest) Reset() {
+	*x = GetFederatedBundleRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetFederatedBundleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetFederatedBundleRequest) ProtoMessage() {}
+
+func (x *GetFederatedBundleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetFederatedBundleRequest.ProtoReflect.Descriptor instead.
+func (*GetFederatedBundleRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *GetFederatedBundleRequest) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+type GetFederatedBundleResponse struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	FederatedBundle *FederatedBundle       `protobuf:"bytes,1,opt,name=federated_bundle,json=federatedBundle,proto3" json:"federated_bundle,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *GetFederatedBundleResponse) Reset() {
+	*x = GetFederatedBundleResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetFederatedBundleResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetFederatedBundleResponse) ProtoMessage() {}
+
+func (x *GetFederatedBundleResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetFederatedBundleResponse.ProtoReflect.Descriptor instead.
+func (*GetFederatedBundleResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *GetFederatedBundleResponse) GetFederatedBundle() *FederatedBundle {
+	if x != nil {
+		return x.FederatedBundle
+	}
+	return nil
+}
+
+type RemoveFederatedBundleRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveFederatedBundleRequest) Reset() {
+	*x = RemoveFederatedBundleRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveFederatedBundleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveFederatedBundleRequest) ProtoMessage() {}
+
+func (x *RemoveFederatedBundleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveFederatedBundleRequest.ProtoReflect.Descriptor instead.
+func (*RemoveFederatedBundleRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *RemoveFederatedBundleRequest) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+type RemoveFederatedBundleResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As it was.
+	FederatedBundle *FederatedBundle `protobuf:"bytes,1,opt,name=federated_bundle,json=federatedBundle,proto3" json:"federated_bundle,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *RemoveFederatedBundleResponse) Reset() {
+	*x = RemoveFederatedBundleResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveFederatedBundleResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveFederatedBundleResponse) ProtoMessage() {}
+
+func (x *RemoveFederatedBundleResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveFederatedBundleResponse.ProtoReflect.Descriptor instead.
+func (*RemoveFederatedBundleResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *RemoveFederatedBundleResponse) GetFederatedBundle() *FederatedBundle {
+	if x != nil {
+		return x.FederatedBundle
+	}
+	return nil
+}
+
 type RevokeRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Subject:
@@ -1337,7 +1793,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[23]
+	mi := &file_ca_capb_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1349,7 +1805,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[23]
+	mi := &file_ca_capb_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1362,7 +1818,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{23}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RevokeRequest) GetSubject() isRevokeRequest_Subject {
@@ -1455,7 +1911,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	mi := &file_ca_capb_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1467,7 +1923,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	mi := &file_ca_capb_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1480,7 +1936,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{24}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RevokeResponse) GetRevocation() *Revocation {
@@ -1505,7 +1961,7 @@ type ListRevocationsRequest struct {
 
 func (x *ListRevocationsRequest) Reset() {
 	*x = ListRevocationsRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	mi := &file_ca_capb_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1517,7 +1973,7 @@ func (x *ListRevocationsRequest) String() string {
 func (*ListRevocationsRequest) ProtoMessage() {}
 
 func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	mi := &file_ca_capb_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1530,7 +1986,7 @@ func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRevocationsRequest.ProtoReflect.Descriptor instead.
 func (*ListRevocationsRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{25}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{34}
 }
 
 type ListRevocationsResponse struct {
@@ -1542,7 +1998,7 @@ type ListRevocationsResponse struct {
 
 func (x *ListRevocationsResponse) Reset() {
 	*x = ListRevocationsResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	mi := &file_ca_capb_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1554,7 +2010,7 @@ func (x *ListRevocationsResponse) String() string {
 func (*ListRevocationsResponse) ProtoMessage() {}
 
 func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	mi := &file_ca_capb_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1567,7 +2023,7 @@ func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRevocationsResponse.ProtoReflect.Descriptor instead.
 func (*ListRevocationsResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{26}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListRevocationsResponse) GetRevocations() []*Revocation {
@@ -1587,7 +2043,7 @@ type ProveIssuancesRequest struct {
 
 func (x *ProveIssuancesRequest) Reset() {
 	*x = ProveIssuancesRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	mi := &file_ca_capb_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1599,7 +2055,7 @@ func (x *ProveIssuancesRequest) String() string {
 func (*ProveIssuancesRequest) ProtoMessage() {}
 
 func (x *ProveIssuancesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	mi := &file_ca_capb_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1612,7 +2068,7 @@ func (x *ProveIssuancesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveIssuancesRequest.ProtoReflect.Descriptor instead.
 func (*ProveIssuancesRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{27}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ProveIssuancesRequest) GetSerials() []string {
@@ -1644,7 +2100,7 @@ type ProveIssuancesResponse struct {
 
 func (x *ProveIssuancesResponse) Reset() {
 	*x = ProveIssuancesResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	mi := &file_ca_capb_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1656,7 +2112,7 @@ func (x *ProveIssuancesResponse) String() string {
 func (*ProveIssuancesResponse) ProtoMessage() {}
 
 func (x *ProveIssuancesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	mi := &file_ca_capb_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1669,7 +2125,7 @@ func (x *ProveIssuancesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveIssuancesResponse.ProtoReflect.Descriptor instead.
 func (*ProveIssuancesResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{28}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ProveIssuancesResponse) GetProofs() []*IssuanceProof {
@@ -1735,7 +2191,7 @@ type IssuanceProof struct {
 
 func (x *IssuanceProof) Reset() {
 	*x = IssuanceProof{}
-	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	mi := &file_ca_capb_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1747,7 +2203,7 @@ func (x *IssuanceProof) String() string {
 func (*IssuanceProof) ProtoMessage() {}
 
 func (x *IssuanceProof) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	mi := &file_ca_capb_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1760,7 +2216,7 @@ func (x *IssuanceProof) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuanceProof.ProtoReflect.Descriptor instead.
 func (*IssuanceProof) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{29}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *IssuanceProof) GetSerial() string {
@@ -1802,7 +2258,7 @@ type Issuer struct {
 
 func (x *Issuer) Reset() {
 	*x = Issuer{}
-	mi := &file_ca_capb_admin_proto_msgTypes[30]
+	mi := &file_ca_capb_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1814,7 +2270,7 @@ func (x *Issuer) String() string {
 func (*Issuer) ProtoMessage() {}
 
 func (x *Issuer) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[30]
+	mi := &file_ca_capb_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1827,7 +2283,7 @@ func (x *Issuer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Issuer.ProtoReflect.Descriptor instead.
 func (*Issuer) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{30}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Issuer) GetAuthorityId() string {
@@ -1852,7 +2308,7 @@ type ListReplicasRequest struct {
 
 func (x *ListReplicasRequest) Reset() {
 	*x = ListReplicasRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[31]
+	mi := &file_ca_capb_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1864,7 +2320,7 @@ func (x *ListReplicasRequest) String() string {
 func (*ListReplicasRequest) ProtoMessage() {}
 
 func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[31]
+	mi := &file_ca_capb_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1877,7 +2333,7 @@ func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasRequest.ProtoReflect.Descriptor instead.
 func (*ListReplicasRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{31}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{40}
 }
 
 type ListReplicasResponse struct {
@@ -1889,7 +2345,7 @@ type ListReplicasResponse struct {
 
 func (x *ListReplicasResponse) Reset() {
 	*x = ListReplicasResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[32]
+	mi := &file_ca_capb_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1901,7 +2357,7 @@ func (x *ListReplicasResponse) String() string {
 func (*ListReplicasResponse) ProtoMessage() {}
 
 func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[32]
+	mi := &file_ca_capb_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1914,7 +2370,7 @@ func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasResponse.ProtoReflect.Descriptor instead.
 func (*ListReplicasResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{32}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListReplicasResponse) GetReplicas() []*CAReplica {
@@ -1947,7 +2403,7 @@ type CAReplica struct {
 
 func (x *CAReplica) Reset() {
 	*x = CAReplica{}
-	mi := &file_ca_capb_admin_proto_msgTypes[33]
+	mi := &file_ca_capb_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1959,7 +2415,7 @@ func (x *CAReplica) String() string {
 func (*CAReplica) ProtoMessage() {}
 
 func (x *CAReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[33]
+	mi := &file_ca_capb_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1972,7 +2428,7 @@ func (x *CAReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CAReplica.ProtoReflect.Descriptor instead.
 func (*CAReplica) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{33}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *CAReplica) GetName() string {
@@ -2047,7 +2503,7 @@ type EvictReplicaRequest struct {
 
 func (x *EvictReplicaRequest) Reset() {
 	*x = EvictReplicaRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[34]
+	mi := &file_ca_capb_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2059,7 +2515,7 @@ func (x *EvictReplicaRequest) String() string {
 func (*EvictReplicaRequest) ProtoMessage() {}
 
 func (x *EvictReplicaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[34]
+	mi := &file_ca_capb_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2072,7 +2528,7 @@ func (x *EvictReplicaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReplicaRequest.ProtoReflect.Descriptor instead.
 func (*EvictReplicaRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{34}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *EvictReplicaRequest) GetName() string {
@@ -2092,7 +2548,7 @@ type EvictReplicaResponse struct {
 
 func (x *EvictReplicaResponse) Reset() {
 	*x = EvictReplicaResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[35]
+	mi := &file_ca_capb_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2104,7 +2560,7 @@ func (x *EvictReplicaResponse) String() string {
 func (*EvictReplicaResponse) ProtoMessage() {}
 
 func (x *EvictReplicaResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[35]
+	mi := &file_ca_capb_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2117,7 +2573,7 @@ func (x *EvictReplicaResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReplicaResponse.ProtoReflect.Descriptor instead.
 func (*EvictReplicaResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{35}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *EvictReplicaResponse) GetReplica() *CAReplica {
@@ -2142,7 +2598,7 @@ type BackupStoreRequest struct {
 
 func (x *BackupStoreRequest) Reset() {
 	*x = BackupStoreRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[36]
+	mi := &file_ca_capb_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2154,7 +2610,7 @@ func (x *BackupStoreRequest) String() string {
 func (*BackupStoreRequest) ProtoMessage() {}
 
 func (x *BackupStoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[36]
+	mi := &file_ca_capb_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2167,7 +2623,7 @@ func (x *BackupStoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStoreRequest.ProtoReflect.Descriptor instead.
 func (*BackupStoreRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{36}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{45}
 }
 
 type BackupStoreResponse struct {
@@ -2179,7 +2635,7 @@ type BackupStoreResponse struct {
 
 func (x *BackupStoreResponse) Reset() {
 	*x = BackupStoreResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[37]
+	mi := &file_ca_capb_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2191,7 +2647,7 @@ func (x *BackupStoreResponse) String() string {
 func (*BackupStoreResponse) ProtoMessage() {}
 
 func (x *BackupStoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[37]
+	mi := &file_ca_capb_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2204,7 +2660,7 @@ func (x *BackupStoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStoreResponse.ProtoReflect.Descriptor instead.
 func (*BackupStoreResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{37}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *BackupStoreResponse) GetData() []byte {
@@ -2222,7 +2678,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[38]
+	mi := &file_ca_capb_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2234,7 +2690,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[38]
+	mi := &file_ca_capb_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2247,7 +2703,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{38}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{47}
 }
 
 type ListAuthoritiesResponse struct {
@@ -2259,7 +2715,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[39]
+	mi := &file_ca_capb_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2271,7 +2727,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[39]
+	mi := &file_ca_capb_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2284,7 +2740,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{39}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*CAAuthority {
@@ -2322,7 +2778,7 @@ type CAAuthority struct {
 
 func (x *CAAuthority) Reset() {
 	*x = CAAuthority{}
-	mi := &file_ca_capb_admin_proto_msgTypes[40]
+	mi := &file_ca_capb_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2334,7 +2790,7 @@ func (x *CAAuthority) String() string {
 func (*CAAuthority) ProtoMessage() {}
 
 func (x *CAAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[40]
+	mi := &file_ca_capb_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2347,7 +2803,7 @@ func (x *CAAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CAAuthority.ProtoReflect.Descriptor instead.
 func (*CAAuthority) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{40}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *CAAuthority) GetAuthorityId() string {
@@ -2446,7 +2902,7 @@ type PendingStep struct {
 
 func (x *PendingStep) Reset() {
 	*x = PendingStep{}
-	mi := &file_ca_capb_admin_proto_msgTypes[41]
+	mi := &file_ca_capb_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2458,7 +2914,7 @@ func (x *PendingStep) String() string {
 func (*PendingStep) ProtoMessage() {}
 
 func (x *PendingStep) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[41]
+	mi := &file_ca_capb_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2471,7 +2927,7 @@ func (x *PendingStep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingStep.ProtoReflect.Descriptor instead.
 func (*PendingStep) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{41}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *PendingStep) GetStep() string {
@@ -2533,7 +2989,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[42]
+	mi := &file_ca_capb_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2545,7 +3001,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[42]
+	mi := &file_ca_capb_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2558,7 +3014,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{42}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *PrepareAuthorityRequest) GetKind() string {
@@ -2577,7 +3033,7 @@ type PrepareAuthorityResponse struct {
 
 func (x *PrepareAuthorityResponse) Reset() {
 	*x = PrepareAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[43]
+	mi := &file_ca_capb_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2589,7 +3045,7 @@ func (x *PrepareAuthorityResponse) String() string {
 func (*PrepareAuthorityResponse) ProtoMessage() {}
 
 func (x *PrepareAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[43]
+	mi := &file_ca_capb_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2602,7 +3058,7 @@ func (x *PrepareAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{43}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *PrepareAuthorityResponse) GetAuthority() *CAAuthority {
@@ -2623,7 +3079,7 @@ type ActivateAuthorityRequest struct {
 
 func (x *ActivateAuthorityRequest) Reset() {
 	*x = ActivateAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[44]
+	mi := &file_ca_capb_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2635,7 +3091,7 @@ func (x *ActivateAuthorityRequest) String() string {
 func (*ActivateAuthorityRequest) ProtoMessage() {}
 
 func (x *ActivateAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[44]
+	mi := &file_ca_capb_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2648,7 +3104,7 @@ func (x *ActivateAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ActivateAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{44}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ActivateAuthorityRequest) GetAuthorityId() string {
@@ -2674,7 +3130,7 @@ type ActivateAuthorityResponse struct {
 
 func (x *ActivateAuthorityResponse) Reset() {
 	*x = ActivateAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[45]
+	mi := &file_ca_capb_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2686,7 +3142,7 @@ func (x *ActivateAuthorityResponse) String() string {
 func (*ActivateAuthorityResponse) ProtoMessage() {}
 
 func (x *ActivateAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[45]
+	mi := &file_ca_capb_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2699,7 +3155,7 @@ func (x *ActivateAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ActivateAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{45}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ActivateAuthorityResponse) GetAuthority() *CAAuthority {
@@ -2718,7 +3174,7 @@ type TaintAuthorityRequest struct {
 
 func (x *TaintAuthorityRequest) Reset() {
 	*x = TaintAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[46]
+	mi := &file_ca_capb_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2730,7 +3186,7 @@ func (x *TaintAuthorityRequest) String() string {
 func (*TaintAuthorityRequest) ProtoMessage() {}
 
 func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[46]
+	mi := &file_ca_capb_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2743,7 +3199,7 @@ func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*TaintAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{46}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *TaintAuthorityRequest) GetAuthorityId() string {
@@ -2762,7 +3218,7 @@ type TaintAuthorityResponse struct {
 
 func (x *TaintAuthorityResponse) Reset() {
 	*x = TaintAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[47]
+	mi := &file_ca_capb_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2774,7 +3230,7 @@ func (x *TaintAuthorityResponse) String() string {
 func (*TaintAuthorityResponse) ProtoMessage() {}
 
 func (x *TaintAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[47]
+	mi := &file_ca_capb_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2787,7 +3243,7 @@ func (x *TaintAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*TaintAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{47}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *TaintAuthorityResponse) GetAuthority() *CAAuthority {
@@ -2808,7 +3264,7 @@ type RevokeAuthorityRequest struct {
 
 func (x *RevokeAuthorityRequest) Reset() {
 	*x = RevokeAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[48]
+	mi := &file_ca_capb_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2820,7 +3276,7 @@ func (x *RevokeAuthorityRequest) String() string {
 func (*RevokeAuthorityRequest) ProtoMessage() {}
 
 func (x *RevokeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[48]
+	mi := &file_ca_capb_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2833,7 +3289,7 @@ func (x *RevokeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*RevokeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{48}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *RevokeAuthorityRequest) GetAuthorityId() string {
@@ -2859,7 +3315,7 @@ type RevokeAuthorityResponse struct {
 
 func (x *RevokeAuthorityResponse) Reset() {
 	*x = RevokeAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[49]
+	mi := &file_ca_capb_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2871,7 +3327,7 @@ func (x *RevokeAuthorityResponse) String() string {
 func (*RevokeAuthorityResponse) ProtoMessage() {}
 
 func (x *RevokeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[49]
+	mi := &file_ca_capb_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2884,7 +3340,7 @@ func (x *RevokeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*RevokeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{49}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *RevokeAuthorityResponse) GetAuthority() *CAAuthority {
@@ -2906,7 +3362,7 @@ type FetchPolicyRequest struct {
 
 func (x *FetchPolicyRequest) Reset() {
 	*x = FetchPolicyRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[50]
+	mi := &file_ca_capb_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2918,7 +3374,7 @@ func (x *FetchPolicyRequest) String() string {
 func (*FetchPolicyRequest) ProtoMessage() {}
 
 func (x *FetchPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[50]
+	mi := &file_ca_capb_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2931,7 +3387,7 @@ func (x *FetchPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchPolicyRequest.ProtoReflect.Descriptor instead.
 func (*FetchPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{50}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *FetchPolicyRequest) GetName() string {
@@ -2959,7 +3415,7 @@ type FetchPolicyResponse struct {
 
 func (x *FetchPolicyResponse) Reset() {
 	*x = FetchPolicyResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[51]
+	mi := &file_ca_capb_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2971,7 +3427,7 @@ func (x *FetchPolicyResponse) String() string {
 func (*FetchPolicyResponse) ProtoMessage() {}
 
 func (x *FetchPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[51]
+	mi := &file_ca_capb_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2984,7 +3440,7 @@ func (x *FetchPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchPolicyResponse.ProtoReflect.Descriptor instead.
 func (*FetchPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{51}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *FetchPolicyResponse) GetBundle() []byte {
@@ -3091,7 +3547,32 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x16GetTrustBundleResponse\x12<\n" +
 	"\ftrust_bundle\x18\x01 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\x12\x1f\n" +
 	"\vroot_hashes\x18\x02 \x03(\tR\n" +
-	"rootHashes\"\xa9\x01\n" +
+	"rootHashes\"\xfc\x01\n" +
+	"\x0fFederatedBundle\x12<\n" +
+	"\ftrust_bundle\x18\x01 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\x12\x1f\n" +
+	"\vroot_hashes\x18\x02 \x03(\tR\n" +
+	"rootHashes\x12\x1e\n" +
+	"\vjwt_key_ids\x18\x03 \x03(\tR\tjwtKeyIds\x121\n" +
+	"\x06set_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05setAt\x127\n" +
+	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\"p\n" +
+	"\x19SetFederatedBundleRequest\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
+	"\bdocument\x18\x02 \x01(\fR\bdocument\x12\x14\n" +
+	"\x05force\x18\x03 \x01(\bR\x05force\"\x80\x01\n" +
+	"\x1aSetFederatedBundleResponse\x12H\n" +
+	"\x10federated_bundle\x18\x01 \x01(\v2\x1d.merlon.ca.v1.FederatedBundleR\x0ffederatedBundle\x12\x18\n" +
+	"\aignored\x18\x02 \x03(\tR\aignored\"\x1d\n" +
+	"\x1bListFederatedBundlesRequest\"j\n" +
+	"\x1cListFederatedBundlesResponse\x12J\n" +
+	"\x11federated_bundles\x18\x01 \x03(\v2\x1d.merlon.ca.v1.FederatedBundleR\x10federatedBundles\">\n" +
+	"\x19GetFederatedBundleRequest\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\"f\n" +
+	"\x1aGetFederatedBundleResponse\x12H\n" +
+	"\x10federated_bundle\x18\x01 \x01(\v2\x1d.merlon.ca.v1.FederatedBundleR\x0ffederatedBundle\"A\n" +
+	"\x1cRemoveFederatedBundleRequest\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\"i\n" +
+	"\x1dRemoveFederatedBundleResponse\x12H\n" +
+	"\x10federated_bundle\x18\x01 \x01(\v2\x1d.merlon.ca.v1.FederatedBundleR\x0ffederatedBundle\"\xa9\x01\n" +
 	"\rRevokeRequest\x12\x1d\n" +
 	"\tspiffe_id\x18\x01 \x01(\tH\x00R\bspiffeId\x12\x1b\n" +
 	"\bagent_id\x18\x02 \x01(\tH\x00R\aagentId\x12#\n" +
@@ -3211,7 +3692,7 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x0fTOKEN_KIND_JOIN\x10\x01\x12\x1c\n" +
 	"\x18TOKEN_KIND_BUNDLE_READER\x10\x02\x12\x16\n" +
 	"\x12TOKEN_KIND_REPLICA\x10\x03\x12\x18\n" +
-	"\x14TOKEN_KIND_NESTED_CA\x10\x042\x92\x15\n" +
+	"\x14TOKEN_KIND_NESTED_CA\x10\x042\xae\x19\n" +
 	"\x05Admin\x12m\n" +
 	"\vCreateEntry\x12 .merlon.ca.v1.CreateEntryRequest\x1a!.merlon.ca.v1.CreateEntryResponse\"\x19\xaa\xed\x18\x15\n" +
 	"\x01\x03\x12\x02\x02\x04\"\fcreate entry\x12b\n" +
@@ -3241,7 +3722,17 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"UnbanAgent\x12\x1f.merlon.ca.v1.UnbanAgentRequest\x1a .merlon.ca.v1.UnbanAgentResponse\"\x17\xaa\xed\x18\x13\n" +
 	"\x01\x03\x12\x01\x04\"\vunban agent\x12l\n" +
 	"\x0eGetTrustBundle\x12#.merlon.ca.v1.GetTrustBundleRequest\x1a$.merlon.ca.v1.GetTrustBundleResponse\"\x0f\xaa\xed\x18\v\n" +
-	"\x01\x03\x12\x04\x01\x02\x03\x04\x18\x01\x12X\n" +
+	"\x01\x03\x12\x04\x01\x02\x03\x04\x18\x01\x12\x89\x01\n" +
+	"\x12SetFederatedBundle\x12'.merlon.ca.v1.SetFederatedBundleRequest\x1a(.merlon.ca.v1.SetFederatedBundleResponse\" \xaa\xed\x18\x1c\n" +
+	"\x01\x03\x12\x01\x04\"\x14set federated bundle\x12}\n" +
+	"\x14ListFederatedBundles\x12).merlon.ca.v1.ListFederatedBundlesRequest\x1a*.merlon.ca.v1.ListFederatedBundlesResponse\"\x0e\xaa\xed\x18\n" +
+	"\n" +
+	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12w\n" +
+	"\x12GetFederatedBundle\x12'.merlon.ca.v1.GetFederatedBundleRequest\x1a(.merlon.ca.v1.GetFederatedBundleResponse\"\x0e\xaa\xed\x18\n" +
+	"\n" +
+	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12\x95\x01\n" +
+	"\x15RemoveFederatedBundle\x12*.merlon.ca.v1.RemoveFederatedBundleRequest\x1a+.merlon.ca.v1.RemoveFederatedBundleResponse\"#\xaa\xed\x18\x1f\n" +
+	"\x01\x03\x12\x01\x04\"\x17remove federated bundle\x12X\n" +
 	"\x06Revoke\x12\x1b.merlon.ca.v1.RevokeRequest\x1a\x1c.merlon.ca.v1.RevokeResponse\"\x13\xaa\xed\x18\x0f\n" +
 	"\x01\x03\x12\x02\x02\x04\"\x06revoke\x12n\n" +
 	"\x0fListRevocations\x12$.merlon.ca.v1.ListRevocationsRequest\x1a%.merlon.ca.v1.ListRevocationsResponse\"\x0e\xaa\xed\x18\n" +
@@ -3287,174 +3778,198 @@ func file_ca_capb_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
+var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 62)
 var file_ca_capb_admin_proto_goTypes = []any{
-	(TokenKind)(0),                    // 0: merlon.ca.v1.TokenKind
-	(*CreateEntryRequest)(nil),        // 1: merlon.ca.v1.CreateEntryRequest
-	(*CreateEntryResponse)(nil),       // 2: merlon.ca.v1.CreateEntryResponse
-	(*ListEntriesRequest)(nil),        // 3: merlon.ca.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),       // 4: merlon.ca.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),           // 5: merlon.ca.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),          // 6: merlon.ca.v1.GetEntryResponse
-	(*DeleteEntryRequest)(nil),        // 7: merlon.ca.v1.DeleteEntryRequest
-	(*DeleteEntryResponse)(nil),       // 8: merlon.ca.v1.DeleteEntryResponse
-	(*CreateTokenRequest)(nil),        // 9: merlon.ca.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),       // 10: merlon.ca.v1.CreateTokenResponse
-	(*ListAgentsRequest)(nil),         // 11: merlon.ca.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),        // 12: merlon.ca.v1.ListAgentsResponse
-	(*Agent)(nil),                     // 13: merlon.ca.v1.Agent
-	(*GetAgentRequest)(nil),           // 14: merlon.ca.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),          // 15: merlon.ca.v1.GetAgentResponse
-	(*EvictAgentRequest)(nil),         // 16: merlon.ca.v1.EvictAgentRequest
-	(*EvictAgentResponse)(nil),        // 17: merlon.ca.v1.EvictAgentResponse
-	(*BanAgentRequest)(nil),           // 18: merlon.ca.v1.BanAgentRequest
-	(*BanAgentResponse)(nil),          // 19: merlon.ca.v1.BanAgentResponse
-	(*UnbanAgentRequest)(nil),         // 20: merlon.ca.v1.UnbanAgentRequest
-	(*UnbanAgentResponse)(nil),        // 21: merlon.ca.v1.UnbanAgentResponse
-	(*GetTrustBundleRequest)(nil),     // 22: merlon.ca.v1.GetTrustBundleRequest
-	(*GetTrustBundleResponse)(nil),    // 23: merlon.ca.v1.GetTrustBundleResponse
-	(*RevokeRequest)(nil),             // 24: merlon.ca.v1.RevokeRequest
-	(*RevokeResponse)(nil),            // 25: merlon.ca.v1.RevokeResponse
-	(*ListRevocationsRequest)(nil),    // 26: merlon.ca.v1.ListRevocationsRequest
-	(*ListRevocationsResponse)(nil),   // 27: merlon.ca.v1.ListRevocationsResponse
-	(*ProveIssuancesRequest)(nil),     // 28: merlon.ca.v1.ProveIssuancesRequest
-	(*ProveIssuancesResponse)(nil),    // 29: merlon.ca.v1.ProveIssuancesResponse
-	(*IssuanceProof)(nil),             // 30: merlon.ca.v1.IssuanceProof
-	(*Issuer)(nil),                    // 31: merlon.ca.v1.Issuer
-	(*ListReplicasRequest)(nil),       // 32: merlon.ca.v1.ListReplicasRequest
-	(*ListReplicasResponse)(nil),      // 33: merlon.ca.v1.ListReplicasResponse
-	(*CAReplica)(nil),                 // 34: merlon.ca.v1.CAReplica
-	(*EvictReplicaRequest)(nil),       // 35: merlon.ca.v1.EvictReplicaRequest
-	(*EvictReplicaResponse)(nil),      // 36: merlon.ca.v1.EvictReplicaResponse
-	(*BackupStoreRequest)(nil),        // 37: merlon.ca.v1.BackupStoreRequest
-	(*BackupStoreResponse)(nil),       // 38: merlon.ca.v1.BackupStoreResponse
-	(*ListAuthoritiesRequest)(nil),    // 39: merlon.ca.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil),   // 40: merlon.ca.v1.ListAuthoritiesResponse
-	(*CAAuthority)(nil),               // 41: merlon.ca.v1.CAAuthority
-	(*PendingStep)(nil),               // 42: merlon.ca.v1.PendingStep
-	(*PrepareAuthorityRequest)(nil),   // 43: merlon.ca.v1.PrepareAuthorityRequest
-	(*PrepareAuthorityResponse)(nil),  // 44: merlon.ca.v1.PrepareAuthorityResponse
-	(*ActivateAuthorityRequest)(nil),  // 45: merlon.ca.v1.ActivateAuthorityRequest
-	(*ActivateAuthorityResponse)(nil), // 46: merlon.ca.v1.ActivateAuthorityResponse
-	(*TaintAuthorityRequest)(nil),     // 47: merlon.ca.v1.TaintAuthorityRequest
-	(*TaintAuthorityResponse)(nil),    // 48: merlon.ca.v1.TaintAuthorityResponse
-	(*RevokeAuthorityRequest)(nil),    // 49: merlon.ca.v1.RevokeAuthorityRequest
-	(*RevokeAuthorityResponse)(nil),   // 50: merlon.ca.v1.RevokeAuthorityResponse
-	(*FetchPolicyRequest)(nil),        // 51: merlon.ca.v1.FetchPolicyRequest
-	(*FetchPolicyResponse)(nil),       // 52: merlon.ca.v1.FetchPolicyResponse
-	nil,                               // 53: merlon.ca.v1.CAAuthority.SinceEntry
-	(*Entry)(nil),                     // 54: merlon.ca.v1.Entry
-	(*Revocation)(nil),                // 55: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil),     // 56: google.protobuf.Timestamp
-	(*SyncAck)(nil),                   // 57: merlon.ca.v1.SyncAck
-	(*Selector)(nil),                  // 58: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),               // 59: merlon.ca.v1.TrustBundle
-	(*PolicyKey)(nil),                 // 60: merlon.ca.v1.PolicyKey
-	(*PushPolicyRequest)(nil),         // 61: merlon.ca.v1.PushPolicyRequest
-	(*GetPolicyRequest)(nil),          // 62: merlon.ca.v1.GetPolicyRequest
-	(*PushPolicyResponse)(nil),        // 63: merlon.ca.v1.PushPolicyResponse
-	(*GetPolicyResponse)(nil),         // 64: merlon.ca.v1.GetPolicyResponse
+	(TokenKind)(0),                        // 0: merlon.ca.v1.TokenKind
+	(*CreateEntryRequest)(nil),            // 1: merlon.ca.v1.CreateEntryRequest
+	(*CreateEntryResponse)(nil),           // 2: merlon.ca.v1.CreateEntryResponse
+	(*ListEntriesRequest)(nil),            // 3: merlon.ca.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),           // 4: merlon.ca.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),               // 5: merlon.ca.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),              // 6: merlon.ca.v1.GetEntryResponse
+	(*DeleteEntryRequest)(nil),            // 7: merlon.ca.v1.DeleteEntryRequest
+	(*DeleteEntryResponse)(nil),           // 8: merlon.ca.v1.DeleteEntryResponse
+	(*CreateTokenRequest)(nil),            // 9: merlon.ca.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),           // 10: merlon.ca.v1.CreateTokenResponse
+	(*ListAgentsRequest)(nil),             // 11: merlon.ca.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),            // 12: merlon.ca.v1.ListAgentsResponse
+	(*Agent)(nil),                         // 13: merlon.ca.v1.Agent
+	(*GetAgentRequest)(nil),               // 14: merlon.ca.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),              // 15: merlon.ca.v1.GetAgentResponse
+	(*EvictAgentRequest)(nil),             // 16: merlon.ca.v1.EvictAgentRequest
+	(*EvictAgentResponse)(nil),            // 17: merlon.ca.v1.EvictAgentResponse
+	(*BanAgentRequest)(nil),               // 18: merlon.ca.v1.BanAgentRequest
+	(*BanAgentResponse)(nil),              // 19: merlon.ca.v1.BanAgentResponse
+	(*UnbanAgentRequest)(nil),             // 20: merlon.ca.v1.UnbanAgentRequest
+	(*UnbanAgentResponse)(nil),            // 21: merlon.ca.v1.UnbanAgentResponse
+	(*GetTrustBundleRequest)(nil),         // 22: merlon.ca.v1.GetTrustBundleRequest
+	(*GetTrustBundleResponse)(nil),        // 23: merlon.ca.v1.GetTrustBundleResponse
+	(*FederatedBundle)(nil),               // 24: merlon.ca.v1.FederatedBundle
+	(*SetFederatedBundleRequest)(nil),     // 25: merlon.ca.v1.SetFederatedBundleRequest
+	(*SetFederatedBundleResponse)(nil),    // 26: merlon.ca.v1.SetFederatedBundleResponse
+	(*ListFederatedBundlesRequest)(nil),   // 27: merlon.ca.v1.ListFederatedBundlesRequest
+	(*ListFederatedBundlesResponse)(nil),  // 28: merlon.ca.v1.ListFederatedBundlesResponse
+	(*GetFederatedBundleRequest)(nil),     // 29: merlon.ca.v1.GetFederatedBundleRequest
+	(*GetFederatedBundleResponse)(nil),    // 30: merlon.ca.v1.GetFederatedBundleResponse
+	(*RemoveFederatedBundleRequest)(nil),  // 31: merlon.ca.v1.RemoveFederatedBundleRequest
+	(*RemoveFederatedBundleResponse)(nil), // 32: merlon.ca.v1.RemoveFederatedBundleResponse
+	(*RevokeRequest)(nil),                 // 33: merlon.ca.v1.RevokeRequest
+	(*RevokeResponse)(nil),                // 34: merlon.ca.v1.RevokeResponse
+	(*ListRevocationsRequest)(nil),        // 35: merlon.ca.v1.ListRevocationsRequest
+	(*ListRevocationsResponse)(nil),       // 36: merlon.ca.v1.ListRevocationsResponse
+	(*ProveIssuancesRequest)(nil),         // 37: merlon.ca.v1.ProveIssuancesRequest
+	(*ProveIssuancesResponse)(nil),        // 38: merlon.ca.v1.ProveIssuancesResponse
+	(*IssuanceProof)(nil),                 // 39: merlon.ca.v1.IssuanceProof
+	(*Issuer)(nil),                        // 40: merlon.ca.v1.Issuer
+	(*ListReplicasRequest)(nil),           // 41: merlon.ca.v1.ListReplicasRequest
+	(*ListReplicasResponse)(nil),          // 42: merlon.ca.v1.ListReplicasResponse
+	(*CAReplica)(nil),                     // 43: merlon.ca.v1.CAReplica
+	(*EvictReplicaRequest)(nil),           // 44: merlon.ca.v1.EvictReplicaRequest
+	(*EvictReplicaResponse)(nil),          // 45: merlon.ca.v1.EvictReplicaResponse
+	(*BackupStoreRequest)(nil),            // 46: merlon.ca.v1.BackupStoreRequest
+	(*BackupStoreResponse)(nil),           // 47: merlon.ca.v1.BackupStoreResponse
+	(*ListAuthoritiesRequest)(nil),        // 48: merlon.ca.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),       // 49: merlon.ca.v1.ListAuthoritiesResponse
+	(*CAAuthority)(nil),                   // 50: merlon.ca.v1.CAAuthority
+	(*PendingStep)(nil),                   // 51: merlon.ca.v1.PendingStep
+	(*PrepareAuthorityRequest)(nil),       // 52: merlon.ca.v1.PrepareAuthorityRequest
+	(*PrepareAuthorityResponse)(nil),      // 53: merlon.ca.v1.PrepareAuthorityResponse
+	(*ActivateAuthorityRequest)(nil),      // 54: merlon.ca.v1.ActivateAuthorityRequest
+	(*ActivateAuthorityResponse)(nil),     // 55: merlon.ca.v1.ActivateAuthorityResponse
+	(*TaintAuthorityRequest)(nil),         // 56: merlon.ca.v1.TaintAuthorityRequest
+	(*TaintAuthorityResponse)(nil),        // 57: merlon.ca.v1.TaintAuthorityResponse
+	(*RevokeAuthorityRequest)(nil),        // 58: merlon.ca.v1.RevokeAuthorityRequest
+	(*RevokeAuthorityResponse)(nil),       // 59: merlon.ca.v1.RevokeAuthorityResponse
+	(*FetchPolicyRequest)(nil),            // 60: merlon.ca.v1.FetchPolicyRequest
+	(*FetchPolicyResponse)(nil),           // 61: merlon.ca.v1.FetchPolicyResponse
+	nil,                                   // 62: merlon.ca.v1.CAAuthority.SinceEntry
+	(*Entry)(nil),                         // 63: merlon.ca.v1.Entry
+	(*Revocation)(nil),                    // 64: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil),         // 65: google.protobuf.Timestamp
+	(*SyncAck)(nil),                       // 66: merlon.ca.v1.SyncAck
+	(*Selector)(nil),                      // 67: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),                   // 68: merlon.ca.v1.TrustBundle
+	(*PolicyKey)(nil),                     // 69: merlon.ca.v1.PolicyKey
+	(*PushPolicyRequest)(nil),             // 70: merlon.ca.v1.PushPolicyRequest
+	(*GetPolicyRequest)(nil),              // 71: merlon.ca.v1.GetPolicyRequest
+	(*PushPolicyResponse)(nil),            // 72: merlon.ca.v1.PushPolicyResponse
+	(*GetPolicyResponse)(nil),             // 73: merlon.ca.v1.GetPolicyResponse
 }
 var file_ca_capb_admin_proto_depIdxs = []int32{
-	54, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
-	54, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	54, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
-	54, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	54, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	55, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	63, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
+	63, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	63, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
+	63, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	63, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	64, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	0,  // 6: merlon.ca.v1.CreateTokenRequest.kind:type_name -> merlon.ca.v1.TokenKind
-	56, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	65, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
 	13, // 8: merlon.ca.v1.ListAgentsResponse.agents:type_name -> merlon.ca.v1.Agent
-	56, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
-	56, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
-	57, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
-	56, // 12: merlon.ca.v1.Agent.state_since:type_name -> google.protobuf.Timestamp
-	58, // 13: merlon.ca.v1.Agent.selectors:type_name -> merlon.ca.v1.Selector
+	65, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
+	65, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
+	66, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
+	65, // 12: merlon.ca.v1.Agent.state_since:type_name -> google.protobuf.Timestamp
+	67, // 13: merlon.ca.v1.Agent.selectors:type_name -> merlon.ca.v1.Selector
 	13, // 14: merlon.ca.v1.GetAgentResponse.agent:type_name -> merlon.ca.v1.Agent
 	13, // 15: merlon.ca.v1.EvictAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	55, // 16: merlon.ca.v1.EvictAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	64, // 16: merlon.ca.v1.EvictAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	13, // 17: merlon.ca.v1.BanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	55, // 18: merlon.ca.v1.BanAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	64, // 18: merlon.ca.v1.BanAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	13, // 19: merlon.ca.v1.UnbanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	59, // 20: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	55, // 21: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
-	55, // 22: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	30, // 23: merlon.ca.v1.ProveIssuancesResponse.proofs:type_name -> merlon.ca.v1.IssuanceProof
-	31, // 24: merlon.ca.v1.ProveIssuancesResponse.issuers:type_name -> merlon.ca.v1.Issuer
-	56, // 25: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
-	34, // 26: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
-	56, // 27: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
-	56, // 28: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
-	34, // 29: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
-	55, // 30: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	41, // 31: merlon.ca.v1.ListAuthoritiesResponse.authorities:type_name -> merlon.ca.v1.CAAuthority
-	56, // 32: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
-	56, // 33: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
-	53, // 34: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
-	42, // 35: merlon.ca.v1.CAAuthority.pending:type_name -> merlon.ca.v1.PendingStep
-	56, // 36: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
-	56, // 37: merlon.ca.v1.PendingStep.last_call:type_name -> google.protobuf.Timestamp
-	41, // 38: merlon.ca.v1.PrepareAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	41, // 39: merlon.ca.v1.ActivateAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	41, // 40: merlon.ca.v1.TaintAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	41, // 41: merlon.ca.v1.RevokeAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	60, // 42: merlon.ca.v1.FetchPolicyResponse.keys:type_name -> merlon.ca.v1.PolicyKey
-	56, // 43: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
-	1,  // 44: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
-	3,  // 45: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
-	5,  // 46: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
-	7,  // 47: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
-	9,  // 48: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
-	11, // 49: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
-	14, // 50: merlon.ca.v1.Admin.GetAgent:input_type -> merlon.ca.v1.GetAgentRequest
-	16, // 51: merlon.ca.v1.Admin.EvictAgent:input_type -> merlon.ca.v1.EvictAgentRequest
-	18, // 52: merlon.ca.v1.Admin.BanAgent:input_type -> merlon.ca.v1.BanAgentRequest
-	20, // 53: merlon.ca.v1.Admin.UnbanAgent:input_type -> merlon.ca.v1.UnbanAgentRequest
-	22, // 54: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
-	24, // 55: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
-	26, // 56: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
-	61, // 57: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
-	32, // 58: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
-	35, // 59: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
-	39, // 60: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
-	43, // 61: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
-	45, // 62: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
-	47, // 63: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
-	49, // 64: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
-	37, // 65: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
-	62, // 66: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
-	51, // 67: merlon.ca.v1.Admin.FetchPolicy:input_type -> merlon.ca.v1.FetchPolicyRequest
-	28, // 68: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
-	2,  // 69: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
-	4,  // 70: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
-	6,  // 71: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
-	8,  // 72: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
-	10, // 73: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
-	12, // 74: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
-	15, // 75: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
-	17, // 76: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
-	19, // 77: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
-	21, // 78: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
-	23, // 79: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
-	25, // 80: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
-	27, // 81: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
-	63, // 82: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
-	33, // 83: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
-	36, // 84: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
-	40, // 85: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
-	44, // 86: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
-	46, // 87: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
-	48, // 88: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
-	50, // 89: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
-	38, // 90: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
-	64, // 91: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
-	52, // 92: merlon.ca.v1.Admin.FetchPolicy:output_type -> merlon.ca.v1.FetchPolicyResponse
-	29, // 93: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
-	69, // [69:94] is the sub-list for method output_type
-	44, // [44:69] is the sub-list for method input_type
-	44, // [44:44] is the sub-list for extension type_name
-	44, // [44:44] is the sub-list for extension extendee
-	0,  // [0:44] is the sub-list for field type_name
+	68, // 20: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	68, // 21: merlon.ca.v1.FederatedBundle.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	65, // 22: merlon.ca.v1.FederatedBundle.set_at:type_name -> google.protobuf.Timestamp
+	65, // 23: merlon.ca.v1.FederatedBundle.not_after:type_name -> google.protobuf.Timestamp
+	24, // 24: merlon.ca.v1.SetFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	24, // 25: merlon.ca.v1.ListFederatedBundlesResponse.federated_bundles:type_name -> merlon.ca.v1.FederatedBundle
+	24, // 26: merlon.ca.v1.GetFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	24, // 27: merlon.ca.v1.RemoveFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	64, // 28: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	64, // 29: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	39, // 30: merlon.ca.v1.ProveIssuancesResponse.proofs:type_name -> merlon.ca.v1.IssuanceProof
+	40, // 31: merlon.ca.v1.ProveIssuancesResponse.issuers:type_name -> merlon.ca.v1.Issuer
+	65, // 32: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
+	43, // 33: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
+	65, // 34: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
+	65, // 35: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
+	43, // 36: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
+	64, // 37: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	50, // 38: merlon.ca.v1.ListAuthoritiesResponse.authorities:type_name -> merlon.ca.v1.CAAuthority
+	65, // 39: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
+	65, // 40: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
+	62, // 41: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
+	51, // 42: merlon.ca.v1.CAAuthority.pending:type_name -> merlon.ca.v1.PendingStep
+	65, // 43: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
+	65, // 44: merlon.ca.v1.PendingStep.last_call:type_name -> google.protobuf.Timestamp
+	50, // 45: merlon.ca.v1.PrepareAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	50, // 46: merlon.ca.v1.ActivateAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	50, // 47: merlon.ca.v1.TaintAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	50, // 48: merlon.ca.v1.RevokeAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	69, // 49: merlon.ca.v1.FetchPolicyResponse.keys:type_name -> merlon.ca.v1.PolicyKey
+	65, // 50: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
+	1,  // 51: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
+	3,  // 52: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
+	5,  // 53: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
+	7,  // 54: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
+	9,  // 55: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
+	11, // 56: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
+	14, // 57: merlon.ca.v1.Admin.GetAgent:input_type -> merlon.ca.v1.GetAgentRequest
+	16, // 58: merlon.ca.v1.Admin.EvictAgent:input_type -> merlon.ca.v1.EvictAgentRequest
+	18, // 59: merlon.ca.v1.Admin.BanAgent:input_type -> merlon.ca.v1.BanAgentRequest
+	20, // 60: merlon.ca.v1.Admin.UnbanAgent:input_type -> merlon.ca.v1.UnbanAgentRequest
+	22, // 61: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
+	25, // 62: merlon.ca.v1.Admin.SetFederatedBundle:input_type -> merlon.ca.v1.SetFederatedBundleRequest
+	27, // 63: merlon.ca.v1.Admin.ListFederatedBundles:input_type -> merlon.ca.v1.ListFederatedBundlesRequest
+	29, // 64: merlon.ca.v1.Admin.GetFederatedBundle:input_type -> merlon.ca.v1.GetFederatedBundleRequest
+	31, // 65: merlon.ca.v1.Admin.RemoveFederatedBundle:input_type -> merlon.ca.v1.RemoveFederatedBundleRequest
+	33, // 66: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
+	35, // 67: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
+	70, // 68: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
+	41, // 69: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
+	44, // 70: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
+	48, // 71: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
+	52, // 72: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
+	54, // 73: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
+	56, // 74: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
+	58, // 75: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
+	46, // 76: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
+	71, // 77: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
+	60, // 78: merlon.ca.v1.Admin.FetchPolicy:input_type -> merlon.ca.v1.FetchPolicyRequest
+	37, // 79: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
+	2,  // 80: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
+	4,  // 81: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
+	6,  // 82: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
+	8,  // 83: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
+	10, // 84: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
+	12, // 85: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
+	15, // 86: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
+	17, // 87: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
+	19, // 88: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
+	21, // 89: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
+	23, // 90: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
+	26, // 91: merlon.ca.v1.Admin.SetFederatedBundle:output_type -> merlon.ca.v1.SetFederatedBundleResponse
+	28, // 92: merlon.ca.v1.Admin.ListFederatedBundles:output_type -> merlon.ca.v1.ListFederatedBundlesResponse
+	30, // 93: merlon.ca.v1.Admin.GetFederatedBundle:output_type -> merlon.ca.v1.GetFederatedBundleResponse
+	32, // 94: merlon.ca.v1.Admin.RemoveFederatedBundle:output_type -> merlon.ca.v1.RemoveFederatedBundleResponse
+	34, // 95: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
+	36, // 96: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
+	72, // 97: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
+	42, // 98: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
+	45, // 99: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
+	49, // 100: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
+	53, // 101: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
+	55, // 102: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
+	57, // 103: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
+	59, // 104: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
+	47, // 105: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
+	73, // 106: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
+	61, // 107: merlon.ca.v1.Admin.FetchPolicy:output_type -> merlon.ca.v1.FetchPolicyResponse
+	38, // 108: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
+	80, // [80:109] is the sub-list for method output_type
+	51, // [51:80] is the sub-list for method input_type
+	51, // [51:51] is the sub-list for extension type_name
+	51, // [51:51] is the sub-list for extension extendee
+	0,  // [0:51] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_admin_proto_init() }
@@ -3465,7 +3980,7 @@ func file_ca_capb_admin_proto_init() {
 	file_ca_capb_access_proto_init()
 	file_ca_capb_node_proto_init()
 	file_ca_capb_policy_proto_init()
-	file_ca_capb_admin_proto_msgTypes[23].OneofWrappers = []any{
+	file_ca_capb_admin_proto_msgTypes[32].OneofWrappers = []any{
 		(*RevokeRequest_SpiffeId)(nil),
 		(*RevokeRequest_AgentId)(nil),
 		(*RevokeRequest_AuthorityId)(nil),
@@ -3477,7 +3992,7 @@ func file_ca_capb_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_admin_proto_rawDesc), len(file_ca_capb_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   53,
+			NumMessages:   62,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

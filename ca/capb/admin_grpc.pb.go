@@ -23,31 +23,35 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Admin_CreateEntry_FullMethodName       = "/merlon.ca.v1.Admin/CreateEntry"
-	Admin_ListEntries_FullMethodName       = "/merlon.ca.v1.Admin/ListEntries"
-	Admin_GetEntry_FullMethodName          = "/merlon.ca.v1.Admin/GetEntry"
-	Admin_DeleteEntry_FullMethodName       = "/merlon.ca.v1.Admin/DeleteEntry"
-	Admin_CreateToken_FullMethodName       = "/merlon.ca.v1.Admin/CreateToken"
-	Admin_ListAgents_FullMethodName        = "/merlon.ca.v1.Admin/ListAgents"
-	Admin_GetAgent_FullMethodName          = "/merlon.ca.v1.Admin/GetAgent"
-	Admin_EvictAgent_FullMethodName        = "/merlon.ca.v1.Admin/EvictAgent"
-	Admin_BanAgent_FullMethodName          = "/merlon.ca.v1.Admin/BanAgent"
-	Admin_UnbanAgent_FullMethodName        = "/merlon.ca.v1.Admin/UnbanAgent"
-	Admin_GetTrustBundle_FullMethodName    = "/merlon.ca.v1.Admin/GetTrustBundle"
-	Admin_Revoke_FullMethodName            = "/merlon.ca.v1.Admin/Revoke"
-	Admin_ListRevocations_FullMethodName   = "/merlon.ca.v1.Admin/ListRevocations"
-	Admin_PushPolicy_FullMethodName        = "/merlon.ca.v1.Admin/PushPolicy"
-	Admin_ListReplicas_FullMethodName      = "/merlon.ca.v1.Admin/ListReplicas"
-	Admin_EvictReplica_FullMethodName      = "/merlon.ca.v1.Admin/EvictReplica"
-	Admin_ListAuthorities_FullMethodName   = "/merlon.ca.v1.Admin/ListAuthorities"
-	Admin_PrepareAuthority_FullMethodName  = "/merlon.ca.v1.Admin/PrepareAuthority"
-	Admin_ActivateAuthority_FullMethodName = "/merlon.ca.v1.Admin/ActivateAuthority"
-	Admin_TaintAuthority_FullMethodName    = "/merlon.ca.v1.Admin/TaintAuthority"
-	Admin_RevokeAuthority_FullMethodName   = "/merlon.ca.v1.Admin/RevokeAuthority"
-	Admin_BackupStore_FullMethodName       = "/merlon.ca.v1.Admin/BackupStore"
-	Admin_GetPolicy_FullMethodName         = "/merlon.ca.v1.Admin/GetPolicy"
-	Admin_FetchPolicy_FullMethodName       = "/merlon.ca.v1.Admin/FetchPolicy"
-	Admin_ProveIssuances_FullMethodName    = "/merlon.ca.v1.Admin/ProveIssuances"
+	Admin_CreateEntry_FullMethodName           = "/merlon.ca.v1.Admin/CreateEntry"
+	Admin_ListEntries_FullMethodName           = "/merlon.ca.v1.Admin/ListEntries"
+	Admin_GetEntry_FullMethodName              = "/merlon.ca.v1.Admin/GetEntry"
+	Admin_DeleteEntry_FullMethodName           = "/merlon.ca.v1.Admin/DeleteEntry"
+	Admin_CreateToken_FullMethodName           = "/merlon.ca.v1.Admin/CreateToken"
+	Admin_ListAgents_FullMethodName            = "/merlon.ca.v1.Admin/ListAgents"
+	Admin_GetAgent_FullMethodName              = "/merlon.ca.v1.Admin/GetAgent"
+	Admin_EvictAgent_FullMethodName            = "/merlon.ca.v1.Admin/EvictAgent"
+	Admin_BanAgent_FullMethodName              = "/merlon.ca.v1.Admin/BanAgent"
+	Admin_UnbanAgent_FullMethodName            = "/merlon.ca.v1.Admin/UnbanAgent"
+	Admin_GetTrustBundle_FullMethodName        = "/merlon.ca.v1.Admin/GetTrustBundle"
+	Admin_SetFederatedBundle_FullMethodName    = "/merlon.ca.v1.Admin/SetFederatedBundle"
+	Admin_ListFederatedBundles_FullMethodName  = "/merlon.ca.v1.Admin/ListFederatedBundles"
+	Admin_GetFederatedBundle_FullMethodName    = "/merlon.ca.v1.Admin/GetFederatedBundle"
+	Admin_RemoveFederatedBundle_FullMethodName = "/merlon.ca.v1.Admin/RemoveFederatedBundle"
+	Admin_Revoke_FullMethodName                = "/merlon.ca.v1.Admin/Revoke"
+	Admin_ListRevocations_FullMethodName       = "/merlon.ca.v1.Admin/ListRevocations"
+	Admin_PushPolicy_FullMethodName            = "/merlon.ca.v1.Admin/PushPolicy"
+	Admin_ListReplicas_FullMethodName          = "/merlon.ca.v1.Admin/ListReplicas"
+	Admin_EvictReplica_FullMethodName          = "/merlon.ca.v1.Admin/EvictReplica"
+	Admin_ListAuthorities_FullMethodName       = "/merlon.ca.v1.Admin/ListAuthorities"
+	Admin_PrepareAuthority_FullMethodName      = "/merlon.ca.v1.Admin/PrepareAuthority"
+	Admin_ActivateAuthority_FullMethodName     = "/merlon.ca.v1.Admin/ActivateAuthority"
+	Admin_TaintAuthority_FullMethodName        = "/merlon.ca.v1.Admin/TaintAuthority"
+	Admin_RevokeAuthority_FullMethodName       = "/merlon.ca.v1.Admin/RevokeAuthority"
+	Admin_BackupStore_FullMethodName           = "/merlon.ca.v1.Admin/BackupStore"
+	Admin_GetPolicy_FullMethodName             = "/merlon.ca.v1.Admin/GetPolicy"
+	Admin_FetchPolicy_FullMethodName           = "/merlon.ca.v1.Admin/FetchPolicy"
+	Admin_ProveIssuances_FullMethodName        = "/merlon.ca.v1.Admin/ProveIssuances"
 )
 
 // AdminClient is the client API for Admin service.
@@ -79,6 +83,15 @@ type AdminClient interface {
 	// UnbanAgent lets a banned agent attest again; what was revoked stays so.
 	UnbanAgent(ctx context.Context, in *UnbanAgentRequest, opts ...grpc.CallOption) (*UnbanAgentResponse, error)
 	GetTrustBundle(ctx context.Context, in *GetTrustBundleRequest, opts ...grpc.CallOption) (*GetTrustBundleResponse, error)
+	// SetFederatedBundle takes the trust bundle of another trust domain, in place of
+	// what is known of it. FAILED_PRECONDITION: it is not later than that.
+	SetFederatedBundle(ctx context.Context, in *SetFederatedBundleRequest, opts ...grpc.CallOption) (*SetFederatedBundleResponse, error)
+	// ListFederatedBundles names the trust domains, without their keys.
+	ListFederatedBundles(ctx context.Context, in *ListFederatedBundlesRequest, opts ...grpc.CallOption) (*ListFederatedBundlesResponse, error)
+	GetFederatedBundle(ctx context.Context, in *GetFederatedBundleRequest, opts ...grpc.CallOption) (*GetFederatedBundleResponse, error)
+	// RemoveFederatedBundle withdraws the trust in a trust domain, also where
+	// connections to its workloads are open. Entries that federate with it wait again.
+	RemoveFederatedBundle(ctx context.Context, in *RemoveFederatedBundleRequest, opts ...grpc.CallOption) (*RemoveFederatedBundleResponse, error)
 	// Revoke withdraws SVIDs. The answer comes once the record is durable.
 	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error)
 	ListRevocations(ctx context.Context, in *ListRevocationsRequest, opts ...grpc.CallOption) (*ListRevocationsResponse, error)
@@ -230,6 +243,46 @@ func (c *adminClient) GetTrustBundle(ctx context.Context, in *GetTrustBundleRequ
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetTrustBundleResponse)
 	err := c.cc.Invoke(ctx, Admin_GetTrustBundle_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) SetFederatedBundle(ctx context.Context, in *SetFederatedBundleRequest, opts ...grpc.CallOption) (*SetFederatedBundleResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SetFederatedBundleResponse)
+	err := c.cc.Invoke(ctx, Admin_SetFederatedBundle_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ListFederatedBundles(ctx context.Context, in *ListFederatedBundlesRequest, opts ...grpc.CallOption) (*ListFederatedBundlesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListFederatedBundlesResponse)
+	err := c.cc.Invoke(ctx, Admin_ListFederatedBundles_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) GetFederatedBundle(ctx context.Context, in *GetFederatedBundleRequest, opts ...grpc.CallOption) (*GetFederatedBundleResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetFederatedBundleResponse)
+	err := c.cc.Invoke(ctx, Admin_GetFederatedBundle_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) RemoveFederatedBundle(ctx context.Context, in *RemoveFederatedBundleRequest, opts ...grpc.CallOption) (*RemoveFederatedBundleResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RemoveFederatedBundleResponse)
+	err := c.cc.Invoke(ctx, Admin_RemoveFederatedBundle_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -414,6 +467,15 @@ type AdminServer interface {
 	// UnbanAgent lets a banned agent attest again; what was revoked stays so.
 	UnbanAgent(context.Context, *UnbanAgentRequest) (*UnbanAgentResponse, error)
 	GetTrustBundle(context.Context, *GetTrustBundleRequest) (*GetTrustBundleResponse, error)
+	// SetFederatedBundle takes the trust bundle of another trust domain, in place of
+	// what is known of it. FAILED_PRECONDITION: it is not later than that.
+	SetFederatedBundle(context.Context, *SetFederatedBundleRequest) (*SetFederatedBundleResponse, error)
+	// ListFederatedBundles names the trust domains, without their keys.
+	ListFederatedBundles(context.Context, *ListFederatedBundlesRequest) (*ListFederatedBundlesResponse, error)
+	GetFederatedBundle(context.Context, *GetFederatedBundleRequest) (*GetFederatedBundleResponse, error)
+	// RemoveFederatedBundle withdraws the trust in a trust domain, also where
+	// connections to its workloads are open. Entries that federate with it wait again.
+	RemoveFederatedBundle(context.Context, *RemoveFederatedBundleRequest) (*RemoveFederatedBundleResponse, error)
 	// Revoke withdraws SVIDs. The answer comes once the record is durable.
 	Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error)
 	ListRevocations(context.Context, *ListRevocationsRequest) (*ListRevocationsResponse, error)
@@ -493,6 +555,18 @@ func (UnimplementedAdminServer) UnbanAgent(context.Context, *UnbanAgentRequest) 
 }
 func (UnimplementedAdminServer) GetTrustBundle(context.Context, *GetTrustBundleRequest) (*GetTrustBundleResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetTrustBundle not implemented")
+}
+func (UnimplementedAdminServer) SetFederatedBundle(context.Context, *SetFederatedBundleRequest) (*SetFederatedBundleResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetFederatedBundle not implemented")
+}
+func (UnimplementedAdminServer) ListFederatedBundles(context.Context, *ListFederatedBundlesRequest) (*ListFederatedBundlesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListFederatedBundles not implemented")
+}
+func (UnimplementedAdminServer) GetFederatedBundle(context.Context, *GetFederatedBundleRequest) (*GetFederatedBundleResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetFederatedBundle not implemented")
+}
+func (UnimplementedAdminServer) RemoveFederatedBundle(context.Context, *RemoveFederatedBundleRequest) (*RemoveFederatedBundleResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RemoveFederatedBundle not implemented")
 }
 func (UnimplementedAdminServer) Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Revoke not implemented")
@@ -751,6 +825,78 @@ func _Admin_GetTrustBundle_Handler(srv interface{}, ctx context.Context, dec fun
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(AdminServer).GetTrustBundle(ctx, req.(*GetTrustBundleRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_SetFederatedBundle_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetFederatedBundleRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).SetFederatedBundle(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_SetFederatedBundle_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).SetFederatedBundle(ctx, req.(*SetFederatedBundleRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ListFederatedBundles_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListFederatedBundlesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListFederatedBundles(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListFederatedBundles_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListFederatedBundles(ctx, req.(*ListFederatedBundlesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_GetFederatedBundle_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetFederatedBundleRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).GetFederatedBundle(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_GetFederatedBundle_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).GetFederatedBundle(ctx, req.(*GetFederatedBundleRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_RemoveFederatedBundle_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RemoveFederatedBundleRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).RemoveFederatedBundle(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_RemoveFederatedBundle_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).RemoveFederatedBundle(ctx, req.(*RemoveFederatedBundleRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -1050,6 +1196,22 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetTrustBundle",
 			Handler:    _Admin_GetTrustBundle_Handler,
+		},
+		{
+			MethodName: "SetFederatedBundle",
+			Handler:    _Admin_SetFederatedBundle_Handler,
+		},
+		{
+			MethodName: "ListFederatedBundles",
+			Handler:    _Admin_ListFederatedBundles_Handler,
+		},
+		{
+			MethodName: "GetFederatedBundle",
+			Handler:    _Admin_GetFederatedBundle_Handler,
+		},
+		{
+			MethodName: "RemoveFederatedBundle",
+			Handler:    _Admin_RemoveFederatedBundle_Handler,
 		},
 		{
 			MethodName: "Revoke",

@@ -1110,9 +1110,13 @@ type SyncResponse struct {
 	// In the first message of a stream, of a CA that has its store alone: names the
 	// time since it opened that. The agent says it again in Seen: what it saw under
 	// another one was in the store when this one opened it.
-	Opening       []byte `protobuf:"bytes,13,opt,name=opening,proto3" json:"opening,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Opening []byte `protobuf:"bytes,13,opt,name=opening,proto3" json:"opening,omitempty"`
+	// Set when it changed (and in the first update of a stream): then the messages
+	// of this update together hold the trust bundles of all trust domains that an
+	// entry of the node federates with, and the agent forgets any other.
+	FederatedBundles *FederatedBundles `protobuf:"bytes,14,opt,name=federated_bundles,json=federatedBundles,proto3" json:"federated_bundles,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *SyncResponse) Reset() {
@@ -1236,6 +1240,59 @@ func (x *SyncResponse) GetOpening() []byte {
 	return nil
 }
 
+func (x *SyncResponse) GetFederatedBundles() *FederatedBundles {
+	if x != nil {
+		return x.FederatedBundles
+	}
+	return nil
+}
+
+// FederatedBundles are trust bundles of other trust domains, each at most once. Of
+// their sequence numbers nothing is acknowledged.
+type FederatedBundles struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustBundles  []*TrustBundle         `protobuf:"bytes,1,rep,name=trust_bundles,json=trustBundles,proto3" json:"trust_bundles,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FederatedBundles) Reset() {
+	*x = FederatedBundles{}
+	mi := &file_ca_capb_node_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FederatedBundles) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FederatedBundles) ProtoMessage() {}
+
+func (x *FederatedBundles) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_node_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FederatedBundles.ProtoReflect.Descriptor instead.
+func (*FederatedBundles) Descriptor() ([]byte, []int) {
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *FederatedBundles) GetTrustBundles() []*TrustBundle {
+	if x != nil {
+		return x.TrustBundles
+	}
+	return nil
+}
+
 type SignRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Items         []*SignItem            `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
@@ -1245,7 +1302,7 @@ type SignRequest struct {
 
 func (x *SignRequest) Reset() {
 	*x = SignRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[14]
+	mi := &file_ca_capb_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1257,7 +1314,7 @@ func (x *SignRequest) String() string {
 func (*SignRequest) ProtoMessage() {}
 
 func (x *SignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[14]
+	mi := &file_ca_capb_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1270,7 +1327,7 @@ func (x *SignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignRequest.ProtoReflect.Descriptor instead.
 func (*SignRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{14}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SignRequest) GetItems() []*SignItem {
@@ -1291,7 +1348,7 @@ type SignItem struct {
 
 func (x *SignItem) Reset() {
 	*x = SignItem{}
-	mi := &file_ca_capb_node_proto_msgTypes[15]
+	mi := &file_ca_capb_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1303,7 +1360,7 @@ func (x *SignItem) String() string {
 func (*SignItem) ProtoMessage() {}
 
 func (x *SignItem) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[15]
+	mi := &file_ca_capb_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1316,7 +1373,7 @@ func (x *SignItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignItem.ProtoReflect.Descriptor instead.
 func (*SignItem) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{15}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SignItem) GetEntryId() string {
@@ -1342,7 +1399,7 @@ type SignResponse struct {
 
 func (x *SignResponse) Reset() {
 	*x = SignResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[16]
+	mi := &file_ca_capb_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1354,7 +1411,7 @@ func (x *SignResponse) String() string {
 func (*SignResponse) ProtoMessage() {}
 
 func (x *SignResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[16]
+	mi := &file_ca_capb_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1367,7 +1424,7 @@ func (x *SignResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResponse.ProtoReflect.Descriptor instead.
 func (*SignResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{16}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *SignResponse) GetResults() []*SignResult {
@@ -1392,7 +1449,7 @@ type SignResult struct {
 
 func (x *SignResult) Reset() {
 	*x = SignResult{}
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1404,7 +1461,7 @@ func (x *SignResult) String() string {
 func (*SignResult) ProtoMessage() {}
 
 func (x *SignResult) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[17]
+	mi := &file_ca_capb_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1417,7 +1474,7 @@ func (x *SignResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignResult.ProtoReflect.Descriptor instead.
 func (*SignResult) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{17}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SignResult) GetX509Svid() [][]byte {
@@ -1458,7 +1515,7 @@ type AskAnotherReplica struct {
 
 func (x *AskAnotherReplica) Reset() {
 	*x = AskAnotherReplica{}
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1470,7 +1527,7 @@ func (x *AskAnotherReplica) String() string {
 func (*AskAnotherReplica) ProtoMessage() {}
 
 func (x *AskAnotherReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[18]
+	mi := &file_ca_capb_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1483,7 +1540,7 @@ func (x *AskAnotherReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AskAnotherReplica.ProtoReflect.Descriptor instead.
 func (*AskAnotherReplica) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{18}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
 }
 
 type SignJWTRequest struct {
@@ -1496,7 +1553,7 @@ type SignJWTRequest struct {
 
 func (x *SignJWTRequest) Reset() {
 	*x = SignJWTRequest{}
-	mi := &file_ca_capb_node_proto_msgTypes[19]
+	mi := &file_ca_capb_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1508,7 +1565,7 @@ func (x *SignJWTRequest) String() string {
 func (*SignJWTRequest) ProtoMessage() {}
 
 func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[19]
+	mi := &file_ca_capb_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1521,7 +1578,7 @@ func (x *SignJWTRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTRequest.ProtoReflect.Descriptor instead.
 func (*SignJWTRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{19}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SignJWTRequest) GetItems() []*SignJWTItem {
@@ -1542,7 +1599,7 @@ type SignJWTItem struct {
 
 func (x *SignJWTItem) Reset() {
 	*x = SignJWTItem{}
-	mi := &file_ca_capb_node_proto_msgTypes[20]
+	mi := &file_ca_capb_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1554,7 +1611,7 @@ func (x *SignJWTItem) String() string {
 func (*SignJWTItem) ProtoMessage() {}
 
 func (x *SignJWTItem) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[20]
+	mi := &file_ca_capb_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1567,7 +1624,7 @@ func (x *SignJWTItem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTItem.ProtoReflect.Descriptor instead.
 func (*SignJWTItem) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{20}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SignJWTItem) GetEntryId() string {
@@ -1593,7 +1650,7 @@ type SignJWTResponse struct {
 
 func (x *SignJWTResponse) Reset() {
 	*x = SignJWTResponse{}
-	mi := &file_ca_capb_node_proto_msgTypes[21]
+	mi := &file_ca_capb_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1605,7 +1662,7 @@ func (x *SignJWTResponse) String() string {
 func (*SignJWTResponse) ProtoMessage() {}
 
 func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[21]
+	mi := &file_ca_capb_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1618,7 +1675,7 @@ func (x *SignJWTResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResponse.ProtoReflect.Descriptor instead.
 func (*SignJWTResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{21}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SignJWTResponse) GetResults() []*SignJWTResult {
@@ -1641,7 +1698,7 @@ type SignJWTResult struct {
 
 func (x *SignJWTResult) Reset() {
 	*x = SignJWTResult{}
-	mi := &file_ca_capb_node_proto_msgTypes[22]
+	mi := &file_ca_capb_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1653,7 +1710,7 @@ func (x *SignJWTResult) String() string {
 func (*SignJWTResult) ProtoMessage() {}
 
 func (x *SignJWTResult) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[22]
+	mi := &file_ca_capb_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1666,7 +1723,7 @@ func (x *SignJWTResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignJWTResult.ProtoReflect.Descriptor instead.
 func (*SignJWTResult) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{22}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SignJWTResult) GetToken() string {
@@ -1719,15 +1776,21 @@ type Entry struct {
 	Role Role `protobuf:"varint,14,opt,name=role,proto3,enum=merlon.ca.v1.Role" json:"role,omitempty"`
 	// Of a registrar: the path at or below which its SPIFFE IDs lie, such as
 	// "/ns/shop".
-	RolePrefix    string      `protobuf:"bytes,15,opt,name=role_prefix,json=rolePrefix,proto3" json:"role_prefix,omitempty"`
-	KeyDelivery   KeyDelivery `protobuf:"varint,16,opt,name=key_delivery,json=keyDelivery,proto3,enum=merlon.ca.v1.KeyDelivery" json:"key_delivery,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	RolePrefix  string      `protobuf:"bytes,15,opt,name=role_prefix,json=rolePrefix,proto3" json:"role_prefix,omitempty"`
+	KeyDelivery KeyDelivery `protobuf:"varint,16,opt,name=key_delivery,json=keyDelivery,proto3,enum=merlon.ca.v1.KeyDelivery" json:"key_delivery,omitempty"`
+	// Names of other trust domains ("partner.test") whose SVIDs the workload can
+	// verify, once the CA has their trust bundles.
+	FederatesWith []string `protobuf:"bytes,17,rep,name=federates_with,json=federatesWith,proto3" json:"federates_with,omitempty"`
+	// Those of federates_with of which the CA has no trust bundle. Set by the CA, in
+	// answers to administrators.
+	FederationWaiting []string `protobuf:"bytes,18,rep,name=federation_waiting,json=federationWaiting,proto3" json:"federation_waiting,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_ca_capb_node_proto_msgTypes[23]
+	mi := &file_ca_capb_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1739,7 +1802,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[23]
+	mi := &file_ca_capb_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1752,7 +1815,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{23}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Entry) GetEntryId() string {
@@ -1867,6 +1930,20 @@ func (x *Entry) GetKeyDelivery() KeyDelivery {
 	return KeyDelivery_KEY_DELIVERY_UNSPECIFIED
 }
 
+func (x *Entry) GetFederatesWith() []string {
+	if x != nil {
+		return x.FederatesWith
+	}
+	return nil
+}
+
+func (x *Entry) GetFederationWaiting() []string {
+	if x != nil {
+		return x.FederationWaiting
+	}
+	return nil
+}
+
 // Selector is one proved fact about a workload, such as unix:uid:1000.
 type Selector struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1880,7 +1957,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_ca_capb_node_proto_msgTypes[24]
+	mi := &file_ca_capb_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1892,7 +1969,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[24]
+	mi := &file_ca_capb_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1905,7 +1982,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{24}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Selector) GetType() string {
@@ -1943,7 +2020,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_ca_capb_node_proto_msgTypes[25]
+	mi := &file_ca_capb_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1955,7 +2032,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[25]
+	mi := &file_ca_capb_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1968,7 +2045,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{25}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *TrustBundle) GetTrustDomain() string {
@@ -2036,7 +2113,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_ca_capb_node_proto_msgTypes[26]
+	mi := &file_ca_capb_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2048,7 +2125,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_node_proto_msgTypes[26]
+	mi := &file_ca_capb_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2061,7 +2138,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_ca_capb_node_proto_rawDescGZIP(), []int{26}
+	return file_ca_capb_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -2240,7 +2317,7 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\aSyncAck\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
 	"\x15trust_bundle_sequence\x18\x02 \x01(\x04R\x13trustBundleSequence\x12+\n" +
-	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\xd5\x04\n" +
+	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\xa2\x05\n" +
 	"\fSyncResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
 	"\x05reset\x18\x02 \x01(\bR\x05reset\x12\x16\n" +
@@ -2255,7 +2332,10 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	" \x01(\bR\x05stale\x12B\n" +
 	"\x0elog_checkpoint\x18\v \x01(\v2\x1b.merlon.ca.v1.LogCheckpointR\rlogCheckpoint\x12<\n" +
 	"\fupstream_age\x18\f \x01(\v2\x19.google.protobuf.DurationR\vupstreamAge\x12\x18\n" +
-	"\aopening\x18\r \x01(\fR\aopening\";\n" +
+	"\aopening\x18\r \x01(\fR\aopening\x12K\n" +
+	"\x11federated_bundles\x18\x0e \x01(\v2\x1e.merlon.ca.v1.FederatedBundlesR\x10federatedBundles\"R\n" +
+	"\x10FederatedBundles\x12>\n" +
+	"\rtrust_bundles\x18\x01 \x03(\v2\x19.merlon.ca.v1.TrustBundleR\ftrustBundles\";\n" +
 	"\vSignRequest\x12,\n" +
 	"\x05items\x18\x01 \x03(\v2\x16.merlon.ca.v1.SignItemR\x05items\"7\n" +
 	"\bSignItem\x12\x19\n" +
@@ -2280,7 +2360,7 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\rSignJWTResult\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x12\n" +
 	"\x04code\x18\x02 \x01(\x05R\x04code\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage\"\xf7\x04\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"\xcd\x05\n" +
 	"\x05Entry\x12\x19\n" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x1b\n" +
@@ -2302,7 +2382,9 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x04role\x18\x0e \x01(\x0e2\x12.merlon.ca.v1.RoleR\x04role\x12\x1f\n" +
 	"\vrole_prefix\x18\x0f \x01(\tR\n" +
 	"rolePrefix\x12<\n" +
-	"\fkey_delivery\x18\x10 \x01(\x0e2\x19.merlon.ca.v1.KeyDeliveryR\vkeyDelivery\"4\n" +
+	"\fkey_delivery\x18\x10 \x01(\x0e2\x19.merlon.ca.v1.KeyDeliveryR\vkeyDelivery\x12%\n" +
+	"\x0efederates_with\x18\x11 \x03(\tR\rfederatesWith\x12-\n" +
+	"\x12federation_waiting\x18\x12 \x03(\tR\x11federationWaiting\"4\n" +
 	"\bSelector\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value\"\xd2\x01\n" +
@@ -2362,7 +2444,7 @@ func file_ca_capb_node_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_ca_capb_node_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_ca_capb_node_proto_goTypes = []any{
 	(Refusal)(0),                  // 0: merlon.ca.v1.Refusal
 	(KeyDelivery)(0),              // 1: merlon.ca.v1.KeyDelivery
@@ -2380,69 +2462,72 @@ var file_ca_capb_node_proto_goTypes = []any{
 	(*LogCheckpoint)(nil),         // 13: merlon.ca.v1.LogCheckpoint
 	(*SyncAck)(nil),               // 14: merlon.ca.v1.SyncAck
 	(*SyncResponse)(nil),          // 15: merlon.ca.v1.SyncResponse
-	(*SignRequest)(nil),           // 16: merlon.ca.v1.SignRequest
-	(*SignItem)(nil),              // 17: merlon.ca.v1.SignItem
-	(*SignResponse)(nil),          // 18: merlon.ca.v1.SignResponse
-	(*SignResult)(nil),            // 19: merlon.ca.v1.SignResult
-	(*AskAnotherReplica)(nil),     // 20: merlon.ca.v1.AskAnotherReplica
-	(*SignJWTRequest)(nil),        // 21: merlon.ca.v1.SignJWTRequest
-	(*SignJWTItem)(nil),           // 22: merlon.ca.v1.SignJWTItem
-	(*SignJWTResponse)(nil),       // 23: merlon.ca.v1.SignJWTResponse
-	(*SignJWTResult)(nil),         // 24: merlon.ca.v1.SignJWTResult
-	(*Entry)(nil),                 // 25: merlon.ca.v1.Entry
-	(*Selector)(nil),              // 26: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),           // 27: merlon.ca.v1.TrustBundle
-	(*Revocation)(nil),            // 28: merlon.ca.v1.Revocation
-	(*PolicyReport)(nil),          // 29: merlon.ca.v1.PolicyReport
-	(*PolicyBundle)(nil),          // 30: merlon.ca.v1.PolicyBundle
-	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 32: google.protobuf.Duration
-	(Role)(0),                     // 33: merlon.ca.v1.Role
+	(*FederatedBundles)(nil),      // 16: merlon.ca.v1.FederatedBundles
+	(*SignRequest)(nil),           // 17: merlon.ca.v1.SignRequest
+	(*SignItem)(nil),              // 18: merlon.ca.v1.SignItem
+	(*SignResponse)(nil),          // 19: merlon.ca.v1.SignResponse
+	(*SignResult)(nil),            // 20: merlon.ca.v1.SignResult
+	(*AskAnotherReplica)(nil),     // 21: merlon.ca.v1.AskAnotherReplica
+	(*SignJWTRequest)(nil),        // 22: merlon.ca.v1.SignJWTRequest
+	(*SignJWTItem)(nil),           // 23: merlon.ca.v1.SignJWTItem
+	(*SignJWTResponse)(nil),       // 24: merlon.ca.v1.SignJWTResponse
+	(*SignJWTResult)(nil),         // 25: merlon.ca.v1.SignJWTResult
+	(*Entry)(nil),                 // 26: merlon.ca.v1.Entry
+	(*Selector)(nil),              // 27: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),           // 28: merlon.ca.v1.TrustBundle
+	(*Revocation)(nil),            // 29: merlon.ca.v1.Revocation
+	(*PolicyReport)(nil),          // 30: merlon.ca.v1.PolicyReport
+	(*PolicyBundle)(nil),          // 31: merlon.ca.v1.PolicyBundle
+	(*timestamppb.Timestamp)(nil), // 32: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 33: google.protobuf.Duration
+	(Role)(0),                     // 34: merlon.ca.v1.Role
 }
 var file_ca_capb_node_proto_depIdxs = []int32{
 	4,  // 0: merlon.ca.v1.AttestRequest.x509pop:type_name -> merlon.ca.v1.X509Pop
 	5,  // 1: merlon.ca.v1.AttestRequest.k8s:type_name -> merlon.ca.v1.K8sToken
 	6,  // 2: merlon.ca.v1.AttestRequest.aws_document:type_name -> merlon.ca.v1.AwsDocument
 	3,  // 3: merlon.ca.v1.AttestRequest.own_svid:type_name -> merlon.ca.v1.OwnSvid
-	27, // 4: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	27, // 5: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	28, // 4: merlon.ca.v1.AttestResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	28, // 5: merlon.ca.v1.RenewResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
 	14, // 6: merlon.ca.v1.SyncRequest.ack:type_name -> merlon.ca.v1.SyncAck
 	11, // 7: merlon.ca.v1.SyncRequest.seen:type_name -> merlon.ca.v1.Seen
-	29, // 8: merlon.ca.v1.SyncRequest.policy_report:type_name -> merlon.ca.v1.PolicyReport
+	30, // 8: merlon.ca.v1.SyncRequest.policy_report:type_name -> merlon.ca.v1.PolicyReport
 	12, // 9: merlon.ca.v1.Seen.logs:type_name -> merlon.ca.v1.LogState
-	25, // 10: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
-	27, // 11: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	28, // 12: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	30, // 13: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	31, // 14: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
+	26, // 10: merlon.ca.v1.SyncResponse.entries:type_name -> merlon.ca.v1.Entry
+	28, // 11: merlon.ca.v1.SyncResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	29, // 12: merlon.ca.v1.SyncResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	31, // 13: merlon.ca.v1.SyncResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	32, // 14: merlon.ca.v1.SyncResponse.sent_at:type_name -> google.protobuf.Timestamp
 	13, // 15: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
-	32, // 16: merlon.ca.v1.SyncResponse.upstream_age:type_name -> google.protobuf.Duration
-	17, // 17: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
-	19, // 18: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
-	22, // 19: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
-	24, // 20: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
-	26, // 21: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
-	31, // 22: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	31, // 23: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	33, // 24: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
-	1,  // 25: merlon.ca.v1.Entry.key_delivery:type_name -> merlon.ca.v1.KeyDelivery
-	32, // 26: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
-	31, // 27: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	2,  // 28: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
-	8,  // 29: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
-	10, // 30: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
-	16, // 31: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
-	21, // 32: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
-	7,  // 33: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
-	9,  // 34: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
-	15, // 35: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
-	18, // 36: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
-	23, // 37: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
-	33, // [33:38] is the sub-list for method output_type
-	28, // [28:33] is the sub-list for method input_type
-	28, // [28:28] is the sub-list for extension type_name
-	28, // [28:28] is the sub-list for extension extendee
-	0,  // [0:28] is the sub-list for field type_name
+	33, // 16: merlon.ca.v1.SyncResponse.upstream_age:type_name -> google.protobuf.Duration
+	16, // 17: merlon.ca.v1.SyncResponse.federated_bundles:type_name -> merlon.ca.v1.FederatedBundles
+	28, // 18: merlon.ca.v1.FederatedBundles.trust_bundles:type_name -> merlon.ca.v1.TrustBundle
+	18, // 19: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
+	20, // 20: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
+	23, // 21: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
+	25, // 22: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
+	27, // 23: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
+	32, // 24: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	32, // 25: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	34, // 26: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
+	1,  // 27: merlon.ca.v1.Entry.key_delivery:type_name -> merlon.ca.v1.KeyDelivery
+	33, // 28: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
+	32, // 29: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	2,  // 30: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
+	8,  // 31: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
+	10, // 32: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
+	17, // 33: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
+	22, // 34: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
+	7,  // 35: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
+	9,  // 36: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
+	15, // 37: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
+	19, // 38: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
+	24, // 39: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
+	35, // [35:40] is the sub-list for method output_type
+	30, // [30:35] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_node_proto_init() }
@@ -2461,7 +2546,7 @@ func file_ca_capb_node_proto_init() {
 		(*AttestRequest_AwsDocument)(nil),
 		(*AttestRequest_OwnSvid)(nil),
 	}
-	file_ca_capb_node_proto_msgTypes[26].OneofWrappers = []any{
+	file_ca_capb_node_proto_msgTypes[27].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -2473,7 +2558,7 @@ func file_ca_capb_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_node_proto_rawDesc), len(file_ca_capb_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   27,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

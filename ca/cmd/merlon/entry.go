@@ -35,6 +35,8 @@ type entryJSON struct {
 	CommonName         string     `json:"common_name,omitempty"`
 	Hint               string     `json:"hint,omitempty"`
 	KeyDelivery        string     `json:"key_delivery"`
+	FederatesWith      []string   `json:"federates_with,omitempty"`
+	FederationWaiting  []string   `json:"federation_waiting,omitempty"`
 	Admin              bool       `json:"admin,omitempty"`
 	Role               string     `json:"role,omitempty"`
 	RolePrefix         string     `json:"role_prefix,omitempty"`
@@ -48,6 +50,7 @@ func newEntryJSON(e *capb.Entry) entryJSON {
 		EntryID: e.GetEntryId(), SPIFFEID: e.GetSpiffeId(), ParentID: e.GetParentId(), Selectors: selectorStrings(e.GetSelectors()),
 		X509SVIDTTLSeconds: e.GetX509SvidTtlSeconds(), JWTSVIDTTLSeconds: e.GetJwtSvidTtlSeconds(),
 		DNSNames: e.GetDnsNames(), CommonName: e.GetCommonName(), Hint: e.GetHint(), KeyDelivery: deliveryText(e.GetKeyDelivery()), Admin: e.GetAdmin(),
+		FederatesWith: e.GetFederatesWith(), FederationWaiting: e.GetFederationWaiting(),
 		Role: roleText(e.GetRole()), RolePrefix: e.GetRolePrefix(),
 		ExpiresAt: timeOf(e.GetExpiresAt()), CreatedAt: timeOf(e.GetCreatedAt()), Revision: e.GetRevision(),
 	}
@@ -73,14 +76,15 @@ func printEntry(w io.Writer, o *options, e *capb.Entry) error {
 		"entry_id", e.GetEntryId(), "spiffe_id", e.GetSpiffeId(), "parent_id", e.GetParentId(),
 		"selectors", strings.Join(selectorStrings(e.GetSelectors()), " "), "x509_svid_ttl", ttl,
 		"dns_names", strings.Join(e.GetDnsNames(), " "), "common_name", e.GetCommonName(),
-		"hint", e.GetHint(), "key_delivery", deliveryText(e.GetKeyDelivery()), "role", roleText(e.GetRole()), "role_prefix", e.GetRolePrefix(), "expires_at", formatTime(e.GetExpiresAt()))
+		"hint", e.GetHint(), "key_delivery", deliveryText(e.GetKeyDelivery()),
+		"federates_with", strings.Join(e.GetFederatesWith(), " "), "federation_waiting", strings.Join(e.GetFederationWaiting(), " "), "role", roleText(e.GetRole()), "role_prefix", e.GetRolePrefix(), "expires_at", formatTime(e.GetExpiresAt()))
 }
 
 // entryFlags are the fields of a new entry as typed.
 type entryFlags struct {
 	spiffeID, parent, commonName, hint, expires string
 	delivery                                    string
-	selectors, dnsNames                         []string
+	selectors, dnsNames, federatesWith          []string
 	ttl, jwtTTL                                 time.Duration
 	admin                                       bool
 	role, rolePrefix                            string
@@ -117,6 +121,7 @@ func entryCreate(o *options) *cobra.Command {
 	fl.StringVar(&f.commonName, "cn", "", "common name of the subject, for software that cannot read URI SANs")
 	fl.StringVar(&f.hint, "hint", "", "hint by which a workload with several identities tells them apart")
 	fl.StringVar(&f.delivery, "key-delivery", "agent", "who makes the key of X509-SVIDs: agent (the Workload API hands it over), workload (by CSR; no call hands it over) or both")
+	fl.StringArrayVar(&f.federatesWith, "federates-with", nil, "another trust domain, such as partner.test, whose SVIDs the workload can verify (repeatable; merlon federation)")
 	fl.StringVar(&f.role, "role", "", "role in which the workload may administer the CA: viewer, registrar, policy-publisher or operator")
 	fl.StringVar(&f.rolePrefix, "role-prefix", "", "path at or below which the SPIFFE IDs of a registrar lie, such as /ns/shop")
 	fl.BoolVar(&f.admin, "allow-admin", false, "the workload may administer the CA: --role operator")
@@ -146,8 +151,8 @@ func (f *entryFlags) entry() (*capb.Entry, error) {
 		return nil, err
 	}
 	e := &capb.Entry{
-		KeyDelivery: delivery,
-		Role:        given, RolePrefix: f.rolePrefix,
+		KeyDelivery: delivery, FederatesWith: f.federatesWith,
+		Role: given, RolePrefix: f.rolePrefix,
 		SpiffeId: f.spiffeID, ParentId: f.parent, DnsNames: f.dnsNames, CommonName: f.commonName,
 		Hint: f.hint, Admin: given == capb.Role_ROLE_OPERATOR, // for a CA that knows no roles
 		X509SvidTtlSeconds: int64(f.ttl / time.Second), JwtSvidTtlSeconds: int64(f.jwtTTL / time.Second),
@@ -232,6 +237,9 @@ func createEntry(cmd *cobra.Command, o *options, ca capb.AdminClient, e *capb.En
 	}
 	warnAbsentAgent(ctx, cmd.ErrOrStderr(), ca, e.GetParentId())
 	warnOpenToAll(cmd.ErrOrStderr(), e)
+	for _, td := range resp.GetEntry().GetFederationWaiting() {
+		fmt.Fprintf(cmd.ErrOrStderr(), "hint: the entry waits for the trust bundle of %s: merlon federation set %s FILE\n", td, td)
+	}
 	return printEntry(cmd.OutOrStdout(), o, resp.GetEntry())
 }
 

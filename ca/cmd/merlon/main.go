@@ -84,7 +84,7 @@ SVID or an OIDC token; "merlon dev" starts both in one process.`,
 		return usageError{err.Error(), cmd.CommandPath() + " -h shows every flag and an example"}
 	})
 	root.AddCommand(
-		entryCommand(&o), tokenCommand(&o), agentCommand(&o), trustCommand(&o),
+		entryCommand(&o), tokenCommand(&o), agentCommand(&o), trustCommand(&o), federationCommand(&o),
 		revokeCommand(&o), revocationCommand(&o), policyNoun(&o), explainCommand(&o), doctorCommand(&o),
 		storeCommand(&o), logCommand(&o), keyCommand(&o), replicaCommand(&o), authorityCommand(&o), devCommand(&o),
 	)

@@ -71,12 +71,20 @@ func printTrustJSON(w io.Writer, resp *capb.GetTrustBundleResponse) error {
 }
 
 func printTrustJWKS(w io.Writer, resp *capb.GetTrustBundleResponse) error {
-	_, err := fmt.Fprintf(w, "%s\n", resp.GetTrustBundle().GetJwks())
+	return printJWKS(w, resp.GetTrustBundle())
+}
+
+func printJWKS(w io.Writer, b *capb.TrustBundle) error {
+	_, err := fmt.Fprintf(w, "%s\n", b.GetJwks())
 	return err
 }
 
 func printTrustPEM(w io.Writer, resp *capb.GetTrustBundleResponse) error {
-	pems, err := rootsPEM(resp.GetTrustBundle())
+	return printRoots(w, resp.GetTrustBundle())
+}
+
+func printRoots(w io.Writer, b *capb.TrustBundle) error {
+	pems, err := rootsPEM(b)
 	if err != nil {
 		return err
 	}

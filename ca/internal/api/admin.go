@@ -59,7 +59,7 @@ func (s *Service) CreateEntry(ctx context.Context, req *capb.CreateEntryRequest)
 	if err := s.registry.Wait(ctx, res.Revision); err != nil {
 		return nil, err
 	}
-	return &capb.CreateEntryResponse{Entry: entryToProto(e)}, nil
+	return &capb.CreateEntryResponse{Entry: s.entryForAdmin(e)}, nil
 }
 
 // newEntry is the entry that the caller asks for, if it may be made.
@@ -125,7 +125,7 @@ func (s *Service) ListEntries(ctx context.Context, req *capb.ListEntriesRequest)
 	page, more := s.registry.Entries(filter, req.GetPageToken(), size)
 	resp := &capb.ListEntriesResponse{}
 	for _, e := range page {
-		resp.Entries = append(resp.Entries, entryToProto(e))
+		resp.Entries = append(resp.Entries, s.entryForAdmin(e))
 	}
 	if more {
 		resp.NextPageToken = page[len(page)-1].ID
@@ -142,7 +142,7 @@ func (s *Service) GetEntry(ctx context.Context, req *capb.GetEntryRequest) (*cap
 	if !callerFrom(ctx).covers(e.SPIFFEID) {
 		return nil, s.refuseAdmin(ctx, audit.Record{Detail: "get entry", EntryID: e.ID, SPIFFEID: e.SPIFFEID.String()}, registry.ErrNoEntry)
 	}
-	return &capb.GetEntryResponse{Entry: entryToProto(e)}, nil
+	return &capb.GetEntryResponse{Entry: s.entryForAdmin(e)}, nil
 }
 
 // CreateToken implements capb.AdminServer.

@@ -23,7 +23,7 @@ func entryFromProto(p *capb.Entry) (*entry.Entry, error) {
 	if p == nil {
 		return nil, &entry.InvalidError{Field: "entry", Reason: "is missing"}
 	}
-	e := &entry.Entry{DNSNames: p.GetDnsNames(), CommonName: p.GetCommonName(), Hint: p.GetHint()}
+	e := &entry.Entry{DNSNames: p.GetDnsNames(), CommonName: p.GetCommonName(), Hint: p.GetHint(), FederatesWith: p.GetFederatesWith()}
 	var err error
 	if e.Role, err = roleFromProto(p); err != nil {
 		return nil, err
@@ -116,8 +116,8 @@ func entryToProto(e *entry.Entry) *capb.Entry {
 		X509SvidTtlSeconds: int64(e.X509SVIDTTL / time.Second), JwtSvidTtlSeconds: int64(e.JWTSVIDTTL / time.Second),
 		DnsNames: e.DNSNames, CommonName: e.CommonName, Hint: e.Hint,
 		Admin: e.Role.Name == role.Operator, Role: roleToProto(e.Role.Name), RolePrefix: e.Role.Prefix,
-		KeyDelivery: deliveryToProto(e.KeyDelivery),
-		ExpiresAt:   timestamp(e.ExpiresAt), Revision: e.Revision, CreatedAt: timestamp(e.CreatedAt),
+		KeyDelivery: deliveryToProto(e.KeyDelivery), FederatesWith: e.FederatesWith,
+		ExpiresAt: timestamp(e.ExpiresAt), Revision: e.Revision, CreatedAt: timestamp(e.CreatedAt),
 	}
 	p.Selectors = selectorsToProto(e.Selectors)
 	return p

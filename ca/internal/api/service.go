@@ -394,6 +394,9 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 	if e, ok := errors.AsType[*rotation.RefusedError](err); ok {
 		return status.Error(codes.FailedPrecondition, e.Error())
 	}
+	if e, ok := errors.AsType[*trust.OrderError](err); ok {
+		return status.Error(codes.FailedPrecondition, e.Error())
+	}
 	if e, ok := errors.AsType[*trust.WithdrawnError](err); ok {
 		return status.Error(codes.FailedPrecondition, e.Error()+": move data_dir/keys away, and join with other keys")
 	}
@@ -414,6 +417,7 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 		{release.ErrNone, codes.NotFound},
 		{attest.ErrUnknownAgent, codes.NotFound},
 		{rotation.ErrUnknown, codes.NotFound},
+		{trust.ErrNoFederated, codes.NotFound},
 		{attest.ErrEvicted, codes.Unauthenticated},
 		{attest.ErrUnknownToken, codes.PermissionDenied},
 		{attest.ErrExpiredToken, codes.PermissionDenied},

@@ -10,6 +10,7 @@ import (
 
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/trust"
 )
 
 // maxSyncBytes is what one message of a listing may hold before the next begins,
@@ -38,6 +39,9 @@ func (s *Service) fill(p *packer, u registry.Update) bool {
 			return false
 		}
 		p.msg.TrustBundle = b
+	}
+	if u.FederatedChanged && !p.federated(u.Federated) {
+		return false
 	}
 	// Revocations first: an agent must not serve an entry that they concern.
 	for _, r := range u.Revocations {
@@ -87,6 +91,23 @@ func (p *packer) room(size int) bool {
 		return false
 	}
 	p.size += size
+	return true
+}
+
+// federated puts trust bundles of other trust domains into messages; none at all is
+// news too.
+func (p *packer) federated(bundles []*trust.Federated) bool {
+	p.msg.FederatedBundles = &capb.FederatedBundles{}
+	for _, b := range bundles {
+		pb := federatedTrust(b)
+		if !p.room(proto.Size(pb)) {
+			return false
+		}
+		if p.msg.FederatedBundles == nil { // of the next message
+			p.msg.FederatedBundles = &capb.FederatedBundles{}
+		}
+		p.msg.FederatedBundles.TrustBundles = append(p.msg.FederatedBundles.TrustBundles, pb)
+	}
 	return true
 }
 

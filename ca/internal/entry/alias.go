@@ -53,6 +53,8 @@ func (e *Entry) validateAlias(td spiffeid.TrustDomain, now time.Time) *InvalidEr
 		return invalid("dns_names", "%s is an alias, which has no SVID", e.SPIFFEID)
 	case e.CommonName != "":
 		return invalid("common_name", "%s is an alias, which has no SVID", e.SPIFFEID)
+	case len(e.FederatesWith) > 0:
+		return invalid("federates_with", "%s is an alias, which verifies nobody", e.SPIFFEID)
 	case e.Role.Name != "":
 		return invalid("role", "%s is an alias, which administers nothing", e.SPIFFEID)
 	}

@@ -53,7 +53,7 @@ func decodeJSON(b []byte) (*Entry, error) {
 	e := &Entry{
 		ID: s.ID, SPIFFEID: s.SPIFFEID, ParentID: s.ParentID,
 		X509SVIDTTL: time.Duration(s.X509SVIDTTL), JWTSVIDTTL: time.Duration(s.JWTSVIDTTL),
-		DNSNames: s.DNSNames, CommonName: s.CommonName, Hint: s.Hint, KeyDelivery: s.KeyDelivery,
+		DNSNames: s.DNSNames, CommonName: s.CommonName, Hint: s.Hint, KeyDelivery: s.KeyDelivery, FederatesWith: s.FederatesWith,
 		ExpiresAt: s.ExpiresAt, CreatedAt: s.CreatedAt,
 	}
 	if err := e.setRole(s.Admin, s.Role, s.RolePrefix); err != nil {
@@ -109,6 +109,10 @@ func (d *Decoder) cut(b []byte) *Entry {
 	if c.has(`,"key_delivery":"`) {
 		e.KeyDelivery = KeyDelivery(c.text())
 	}
+	federated := 0
+	if c.has(`,"federates_with":["`) {
+		federated = d.keepList(&c)
+	}
 	operator := c.has(`,"admin":true`)
 	var name, prefix string
 	if c.has(`,"role":"`) { // few have one
@@ -154,6 +158,9 @@ func (d *Decoder) cut(b []byte) *Entry {
 	}
 	if hint {
 		e.Hint = p.next()
+	}
+	for range federated {
+		e.FederatesWith = append(e.FederatesWith, p.next())
 	}
 	return e
 }

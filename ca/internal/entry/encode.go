@@ -35,6 +35,8 @@ type stored struct {
 	CommonName  string      `json:"common_name,omitempty"`
 	Hint        string      `json:"hint,omitempty"`
 	KeyDelivery KeyDelivery `json:"key_delivery,omitempty"`
+	// FederatesWith: a Merlon that does not know it trusts fewer.
+	FederatesWith []string `json:"federates_with,omitempty"`
 	// Admin is the role operator, as every Merlon writes it; Role is any other:
 	// one that does not know it reads an entry without power.
 	Admin      bool      `json:"admin,omitempty"`
@@ -49,7 +51,7 @@ func Encode(e *Entry) ([]byte, error) {
 	s := stored{
 		Version: encodingVersion, ID: e.ID, SPIFFEID: e.SPIFFEID, ParentID: e.ParentID,
 		X509SVIDTTL: int64(e.X509SVIDTTL), JWTSVIDTTL: int64(e.JWTSVIDTTL),
-		DNSNames: e.DNSNames, CommonName: e.CommonName, Hint: e.Hint, KeyDelivery: e.KeyDelivery,
+		DNSNames: e.DNSNames, CommonName: e.CommonName, Hint: e.Hint, KeyDelivery: e.KeyDelivery, FederatesWith: e.FederatesWith,
 		Admin: e.Role.Name == role.Operator, Role: e.Role.Name, RolePrefix: e.Role.Prefix,
 		ExpiresAt: e.ExpiresAt.UTC(), CreatedAt: e.CreatedAt.UTC(),
 	}

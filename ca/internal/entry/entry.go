@@ -36,6 +36,7 @@ const (
 	maxDNSNameBytes     = 253
 	maxCommonNameBytes  = 64 // ub-common-name, RFC 5280 appendix A
 	maxHintBytes        = 1024
+	maxFederatesWith    = 64
 )
 
 // Entry is a registration entry. The zero value is invalid and matches
@@ -56,6 +57,9 @@ type Entry struct {
 	Hint       string
 	// KeyDelivery says who makes the key of its X509-SVIDs.
 	KeyDelivery KeyDelivery
+	// FederatesWith names the other trust domains whose SVIDs the workload can
+	// verify, where the CA has their trust bundles.
+	FederatesWith []string
 	// Role lets the workload administer the CA; zero does not.
 	Role role.Role
 	// ExpiresAt is when the entry stops to hold; zero for never.
@@ -164,6 +168,7 @@ func (e *Entry) Validate(td spiffeid.TrustDomain, now time.Time) error {
 		func() *InvalidError { return checkCommonName(e.CommonName) },
 		func() *InvalidError { return checkText("hint", e.Hint, maxHintBytes) },
 		func() *InvalidError { return checkKeyDelivery(e.KeyDelivery) },
+		func() *InvalidError { return checkFederatesWith(e.FederatesWith, td) },
 		func() *InvalidError { return checkRole(e.Role) },
 		func() *InvalidError { return e.checkExpiry(now) },
 	} {

@@ -54,6 +54,7 @@ func TestAcceptsGoodEntries(t *testing.T) {
 				{"k8s", "qos:besteffort"},
 			}
 		},
+		"federation": func(e *Entry) { e.FederatesWith = []string{"partner.test", "10.0.0.1", "a..b"} },
 		"expiry":     func(e *Entry) { e.ExpiresAt = now.Add(time.Second) },
 		"agent-like": func(e *Entry) { e.SPIFFEID = spiffeid.RequireFromString("spiffe://shop.test/agents/x") },
 		"below ca":   func(e *Entry) { e.SPIFFEID = spiffeid.RequireFromString("spiffe://shop.test/ca/web") },
@@ -130,6 +131,13 @@ func TestRefusesBadEntriesNamingTheField(t *testing.T) {
 		"bad UTF-8 in hint": {func(e *Entry) { e.Hint = "\xff" }, "hint"},
 		"long hint":         {func(e *Entry) { e.Hint = strings.Repeat("h", 1025) }, "hint"},
 		"key delivery":      {func(e *Entry) { e.KeyDelivery = "nobody" }, "key_delivery"},
+		"own federation":    {func(e *Entry) { e.FederatesWith = []string{"partner.test", "shop.test"} }, "federates_with"},
+		"federation twice":  {func(e *Entry) { e.FederatesWith = []string{"a.test", "b.test", "a.test"} }, "federates_with"},
+		"an ID for a name":  {func(e *Entry) { e.FederatesWith = []string{"spiffe://partner.test"} }, "federates_with"},
+		"name in capitals":  {func(e *Entry) { e.FederatesWith = []string{"Partner.test"} }, "federates_with"},
+		"empty federation":  {func(e *Entry) { e.FederatesWith = []string{""} }, "federates_with"},
+		"long federation":   {func(e *Entry) { e.FederatesWith = []string{strings.Repeat("a", 256)} }, "federates_with"},
+		"many federations":  {func(e *Entry) { e.FederatesWith = make([]string, 65) }, "federates_with"},
 		"expired":           {func(e *Entry) { e.ExpiresAt = now }, "expires_at"},
 		"year 10000":        {func(e *Entry) { e.ExpiresAt = time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC) }, "expires_at"},
 	} {
@@ -250,17 +258,18 @@ var someRoles = []role.Role{
 var genEntry = rapid.Custom(func(t *rapid.T) *Entry {
 	segment := rapid.StringMatching(`[a-zA-Z0-9_-]{1,12}`)
 	e := &Entry{
-		ID:          NewID(),
-		SPIFFEID:    spiffeid.RequireFromPath(td, "/w/"+segment.Draw(t, "id")),
-		ParentID:    spiffeid.RequireFromPath(td, "/agent/"+segment.Draw(t, "agent")),
-		X509SVIDTTL: time.Duration(rapid.Int64Range(int64(MinTTL), int64(MaxX509SVIDTTL)).Draw(t, "ttl")),
-		JWTSVIDTTL:  time.Duration(rapid.Int64Range(int64(MinTTL), int64(MaxJWTSVIDTTL)).Draw(t, "jwt ttl")),
-		DNSNames:    rapid.SliceOfNDistinct(rapid.StringMatching(`[a-z]{1,9}\.test`), 0, 3, rapid.ID[string]).Draw(t, "dns"),
-		CommonName:  rapid.StringMatching(`([!-~ä][ -~ä]{0,30}[!-~ä])?`).Draw(t, "cn"),
-		Hint:        rapid.StringMatching(`[ -~]{0,30}`).Draw(t, "hint"),
-		KeyDelivery: rapid.SampledFrom([]KeyDelivery{ByAgent, ByWorkload, ByEither}).Draw(t, "key delivery"),
-		Role:        rapid.SampledFrom(someRoles).Draw(t, "role"),
-		CreatedAt:   now.Add(time.Duration(rapid.Int64Range(0, 1e15).Draw(t, "created"))),
+		ID:            NewID(),
+		SPIFFEID:      spiffeid.RequireFromPath(td, "/w/"+segment.Draw(t, "id")),
+		ParentID:      spiffeid.RequireFromPath(td, "/agent/"+segment.Draw(t, "agent")),
+		X509SVIDTTL:   time.Duration(rapid.Int64Range(int64(MinTTL), int64(MaxX509SVIDTTL)).Draw(t, "ttl")),
+		JWTSVIDTTL:    time.Duration(rapid.Int64Range(int64(MinTTL), int64(MaxJWTSVIDTTL)).Draw(t, "jwt ttl")),
+		DNSNames:      rapid.SliceOfNDistinct(rapid.StringMatching(`[a-z]{1,9}\.test`), 0, 3, rapid.ID[string]).Draw(t, "dns"),
+		CommonName:    rapid.StringMatching(`([!-~ä][ -~ä]{0,30}[!-~ä])?`).Draw(t, "cn"),
+		Hint:          rapid.StringMatching(`[ -~]{0,30}`).Draw(t, "hint"),
+		KeyDelivery:   rapid.SampledFrom([]KeyDelivery{ByAgent, ByWorkload, ByEither}).Draw(t, "key delivery"),
+		Role:          rapid.SampledFrom(someRoles).Draw(t, "role"),
+		FederatesWith: rapid.SliceOfNDistinct(rapid.StringMatching(`[a-z0-9._-]{1,9}\.test`), 0, 3, rapid.ID[string]).Draw(t, "federates with"),
+		CreatedAt:     now.Add(time.Duration(rapid.Int64Range(0, 1e15).Draw(t, "created"))),
 	}
 	if rapid.Bool().Draw(t, "expires") {
 		e.ExpiresAt = now.Add(time.Duration(rapid.Int64Range(1, 1e18).Draw(t, "expiry")))

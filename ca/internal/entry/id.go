@@ -4,6 +4,8 @@
 package entry
 
 import (
+	"errors"
+	"slices"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -104,6 +106,28 @@ func CAID(td spiffeid.TrustDomain) spiffeid.ID {
 func Reserved(id spiffeid.ID) bool {
 	p := id.Path()
 	return p == caPath || p == agentPrefix || strings.HasPrefix(p, agentPrefix+"/")
+}
+
+// checkFederatesWith takes names of trust domains, whether or not anything is known
+// of them yet.
+func checkFederatesWith(names []string, own spiffeid.TrustDomain) *InvalidError {
+	const field = "federates_with"
+	if len(names) > maxFederatesWith {
+		return invalid(field, "holds %d trust domains; at most %d", len(names), maxFederatesWith)
+	}
+	for i, name := range names {
+		td, err := ParseTrustDomain(field, name)
+		if e, ok := errors.AsType[*InvalidError](err); ok {
+			return e
+		}
+		switch {
+		case td == own:
+			return invalid(field, "%q is the CA's own trust domain, whose SVIDs every workload verifies", name)
+		case slices.Contains(names[:i], name):
+			return invalid(field, "%q is there twice", name)
+		}
+	}
+	return nil
 }
 
 func checkWorkloadID(field string, id spiffeid.ID, td spiffeid.TrustDomain) *InvalidError {

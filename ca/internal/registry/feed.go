@@ -56,6 +56,10 @@ type Update struct {
 	Trust       *trust.Bundle // nil: unchanged
 	Revocations []*revocation.Record
 	Heads       []*release.Head // policy bundles that changed, or whose keys did
+	// Federated are the trust bundles of all trust domains that the node's entries
+	// federate with, if that changed (FederatedChanged).
+	Federated        []*trust.Federated
+	FederatedChanged bool
 }
 
 // Feed belongs to one Sync stream.
@@ -71,6 +75,10 @@ type Feed struct {
 	reset   bool
 	pending map[string]struct{} // entries changed since
 	aliases []spiffeid.ID       // of the agent's node; not written to, but replaced
+
+	// federated says which federated trust bundles the stream was told of; empty:
+	// nothing yet. Of Take alone.
+	federated string
 }
 
 // Subscribe opens a feed for the agent's node, beginning after resume, the
@@ -192,7 +200,7 @@ func (f *Feed) Acked() (Ack, bool) {
 }
 
 // Take returns what the stream must be told to be at the current revision; the
-// next Take begins there.
+// next Take begins there. One goroutine at a time calls it.
 func (f *Feed) Take(now time.Time) Update {
 	pic, parents, since, reset, pending := f.begin()
 	u := Update{Revision: pic.revision, Reset: reset}
@@ -211,6 +219,12 @@ func (f *Feed) Take(now time.Time) Update {
 		}
 	}
 	slices.SortFunc(u.Heads, func(a, b *release.Head) int { return strings.Compare(a.Name, b.Name) })
+	if reset {
+		f.federated = "" // what was told of is forgotten there
+	}
+	if f.federated == "" || len(pending) > 0 || pic.federated.changedAt > since {
+		u.Federated, u.FederatedChanged = f.federatedNews(pic, parents)
+	}
 	return u
 }
 

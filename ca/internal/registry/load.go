@@ -172,6 +172,7 @@ func indexed(all []*entry.Entry) entries {
 			*tree = index.Build(items)
 		})
 	}
+	building.Go(func() { s.federating = index.Build(federatingItems(all)) })
 	every := func(*entry.Entry) bool { return true }
 	build(&s.byID, func(e *entry.Entry) index.Key { return idKey(e.ID) }, every)
 	build(&s.byParent, parentKey, every)

@@ -35,6 +35,7 @@ type picture struct {
 	trust       *trust.Bundle
 	authorities rotation.Set
 	heads       map[string]*release.Head // by name; few
+	federated   federated
 	replicas    replicas
 }
 
@@ -43,6 +44,7 @@ type entries struct {
 	byID, byParent, bySPIFFEID index.Tree[*entry.Entry]
 	byExpiry                   index.Tree[*entry.Entry] // those that expire
 	roles                      index.Tree[*entry.Entry] // those with a role, by SPIFFE ID
+	federating                 index.Tree[*entry.Entry] // by parent and trust domain that it federates with
 }
 
 // The keys of an entry in each of the trees.
@@ -61,7 +63,7 @@ func (s *entries) get(id string) *entry.Entry {
 
 // put takes over e in place of old, which may be nil.
 func (s *entries) put(e, old *entry.Entry) {
-	if old != nil && (old.ParentID != e.ParentID || old.SPIFFEID != e.SPIFFEID || !old.ExpiresAt.IsZero() || old.Role != e.Role) {
+	if old != nil && (old.ParentID != e.ParentID || old.SPIFFEID != e.SPIFFEID || !old.ExpiresAt.IsZero() || old.Role != e.Role || len(old.FederatesWith) > 0) {
 		s.remove(old)
 	}
 	s.byID = s.byID.With(idKey(e.ID), e)
@@ -73,6 +75,9 @@ func (s *entries) put(e, old *entry.Entry) {
 	if e.Role.Name != "" {
 		s.roles = s.roles.With(nameKey(e), e)
 	}
+	for _, td := range e.FederatesWith {
+		s.federating = s.federating.With(federatingKey(e, td), e)
+	}
 }
 
 func (s *entries) remove(e *entry.Entry) {
@@ -81,6 +86,9 @@ func (s *entries) remove(e *entry.Entry) {
 	s.bySPIFFEID = s.bySPIFFEID.Without(nameKey(e))
 	s.byExpiry = s.byExpiry.Without(expiryKey(e))
 	s.roles = s.roles.Without(nameKey(e))
+	for _, td := range e.FederatesWith {
+		s.federating = s.federating.Without(federatingKey(e, td))
+	}
 }
 
 // change is what one batch meant, for the streams and the log.
@@ -121,8 +129,8 @@ func (p *picture) apply(b store.Batch, dec *entry.Decoder) (change, error) {
 }
 
 // put takes one record over. What cannot be read fails closed, each kind in its
-// way: an entry, an agent or a replica is left out, so nobody has anything of
-// it; a revocation, trust bundle, policy head or the state of an authority may
+// way: an entry, an agent, a replica or a federated trust bundle is left out, so
+// nobody has anything of it; a revocation, trust bundle, policy head or the state of an authority may
 // take something away, and a CA that overlooks that would be worse than none.
 func (p *picture) put(kv store.KV, dec *entry.Decoder, c *change) error {
 	switch {
@@ -180,6 +188,13 @@ func (p *picture) put(kv store.KV, dec *entry.Decoder, c *change) error {
 		}
 		p.authorities = set
 		c.steps = true
+	case strings.HasPrefix(kv.Key, trust.FederatedPrefix):
+		b, err := trust.DecodeFederated(kv)
+		if err != nil {
+			return p.leaveOut(kv, err, c)
+		}
+		p.federated = p.federated.with(b, kv.ModRevision)
+		c.forAll = true
 	case strings.HasPrefix(kv.Key, release.HeadPrefix):
 		h, err := release.DecodeHead(kv)
 		if err != nil {
@@ -251,6 +266,9 @@ func (p *picture) remove(kv store.KV, c *change) {
 		}
 	} else if strings.HasPrefix(kv.Key, revocation.Prefix) {
 		p.revocations = p.revocations.Without(kv.Key)
+	} else if name, ok := strings.CutPrefix(kv.Key, trust.FederatedPrefix); ok {
+		p.federated = p.federated.without(name, kv.ModRevision)
+		c.forAll = true
 	} else if name, ok := strings.CutPrefix(kv.Key, release.HeadPrefix); ok {
 		p.heads = maps.Clone(p.heads)
 		delete(p.heads, name)
@@ -279,4 +297,4 @@ func (p *picture) removeEntry(id string, revision uint64, c *change) {
 }
 
 // kinds are the prefixes of what the picture holds.
-var kinds = []string{EntryPrefix, attest.AgentPrefix, revocation.Prefix, trust.Key, trust.AuthoritiesKey, release.HeadPrefix, replica.Prefix, replica.ProgressPrefix, replica.MarkKey, alivePrefix}
+var kinds = []string{EntryPrefix, attest.AgentPrefix, revocation.Prefix, trust.Key, trust.AuthoritiesKey, trust.FederatedPrefix, release.HeadPrefix, replica.Prefix, replica.ProgressPrefix, replica.MarkKey, alivePrefix}

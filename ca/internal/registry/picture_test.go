@@ -32,6 +32,8 @@ var (
 	noon    = time.Date(2030, 1, 2, 12, 0, 0, 0, time.UTC)
 	parents = []spiffeid.ID{nodeA, nodeB}
 	names   = []string{"/web", "/db", "/admin"}
+
+	partners = []spiffeid.TrustDomain{spiffeid.RequireTrustDomainFromString("one.test"), spiffeid.RequireTrustDomainFromString("two.test")}
 )
 
 // encoded is the store's form of an entry.
@@ -50,7 +52,7 @@ func genOp(t *testing.T) *rapid.Generator[store.Op] {
 		n := rapid.IntRange(0, 30).Draw(rt, "n")
 		id := fmt.Sprintf("%032x", n)
 		op := store.Op{}
-		switch rapid.IntRange(0, 11).Draw(rt, "kind") {
+		switch rapid.IntRange(0, 12).Draw(rt, "kind") {
 		case 0:
 			op = store.Put(attest.AgentPrefix+"a", []byte(`{"v":1,"spiffe_id":"`+nodeA.String()+`","handle":7}`))
 		case 1:
@@ -72,11 +74,19 @@ func genOp(t *testing.T) *rapid.Generator[store.Op] {
 			return replica.Mark()
 		case 5:
 			op = store.Put(trust.Key, fmt.Appendf(nil, `{"v":1,"trust_domain":"shop.test","sequence":%d,"jwks":{"keys":[]}}`, n+1))
+		case 6:
+			b := &trust.Federated{TrustDomain: rapid.SampledFrom(partners).Draw(rt, "partner"), JWKS: fmt.Appendf(nil, `{"spiffe_sequence":%d,"keys":[]}`, n)}
+			put, err := b.Put()
+			if err != nil {
+				t.Fatal(err)
+			}
+			op = put
 		default:
 			e := &entry.Entry{
 				ID: id, ParentID: rapid.SampledFrom(parents).Draw(rt, "parent"),
 				SPIFFEID:  spiffeid.RequireFromPath(td, rapid.SampledFrom(names).Draw(rt, "name")),
 				Selectors: []entry.Selector{{Type: "unix", Value: "uid:1"}}, Role: rapid.SampledFrom(someRoles).Draw(rt, "role"),
+				FederatesWith: rapid.SliceOfNDistinct(rapid.SampledFrom([]string{"one.test", "two.test", "none.test"}), 0, 3, rapid.ID[string]).Draw(rt, "federates with"),
 			}
 			if rapid.Bool().Draw(rt, "expires") {
 				e.ExpiresAt = noon.Add(time.Duration(n-15) * time.Second)
@@ -85,7 +95,7 @@ func genOp(t *testing.T) *rapid.Generator[store.Op] {
 		}
 		op.Delete = rapid.IntRange(0, 2).Draw(rt, "delete") == 0
 		// Rubbish in the place of what may be left out.
-		mayBe := strings.HasPrefix(op.Key, EntryPrefix) || strings.HasPrefix(op.Key, attest.AgentPrefix) || strings.HasPrefix(op.Key, replica.Prefix)
+		mayBe := strings.HasPrefix(op.Key, EntryPrefix) || strings.HasPrefix(op.Key, attest.AgentPrefix) || strings.HasPrefix(op.Key, replica.Prefix) || strings.HasPrefix(op.Key, trust.FederatedPrefix)
 		if !op.Delete && mayBe && rapid.IntRange(0, 9).Draw(rt, "rubbish") == 0 {
 			op.Value = []byte("{}")
 		}
@@ -100,6 +110,7 @@ func dump(p *picture) []string {
 	out := []string{fmt.Sprint("revision ", p.revision, " keys ", p.replicas.keysAt, " revocations ", p.revocations.Len())}
 	for name, tree := range map[string]index.Tree[*entry.Entry]{
 		"id": p.entries.byID, "parent": p.entries.byParent, "name": p.entries.bySPIFFEID, "expiry": p.entries.byExpiry, "role": p.entries.roles,
+		"federation": p.entries.federating,
 	} {
 		for k, e := range tree.All() {
 			out = append(out, fmt.Sprintf("%s %x %+v", name, k, *e))
@@ -113,6 +124,9 @@ func dump(p *picture) []string {
 	}
 	if p.trust != nil {
 		out = append(out, fmt.Sprint("trust ", p.trust.Sequence, p.trust.Revision))
+	}
+	for _, b := range p.federated.inOrder() {
+		out = append(out, fmt.Sprint("federated ", b.TrustDomain, b.Sequence, b.Revision))
 	}
 	for _, h := range p.heads {
 		out = append(out, fmt.Sprintf("head %+v", *h))

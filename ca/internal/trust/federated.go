@@ -1,0 +1,168 @@
+// Trust bundles of other trust domains, one record each. None is ever merged with
+// another or with the own one (SPIFFE Federation §4.2): a record is replaced whole
+// by a later one of the same trust domain, or removed.
+
+package trust
+
+import (
+	"crypto"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/ca/internal/store"
+)
+
+// FederatedPrefix is where the store keeps them, by name of the trust domain.
+const FederatedPrefix = "trust/federated/"
+
+// MaxFederated is how many trust domains a CA federates with: each is looked up
+// for every agent whose entries change.
+const MaxFederated = 256
+
+// ErrNoFederated is returned where there is no trust bundle of a trust domain.
+var ErrNoFederated = errors.New("no trust bundle of this trust domain is here")
+
+// Federated is the trust bundle of another trust domain. It is immutable.
+type Federated struct {
+	TrustDomain spiffeid.TrustDomain
+	*Document
+	// JWKS is the document as it is handed on.
+	JWKS  []byte
+	SetAt time.Time
+	// Revision is the store revision that wrote it.
+	Revision uint64
+}
+
+type storedFederated struct {
+	Version     int             `json:"v"`
+	TrustDomain string          `json:"trust_domain"`
+	JWKS        json.RawMessage `json:"jwks"`
+	SetAt       time.Time       `json:"set_at"`
+}
+
+// NewFederated is the trust bundle of td that an administrator gives at now. own is
+// the trust domain of the CA, whose keys nobody else says (SECURITY.md T22). What
+// vouches for nobody any more is refused, unless it says so itself.
+func NewFederated(own, td spiffeid.TrustDomain, document []byte, now time.Time) (*Federated, error) {
+	if td == own {
+		return nil, fmt.Errorf("%s is the CA's own trust domain: its trust bundle is made here and nowhere else", td)
+	}
+	d, err := ParseDocument(td, document)
+	if err != nil {
+		return nil, err
+	}
+	if len(d.X509)+len(d.JWT) == 0 && len(d.Ignored) > 0 {
+		return nil, fmt.Errorf("no key in it can be used: %s", strings.Join(d.Ignored[:min(len(d.Ignored), 3)], "; "))
+	}
+	if d.ended(now) {
+		return nil, fmt.Errorf("every X.509 authority in it has ended, the first at %s: it is an old document", d.X509[0].NotAfter.UTC().Format(time.RFC3339))
+	}
+	jwks, err := d.encode()
+	if err != nil {
+		return nil, fmt.Errorf("encode the trust bundle of %s: %w", td, err)
+	}
+	return &Federated{TrustDomain: td, Document: d, JWKS: jwks, SetAt: now.UTC()}, nil
+}
+
+// ended says whether there are X.509 authorities, and all of them have ended.
+func (d *Document) ended(now time.Time) bool {
+	return len(d.X509) > 0 && !slices.ContainsFunc(d.X509, func(cert *x509.Certificate) bool { return !now.After(cert.NotAfter) })
+}
+
+// DecodeFederated reads the store's record.
+func DecodeFederated(kv store.KV) (*Federated, error) {
+	var s storedFederated
+	if err := json.Unmarshal(kv.Value, &s); err != nil {
+		return nil, fmt.Errorf("decode %s: %w", kv.Key, err)
+	}
+	if s.Version != encodingVersion {
+		return nil, fmt.Errorf("decode %s: version %d is not known", kv.Key, s.Version)
+	}
+	td, err := spiffeid.TrustDomainFromString(s.TrustDomain)
+	if err != nil {
+		return nil, fmt.Errorf("decode %s: %w", kv.Key, err)
+	}
+	if kv.Key != FederatedPrefix+td.Name() {
+		return nil, fmt.Errorf("decode %s: it holds the trust bundle of %s", kv.Key, td)
+	}
+	d, err := ParseDocument(td, s.JWKS)
+	if err != nil {
+		return nil, fmt.Errorf("decode %s: %w", kv.Key, err)
+	}
+	return &Federated{TrustDomain: td, Document: d, JWKS: s.JWKS, SetAt: s.SetAt, Revision: kv.ModRevision}, nil
+}
+
+// Put is the write that makes b the trust bundle of its trust domain.
+func (b *Federated) Put() (store.Op, error) {
+	value, err := json.Marshal(storedFederated{encodingVersion, b.TrustDomain.Name(), b.JWKS, b.SetAt})
+	if err != nil {
+		return store.Op{}, fmt.Errorf("encode the trust bundle of %s: %w", b.TrustDomain, err)
+	}
+	return store.Put(FederatedPrefix+b.TrustDomain.Name(), value), nil
+}
+
+// Digest says in hex which document it is.
+func (b *Federated) Digest() string {
+	sum := sha256.Sum256(b.JWKS)
+	return hex.EncodeToString(sum[:])
+}
+
+// OrderError is the refusal of a trust bundle that is not later than what is held.
+type OrderError struct{ Reason string }
+
+// Error implements error.
+func (e *OrderError) Error() string { return e.Reason }
+
+// CheckFollows says why b must not take the place of held, which may be nil, as an
+// *OrderError: sequence numbers rise with every change (SPIFFE Trust Domain and
+// Bundle §4.1.1), so a lower one is an old document, by mistake or by somebody who
+// wants a withdrawn key back (SECURITY.md T23).
+func (b *Federated) CheckFollows(held *Federated) error {
+	switch {
+	case held == nil || b.Sequence > held.Sequence || b.Digest() == held.Digest():
+		return nil
+	case b.Sequence == 0 && held.Sequence == 0:
+		return nil // neither says which is later
+	case b.Sequence == 0:
+		return &OrderError{fmt.Sprintf("the trust bundle of %s that is here has the sequence number %d, and this document has none: whether it is later cannot be told", b.TrustDomain, held.Sequence)}
+	case b.Sequence == held.Sequence:
+		return &OrderError{fmt.Sprintf("the trust bundle of %s that is here has the same sequence number %d and other keys", b.TrustDomain, held.Sequence)}
+	}
+	return &OrderError{fmt.Sprintf("the trust bundle of %s that is here has the sequence number %d, and this document %d: it is older", b.TrustDomain, held.Sequence, b.Sequence)}
+}
+
+// SharedKey says what both b and the keys of another trust domain hold: one key
+// would vouch for two trust domains (SECURITY.md B9).
+func (b *Federated) SharedKey(other *Document) (what string, shared bool) {
+	theirs := make([]crypto.PublicKey, 0, len(other.X509)+len(other.JWT))
+	for _, cert := range other.X509 {
+		theirs = append(theirs, cert.PublicKey)
+	}
+	for _, key := range other.JWT {
+		theirs = append(theirs, key)
+	}
+	among := func(key crypto.PublicKey) bool {
+		same, ok := key.(interface{ Equal(crypto.PublicKey) bool })
+		return ok && slices.ContainsFunc(theirs, same.Equal)
+	}
+	for _, cert := range b.X509 {
+		if among(cert.PublicKey) {
+			return fmt.Sprintf("the key of %.200q", cert.Subject), true
+		}
+	}
+	for kid, key := range b.JWT {
+		if among(key) {
+			return fmt.Sprintf("the JWT key %.100q", kid), true
+		}
+	}
+	return "", false
+}

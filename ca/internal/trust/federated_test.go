@@ -1,0 +1,181 @@
+// Trust bundles of other trust domains: what takes whose place.
+
+package trust
+
+import (
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"pgregory.net/rapid"
+
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/sdk/svid/forge"
+)
+
+func federatedOf(t testing.TB, text string) *Federated {
+	t.Helper()
+	b, err := NewFederated(td, partner, []byte(text), time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestNobodySaysTheKeysOfTheOwnTrustDomain(t *testing.T) {
+	own := forge.New(t, td.Name())
+	if b, err := NewFederated(td, td, []byte(goSPIFFE(t, own)), time.Now()); err == nil || !strings.Contains(err.Error(), "own") {
+		t.Errorf("NewFederated = %+v, %v; want a refusal (T22)", b, err)
+	}
+}
+
+func TestDocumentThatVouchesForNobodyAnyMoreIsAMistake(t *testing.T) {
+	a := forge.New(t, partner.Name())
+	for name, test := range map[string]struct {
+		text string
+		now  time.Time
+		good bool
+	}{
+		"now":                {goSPIFFE(t, a), time.Now(), true},
+		"when it has ended":  {goSPIFFE(t, a), a.Cert.NotAfter.Add(time.Second), false},
+		"at its last second": {goSPIFFE(t, a), a.Cert.NotAfter, true},
+		"one of two ended": {
+			pemOf("CERTIFICATE", a.Cert.Raw) + pemOf("CERTIFICATE", forge.New(t, partner.Name(), func(c *x509.Certificate) { c.NotAfter = a.Cert.NotAfter.Add(time.Hour) }).Cert.Raw),
+			a.Cert.NotAfter.Add(time.Second), true,
+		},
+		"emptied on purpose (B4, B6)": {`{"keys":[]}`, time.Now(), true},
+		"nothing in it of use":        {`{"keys":[{"kty":"EC","use":"sig"}]}`, time.Now(), false},
+	} {
+		if _, err := NewFederated(td, partner, []byte(test.text), test.now); (err == nil) != test.good {
+			t.Errorf("%s: %v; want it taken = %t", name, err, test.good)
+		}
+	}
+}
+
+func TestSequenceOfAnotherTrustDomainNeverFalls(t *testing.T) {
+	one, two := goKeys(t), goKeys(t)
+	at := func(sequence int, keys string) string {
+		return fmt.Sprintf(`{"spiffe_sequence":%d,"keys":[%s]}`, sequence, keys)
+	}
+	none := func(keys string) string { return `{"keys":[` + keys + `]}` }
+	for name, test := range map[string]struct {
+		held, next string
+		good       bool
+	}{
+		"first":                         {"", at(1, one), true},
+		"later":                         {at(1, one), at(2, two), true},
+		"later, the same":               {at(1, one), at(2, one), true},
+		"again":                         {at(2, one), at(2, one), true},
+		"older (F-4, T23)":              {at(5, one), at(4, two), false},
+		"older, the same":               {at(5, one), at(4, one), false},
+		"one number for two (B2)":       {at(5, one), at(5, two), false},
+		"no number after one":           {at(5, one), none(two), false},
+		"no number, the same keys":      {at(5, one), none(one), false},
+		"a number after none":           {none(one), at(1, two), true},
+		"neither has one":               {none(one), none(two), true},
+		"emptied, later":                {at(5, one), at(6, ""), true},
+		"emptied by an older one (T23)": {at(5, one), at(4, ""), false},
+	} {
+		var held *Federated
+		if test.held != "" {
+			held = federatedOf(t, test.held)
+		}
+		err := federatedOf(t, test.next).CheckFollows(held)
+		if (err == nil) != test.good {
+			t.Errorf("%s: %v; want it taken = %t", name, err, test.good)
+		}
+		if _, order := errors.AsType[*OrderError](err); err != nil && !order {
+			t.Errorf("%s: %T; want *OrderError", name, err)
+		}
+	}
+}
+
+// Whatever comes, the numbers that are taken without force do not fall.
+func TestTakenSequencesRise(t *testing.T) {
+	keys := []string{goKeys(t), goKeys(t), ""}
+	rapid.Check(t, func(rt *rapid.T) {
+		var held *Federated
+		for range rapid.IntRange(1, 12).Draw(rt, "n") {
+			next := federatedOf(t, fmt.Sprintf(`{"spiffe_sequence":%d,"keys":[%s]}`, rapid.IntRange(0, 4).Draw(rt, "sequence"), rapid.SampledFrom(keys).Draw(rt, "keys")))
+			if next.CheckFollows(held) != nil {
+				continue
+			}
+			if held != nil && (next.Sequence < held.Sequence || next.Sequence == held.Sequence && next.Sequence != 0 && next.Digest() != held.Digest()) {
+				rt.Fatalf("%d took the place of %d", next.Sequence, held.Sequence)
+			}
+			held = next
+		}
+	})
+}
+
+func goKeys(t testing.TB) string {
+	t.Helper()
+	a := forge.New(t, partner.Name())
+	return member(t, x509Key(a), nil) + "," + member(t, jwtKey(a.JWTKey.Public(), a.KeyID), nil)
+}
+
+func TestOneKeyVouchesForOneTrustDomain(t *testing.T) {
+	a, b := forge.New(t, partner.Name()), forge.New(t, partner.Name())
+	both := federatedOf(t, goSPIFFE(t, a))
+	for name, test := range map[string]struct {
+		other  string
+		shared bool
+	}{
+		"another's":       {goSPIFFE(t, b), false},
+		"the root":        {document(member(t, x509Key(a), nil)), true},
+		"the JWT key":     {document(member(t, jwtKey(a.JWTKey.Public(), "x"), nil)), true},
+		"root as JWT key": {document(member(t, jwtKey(a.Cert.PublicKey, "x"), nil)), true},
+		"nothing":         {`{"keys":[]}`, false},
+	} {
+		if what, shared := both.SharedKey(federatedOf(t, test.other).Document); shared != test.shared {
+			t.Errorf("%s: SharedKey = %q, %t; want %t", name, what, shared, test.shared)
+		}
+	}
+}
+
+func TestFederatedSurvivesTheStore(t *testing.T) {
+	b := federatedOf(t, goSPIFFE(t, forge.New(t, partner.Name())))
+	op, err := b.Put()
+	if err != nil {
+		t.Fatal(err)
+	}
+	kv := store.KV{Key: op.Key, Value: op.Value, ModRevision: 9}
+	got, err := DecodeFederated(kv)
+	if err != nil || got.TrustDomain != partner || got.Digest() != b.Digest() || len(got.X509) != 1 || len(got.JWT) != 1 || !got.SetAt.Equal(b.SetAt) || got.Revision != 9 {
+		t.Fatalf("DecodeFederated = %+v, %v; want %+v", got, err, b)
+	}
+	for name, bad := range map[string]store.KV{
+		"another's place": {Key: FederatedPrefix + "other.test", Value: op.Value},
+		"newer version":   {Key: op.Key, Value: []byte(strings.Replace(string(op.Value), `"v":1`, `"v":2`, 1))},
+		"no trust domain": {Key: FederatedPrefix, Value: []byte(strings.Replace(string(op.Value), `"partner.test"`, `""`, 1))},
+		"damaged keys":    {Key: op.Key, Value: []byte(strings.Replace(string(op.Value), `"x5c":["`, `"x5c":["A`, 1))},
+		"rubbish":         {Key: op.Key, Value: []byte("{")},
+	} {
+		if got, err := DecodeFederated(bad); err == nil {
+			t.Errorf("%s: DecodeFederated = %+v; want an error", name, got)
+		}
+	}
+}
+
+// A trust domain can look like an address or have no dots (ID4).
+func TestTrustDomainsThatLookOdd(t *testing.T) {
+	for _, name := range []string{"10.0.0.1", "-", "_", "localhost"} {
+		other := spiffeid.RequireTrustDomainFromString(name)
+		b, err := NewFederated(td, other, []byte(goSPIFFE(t, forge.New(t, name))), time.Now())
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		op, err := b.Put()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := DecodeFederated(store.KV{Key: op.Key, Value: op.Value}); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
