@@ -144,6 +144,7 @@ func (c *Cache) take(ctx context.Context, u update) {
 			delete(listed, id)
 		}
 	}
+	c.federate(ctx, u)
 	if !u.listing {
 		return
 	}
@@ -153,6 +154,21 @@ func (c *Cache) take(ctx context.Context, u update) {
 		}
 	}
 	c.replaceRevocations(u.revocations)
+}
+
+// federate takes the trust bundles of other trust domains: those that an update
+// names are all there are. A listing that names none is of a CA that knows none.
+// c.mu is held.
+func (c *Cache) federate(ctx context.Context, u update) {
+	told := u.listing
+	var all []*capb.TrustBundle
+	for _, m := range u.messages {
+		told = told || m.GetFederatedBundles() != nil
+		all = append(all, m.GetFederatedBundles().GetTrustBundles()...)
+	}
+	if told {
+		c.takeFederated(ctx, all)
+	}
 }
 
 // current says whether what is held is everything that the CA knows, so that

@@ -56,6 +56,7 @@ type Cache struct {
 	mu sync.RWMutex
 	// guarded by mu
 	entries   map[string]*Entry
+	federated map[string]*Federated // by name of the trust domain; replaced, never written to
 	index     index
 	subs      map[*Subscription]struct{}
 	bySel     map[string]map[*Subscription]struct{}

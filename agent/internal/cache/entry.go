@@ -33,6 +33,8 @@ type Entry struct {
 	// AgentKey: the agent may make the key of its X509-SVIDs and hand it over.
 	// OwnKey: the workload may make it. One of them, or both.
 	AgentKey, OwnKey bool
+	// FederatesWith names the other trust domains that the workload may know.
+	FederatesWith []string
 
 	// certificate sums up what else goes into an X509-SVID: when it changes,
 	// the SVID has to be made anew.
@@ -61,7 +63,7 @@ func parseEntry(pb *capb.Entry, td spiffeid.TrustDomain) (*Entry, error) {
 		ID:       pb.GetEntryId(),
 		SPIFFEID: id,
 		Hint:     pb.GetHint(),
-		Revision: pb.GetRevision(),
+		Revision: pb.GetRevision(), FederatesWith: pb.GetFederatesWith(),
 		certificate: fmt.Sprintf("%d %q %q", pb.GetX509SvidTtlSeconds(), pb.GetDnsNames(),
 			pb.GetCommonName()),
 	}

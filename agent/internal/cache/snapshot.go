@@ -14,6 +14,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -37,8 +39,10 @@ type Snapshot struct {
 	// Entries are messages merlon.ca.v1.Entry.
 	Entries     [][]byte          `json:"entries"`
 	Revocations []svid.Revocation `json:"revocations"`
-	SVIDs       []StoredSVID      `json:"svids,omitempty"`
-	JWTs        []StoredJWT       `json:"jwts,omitempty"`
+	// Federated are messages merlon.ca.v1.TrustBundle of other trust domains.
+	Federated [][]byte     `json:"federated,omitempty"`
+	SVIDs     []StoredSVID `json:"svids,omitempty"`
+	JWTs      []StoredJWT  `json:"jwts,omitempty"`
 }
 
 // StoredSVID is an X509-SVID with its key.
@@ -102,6 +106,9 @@ func (c *Cache) Snapshot(agentID string, secrets bool) *Snapshot {
 	for _, e := range c.entries {
 		s.Entries = append(s.Entries, e.wire)
 	}
+	for _, name := range slices.Sorted(maps.Keys(c.federated)) {
+		s.Federated = append(s.Federated, c.federated[name].wire)
+	}
 	if !secrets {
 		return s
 	}
@@ -143,6 +150,15 @@ func (c *Cache) Restore(ctx context.Context, s *Snapshot) error {
 		}
 		c.put(ctx, &pb)
 	}
+	federated := make([]*capb.TrustBundle, 0, len(s.Federated))
+	for _, wire := range s.Federated {
+		var pb capb.TrustBundle
+		if err := proto.Unmarshal(wire, &pb); err != nil {
+			return fmt.Errorf("take up the cache: a federated trust bundle: %w", err)
+		}
+		federated = append(federated, &pb)
+	}
+	c.takeFederated(ctx, federated)
 	for _, r := range s.Revocations {
 		if err := r.Validate(); err != nil {
 			return fmt.Errorf("take up the cache: %w", err)

@@ -39,6 +39,9 @@ type View struct {
 	Withheld bool
 	// Trust is nil before the first trust bundle.
 	Trust *Trust
+	// Federated are the trust bundles of the other trust domains that Entries
+	// federate with, by name.
+	Federated []*Federated
 }
 
 // Subscribe registers a stream. Close the result.
@@ -106,7 +109,8 @@ func (s *Subscription) look(proof workload.Proof) View {
 	if unread != 0 {
 		s.notify() // an entry came while the process was read
 	}
-	return View{Current: c.current() && unread == 0, Entries: c.match(proof.Selectors, time.Now()), Trust: c.trust.Load()}
+	entries := c.match(proof.Selectors, time.Now())
+	return View{Current: c.current() && unread == 0, Entries: entries, Trust: c.trust.Load(), Federated: c.federatedOf(entries)}
 }
 
 // use makes s a user of the slot of e for holder. c.mu is held.

@@ -85,6 +85,7 @@ type shared struct {
 	entries           map[string]*capb.Entry
 	removed           map[string]uint64
 	revocations       []*capb.Revocation
+	federated         *capb.FederatedBundles
 	policy            *capb.PolicyBundle
 	published         *bundle.Published
 	tokenUsed         bool
@@ -307,6 +308,24 @@ func (ca *CA) RaiseTrust() uint64 {
 	return ca.sequence
 }
 
+// Federate makes these the trust bundles of all other trust domains, and pushes
+// them.
+func (ca *CA) Federate(others ...*forge.Authority) {
+	ca.tb.Helper()
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.revision++
+	ca.federated = &capb.FederatedBundles{}
+	for _, other := range others {
+		jwks, err := other.Bundle().Marshal()
+		if err != nil {
+			ca.tb.Fatal(err)
+		}
+		ca.federated.TrustBundles = append(ca.federated.TrustBundles, &capb.TrustBundle{TrustDomain: other.TrustDomain.Name(), Jwks: jwks})
+	}
+	ca.push(&capb.SyncResponse{FederatedBundles: ca.federated})
+}
+
 // push sends a change to the streams of all replicas that would hear of it.
 // mu is held.
 func (ca *CA) push(m *capb.SyncResponse) {
@@ -484,7 +503,7 @@ func (ca *CA) subscribe(resume uint64) (chan *capb.SyncResponse, []*capb.SyncRes
 // held.
 func (ca *CA) messages(resume, revision uint64) []*capb.SyncResponse {
 	out := []*capb.SyncResponse{{
-		Reset_: resume == 0 || resume > revision, TrustBundle: ca.trustBundle(), PolicyBundle: ca.policy,
+		Reset_: resume == 0 || resume > revision, TrustBundle: ca.trustBundle(), PolicyBundle: ca.policy, FederatedBundles: ca.federated,
 		SentAt: timestamppb.Now(), Stale: ca.cutOff, Opening: ca.opening,
 	}}
 	if out[0].Reset_ {

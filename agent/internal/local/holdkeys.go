@@ -93,7 +93,12 @@ func (h *holder) answer(ctx context.Context) error {
 	case len(keys) == 0 || m.onlyByAgent || view.Trust == nil:
 		return nil // nothing certain to say
 	}
-	m.Bundles = map[string][]byte{"spiffe://" + view.Trust.Bundle.TrustDomain().Name(): view.Trust.X509}
+	m.Bundles = map[string][]byte{view.Trust.Bundle.TrustDomain().IDString(): view.Trust.X509}
+	for _, f := range view.Federated {
+		if len(f.X509) > 0 {
+			m.Bundles[f.TrustDomain.IDString()] = f.X509
+		}
+	}
 	if h.last == nil || !proto.Equal(m.HoldKeysResponse, h.last) {
 		if err := h.o.Callers.Alive(ctx); err != nil {
 			return err

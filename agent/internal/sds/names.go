@@ -3,11 +3,14 @@
 package sds
 
 import (
+	"crypto/sha256"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/pem"
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
@@ -23,27 +26,44 @@ const (
 	nameDefault = "default" // the caller's default X509-SVID
 	nameRootCA  = "ROOTCA"  // the trust bundle of the own trust domain
 	nameAll     = "ALL"     // those of all trust domains, each for its own SPIFFE IDs
-	nameEvery   = "*"       // every SPIFFE ID that stands for something
+	nameEvery   = "*"       // every SPIFFE ID that stands for something, those of trust domains too
 )
 
 // spiffeValidator is Envoy's extension that judges a chain by the trust bundle
 // of the trust domain that the SVID names, and by no other.
 const spiffeValidator = "envoy.tls.cert_validator.spiffe"
 
-// resource is what a name stands for: an X509-SVID or a trust bundle.
+// resource is what a name stands for: an X509-SVID, or the trust bundles of trust
+// domains, each for its own SPIFFE IDs.
 type resource struct {
 	name  string
-	svid  *cache.SVID  // or
-	trust *cache.Trust // exactly one of them
+	svid  *cache.SVID // or
+	roots []roots
+	// own is the sequence number of the own trust bundle, where that is among them.
+	own uint64
+}
+
+// roots are the X.509 authorities of one trust domain.
+type roots struct {
+	td      string
+	der     []byte
+	version string
 }
 
 // version differs for each X509-SVID and each trust bundle, and says which it
 // is; it is never empty.
 func (r resource) version() string {
-	if r.svid != nil {
+	switch {
+	case r.svid != nil:
 		return r.svid.Peer.SerialHex
+	case len(r.roots) == 1:
+		return r.roots[0].version
 	}
-	return strconv.FormatUint(r.trust.Sequence, 10)
+	sum := sha256.New()
+	for _, of := range r.roots {
+		fmt.Fprintf(sum, "%q %s\n", of.td, of.version)
+	}
+	return hex.EncodeToString(sum.Sum(nil)[:8])
 }
 
 // standing is what the agent knows of a name. The zero value says nothing.
@@ -68,6 +88,8 @@ type holdings struct {
 // are written: another spelling is another name.
 func (h holdings) look(name string) (resource, standing) {
 	switch {
+	case isTrustDomain(name) && name != h.td.IDString():
+		return h.foreign(name)
 	case len(h.view.Entries) == 0:
 		return resource{}, h.missing()
 	case name == nameDefault:
@@ -78,10 +100,41 @@ func (h holdings) look(name string) (resource, standing) {
 		if h.view.Trust == nil {
 			return resource{}, unsure
 		}
-		return resource{name: name, trust: h.view.Trust}, present
+		own := h.view.Trust
+		r := resource{name: name, roots: []roots{{h.td.Name(), own.X509, strconv.FormatUint(own.Sequence, 10)}}, own: own.Sequence}
+		if name == nameAll {
+			r.roots = append(r.roots, h.federated()...)
+		}
+		return r, present
 	default:
 		return h.certificate(name, name)
 	}
+}
+
+// federated are the roots of the other trust domains that the caller federates
+// with.
+func (h holdings) federated() (found []roots) {
+	for _, f := range h.view.Federated {
+		if len(f.X509) > 0 {
+			found = append(found, roots{f.TrustDomain.Name(), f.X509, f.Version})
+		}
+	}
+	return found
+}
+
+// foreign finds what the name of another trust domain stands for. Where the caller
+// does not federate with it, or its trust bundle is not there, those are roots that
+// vouch for nobody: see nobody.
+func (h holdings) foreign(name string) (resource, standing) {
+	for _, of := range h.federated() {
+		if "spiffe://"+of.td == name {
+			return resource{name: name, roots: []roots{of}}, present
+		}
+	}
+	if h.missing() == unsure {
+		return resource{}, unsure
+	}
+	return resource{name: name, roots: []roots{{strings.TrimPrefix(name, "spiffe://"), nobody(), "nobody"}}}, present
 }
 
 // certificate finds the X509-SVID of id. That the CA has not signed one yet, or
@@ -112,6 +165,9 @@ func (h holdings) every() (names []string) {
 		return nil
 	}
 	names = append(names, h.td.IDString())
+	for _, of := range h.federated() {
+		names = append(names, "spiffe://"+of.td)
+	}
 	for _, e := range h.view.Entries {
 		names = append(names, e.SPIFFEID.String())
 	}
@@ -132,11 +188,7 @@ func (h holdings) pack(r resource) (*anypb.Any, error) {
 		}}
 		return anypb.New(secret)
 	}
-	roots, err := pemOf(r.trust.X509)
-	if err != nil {
-		return nil, fmt.Errorf("encode the trust bundle of %s: %w", h.td.Name(), err)
-	}
-	context, err := h.validation(roots)
+	context, err := h.validation(r.roots)
 	if err != nil {
 		return nil, err
 	}
@@ -144,14 +196,20 @@ func (h holdings) pack(r resource) (*anypb.Any, error) {
 	return anypb.New(secret)
 }
 
-// validation tells Envoy to accept what roots vouch for.
-func (h holdings) validation(roots []byte) (*tlsv3.CertificateValidationContext, error) {
-	if h.plain {
-		return &tlsv3.CertificateValidationContext{TrustedCa: inline(roots)}, nil
+// validation tells Envoy to accept what the roots of each trust domain vouch for.
+func (h holdings) validation(all []roots) (*tlsv3.CertificateValidationContext, error) {
+	var domains tlsv3.SPIFFECertValidatorConfig
+	for _, of := range all {
+		text, err := pemOf(of.der)
+		if err != nil {
+			return nil, fmt.Errorf("encode the trust bundle of %s: %w", of.td, err)
+		}
+		if h.plain { // there is no name for more than one
+			return &tlsv3.CertificateValidationContext{TrustedCa: inline(text)}, nil
+		}
+		domains.TrustDomains = append(domains.TrustDomains, &tlsv3.SPIFFECertValidatorConfig_TrustDomain{Name: of.td, TrustBundle: inline(text)})
 	}
-	config, err := anypb.New(&tlsv3.SPIFFECertValidatorConfig{
-		TrustDomains: []*tlsv3.SPIFFECertValidatorConfig_TrustDomain{{Name: h.td.Name(), TrustBundle: inline(roots)}},
-	})
+	config, err := anypb.New(&domains)
 	if err != nil {
 		return nil, err
 	}

@@ -174,11 +174,11 @@ type answer struct {
 
 func (a answer) news() bool { return len(a.changed)+len(a.gone) > 0 }
 
-// trust is the sequence number of the trust bundle in it; 0 for none.
+// trust is the sequence number of the own trust bundle in it; 0 for none.
 func (a answer) trust() uint64 {
 	for _, r := range a.present {
-		if r.trust != nil {
-			return r.trust.Sequence
+		if r.own != 0 {
+			return r.own
 		}
 	}
 	return 0

@@ -122,7 +122,8 @@ func checkAudience(audience []string) error {
 	return nil
 }
 
-// ValidateJWTSVID checks a JWT-SVID for the caller.
+// ValidateJWTSVID checks a JWT-SVID for the caller: of the own trust domain, or of
+// one that the caller's registration entries federate with.
 func (s *Server) ValidateJWTSVID(ctx context.Context, req *workload.ValidateJWTSVIDRequest) (*workload.ValidateJWTSVIDResponse, error) {
 	if req.GetAudience() == "" {
 		return nil, status.Error(codes.InvalidArgument, "audience: must be given")
@@ -130,14 +131,15 @@ func (s *Server) ValidateJWTSVID(ctx context.Context, req *workload.ValidateJWTS
 	if req.GetSvid() == "" {
 		return nil, status.Error(codes.InvalidArgument, "svid: must be given")
 	}
-	if _, _, err := s.callers.Entitled(ctx); err != nil {
+	_, entries, err := s.callers.Entitled(ctx)
+	if err != nil {
 		return nil, err
 	}
-	trust := s.cache.Trust()
-	if trust == nil {
+	bundles := s.cache.JWTBundles(entries)
+	if bundles == nil {
 		return nil, endpoint.Unsynced()
 	}
-	token, err := svid.VerifyJWT(req.GetSvid(), trust.Bundle, []string{req.GetAudience()}, time.Now())
+	token, err := svid.VerifyJWT(req.GetSvid(), bundles, []string{req.GetAudience()}, time.Now())
 	if err != nil {
 		return nil, status.Errorf(codes.InvalidArgument, "svid: %v", err)
 	}

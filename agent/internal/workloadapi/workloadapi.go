@@ -50,14 +50,22 @@ func (s *Server) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.ServerSt
 // X509-SVIDs.
 func (s *Server) FetchX509Bundles(_ *workload.X509BundlesRequest, stream grpc.ServerStreamingServer[workload.X509BundlesResponse]) error {
 	return follow(stream.Context(), s, false, stream.Send, func(v cache.View) *workload.X509BundlesResponse {
-		return &workload.X509BundlesResponse{Bundles: map[string][]byte{s.td.IDString(): v.Trust.X509}}
+		m := &workload.X509BundlesResponse{Bundles: x509Federated(v)}
+		m.Bundles[s.td.IDString()] = v.Trust.X509
+		return m
 	})
 }
 
 // FetchJWTBundles streams the keys with which the caller verifies JWT-SVIDs.
 func (s *Server) FetchJWTBundles(_ *workload.JWTBundlesRequest, stream grpc.ServerStreamingServer[workload.JWTBundlesResponse]) error {
 	return follow(stream.Context(), s, false, stream.Send, func(v cache.View) *workload.JWTBundlesResponse {
-		return &workload.JWTBundlesResponse{Bundles: map[string][]byte{s.td.IDString(): v.Trust.JWKS}}
+		m := &workload.JWTBundlesResponse{Bundles: map[string][]byte{s.td.IDString(): v.Trust.JWKS}}
+		for _, f := range v.Federated {
+			if len(f.JWKS) > 0 {
+				m.Bundles[f.TrustDomain.IDString()] = f.JWKS
+			}
+		}
+		return m
 	})
 }
 
@@ -118,7 +126,7 @@ func complete(v cache.View, svids, sent bool) bool {
 }
 
 func x509SVIDs(v cache.View) *workload.X509SVIDResponse {
-	m := &workload.X509SVIDResponse{}
+	m := &workload.X509SVIDResponse{FederatedBundles: x509Federated(v)}
 	var hints uniqueHints
 	for _, held := range v.SVIDs {
 		m.Svids = append(m.Svids, &workload.X509SVID{
@@ -128,6 +136,18 @@ func x509SVIDs(v cache.View) *workload.X509SVIDResponse {
 			Bundle:      v.Trust.X509,
 			Hint:        hints.next(held.Entry.Hint),
 		})
+	}
+	return m
+}
+
+// x509Federated are the X.509 authorities of the other trust domains that the
+// caller federates with, by trust domain.
+func x509Federated(v cache.View) map[string][]byte {
+	m := make(map[string][]byte)
+	for _, f := range v.Federated {
+		if len(f.X509) > 0 {
+			m[f.TrustDomain.IDString()] = f.X509
+		}
 	}
 	return m
 }
