@@ -63,19 +63,39 @@ func Separate(tb testing.TB, settings ...string) *Domain {
 func SeparateAs(tb testing.TB, binary string, env []string, settings ...string) *Domain {
 	tb.Helper()
 	d := CAAlone(tb, binary, env, settings...)
+	d.join()
+	return d
+}
+
+// SeparateOf is Separate for a trust domain of that name.
+func SeparateOf(tb testing.TB, trustDomain string, settings ...string) *Domain {
+	tb.Helper()
+	d := newDomain(tb, trustDomain, "merlon-ca", nil, settings)
+	d.StartCA()
+	d.join()
+	return d
+}
+
+// join starts the agent with a join token.
+func (d *Domain) join() {
+	d.TB.Helper()
 	token := d.Token()
 	d.StartAgent(token.Token, token.RootHash)
 	d.agentID = token.AgentID
-	return d
 }
 
 // CAAlone is SeparateAs without an agent.
 func CAAlone(tb testing.TB, binary string, env []string, settings ...string) *Domain {
 	tb.Helper()
-	dir := Dir(tb)
-	d := &Domain{TB: tb, dir: dir, binary: binary, env: env, settings: settings, TrustDomain: "shop.test", Admin: filepath.Join(dir, "ca", "admin.sock")}
+	d := newDomain(tb, "shop.test", binary, env, settings)
 	d.StartCA()
 	return d
+}
+
+func newDomain(tb testing.TB, trustDomain, binary string, env, settings []string) *Domain {
+	tb.Helper()
+	dir := Dir(tb)
+	return &Domain{TB: tb, dir: dir, binary: binary, env: env, settings: settings, TrustDomain: trustDomain, Admin: filepath.Join(dir, "ca", "admin.sock")}
 }
 
 // StartCA writes a config file and starts merlon-ca on it.
