@@ -3,6 +3,8 @@
 package agent_test
 
 import (
+	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"testing"
@@ -16,6 +18,7 @@ import (
 	"merlon.dev/agent/internal/fakeca"
 	"merlon.dev/policy"
 	"merlon.dev/policy/program"
+	"merlon.dev/sdk"
 )
 
 func TestWatchPolicySendsTheCallersProgramsOnly(t *testing.T) {
@@ -143,4 +146,46 @@ func TestReportedDecisionsAreExplained(t *testing.T) {
 			t.Errorf("a report %s: %v; want %v", name, err, tt.code)
 		}
 	}
+}
+
+// A policy without a compiled form: a service keeps what the agent decided, for calls
+// that agree in what the policy reads, and goes on by that when the agent is gone.
+func TestServicesKeepWhatTheAgentDecided(t *testing.T) {
+	ca := fakeca.New(t, td)
+	ca.PutEntry(ca.Entry("e1", "/orders", uidSelector))
+	n := start(t, newConfig(t, ca))
+	n.waitReady(t)
+	key := newPolicyKey(t)
+	const byPort = "package authz\n\nallow if input.attributes.request.http.method == \"GET\"\n\ndeny if input.attributes.source.address.socketAddress.portValue == 1\n\ndeny if input.attributes.request.http.headers[\"x-debug\"] == \"on\"\n"
+	ca.PublishPolicy(key.bundleOf("own.rego", byPort, 1), key.announcement(1))
+	n.policyIs(t, 1)
+	id, err := sdk.Open(t.Context(), sdk.WithAgentAddress(n.socket), sdk.WithLogger(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer id.Close()
+	call := func(path, debug string) *policy.Input {
+		return &policy.Input{
+			Source: "spiffe://" + td + "/web", Protocol: policy.HTTP, Method: "GET", Path: path,
+			SourceAddress: "127.0.0.1:2", Headers: map[string][]string{"x-debug": {debug}, "x-request-id": {fmt.Sprint(time.Now().UnixNano())}},
+		}
+	}
+	want := func(what string, in *policy.Input, reason policy.Reason) {
+		t.Helper()
+		if d := id.Authorize(t.Context(), in); d.Reason != reason || d.Allow != (reason == policy.Allowed) {
+			t.Errorf("%s: %+v; want %s", what, d, reason)
+		}
+	}
+	decided := func() string { return n.metric(t, `merlon_agent_decisions_total{reason="ALLOWED"}`) }
+	eventually(t, "the policy's form comes to the service", func() bool { // from then on nobody asks twice
+		want("a call", call("/orders", "off"), policy.Allowed)
+		before := decided()
+		want("the call again", call("/orders", "off"), policy.Allowed)
+		return decided() == before
+	})
+	want("what the policy reads is another", call("/orders", "on"), policy.DenyRule)
+	n.stop()
+	want("with the agent gone", call("/orders", "off"), policy.Allowed)
+	want("a denial, with the agent gone", call("/orders", "on"), policy.DenyRule)
+	want("a call that nobody has decided", call("/orders", "other"), policy.AgentUnavailable)
 }

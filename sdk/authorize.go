@@ -27,7 +27,8 @@ const authorizeTimeout = 2 * time.Second
 // Authorize says whether a call may happen. It implements policy.Authorizer.
 // in.Source must come from a verified peer; in.Destination may be empty and then
 // is the own SPIFFE ID. It decides at once where the policy is compiled for this
-// service; else it asks the agent, for at most 2 s.
+// service; else it asks the agent, for at most 2 s, unless it has answered a call that the policy cannot
+// tell from this one.
 //
 // Servers use httpauth or grpcauth, which fill the input from the connection
 // by [Identity.Decide].
@@ -70,10 +71,12 @@ func (id *Identity) authorize(ctx context.Context, in *policy.Input) policy.Deci
 		named.Destination = own.svid.ID.String()
 		in = &named
 	}
-	if now := time.Now(); in.Destination != "" {
-		if p := id.program(in.Destination, now); p != nil {
-			return id.decideHere(p, in, now)
-		}
+	now := time.Now()
+	if p := id.program(in.Destination, now); p != nil {
+		return id.decideHere(p, in, now)
+	}
+	if a := id.answers(in.Destination, now); a != nil {
+		return id.decideKept(ctx, a, in, now)
 	}
 	return id.askAgent(ctx, in)
 }

@@ -26,6 +26,7 @@ func bare() *Identity {
 	id.current.Store(&current{
 		svid:     &x509svid.SVID{ID: own},
 		notAfter: time.Now().Add(time.Hour),
+		trust:    new(svid.Trust),
 		roots:    map[spiffeid.TrustDomain]map[string]bool{own.TrustDomain(): {"aa": true}},
 	})
 	return id

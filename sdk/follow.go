@@ -251,6 +251,7 @@ func (id *Identity) revoke(ctx context.Context, res *agentpb.WatchResponse) {
 	if len(records) == 0 {
 		return
 	}
+	id.forgetAnswers()
 	id.current.Load().trust.Forget() // revocations are looked at after each chain; this is for good measure
 	n := id.conns.cutWhere(func(c *liveConn) string {
 		if _, ok := known.Concerning(c.peer); ok {

@@ -26,9 +26,11 @@ const (
 // none does, the agent is asked.
 const lag = 2 * time.Second
 
-// programs are the compiled policies of this process's SPIFFE IDs, immutable.
+// programs are the compiled policies of this process's SPIFFE IDs, and what is kept
+// where there is none. The maps never change.
 type programs struct {
-	by map[string]*program.Program
+	by      map[string]*program.Program
+	answers map[string]*answers
 }
 
 // followPolicy is one stream of compiled policies.
@@ -52,11 +54,14 @@ func (id *Identity) followPolicy(ctx context.Context, progress func()) error {
 // takePrograms puts the programs of res in the place of all before. One that is
 // malformed is left out: the agent decides then.
 func (id *Identity) takePrograms(ctx context.Context, res *agentpb.WatchPolicyResponse) {
-	next := &programs{by: make(map[string]*program.Program, len(res.GetPrograms()))}
+	next := &programs{by: make(map[string]*program.Program, len(res.GetPrograms())), answers: make(map[string]*answers)}
 	for _, pb := range res.GetPrograms() {
 		if len(pb.GetEncoded()) == 0 {
 			id.log.LogAttrs(ctx, slog.LevelInfo, "policy is not compiled; the agent decides each call",
 				slog.String("destination", pb.GetDestination()), slog.String("reason", pb.GetReason()))
+			if pb.GetKeep() != nil {
+				next.answers[pb.GetDestination()] = newAnswers(pb.GetKeep(), res.GetPolicyGeneration())
+			}
 			continue
 		}
 		p, err := program.Decode(pb.GetEncoded())
@@ -84,16 +89,18 @@ func (id *Identity) program(destination string, now time.Time) *program.Program 
 	if all == nil {
 		return nil
 	}
-	p := all.by[destination]
-	if p == nil || p.Generation() == id.generation.Load() {
-		return p
-	}
-	// Another generation is active. Its program is on its way, or this one came
-	// before the news.
-	if since := time.Unix(0, id.generationSince.Load()); p.Generation() < id.generation.Load() && now.Sub(since) < lag || p.Generation() > id.generation.Load() {
+	if p := all.by[destination]; p != nil && id.stillDecides(p.Generation(), now) {
 		return p
 	}
 	return nil
+}
+
+// stillDecides says whether what came with a generation of the policy decides now.
+// Where another one is active, what belongs to it is on its way, or this came before
+// the news.
+func (id *Identity) stillDecides(generation uint64, now time.Time) bool {
+	active := id.generation.Load()
+	return generation >= active || now.Sub(time.Unix(0, id.generationSince.Load())) < lag
 }
 
 // decideHere decides the call by p.

@@ -82,7 +82,7 @@ func (c *current) trusts(peer *svid.Peer) bool {
 // From then on the Identity keeps itself current. While the agent is away it
 // keeps the last SVID until that expires, and decides by the last policy until
 // that ends; where the policy is not compiled for this service, calls are denied
-// with AGENT_UNAVAILABLE.
+// with AGENT_UNAVAILABLE, but for those that it has decided before.
 func Open(ctx context.Context, opts ...Option) (*Identity, error) {
 	o := options{startupTimeout: defaultStartupTimeout, log: slog.Default()}
 	for _, opt := range opts {

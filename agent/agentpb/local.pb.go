@@ -938,7 +938,10 @@ type Program struct {
 	// counted. Empty where there is none, or it is not compiled.
 	Beside []byte `protobuf:"bytes,4,opt,name=beside,proto3" json:"beside,omitempty"`
 	// encoded is the candidate's, and beside the active policy's.
-	Canary        bool `protobuf:"varint,5,opt,name=canary,proto3" json:"canary,omitempty"`
+	Canary bool `protobuf:"varint,5,opt,name=canary,proto3" json:"canary,omitempty"`
+	// For which further calls a decision of Authorize stands; none where the policy
+	// is compiled, or answers the same call in other ways.
+	Keep          *Keep `protobuf:"bytes,6,opt,name=keep,proto3" json:"keep,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1008,6 +1011,112 @@ func (x *Program) GetCanary() bool {
 	return false
 }
 
+func (x *Program) GetKeep() *Keep {
+	if x != nil {
+		return x.Keep
+	}
+	return nil
+}
+
+// Keep says which calls a decision stands for while its policy generation is
+// active: those that agree in source, destination, protocol, method and path, and
+// in what is named here.
+type Keep struct {
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Query              bool                   `protobuf:"varint,1,opt,name=query,proto3" json:"query,omitempty"`
+	Host               bool                   `protobuf:"varint,2,opt,name=host,proto3" json:"host,omitempty"`
+	SourceAddress      bool                   `protobuf:"varint,3,opt,name=source_address,json=sourceAddress,proto3" json:"source_address,omitempty"`
+	DestinationAddress bool                   `protobuf:"varint,4,opt,name=destination_address,json=destinationAddress,proto3" json:"destination_address,omitempty"`
+	// All headers; else those of headers.
+	AllHeaders bool `protobuf:"varint,5,opt,name=all_headers,json=allHeaders,proto3" json:"all_headers,omitempty"`
+	// Names in lower case.
+	Headers []string `protobuf:"bytes,6,rep,name=headers,proto3" json:"headers,omitempty"`
+	// When decisions end, at the latest: Unix times in nanoseconds at which grants or
+	// the policy do.
+	Ends          []int64 `protobuf:"fixed64,7,rep,packed,name=ends,proto3" json:"ends,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Keep) Reset() {
+	*x = Keep{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Keep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Keep) ProtoMessage() {}
+
+func (x *Keep) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Keep.ProtoReflect.Descriptor instead.
+func (*Keep) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Keep) GetQuery() bool {
+	if x != nil {
+		return x.Query
+	}
+	return false
+}
+
+func (x *Keep) GetHost() bool {
+	if x != nil {
+		return x.Host
+	}
+	return false
+}
+
+func (x *Keep) GetSourceAddress() bool {
+	if x != nil {
+		return x.SourceAddress
+	}
+	return false
+}
+
+func (x *Keep) GetDestinationAddress() bool {
+	if x != nil {
+		return x.DestinationAddress
+	}
+	return false
+}
+
+func (x *Keep) GetAllHeaders() bool {
+	if x != nil {
+		return x.AllHeaders
+	}
+	return false
+}
+
+func (x *Keep) GetHeaders() []string {
+	if x != nil {
+		return x.Headers
+	}
+	return nil
+}
+
+func (x *Keep) GetEnds() []int64 {
+	if x != nil {
+		return x.Ends
+	}
+	return nil
+}
+
 type ReportRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// All denials and some of the calls that were allowed.
@@ -1027,7 +1136,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[14]
+	mi := &file_agent_agentpb_local_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1039,7 +1148,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[14]
+	mi := &file_agent_agentpb_local_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1052,7 +1161,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{14}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ReportRequest) GetRecords() []*DecisionRecord {
@@ -1106,7 +1215,7 @@ type Counts struct {
 
 func (x *Counts) Reset() {
 	*x = Counts{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[15]
+	mi := &file_agent_agentpb_local_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1118,7 +1227,7 @@ func (x *Counts) String() string {
 func (*Counts) ProtoMessage() {}
 
 func (x *Counts) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[15]
+	mi := &file_agent_agentpb_local_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1131,7 +1240,7 @@ func (x *Counts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Counts.ProtoReflect.Descriptor instead.
 func (*Counts) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{15}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Counts) GetCandidateGeneration() uint64 {
@@ -1185,7 +1294,7 @@ type Comparison struct {
 
 func (x *Comparison) Reset() {
 	*x = Comparison{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[16]
+	mi := &file_agent_agentpb_local_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1197,7 +1306,7 @@ func (x *Comparison) String() string {
 func (*Comparison) ProtoMessage() {}
 
 func (x *Comparison) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[16]
+	mi := &file_agent_agentpb_local_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1210,7 +1319,7 @@ func (x *Comparison) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Comparison.ProtoReflect.Descriptor instead.
 func (*Comparison) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{16}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Comparison) GetDestination() string {
@@ -1272,7 +1381,7 @@ type Difference struct {
 
 func (x *Difference) Reset() {
 	*x = Difference{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[17]
+	mi := &file_agent_agentpb_local_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1284,7 +1393,7 @@ func (x *Difference) String() string {
 func (*Difference) ProtoMessage() {}
 
 func (x *Difference) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[17]
+	mi := &file_agent_agentpb_local_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1297,7 +1406,7 @@ func (x *Difference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Difference.ProtoReflect.Descriptor instead.
 func (*Difference) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{17}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Difference) GetSource() string {
@@ -1368,7 +1477,7 @@ type DecisionRecord struct {
 
 func (x *DecisionRecord) Reset() {
 	*x = DecisionRecord{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[18]
+	mi := &file_agent_agentpb_local_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1380,7 +1489,7 @@ func (x *DecisionRecord) String() string {
 func (*DecisionRecord) ProtoMessage() {}
 
 func (x *DecisionRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[18]
+	mi := &file_agent_agentpb_local_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1393,7 +1502,7 @@ func (x *DecisionRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionRecord.ProtoReflect.Descriptor instead.
 func (*DecisionRecord) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{18}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DecisionRecord) GetDecision() *Decision {
@@ -1425,7 +1534,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[19]
+	mi := &file_agent_agentpb_local_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1437,7 +1546,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[19]
+	mi := &file_agent_agentpb_local_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1450,7 +1559,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{19}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{20}
 }
 
 // Revocation withdraws SVIDs before they expire; see merlon.ca.v1.Revocation.
@@ -1474,7 +1583,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[20]
+	mi := &file_agent_agentpb_local_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1486,7 +1595,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[20]
+	mi := &file_agent_agentpb_local_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1499,7 +1608,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{20}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -1617,7 +1726,7 @@ type ExplainIdentityRequest struct {
 
 func (x *ExplainIdentityRequest) Reset() {
 	*x = ExplainIdentityRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[21]
+	mi := &file_agent_agentpb_local_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1629,7 +1738,7 @@ func (x *ExplainIdentityRequest) String() string {
 func (*ExplainIdentityRequest) ProtoMessage() {}
 
 func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[21]
+	mi := &file_agent_agentpb_local_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1642,7 +1751,7 @@ func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityRequest.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{21}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ExplainIdentityRequest) GetPid() int32 {
@@ -1681,7 +1790,7 @@ type ExplainIdentityResponse struct {
 
 func (x *ExplainIdentityResponse) Reset() {
 	*x = ExplainIdentityResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[22]
+	mi := &file_agent_agentpb_local_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1693,7 +1802,7 @@ func (x *ExplainIdentityResponse) String() string {
 func (*ExplainIdentityResponse) ProtoMessage() {}
 
 func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[22]
+	mi := &file_agent_agentpb_local_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1706,7 +1815,7 @@ func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityResponse.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{22}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExplainIdentityResponse) GetSynced() bool {
@@ -1799,7 +1908,7 @@ type EntryMatch struct {
 
 func (x *EntryMatch) Reset() {
 	*x = EntryMatch{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[23]
+	mi := &file_agent_agentpb_local_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1811,7 +1920,7 @@ func (x *EntryMatch) String() string {
 func (*EntryMatch) ProtoMessage() {}
 
 func (x *EntryMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[23]
+	mi := &file_agent_agentpb_local_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1824,7 +1933,7 @@ func (x *EntryMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryMatch.ProtoReflect.Descriptor instead.
 func (*EntryMatch) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{23}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *EntryMatch) GetEntryId() string {
@@ -1863,7 +1972,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[24]
+	mi := &file_agent_agentpb_local_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1875,7 +1984,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[24]
+	mi := &file_agent_agentpb_local_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1888,7 +1997,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{24}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{25}
 }
 
 type StatusResponse struct {
@@ -1945,7 +2054,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[25]
+	mi := &file_agent_agentpb_local_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1957,7 +2066,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[25]
+	mi := &file_agent_agentpb_local_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1970,7 +2079,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{25}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *StatusResponse) GetAgentId() string {
@@ -2187,7 +2296,7 @@ type ExplainDecisionRequest struct {
 
 func (x *ExplainDecisionRequest) Reset() {
 	*x = ExplainDecisionRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[26]
+	mi := &file_agent_agentpb_local_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2199,7 +2308,7 @@ func (x *ExplainDecisionRequest) String() string {
 func (*ExplainDecisionRequest) ProtoMessage() {}
 
 func (x *ExplainDecisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[26]
+	mi := &file_agent_agentpb_local_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2212,7 +2321,7 @@ func (x *ExplainDecisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainDecisionRequest.ProtoReflect.Descriptor instead.
 func (*ExplainDecisionRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{26}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ExplainDecisionRequest) GetDecisionId() string {
@@ -2248,7 +2357,7 @@ type ExplainDecisionResponse struct {
 
 func (x *ExplainDecisionResponse) Reset() {
 	*x = ExplainDecisionResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[27]
+	mi := &file_agent_agentpb_local_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2260,7 +2369,7 @@ func (x *ExplainDecisionResponse) String() string {
 func (*ExplainDecisionResponse) ProtoMessage() {}
 
 func (x *ExplainDecisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[27]
+	mi := &file_agent_agentpb_local_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2273,7 +2382,7 @@ func (x *ExplainDecisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainDecisionResponse.ProtoReflect.Descriptor instead.
 func (*ExplainDecisionResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{27}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ExplainDecisionResponse) GetDecision() *Decision {
@@ -2402,13 +2511,23 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\bprograms\x18\x02 \x03(\v2\x18.merlon.agent.v1.ProgramR\bprograms\x12%\n" +
 	"\x0epolicy_version\x18\x03 \x01(\x04R\rpolicyVersion\x121\n" +
 	"\x14candidate_generation\x18\x04 \x01(\x04R\x13candidateGeneration\x12\x12\n" +
-	"\x04step\x18\x05 \x01(\rR\x04step\"\x8d\x01\n" +
+	"\x04step\x18\x05 \x01(\rR\x04step\"\xb8\x01\n" +
 	"\aProgram\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x18\n" +
 	"\aencoded\x18\x02 \x01(\fR\aencoded\x12\x16\n" +
 	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x16\n" +
 	"\x06beside\x18\x04 \x01(\fR\x06beside\x12\x16\n" +
-	"\x06canary\x18\x05 \x01(\bR\x06canary\"\xbf\x02\n" +
+	"\x06canary\x18\x05 \x01(\bR\x06canary\x12)\n" +
+	"\x04keep\x18\x06 \x01(\v2\x15.merlon.agent.v1.KeepR\x04keep\"\xd7\x01\n" +
+	"\x04Keep\x12\x14\n" +
+	"\x05query\x18\x01 \x01(\bR\x05query\x12\x12\n" +
+	"\x04host\x18\x02 \x01(\bR\x04host\x12%\n" +
+	"\x0esource_address\x18\x03 \x01(\bR\rsourceAddress\x12/\n" +
+	"\x13destination_address\x18\x04 \x01(\bR\x12destinationAddress\x12\x1f\n" +
+	"\vall_headers\x18\x05 \x01(\bR\n" +
+	"allHeaders\x12\x18\n" +
+	"\aheaders\x18\x06 \x03(\tR\aheaders\x12\x12\n" +
+	"\x04ends\x18\a \x03(\x10R\x04ends\"\xbf\x02\n" +
 	"\rReportRequest\x129\n" +
 	"\arecords\x18\x01 \x03(\v2\x1f.merlon.agent.v1.DecisionRecordR\arecords\x12E\n" +
 	"\adecided\x18\x02 \x03(\v2+.merlon.agent.v1.ReportRequest.DecidedEntryR\adecided\x12\x18\n" +
@@ -2560,7 +2679,7 @@ func file_agent_agentpb_local_proto_rawDescGZIP() []byte {
 	return file_agent_agentpb_local_proto_rawDescData
 }
 
-var file_agent_agentpb_local_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_agent_agentpb_local_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_agent_agentpb_local_proto_goTypes = []any{
 	(*AuthorizeRequest)(nil),        // 0: merlon.agent.v1.AuthorizeRequest
 	(*HeaderValues)(nil),            // 1: merlon.agent.v1.HeaderValues
@@ -2576,85 +2695,87 @@ var file_agent_agentpb_local_proto_goTypes = []any{
 	(*WatchPolicyRequest)(nil),      // 11: merlon.agent.v1.WatchPolicyRequest
 	(*WatchPolicyResponse)(nil),     // 12: merlon.agent.v1.WatchPolicyResponse
 	(*Program)(nil),                 // 13: merlon.agent.v1.Program
-	(*ReportRequest)(nil),           // 14: merlon.agent.v1.ReportRequest
-	(*Counts)(nil),                  // 15: merlon.agent.v1.Counts
-	(*Comparison)(nil),              // 16: merlon.agent.v1.Comparison
-	(*Difference)(nil),              // 17: merlon.agent.v1.Difference
-	(*DecisionRecord)(nil),          // 18: merlon.agent.v1.DecisionRecord
-	(*ReportResponse)(nil),          // 19: merlon.agent.v1.ReportResponse
-	(*Revocation)(nil),              // 20: merlon.agent.v1.Revocation
-	(*ExplainIdentityRequest)(nil),  // 21: merlon.agent.v1.ExplainIdentityRequest
-	(*ExplainIdentityResponse)(nil), // 22: merlon.agent.v1.ExplainIdentityResponse
-	(*EntryMatch)(nil),              // 23: merlon.agent.v1.EntryMatch
-	(*StatusRequest)(nil),           // 24: merlon.agent.v1.StatusRequest
-	(*StatusResponse)(nil),          // 25: merlon.agent.v1.StatusResponse
-	(*ExplainDecisionRequest)(nil),  // 26: merlon.agent.v1.ExplainDecisionRequest
-	(*ExplainDecisionResponse)(nil), // 27: merlon.agent.v1.ExplainDecisionResponse
-	nil,                             // 28: merlon.agent.v1.AuthorizeRequest.HeadersEntry
-	nil,                             // 29: merlon.agent.v1.HoldKeysResponse.BundlesEntry
-	nil,                             // 30: merlon.agent.v1.ReportRequest.DecidedEntry
-	(*timestamppb.Timestamp)(nil),   // 31: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 32: google.protobuf.Duration
+	(*Keep)(nil),                    // 14: merlon.agent.v1.Keep
+	(*ReportRequest)(nil),           // 15: merlon.agent.v1.ReportRequest
+	(*Counts)(nil),                  // 16: merlon.agent.v1.Counts
+	(*Comparison)(nil),              // 17: merlon.agent.v1.Comparison
+	(*Difference)(nil),              // 18: merlon.agent.v1.Difference
+	(*DecisionRecord)(nil),          // 19: merlon.agent.v1.DecisionRecord
+	(*ReportResponse)(nil),          // 20: merlon.agent.v1.ReportResponse
+	(*Revocation)(nil),              // 21: merlon.agent.v1.Revocation
+	(*ExplainIdentityRequest)(nil),  // 22: merlon.agent.v1.ExplainIdentityRequest
+	(*ExplainIdentityResponse)(nil), // 23: merlon.agent.v1.ExplainIdentityResponse
+	(*EntryMatch)(nil),              // 24: merlon.agent.v1.EntryMatch
+	(*StatusRequest)(nil),           // 25: merlon.agent.v1.StatusRequest
+	(*StatusResponse)(nil),          // 26: merlon.agent.v1.StatusResponse
+	(*ExplainDecisionRequest)(nil),  // 27: merlon.agent.v1.ExplainDecisionRequest
+	(*ExplainDecisionResponse)(nil), // 28: merlon.agent.v1.ExplainDecisionResponse
+	nil,                             // 29: merlon.agent.v1.AuthorizeRequest.HeadersEntry
+	nil,                             // 30: merlon.agent.v1.HoldKeysResponse.BundlesEntry
+	nil,                             // 31: merlon.agent.v1.ReportRequest.DecidedEntry
+	(*timestamppb.Timestamp)(nil),   // 32: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 33: google.protobuf.Duration
 }
 var file_agent_agentpb_local_proto_depIdxs = []int32{
-	28, // 0: merlon.agent.v1.AuthorizeRequest.headers:type_name -> merlon.agent.v1.AuthorizeRequest.HeadersEntry
+	29, // 0: merlon.agent.v1.AuthorizeRequest.headers:type_name -> merlon.agent.v1.AuthorizeRequest.HeadersEntry
 	3,  // 1: merlon.agent.v1.AuthorizeResponse.decision:type_name -> merlon.agent.v1.Decision
 	4,  // 2: merlon.agent.v1.Decision.response:type_name -> merlon.agent.v1.Response
 	5,  // 3: merlon.agent.v1.Response.headers:type_name -> merlon.agent.v1.HeaderField
 	5,  // 4: merlon.agent.v1.Response.response_headers:type_name -> merlon.agent.v1.HeaderField
 	8,  // 5: merlon.agent.v1.HoldKeysResponse.identities:type_name -> merlon.agent.v1.HeldIdentity
-	29, // 6: merlon.agent.v1.HoldKeysResponse.bundles:type_name -> merlon.agent.v1.HoldKeysResponse.BundlesEntry
-	20, // 7: merlon.agent.v1.WatchResponse.revocations:type_name -> merlon.agent.v1.Revocation
-	31, // 8: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
-	32, // 9: merlon.agent.v1.WatchResponse.deny_after:type_name -> google.protobuf.Duration
+	30, // 6: merlon.agent.v1.HoldKeysResponse.bundles:type_name -> merlon.agent.v1.HoldKeysResponse.BundlesEntry
+	21, // 7: merlon.agent.v1.WatchResponse.revocations:type_name -> merlon.agent.v1.Revocation
+	32, // 8: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
+	33, // 9: merlon.agent.v1.WatchResponse.deny_after:type_name -> google.protobuf.Duration
 	13, // 10: merlon.agent.v1.WatchPolicyResponse.programs:type_name -> merlon.agent.v1.Program
-	18, // 11: merlon.agent.v1.ReportRequest.records:type_name -> merlon.agent.v1.DecisionRecord
-	30, // 12: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
-	15, // 13: merlon.agent.v1.ReportRequest.counts:type_name -> merlon.agent.v1.Counts
-	16, // 14: merlon.agent.v1.Counts.comparisons:type_name -> merlon.agent.v1.Comparison
-	17, // 15: merlon.agent.v1.Counts.differences:type_name -> merlon.agent.v1.Difference
-	3,  // 16: merlon.agent.v1.DecisionRecord.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 17: merlon.agent.v1.DecisionRecord.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	31, // 18: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
-	31, // 19: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	23, // 20: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
-	31, // 21: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
-	31, // 22: merlon.agent.v1.StatusResponse.now:type_name -> google.protobuf.Timestamp
-	31, // 23: merlon.agent.v1.StatusResponse.heard_at:type_name -> google.protobuf.Timestamp
-	32, // 24: merlon.agent.v1.StatusResponse.clock_ahead:type_name -> google.protobuf.Duration
-	31, // 25: merlon.agent.v1.StatusResponse.own_svid_not_after:type_name -> google.protobuf.Timestamp
-	31, // 26: merlon.agent.v1.StatusResponse.first_x509_svid_not_after:type_name -> google.protobuf.Timestamp
-	31, // 27: merlon.agent.v1.StatusResponse.median_x509_svid_not_after:type_name -> google.protobuf.Timestamp
-	31, // 28: merlon.agent.v1.StatusResponse.first_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
-	31, // 29: merlon.agent.v1.StatusResponse.last_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
-	31, // 30: merlon.agent.v1.StatusResponse.policy_not_after:type_name -> google.protobuf.Timestamp
-	32, // 31: merlon.agent.v1.StatusResponse.revocation_max_age:type_name -> google.protobuf.Duration
-	31, // 32: merlon.agent.v1.StatusResponse.cache_saved_at:type_name -> google.protobuf.Timestamp
-	3,  // 33: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 34: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	31, // 35: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
-	1,  // 36: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
-	0,  // 37: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
-	9,  // 38: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
-	11, // 39: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
-	14, // 40: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
-	6,  // 41: merlon.agent.v1.Local.HoldKeys:input_type -> merlon.agent.v1.HoldKeysRequest
-	21, // 42: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
-	26, // 43: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
-	24, // 44: merlon.agent.v1.Debug.Status:input_type -> merlon.agent.v1.StatusRequest
-	2,  // 45: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
-	10, // 46: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
-	12, // 47: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
-	19, // 48: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
-	7,  // 49: merlon.agent.v1.Local.HoldKeys:output_type -> merlon.agent.v1.HoldKeysResponse
-	22, // 50: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
-	27, // 51: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
-	25, // 52: merlon.agent.v1.Debug.Status:output_type -> merlon.agent.v1.StatusResponse
-	45, // [45:53] is the sub-list for method output_type
-	37, // [37:45] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	14, // 11: merlon.agent.v1.Program.keep:type_name -> merlon.agent.v1.Keep
+	19, // 12: merlon.agent.v1.ReportRequest.records:type_name -> merlon.agent.v1.DecisionRecord
+	31, // 13: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
+	16, // 14: merlon.agent.v1.ReportRequest.counts:type_name -> merlon.agent.v1.Counts
+	17, // 15: merlon.agent.v1.Counts.comparisons:type_name -> merlon.agent.v1.Comparison
+	18, // 16: merlon.agent.v1.Counts.differences:type_name -> merlon.agent.v1.Difference
+	3,  // 17: merlon.agent.v1.DecisionRecord.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 18: merlon.agent.v1.DecisionRecord.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	32, // 19: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
+	32, // 20: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	24, // 21: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
+	32, // 22: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
+	32, // 23: merlon.agent.v1.StatusResponse.now:type_name -> google.protobuf.Timestamp
+	32, // 24: merlon.agent.v1.StatusResponse.heard_at:type_name -> google.protobuf.Timestamp
+	33, // 25: merlon.agent.v1.StatusResponse.clock_ahead:type_name -> google.protobuf.Duration
+	32, // 26: merlon.agent.v1.StatusResponse.own_svid_not_after:type_name -> google.protobuf.Timestamp
+	32, // 27: merlon.agent.v1.StatusResponse.first_x509_svid_not_after:type_name -> google.protobuf.Timestamp
+	32, // 28: merlon.agent.v1.StatusResponse.median_x509_svid_not_after:type_name -> google.protobuf.Timestamp
+	32, // 29: merlon.agent.v1.StatusResponse.first_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
+	32, // 30: merlon.agent.v1.StatusResponse.last_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
+	32, // 31: merlon.agent.v1.StatusResponse.policy_not_after:type_name -> google.protobuf.Timestamp
+	33, // 32: merlon.agent.v1.StatusResponse.revocation_max_age:type_name -> google.protobuf.Duration
+	32, // 33: merlon.agent.v1.StatusResponse.cache_saved_at:type_name -> google.protobuf.Timestamp
+	3,  // 34: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 35: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	32, // 36: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
+	1,  // 37: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
+	0,  // 38: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
+	9,  // 39: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
+	11, // 40: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
+	15, // 41: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
+	6,  // 42: merlon.agent.v1.Local.HoldKeys:input_type -> merlon.agent.v1.HoldKeysRequest
+	22, // 43: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
+	27, // 44: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
+	25, // 45: merlon.agent.v1.Debug.Status:input_type -> merlon.agent.v1.StatusRequest
+	2,  // 46: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
+	10, // 47: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
+	12, // 48: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
+	20, // 49: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
+	7,  // 50: merlon.agent.v1.Local.HoldKeys:output_type -> merlon.agent.v1.HoldKeysResponse
+	23, // 51: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
+	28, // 52: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
+	26, // 53: merlon.agent.v1.Debug.Status:output_type -> merlon.agent.v1.StatusResponse
+	46, // [46:54] is the sub-list for method output_type
+	38, // [38:46] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_agent_agentpb_local_proto_init() }
@@ -2662,7 +2783,7 @@ func file_agent_agentpb_local_proto_init() {
 	if File_agent_agentpb_local_proto != nil {
 		return
 	}
-	file_agent_agentpb_local_proto_msgTypes[20].OneofWrappers = []any{
+	file_agent_agentpb_local_proto_msgTypes[21].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -2674,7 +2795,7 @@ func file_agent_agentpb_local_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_agentpb_local_proto_rawDesc), len(file_agent_agentpb_local_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -8,6 +8,7 @@ import (
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/engine/residual"
+	"merlon.dev/policy/grant"
 	"merlon.dev/policy/kept"
 	"merlon.dev/policy/program"
 )
@@ -56,7 +57,20 @@ func (e *Engine) keep() {
 			ends = append(ends, n.Expires)
 		}
 	}
+	if !e.notAfter.IsZero() {
+		ends = append(ends, grant.UnixNano(e.notAfter.Add(1))) // it holds until then, inclusive
+	}
 	e.kept = kept.New(reads, ends)
+}
+
+// Keep says for which further calls decisions of e stand, and when they end; false
+// where its answer to one call can be another each time.
+func (e *Engine) Keep() (reads kept.Reads, ends []int64, ok bool) {
+	if e.kept == nil {
+		return kept.Reads{}, nil, false
+	}
+	reads, ends = e.kept.For()
+	return reads, ends, true
 }
 
 // Kept says whether OPA's decisions are kept for calls that agree in all that the

@@ -62,6 +62,9 @@ func New(reads Reads, ends []int64) *Cache {
 	return &Cache{reads: reads, ends: ends, seed: maphash.MakeSeed()}
 }
 
+// For is what New was given. The slices are shared.
+func (c *Cache) For() (Reads, []int64) { return c.reads, c.ends }
+
 // Find is the decision about a call that the policy cannot tell from in, if one is
 // kept at the Unix time at, in nanoseconds.
 func (c *Cache) Find(in *policy.Input, at int64) (v program.Verdict, ok bool) {

@@ -18,6 +18,7 @@ import (
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/endpoint"
 	"merlon.dev/policy"
+	"merlon.dev/policy/engine"
 )
 
 // WatchPolicy streams the programs of the caller's own SPIFFE IDs, and no others:
@@ -73,11 +74,23 @@ func (s *Server) programs(ctx context.Context, entries []*cache.Entry) *agentpb.
 		encoded, err := active.Encoded(ctx, id)
 		p := &agentpb.Program{Destination: id, Encoded: encoded}
 		if err != nil {
-			p.Reason = err.Error()
+			p.Reason, p.Keep = err.Error(), keepOf(active)
 		}
 		m.Programs = append(m.Programs, p)
 	}
 	return m
+}
+
+// keepOf says for which further calls the decisions of e stand; nil for none.
+func keepOf(e *engine.Engine) *agentpb.Keep {
+	reads, ends, ok := e.Keep()
+	if !ok {
+		return nil
+	}
+	return &agentpb.Keep{
+		Query: reads.Query, Host: reads.Host, SourceAddress: reads.SourceAddress, DestinationAddress: reads.DestinationAddress,
+		AllHeaders: reads.AllHeaders, Headers: reads.Headers, Ends: ends,
+	}
 }
 
 // maxRecords bounds the records of one message.
