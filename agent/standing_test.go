@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc"
 
 	"merlon.dev/agent"
+	"merlon.dev/agent/agentpb"
 	"merlon.dev/ca/capb"
 )
 
@@ -64,10 +65,25 @@ func TestBannedAgentSaysWhyAndComesBackOnceItMay(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.firstSVID(t, "/web")
+	cc, ctx := conn(t, n.socket)
+	watch, err := agentpb.NewLocalClient(cc).Watch(ctx, &agentpb.WatchRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
 	if _, err := admin.BanAgent(t.Context(), &capb.BanAgentRequest{Agent: "n1"}); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the log says why", func() bool { return log.has("level=ERROR", "no connection to the CA", "the agent is banned") })
+	// Its workloads hear that what each other of them has is revoked.
+	for banned := false; !banned; {
+		m, err := watch.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range m.GetRevocations() {
+			banned = banned || r.GetAgentId() == "spiffe://"+td+"/agent/n1" && r.GetAgentHandle() != 0
+		}
+	}
 
 	n.stop()
 	log = new(logged)

@@ -88,6 +88,9 @@ func (c *Cache) complete(ctx context.Context, u update, revision uint64, stale b
 		return err
 	}
 	if news {
+		if !stale { // such a replica may not have heard of it
+			c.unban()
+		}
 		c.take(ctx, u)
 		c.revision, c.relist = revision, false
 		c.seen = max(c.seen, revision)

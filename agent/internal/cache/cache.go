@@ -67,14 +67,15 @@ type Cache struct {
 	kept      map[string]StoredSVID         // from the disk, by entry ID; not looked at yet
 	queue     []*slot
 	feed      feed
-	coming    update // what is not complete yet
-	revision  uint64 // everything up to here is held
-	seen      uint64 // the highest revision ever, also before a restart
-	clean     uint64 // the last trust bundle, before this one, of which nothing tainted was served
-	relist    bool   // what is held cannot be resumed from
-	synced    bool   // a full listing was completed, ever, or taken from the disk
-	connected bool   // the CA's stream is open and has said synced
-	stale     bool   // … by a replica that cannot reach its store
+	coming    update           // what is not complete yet
+	revision  uint64           // everything up to here is held
+	seen      uint64           // the highest revision ever, also before a restart
+	clean     uint64           // the last trust bundle, before this one, of which nothing tainted was served
+	relist    bool             // what is held cannot be resumed from
+	synced    bool             // a full listing was completed, ever, or taken from the disk
+	connected bool             // the CA's stream is open and has said synced
+	stale     bool             // … by a replica that cannot reach its store
+	ban       *svid.Revocation // by the CA's word, that it serves this node no more
 	expiries  map[string]*time.Timer
 	closed    bool
 }

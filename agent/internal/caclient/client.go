@@ -269,6 +269,7 @@ func (c *Client) Run(ctx context.Context, picture *cache.Cache) error {
 		if ctx.Err() != nil {
 			break
 		}
+		c.heedBan(ctx, picture, err)
 		address := t.address()
 		wait := t.next(joined, err)
 		failures := max(t.failures-1, 0) // before this one

@@ -1,6 +1,6 @@
 // Refusals: what the CA says to an agent that it does not want, and what the
 // agent makes of it. An eviction and the like ask the node to prove itself anew;
-// a ban leaves nothing to do but to say so.
+// by a ban it gives up what was issued through it, and says so.
 
 package caclient
 
@@ -16,6 +16,7 @@ import (
 
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/svid"
 )
 
 // statusOf is the status in err as it came, without what err was wrapped in,
@@ -87,4 +88,14 @@ func (c *Client) heed(err error) {
 	changed := *own
 	changed.refused = refused
 	c.own.CompareAndSwap(own, &changed)
+}
+
+// heedBan gives up what was issued through this agent, where the CA has banned it.
+func (c *Client) heedBan(ctx context.Context, picture *cache.Cache, err error) {
+	own := c.own.Load()
+	if own == nil || whyRefused(err) != capb.Refusal_REFUSAL_AGENT_BANNED {
+		return
+	}
+	serial, _ := svid.SerialFromBig(own.Certificates[0].SerialNumber)
+	picture.Ban(ctx, own.ID, serial.Agent)
 }
