@@ -192,6 +192,61 @@ func TestFullDiskNeverKillsTheStore(t *testing.T) {
 	checkNewest(t, dir, c.acknowledged)
 }
 
+// TestReserveStaysFree: writes stop while there is space still, and go on when
+// there is a little more than the reserve.
+func TestReserveStaysFree(t *testing.T) {
+	disk := stage.SmallDisk(t, "size=256m")
+	const reserve = 64 << 20
+	s := open(t, filepath.Join(disk, "store"), badger.Options{ReserveBytes: reserve})
+	defer s.Close()
+	write := func() error {
+		_, err := s.Txn(t.Context(), nil, []store.Op{store.Put("a", []byte("v"))}, nil)
+		return err
+	}
+	if err := write(); err != nil {
+		t.Fatal(err)
+	}
+	filler := filepath.Join(disk, "filler")
+	for _, step := range []struct {
+		free    int64
+		refused bool
+	}{
+		{reserve + 1<<20, false},
+		{reserve - 1<<20, true},
+		{reserve + 1<<20, true}, // a little more first, or each write would decide anew
+		{reserve + reserve/16 + 1<<20, false},
+		{reserve + 1<<20, false},
+	} {
+		leaveFree(t, disk, filler, step.free)
+		err := write()
+		if step.refused && (!errors.Is(err, store.ErrReadOnly) || !strings.Contains(err.Error(), "below its reserve of")) || !step.refused && err != nil {
+			t.Errorf("with %d bytes free: %v; want it refused: %v", step.free, err, step.refused)
+		}
+		if kv, _, err := s.Get(t.Context(), "a"); err != nil || string(kv.Value) != "v" {
+			t.Errorf("with %d bytes free a read gives %+v, %v", step.free, kv, err)
+		}
+	}
+}
+
+// leaveFree gives a file such a size that so much of its disk is free.
+func leaveFree(t *testing.T, disk, filler string, free int64) {
+	t.Helper()
+	if err := os.Remove(filler); err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	var now syscall.Statfs_t
+	if err := syscall.Statfs(disk, &now); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Create(filler)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(syscall.Fallocate(int(f.Fd()), 0, 0, int64(now.Bavail)*now.Bsize-free), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // checkNewest holds what is in the store against what was acknowledged.
 func checkNewest(t *testing.T, dir string, acknowledged map[string]int) {
 	t.Helper()
