@@ -332,6 +332,7 @@ func TestDamagedRecordEndsTheWatchThatReadsIt(t *testing.T) {
 				for b := range ch {
 					if b.Revision >= rotten {
 						t.Errorf("from %d the watch sent %+v", from, b)
+						break
 					}
 				}
 			}
