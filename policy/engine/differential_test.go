@@ -30,12 +30,41 @@ func (w *writer) one(of ...string) string { return of[w.IntN(len(of))] }
 
 // texts, lists and constants that a call can have and be compared with.
 func (w *writer) text() string {
+	if w.IntN(14) == 0 {
+		return w.value()
+	}
 	return w.one("input.attributes.source.principal", "input.spiffe.source.id", "input.spiffe.source.trust_domain", "input.spiffe.source.path",
 		"input.attributes.request.http.method", "input.attributes.request.http.path", "input.attributes.request.http.host",
 		"input.protocol", "input.grpc.service", "input.grpc.method", `input.attributes.request.http.headers["x-a"]`, "input.attributes.request.http.headers.accept",
 		"input.parsed_path[0]", "input.parsed_path[1]", "input.parsed_query.a[0]", `input.attributes.request.http.headers_all["x-a"][1]`,
 		"lower(input.attributes.request.http.host)", "upper(input.attributes.request.http.method)", "input.attributes.destination.principal",
 		"input.spiffe.destination.trust_domain", "input.spiffe.destination.path", `split(input.attributes.request.http.headers["x-a"], " ")[1]`)
+}
+
+// value writes a rule or function whose value is a text, and is how it is asked for.
+func (w *writer) value() string {
+	name := fmt.Sprintf("v%d", w.next())
+	asks, rule := name, ""
+	switch w.IntN(6) {
+	case 0:
+		rule = fmt.Sprintf("%s := %s\n", name, w.text())
+	case 4:
+		object, member, _ := strings.Cut(w.one("input.attributes.request.http.headers accept", "input.attributes.request.http.headers b",
+			"input.attributes.request.http method", "input.attributes.request http.host", "input.spiffe.source path", "input.parsed_query a[0]"), " ")
+		asks, rule = name+"."+member, fmt.Sprintf("%s := %s\n", name, object)
+	case 1:
+		rule = fmt.Sprintf("%s := %s if %s\n", name, w.text(), w.text())
+	case 2:
+		asks = fmt.Sprintf("%s(%s)", name, w.text())
+		rule = fmt.Sprintf("%s(x) := x\n", name)
+	case 3:
+		asks = fmt.Sprintf("%s(%s)", name, w.list())
+		rule = fmt.Sprintf("%s(x) := y if [_, y] = x\n", name)
+	default:
+		rule = fmt.Sprintf("%s := x if [x, _] = %s\n", name, w.list())
+	}
+	w.helpers = append(w.helpers, rule)
+	return asks
 }
 
 func (w *writer) list() string {
@@ -102,6 +131,8 @@ func (w *writer) condition(depth int) string {
 		return fmt.Sprintf("data.authz.table.flags[%s]", w.one("input.attributes.destination.principal", w.text()))
 	case n < 21:
 		return fmt.Sprintf("x%d := %s\n\tx%d == %s", w.next(), w.text(), w.names, w.either())
+	case n < 22 && w.IntN(2) == 0:
+		return fmt.Sprintf("[%s, p%d] = %s\n\tp%d %s %s", w.one("_", `"orders"`, `"a"`), depth, w.list(), depth, w.one("==", "!="), w.either())
 	case n < 22:
 		return fmt.Sprintf("%s[_] == %s", w.list(), w.either())
 	case n < 23:
@@ -114,7 +145,7 @@ func (w *writer) condition(depth int) string {
 func (w *writer) rare() string {
 	return w.one(
 		"time.now_ns() > 0", "input.attributes.request.http == input.attributes.request.http", "count(input.attributes.request.http.headers) > 1",
-		"sprintf(\"%s\", [input.protocol]) == \"http\"", "object.get(input.attributes, \"x\", 1) == 1", "input.parsed_body == null", "input.truncated_body == false",
+		"sprintf(\"%s\", [input.protocol]) == \"http\"", "object.get(input.attributes, \"x\", 1) == 1", "input.parsed_body == null", "input.truncated_body == false", "not input.attributes.request.http.headers", "input.parsed_query",
 		`{p | some p in input.parsed_path} == {"a", "b"}`, "input.nothing", "not input.nothing", "some k, v in input.attributes.request.http.headers\n\tk == v",
 		"to_number(input.attributes.request.http.host) == 1", "input.attributes.source.address.socketAddress.portValue == 1",
 		"true", "false", "1 == 1", "input.protocol == 1", "input.protocol != 1", "some i\n\tinput.parsed_path[i] == \"a\"\n\tinput.parsed_path[i+1] == \"b\"",

@@ -25,6 +25,7 @@ func TestWhatHasNoCompiledForm(t *testing.T) {
 		"a value that is no boolean":          {"allow := \"yes\" if input.protocol == \"http\"", "a.rego:3: allow is not always a constant: a boolean"},
 		"true by default":                     {"default deny := true\n\ndeny := false if input.protocol == \"http\"", "a.rego:3: deny is true by default"},
 		"true and false":                      {"allow if input.protocol == \"http\"\n\nallow := false if input.attributes.request.http.method == \"PUT\"", "a.rego:5: allow has one value by one rule and another by another"},
+		"an argument taken apart":      {"allow if f(input.parsed_path)\n\nf([\"users\", id]) if id == who\n\nwho := input.attributes.request.http.headers.user", "a.rego:5: f takes an argument apart"},
 		"an object that a call has a part in": {"allow := {\"allowed\": true, \"headers\": {\"x-who\": input.attributes.source.principal}}", "a.rego:3: allow is not always a constant"},
 		"an object without allowed":           {"allow := {\"http_status\": 200} if input.protocol == \"http\"", "a.rego:3: allow is not always a constant"},
 		"an object that allows by default":    {"default allow := {\"allowed\": true}", "a.rego:3: allow is true by default"},
@@ -92,6 +93,20 @@ func TestWhatHasACompiledForm(t *testing.T) {
 				"allow if input.attributes.source.principal in acl[input.attributes.destination.principal]",
 			[]func(*policy.Input){none},
 			[]func(*policy.Input){func(in *policy.Input) { in.Source = "spiffe://shop.test/eve" }},
+		},
+		"a path taken apart, and compared by way of a rule": {
+			"who := input.attributes.request.http.headers.user\n\nallow if {\n\t[\"users\", id] = input.parsed_path\n\tid == who\n}",
+			[]func(*policy.Input){func(in *policy.Input) { in.Path = "/users/ann"; header("ann")(in) }},
+			[]func(*policy.Input){func(in *policy.Input) { in.Path = "/users/ann"; header("eve")(in) }, func(in *policy.Input) { in.Path = "/users/ann" }},
+		},
+		"and by way of a function": {
+			"own(id) if id == input.attributes.request.http.headers.user\n\nsame(x) := x\n\nallow if {\n\t[_, id] = split(input.attributes.request.http.path, \"/\")\n\town(same(id))\n}",
+			[]func(*policy.Input){func(in *policy.Input) { in.Path = "/ann"; header("ann")(in) }},
+			[]func(*policy.Input){func(in *policy.Input) { in.Path = "/ann"; header("eve")(in) }, func(in *policy.Input) { in.Path = "/ann/ann"; header("ann")(in) }},
+		},
+		"headers by another name": {
+			"headers := input.attributes.request.http.headers\n\nallow if startswith(headers.user, \"an\")",
+			[]func(*policy.Input){header("ann")}, []func(*policy.Input){none, header("eve"), func(in *policy.Input) { in.Protocol = policy.TCP }},
 		},
 		"a path taken apart": {
 			"allow if {\n\tinput.parsed_path = [\"users\", id, \"posts\"]\n\tinput.attributes.request.http.headers.user == id\n}",

@@ -95,6 +95,11 @@ func exactRule(rule *ast.Rule) (found error) {
 	if rule.Else != nil {
 		return notNative(rule.Loc(), "%s has an else", rule.Head.Name)
 	}
+	for _, arg := range rule.Head.Args {
+		if _, isVar := arg.Value.(ast.Var); !isVar && !arg.IsGround() { // see guard.go
+			return notNative(rule.Loc(), "%s takes an argument apart", rule.Head.Name)
+		}
+	}
 	ast.WalkExprs(rule, func(e *ast.Expr) bool {
 		if len(e.With) > 0 && found == nil {
 			found = notNative(e.Loc(), `"with" replaces what is asked`)

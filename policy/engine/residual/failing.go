@@ -335,6 +335,9 @@ func (in *inference) data(ref ast.Ref) kinds {
 	if !depends {
 		return isKnown
 	}
+	if place, ok := placeOfInput(rules, ref); ok {
+		return kindOfInput(place)
+	}
 	path := pathOf(rules[0])
 	for _, rule := range rules[1:] {
 		if pathOf(rule) != path {
@@ -356,6 +359,22 @@ func (in *inference) data(ref ast.Ref) kinds {
 		return 0
 	}
 	return isOther
+}
+
+// placeOfInput is the part of the input that ref stands for, where it names a rule
+// that does nothing but name one: headers := input.attributes.request.http.headers.
+func placeOfInput(rules []*ast.Rule, ref ast.Ref) (ast.Ref, bool) {
+	whole := ast.MustParseRef(pathOf(rules[0]))
+	if len(rules) > 1 || rules[0].Default || len(rules[0].Head.Args) > 0 || len(rules[0].Body) != 1 || !ref.HasPrefix(whole) {
+		return nil, false
+	}
+	e := rules[0].Body[0]
+	terms, ok := e.Terms.([]*ast.Term)
+	if !ok || len(terms) != 3 || e.Negated || len(e.With) > 0 || !e.IsEquality() || !terms[1].Equal(rules[0].Head.Value) {
+		return nil, false
+	}
+	place, ok := terms[2].Value.(ast.Ref)
+	return append(place.Copy(), ref[len(whole):]...), ok && place.HasPrefix(ast.InputRootRef) && place.IsGround()
 }
 
 // kindOfInput is what the part of the input that ref names is, whatever the call.

@@ -10,8 +10,19 @@ package residual
 // holds where there is no header. So each variable whose place is taken behind a
 // negation, in a closure or in a function gets a condition of its own: that it
 // has a value.
+//
+// And a variable that gets its value from an array taken apart loses what it is
+// compared with by way of a rule or a function:
+//
+//	["customers", id] = input.parsed_path
+//	id == customer
+//
+// leaves nothing of the second line (OPA 1.22). So such a variable gets its value
+// from a reference of its own, id = input.parsed_path[1], and the array names none.
 
 import (
+	"fmt"
+
 	"github.com/open-policy-agent/opa/v1/ast"
 )
 
@@ -27,6 +38,8 @@ var Guard = ast.CompilerStageDefinition{Name: "guard variables", MetricName: "gu
 }}
 
 func guardModules(c *ast.Compiler) {
+	names := 0
+	guarded := func(b ast.Body) ast.Body { return withValues(byReference(b, &names)) }
 	for _, m := range c.Modules {
 		visitor := ast.NewGenericVisitor(func(x any) bool {
 			switch x := x.(type) {
@@ -49,7 +62,59 @@ func guardModules(c *ast.Compiler) {
 	}
 }
 
-func guarded(body ast.Body) ast.Body {
+// byReference has the arrays that body takes apart name no variables.
+func byReference(body ast.Body, names *int) (out ast.Body) {
+	for _, e := range body {
+		array, of, ok := takesApart(e)
+		if !ok {
+			out.Append(e)
+			continue
+		}
+		shape := make([]*ast.Term, array.Len())
+		var values []*ast.Expr
+		for i := range shape {
+			shape[i] = array.Elem(i)
+			if v, isVar := shape[i].Value.(ast.Var); isVar && !v.IsWildcard() {
+				*names++
+				shape[i] = ast.VarTerm(fmt.Sprintf("__merlon%d__", *names))
+				values = append(values, ast.Equality.Expr(array.Elem(i), elementOf(of, i)).SetLocation(e.Loc()))
+			}
+		}
+		out.Append(ast.Equality.Expr(ast.ArrayTerm(shape...), of).SetLocation(e.Loc()))
+		for _, value := range values {
+			out.Append(value)
+		}
+	}
+	return out
+}
+
+// takesApart takes e as array = of, where of is a reference or a variable.
+func takesApart(e *ast.Expr) (array *ast.Array, of *ast.Term, ok bool) {
+	terms, isCall := e.Terms.([]*ast.Term)
+	if !isCall || e.Negated || len(terms) != 3 || !e.IsEquality() && !e.IsAssignment() {
+		return nil, nil, false
+	}
+	for _, pair := range [][2]*ast.Term{{terms[1], terms[2]}, {terms[2], terms[1]}} {
+		if array, ok = pair[0].Value.(*ast.Array); !ok || array.IsGround() {
+			continue
+		}
+		switch pair[1].Value.(type) {
+		case ast.Ref, ast.Var:
+			return array, pair[1], true
+		}
+	}
+	return nil, nil, false
+}
+
+func elementOf(list *ast.Term, i int) *ast.Term {
+	at := ast.InternedTerm(i)
+	if ref, ok := list.Value.(ast.Ref); ok {
+		return ast.NewTerm(ref.Append(at))
+	}
+	return ast.NewTerm(ast.Ref{list, at})
+}
+
+func withValues(body ast.Body) ast.Body {
 	var out ast.Body
 	seen := ast.NewVarSet()
 	for _, e := range body {

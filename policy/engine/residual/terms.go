@@ -29,6 +29,8 @@ func (v meaning) defined() program.Expr {
 		return program.Expr{Op: program.Listed, List: *v.list}
 	case v.count != nil:
 		return program.Expr{Op: program.Listed, List: *v.count}
+	case v.object: // is there with the request
+		return program.Expr{Op: program.Defined, A: program.Operand{Field: program.Method}}
 	}
 	return boolean(v.constant != nil)
 }
@@ -85,6 +87,11 @@ func (t *translator) ref(ref ast.Ref, s scope) (meaning, error) {
 	}
 	if field, ok := fieldsOfInput[ref.String()]; ok {
 		return meaning{text: &program.Operand{Field: field}}, nil
+	}
+	switch ref.String() {
+	case "input.attributes.request", "input.attributes.request.http", "input.attributes.request.http.headers",
+		"input.attributes.request.http.headers_all", "input.parsed_query":
+		return meaning{object: true}, nil
 	}
 	if v, ok := listOfInput(ref); ok {
 		return v, nil

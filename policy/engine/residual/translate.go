@@ -65,13 +65,15 @@ func (s scope) with(v ast.Var, is meaning) scope {
 	return scope{bound, s.depth}
 }
 
-// meaning is what a term stands for: a text, a list of texts, their number, or a
-// constant that is no text.
+// meaning is what a term stands for: a text, a list of texts, their number, a
+// constant that is no text, or an object of the request, of which it is only asked
+// whether it is there.
 type meaning struct {
 	text     *program.Operand
 	list     *program.List
 	count    *program.List
 	constant ast.Value
+	object   bool
 }
 
 // body is all of b's expressions. One that walks through a list takes in those
