@@ -20,6 +20,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
 )
 
@@ -59,7 +60,7 @@ func interleaved(b *testing.B, count int, raw, full func()) {
 // BenchmarkSign: a gRPC batch of 100 with registry check, lint, audit, client
 // and sync, against the check of as many CSRs and crypto/x509's certificates.
 func BenchmarkSign(b *testing.B) {
-	c := startCA(b, tempDir(b))
+	c := startCA(b, tempDir(b), unbounded)
 	a := c.agent("n1")
 	req := &capb.SignRequest{}
 	for i := range batchSize {
@@ -115,6 +116,9 @@ func rawSigner(b *testing.B) func(csr []byte) {
 	}
 }
 
+// unbounded is for one agent that asks for as much as the CA can sign.
+func unbounded(cfg *ca.Config) { cfg.AgentIssueRate = 1_000_000 }
+
 // BenchmarkSignJWT: JWT-SVIDs through the whole CA, client and audit included,
 // against as many ES256 signatures: 64 calls at a time for one each, and calls for
 // 100. The authority alone: internal/authority BenchmarkIssueJWT.
@@ -125,7 +129,7 @@ func BenchmarkSignJWT(b *testing.B) {
 }
 
 func benchmarkSignJWT(b *testing.B, calls, items int) {
-	c := startCA(b, tempDir(b))
+	c := startCA(b, tempDir(b), unbounded)
 	a := c.agent("n1")
 	req := &capb.SignJWTRequest{}
 	for i := range items {
@@ -168,7 +172,7 @@ func signJWTs(b *testing.B, a *testClient, req *capb.SignJWTRequest) error {
 // the store, in the audit log twice (that it begins, and its outcome) and in the
 // picture before its answer.
 func BenchmarkCreateEntry(b *testing.B) {
-	c := startCA(b, tempDir(b))
+	c := startCA(b, tempDir(b), unbounded)
 	const callers = 64
 	runtime.GC()
 	begin := cpuTime(b)

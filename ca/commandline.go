@@ -67,6 +67,7 @@ var usage = map[string]string{ //nolint:gosec // says what settings are; holds n
 	"x509_svid_ttl":          "life of X509-SVIDs whose entry does not say (default 1h)",
 	"jwt_svid_ttl":           "life of JWT-SVIDs whose entry does not say (default 5m)",
 	"jwt_algorithm":          "ES256 or RS256: what JWT keys made from now on sign with (default ES256)",
+	"agent_issue_rate":       "how many SVIDs a second an agent gets, beside one for each 20 of its entries (default 100)",
 	"jwt_max_audiences":      "how many audiences one JWT-SVID may have (default 1)",
 	"agent_svid_ttl":         "life of the agents' X509-SVIDs (default 1h)",
 	"agent_recovery":         "how long after it was issued an agent comes back by its X509-SVID, also after its end (default 24h, the most)",

@@ -36,6 +36,11 @@ const (
 	DefaultX509SVIDTTL   = time.Hour
 	DefaultJWTSVIDTTL    = 5 * time.Minute
 	DefaultAgentSVIDTTL  = time.Hour
+	// DefaultAgentIssueRate is more than the workloads of a node use. A thief who uses
+	// all of it fills some 4 GB of the audit log in a day.
+	DefaultAgentIssueRate = 100
+	minAgentIssueRate     = 10 // a minute's worth has room for the largest call
+	maxAgentIssueRate     = 1_000_000
 	// DefaultJWTMaxAudiences is what the standard advises.
 	DefaultJWTMaxAudiences = 1
 	DefaultJWTKeyTTL       = 30 * 24 * time.Hour
@@ -224,6 +229,10 @@ type Config struct {
 	// most 8.
 	JWTMaxAudiences int `yaml:"jwt_max_audiences"`
 
+	// AgentIssueRate is how many SVIDs a second one agent gets from this CA, and one
+	// more for each 20 of its entries; a minute's worth of that at once. Default: 100.
+	AgentIssueRate int `yaml:"agent_issue_rate"`
+
 	// AgentSVIDTTL is how long an agent's own X509-SVID lives. Default: 1h; at
 	// most 24h.
 	AgentSVIDTTL time.Duration `yaml:"agent_svid_ttl"`
@@ -307,7 +316,7 @@ func Keys() []string {
 		"upstream", "upstream_root_file", "upstream_address", "upstream_cert_file", "upstream_key_file",
 		"upstream_provisioner", "upstream_password_file", "upstream_config_file",
 		"address", "https_address", "health_address", "admin_socket", "admin_uids", "dns_names",
-		"x509_svid_ttl", "jwt_svid_ttl", "jwt_algorithm", "jwt_max_audiences", "agent_svid_ttl", "agent_recovery",
+		"x509_svid_ttl", "jwt_svid_ttl", "jwt_algorithm", "jwt_max_audiences", "agent_issue_rate", "agent_svid_ttl", "agent_recovery",
 		"root_ttl", "intermediate_ttl", "jwt_key_ttl", "trust_refresh_hint", "development",
 		"log_level", "log_format",
 	}
@@ -338,6 +347,8 @@ func (c *Config) Set(key, text string) error {
 		c.AuditMaxMiB, err = strconv.Atoi(text)
 	case "jwt_max_audiences":
 		c.JWTMaxAudiences, err = strconv.Atoi(text)
+	case "agent_issue_rate":
+		c.AgentIssueRate, err = strconv.Atoi(text)
 	case "etcd_endpoints":
 		c.EtcdEndpoints = splitList(text)
 	case "admin_uids":
@@ -482,6 +493,9 @@ func (c Config) NewLogger(w io.Writer) (*slog.Logger, error) {
 }
 
 func (c Config) checkTTLs() error {
+	if n := c.AgentIssueRate; n < minAgentIssueRate || n > maxAgentIssueRate {
+		return fmt.Errorf("agent_issue_rate: %d is not between %d and %d SVIDs a second", n, minAgentIssueRate, maxAgentIssueRate)
+	}
 	if n := c.JWTMaxAudiences; n < 1 || n > authority.MaxJWTAudiences {
 		return fmt.Errorf("jwt_max_audiences: %d is not between 1 and %d", n, authority.MaxJWTAudiences)
 	}
@@ -555,6 +569,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.AuditMaxMiB == 0 {
 		c.AuditMaxMiB = DefaultAuditMaxMiB
+	}
+	if c.AgentIssueRate == 0 {
+		c.AgentIssueRate = DefaultAgentIssueRate
 	}
 	if c.JWTMaxAudiences == 0 {
 		c.JWTMaxAudiences = DefaultJWTMaxAudiences

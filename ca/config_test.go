@@ -36,6 +36,7 @@ func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 		"root, usual hint":  {"trust_domain: a.test\nroot_ttl: 49m59s\n", "root_ttl: "},
 		"JWT key and hint":  {"trust_domain: a.test\njwt_key_ttl: 49m59s\n", "make jwt_key_ttl at least 50m0s"},
 		"JWT algorithm":     {"trust_domain: a.test\njwt_algorithm: HS256\n", "jwt_algorithm: "},
+		"too small a share": {"trust_domain: a.test\nagent_issue_rate: 9\n", "agent_issue_rate: "},
 		"nine audiences":    {"trust_domain: a.test\njwt_max_audiences: 9\n", "jwt_max_audiences: "},
 		"log level":         {"trust_domain: a.test\nlog_level: loud\n", "log_level: "},
 		"log format":        {"trust_domain: a.test\nlog_format: xml\n", "log_format: "},
@@ -152,7 +153,7 @@ func TestEverySettingHasAFlag(t *testing.T) {
 		if err := c.Set(key, map[string]string{
 			"development": "true", "admin_uids": "1", "x509_svid_ttl": "1h", "jwt_svid_ttl": "1m", "agent_svid_ttl": "1h", "disk_reserve_mib": "1",
 			"root_ttl": "1h", "intermediate_ttl": "1h", "jwt_key_ttl": "1h", "trust_refresh_hint": "1m",
-			"audit_max_age": "48h", "audit_max_mib": "100", "jwt_max_audiences": "1", "agent_recovery": "1h",
+			"audit_max_age": "48h", "audit_max_mib": "100", "jwt_max_audiences": "1", "agent_issue_rate": "200", "agent_recovery": "1h",
 		}[key]); err != nil {
 			t.Errorf("Set(%s): %v", key, err)
 		}

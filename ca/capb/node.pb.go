@@ -43,6 +43,9 @@ const (
 	// The nested CA was evicted for good: it serves nobody any more
 	// (PERMISSION_DENIED). No other refusal says that.
 	Refusal_REFUSAL_CA_EVICTED Refusal = 5
+	// It has had its share of SVIDs for now (RESOURCE_EXHAUSTED to Sign, SignJWT and
+	// Renew): a google.rpc.RetryInfo says when there are more. Nothing was signed.
+	Refusal_REFUSAL_ISSUE_QUOTA Refusal = 6
 )
 
 // Enum value maps for Refusal.
@@ -54,6 +57,7 @@ var (
 		3: "REFUSAL_SVID_REVOKED",
 		4: "REFUSAL_AGENT_UNKNOWN",
 		5: "REFUSAL_CA_EVICTED",
+		6: "REFUSAL_ISSUE_QUOTA",
 	}
 	Refusal_value = map[string]int32{
 		"REFUSAL_UNSPECIFIED":   0,
@@ -62,6 +66,7 @@ var (
 		"REFUSAL_SVID_REVOKED":  3,
 		"REFUSAL_AGENT_UNKNOWN": 4,
 		"REFUSAL_CA_EVICTED":    5,
+		"REFUSAL_ISSUE_QUOTA":   6,
 	}
 )
 
@@ -2406,14 +2411,15 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x04note\x18\a \x01(\tR\x04note\x12!\n" +
 	"\fagent_handle\x18\b \x01(\x04R\vagentHandle\x12\x14\n" +
 	"\x05realm\x18\t \x01(\rR\x05realmB\t\n" +
-	"\asubject*\xa4\x01\n" +
+	"\asubject*\xbd\x01\n" +
 	"\aRefusal\x12\x17\n" +
 	"\x13REFUSAL_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14REFUSAL_AGENT_BANNED\x10\x01\x12\x19\n" +
 	"\x15REFUSAL_AGENT_EVICTED\x10\x02\x12\x18\n" +
 	"\x14REFUSAL_SVID_REVOKED\x10\x03\x12\x19\n" +
 	"\x15REFUSAL_AGENT_UNKNOWN\x10\x04\x12\x16\n" +
-	"\x12REFUSAL_CA_EVICTED\x10\x05*u\n" +
+	"\x12REFUSAL_CA_EVICTED\x10\x05\x12\x17\n" +
+	"\x13REFUSAL_ISSUE_QUOTA\x10\x06*u\n" +
 	"\vKeyDelivery\x12\x1c\n" +
 	"\x18KEY_DELIVERY_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12KEY_DELIVERY_AGENT\x10\x01\x12\x19\n" +

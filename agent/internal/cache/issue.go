@@ -19,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -488,6 +489,17 @@ func (c *Cache) settle(ctx context.Context, w want, made *SVID, err error) {
 	c.turn(sl)
 }
 
+// toldToWait is how long the CA asks to be left alone, as it does with an agent that
+// has had its share of SVIDs; 0: it says nothing of that.
+func toldToWait(err error) time.Duration {
+	for _, d := range status.Convert(err).Details() {
+		if info, ok := d.(*errdetails.RetryInfo); ok {
+			return info.GetRetryDelay().AsDuration()
+		}
+	}
+	return 0
+}
+
 // failed plans the next try. c.mu is held.
 func (c *Cache) failed(ctx context.Context, sl *slot, err error) {
 	c.metrics.issued.WithLabelValues("error").Inc()
@@ -495,7 +507,7 @@ func (c *Cache) failed(ctx context.Context, sl *slot, err error) {
 	if sl.failures > 0 {
 		level = slog.LevelDebug // said already
 	}
-	wait := min(firstRetry<<min(sl.failures, 10), lastRetry)
+	wait := min(max(firstRetry<<min(sl.failures, 10), toldToWait(err)), lastRetry)
 	wait = wait/2 + time.Duration(mathrand.Int64N(int64(wait))) //nolint:gosec // jitter
 	sl.failures++
 	sl.nextTry = time.Now().Add(wait)

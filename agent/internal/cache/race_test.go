@@ -4,10 +4,15 @@
 package cache
 
 import (
+	"fmt"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"merlon.dev/ca/capb"
@@ -34,6 +39,35 @@ func TestNothingIsSaidBeforeTheFirstListingIsComplete(t *testing.T) {
 		f.apply(&capb.SyncResponse{Entries: []*capb.Entry{newEntry("e1", "/first", "unix:uid:1")}})
 		if v := take(t, s, proved...); paths(v) != "/first /second" {
 			t.Errorf("SVIDs = %q after the listing; want /first /second", paths(v))
+		}
+	})
+}
+
+// A CA that says when to ask again is not asked sooner than half of that, though
+// never forgotten.
+func TestCAThatAsksToBeLeftAloneIs(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		st, err := status.New(codes.ResourceExhausted, "a share is used up").WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(time.Hour)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.ca.set(func(c *signer) { c.err = fmt.Errorf("sign: %w", st.Err()) })
+		f.sync(newEntry("e1", "/a", "unix:uid:1"))
+		s := f.Subscribe()
+		defer s.Close()
+		s.View(proves("unix:uid:1"), true)
+		asked := func() (n int) {
+			f.ca.set(func(c *signer) { n = len(c.requests) })
+			return n
+		}
+		time.Sleep(lastRetry/2 - time.Second)
+		if n := asked(); n != 1 {
+			t.Errorf("asked %d times at first; want once", n)
+		}
+		f.ca.set(func(c *signer) { c.err = nil })
+		time.Sleep(2 * lastRetry)
+		if v := s.View(proves("unix:uid:1"), true); paths(v) != "/a" {
+			t.Errorf("SVIDs = %q when there are more; want /a", paths(v))
 		}
 	})
 }

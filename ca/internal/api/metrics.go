@@ -18,6 +18,7 @@ type metrics struct {
 	listings    prometheus.Counter
 	pushed      prometheus.Counter
 	cloned      prometheus.Counter
+	quota       prometheus.Counter
 }
 
 // count counts what is sent to an agent.
@@ -51,11 +52,14 @@ func newMetrics(to prometheus.Registerer, reg *registry.Registry, keys *authorit
 		cloned: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "merlon_ca_cloned_agents_total", Help: "Agents that were evicted because a copy of their X509-SVID was shown.",
 		}),
+		quota: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "merlon_agent_issue_quota_refusals_total", Help: "Calls of agents that were refused because the agent had had its share of SVIDs.",
+		}),
 		pushed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "merlon_sync_pushed_entries_total", Help: "Registration entries sent to agents, and removals of entries.",
 		}),
 	}
-	to.MustRegister(m.issued, m.attestation, m.refused, m.unrecorded, m.rollback, m.listings, m.pushed, m.cloned)
+	to.MustRegister(m.issued, m.attestation, m.refused, m.unrecorded, m.rollback, m.listings, m.pushed, m.cloned, m.quota)
 	to.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
 		Name: "merlon_ca_forgotten_keys_total", Help: "Public keys that were forgotten before their SVIDs ended, for want of room: their use by another identity would not be noticed.",
 	}, func() float64 { return float64(keys.Forgotten()) }))

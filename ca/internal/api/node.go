@@ -42,6 +42,9 @@ func (s *Service) Renew(ctx context.Context, req *capb.RenewRequest) (*capb.Rene
 	if err != nil {
 		return nil, err
 	}
+	if err := s.affordsOwn(ctx, caller, time.Now()); err != nil {
+		return nil, err
+	}
 	ca := s.opts.Keys.X509()
 	leaf, err := s.signAgent(ctx, ca, g.Agent, g.Revision, key, audit.Renew, func(leaf *authority.Leaf) error {
 		return s.renewed(ctx, caller, issuedTo(leaf, key))
@@ -153,8 +156,12 @@ func (s *Service) Sign(ctx context.Context, req *capb.SignRequest) (*capb.SignRe
 	if err != nil {
 		return nil, err
 	}
+	now := time.Now()
+	if err := s.affords(ctx, caller, &g, len(ids), "sign", now); err != nil {
+		return nil, err
+	}
 	ca := s.opts.Keys.X509()
-	batch := signing{service: s, caller: caller, grounds: g, ca: ca, authorityID: ca.ID(), now: time.Now()}
+	batch := signing{service: s, caller: caller, grounds: g, ca: ca, authorityID: ca.ID(), now: now}
 	resp := &capb.SignResponse{Results: make([]*capb.SignResult, len(ids))}
 	for i, item := range req.GetItems() {
 		resp.Results[i] = batch.sign(ctx, item, g.Entries[i])

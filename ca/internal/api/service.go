@@ -119,6 +119,8 @@ type Options struct {
 	AgentRecovery time.Duration
 	// JWTMaxAudiences is how many audiences one JWT-SVID may have.
 	JWTMaxAudiences int
+	// IssueRate is how many SVIDs a second an agent without entries may have.
+	IssueRate int
 	// JWTKeyTTL is how long the JWT key of a new replica lives.
 	JWTKeyTTL time.Duration
 }
@@ -139,6 +141,8 @@ type Service struct {
 	calls    calls
 	// shares bounds whose refusals are written down.
 	shares *shares
+	// quota bounds what is issued to whom.
+	quota *quota
 	// unread bounds what is on its way to whom.
 	unread *unread
 	// proving is held by who reads the whole log.
@@ -170,6 +174,7 @@ func New(o Options) *Service {
 		keys:        keys,
 		calls:       newCalls(),
 		shares:      newShares(),
+		quota:       newQuota(o.IssueRate),
 		unread:      newUnread(),
 		takeTimeout: takeTimeout,
 		proving:     make(chan struct{}, 1),

@@ -44,7 +44,11 @@ func (s *Service) SignJWT(ctx context.Context, req *capb.SignJWTRequest) (*capb.
 	if err != nil {
 		return nil, err
 	}
-	batch := signingJWT{service: s, caller: caller, grounds: g, key: key, now: time.Now()}
+	now := time.Now()
+	if err := s.affords(ctx, caller, &g, len(ids), "sign JWT", now); err != nil {
+		return nil, err
+	}
+	batch := signingJWT{service: s, caller: caller, grounds: g, key: key, now: now}
 	resp := &capb.SignJWTResponse{Results: make([]*capb.SignJWTResult, len(ids))}
 	for i, item := range req.GetItems() {
 		resp.Results[i] = batch.sign(ctx, item, g.Entries[i])

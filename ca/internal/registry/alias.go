@@ -55,6 +55,15 @@ func (g *Grounds) Concerns(e *entry.Entry, now time.Time) bool {
 	return entry.IsAlias(e.ParentID) && g.pic.standsFor(e.ParentID, g.Agent, now)
 }
 
+// Count is how many entries concern the node of the agent, which must be there. It
+// goes over all of them.
+func (g *Grounds) Count() (n int) {
+	for range g.pic.entries.below(append(g.pic.aliases(g.Agent.ID), g.Agent.ID)...) {
+		n++
+	}
+	return n
+}
+
 // realias sees to it that the streams whose nodes have other aliases in pic hear
 // of what that gives and takes. r.mu is held, and pic is published.
 func (r *Registry) realias(pic *picture, c change) {

@@ -134,8 +134,11 @@ func TestAliasThatAppearsAndGoesIsPushed(t *testing.T) {
 			t.Errorf("Concerns(%s) = %v; want %v", e.SPIFFEID, got, want)
 		}
 	}
-	if g := b.r.Grounds(&svid.Peer{ID: nodeB}, web.ID); g.Concerns(g.Entries[0], time.Now()) {
-		t.Error("another node may have SVIDs for an entry below the alias")
+	if g := b.r.Grounds(&svid.Peer{ID: nodeB}, web.ID); g.Concerns(g.Entries[0], time.Now()) || g.Count() != 0 {
+		t.Errorf("another node may have SVIDs for an entry below the alias, or has %d entries", g.Count())
+	}
+	if g := b.r.Grounds(peer); g.Count() != 2 {
+		t.Errorf("%d entries concern the node; want the two below its alias", g.Count())
 	}
 
 	// It is made by two entries now; one of them is not enough to take it away.
