@@ -300,6 +300,15 @@ func TestNoEntryIsPermissionDeniedOnlyInSync(t *testing.T) {
 	n := start(t, newConfig(t, ca))
 	_, err := n.x509Stream(t).Recv()
 	wantError(t, err, codes.PermissionDenied, "NO_MATCHING_ENTRY")
+	cc, ctx := conn(t, n.socket)
+	for call, err := range everyRPC(ctx, cc) {
+		if status.Code(err) != codes.PermissionDenied {
+			t.Errorf("%s = %v; want PermissionDenied", call, err)
+		}
+	}
+	// Nor is anything judged for it.
+	_, err = workload.NewSpiffeWorkloadAPIClient(cc).ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{Audience: "a", Svid: "a.b.c"})
+	wantError(t, err, codes.PermissionDenied, "NO_MATCHING_ENTRY")
 
 	ca.Stop()
 	eventually(t, "the agent notices", func() bool {

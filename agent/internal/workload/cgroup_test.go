@@ -67,6 +67,8 @@ func TestUnitAndContainer(t *testing.T) {
 		"docker in docker":      {in: "0::/docker/" + id1 + "/docker/" + id2 + "\n", fails: true},
 		"a scope in a scope":    {in: "0::/system.slice/docker-" + id1 + ".scope/x/" + id2 + "\n", unit: "docker-" + id1 + ".scope", fails: true},
 		"two containers":        {in: "3:pids:/docker/" + id1 + "\n2:cpu:/docker/" + id2 + "\n", fails: true},
+		"a user's own group":    {in: "0::/user.slice/docker-" + id1 + ".scope\n", unit: "docker-" + id1 + ".scope"},
+		"a user's own slice":    {in: "0::/user.slice/user-1000.slice/cri-containerd-" + id1 + ".scope\n", unit: "cri-containerd-" + id1 + ".scope"},
 		"a short ID":            {in: "0::/docker/" + id1[:12] + "\n"},
 
 		"burstable by systemd": {

@@ -53,9 +53,11 @@ func actWorkload(socket string) error {
 		switch line := lines.Text(); {
 		case strings.HasPrefix(line, "exec "):
 			return syscall.Exec(strings.TrimPrefix(line, "exec "), []string{"other", "100"}, nil)
-		case line == "drop":
-			_ = syscall.Setresgid(4242, 4242, 4242)
+		case line == "drop user":
 			_ = syscall.Setresuid(4242, 4242, 4242)
+			fmt.Println("dropped")
+		case line == "drop group":
+			_ = syscall.Setresgid(4242, 4242, 4242)
 			fmt.Println("dropped")
 		default:
 			return nil
@@ -319,13 +321,15 @@ func TestChangeOfUserAfterConnectIsRefused(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
-	a, p := newAttestor(t), startPeer(t, self(t))
-	p.tell(t, "drop")
-	if _, err := p.out.ReadString('\n'); err != nil {
-		t.Fatal(err)
-	}
-	if got, err := a.Attest(t.Context(), p.peer, 0); !errors.Is(err, ErrChanged) {
-		t.Errorf("Attest() = %v, %v; want ErrChanged", got, err)
+	for _, what := range []string{"user", "group"} {
+		a, p := newAttestor(t), startPeer(t, self(t))
+		p.tell(t, "drop "+what)
+		if _, err := p.out.ReadString('\n'); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := a.Attest(t.Context(), p.peer, 0); !errors.Is(err, ErrChanged) {
+			t.Errorf("Attest() = %v, %v after a change of the %s; want ErrChanged", got, err, what)
+		}
 	}
 }
 

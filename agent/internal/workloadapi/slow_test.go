@@ -36,7 +36,13 @@ var td = spiffeid.RequireTrustDomainFromString("example.test")
 // returns the picture that feeds it.
 func serve(t *testing.T, patience time.Duration) (*cache.Cache, string) {
 	t.Helper()
-	c := cache.New(cache.Options{TrustDomain: td, Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry()})
+	return serveBy(t, nil, patience)
+}
+
+// serveBy is serve with a CA.
+func serveBy(t *testing.T, ca cache.Authority, patience time.Duration) (*cache.Cache, string) {
+	t.Helper()
+	c := cache.New(cache.Options{TrustDomain: td, Authority: ca, Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry()})
 	attestor, err := attested.New()
 	if err != nil {
 		t.Fatal(err)

@@ -169,6 +169,28 @@ func TestIssuanceRestsOnAPictureWithoutRevocation(t *testing.T) {
 	}
 }
 
+// An entry issues to its own agent until its end, and to nobody at or after it.
+func TestEntryIssuesUntilItsEndAndToItsAgent(t *testing.T) {
+	s, agent := newService(t)
+	g := s.registry.Grounds(peerOf(t, agent.ID.String(), agent.Handle, agent.Revision))
+	now := time.Now()
+	other := spiffeid.RequireFromPath(td, "/agent/n2")
+	for name, tt := range map[string]struct {
+		e    *entry.Entry
+		want codes.Code
+	}{
+		"without an end":    {&entry.Entry{ParentID: agent.ID}, codes.OK},
+		"before its end":    {&entry.Entry{ParentID: agent.ID, ExpiresAt: now.Add(1)}, codes.OK},
+		"at its end":        {&entry.Entry{ParentID: agent.ID, ExpiresAt: now}, codes.PermissionDenied},
+		"below another":     {&entry.Entry{ParentID: other}, codes.PermissionDenied},
+		"that is not there": {nil, codes.PermissionDenied},
+	} {
+		if err := mayIssue(tt.e, &g, now); status.Code(err) != tt.want {
+			t.Errorf("an entry %s: %v; want %s", name, err, tt.want)
+		}
+	}
+}
+
 func TestOnlyRootOwnUserAndConfiguredUIDsAdminister(t *testing.T) {
 	s, _ := newService(t)
 	s.opts.UIDs = map[uint32]role.Role{4242: {Name: role.Viewer}, 0: {Name: role.Viewer}}
