@@ -213,7 +213,7 @@ func (e *Engine) decide(ctx context.Context, in *policy.Input) (policy.Decision,
 }
 
 func (e *Engine) decideByOPA(ctx context.Context, in *policy.Input) (policy.Decision, answer) {
-	d, a := e.decideAt(ctx, in, e.now())
+	d, a := e.decideAt(ctx, in, e.now(), e.limit)
 	e.count(a.dryRun)
 	if d.Reason == policy.Error && a.err != nil {
 		e.log.LogAttrs(ctx, slog.LevelWarn, "policy evaluation failed", slog.String("decision_id", d.DecisionID.String()),
@@ -223,7 +223,7 @@ func (e *Engine) decideByOPA(ctx context.Context, in *policy.Input) (policy.Deci
 }
 
 // decideAt is the decision at now: what stands before any policy, and then OPA's.
-func (e *Engine) decideAt(ctx context.Context, in *policy.Input, now time.Time) (policy.Decision, answer) {
+func (e *Engine) decideAt(ctx context.Context, in *policy.Input, now time.Time, limit time.Duration) (policy.Decision, answer) {
 	d := policy.Decision{DecisionID: policy.NewDecisionID(), Revision: e.generation}
 	if in == nil || in.Source == "" {
 		d.Reason = policy.NoIdentity
@@ -239,7 +239,7 @@ func (e *Engine) decideAt(ctx context.Context, in *policy.Input, now time.Time) 
 			return d, answer{err: err}
 		}
 	}
-	a := e.evaluate(ctx, in, now, e.limit, &d)
+	a := e.evaluate(ctx, in, now, limit, &d)
 	if a.err != nil {
 		d.Allow, d.Reason, d.RuleID, d.Response = false, policy.Error, "", nil
 	}

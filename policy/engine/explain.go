@@ -53,7 +53,7 @@ func (e *Engine) Explain(ctx context.Context, in *policy.Input, how How) Explana
 		}
 	}
 	var a answer
-	x.Decision, a = e.decideAt(ctx, in, now)
+	x.Decision, a = e.decideAt(ctx, in, now, e.limit)
 	x.Details = e.sentences(ctx, x.Decision, a, in, now)
 	for _, id := range a.dryRun {
 		x.Details = append(x.Details, fmt.Sprintf("dry-run grant %s would %s the call; it decides nothing", id, e.effect(id)))
