@@ -88,11 +88,28 @@ type Decision struct {
 	// Response is what the policy wants sent with the decision; nil for nothing. It
 	// is shared, and must not be changed.
 	Response *Response
+	// DryRun has the IDs of the dry-run grants that match and, enforced, would have
+	// decided otherwise, sorted. It is recorded, and decides nothing.
+	DryRun []string
 }
 
 // Deny is a denial for reason r with a fresh decision ID.
 func Deny(r Reason) Decision {
 	return Decision{Reason: r, DecisionID: NewDecisionID()}
+}
+
+// Differing are those of the matching dry-run grants, by their effect, that would
+// have changed a decision for reason, had all of them been enforced: deny wins.
+func Differing(reason Reason, allows, denies []string) []string {
+	switch reason {
+	case Allowed:
+		return denies
+	case NoGrant, MethodNotGranted, PathNotGranted:
+		if len(denies) == 0 {
+			return allows
+		}
+	}
+	return nil
 }
 
 // Hint says in a few words what the reader of a denial can do next.

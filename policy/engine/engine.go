@@ -60,7 +60,7 @@ type Engine struct {
 	notAfter   time.Time
 	leaves     index
 	ownRego    bool // there are modules beside Module, which may read all input
-	dryRun     map[string]*atomic.Uint64
+	dryRun     map[string]*dryRun
 	programs   programs
 	kept       *kept.Cache // nil where unsteady says why
 	unsteady   error
@@ -85,14 +85,14 @@ func New(ctx context.Context, src Source) (*Engine, error) {
 	}
 	e := &Engine{
 		grants: grants, generation: src.Generation, notAfter: src.NotAfter,
-		ownRego: hasOwnRego(src.Modules), dryRun: map[string]*atomic.Uint64{}, log: src.Logger, now: time.Now, limit: EvaluationLimit,
+		ownRego: hasOwnRego(src.Modules), dryRun: map[string]*dryRun{}, log: src.Logger, now: time.Now, limit: EvaluationLimit,
 	}
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
 	}
 	for i := range grants {
 		if grants[i].Mode == grant.DryRun {
-			e.dryRun[grants[i].ID] = new(atomic.Uint64)
+			e.dryRun[grants[i].ID] = &dryRun{denies: grants[i].Effect == grant.Deny}
 		}
 	}
 	if e.leaves, err = newIndex(data); err != nil {
@@ -164,7 +164,7 @@ func (e *Engine) Destinations() []string {
 func (e *Engine) DryRun() map[string]uint64 {
 	counts := make(map[string]uint64, len(e.dryRun))
 	for id, n := range e.dryRun {
-		counts[id] = n.Load()
+		counts[id] = n.matched.Load()
 	}
 	return counts
 }
@@ -174,13 +174,15 @@ func (e *Engine) DryRun() map[string]uint64 {
 // else by OPA, which takes at most EvaluationLimit, or as long as ctx allows if that
 // is less. All give the same answer.
 func (e *Engine) Authorize(ctx context.Context, in *policy.Input) policy.Decision {
-	d, _ := e.decide(ctx, in)
+	d, a := e.decide(ctx, in)
+	d.DryRun = e.differing(d.Reason, a.dryRun)
 	return d
 }
 
 // AuthorizeByOPA decides the call in by OPA, whatever else could.
 func (e *Engine) AuthorizeByOPA(ctx context.Context, in *policy.Input) policy.Decision {
-	d, _ := e.decideByOPA(ctx, in)
+	d, a := e.decideByOPA(ctx, in)
+	d.DryRun = e.differing(d.Reason, a.dryRun)
 	return d
 }
 
@@ -250,9 +252,29 @@ func (e *Engine) decideAt(ctx context.Context, in *policy.Input, now time.Time, 
 func (e *Engine) count(dryRun []string) {
 	for _, id := range dryRun {
 		if n := e.dryRun[id]; n != nil {
-			n.Add(1)
+			n.matched.Add(1)
 		}
 	}
+}
+
+// dryRun is one dry-run grant.
+type dryRun struct {
+	denies  bool
+	matched atomic.Uint64
+}
+
+// differing are those of the matching dry-run grants that would have decided
+// otherwise than for reason.
+func (e *Engine) differing(reason policy.Reason, matching []string) []string {
+	var allows, denies []string
+	for _, id := range matching {
+		if g := e.dryRun[id]; g != nil && g.denies {
+			denies = append(denies, id)
+		} else {
+			allows = append(allows, id)
+		}
+	}
+	return policy.Differing(reason, allows, denies)
 }
 
 // evaluate fills d from the policy's answer, which may take as long as limit.

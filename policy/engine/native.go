@@ -86,6 +86,8 @@ func (e *Engine) answers(ctx context.Context, c *ast.Compiler, src *program.Sour
 func nativeGrant(g *grant.Grant) program.Grant {
 	n := program.Grant{ID: g.ID, Kind: program.Allow, Protocol: g.Protocol(), From: g.From}
 	switch {
+	case g.Mode == grant.DryRun && g.Effect == grant.Deny:
+		n.Kind = program.DryRunDeny
 	case g.Mode == grant.DryRun:
 		n.Kind = program.DryRun
 	case g.Effect == grant.Deny:

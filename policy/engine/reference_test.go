@@ -138,8 +138,19 @@ func compare(t *rapid.T, e *Engine, other func(*policy.Input) string, grants []g
 	if err != nil {
 		t.Fatal(err)
 	}
-	if v := p.Decide(in, instant); v.Allow() != want.Allow || v.Reason != want.Reason || v.RuleID != want.GrantID || !slices.Equal(v.DryRun, want.DryRun) {
+	v := p.Decide(in, instant)
+	if v.Allow() != want.Allow || v.Reason != want.Reason || v.RuleID != want.GrantID || !slices.Equal(v.DryRun, want.DryRun) {
 		t.Fatalf("%+v:\nprogram   %+v\nreference %+v", *in, v, want)
+	}
+	// A dry-run grant differs if the reference decides otherwise with it, and all
+	// others in dry run, enforced.
+	enforced := slices.Clone(grants)
+	for i := range enforced {
+		enforced[i].Mode = ""
+	}
+	differs := reference(enforced, in).Allow != want.Allow
+	if byOPA := e.differing(d.Reason, a.dryRun); differs != (len(v.Differing) > 0) || !slices.Equal(byOPA, v.Differing) {
+		t.Fatalf("%+v:\nprogram %q and engine %q differ; with dry-run grants enforced it is another decision: %v", *in, v.Differing, byOPA, differs)
 	}
 	inOrder := fmt.Sprintf("%v %s %q %v", want.Allow, want.Reason, want.GrantID, append([]string{}, want.DryRun...))
 	if got := other(in); got != inOrder {

@@ -62,7 +62,7 @@ func newIndex(grants []Grant) (*index, error) {
 	for i := range grants {
 		g := &grants[i]
 		n := protocolNumber(g.Protocol)
-		if n < 0 || g.Kind < Deny || g.Kind > DryRun {
+		if n < 0 || g.Kind < Deny || g.Kind > DryRunDeny {
 			return nil, fmt.Errorf("program: grant %q has kind %d and protocol %q", g.ID, g.Kind, g.Protocol)
 		}
 		room = appendTerms(room[:0], g)
@@ -243,35 +243,40 @@ func (f *found) nearest(c *call, at int64) policy.Reason {
 	}
 }
 
-// dryRun has the IDs of the matching dry-run grants, sorted.
-func (f *found) dryRun(c *call, at int64) (ids []string) {
+// dryRun has the IDs of the matching dry-run grants by effect, sorted.
+func (f *found) dryRun(c *call, at int64) (allows, denies []string) {
 	for i := 0; ; i++ {
 		s := f.at(i)
 		if s.n == 0 {
 			break
 		}
 		rules := f.rules(s)
-		for j := len(rules) - 1; j >= 0 && rules[j].kind == DryRun; j-- {
-			if rules[j].terms.match(c, at) {
-				ids = append(ids, rules[j].id)
+		for j := len(rules) - 1; j >= 0 && rules[j].kind >= DryRun; j-- {
+			switch r := &rules[j]; {
+			case !r.terms.match(c, at):
+			case r.kind == DryRun:
+				allows = append(allows, r.id)
+			default:
+				denies = append(denies, r.id)
 			}
 		}
 	}
-	slices.Sort(ids)
-	return slices.Compact(ids)
+	slices.Sort(allows)
+	slices.Sort(denies)
+	return slices.Compact(allows), slices.Compact(denies)
 }
 
 // many finds the rules of one pattern by path, where they are many.
 type many struct {
-	ends   [DryRun + 1]int // of each kind's rules, which begin where those of the kind before end
-	byPath [DryRun + 1]map[string][]int
-	others [DryRun + 1][]int // those that do not name single paths only
+	ends   [DryRunDeny + 1]int // of each kind's rules, which begin where those of the kind before end
+	byPath [DryRunDeny + 1]map[string][]int
+	others [DryRunDeny + 1][]int // those that do not name single paths only
 }
 
 func newMany(rules []rule) (m many) {
 	for i := range rules {
 		r := &rules[i]
-		for k := r.kind; k <= DryRun; k++ {
+		for k := r.kind; k <= DryRunDeny; k++ {
 			m.ends[k] = i + 1
 		}
 		if r.terms.anyPath || r.terms.patterns != nil {

@@ -35,7 +35,7 @@ var anyPath = rapid.Custom(func(t *rapid.T) Path {
 
 var anyGrant = rapid.Custom(func(t *rapid.T) Grant {
 	return Grant{
-		Kind:     rapid.SampledFrom([]Kind{Deny, Allow, DryRun}).Draw(t, "kind"),
+		Kind:     rapid.SampledFrom([]Kind{Deny, Allow, DryRun, DryRunDeny}).Draw(t, "kind"),
 		Protocol: rapid.SampledFrom([]policy.Protocol{policy.HTTP, policy.GRPC, policy.TCP}).Draw(t, "protocol"),
 		From:     some(t, anyText, "from"), Methods: some(t, anyText, "methods"), Paths: some(t, anyPath, "paths"),
 		Expires: rapid.SampledFrom([]int64{0, 1, -1, math.MaxInt64, math.MinInt64}).Draw(t, "expires"),

@@ -8,6 +8,7 @@ package program
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"merlon.dev/policy"
@@ -39,7 +40,9 @@ type Kind uint8
 const (
 	Deny Kind = iota + 1
 	Allow
-	DryRun // is recorded, and decides nothing
+	// Both are recorded, and decide nothing.
+	DryRun
+	DryRunDeny
 )
 
 // Grant is a grant as far as it matters for one destination. A nil list means
@@ -122,8 +125,9 @@ type Verdict struct {
 	Reason policy.Reason
 	// RuleID is the grant that decided, or "rego:allow" or "rego:deny".
 	RuleID string
-	// DryRun has the IDs of the dry-run grants that match, sorted.
-	DryRun []string
+	// DryRun has the IDs of the dry-run grants that match, sorted, and Differing of
+	// these the ones that would have decided otherwise.
+	DryRun, Differing []string
 	// Response is what to send beside it; nil for nothing. It is shared.
 	Response *policy.Response
 }
@@ -153,13 +157,23 @@ func (p *Program) Decide(in *policy.Input, now time.Time) Verdict {
 	return p.decide(in, now)
 }
 
-func (p *Program) decide(in *policy.Input, now time.Time) (v Verdict) {
+func (p *Program) decide(in *policy.Input, now time.Time) Verdict {
 	c := callOf(in)
 	found := found{in: p.grants}
 	found.lookup(in.Source, in.Protocol)
-	at, elements := now.UnixNano(), elements{}
-	v.DryRun = found.dryRun(&c, at)
-	if g := found.first(Deny, &c, at); g != nil {
+	at := now.UnixNano()
+	v := p.enforced(in, &found, &c, at)
+	if allows, denies := found.dryRun(&c, at); allows != nil || denies != nil {
+		v.DryRun = slices.Sorted(slices.Values(slices.Concat(allows, denies)))
+		v.Differing = policy.Differing(v.Reason, allows, denies)
+	}
+	return v
+}
+
+// enforced is what all decides that is not in dry run.
+func (p *Program) enforced(in *policy.Input, found *found, c *call, at int64) (v Verdict) {
+	elements := elements{}
+	if g := found.first(Deny, c, at); g != nil {
 		v.Reason, v.RuleID = policy.DenyRule, g.id
 		return v
 	}
@@ -167,7 +181,7 @@ func (p *Program) decide(in *policy.Input, now time.Time) (v Verdict) {
 		v.Reason, v.RuleID = policy.DenyRule, "rego:deny"
 		return v
 	}
-	if g := found.first(Allow, &c, at); g != nil {
+	if g := found.first(Allow, c, at); g != nil {
 		v.Reason, v.RuleID, v.Response = policy.Allowed, g.id, p.response(true, in, &elements)
 		return v
 	}
@@ -175,6 +189,6 @@ func (p *Program) decide(in *policy.Input, now time.Time) (v Verdict) {
 		v.Reason, v.RuleID, v.Response = policy.Allowed, "rego:allow", p.response(true, in, &elements)
 		return v
 	}
-	v.Reason, v.Response = found.nearest(&c, at), p.response(false, in, &elements)
+	v.Reason, v.Response = found.nearest(c, at), p.response(false, in, &elements)
 	return v
 }
