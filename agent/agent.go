@@ -35,6 +35,7 @@ import (
 	"merlon.dev/agent/internal/workload"
 	"merlon.dev/agent/internal/workloadapi"
 	"merlon.dev/ca/capb"
+	"merlon.dev/policy/decisionlog"
 	"merlon.dev/sdk/health"
 	"merlon.dev/sdk/seal"
 	"merlon.dev/sdk/svid"
@@ -73,8 +74,12 @@ type Agent struct {
 	api      *workloadapi.Server
 	sds      *sds.Server
 	health   *health.Server
-	manager  *systemd.Manager // nil: none
-	ready    chan struct{}
+	https    *http.Client // to the CA, as the agent
+	// decisions are counted always, and written down where the settings say so.
+	decisions   *decisionlog.Recorder
+	decisionLog *decisionlog.Writer
+	manager     *systemd.Manager // nil: none
+	ready       chan struct{}
 
 	mu            sync.Mutex
 	healthAddress string // guarded by mu
@@ -105,7 +110,11 @@ func New(cfg Config) (*Agent, error) {
 	if err := a.openCache(); err != nil {
 		return nil, err
 	}
+	a.https = a.httpsClient()
 	if err := a.openPolicy(); err != nil {
+		return nil, err
+	}
+	if err := a.openDecisionLog(); err != nil {
 		return nil, err
 	}
 	if a.attestor, err = workload.New(); err != nil {
@@ -158,22 +167,27 @@ func (a *Agent) openCache() error {
 func (a *Agent) openPolicy() (err error) {
 	a.policy, err = policyfeed.New(context.Background(), policyfeed.Config{
 		Name: a.cfg.PolicyBundle, TrustDomain: a.td.Name(), DataDir: a.dir,
-		URLs: a.policyURLs,
-		HTTP: &http.Client{
-			Transport: &http.Transport{
-				TLSClientConfig:     a.client.TLS(a.cache, "h2", "http/1.1").Client(),
-				DialContext:         (&net.Dialer{Timeout: svid.HandshakeTimeout}).DialContext,
-				TLSHandshakeTimeout: svid.HandshakeTimeout,
-				ForceAttemptHTTP2:   true,
-				// A replica that is gone without a word is left for another.
-				HTTP2:           &http.HTTP2Config{SendPingTimeout: 5 * time.Second, PingTimeout: 3 * time.Second},
-				IdleConnTimeout: 30 * time.Second, // a new SVID is soon in use here too
-			},
-		},
+		URLs:     func() []string { return a.httpsURLs("/v1/policy/bundles/" + a.cfg.PolicyBundle) },
+		HTTP:     a.https,
 		OnChange: func() { a.client.AckAgain() },
 		Logger:   a.log, Registerer: a.health.Registry(),
 	})
 	return err
+}
+
+// httpsClient calls the CA's HTTPS port as the agent.
+func (a *Agent) httpsClient() *http.Client {
+	return &http.Client{
+		Transport: &http.Transport{
+			TLSClientConfig:     a.client.TLS(a.cache, "h2", "http/1.1").Client(),
+			DialContext:         (&net.Dialer{Timeout: svid.HandshakeTimeout}).DialContext,
+			TLSHandshakeTimeout: svid.HandshakeTimeout,
+			ForceAttemptHTTP2:   true,
+			// A replica that is gone without a word is left for another.
+			HTTP2:           &http.HTTP2Config{SendPingTimeout: 5 * time.Second, PingTimeout: 3 * time.Second},
+			IdleConnTimeout: 30 * time.Second, // a new SVID is soon in use here too
+		},
+	}
 }
 
 // openKubelet lets the attestor ask the kubelet, where there is one.
@@ -187,12 +201,12 @@ func (a *Agent) openKubelet() (err error) {
 	return err
 }
 
-// policyURLs are where the policy bundle is: first at the replica that the
-// agent follows, because it is the one that announced it.
-func (a *Agent) policyURLs() []string {
+// httpsURLs are where the CA has path: first at the replica that the agent follows,
+// because it is the one that announces policy bundles.
+func (a *Agent) httpsURLs(path string) []string {
 	urls := make([]string, 0, len(a.cfg.CAHTTPSAddress))
 	for _, host := range a.cfg.CAHTTPSAddress {
-		urls = append(urls, (&url.URL{Scheme: "https", Host: host, Path: "/v1/policy/bundles/" + a.cfg.PolicyBundle}).String())
+		urls = append(urls, (&url.URL{Scheme: "https", Host: host, Path: path}).String())
 	}
 	if i := slices.Index(a.cfg.CAAddress, a.client.Address()); i > 0 && i < len(urls) {
 		urls[0], urls[i] = urls[i], urls[0]
@@ -205,7 +219,7 @@ func (a *Agent) buildServices() {
 	a.api = workloadapi.New(callers, a.td, a.log)
 	a.sds = sds.New(callers, a.td, a.log)
 	a.local = local.New(local.Options{
-		Callers: callers, Engine: a.policy.Active, EngineOf: a.policy.Of, ExplainHeaders: a.cfg.ExplainHeaders, PolicyChanged: a.policy.Changed, AgentID: a.client.ID,
+		Callers: callers, Engine: a.policy.Active, EngineOf: a.policy.Of, ExplainHeaders: a.cfg.ExplainHeaders, Decisions: a.decisions, PolicyChanged: a.policy.Changed, AgentID: a.client.ID,
 		RevocationMaxAge: a.cfg.RevocationMaxAge, DenyStale: a.cfg.OnStale == onDeny, Status: a.status,
 		Logger: a.log, Registerer: a.health.Registry(),
 	})
@@ -238,6 +252,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		return err
 	}
 	defer passed.Close()
+	defer a.writeDecisions(ctx)()
 	group, ctx := errgroup.WithContext(ctx)
 	defer context.AfterFunc(ctx, a.manager.Stopping)()
 	// The sockets first: workloads may start before the CA answers.

@@ -127,6 +127,38 @@ type Config struct {
 	// x-request-id. List here what the policy reads, unless it is a secret.
 	ExplainHeaders []string `yaml:"explain_headers"`
 
+	// DecisionLogFile is where decisions are written down, one event of OPA's
+	// decision log a line: an absolute path, or "stdout". Empty means nowhere.
+	DecisionLogFile string `yaml:"decision_log_file"`
+
+	// DecisionLogMaxMiB is how large the file becomes, and DecisionLogKeep how many
+	// older ones are kept beside it, as FILE.1 and so on. Zero means 64, and 4.
+	DecisionLogMaxMiB int `yaml:"decision_log_max_mib"`
+	DecisionLogKeep   int `yaml:"decision_log_keep"`
+
+	// DecisionLogGzip packs what is written to the file.
+	DecisionLogGzip bool `yaml:"decision_log_gzip"`
+
+	// DecisionLogUpload sends the same events in OPA's form to an https URL, or with
+	// "ca" to the CA, as this agent. Empty means not at all.
+	DecisionLogUpload string `yaml:"decision_log_upload"`
+
+	// DecisionLogCAFile holds the certificates, in PEM, that the URL's must chain to,
+	// and DecisionLogTokenFile a bearer token for it, read for each upload. Empty
+	// means those that the system trusts, and none.
+	DecisionLogCAFile    string `yaml:"decision_log_ca_file"`
+	DecisionLogTokenFile string `yaml:"decision_log_token_file"`
+
+	// DecisionLogHeaders and DecisionLogQuery name the request headers, in lower
+	// case, and the parameters of queries that the log shows. All others never appear
+	// in it. Empty means none.
+	DecisionLogHeaders []string `yaml:"decision_log_headers"`
+	DecisionLogQuery   []string `yaml:"decision_log_query"`
+
+	// DecisionMetrics says how decisions are counted on the health port: by "reason",
+	// or by "row", which is source, destination, rule and reason. Empty means reason.
+	DecisionMetrics string `yaml:"decision_metrics"`
+
 	// KubeletAddress is the HTTPS port of this node's kubelet, as host:port; its
 	// certificate must be for that host. The kubelet says whose container is
 	// whose, for selectors such as k8s:ns and k8s:pod-label. Empty means not to
@@ -219,6 +251,13 @@ func (c Config) withDefaults() Config {
 	set(&c.HealthAddress, DefaultHealthAddress)
 	set(&c.PolicyBundle, DefaultPolicyBundle)
 	set(&c.OnStale, onKeep)
+	set(&c.DecisionMetrics, byReason)
+	if c.DecisionLogMaxMiB == 0 {
+		c.DecisionLogMaxMiB = defaultDecisionLogMiB
+	}
+	if c.DecisionLogKeep == 0 {
+		c.DecisionLogKeep = defaultDecisionLogKeep
+	}
 	set(&c.CacheKeys, keysSealed)
 	set(&c.NodeAttestor, byJoinToken)
 	if c.KubeletAddress != "" {
@@ -334,10 +373,11 @@ func (c Config) checkChoices() error {
 	if strings.ContainsAny(c.PolicyBundle, "/?#%") || c.PolicyBundle == "." || c.PolicyBundle == ".." {
 		return &InvalidError{Field: "policy_bundle", Reason: fmt.Sprintf("%q is not the name of a policy bundle", c.PolicyBundle)}
 	}
-	for _, name := range c.ExplainHeaders {
-		if name == "" || name != strings.ToLower(name) || strings.ContainsAny(name, " \t*,;=") {
-			return &InvalidError{Field: "explain_headers", Reason: fmt.Sprintf("%q is not the name of a header in lower case", name)}
-		}
+	if err := checkHeaderNames("explain_headers", c.ExplainHeaders); err != nil {
+		return err
+	}
+	if err := c.checkDecisionLog(); err != nil {
+		return err
 	}
 	if _, err := c.logger(); err != nil {
 		return err

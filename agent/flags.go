@@ -65,11 +65,49 @@ var settings = []setting{
 	{key: "on_stale", usage: "keep or deny: what happens to calls then (default keep)", set: text(func(c *Config) *string { return &c.OnStale })},
 	{key: "policy_bundle", usage: "`name` of the policy bundle (default " + DefaultPolicyBundle + ")", set: text(func(c *Config) *string { return &c.PolicyBundle })},
 	{key: "explain_headers", usage: "`names`, separated by commas, of request headers whose values merlon explain decision may show (default content-type,user-agent,x-request-id)", set: setExplainHeaders},
+	{key: "decision_log_file", usage: "`file` for the log of decisions, or stdout (default: nowhere)", set: text(func(c *Config) *string { return &c.DecisionLogFile })},
+	{key: "decision_log_max_mib", usage: "`MiB` that the file becomes before another is begun (default 64)", set: number(func(c *Config) *int { return &c.DecisionLogMaxMiB })},
+	{key: "decision_log_keep", usage: "`number` of older files that are kept (default 4)", set: number(func(c *Config) *int { return &c.DecisionLogKeep })},
+	{key: "decision_log_gzip", usage: "true or false: whether the file is packed (default false)", set: setDecisionLogGzip},
+	{key: "decision_log_upload", usage: "https `URL` that takes OPA's decision log, or ca for the CA (default: not at all)", set: text(func(c *Config) *string { return &c.DecisionLogUpload })},
+	{key: "decision_log_ca_file", usage: "`file` with the CA of that URL's certificate, in PEM (default: the system's)", set: text(func(c *Config) *string { return &c.DecisionLogCAFile })},
+	{key: "decision_log_token_file", usage: "`file` with a bearer token for that URL", set: text(func(c *Config) *string { return &c.DecisionLogTokenFile })},
+	{key: "decision_log_headers", usage: "`names`, separated by commas, of request headers that the log shows (default: none)", set: list(func(c *Config) *[]string { return &c.DecisionLogHeaders })},
+	{key: "decision_log_query", usage: "`names`, separated by commas, of query parameters that the log shows (default: none)", set: list(func(c *Config) *[]string { return &c.DecisionLogQuery })},
+	{key: "decision_metrics", usage: "reason or row: what decisions are counted by on the health port (default reason)", set: text(func(c *Config) *string { return &c.DecisionMetrics })},
 	{key: "kubelet_address", usage: "the HTTPS port of this node's kubelet, as `host:port`, to ask for pods (default: not at all)", set: text(func(c *Config) *string { return &c.KubeletAddress })},
 	{key: "kubelet_token_file", usage: "`file` with the bearer token for it (default: the service account's)", set: text(func(c *Config) *string { return &c.KubeletTokenFile })},
 	{key: "kubelet_ca_file", usage: "`file` with the CA of its certificate, in PEM (default: the service account's)", set: text(func(c *Config) *string { return &c.KubeletCAFile })},
 	{key: "log_level", usage: "debug, info, warn or error (default info)", set: text(func(c *Config) *string { return &c.LogLevel })},
 	{key: "log_format", usage: "text or json (default text)", set: text(func(c *Config) *string { return &c.LogFormat })},
+}
+
+func number(field func(*Config) *int) func(*Config, string) error {
+	return func(c *Config, v string) (err error) {
+		if *field(c), err = strconv.Atoi(v); err != nil {
+			return fmt.Errorf("%q is not a number", v)
+		}
+		return nil
+	}
+}
+
+func list(field func(*Config) *[]string) func(*Config, string) error {
+	return func(c *Config, v string) error {
+		*field(c) = nil
+		for part := range strings.SplitSeq(v, ",") {
+			if part = strings.TrimSpace(part); part != "" {
+				*field(c) = append(*field(c), part)
+			}
+		}
+		return nil
+	}
+}
+
+func setDecisionLogGzip(c *Config, value string) (err error) {
+	if c.DecisionLogGzip, err = strconv.ParseBool(value); err != nil {
+		return fmt.Errorf("%q is neither true nor false", value)
+	}
+	return nil
 }
 
 func setAdminUIDs(c *Config, value string) error {

@@ -45,14 +45,15 @@ func (id *Identity) decideKept(ctx context.Context, a *answers, in *policy.Input
 		if v, ok := a.kept.Find(in, now.UnixNano()); ok {
 			d := policy.Decision{
 				Allow: v.Allow(), Reason: v.Reason, RuleID: v.RuleID, Response: v.Response, DecisionID: policy.NewDecisionID(), Revision: a.generation,
+				DryRun: v.Differing,
 			}
-			id.report.note(id, in, d, now)
+			id.note(in, &d, now)
 			return d
 		}
 	}
 	d := id.askAgent(ctx, in)
 	if d.Revision == a.generation && ofPolicy(d.Reason) {
-		a.kept.Put(in, program.Verdict{Reason: d.Reason, RuleID: d.RuleID, Response: d.Response}, now.UnixNano(), time.Now().UnixNano())
+		a.kept.Put(in, program.Verdict{Reason: d.Reason, RuleID: d.RuleID, Response: d.Response, Differing: d.DryRun}, now.UnixNano(), time.Now().UnixNano())
 	}
 	return d
 }

@@ -50,6 +50,20 @@ func asking(t *testing.T, ends ...int64) (*Identity, *scripted) {
 	return id, script
 }
 
+// A kept decision is recorded like one that the agent makes, with what a dry-run
+// grant would have changed.
+func TestKeptDryRunDifferencesAreReported(t *testing.T) {
+	id, agent := asking(t)
+	agent.answer.DryRun = []string{"tried"}
+	for range 20 {
+		id.Authorize(t.Context(), web("/"))
+	}
+	records := id.report.message().GetRecords()
+	if agent.asked != 1 || len(records) != 19 || records[18].GetDecision().GetDryRun()[0] != "tried" {
+		t.Errorf("asked %d times, %d differences reported; want 1 and the other 19", agent.asked, len(records))
+	}
+}
+
 func TestAnswersAreKept(t *testing.T) {
 	id, agent := asking(t)
 	first := id.Authorize(t.Context(), web("/"))
@@ -57,8 +71,8 @@ func TestAnswersAreKept(t *testing.T) {
 	if agent.asked != 1 || !again.Allow || again.RuleID != "r" || again.Revision != 7 || again.DecisionID == first.DecisionID {
 		t.Errorf("asked %d times: %+v and %+v; want one question and two decisions", agent.asked, first, again)
 	}
-	if n := id.report.decided[0].Load(); n != 1 {
-		t.Errorf("%d decisions are reported; want that which the agent did not make", n)
+	if rows := id.report.Rows(); len(rows) != 1 || rows[0].N != 1 {
+		t.Errorf("reported are %v; want the decision that the agent did not make", rows)
 	}
 	in := web("/")
 	in.Headers = map[string][]string{"b": {"c"}}

@@ -61,10 +61,10 @@ func (id *Identity) logDenied(ctx context.Context, in *policy.Input, d policy.De
 
 func (id *Identity) authorize(ctx context.Context, in *policy.Input) policy.Decision {
 	if in.Source == "" {
-		return policy.Deny(policy.NoIdentity)
+		return id.refused(in, policy.NoIdentity)
 	}
 	if !transportable(in) {
-		return policy.Deny(policy.BadRequest)
+		return id.refused(in, policy.BadRequest)
 	}
 	if own := id.current.Load(); in.Destination == "" && own.svid != nil {
 		named := *in
@@ -92,11 +92,11 @@ func (id *Identity) askAgent(ctx context.Context, in *policy.Input) policy.Decis
 		}
 		switch status.Code(err) {
 		case codes.InvalidArgument:
-			return policy.Deny(policy.BadRequest)
+			return id.refused(in, policy.BadRequest)
 		case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled, codes.Unimplemented, codes.ResourceExhausted:
-			return policy.Deny(policy.AgentUnavailable)
+			return id.refused(in, policy.AgentUnavailable)
 		}
-		return policy.Deny(policy.Error)
+		return id.refused(in, policy.Error)
 	}
 	id.decisions.fine(ctx, id.log, "decisions available again")
 	return decisionOf(res.GetDecision())
@@ -110,6 +110,7 @@ func decisionOf(pb *agentpb.Decision) policy.Decision {
 		Reason:   policy.Reason(pb.GetReason()),
 		RuleID:   pb.GetRuleId(),
 		Revision: pb.GetPolicyGeneration(),
+		DryRun:   pb.GetDryRun(),
 	}
 	var err error
 	if d.DecisionID, err = policy.ParseDecisionID(pb.GetDecisionId()); err != nil {
@@ -229,7 +230,7 @@ func (id *Identity) decide(ctx context.Context, peer *svid.Peer, in *policy.Inpu
 	if reason == policy.Allowed {
 		return id.Authorize(ctx, in)
 	}
-	d := policy.Deny(reason)
+	d := id.refused(in, reason)
 	id.logDenied(ctx, in, d, err)
 	return d
 }
@@ -253,9 +254,9 @@ func (id *Identity) isRevoked(peer *svid.Peer) bool {
 // Refuse is the denial, for BAD_REQUEST, of a call that is too malformed to be
 // put to a policy. why is logged.
 func (id *Identity) Refuse(ctx context.Context, cs *tls.ConnectionState, in *policy.Input, why error) policy.Decision {
-	d := policy.Deny(policy.BadRequest)
 	peer, _ := id.Peer(cs)
 	id.fill(in, peer)
+	d := id.refused(in, policy.BadRequest)
 	id.logDenied(ctx, in, d, why)
 	return d
 }

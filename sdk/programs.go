@@ -110,9 +110,9 @@ func (id *Identity) decideHere(p *program.Program, in *policy.Input, now time.Ti
 		d.Reason, d.Revision = policy.StaleRevocations, 0
 	} else {
 		v := p.Decide(in, now)
-		d.Allow, d.Reason, d.RuleID, d.Response = v.Allow(), v.Reason, v.RuleID, v.Response
+		d.Allow, d.Reason, d.RuleID, d.Response, d.DryRun = v.Allow(), v.Reason, v.RuleID, v.Response, v.Differing
 	}
-	id.report.note(id, in, d, now)
+	id.note(in, &d, now)
 	return d
 }
 

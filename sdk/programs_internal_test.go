@@ -4,9 +4,12 @@ package sdk
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"google.golang.org/protobuf/proto"
 
 	"merlon.dev/agent/agentpb"
 	"merlon.dev/policy"
@@ -129,27 +132,119 @@ func TestReportHasAllDenialsAndSomeAllowed(t *testing.T) {
 		for range maxPending {
 			id.Authorize(t.Context(), denied)
 		}
-		m := id.report.take()
-		if m.Decided["ALLOWED"] != 1000 || m.Decided["NO_GRANT"] != maxPending || len(m.Records) != maxPending || m.Dropped != allowedPerSecond {
-			t.Errorf("decided %v, %d records, %d dropped", m.Decided, len(m.Records), m.Dropped)
+		m := id.report.message()
+		allowed, standFor := 0, uint64(0)
+		for _, rec := range m.GetRecords() {
+			if rec.GetDecision().GetAllow() {
+				allowed, standFor = allowed+1, standFor+rec.GetStandsFor()
+			}
 		}
-		if rec := m.Records[allowedPerSecond]; rec.GetInput().GetSource() != denied.Source || rec.GetInput().GetDestination() != ownID || rec.GetDecision().GetDecisionId() == "" {
+		if m.GetDecided()["ALLOWED"] != 1000 || m.GetDecided()["NO_GRANT"] != maxPending || len(m.GetRecords()) != maxPending || m.GetDropped() != uint64(allowed) {
+			t.Errorf("decided %v, %d records, %d dropped", m.GetDecided(), len(m.GetRecords()), m.GetDropped())
+		}
+		if allowed < 5 || allowed > 20 || standFor > 1000 || standFor < 500 {
+			t.Errorf("%d allowed calls stand for %d", allowed, standFor)
+		}
+		rec := m.GetRecords()[allowed]
+		if rec.GetInput().GetSource() != denied.Source || rec.GetInput().GetDestination() != ownID || rec.GetDecision().GetDecisionId() == "" || rec.GetStandsFor() != 1 {
 			t.Errorf("record %v", rec)
 		}
-		if again := id.report.take(); again != nil {
-			t.Errorf("told twice: %v", again)
+		if rows := m.GetRows(); len(rows) != 2 || rows[0].GetCount() != 1000 || rows[0].GetRuleId() != "all" || rows[1].GetSource() != denied.Source || rows[1].GetDestination() != ownID {
+			t.Errorf("rows %v", rows)
 		}
-		// What could not be sent is told the next time.
-		id.report.giveBack(m)
-		if again := id.report.take(); fmt.Sprint(again.Decided) != fmt.Sprint(m.Decided) || len(again.Records) != maxPending || again.Dropped != m.Dropped {
-			t.Errorf("given back: %v, %d records, %d dropped", again.Decided, len(again.Records), again.Dropped)
+		// What could not be sent is told again, as it was.
+		if again := id.report.message(); again != m {
+			t.Errorf("the next message is %v", again)
+		}
+		id.report.sent()
+		if again := id.report.message(); again != nil {
+			t.Errorf("told twice: %v", again)
 		}
 		time.Sleep(time.Second)
 		id.Authorize(t.Context(), web("/a"))
-		if m := id.report.take(); len(m.Records) != 1 {
-			t.Errorf("%d records of the next second", len(m.Records))
+		if m := id.report.message(); len(m.GetRecords()) != 1 || m.GetRows()[0].GetCount() != 1 || m.GetDropped() != 0 {
+			t.Errorf("of the next second: %v", m)
 		}
 	})
+}
+
+// Many decisions with long texts become several messages, each of which the agent
+// takes, and every decision is in one.
+func TestReportsAreBounded(t *testing.T) {
+	id := withProgram(t, 7)
+	long := strings.Repeat("x", 1900)
+	for i := range maxPending {
+		in := web("/" + long)
+		in.Source = fmt.Sprintf("spiffe://sdktest.test/%s/%d", long, i)
+		id.Authorize(t.Context(), in)
+	}
+	records, counted, messages := 0, uint64(0), 0
+	for m := id.report.message(); m != nil; m = id.report.message() {
+		if size := proto.Size(m); size > 1<<20 {
+			t.Fatalf("a message of %d bytes", size)
+		}
+		records, messages = records+len(m.GetRecords()), messages+1
+		for _, n := range m.GetDecided() {
+			counted += n
+		}
+		id.report.sent()
+	}
+	if records != maxPending || counted != maxPending || messages < 3 {
+		t.Errorf("%d records, %d counted in %d messages", records, counted, messages)
+	}
+}
+
+// Denials that stand before any policy are reported too, whatever the call's bytes.
+func TestDenialsBeforeAnyPolicyAreReported(t *testing.T) {
+	id := withProgram(t, 7)
+	bad := web("/\xff")
+	bad.Headers = map[string][]string{"x": {"\xff"}}
+	for _, in := range []*policy.Input{{Protocol: policy.HTTP, Path: "/"}, bad, nil} {
+		if d := id.Authorize(t.Context(), in); d.Allow {
+			t.Fatalf("%+v", d)
+		}
+	}
+	id.decide(t.Context(), nil, web("/a"))
+	m := id.report.message()
+	if _, err := proto.Marshal(m); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, rec := range m.GetRecords() {
+		got = append(got, rec.GetDecision().GetReason()+" "+strings.TrimPrefix(rec.GetInput().GetDestination(), "spiffe://sdktest.test"))
+	}
+	if want := "NO_IDENTITY /orders,BAD_REQUEST /orders,NO_IDENTITY /orders"; strings.Join(got, ",") != want {
+		t.Errorf("reported %q; want %s", got, want)
+	}
+}
+
+// What a dry-run grant would have changed is reported, whether the call was allowed
+// or not; a match that changes nothing is not.
+func TestDryRunDifferencesAreReported(t *testing.T) {
+	grant := func(id string, kind program.Kind, path string) program.Grant {
+		return program.Grant{ID: id, Kind: kind, Protocol: policy.HTTP, Paths: []program.Path{{Text: path}}}
+	}
+	id := bare()
+	id.generation.Store(7)
+	id.takePrograms(t.Context(), &agentpb.WatchPolicyResponse{PolicyGeneration: 7, Programs: []*agentpb.Program{{Destination: ownID, Encoded: program.Encode(&program.Source{
+		Destination: ownID, Generation: 7, Grants: []program.Grant{
+			grant("a", program.Allow, "/allowed"), grant("b", program.DryRunDeny, "/allowed"),
+			grant("c", program.DryRun, "/new"), grant("d", program.DryRun, "/allowed"),
+			grant("e", program.Allow, "/same"), grant("f", program.DryRun, "/same"),
+		},
+	})}}})
+	for range 30 {
+		for _, path := range []string{"/allowed", "/new", "/same"} {
+			id.Authorize(t.Context(), web(path))
+		}
+	}
+	got := map[string]int{}
+	for _, rec := range id.report.message().GetRecords() {
+		got[fmt.Sprint(rec.GetInput().GetPath(), " ", rec.GetDecision().GetAllow(), " ", rec.GetDecision().GetDryRun())]++
+	}
+	if got["/allowed true [b]"] != 30 || got["/new false [c]"] != 30 || got["/same true []"] > 20 || len(got) != 3 {
+		t.Errorf("reported %v", got)
+	}
 }
 
 // A decision, its record and its ID.

@@ -1,120 +1,114 @@
 // The record of the decisions that were made here. The agent keeps it, so that
-// `merlon explain decision` and its counters know them like its own.
+// `merlon explain decision`, its counters and its log know them like its own.
 
 package sdk
 
 import (
 	"context"
-	"slices"
-	"sync"
-	"sync/atomic"
+	"strings"
 	"time"
 
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"merlon.dev/agent/agentpb"
 	"merlon.dev/policy"
+	"merlon.dev/policy/decisionlog"
 )
 
 const (
 	// maxPending is how many records wait for the agent; further ones are counted.
 	maxPending = 512
-	// allowedPerSecond is how many calls that are allowed are recorded.
+	// allowedPerSecond is about how many calls that are allowed are recorded.
 	allowedPerSecond = 10
 	// reportPause is the least time between two messages, and reportEvery the
 	// longest in which counts are sent.
 	reportPause = 20 * time.Millisecond
 	reportEvery = 5 * time.Second
+	// reportBytes bounds the records of a message, and again its rows: the agent
+	// takes 1 MiB.
+	reportBytes = 384 << 10
 )
-
-var reasons = policy.Reasons()
 
 // report holds what the agent has not been told yet.
 type report struct {
-	decided [16]atomic.Uint64 // by place in reasons
-	second  atomic.Int64      // in which calls that were allowed are counted
-	sampled atomic.Int64      // of these
-
-	mu sync.Mutex
-	// guarded by mu
-	pending []*agentpb.DecisionRecord
-	dropped uint64
-	wake    chan struct{}
+	*decisionlog.Recorder
+	// What follows is the sender's alone. unsent is a message that was not
+	// delivered, and told how many drops it and those before it tell of.
+	unsent *agentpb.ReportRequest
+	done   func() // takes the counts of unsent
+	told   uint64
 }
 
-func newReport() *report { return &report{wake: make(chan struct{}, 1)} }
-
-// note takes a decision in. It never blocks; calls that are allowed cost two
-// atomic additions but for a few in each second.
-func (r *report) note(id *Identity, in *policy.Input, d policy.Decision, now time.Time) {
-	if i := slices.Index(reasons, d.Reason); i >= 0 {
-		r.decided[i].Add(1)
-	}
-	if d.Allow && !r.sample(now) {
-		return
-	}
-	rec := &agentpb.DecisionRecord{
-		Decision: &agentpb.Decision{
-			Allow: d.Allow, Reason: string(d.Reason), RuleId: d.RuleID, DecisionId: d.DecisionID.String(), PolicyGeneration: d.Revision,
-		},
-		Input: authorizeRequest(in, id.current.Load()), DecidedAt: timestamppb.New(now),
-	}
-	r.mu.Lock()
-	if len(r.pending) < maxPending {
-		r.pending = append(r.pending, rec)
-	} else if !d.Allow {
-		r.dropped++
-	}
-	r.mu.Unlock()
-	select {
-	case r.wake <- struct{}{}:
-	default:
-	}
+func newReport() *report {
+	return &report{Recorder: decisionlog.NewRecorder(decisionlog.Options{Records: maxPending, AllowsPerSecond: allowedPerSecond})}
 }
 
-// sample says whether one more allowed call of this second is recorded.
-func (r *report) sample(now time.Time) bool {
-	if s := now.Unix(); r.second.Load() != s {
-		r.second.Store(s)
-		r.sampled.Store(0)
+// note takes in a decision that the agent does not know. It never blocks.
+func (id *Identity) note(in *policy.Input, d *policy.Decision, now time.Time) {
+	if own := id.current.Load(); in.Destination == "" && own.svid != nil {
+		named := *in
+		named.Destination = own.svid.ID.String()
+		in = &named
 	}
-	return r.sampled.Load() < allowedPerSecond && r.sampled.Add(1) <= allowedPerSecond
+	id.report.Record(in, d, now)
 }
 
-// take empties r into a message; nil where there is nothing to tell.
-func (r *report) take() *agentpb.ReportRequest {
+// refused is the denial of in for a reason that stands before any policy.
+func (id *Identity) refused(in *policy.Input, reason policy.Reason) policy.Decision {
+	d := policy.Deny(reason)
+	id.note(in, &d, time.Now())
+	return d
+}
+
+// message is what there is to tell; nil for nothing. It comes again until sent is
+// called.
+func (r *report) message() *agentpb.ReportRequest {
+	if r.unsent != nil {
+		return r.unsent
+	}
 	m := &agentpb.ReportRequest{Decided: map[string]uint64{}}
-	for i := range reasons {
-		if n := r.decided[i].Swap(0); n > 0 {
-			m.Decided[string(reasons[i])] = n
+	for size := 0; size < reportBytes; {
+		if n := r.Take(1, func(rec *decisionlog.Record) { m.Records = append(m.Records, recordOf(rec)) }); n == 0 {
+			break
 		}
+		size += proto.Size(m.GetRecords()[len(m.GetRecords())-1])
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	m.Records, r.pending = r.pending, nil
-	m.Dropped, r.dropped = r.dropped, 0
-	if len(m.Records) == 0 && len(m.Decided) == 0 && m.Dropped == 0 {
+	rows, done := r.TakeCounts(reportBytes)
+	for _, c := range rows {
+		m.Rows = append(m.Rows, &agentpb.DecisionCount{
+			Source: text(c.Source), Destination: text(c.Destination), RuleId: text(c.RuleID), Reason: string(c.Reason), Count: c.N,
+		})
+		m.Decided[string(c.Reason)] += c.N
+	}
+	dropped := r.Dropped()
+	m.Dropped, r.told = dropped-r.told, dropped
+	if len(m.GetRecords()) == 0 && len(rows) == 0 && m.GetDropped() == 0 {
 		return nil
 	}
+	r.unsent, r.done = m, done
 	return m
 }
 
-// giveBack takes in again what could not be sent; records as far as there is room.
-func (r *report) giveBack(m *agentpb.ReportRequest) {
-	for i, reason := range reasons {
-		r.decided[i].Add(m.GetDecided()[string(reason)])
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.dropped += m.GetDropped()
-	for _, rec := range m.GetRecords() {
-		if len(r.pending) < maxPending {
-			r.pending = append(r.pending, rec)
-		} else if !rec.GetDecision().GetAllow() {
-			r.dropped++
-		}
+func (r *report) sent() {
+	r.done()
+	r.unsent, r.done = nil, nil
+}
+
+func recordOf(rec *decisionlog.Record) *agentpb.DecisionRecord {
+	d := rec.Decision()
+	return &agentpb.DecisionRecord{
+		Decision: &agentpb.Decision{
+			Allow: d.Allow, Reason: string(d.Reason), RuleId: text(d.RuleID), DecisionId: d.DecisionID.String(),
+			PolicyGeneration: d.Revision, DryRun: d.DryRun,
+		},
+		Input: authorizeRequest(rec.Input(), &current{}), DecidedAt: timestamppb.New(rec.At()),
+		StandsFor: rec.StandsFor(), Incomplete: rec.Incomplete().Names(),
 	}
 }
+
+// text is s as a message can carry it.
+func text(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
 
 // sendReports is one stream to the agent.
 func (id *Identity) sendReports(ctx context.Context, progress func()) error {
@@ -131,17 +125,19 @@ func (id *Identity) sendReports(ctx context.Context, progress func()) error {
 	every := time.NewTicker(reportEvery)
 	defer every.Stop()
 	for {
-		select {
-		case <-id.report.wake:
-		case <-every.C:
-		case err := <-ended:
-			return err
+		if id.report.unsent == nil && !id.report.Waiting() {
+			select {
+			case <-id.report.Woken():
+			case <-every.C:
+			case err := <-ended:
+				return err
+			}
 		}
-		if m := id.report.take(); m != nil {
+		if m := id.report.message(); m != nil {
 			if err := stream.Send(m); err != nil { // io.EOF: the reason comes as the answer
-				id.report.giveBack(m)
 				return <-ended
 			}
+			id.report.sent()
 			progress()
 		}
 		if !sleep(ctx, reportPause) {

@@ -259,7 +259,9 @@ type Decision struct {
 	// Generation of the policy bundle that decided; 0 for none.
 	PolicyGeneration uint64 `protobuf:"varint,5,opt,name=policy_generation,json=policyGeneration,proto3" json:"policy_generation,omitempty"`
 	// What the policy wants sent with it; unset for nothing, and in records.
-	Response      *Response `protobuf:"bytes,6,opt,name=response,proto3" json:"response,omitempty"`
+	Response *Response `protobuf:"bytes,6,opt,name=response,proto3" json:"response,omitempty"`
+	// The dry-run grants that would have decided otherwise.
+	DryRun        []string `protobuf:"bytes,7,rep,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -332,6 +334,13 @@ func (x *Decision) GetPolicyGeneration() uint64 {
 func (x *Decision) GetResponse() *Response {
 	if x != nil {
 		return x.Response
+	}
+	return nil
+}
+
+func (x *Decision) GetDryRun() []string {
+	if x != nil {
+		return x.DryRun
 	}
 	return nil
 }
@@ -1119,17 +1128,22 @@ func (x *Keep) GetEnds() []int64 {
 
 type ReportRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// All denials and some of the calls that were allowed.
+	// All denials, all decisions that a dry-run grant would have changed, and some of
+	// the other calls that were allowed.
 	Records []*DecisionRecord `protobuf:"bytes,1,rep,name=records,proto3" json:"records,omitempty"`
 	// How many calls were decided since the last message, by reason.
 	Decided map[string]uint64 `protobuf:"bytes,2,rep,name=decided,proto3" json:"decided,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
-	// How many denials of those are not among the records of any message.
+	// How many denials and dry-run differences of those are not among the records of
+	// any message.
 	Dropped uint64 `protobuf:"varint,3,opt,name=dropped,proto3" json:"dropped,omitempty"`
 	// The version of the policy that the process decides by now; 0: it says nothing
 	// of that.
 	PolicyVersion uint64 `protobuf:"varint,4,opt,name=policy_version,json=policyVersion,proto3" json:"policy_version,omitempty"`
 	// What was compared since the last message.
-	Counts        *Counts `protobuf:"bytes,5,opt,name=counts,proto3" json:"counts,omitempty"`
+	Counts *Counts `protobuf:"bytes,5,opt,name=counts,proto3" json:"counts,omitempty"`
+	// What decided says, one row for each source, destination, rule and reason. What
+	// has no row of its own is in one whose source, destination and rule are "other".
+	Rows          []*DecisionCount `protobuf:"bytes,6,rep,name=rows,proto3" json:"rows,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1199,6 +1213,89 @@ func (x *ReportRequest) GetCounts() *Counts {
 	return nil
 }
 
+func (x *ReportRequest) GetRows() []*DecisionCount {
+	if x != nil {
+		return x.Rows
+	}
+	return nil
+}
+
+type DecisionCount struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Source        string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	Destination   string                 `protobuf:"bytes,2,opt,name=destination,proto3" json:"destination,omitempty"`
+	RuleId        string                 `protobuf:"bytes,3,opt,name=rule_id,json=ruleId,proto3" json:"rule_id,omitempty"`
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	Count         uint64                 `protobuf:"varint,5,opt,name=count,proto3" json:"count,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DecisionCount) Reset() {
+	*x = DecisionCount{}
+	mi := &file_agent_agentpb_local_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DecisionCount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DecisionCount) ProtoMessage() {}
+
+func (x *DecisionCount) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_agentpb_local_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DecisionCount.ProtoReflect.Descriptor instead.
+func (*DecisionCount) Descriptor() ([]byte, []int) {
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *DecisionCount) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *DecisionCount) GetDestination() string {
+	if x != nil {
+		return x.Destination
+	}
+	return ""
+}
+
+func (x *DecisionCount) GetRuleId() string {
+	if x != nil {
+		return x.RuleId
+	}
+	return ""
+}
+
+func (x *DecisionCount) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *DecisionCount) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
 // Counts compare what a candidate and the active policy say of the same calls.
 type Counts struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1215,7 +1312,7 @@ type Counts struct {
 
 func (x *Counts) Reset() {
 	*x = Counts{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[16]
+	mi := &file_agent_agentpb_local_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1227,7 +1324,7 @@ func (x *Counts) String() string {
 func (*Counts) ProtoMessage() {}
 
 func (x *Counts) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[16]
+	mi := &file_agent_agentpb_local_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1240,7 +1337,7 @@ func (x *Counts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Counts.ProtoReflect.Descriptor instead.
 func (*Counts) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{16}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Counts) GetCandidateGeneration() uint64 {
@@ -1294,7 +1391,7 @@ type Comparison struct {
 
 func (x *Comparison) Reset() {
 	*x = Comparison{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[17]
+	mi := &file_agent_agentpb_local_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1306,7 +1403,7 @@ func (x *Comparison) String() string {
 func (*Comparison) ProtoMessage() {}
 
 func (x *Comparison) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[17]
+	mi := &file_agent_agentpb_local_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1319,7 +1416,7 @@ func (x *Comparison) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Comparison.ProtoReflect.Descriptor instead.
 func (*Comparison) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{17}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Comparison) GetDestination() string {
@@ -1381,7 +1478,7 @@ type Difference struct {
 
 func (x *Difference) Reset() {
 	*x = Difference{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[18]
+	mi := &file_agent_agentpb_local_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1393,7 +1490,7 @@ func (x *Difference) String() string {
 func (*Difference) ProtoMessage() {}
 
 func (x *Difference) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[18]
+	mi := &file_agent_agentpb_local_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1406,7 +1503,7 @@ func (x *Difference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Difference.ProtoReflect.Descriptor instead.
 func (*Difference) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{18}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Difference) GetSource() string {
@@ -1469,15 +1566,20 @@ type DecisionRecord struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Decision *Decision              `protobuf:"bytes,1,opt,name=decision,proto3" json:"decision,omitempty"`
 	// The destination is one of the caller's SPIFFE IDs.
-	Input         *AuthorizeRequest      `protobuf:"bytes,2,opt,name=input,proto3" json:"input,omitempty"`
-	DecidedAt     *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=decided_at,json=decidedAt,proto3" json:"decided_at,omitempty"`
+	Input     *AuthorizeRequest      `protobuf:"bytes,2,opt,name=input,proto3" json:"input,omitempty"`
+	DecidedAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=decided_at,json=decidedAt,proto3" json:"decided_at,omitempty"`
+	// How many allowed calls this one stands for, itself included; 1 or unset for a
+	// decision that is always reported.
+	StandsFor uint64 `protobuf:"varint,4,opt,name=stands_for,json=standsFor,proto3" json:"stands_for,omitempty"`
+	// Parts of the input that are not here as a whole, such as "path" or "headers".
+	Incomplete    []string `protobuf:"bytes,5,rep,name=incomplete,proto3" json:"incomplete,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DecisionRecord) Reset() {
 	*x = DecisionRecord{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[19]
+	mi := &file_agent_agentpb_local_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1489,7 +1591,7 @@ func (x *DecisionRecord) String() string {
 func (*DecisionRecord) ProtoMessage() {}
 
 func (x *DecisionRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[19]
+	mi := &file_agent_agentpb_local_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1502,7 +1604,7 @@ func (x *DecisionRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionRecord.ProtoReflect.Descriptor instead.
 func (*DecisionRecord) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{19}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *DecisionRecord) GetDecision() *Decision {
@@ -1526,6 +1628,20 @@ func (x *DecisionRecord) GetDecidedAt() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *DecisionRecord) GetStandsFor() uint64 {
+	if x != nil {
+		return x.StandsFor
+	}
+	return 0
+}
+
+func (x *DecisionRecord) GetIncomplete() []string {
+	if x != nil {
+		return x.Incomplete
+	}
+	return nil
+}
+
 type ReportResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1534,7 +1650,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[20]
+	mi := &file_agent_agentpb_local_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1546,7 +1662,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[20]
+	mi := &file_agent_agentpb_local_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1559,7 +1675,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{20}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{21}
 }
 
 // Revocation withdraws SVIDs before they expire; see merlon.ca.v1.Revocation.
@@ -1583,7 +1699,7 @@ type Revocation struct {
 
 func (x *Revocation) Reset() {
 	*x = Revocation{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[21]
+	mi := &file_agent_agentpb_local_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1595,7 +1711,7 @@ func (x *Revocation) String() string {
 func (*Revocation) ProtoMessage() {}
 
 func (x *Revocation) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[21]
+	mi := &file_agent_agentpb_local_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1608,7 +1724,7 @@ func (x *Revocation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocation.ProtoReflect.Descriptor instead.
 func (*Revocation) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{21}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Revocation) GetSubject() isRevocation_Subject {
@@ -1726,7 +1842,7 @@ type ExplainIdentityRequest struct {
 
 func (x *ExplainIdentityRequest) Reset() {
 	*x = ExplainIdentityRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[22]
+	mi := &file_agent_agentpb_local_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1738,7 +1854,7 @@ func (x *ExplainIdentityRequest) String() string {
 func (*ExplainIdentityRequest) ProtoMessage() {}
 
 func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[22]
+	mi := &file_agent_agentpb_local_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1751,7 +1867,7 @@ func (x *ExplainIdentityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityRequest.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{22}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ExplainIdentityRequest) GetPid() int32 {
@@ -1790,7 +1906,7 @@ type ExplainIdentityResponse struct {
 
 func (x *ExplainIdentityResponse) Reset() {
 	*x = ExplainIdentityResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[23]
+	mi := &file_agent_agentpb_local_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1802,7 +1918,7 @@ func (x *ExplainIdentityResponse) String() string {
 func (*ExplainIdentityResponse) ProtoMessage() {}
 
 func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[23]
+	mi := &file_agent_agentpb_local_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1815,7 +1931,7 @@ func (x *ExplainIdentityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainIdentityResponse.ProtoReflect.Descriptor instead.
 func (*ExplainIdentityResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{23}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExplainIdentityResponse) GetSynced() bool {
@@ -1908,7 +2024,7 @@ type EntryMatch struct {
 
 func (x *EntryMatch) Reset() {
 	*x = EntryMatch{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[24]
+	mi := &file_agent_agentpb_local_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1920,7 +2036,7 @@ func (x *EntryMatch) String() string {
 func (*EntryMatch) ProtoMessage() {}
 
 func (x *EntryMatch) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[24]
+	mi := &file_agent_agentpb_local_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1933,7 +2049,7 @@ func (x *EntryMatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryMatch.ProtoReflect.Descriptor instead.
 func (*EntryMatch) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{24}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *EntryMatch) GetEntryId() string {
@@ -1972,7 +2088,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[25]
+	mi := &file_agent_agentpb_local_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1984,7 +2100,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[25]
+	mi := &file_agent_agentpb_local_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1997,7 +2113,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{25}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{26}
 }
 
 type StatusResponse struct {
@@ -2054,7 +2170,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[26]
+	mi := &file_agent_agentpb_local_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2066,7 +2182,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[26]
+	mi := &file_agent_agentpb_local_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2079,7 +2195,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{26}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StatusResponse) GetAgentId() string {
@@ -2296,7 +2412,7 @@ type ExplainDecisionRequest struct {
 
 func (x *ExplainDecisionRequest) Reset() {
 	*x = ExplainDecisionRequest{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[27]
+	mi := &file_agent_agentpb_local_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2308,7 +2424,7 @@ func (x *ExplainDecisionRequest) String() string {
 func (*ExplainDecisionRequest) ProtoMessage() {}
 
 func (x *ExplainDecisionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[27]
+	mi := &file_agent_agentpb_local_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2321,7 +2437,7 @@ func (x *ExplainDecisionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainDecisionRequest.ProtoReflect.Descriptor instead.
 func (*ExplainDecisionRequest) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{27}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ExplainDecisionRequest) GetDecisionId() string {
@@ -2357,7 +2473,7 @@ type ExplainDecisionResponse struct {
 
 func (x *ExplainDecisionResponse) Reset() {
 	*x = ExplainDecisionResponse{}
-	mi := &file_agent_agentpb_local_proto_msgTypes[28]
+	mi := &file_agent_agentpb_local_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2369,7 +2485,7 @@ func (x *ExplainDecisionResponse) String() string {
 func (*ExplainDecisionResponse) ProtoMessage() {}
 
 func (x *ExplainDecisionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_agentpb_local_proto_msgTypes[28]
+	mi := &file_agent_agentpb_local_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2382,7 +2498,7 @@ func (x *ExplainDecisionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainDecisionResponse.ProtoReflect.Descriptor instead.
 func (*ExplainDecisionResponse) Descriptor() ([]byte, []int) {
-	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{28}
+	return file_agent_agentpb_local_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ExplainDecisionResponse) GetDecision() *Decision {
@@ -2458,7 +2574,7 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\fHeaderValues\x12\x16\n" +
 	"\x06values\x18\x01 \x03(\tR\x06values\"J\n" +
 	"\x11AuthorizeResponse\x125\n" +
-	"\bdecision\x18\x01 \x01(\v2\x19.merlon.agent.v1.DecisionR\bdecision\"\xd6\x01\n" +
+	"\bdecision\x18\x01 \x01(\v2\x19.merlon.agent.v1.DecisionR\bdecision\"\xef\x01\n" +
 	"\bDecision\x12\x14\n" +
 	"\x05allow\x18\x01 \x01(\bR\x05allow\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x17\n" +
@@ -2466,7 +2582,8 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\vdecision_id\x18\x04 \x01(\tR\n" +
 	"decisionId\x12+\n" +
 	"\x11policy_generation\x18\x05 \x01(\x04R\x10policyGeneration\x125\n" +
-	"\bresponse\x18\x06 \x01(\v2\x19.merlon.agent.v1.ResponseR\bresponse\"\xde\x01\n" +
+	"\bresponse\x18\x06 \x01(\v2\x19.merlon.agent.v1.ResponseR\bresponse\x12\x17\n" +
+	"\adry_run\x18\a \x03(\tR\x06dryRun\"\xde\x01\n" +
 	"\bResponse\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x12\n" +
 	"\x04body\x18\x02 \x01(\tR\x04body\x126\n" +
@@ -2527,16 +2644,23 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\vall_headers\x18\x05 \x01(\bR\n" +
 	"allHeaders\x12\x18\n" +
 	"\aheaders\x18\x06 \x03(\tR\aheaders\x12\x12\n" +
-	"\x04ends\x18\a \x03(\x10R\x04ends\"\xbf\x02\n" +
+	"\x04ends\x18\a \x03(\x10R\x04ends\"\xf3\x02\n" +
 	"\rReportRequest\x129\n" +
 	"\arecords\x18\x01 \x03(\v2\x1f.merlon.agent.v1.DecisionRecordR\arecords\x12E\n" +
 	"\adecided\x18\x02 \x03(\v2+.merlon.agent.v1.ReportRequest.DecidedEntryR\adecided\x12\x18\n" +
 	"\adropped\x18\x03 \x01(\x04R\adropped\x12%\n" +
 	"\x0epolicy_version\x18\x04 \x01(\x04R\rpolicyVersion\x12/\n" +
-	"\x06counts\x18\x05 \x01(\v2\x17.merlon.agent.v1.CountsR\x06counts\x1a:\n" +
+	"\x06counts\x18\x05 \x01(\v2\x17.merlon.agent.v1.CountsR\x06counts\x122\n" +
+	"\x04rows\x18\x06 \x03(\v2\x1e.merlon.agent.v1.DecisionCountR\x04rows\x1a:\n" +
 	"\fDecidedEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\xfe\x01\n" +
+	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\x90\x01\n" +
+	"\rDecisionCount\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x12 \n" +
+	"\vdestination\x18\x02 \x01(\tR\vdestination\x12\x17\n" +
+	"\arule_id\x18\x03 \x01(\tR\x06ruleId\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\x12\x14\n" +
+	"\x05count\x18\x05 \x01(\x04R\x05count\"\xfe\x01\n" +
 	"\x06Counts\x121\n" +
 	"\x14candidate_generation\x18\x01 \x01(\x04R\x13candidateGeneration\x12\x12\n" +
 	"\x04step\x18\x02 \x01(\rR\x04step\x12=\n" +
@@ -2563,12 +2687,17 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\x10candidate_reason\x18\x05 \x01(\tR\x0fcandidateReason\x12*\n" +
 	"\x11candidate_rule_id\x18\x06 \x01(\tR\x0fcandidateRuleId\x12)\n" +
 	"\x10candidate_allows\x18\a \x01(\bR\x0fcandidateAllows\x12\x14\n" +
-	"\x05calls\x18\b \x01(\x04R\x05calls\"\xbb\x01\n" +
+	"\x05calls\x18\b \x01(\x04R\x05calls\"\xfa\x01\n" +
 	"\x0eDecisionRecord\x125\n" +
 	"\bdecision\x18\x01 \x01(\v2\x19.merlon.agent.v1.DecisionR\bdecision\x127\n" +
 	"\x05input\x18\x02 \x01(\v2!.merlon.agent.v1.AuthorizeRequestR\x05input\x129\n" +
 	"\n" +
-	"decided_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tdecidedAt\"\x10\n" +
+	"decided_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tdecidedAt\x12\x1d\n" +
+	"\n" +
+	"stands_for\x18\x04 \x01(\x04R\tstandsFor\x12\x1e\n" +
+	"\n" +
+	"incomplete\x18\x05 \x03(\tR\n" +
+	"incomplete\"\x10\n" +
 	"\x0eReportResponse\"\xc3\x02\n" +
 	"\n" +
 	"Revocation\x12\x1d\n" +
@@ -2679,7 +2808,7 @@ func file_agent_agentpb_local_proto_rawDescGZIP() []byte {
 	return file_agent_agentpb_local_proto_rawDescData
 }
 
-var file_agent_agentpb_local_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_agent_agentpb_local_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_agent_agentpb_local_proto_goTypes = []any{
 	(*AuthorizeRequest)(nil),        // 0: merlon.agent.v1.AuthorizeRequest
 	(*HeaderValues)(nil),            // 1: merlon.agent.v1.HeaderValues
@@ -2697,85 +2826,87 @@ var file_agent_agentpb_local_proto_goTypes = []any{
 	(*Program)(nil),                 // 13: merlon.agent.v1.Program
 	(*Keep)(nil),                    // 14: merlon.agent.v1.Keep
 	(*ReportRequest)(nil),           // 15: merlon.agent.v1.ReportRequest
-	(*Counts)(nil),                  // 16: merlon.agent.v1.Counts
-	(*Comparison)(nil),              // 17: merlon.agent.v1.Comparison
-	(*Difference)(nil),              // 18: merlon.agent.v1.Difference
-	(*DecisionRecord)(nil),          // 19: merlon.agent.v1.DecisionRecord
-	(*ReportResponse)(nil),          // 20: merlon.agent.v1.ReportResponse
-	(*Revocation)(nil),              // 21: merlon.agent.v1.Revocation
-	(*ExplainIdentityRequest)(nil),  // 22: merlon.agent.v1.ExplainIdentityRequest
-	(*ExplainIdentityResponse)(nil), // 23: merlon.agent.v1.ExplainIdentityResponse
-	(*EntryMatch)(nil),              // 24: merlon.agent.v1.EntryMatch
-	(*StatusRequest)(nil),           // 25: merlon.agent.v1.StatusRequest
-	(*StatusResponse)(nil),          // 26: merlon.agent.v1.StatusResponse
-	(*ExplainDecisionRequest)(nil),  // 27: merlon.agent.v1.ExplainDecisionRequest
-	(*ExplainDecisionResponse)(nil), // 28: merlon.agent.v1.ExplainDecisionResponse
-	nil,                             // 29: merlon.agent.v1.AuthorizeRequest.HeadersEntry
-	nil,                             // 30: merlon.agent.v1.HoldKeysResponse.BundlesEntry
-	nil,                             // 31: merlon.agent.v1.ReportRequest.DecidedEntry
-	(*timestamppb.Timestamp)(nil),   // 32: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 33: google.protobuf.Duration
+	(*DecisionCount)(nil),           // 16: merlon.agent.v1.DecisionCount
+	(*Counts)(nil),                  // 17: merlon.agent.v1.Counts
+	(*Comparison)(nil),              // 18: merlon.agent.v1.Comparison
+	(*Difference)(nil),              // 19: merlon.agent.v1.Difference
+	(*DecisionRecord)(nil),          // 20: merlon.agent.v1.DecisionRecord
+	(*ReportResponse)(nil),          // 21: merlon.agent.v1.ReportResponse
+	(*Revocation)(nil),              // 22: merlon.agent.v1.Revocation
+	(*ExplainIdentityRequest)(nil),  // 23: merlon.agent.v1.ExplainIdentityRequest
+	(*ExplainIdentityResponse)(nil), // 24: merlon.agent.v1.ExplainIdentityResponse
+	(*EntryMatch)(nil),              // 25: merlon.agent.v1.EntryMatch
+	(*StatusRequest)(nil),           // 26: merlon.agent.v1.StatusRequest
+	(*StatusResponse)(nil),          // 27: merlon.agent.v1.StatusResponse
+	(*ExplainDecisionRequest)(nil),  // 28: merlon.agent.v1.ExplainDecisionRequest
+	(*ExplainDecisionResponse)(nil), // 29: merlon.agent.v1.ExplainDecisionResponse
+	nil,                             // 30: merlon.agent.v1.AuthorizeRequest.HeadersEntry
+	nil,                             // 31: merlon.agent.v1.HoldKeysResponse.BundlesEntry
+	nil,                             // 32: merlon.agent.v1.ReportRequest.DecidedEntry
+	(*timestamppb.Timestamp)(nil),   // 33: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 34: google.protobuf.Duration
 }
 var file_agent_agentpb_local_proto_depIdxs = []int32{
-	29, // 0: merlon.agent.v1.AuthorizeRequest.headers:type_name -> merlon.agent.v1.AuthorizeRequest.HeadersEntry
+	30, // 0: merlon.agent.v1.AuthorizeRequest.headers:type_name -> merlon.agent.v1.AuthorizeRequest.HeadersEntry
 	3,  // 1: merlon.agent.v1.AuthorizeResponse.decision:type_name -> merlon.agent.v1.Decision
 	4,  // 2: merlon.agent.v1.Decision.response:type_name -> merlon.agent.v1.Response
 	5,  // 3: merlon.agent.v1.Response.headers:type_name -> merlon.agent.v1.HeaderField
 	5,  // 4: merlon.agent.v1.Response.response_headers:type_name -> merlon.agent.v1.HeaderField
 	8,  // 5: merlon.agent.v1.HoldKeysResponse.identities:type_name -> merlon.agent.v1.HeldIdentity
-	30, // 6: merlon.agent.v1.HoldKeysResponse.bundles:type_name -> merlon.agent.v1.HoldKeysResponse.BundlesEntry
-	21, // 7: merlon.agent.v1.WatchResponse.revocations:type_name -> merlon.agent.v1.Revocation
-	32, // 8: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
-	33, // 9: merlon.agent.v1.WatchResponse.deny_after:type_name -> google.protobuf.Duration
+	31, // 6: merlon.agent.v1.HoldKeysResponse.bundles:type_name -> merlon.agent.v1.HoldKeysResponse.BundlesEntry
+	22, // 7: merlon.agent.v1.WatchResponse.revocations:type_name -> merlon.agent.v1.Revocation
+	33, // 8: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
+	34, // 9: merlon.agent.v1.WatchResponse.deny_after:type_name -> google.protobuf.Duration
 	13, // 10: merlon.agent.v1.WatchPolicyResponse.programs:type_name -> merlon.agent.v1.Program
 	14, // 11: merlon.agent.v1.Program.keep:type_name -> merlon.agent.v1.Keep
-	19, // 12: merlon.agent.v1.ReportRequest.records:type_name -> merlon.agent.v1.DecisionRecord
-	31, // 13: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
-	16, // 14: merlon.agent.v1.ReportRequest.counts:type_name -> merlon.agent.v1.Counts
-	17, // 15: merlon.agent.v1.Counts.comparisons:type_name -> merlon.agent.v1.Comparison
-	18, // 16: merlon.agent.v1.Counts.differences:type_name -> merlon.agent.v1.Difference
-	3,  // 17: merlon.agent.v1.DecisionRecord.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 18: merlon.agent.v1.DecisionRecord.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	32, // 19: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
-	32, // 20: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	24, // 21: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
-	32, // 22: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
-	32, // 23: merlon.agent.v1.StatusResponse.now:type_name -> google.protobuf.Timestamp
-	32, // 24: merlon.agent.v1.StatusResponse.heard_at:type_name -> google.protobuf.Timestamp
-	33, // 25: merlon.agent.v1.StatusResponse.clock_ahead:type_name -> google.protobuf.Duration
-	32, // 26: merlon.agent.v1.StatusResponse.own_svid_not_after:type_name -> google.protobuf.Timestamp
-	32, // 27: merlon.agent.v1.StatusResponse.first_x509_svid_not_after:type_name -> google.protobuf.Timestamp
-	32, // 28: merlon.agent.v1.StatusResponse.median_x509_svid_not_after:type_name -> google.protobuf.Timestamp
-	32, // 29: merlon.agent.v1.StatusResponse.first_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
-	32, // 30: merlon.agent.v1.StatusResponse.last_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
-	32, // 31: merlon.agent.v1.StatusResponse.policy_not_after:type_name -> google.protobuf.Timestamp
-	33, // 32: merlon.agent.v1.StatusResponse.revocation_max_age:type_name -> google.protobuf.Duration
-	32, // 33: merlon.agent.v1.StatusResponse.cache_saved_at:type_name -> google.protobuf.Timestamp
-	3,  // 34: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 35: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	32, // 36: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
-	1,  // 37: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
-	0,  // 38: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
-	9,  // 39: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
-	11, // 40: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
-	15, // 41: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
-	6,  // 42: merlon.agent.v1.Local.HoldKeys:input_type -> merlon.agent.v1.HoldKeysRequest
-	22, // 43: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
-	27, // 44: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
-	25, // 45: merlon.agent.v1.Debug.Status:input_type -> merlon.agent.v1.StatusRequest
-	2,  // 46: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
-	10, // 47: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
-	12, // 48: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
-	20, // 49: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
-	7,  // 50: merlon.agent.v1.Local.HoldKeys:output_type -> merlon.agent.v1.HoldKeysResponse
-	23, // 51: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
-	28, // 52: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
-	26, // 53: merlon.agent.v1.Debug.Status:output_type -> merlon.agent.v1.StatusResponse
-	46, // [46:54] is the sub-list for method output_type
-	38, // [38:46] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	20, // 12: merlon.agent.v1.ReportRequest.records:type_name -> merlon.agent.v1.DecisionRecord
+	32, // 13: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
+	17, // 14: merlon.agent.v1.ReportRequest.counts:type_name -> merlon.agent.v1.Counts
+	16, // 15: merlon.agent.v1.ReportRequest.rows:type_name -> merlon.agent.v1.DecisionCount
+	18, // 16: merlon.agent.v1.Counts.comparisons:type_name -> merlon.agent.v1.Comparison
+	19, // 17: merlon.agent.v1.Counts.differences:type_name -> merlon.agent.v1.Difference
+	3,  // 18: merlon.agent.v1.DecisionRecord.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 19: merlon.agent.v1.DecisionRecord.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	33, // 20: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
+	33, // 21: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	25, // 22: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
+	33, // 23: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
+	33, // 24: merlon.agent.v1.StatusResponse.now:type_name -> google.protobuf.Timestamp
+	33, // 25: merlon.agent.v1.StatusResponse.heard_at:type_name -> google.protobuf.Timestamp
+	34, // 26: merlon.agent.v1.StatusResponse.clock_ahead:type_name -> google.protobuf.Duration
+	33, // 27: merlon.agent.v1.StatusResponse.own_svid_not_after:type_name -> google.protobuf.Timestamp
+	33, // 28: merlon.agent.v1.StatusResponse.first_x509_svid_not_after:type_name -> google.protobuf.Timestamp
+	33, // 29: merlon.agent.v1.StatusResponse.median_x509_svid_not_after:type_name -> google.protobuf.Timestamp
+	33, // 30: merlon.agent.v1.StatusResponse.first_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
+	33, // 31: merlon.agent.v1.StatusResponse.last_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
+	33, // 32: merlon.agent.v1.StatusResponse.policy_not_after:type_name -> google.protobuf.Timestamp
+	34, // 33: merlon.agent.v1.StatusResponse.revocation_max_age:type_name -> google.protobuf.Duration
+	33, // 34: merlon.agent.v1.StatusResponse.cache_saved_at:type_name -> google.protobuf.Timestamp
+	3,  // 35: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 36: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	33, // 37: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
+	1,  // 38: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
+	0,  // 39: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
+	9,  // 40: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
+	11, // 41: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
+	15, // 42: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
+	6,  // 43: merlon.agent.v1.Local.HoldKeys:input_type -> merlon.agent.v1.HoldKeysRequest
+	23, // 44: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
+	28, // 45: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
+	26, // 46: merlon.agent.v1.Debug.Status:input_type -> merlon.agent.v1.StatusRequest
+	2,  // 47: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
+	10, // 48: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
+	12, // 49: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
+	21, // 50: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
+	7,  // 51: merlon.agent.v1.Local.HoldKeys:output_type -> merlon.agent.v1.HoldKeysResponse
+	24, // 52: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
+	29, // 53: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
+	27, // 54: merlon.agent.v1.Debug.Status:output_type -> merlon.agent.v1.StatusResponse
+	47, // [47:55] is the sub-list for method output_type
+	39, // [39:47] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_agent_agentpb_local_proto_init() }
@@ -2783,7 +2914,7 @@ func file_agent_agentpb_local_proto_init() {
 	if File_agent_agentpb_local_proto != nil {
 		return
 	}
-	file_agent_agentpb_local_proto_msgTypes[21].OneofWrappers = []any{
+	file_agent_agentpb_local_proto_msgTypes[22].OneofWrappers = []any{
 		(*Revocation_SpiffeId)(nil),
 		(*Revocation_AgentId)(nil),
 		(*Revocation_AuthorityId)(nil),
@@ -2795,7 +2926,7 @@ func file_agent_agentpb_local_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_agentpb_local_proto_rawDesc), len(file_agent_agentpb_local_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   32,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -57,7 +57,7 @@ func (rec *record) caveats(x *engine.Explanation) (words []string) {
 		words = append(words, "the claims of the call's JWT-SVID were not kept, so a policy that reads input.jwt may come out differently here")
 	}
 	if rec.shortened {
-		words = append(words, "headers or query were too long to be kept whole, so a policy that reads them may come out differently here")
+		words = append(words, "path, headers or query were too long to be kept whole, so a policy that reads them may come out differently here")
 	}
 	if d := rec.decision; x.Allow != d.Allow || x.Reason != d.Reason || x.RuleID != d.RuleID {
 		words = append(words, strings.TrimSpace(fmt.Sprintf("asked again, the policy says %s %s", x.Reason, x.RuleID)))

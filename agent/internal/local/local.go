@@ -21,6 +21,7 @@ import (
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/endpoint"
 	"merlon.dev/policy"
+	"merlon.dev/policy/decisionlog"
 	"merlon.dev/policy/engine"
 	"merlon.dev/sdk/svid"
 )
@@ -49,6 +50,8 @@ type Options struct {
 	// RevocationMaxAge is how long the CA may be silent before revocations
 	// count as stale.
 	RevocationMaxAge time.Duration
+	// Decisions counts decisions, and keeps those that are to be written down.
+	Decisions *decisionlog.Recorder
 	// Status is what the agent says of itself.
 	Status func(context.Context) *agentpb.StatusResponse
 	// DenyStale denies every call with STALE_REVOCATIONS then; otherwise what
@@ -101,7 +104,9 @@ func (s *Server) Authorize(ctx context.Context, req *agentpb.AuthorizeRequest) (
 	}
 	in := inputOf(req, destination)
 	d := s.decide(ctx, in)
-	s.decisions.add(in, d, time.Now())
+	now := time.Now()
+	s.decisions.add(in, d, now, false)
+	s.o.Decisions.Record(in, &d, now)
 	s.counted.WithLabelValues(string(d.Reason)).Inc()
 	if err := s.o.Callers.Alive(ctx); err != nil {
 		return nil, err

@@ -17,6 +17,7 @@ import (
 	"merlon.dev/agent/internal/endpoint"
 	"merlon.dev/ca/capb"
 	"merlon.dev/policy"
+	"merlon.dev/policy/decisionlog"
 	"merlon.dev/policy/engine"
 )
 
@@ -28,6 +29,7 @@ func newServer(t *testing.T, denyStale bool) (*Server, *cache.Cache) {
 	})
 	return New(Options{
 		Callers: &endpoint.Callers{Cache: c}, Engine: func() *engine.Engine { return nil },
+		Decisions:        decisionlog.NewRecorder(decisionlog.Options{}),
 		RevocationMaxAge: 5 * time.Minute, DenyStale: denyStale,
 		Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
 	}), c
@@ -72,15 +74,15 @@ func decisionNumber(i int) policy.DecisionID { return policy.DecisionID{byte(i >
 func TestTheLastDecisionsAreKept(t *testing.T) {
 	d := newDecisions(nil)
 	for i := range maxDenied + 5 {
-		d.add(&policy.Input{Method: fmt.Sprint(i)}, policy.Decision{DecisionID: decisionNumber(i)}, time.Time{})
+		d.add(&policy.Input{Method: fmt.Sprint(i)}, policy.Decision{DecisionID: decisionNumber(i)}, time.Time{}, false)
 	}
 	// Calls that are allowed have room of their own.
 	for i := range 2 * maxAllowed {
-		d.add(&policy.Input{Method: fmt.Sprint(i)}, policy.Decision{Allow: true, DecisionID: decisionNumber(20_000 + i)}, time.Time{})
+		d.add(&policy.Input{Method: fmt.Sprint(i)}, policy.Decision{Allow: true, DecisionID: decisionNumber(20_000 + i)}, time.Time{}, false)
 	}
 	// Nobody replaces a record, not by another verdict either.
-	d.add(&policy.Input{Method: "forged"}, policy.Decision{Allow: true, DecisionID: decisionNumber(5)}, time.Time{})
-	d.add(&policy.Input{Method: "forged"}, policy.Decision{DecisionID: decisionNumber(20_000 + maxAllowed)}, time.Time{})
+	d.add(&policy.Input{Method: "forged"}, policy.Decision{Allow: true, DecisionID: decisionNumber(5)}, time.Time{}, false)
+	d.add(&policy.Input{Method: "forged"}, policy.Decision{DecisionID: decisionNumber(20_000 + maxAllowed)}, time.Time{}, false)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	for i, want := range map[int]string{
@@ -104,7 +106,7 @@ func TestHeadersAreKeptByAllowList(t *testing.T) {
 	cancel()
 	kept := func(number int, headers map[string][]string) record {
 		t.Helper()
-		d.add(&policy.Input{Headers: headers}, policy.Decision{DecisionID: decisionNumber(number)}, time.Time{})
+		d.add(&policy.Input{Headers: headers}, policy.Decision{DecisionID: decisionNumber(number)}, time.Time{}, false)
 		rec, ok := d.await(ctx, decisionNumber(number))
 		if !ok {
 			t.Fatal("the record is not there")
@@ -128,7 +130,7 @@ func TestHeadersAreKeptByAllowList(t *testing.T) {
 // large.
 func TestNeitherClaimsNorResponsesAreKept(t *testing.T) {
 	d := newDecisions(nil)
-	d.add(&policy.Input{JWT: map[string]any{"email": "canary"}}, policy.Decision{DecisionID: decisionNumber(1), Response: &policy.Response{Body: "long"}}, time.Time{})
+	d.add(&policy.Input{JWT: map[string]any{"email": "canary"}}, policy.Decision{DecisionID: decisionNumber(1), Response: &policy.Response{Body: "long"}}, time.Time{}, false)
 	rec, ok := d.await(t.Context(), decisionNumber(1))
 	if !ok || rec.input.JWT != nil || !rec.claims || rec.decision.Response != nil {
 		t.Errorf("kept %v %+v", ok, rec)
@@ -140,6 +142,6 @@ func BenchmarkKeepDenial(b *testing.B) {
 	in := &policy.Input{Source: "spiffe://example.test/web", Headers: map[string][]string{"accept": {"x"}, "cookie": {"y"}}}
 	b.ReportAllocs()
 	for i := range b.N {
-		d.add(in, policy.Decision{DecisionID: policy.DecisionID{byte(i >> 24), byte(i >> 16), byte(i >> 8), byte(i)}}, time.Time{})
+		d.add(in, policy.Decision{DecisionID: policy.DecisionID{byte(i >> 24), byte(i >> 16), byte(i >> 8), byte(i)}}, time.Time{}, false)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/endpoint"
 	"merlon.dev/policy"
+	"merlon.dev/policy/decisionlog"
 	"merlon.dev/policy/engine"
 )
 
@@ -134,6 +135,10 @@ func (s *Server) keep(m *agentpb.ReportRequest, entries []*cache.Entry) error {
 		s.counted.WithLabelValues(reason).Add(float64(n))
 	}
 	s.unrecorded.Add(float64(m.GetDropped()))
+	s.o.Decisions.DroppedElsewhere(m.GetDropped())
+	if err := s.count(m, entries, known); err != nil {
+		return err
+	}
 	for _, rec := range m.GetRecords() {
 		destination, ok := pickDestination(entries, rec.GetInput().GetDestination())
 		if !ok {
@@ -143,7 +148,34 @@ func (s *Server) keep(m *agentpb.ReportRequest, entries []*cache.Entry) error {
 		if err != nil || !known[d.Reason] || rec.GetDecidedAt().CheckValid() != nil {
 			return status.Error(codes.InvalidArgument, "a report has a malformed decision")
 		}
-		s.decisions.add(inputOf(rec.GetInput(), destination), d, rec.GetDecidedAt().AsTime())
+		in, at := inputOf(rec.GetInput(), destination), rec.GetDecidedAt().AsTime()
+		incomplete := decisionlog.FieldsNamed(rec.GetIncomplete())
+		s.decisions.add(in, d, at, incomplete&(decisionlog.Path|decisionlog.Query) != 0)
+		s.o.Decisions.Add(in, &d, at, rec.GetStandsFor(), incomplete)
+	}
+	return nil
+}
+
+// count takes a report's rows, each of a destination of the caller's. An SDK from
+// before there were any tells reasons alone.
+func (s *Server) count(m *agentpb.ReportRequest, entries []*cache.Entry, known map[policy.Reason]bool) error {
+	if len(m.GetRows()) == 0 {
+		for reason, n := range m.GetDecided() {
+			s.o.Decisions.Count(decisionlog.Other, decisionlog.Other, decisionlog.Other, policy.Reason(reason), n)
+		}
+	}
+	for _, row := range m.GetRows() {
+		if !known[policy.Reason(row.GetReason())] {
+			return status.Errorf(codes.InvalidArgument, "%.64q is no reason of a decision", row.GetReason())
+		}
+		destination, ok := decisionlog.Other, row.GetSource() == decisionlog.Other
+		if !ok {
+			destination, ok = pickDestination(entries, row.GetDestination())
+		}
+		if !ok {
+			return s.o.Callers.NotAmong("the caller counts decisions of a destination that it is not entitled to")
+		}
+		s.o.Decisions.Count(row.GetSource(), destination, row.GetRuleId(), policy.Reason(row.GetReason()), row.GetCount())
 	}
 	return nil
 }
@@ -152,7 +184,7 @@ func decisionOf(pb *agentpb.Decision) (policy.Decision, error) {
 	id, err := policy.ParseDecisionID(pb.GetDecisionId())
 	return policy.Decision{
 		Allow: pb.GetAllow(), Reason: policy.Reason(pb.GetReason()), RuleID: pb.GetRuleId(),
-		DecisionID: id, Revision: pb.GetPolicyGeneration(),
+		DecisionID: id, Revision: pb.GetPolicyGeneration(), DryRun: pb.GetDryRun(),
 	}, err
 }
 

@@ -55,12 +55,13 @@ func newDecisions(keep []string) *decisions {
 	return d
 }
 
-// add keeps a decision in place of the oldest.
-func (d *decisions) add(in *policy.Input, decision policy.Decision, now time.Time) {
+// add keeps a decision in place of the oldest. shortened says that in is not the
+// whole call.
+func (d *decisions) add(in *policy.Input, decision policy.Decision, now time.Time, shortened bool) {
 	if d.denied.has(decision.DecisionID) || d.allowed.has(decision.DecisionID) {
 		return // nobody replaces the record of another's decision
 	}
-	rec := record{decision: decision, input: *in, decidedAt: now}
+	rec := record{decision: decision, input: *in, decidedAt: now, shortened: shortened}
 	rec.keepHeaders(in.Headers, d.keep)
 	if len(rec.input.Query) > maxHeaderBytes {
 		rec.input.Query, rec.shortened = "", true

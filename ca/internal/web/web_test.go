@@ -332,7 +332,8 @@ func TestUploadsAtTheSameTimeAreBounded(t *testing.T) {
 		}
 		return ok
 	}
-	if !begin("a") || !begin("a") || begin("a") || !begin("b") {
+	first, second, third := begin("a"), begin("a"), begin("a")
+	if !first || !second || third || !begin("b") {
 		t.Error("one uploader has another share than two")
 	}
 	for n := range maxUploads {
