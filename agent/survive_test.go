@@ -5,6 +5,10 @@ package agent_test
 
 import (
 	"bytes"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/hex"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -18,6 +22,8 @@ import (
 
 	"merlon.dev/agent"
 	"merlon.dev/agent/internal/fakeca"
+	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/seal"
 )
 
 // logText is a log that tests read.
@@ -171,24 +177,104 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// With cache_keys: never no key of a workload is on the disk: the stream is
-// held until the CA is back. Entries are there all the same.
+// onDisk names a file of the agent's folder that holds secret, as it is or when it
+// is opened under the agent's key; "" for none.
+func onDisk(t *testing.T, cfg agent.Config, secret []byte) (found string) {
+	t.Helper()
+	key, err := seal.Read(seal.Source{}, cfg.DataDir)
+	must(t, err)
+	must(t, filepath.WalkDir(cfg.DataDir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		content, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		if name, sealed := strings.CutSuffix(d.Name(), ".sealed"); sealed {
+			opened, err := key.Open(content, "merlon agent file", cfg.TrustDomain, name)
+			if err != nil {
+				return err
+			}
+			content = append(content, opened...)
+		}
+		for _, text := range []string{string(secret), base64.StdEncoding.EncodeToString(secret), hex.EncodeToString(secret)} {
+			if bytes.Contains(content, []byte(text)) {
+				found = path
+			}
+		}
+		return nil
+	}))
+	return found
+}
+
+// With cache_keys: never no key of a workload is on the disk, whatever was there
+// before: the stream is held until the CA is back. Entries are there all the same.
 func TestKeysStayOffTheDisk(t *testing.T) {
 	ca := fakeca.New(t, td)
 	ca.PutEntry(ca.Entry("e1", "/web", uidSelector))
 	cfg := newConfig(t, ca)
-	cfg.CacheKeys = "never"
 	n := start(t, cfg)
-	before := receive(t, n.x509Stream(t), "/web").Svids[0]
+	kept := receive(t, n.x509Stream(t), "/web").Svids[0].X509SvidKey
 	n.stop()
+	if onDisk(t, cfg, kept) == "" {
+		t.Fatal("a key that is kept is not found on the disk: the search is of no use")
+	}
+	cfg.CacheKeys, cfg.Logger = "never", testLogger(t)
+	ca.Stop()
+	n = start(t, cfg)
+	n.waitReady(t)
+	if path := onDisk(t, cfg, kept); path != "" {
+		t.Errorf("the key from before the switch is in %s, with no CA to change anything", path)
+	}
+	next := quiet(t, n.x509Stream(t))
+	ca.Start()
+	m, err := next()
+	must(t, err)
+	before := m.Svids[0]
+	token, err := n.jwt(t, "db")
+	must(t, err)
+	n.stop()
+	for what, secret := range map[string][]byte{"key": before.X509SvidKey, "JWT-SVID": []byte(token)} {
+		if path := onDisk(t, cfg, secret); path != "" {
+			t.Errorf("the %s is in %s", what, path)
+		}
+	}
 	ca.Stop()
 	cfg.Logger = testLogger(t)
 	n = start(t, cfg)
 	n.waitReady(t)
-	next := quiet(t, n.x509Stream(t))
+	next = quiet(t, n.x509Stream(t))
 	ca.Start()
 	if m, err := next(); err != nil || bytes.Equal(m.Svids[0].X509SvidKey, before.X509SvidKey) {
 		t.Errorf("Recv() = %v, %v; want an SVID with another key", m, err)
+	}
+}
+
+// An entry whose keys become its workloads' own takes the one that the agent made
+// off the disk, where cache_keys lets others stay.
+func TestKeyOfAnEntryGoesFromTheDisk(t *testing.T) {
+	ca := fakeca.New(t, td)
+	e := ca.Entry("e1", "/web", uidSelector)
+	ca.PutEntry(e)
+	cfg := newConfig(t, ca)
+	n := start(t, cfg)
+	key := receive(t, n.x509Stream(t), "/web").Svids[0].X509SvidKey
+	eventually(t, "the key is kept", func() bool { return onDisk(t, cfg, key) != "" })
+	e.KeyDelivery = capb.KeyDelivery_KEY_DELIVERY_WORKLOAD
+	ca.PutEntry(e)
+	eventually(t, "the key is gone from the disk", func() bool { return onDisk(t, cfg, key) == "" })
+	h := n.holdKeys(t)
+	h.wanted()
+	own := newKey(t)
+	peer := h.svid(e.GetSpiffeId(), own)
+	n.stop()
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(own)
+	must(t, err)
+	for what, secret := range map[string][]byte{"key": pkcs8, "X509-SVID": peer.Leaf.Raw} {
+		if path := onDisk(t, cfg, secret); path != "" {
+			t.Errorf("the workload's %s is in %s", what, path)
+		}
 	}
 }
 

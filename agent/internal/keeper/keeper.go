@@ -97,6 +97,11 @@ func (k *Keeper) Load(ctx context.Context) error {
 			err = errors.New("take up the cache: it is of " + s.AgentID + ", and this is " + id)
 		}
 	}
+	if err == nil && !k.cfg.Secrets {
+		if err := k.withoutSecrets(s); err != nil {
+			return err
+		}
+	}
 	if err == nil {
 		err = k.cfg.Cache.Restore(ctx, s)
 	}
@@ -109,6 +114,21 @@ func (k *Keeper) Load(ctx context.Context) error {
 		slog.Int("entries", len(s.Entries)), slog.Int("x509_svids", len(s.SVIDs)), slog.Int("jwt_svids", len(s.JWTs)),
 		slog.Time("saved_at", s.SavedAt), slog.Time("heard", s.Heard))
 	return nil
+}
+
+// withoutSecrets takes out of s, and off the disk, what an agent left that was
+// allowed to write it. That is not for the next change: without the CA there may be
+// none.
+func (k *Keeper) withoutSecrets(s *cache.Snapshot) error {
+	if len(s.SVIDs)+len(s.JWTs) == 0 {
+		return nil
+	}
+	s.SVIDs, s.JWTs = nil, nil
+	content, err := s.Marshal()
+	if err != nil {
+		return err
+	}
+	return k.cfg.Dir.Write(file, content)
 }
 
 // Run writes until ctx ends, and then once more.
