@@ -106,6 +106,26 @@ func TestExplainIdentity(t *testing.T) {
 		t.Errorf("in words:\n%s", text)
 	}
 
+	// A match by which no key is handed out.
+	for _, id := range []string{far, near, entryOf(t, d, "/web")} {
+		d.Merlon("entry", "delete", id)
+	}
+	d.Merlon("entry", "create", "--spiffe-id", d.ID("/own"), "--parent", d.AgentID(), "--selector", byUser(os.Geteuid()), "--key-delivery", "workload")
+	stage.Eventually(t, "the agent has it", func() error {
+		if e = explainPID(t, d, pid); e.EntryCount != 1 || len(e.Entries) == 0 || !e.Entries[0].Matches {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	if e.Reason != "KEY_DELIVERY_WORKLOAD" || !strings.Contains(e.Hint, "sdk.Open") {
+		t.Errorf("with an entry by which no key is handed out: %+v", e)
+	}
+	if text := d.Explain("identity", "--pid", strconv.Itoa(pid)); !strings.Contains(text, "no X509-SVID: KEY_DELIVERY_WORKLOAD") {
+		t.Errorf("in words:\n%s", text)
+	}
+	another := startWorkload(t, d, os.Geteuid())
+	another.want("open", "error PermissionDenied KEY_DELIVERY_WORKLOAD")
+
 	// No process, and no number of one.
 	p.end()
 	for args, want := range map[string]struct {

@@ -111,6 +111,11 @@ func TestNoProofOnAnOlderTLS(t *testing.T) {
 	if _, err := possession.Statement(tls.ConnectionState{}, nil); err == nil {
 		t.Error("a proof was bound to no connection")
 	}
+	resumed, _ := connect(t, tls.VersionTLS13)
+	resumed.DidResume = true
+	if _, err := possession.Statement(resumed, nil); err == nil {
+		t.Error("a proof was bound to a resumed connection")
+	}
 }
 
 func TestUnfitKeysProveNothing(t *testing.T) {

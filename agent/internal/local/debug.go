@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"google.golang.org/grpc/codes"
@@ -53,6 +54,9 @@ func (s *Server) ExplainIdentity(ctx context.Context, req *agentpb.ExplainIdenti
 		})
 	}
 	m.Reason, m.Hint = whyNone(state, matches, misses, p, m.GetAgentId())
+	if m.GetReason() == "" {
+		m.Reason, m.Hint = whyNoSVID(matches, s.cache.Outlook().Waiting)
+	}
 	return m, nil
 }
 
@@ -77,6 +81,20 @@ func whyNone(state cache.State, matches []*cache.Entry, misses []cache.Miss, p *
 		hint += "; what could not be proved: " + strings.Join(p.Notes, "; ")
 	}
 	return endpoint.NoMatchingEntry, hint
+}
+
+// whyNoSVID names the reason for which a process that matches entries gets no
+// X509-SVID from the Workload API; waiting are the IDs of the entries whose SVIDs
+// are waited for. Both are empty where it has one, or has not asked.
+func whyNoSVID(matches []*cache.Entry, waiting []string) (reason, hint string) {
+	handedOut := slices.DeleteFunc(slices.Clone(matches), func(e *cache.Entry) bool { return !e.AgentKey })
+	switch {
+	case len(handedOut) == 0:
+		return endpoint.ByWorkload, "its registration entries let no key be handed out: the process has X509-SVIDs by sdk.Open (merlon.agent.v1.Local/HoldKeys), and trust bundles and JWT-SVIDs by the Workload API"
+	case slices.ContainsFunc(handedOut, func(e *cache.Entry) bool { return !slices.Contains(waiting, e.ID) }):
+		return "", ""
+	}
+	return endpoint.CAUnavailable, fmt.Sprintf("the CA has not issued the X509-SVID of entry %s: see the agent's log, and merlon doctor", handedOut[0].ID)
 }
 
 // Status says how the agent is.

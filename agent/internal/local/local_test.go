@@ -69,6 +69,25 @@ func TestStaleRevocations(t *testing.T) {
 	})
 }
 
+func TestWhyAMatchHasNoSVID(t *testing.T) {
+	handed, own := &cache.Entry{ID: "e1", AgentKey: true}, &cache.Entry{ID: "e2", OwnKey: true}
+	for name, tt := range map[string]struct {
+		matches []*cache.Entry
+		waiting []string
+		want    string
+	}{
+		"it has one, or has not asked": {[]*cache.Entry{handed}, []string{"e3"}, ""},
+		"the CA has not issued it":     {[]*cache.Entry{handed}, []string{"e1", "e3"}, endpoint.CAUnavailable},
+		"beside one of its own key":    {[]*cache.Entry{own, handed}, []string{"e1"}, endpoint.CAUnavailable},
+		"its own key alone":            {[]*cache.Entry{own}, nil, endpoint.ByWorkload},
+	} {
+		reason, hint := whyNoSVID(tt.matches, tt.waiting)
+		if reason != tt.want || (hint == "") != (reason == "") {
+			t.Errorf("%s: reason %q, hint %q; want %q", name, reason, hint, tt.want)
+		}
+	}
+}
+
 func decisionNumber(i int) policy.DecisionID { return policy.DecisionID{byte(i >> 8), byte(i)} }
 
 func TestTheLastDecisionsAreKept(t *testing.T) {

@@ -177,7 +177,11 @@ func effective(b []byte) (uint32, error) {
 func (a *Attestor) readProgram(ctx context.Context, dir int, p *Process) {
 	exe, err := statExe(dir)
 	if err != nil {
-		p.note("the program cannot be read (%v): the agent needs root or CAP_SYS_PTRACE to see programs of other users", err)
+		hint := ""
+		if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) {
+			hint = ": the agent needs root or CAP_SYS_PTRACE to see programs of other users"
+		}
+		p.note("the program cannot be read (%v)%s", err, hint)
 		return
 	}
 	p.exe = exe

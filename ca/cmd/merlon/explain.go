@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -110,7 +111,11 @@ func printIdentity(w io.Writer, o *options, pid int32, resp *agentpb.ExplainIden
 		}
 	}
 	if resp.GetReason() != "" {
-		fmt.Fprintf(w, "no identity: %s\nhint: %s\n", resp.GetReason(), resp.GetHint())
+		what := "identity"
+		if slices.ContainsFunc(resp.GetEntries(), (*agentpb.EntryMatch).GetMatches) {
+			what = "X509-SVID"
+		}
+		fmt.Fprintf(w, "no %s: %s\nhint: %s\n", what, resp.GetReason(), resp.GetHint())
 	}
 	return nil
 }

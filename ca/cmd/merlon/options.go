@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 	"unicode/utf8"
 
@@ -95,10 +96,12 @@ func (o *options) withSocket(path, daemon string, do func(*grpc.ClientConn) erro
 	err = do(cc)
 	switch status.Code(err) {
 	case codes.Unavailable:
-		return hintError{
-			fmt.Errorf("reach %s at %s: %s", daemon, path, plainReason(status.Convert(err).Message())),
-			"is it running? name its admin socket with --admin PATH or MERLON_ADMIN; `merlon dev` starts a trust domain here",
+		reason := plainReason(status.Convert(err).Message())
+		hint := "is it running? name its admin socket with --admin PATH or MERLON_ADMIN; `merlon dev` starts a trust domain here"
+		if reason == syscall.EACCES.Error() {
+			hint = "call as root or as the user of " + daemon + ", or have admin_uids in its configuration name you"
 		}
+		return hintError{fmt.Errorf("reach %s at %s: %s", daemon, path, reason), hint}
 	case codes.Unimplemented:
 		return hintError{
 			fmt.Errorf("%s is not the admin socket of %s", path, daemon),
