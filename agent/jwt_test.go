@@ -4,6 +4,7 @@
 package agent_test
 
 import (
+	"maps"
 	"testing"
 	"time"
 
@@ -32,9 +33,7 @@ allow if input.jwt.sub == "spiffe://example.test/buyer"
 	}
 	claims := func(change forge.Fields) forge.Fields {
 		fields := forge.Fields{"sub": "spiffe://" + td + "/buyer", "aud": []string{"spiffe://" + td + "/orders"}, "jti": serial.String()}
-		for name, value := range change {
-			fields[name] = value
-		}
+		maps.Copy(fields, change)
 		return ca.Root.Claims("", fields)
 	}
 	token := func(change forge.Fields) string { return "Bearer " + ca.Root.JWT(ca.Root.Header(nil), claims(change)) }

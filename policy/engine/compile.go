@@ -55,7 +55,8 @@ func errorAt(loc *ast.Location, file, format string, args ...any) *Error {
 
 // CheckModules reports the first reason why the Rego modules of a policy, by
 // file name, cannot be used: syntax, types, recursion, a built-in function
-// that is not allowed, or a package that is Merlon's. Module is added where it
+// that is not allowed, a package that is Merlon's, or a part of the input that no
+// call has. Module is added where it
 // is absent.
 func CheckModules(modules map[string]string) error {
 	if module, present := modules[ModuleName]; !hasOwnRego(modules) && (!present || module == Module) {
@@ -64,8 +65,10 @@ func CheckModules(modules map[string]string) error {
 	if err := checkAsked(modules); err != nil {
 		return err
 	}
-	_, err := compile(modules, nil)
-	return err
+	if _, err := compile(modules, nil); err != nil {
+		return err
+	}
+	return checkTypes(modules)
 }
 
 // checkAsked refuses Rego that is never asked: without a module in package
@@ -208,7 +211,7 @@ func parseModule(name, source string) (*ast.Module, error) {
 	if strings.TrimSpace(source) == "" {
 		return nil, &Error{File: name, Reason: "is empty"}
 	}
-	m, err := ast.ParseModuleWithOpts(name, source, ast.ParserOptions{RegoVersion: ast.RegoV1, Capabilities: Capabilities()})
+	m, err := ast.ParseModuleWithOpts(name, source, ast.ParserOptions{RegoVersion: ast.RegoV1, Capabilities: Capabilities(), ProcessAnnotation: true})
 	if err != nil {
 		return nil, firstError(err)
 	}

@@ -25,7 +25,7 @@ func TestWhatHasNoCompiledForm(t *testing.T) {
 		"a value that is no boolean":          {"allow := \"yes\" if input.protocol == \"http\"", "a.rego:3: allow is not always a constant: a boolean"},
 		"true by default":                     {"default deny := true\n\ndeny := false if input.protocol == \"http\"", "a.rego:3: deny is true by default"},
 		"true and false":                      {"allow if input.protocol == \"http\"\n\nallow := false if input.attributes.request.http.method == \"PUT\"", "a.rego:5: allow has one value by one rule and another by another"},
-		"an argument taken apart":      {"allow if f(input.parsed_path)\n\nf([\"users\", id]) if id == who\n\nwho := input.attributes.request.http.headers.user", "a.rego:5: f takes an argument apart"},
+		"an argument taken apart":             {"allow if f(input.parsed_path)\n\nf([\"users\", id]) if id == who\n\nwho := input.attributes.request.http.headers.user", "a.rego:5: f takes an argument apart"},
 		"an object that a call has a part in": {"allow := {\"allowed\": true, \"headers\": {\"x-who\": input.attributes.source.principal}}", "a.rego:3: allow is not always a constant"},
 		"an object without allowed":           {"allow := {\"http_status\": 200} if input.protocol == \"http\"", "a.rego:3: allow is not always a constant"},
 		"an object that allows by default":    {"default allow := {\"allowed\": true}", "a.rego:3: allow is true by default"},
@@ -106,7 +106,8 @@ func TestWhatHasACompiledForm(t *testing.T) {
 		},
 		"headers by another name": {
 			"headers := input.attributes.request.http.headers\n\nallow if startswith(headers.user, \"an\")",
-			[]func(*policy.Input){header("ann")}, []func(*policy.Input){none, header("eve"), func(in *policy.Input) { in.Protocol = policy.TCP }},
+			[]func(*policy.Input){header("ann")},
+			[]func(*policy.Input){none, header("eve"), func(in *policy.Input) { in.Protocol = policy.TCP }},
 		},
 		"a path taken apart": {
 			"allow if {\n\tinput.parsed_path = [\"users\", id, \"posts\"]\n\tinput.attributes.request.http.headers.user == id\n}",

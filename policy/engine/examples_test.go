@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -306,9 +307,7 @@ func exampleCalls(t *testing.T, e *Engine, dir string, n int, r *rand.Rand) (cal
 func otherOPAOf(t *testing.T, data map[string]any, modules map[string]string) func(*policy.Input) string {
 	t.Helper()
 	x := example{modules: map[string]string{ModuleName: Module}}
-	for name, text := range modules {
-		x.modules[name] = text
-	}
+	maps.Copy(x.modules, modules)
 	stock := stockOPA(t, x, "data.merlon.decision", rego.Data(data))
 	return func(in *policy.Input) string {
 		document, err := ast.JSON(document(in))

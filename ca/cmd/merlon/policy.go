@@ -23,7 +23,7 @@ import (
 
 func policyCommand(o *options) *cobra.Command {
 	return noun("policy", "Check, test, build and push the policy that decides every call",
-		policyCheck(o), policyTest(o), policyBuild(), policyEval(), policyExplain(o), policyDiff(o), policyReplay(o))
+		policyCheck(o), policyTest(o), policyBuild(), policyEval(), policySchema(), policyExplain(o), policyDiff(o), policyReplay(o))
 }
 
 // policyFolder reads a policy folder; what is wrong in it is reported with a

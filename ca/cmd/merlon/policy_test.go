@@ -66,6 +66,8 @@ func TestPolicyVerbs(t *testing.T) {
 		"test, none":     {[]string{"test", policyDir(t, "g.yaml", "grants: []\n")}, exitFailure, "0 passed", "has no tests"},
 		"build, no file": {[]string{"build", shopPolicy}, exitUsage, "", "--file bundle.tar.gz"},
 		"check, paths":   {[]string{"check", clock, "--destination", "spiffe://a.test/y"}, exitOK, "spiffe://a.test/y: decided by opa, because a.rego:3: time.now_ns has no native form; evaluated for each call, because a.rego:3: time.now_ns gives another value each time\ncompiled to native programs: 0 of 1", ""},
+		"check, input":   {[]string{"check", policyDir(t, "a.rego", "package authz\n\nallow if input.attributes.request.http.metod == \"GET\"\n")}, exitFailure, "", "a.rego:3:10: no call has input.attributes.request.http.metod (did you mean \"method\"?)"},
+		"schema":         {[]string{"schema"}, exitOK, `"title": "The input of a Merlon policy"`, ""},
 		"eval, unknown":  {[]string{"eval", shopPolicy, "--engine", "wasm"}, exitUsage, "", `unknown engine "wasm"`},
 	}
 	for name, tt := range tests {
