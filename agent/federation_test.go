@@ -141,6 +141,32 @@ func TestJWTSVIDsOfFederatedTrustDomainsAreValidated(t *testing.T) {
 	})
 }
 
+// A policy reads the claims of those tokens, of the trust domains that the called
+// service federates with.
+func TestPoliciesReadJWTSVIDsOfFederatedTrustDomains(t *testing.T) {
+	ca, other, stranger := fakeca.New(t, td), forge.New(t, "partner.test"), forge.New(t, "stranger.test")
+	ca.PutEntry(federating(ca, "e1", "/orders", "partner.test"))
+	ca.Federate(other, stranger)
+	n := start(t, newConfig(t, ca))
+	n.waitReady(t)
+	key := newPolicyKey(t)
+	ca.PublishPolicy(key.bundleOf("authz.rego", `package authz
+
+allow if endswith(input.jwt.sub, "/buyer")
+`, 1), key.announcement(1))
+	n.policyIs(t, 1)
+	for a, want := range map[*forge.Authority]string{other: "ALLOWED", stranger: "NO_GRANT"} {
+		token := a.JWT(a.Header(nil), a.Claims("/buyer", forge.Fields{"aud": []string{"spiffe://" + td + "/orders"}}))
+		d, err := n.authorize(t, &agentpb.AuthorizeRequest{
+			Source: partner + "/web", Protocol: "http", Method: "GET", Path: "/orders",
+			Headers: map[string]*agentpb.HeaderValues{"authorization": {Values: []string{"Bearer " + token}}},
+		})
+		if err != nil || d.GetReason() != want {
+			t.Errorf("a token of %s: %v, %v; want %s", a.TrustDomain, d, err, want)
+		}
+	}
+}
+
 func TestHeldKeysComeWithFederatedBundles(t *testing.T) {
 	ca, other := fakeca.New(t, td), forge.New(t, "partner.test")
 	e := federating(ca, "e1", "/web", "partner.test")

@@ -9,24 +9,26 @@ import (
 	"strings"
 	"time"
 
+	"merlon.dev/agent/internal/cache"
 	"merlon.dev/policy"
 	"merlon.dev/sdk/svid"
 )
 
 // claimsOf are the claims of the JWT-SVID that in carries as its one bearer token
-// (J10), if it is good: of a trust domain that is known, for the SPIFFE ID that is
-// called, neither ended nor revoked. Nil otherwise: to the policy there is none.
-func (s *Server) claimsOf(ctx context.Context, in *policy.Input) map[string]any {
+// (J10), if it is good: of the own trust domain or one that an entry of the called
+// service federates with, for the SPIFFE ID that is called, neither ended nor
+// revoked. Nil otherwise: to the policy there is none.
+func (s *Server) claimsOf(ctx context.Context, in *policy.Input, called []*cache.Entry) map[string]any {
 	values := in.Headers["authorization"]
 	if len(values) != 1 {
 		return nil
 	}
 	scheme, token, ok := strings.Cut(values[0], " ")
-	trust := s.cache.Trust()
-	if !ok || !strings.EqualFold(scheme, "Bearer") || trust == nil {
+	bundles := s.cache.JWTBundles(called)
+	if !ok || !strings.EqualFold(scheme, "Bearer") || bundles == nil {
 		return nil
 	}
-	verified, err := svid.VerifyJWT(token, trust.Bundle, []string{in.Destination}, time.Now())
+	verified, err := svid.VerifyJWT(token, bundles, []string{in.Destination}, time.Now())
 	if err != nil {
 		s.o.Logger.LogAttrs(ctx, slog.LevelDebug, "JWT-SVID of a call not taken", slog.String("destination", in.Destination), slog.Any("err", err))
 		return nil

@@ -103,7 +103,7 @@ func (s *Server) Authorize(ctx context.Context, req *agentpb.AuthorizeRequest) (
 		return nil, s.o.Callers.NotAmong("the caller is not entitled to the destination that it names")
 	}
 	in := inputOf(req, destination)
-	d := s.decide(ctx, in)
+	d := s.decide(ctx, in, entries)
 	now := time.Now()
 	s.decisions.add(in, d, now, false)
 	s.o.Decisions.Record(in, &d, now)
@@ -125,8 +125,9 @@ func pickDestination(entries []*cache.Entry, named string) (id string, ok bool) 
 	return "", false
 }
 
-// decide asks what stands before any policy, and then the policy.
-func (s *Server) decide(ctx context.Context, in *policy.Input) policy.Decision {
+// decide asks what stands before any policy, and then the policy. called are the
+// entries of the service that in is a call to.
+func (s *Server) decide(ctx context.Context, in *policy.Input, called []*cache.Entry) policy.Decision {
 	source, err := spiffeid.FromString(in.Source)
 	if err != nil {
 		return policy.Deny(policy.NoIdentity)
@@ -142,7 +143,7 @@ func (s *Server) decide(ctx context.Context, in *policy.Input) policy.Decision {
 		return policy.Deny(policy.NoBundle)
 	}
 	if active.ReadsJWT() {
-		in.JWT = s.claimsOf(ctx, in)
+		in.JWT = s.claimsOf(ctx, in, called)
 	}
 	return active.Authorize(ctx, in)
 }

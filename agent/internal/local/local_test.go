@@ -40,7 +40,7 @@ func TestStaleRevocations(t *testing.T) {
 		in := &policy.Input{Source: "spiffe://example.test/web"}
 		want := func(s *Server, reason policy.Reason) {
 			t.Helper()
-			if d := s.decide(context.Background(), in); d.Reason != reason || d.Allow {
+			if d := s.decide(context.Background(), in, nil); d.Reason != reason || d.Allow {
 				t.Errorf("decide() = %+v; want %s", d, reason)
 			}
 		}
