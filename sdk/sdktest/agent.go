@@ -117,6 +117,8 @@ func (a *agent) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.ServerStr
 }
 
 func (a *agent) identity() (*workload.X509SVIDResponse, <-chan struct{}, error) {
+	// First whom it is to be told of, then what: a change in between is told, too.
+	federated, changed := a.td.federated()
 	a.td.mu.Lock()
 	defer a.td.mu.Unlock()
 	if a.svid == nil {
@@ -140,7 +142,7 @@ func (a *agent) identity() (*workload.X509SVIDResponse, <-chan struct{}, error) 
 		X509Svid:    chain,
 		X509SvidKey: key,
 		Bundle:      bundle,
-	}}}, a.td.changed, nil
+	}}, FederatedBundles: federated}, changed, nil
 }
 
 // Watch implements the local API. Each message has everything.

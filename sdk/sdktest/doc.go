@@ -2,7 +2,8 @@
 // Merlon's SDK. No Merlon has to run: [New] makes an authority, [TD.Workload]
 // gives identities by name, [TD.Allow] and [TD.Deny] are the policy, and
 // [TD.Revoke], [TD.Rotate], [TD.Withdraw], [TD.RemoveRoot] and [TD.StopAgent]
-// are what may happen to a workload in its life.
+// are what may happen to a workload in its life. [TD.Partner] makes a second trust
+// domain that federates with the first.
 //
 // The identities come over a real Unix socket by the real protocols, so
 // programs can also be tested from outside with the SPIFFE_ENDPOINT_SOCKET

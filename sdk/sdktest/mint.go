@@ -41,7 +41,7 @@ func (td *TD) newRoot() {
 	template := &x509.Certificate{
 		SerialNumber:          new(big.Int).SetUint64(td.serial),
 		Subject:               pkix.Name{Organization: []string{"Merlon sdktest - do not trust"}, CommonName: fmt.Sprintf("root %d", td.serial)},
-		URIs:                  []*url.URL{{Scheme: "spiffe", Host: TrustDomain}},
+		URIs:                  []*url.URL{{Scheme: "spiffe", Host: td.name}},
 		NotBefore:             now.Add(-backdate),
 		NotAfter:              now.Add(24 * time.Hour),
 		IsCA:                  true,

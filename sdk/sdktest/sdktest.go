@@ -23,15 +23,16 @@ import (
 	"merlon.dev/sdk/svid"
 )
 
-// TrustDomain is the name of every trust domain of this package.
+// TrustDomain is the name of every trust domain that New makes.
 const TrustDomain = "sdktest.test"
 
 // TD is a trust domain in memory: its authority, its workloads, each with an
 // agent of its own on a real Unix socket, its policy and its revocations. It
 // is safe for concurrent use. Mistakes in its use end the test.
 type TD struct {
-	t   testing.TB
-	dir string
+	t    testing.TB
+	dir  string
+	name string
 
 	mu        sync.Mutex // guards all below
 	root      *authority
@@ -46,6 +47,8 @@ type TD struct {
 	compiled  bool // rules are sent to the workloads
 	revoked   []svid.Revocation
 	changed   chan struct{} // closed at the next change
+	partners  []*TD         // whose trust bundles the workloads have
+	trustees  []*TD         // whose workloads have this one's
 }
 
 type rule struct {
@@ -57,6 +60,11 @@ type rule struct {
 // every call.
 func New(t testing.TB) *TD {
 	t.Helper()
+	return newTD(t, TrustDomain)
+}
+
+func newTD(t testing.TB, name string) *TD {
+	t.Helper()
 	// t.TempDir has the test's name in it, and socket paths have to be short.
 	dir, err := os.MkdirTemp("", "sdktest") //nolint:usetesting // see above
 	if err != nil {
@@ -65,6 +73,7 @@ func New(t testing.TB) *TD {
 	td := &TD{
 		t:         t,
 		dir:       dir,
+		name:      name,
 		revision:  1,
 		policyGen: 1,
 		ttl:       time.Hour,
@@ -143,7 +152,7 @@ func (td *TD) ID(name string) spiffeid.ID { return td.mustID(name) }
 
 func (td *TD) mustID(name string) spiffeid.ID {
 	if !strings.HasPrefix(name, "spiffe://") {
-		name = "spiffe://" + TrustDomain + "/" + name
+		name = "spiffe://" + td.name + "/" + name
 	}
 	id, err := spiffeid.FromString(name)
 	if err != nil {
@@ -271,18 +280,30 @@ func (td *TD) SVID(name string) *x509svid.SVID {
 func (td *TD) Bundle() *x509bundle.Bundle {
 	td.mu.Lock()
 	defer td.mu.Unlock()
-	bundle := x509bundle.New(spiffeid.RequireTrustDomainFromString(TrustDomain))
+	bundle := x509bundle.New(spiffeid.RequireTrustDomainFromString(td.name))
 	for _, root := range td.roots {
 		bundle.AddX509Authority(root.cert)
 	}
 	return bundle
 }
 
-// change does something to the trust domain and tells the agents.
+// change does something to the trust domain and tells the agents, also those of the
+// trust domains that trust it.
 func (td *TD) change(f func()) {
 	td.mu.Lock()
-	defer td.mu.Unlock()
 	f()
+	td.tell()
+	trustees := slices.Clone(td.trustees)
+	td.mu.Unlock()
+	for _, other := range trustees { // one lock at a time: trust goes both ways
+		other.mu.Lock()
+		other.tell()
+		other.mu.Unlock()
+	}
+}
+
+// tell wakes the agents. td.mu is held.
+func (td *TD) tell() {
 	close(td.changed)
 	td.changed = make(chan struct{})
 }

@@ -103,3 +103,32 @@ func peer(t *testing.T, td *sdktest.TD, der []byte) *svid.Peer {
 	}
 	return p
 }
+
+// Two trust domains know each other as the agents of both would say, to programs of
+// others too.
+func TestPartnersKnowEachOther(t *testing.T) {
+	td := sdktest.New(t)
+	partner := td.Partner("partner.test")
+	for _, way := range []struct{ has, of *sdktest.TD }{{td, partner}, {partner, td}} {
+		source, err := workloadapi.NewX509Source(t.Context(), workloadapi.WithClientOptions(workloadapi.WithAddr(way.has.Address("orders"))))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer source.Close()
+		other := way.of.ID("x").TrustDomain()
+		if got, err := source.GetX509BundleForTrustDomain(other); err != nil || !got.Equal(way.of.Bundle()) {
+			t.Errorf("%s has %v of %s, %v", way.has.ID("orders"), got, other, err)
+		}
+		way.of.RotateRoot()
+		deadline := time.Now().Add(30 * time.Second)
+		for {
+			if got, err := source.GetX509BundleForTrustDomain(other); err == nil && len(got.X509Authorities()) == 2 {
+				break
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("the new root of %s does not arrive", other)
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+}
