@@ -7,7 +7,9 @@ import (
 	"crypto/ecdsa"
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -139,6 +141,28 @@ func TestFederationReachesTheNodesConcerned(t *testing.T) {
 		}
 		return len(m.GetEntries()) > 0
 	})
+}
+
+// Nobody renews what was handed over but people, who have to be told in time.
+func TestMetricsSayWhenAFederationEnds(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	partner := forge.New(t, "partner.test")
+	if _, err := c.federate(partner, 1, false); err != nil {
+		t.Fatal(err)
+	}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	_, _, body := do(t, client, "GET", "http://"+c.srv.HealthAddress().String()+"/metrics", nil, nil)
+	for line := range strings.Lines(body) {
+		text, ok := strings.CutPrefix(line, `merlon_ca_federated_expiry_timestamp_seconds{trust_domain="partner.test"} `)
+		if !ok {
+			continue
+		}
+		if end, err := strconv.ParseFloat(strings.TrimSpace(text), 64); err != nil || int64(end) != partner.Cert.NotAfter.Unix() {
+			t.Errorf("%s; want %d", line, partner.Cert.NotAfter.Unix())
+		}
+		return
+	}
+	t.Error("no metric says when the trust bundle of partner.test ends")
 }
 
 func TestFederationIsKeptOverARestart(t *testing.T) {

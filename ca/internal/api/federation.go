@@ -194,15 +194,10 @@ func federatedTrust(b *trust.Federated) *capb.TrustBundle {
 func federatedToProto(b *trust.Federated) *capb.FederatedBundle {
 	p := &capb.FederatedBundle{
 		TrustBundle: federatedTrust(b), SetAt: timestamp(b.SetAt),
-		JwtKeyIds: slices.Sorted(maps.Keys(b.JWT)),
+		JwtKeyIds: slices.Sorted(maps.Keys(b.JWT)), NotAfter: timestamp(b.End()),
 	}
-	var end time.Time
 	for _, cert := range b.X509 {
 		p.RootHashes = append(p.RootHashes, svid.KeyHash(cert))
-		if cert.NotAfter.After(end) {
-			end = cert.NotAfter
-		}
 	}
-	p.NotAfter = timestamp(end)
 	return p
 }

@@ -7,7 +7,6 @@ package trust
 import (
 	"crypto"
 	"crypto/sha256"
-	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -73,9 +72,19 @@ func NewFederated(own, td spiffeid.TrustDomain, document []byte, now time.Time) 
 	return &Federated{TrustDomain: td, Document: d, JWKS: jwks, SetAt: now.UTC()}, nil
 }
 
+// End is when the last of the X.509 authorities ends; zero where there is none.
+func (d *Document) End() (end time.Time) {
+	for _, cert := range d.X509 {
+		if cert.NotAfter.After(end) {
+			end = cert.NotAfter
+		}
+	}
+	return end
+}
+
 // ended says whether there are X.509 authorities, and all of them have ended.
 func (d *Document) ended(now time.Time) bool {
-	return len(d.X509) > 0 && !slices.ContainsFunc(d.X509, func(cert *x509.Certificate) bool { return !now.After(cert.NotAfter) })
+	return len(d.X509) > 0 && now.After(d.End())
 }
 
 // DecodeFederated reads the store's record.
