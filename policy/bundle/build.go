@@ -108,7 +108,7 @@ func (f *Folder) add(name string, content []byte, grants *[]grant.File) error {
 
 // Contents is what a bundle of f contains, unsigned.
 func (f *Folder) Contents() *Contents {
-	c := &Contents{Modules: map[string]string{engine.ModuleName: engine.Module}, Data: map[string]any{"merlon": grant.Compile(f.Grants)}}
+	c := &Contents{Modules: map[string]string{engine.ModuleName: engine.Module}, Grants: f.Grants}
 	maps.Copy(c.Modules, f.Modules)
 	return c
 }
@@ -121,7 +121,7 @@ func Build(dir string) ([]byte, error) {
 		return nil, err
 	}
 	c := f.Contents()
-	data, err := json.Marshal(c.Data)
+	data, err := grant.Data(c.Grants)
 	if err != nil {
 		return nil, fmt.Errorf("build policy bundle: %v", err)
 	}
@@ -155,11 +155,7 @@ func Check(unsigned []byte) (*Contents, error) {
 	if c.Modules[engine.ModuleName] != engine.Module {
 		return nil, fmt.Errorf("check policy bundle: %s is not the one of this version of merlon; build the bundle again", engine.ModuleName)
 	}
-	merlon, ok := c.Data["merlon"].(map[string]any)
-	if !ok || len(c.Data) != 1 {
-		return nil, errors.New(`check policy bundle: data.json has other keys than "merlon"`)
-	}
-	if err := grant.CheckData(merlon); err != nil {
+	if err := grant.CheckData(f[dataName], c.Grants); err != nil {
 		return nil, fmt.Errorf("check policy bundle: %w", err)
 	}
 	return c, engine.CheckModules(c.Modules)
@@ -176,8 +172,9 @@ func contents(f files) (*Contents, error) {
 	if !present {
 		return nil, errors.New("has no data.json")
 	}
-	if err := decodeJSON(data, &c.Data); err != nil {
-		return nil, fmt.Errorf("data.json: %v", err)
+	var err error
+	if c.Grants, err = grant.FromData(data); err != nil {
+		return nil, fmt.Errorf("data.json: %w", err)
 	}
 	return c, nil
 }

@@ -9,6 +9,8 @@ import (
 	"crypto/ecdsa"
 	"errors"
 	"time"
+
+	"merlon.dev/policy/grant"
 )
 
 // ContentType is the media type of policy bundles in OPA's bundle protocol.
@@ -61,5 +63,5 @@ type Expect struct {
 type Contents struct {
 	Metadata Metadata          // zero for an unsigned bundle
 	Modules  map[string]string // Rego by file name, engine.ModuleName among them
-	Data     map[string]any    // the compiled grants, under "merlon"
+	Grants   []grant.Grant     // sorted by ID
 }

@@ -8,13 +8,12 @@ import (
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/engine"
-	"merlon.dev/policy/grant"
 )
 
 func load(t *testing.T, rego string, generation uint64) *engine.Engine {
 	t.Helper()
 	e, err := engine.New(t.Context(), engine.Source{
-		Modules: map[string]string{"authz.rego": "package authz\n\n" + rego}, Data: map[string]any{"merlon": grant.Compile(nil)}, Generation: generation,
+		Modules: map[string]string{"authz.rego": "package authz\n\n" + rego}, Generation: generation,
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -37,9 +37,9 @@ type Source struct {
 	// Modules are Rego files by name. What ModuleName has is for other OPAs:
 	// an engine evaluates grants by its own Module, which it is tested with.
 	Modules map[string]string
-	// Data has the compiled grants under "merlon" (grant.Compile). The engine
-	// keeps it; the caller must not change it afterwards.
-	Data map[string]any
+	// Grants have passed grant.Check. The engine keeps what they hold; the caller
+	// must not change it afterwards.
+	Grants []grant.Grant
 	// Generation is recorded in each decision as its Revision.
 	Generation uint64
 	// NotAfter ends the policy: later calls are denied STALE_POLICY. Zero
@@ -75,12 +75,9 @@ var _ policy.Authorizer = (*Engine)(nil)
 
 // New compiles src. Errors name file, line and reason.
 func New(ctx context.Context, src Source) (*Engine, error) {
-	data, ok := src.Data["merlon"].(map[string]any)
-	if !ok {
-		return nil, errors.New("load policy: data has no grants")
-	}
-	grants, err := grant.FromData(data)
-	if err != nil {
+	grants := slices.Clone(src.Grants)
+	slices.SortFunc(grants, func(a, b grant.Grant) int { return strings.Compare(a.ID, b.ID) })
+	if err := grant.Check(grants); err != nil {
 		return nil, fmt.Errorf("load policy: %w", err)
 	}
 	e := &Engine{
@@ -95,9 +92,7 @@ func New(ctx context.Context, src Source) (*Engine, error) {
 			e.dryRun[grants[i].ID] = &dryRun{denies: grants[i].Effect == grant.Deny}
 		}
 	}
-	if e.leaves, err = newIndex(data); err != nil {
-		return nil, err
-	}
+	e.leaves = newIndex(grants)
 	if err := e.prepare(ctx, src); err != nil {
 		return nil, err
 	}
@@ -119,7 +114,7 @@ func hasOwnRego(modules map[string]string) bool {
 func (e *Engine) prepare(ctx context.Context, src Source) (err error) {
 	data := map[string]any{}
 	if e.ownRego {
-		data["merlon"] = src.Data["merlon"]
+		data["merlon"] = grant.Compile(e.grants)
 	}
 	e.store = inmem.NewFromObjectWithOpts(data, inmem.OptRoundTripOnWrite(false))
 	if e.txn, err = e.store.NewTransaction(ctx); err != nil {

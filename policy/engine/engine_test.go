@@ -28,7 +28,7 @@ func parseGrants(t testing.TB, yaml string) []grant.Grant {
 
 func load(t testing.TB, grants []grant.Grant, modules map[string]string) *Engine {
 	t.Helper()
-	e, err := New(context.Background(), Source{Modules: modules, Data: map[string]any{"merlon": grant.Compile(grants)}, Generation: 7})
+	e, err := New(context.Background(), Source{Modules: modules, Grants: grants, Generation: 7})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -322,9 +322,9 @@ func TestEngineIsSafeForConcurrentUse(t *testing.T) {
 	}
 }
 
-func TestNewRefusesDataWithoutGrants(t *testing.T) {
-	for name, data := range map[string]map[string]any{"nil": nil, "no merlon": {"x": 1}, "no grants": {"merlon": map[string]any{}}} {
-		if _, err := New(t.Context(), Source{Data: data}); err == nil {
+func TestNewChecksGrants(t *testing.T) {
+	for name, grants := range map[string][]grant.Grant{"no protocol": {{ID: "a"}}, "one ID twice": {{ID: "a", TCP: &grant.TCP{}}, {ID: "a", TCP: &grant.TCP{}}}} {
+		if _, err := New(t.Context(), Source{Grants: grants}); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 	}
@@ -447,10 +447,10 @@ func BenchmarkProgram(b *testing.B) {
 }
 
 func BenchmarkNew(b *testing.B) {
-	data := map[string]any{"merlon": grant.Compile(benchmarkGrants(10_000))}
+	grants := benchmarkGrants(10_000)
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := New(b.Context(), Source{Data: data}); err != nil {
+		if _, err := New(b.Context(), Source{Grants: grants}); err != nil {
 			b.Fatal(err)
 		}
 	}

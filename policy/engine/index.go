@@ -5,20 +5,24 @@ package engine
 // does the same in Rego, for other OPAs; here it is hash lookups.
 
 import (
-	"encoding/json"
-	"fmt"
 	"math"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/open-policy-agent/opa/v1/ast"
 
 	"merlon.dev/policy"
+	"merlon.dev/policy/grant"
 )
 
-// leaf has the compiled grants of one key.
-type leaf struct{ deny, allow, dryRun entries }
+// leaf has the grants of one key, compiled by build.
+type leaf struct {
+	grants              []*grant.Grant
+	once                sync.Once
+	deny, allow, dryRun entries // valid after build
+}
 
 // entries are the grants of one kind.
 type entries struct {
@@ -40,66 +44,73 @@ const never = math.MaxInt64
 // where there are none.
 type found struct{ deny, allow, dryRun *ast.Term }
 
-// index is the "index" of grant.Compile, by to, from and protocol.
+// index has the grants by to, from and protocol, as grant.Compile keys them.
 type index struct {
-	leaves               map[string]map[string]map[policy.Protocol]*leaf
+	leaves               map[leafKey]*leaf
 	toDepths, fromDepths []int
 }
 
-func newIndex(data map[string]any) (index, error) {
-	x := index{leaves: map[string]map[string]map[policy.Protocol]*leaf{}}
-	byTo, _ := data["index"].(map[string]any)
-	for to, v := range byTo {
-		byFrom, _ := v.(map[string]any)
-		x.leaves[to] = make(map[string]map[policy.Protocol]*leaf, len(byFrom))
-		x.toDepths = addDepth(x.toDepths, to)
-		for from, v := range byFrom {
-			byProtocol, _ := v.(map[string]any)
-			x.leaves[to][from] = make(map[policy.Protocol]*leaf, len(byProtocol))
-			x.fromDepths = addDepth(x.fromDepths, from)
-			for protocol, v := range byProtocol {
-				l, err := newLeaf(v)
-				if err != nil {
-					return index{}, fmt.Errorf("load policy: %v", err)
+// leafKey has patterns as written, or "*" for any.
+type leafKey struct {
+	to, from string
+	protocol policy.Protocol
+}
+
+// newIndex is for grants that are sorted by ID and that nobody changes afterwards.
+func newIndex(grants []grant.Grant) index {
+	x := index{leaves: map[leafKey]*leaf{}}
+	for i := range grants {
+		g := &grants[i]
+		for _, to := range orAny(g.To) {
+			x.toDepths = addDepth(x.toDepths, to)
+			for _, from := range orAny(g.From) {
+				x.fromDepths = addDepth(x.fromDepths, from)
+				key := leafKey{to, from, g.Protocol()}
+				if x.leaves[key] == nil {
+					x.leaves[key] = new(leaf)
 				}
-				x.leaves[to][from][policy.Protocol(protocol)] = l
+				x.leaves[key].grants = append(x.leaves[key].grants, g)
 			}
 		}
 	}
-	return x, nil
+	return x
 }
 
-func newLeaf(v any) (*leaf, error) {
-	kinds, _ := v.(map[string]any)
-	var l leaf
-	for kind, into := range map[string]*entries{"deny": &l.deny, "allow": &l.allow, "dry_run": &l.dryRun} {
-		grants, _ := kinds[kind].([]any)
-		for _, g := range grants {
-			e, err := newEntry(g)
-			if err != nil {
-				return nil, err
+func orAny(patterns []string) []string {
+	if patterns == nil {
+		return []string{"*"}
+	}
+	return patterns
+}
+
+// build compiles the grants of l, when the first call needs them: where programs
+// decide that is never.
+func (l *leaf) build() {
+	l.once.Do(func() {
+		for _, g := range l.grants {
+			into := &l.allow
+			switch {
+			case g.Mode == grant.DryRun:
+				into = &l.dryRun
+			case g.Effect == grant.Deny:
+				into = &l.deny
 			}
-			into.list = append(into.list, e)
+			into.list = append(into.list, newEntry(g))
 		}
-		if !slices.ContainsFunc(into.list, func(e entry) bool { return e.expires != never }) {
-			into.all = arrayOf(into.list, 0)
+		for _, e := range []*entries{&l.deny, &l.allow, &l.dryRun} {
+			if !slices.ContainsFunc(e.list, func(e entry) bool { return e.expires != never }) {
+				e.all = arrayOf(e.list, 0)
+			}
 		}
-	}
-	return &l, nil
+	})
 }
 
-func newEntry(g any) (e entry, err error) {
-	value, err := ast.InterfaceToValue(g)
-	if err != nil {
-		return entry{}, err
+func newEntry(g *grant.Grant) entry {
+	e := entry{id: g.ID, term: ast.NewTerm(ast.MustInterfaceToValue(g.Compiled())), expires: never}
+	if g.Expires != nil {
+		e.expires = grant.UnixNano(*g.Expires)
 	}
-	e.term, e.expires = ast.NewTerm(value), never
-	fields, _ := g.(map[string]any)
-	e.id, _ = fields["id"].(string)
-	if end, ok := fields["expires_ns"].(json.Number); ok {
-		e.expires, err = end.Int64()
-	}
-	return e, err
+	return e
 }
 
 // addDepth notes how many slashes a "…/*" key has before its "*".
@@ -117,12 +128,9 @@ func (x *index) lookup(in *policy.Input, now time.Time) (f found) {
 	to, from = candidates(to, in.Destination, x.toDepths), candidates(from, in.Source, x.fromDepths)
 	hits := make([]*leaf, 0, 8)
 	for _, t := range to {
-		byFrom := x.leaves[t]
-		if byFrom == nil {
-			continue
-		}
 		for _, s := range from {
-			if l := byFrom[s][in.Protocol]; l != nil {
+			if l := x.leaves[leafKey{t, s, in.Protocol}]; l != nil {
+				l.build()
 				hits = append(hits, l)
 			}
 		}

@@ -116,7 +116,7 @@ func TestEngineAndOPAAgreeWithTheReference(t *testing.T) {
 		if rapid.Bool().Draw(rt, "own Rego") {
 			modules = ownRego
 		}
-		e, err := New(context.Background(), Source{Modules: modules, Data: data})
+		e, err := New(context.Background(), Source{Modules: modules, Grants: grants})
 		if err != nil {
 			rt.Fatal(err)
 		}

@@ -19,6 +19,7 @@ import (
 	"github.com/open-policy-agent/opa/v1/tester"
 
 	"merlon.dev/policy"
+	"merlon.dev/policy/grant"
 	"merlon.dev/policy/strictyaml"
 )
 
@@ -121,7 +122,7 @@ func RunRegoTests(ctx context.Context, src Source, tests map[string]string) ([]T
 	if err != nil {
 		return nil, err
 	}
-	store := inmem.NewFromObjectWithOpts(src.Data, inmem.OptRoundTripOnWrite(false))
+	store := inmem.NewFromObjectWithOpts(map[string]any{"merlon": grant.Compile(src.Grants)}, inmem.OptRoundTripOnWrite(false))
 	var results []TestResult
 	err = storage.Txn(ctx, store, storage.TransactionParams{}, func(txn storage.Transaction) error {
 		found, err := tester.NewRunner().

@@ -7,10 +7,7 @@ package grant
 // for explanations, and is what the index is made from and checked against.
 
 import (
-	"bytes"
 	"encoding/json"
-	"errors"
-	"fmt"
 	"math"
 	"slices"
 	"strconv"
@@ -37,7 +34,7 @@ func Compile(grants []Grant) map[string]any {
 	for i := range sorted {
 		g := &sorted[i]
 		written[g.ID] = g.toData()
-		compiled := g.compile()
+		compiled := g.Compiled()
 		for _, to := range keys(g.To, depths["to"]) {
 			for _, from := range keys(g.From, depths["from"]) {
 				leaf := child(child(child(index, to), from), string(g.Protocol()))
@@ -100,9 +97,9 @@ func (g *Grant) kind() string {
 	}
 }
 
-// compile is what matching needs: "any" path or "exact" ones, prefixes
+// Compiled is what matching needs, as Compile has it: "any" path or "exact" ones, prefixes
 // "below" which more must follow, and "templates"; "methods"; "expires_ns".
-func (g *Grant) compile() map[string]any {
+func (g *Grant) Compiled() map[string]any {
 	c := map[string]any{"id": g.ID}
 	if g.Expires != nil {
 		c["expires_ns"] = json.Number(strconv.FormatInt(UnixNano(*g.Expires), 10))
@@ -190,125 +187,4 @@ func list(items []string) []any {
 		out[i] = s
 	}
 	return out
-}
-
-// toData is g as written, without its ID, which is its key.
-func (g *Grant) toData() map[string]any {
-	d := map[string]any{}
-	put := func(m map[string]any, key string, items []string) {
-		if items != nil {
-			m[key] = list(items)
-		}
-	}
-	put(d, "from", g.From)
-	put(d, "to", g.To)
-	protocol := map[string]any{}
-	d[string(g.Protocol())] = protocol
-	if g.HTTP != nil {
-		put(protocol, "methods", g.HTTP.Methods)
-		put(protocol, "paths", g.HTTP.Paths)
-	}
-	if g.GRPC != nil {
-		put(protocol, "services", g.GRPC.Services)
-		put(protocol, "methods", g.GRPC.Methods)
-	}
-	for key, value := range map[string]string{"effect": string(g.Effect), "mode": string(g.Mode), "owner": g.Owner} {
-		if value != "" {
-			d[key] = value
-		}
-	}
-	if g.Expires != nil {
-		d["expires"] = g.Expires.UTC().Format(time.RFC3339Nano)
-	}
-	return d
-}
-
-// dataGrant is the JSON form that toData makes.
-type dataGrant struct {
-	From    []string   `json:"from"`
-	To      []string   `json:"to"`
-	HTTP    *dataHTTP  `json:"http"`
-	GRPC    *dataGRPC  `json:"grpc"`
-	TCP     *struct{}  `json:"tcp"`
-	Effect  Effect     `json:"effect"`
-	Mode    Mode       `json:"mode"`
-	Owner   string     `json:"owner"`
-	Expires *time.Time `json:"expires"`
-}
-
-type dataHTTP struct {
-	Methods []string `json:"methods"`
-	Paths   []string `json:"paths"`
-}
-
-type dataGRPC struct {
-	Services []string `json:"services"`
-	Methods  []string `json:"methods"`
-}
-
-// FromData reads back the grants in a document that Compile made, sorted by
-// ID, and checks them as Parse does.
-func FromData(data map[string]any) ([]Grant, error) {
-	written, ok := data["grants"].(map[string]any)
-	if !ok {
-		return nil, errors.New("policy data has no grants")
-	}
-	grants := make([]Grant, 0, len(written))
-	for id, v := range written {
-		g, err := fromData(id, v)
-		if err != nil {
-			return nil, err
-		}
-		grants = append(grants, g)
-	}
-	slices.SortFunc(grants, func(a, b Grant) int { return strings.Compare(a.ID, b.ID) })
-	return grants, Check(grants)
-}
-
-// CheckData refuses a document unless its index is exactly the one that
-// Compile makes of its grants: nothing may decide that is not written.
-func CheckData(data map[string]any) error {
-	grants, err := FromData(data)
-	if err != nil {
-		return err
-	}
-	want, err := json.Marshal(Compile(grants))
-	if err != nil {
-		return err
-	}
-	got, err := json.Marshal(data)
-	if err != nil {
-		return err
-	}
-	if !bytes.Equal(got, want) {
-		return errors.New("policy data was not made from its grants: build the policy bundle again with this version of merlon")
-	}
-	return nil
-}
-
-func fromData(id string, v any) (Grant, error) {
-	raw, err := json.Marshal(v)
-	if err != nil {
-		return Grant{}, err
-	}
-	var d dataGrant
-	dec := json.NewDecoder(bytes.NewReader(raw))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(&d); err != nil {
-		return Grant{}, fmt.Errorf("grant %q in policy data: %v", id, err)
-	}
-	g := Grant{
-		ID: id, From: d.From, To: d.To, Effect: d.Effect, Mode: d.Mode, Owner: d.Owner, Expires: d.Expires,
-		File: "policy data",
-	}
-	if d.HTTP != nil {
-		g.HTTP = &HTTP{Methods: d.HTTP.Methods, Paths: d.HTTP.Paths}
-	}
-	if d.GRPC != nil {
-		g.GRPC = &GRPC{Services: d.GRPC.Services, Methods: d.GRPC.Methods}
-	}
-	if d.TCP != nil {
-		g.TCP = &TCP{}
-	}
-	return g, nil
 }

@@ -74,14 +74,18 @@ func TestGrantsSurviveTheirTripThroughData(t *testing.T) {
 	if diff := cmp.Diff(data, back); diff != "" {
 		t.Errorf("Compile gives other types than encoding/json:\n%s", diff)
 	}
-	got, err := FromData(back)
+	written, err := Data(want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := FromData(written)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(want, got, ignorePlaces); diff != "" {
 		t.Error(diff)
 	}
-	if err := CheckData(back); err != nil {
+	if err := CheckData(written, got); err != nil {
 		t.Error(err)
 	}
 }
@@ -89,11 +93,39 @@ func TestGrantsSurviveTheirTripThroughData(t *testing.T) {
 // What decides must be what is written: an index with a grant more, or one
 // changed, is not accepted.
 func TestDataWhoseIndexSaysMoreThanItsGrantsIsRefused(t *testing.T) {
-	data := Compile(parse(t, sample))
-	leaf := data["index"].(map[string]any)["spiffe://shop.test/orders"].(map[string]any)["spiffe://shop.test/web"].(map[string]any)["http"].(map[string]any)
+	doc := Compile(parse(t, sample))
+	leaf := doc["index"].(map[string]any)["spiffe://shop.test/orders"].(map[string]any)["spiffe://shop.test/web"].(map[string]any)["http"].(map[string]any)
 	leaf["allow"].([]any)[0].(map[string]any)["any"] = true
-	if err := CheckData(data); err == nil || !strings.Contains(err.Error(), "was not made from its grants") {
+	data, err := json.Marshal(map[string]any{"merlon": doc})
+	if err != nil {
+		t.Fatal(err)
+	}
+	grants, err := FromData(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := CheckData(data, grants); err == nil || !strings.Contains(err.Error(), "was not made from its grants") {
 		t.Errorf("CheckData = %v", err)
+	}
+}
+
+func TestFromDataRefuses(t *testing.T) {
+	for name, tt := range map[string]struct{ data, want string }{
+		"nothing":               {``, "an object is missing"},
+		"an array":              {`[]`, "an object is missing"},
+		"no grants":             {`{"merlon":{"index":{},"depths":{}}}`, "has no grants"},
+		"another document":      {`{"merlon":{"grants":{}},"more":1}`, `"more" beside "merlon"`},
+		"an unknown part":       {`{"merlon":{"grants":{},"grant":{}}}`, `unknown key "grant"`},
+		"grants twice":          {`{"merlon":{"grants":{},"grants":{}}}`, `"grants" is in it twice`},
+		"a grant twice":         {`{"merlon":{"grants":{"a":{"tcp":{}},"a":{"tcp":{}}}}}`, `"a" is in it twice`},
+		"an unknown field":      {`{"merlon":{"grants":{"a":{"tcp":{},"form":[]}}}}`, `grant "a": json: unknown field "form"`},
+		"a grant that is wrong": {`{"merlon":{"grants":{"a":{}}}}`, `http, grpc and tcp`},
+		"cut off":               {`{"merlon":{"grants":{"a":{"tcp":{}}`, "EOF"},
+		"more behind it":        {`{"merlon":{"grants":{}}}{}`, "more than one JSON value"},
+	} {
+		if got, err := FromData([]byte(tt.data)); err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: %v, %v; want %q", name, got, err, tt.want)
+		}
 	}
 }
 
@@ -279,8 +311,43 @@ func FuzzParse(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if err := CheckData(Compile(grants)); err != nil {
+		written, err := Data(grants)
+		if err != nil {
+			t.Fatal(err)
+		}
+		back, err := FromData(written)
+		if err == nil {
+			err = CheckData(written, back)
+		}
+		if err != nil {
 			t.Errorf("accepted grants do not survive compilation: %v", err)
+		}
+	})
+}
+
+func FuzzFromData(f *testing.F) {
+	grants, err := Parse([]File{{Name: "f.yaml", Data: []byte(sample)}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	data, err := Data(grants)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(data)
+	f.Add([]byte(`{"merlon":{"grants":{"a":{"tcp":{}}}}}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		grants, err := FromData(data)
+		if err != nil {
+			return
+		}
+		again, err := Data(grants)
+		if err != nil {
+			t.Fatal(err)
+		}
+		back, err := FromData(again)
+		if err != nil || CheckData(again, back) != nil {
+			t.Errorf("what was read does not survive writing: %v", err)
 		}
 	})
 }

@@ -252,7 +252,7 @@ func (f *Feed) compile(ctx context.Context, raw []byte, keys []bundle.Key, least
 	}
 	md := contents.Metadata
 	compiled, err := engine.New(ctx, engine.Source{
-		Modules: contents.Modules, Data: contents.Data,
+		Modules: contents.Modules, Grants: contents.Grants,
 		Generation: md.Generation, NotAfter: md.NotAfter, Logger: f.cfg.Logger,
 	})
 	if err != nil {

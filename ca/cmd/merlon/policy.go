@@ -57,7 +57,7 @@ func loadFolder(ctx context.Context, dir string) (*bundle.Folder, *engine.Engine
 
 func source(f *bundle.Folder) engine.Source {
 	c := f.Contents()
-	return engine.Source{Modules: c.Modules, Data: c.Data}
+	return engine.Source{Modules: c.Modules, Grants: c.Grants}
 }
 
 // checkedJSON is `merlon policy check -o json`.

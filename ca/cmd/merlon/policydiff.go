@@ -91,15 +91,7 @@ func (o *options) diffPolicies(cmd *cobra.Command, args []string, name, at strin
 			return nil, err
 		}
 	}
-	before, err := both[0].grants()
-	if err != nil {
-		return nil, err
-	}
-	after, err := both[1].grants()
-	if err != nil {
-		return nil, err
-	}
-	d, err := diff.Grants(before, after, now)
+	d, err := diff.Grants(both[0].contents.Grants, both[1].contents.Grants, now)
 	if err != nil {
 		return nil, err
 	}

@@ -19,7 +19,6 @@ import (
 	"merlon.dev/ca/capb"
 	"merlon.dev/policy/bundle"
 	"merlon.dev/policy/engine"
-	"merlon.dev/policy/grant"
 )
 
 // namedPolicy is a policy and what to call it.
@@ -51,17 +50,8 @@ func (o *options) openPolicy(ctx context.Context, where, name string) (*namedPol
 		return nil, err
 	}
 	md := p.contents.Metadata
-	p.engine, err = engine.New(ctx, engine.Source{Modules: p.contents.Modules, Data: p.contents.Data, Generation: md.Generation, NotAfter: md.NotAfter})
+	p.engine, err = engine.New(ctx, engine.Source{Modules: p.contents.Modules, Grants: p.contents.Grants, Generation: md.Generation, NotAfter: md.NotAfter})
 	return p, err
-}
-
-// grants are those of p, as written.
-func (p *namedPolicy) grants() ([]grant.Grant, error) {
-	data, ok := p.contents.Data["merlon"].(map[string]any)
-	if !ok {
-		return nil, fmt.Errorf("%s has no grants", p.name)
-	}
-	return grant.FromData(data)
 }
 
 // timeFlag reads a flag that gives a time; empty means now.
