@@ -31,7 +31,7 @@ func load(t testing.TB, grants string, modules map[string]string) *engine.Engine
 	if err != nil {
 		t.Fatal(err)
 	}
-	e, err := engine.New(t.Context(), engine.Source{Modules: modules, Data: map[string]any{"merlon": grant.Compile(parsed)}})
+	e, err := engine.New(t.Context(), engine.Source{Modules: modules, Grants: parsed})
 	if err != nil {
 		t.Fatal(err)
 	}
