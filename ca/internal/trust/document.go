@@ -16,6 +16,8 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/json" // refuses names that are there twice, and does not fold their case
@@ -173,6 +175,9 @@ func publicKey(raw json.RawMessage) (crypto.PublicKey, error) {
 func (d *Document) addJWT(kid string, key crypto.PublicKey) error {
 	if len(kid) > maxKeyIDBytes {
 		return fmt.Errorf("its kid has %d bytes; at most %d", len(kid), maxKeyIDBytes)
+	}
+	if i := strings.IndexFunc(kid, func(r rune) bool { return !unicode.IsPrint(r) }); i >= 0 || !utf8.ValidString(kid) {
+		return fmt.Errorf("its kid %q has characters that cannot be shown", kid) // on a terminal (SECURITY.md T36)
 	}
 	if err := svid.CheckJWTKey(key); err != nil {
 		return err

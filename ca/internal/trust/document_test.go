@@ -173,6 +173,7 @@ func TestOddDocumentIsRefusedWhole(t *testing.T) {
 		"development root":         {document(x509With(development)), "development"},
 		"one kid for two keys":     {document(member(t, jwtKey(a.JWTKey.Public(), "k"), nil), member(t, jwtKey(other.JWTKey.Public(), "k"), nil)), "called"},
 		"long kid":                 {document(member(t, jwtKey(a.JWTKey.Public(), strings.Repeat("k", 257)), nil)), "kid"},
+		"ANSI in a kid (T36)":      {document(member(t, jwtKey(a.JWTKey.Public(), "\x1b[31m"), nil)), "cannot be shown"},
 		"weak RSA":                 {document(member(t, jwtKey(weakRSA(t), "k"), nil)), "1024"},
 		"Ed25519 for JWT-SVIDs":    {document(member(t, jwtKey(edPublic(t), "k"), nil)), "JWT-SVID"},
 		"too many JWT keys":        {document(many...), "at most 64"},

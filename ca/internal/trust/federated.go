@@ -69,6 +69,9 @@ func NewFederated(own, td spiffeid.TrustDomain, document []byte, now time.Time) 
 	if err != nil {
 		return nil, fmt.Errorf("encode the trust bundle of %s: %w", td, err)
 	}
+	if len(jwks) > MaxDocumentBytes { // it could not be read again
+		return nil, fmt.Errorf("as JWKS it has %d bytes; at most %d", len(jwks), MaxDocumentBytes)
+	}
 	return &Federated{TrustDomain: td, Document: d, JWKS: jwks, SetAt: now.UTC()}, nil
 }
 

@@ -4,6 +4,7 @@ package trust
 
 import (
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"strings"
@@ -158,6 +159,29 @@ func TestFederatedSurvivesTheStore(t *testing.T) {
 		if got, err := DecodeFederated(bad); err == nil {
 			t.Errorf("%s: DecodeFederated = %+v; want an error", name, got)
 		}
+	}
+}
+
+// What is taken can be read again: certificates in PEM become longer as JWKS.
+func TestDocumentThatGrowsBeyondTheLimitIsRefused(t *testing.T) {
+	grown := func(n int) string {
+		var text strings.Builder
+		for range n {
+			text.WriteString(pemOf("CERTIFICATE", forge.New(t, partner.Name(), func(c *x509.Certificate) {
+				c.ExtraExtensions = append(c.ExtraExtensions, pkix.Extension{Id: []int{1, 3, 6, 1, 4, 1, 99999, 1}, Value: make([]byte, 2478)})
+			}).Cert.Raw))
+		}
+		return text.String()
+	}
+	most := grown(64)
+	if len(most) > MaxDocumentBytes {
+		t.Fatalf("the PEM itself has %d bytes", len(most))
+	}
+	if b, err := NewFederated(td, partner, []byte(most), time.Now()); err == nil {
+		t.Errorf("%d bytes of PEM were taken as %d of JWKS", len(most), len(b.JWKS))
+	}
+	if _, err := NewFederated(td, partner, []byte(grown(32)), time.Now()); err != nil {
+		t.Errorf("half of it: %v", err)
 	}
 }
 
