@@ -198,9 +198,13 @@ func TestFederationComesBackFromTheDisk(t *testing.T) {
 // is verified by its own trust domain's keys (E19).
 func TestJWTBundlesAreTheCallers(t *testing.T) {
 	run(t, func(t *testing.T, f *fixture) {
-		one := forge.New(t, "one.test")
-		f.sync(federating("e1", "/a", []string{"one.test"}, "unix:uid:1"), newEntry("e2", "/b", "unix:uid:2"))
-		f.apply(federation(bundleOf(t, one)))
+		one, two := forge.New(t, "one.test"), forge.New(t, "two.test")
+		f.sync(federating("e1", "/a", []string{"one.test"}, "unix:uid:1"), newEntry("e2", "/b", "unix:uid:2"), federating("e3", "/c", []string{"two.test", "one.test"}, "unix:uid:3"))
+		f.apply(federation(bundleOf(t, one), bundleOf(t, two)))
+		both, _ := f.Entitled(proves("unix:uid:3"))
+		if got, err := f.JWTBundles(both).GetJWTBundleForTrustDomain(two.TrustDomain); err != nil || !got.HasJWTAuthority(two.KeyID) {
+			t.Errorf("of two: %v, %v; want two.test's", got, err)
+		}
 		for uid, want := range map[string]bool{"1": true, "2": false} {
 			entries, _ := f.Entitled(proves("unix:uid:" + uid))
 			source := f.JWTBundles(entries)
