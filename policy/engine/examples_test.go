@@ -167,7 +167,7 @@ func TestEnvoyPoliciesRunUnchanged(t *testing.T) {
 			if verdicts[true] == 0 || verdicts[false] == 0 {
 				t.Errorf("%d inputs are allowed, %d denied", verdicts[true], verdicts[false])
 			}
-			results, err := RunRegoTests(t.Context(), Source{Modules: x.modules}, x.tests)
+			results, err := RunRegoTests(t.Context(), Source{Modules: x.modules}, x.tests, nil)
 			if err != nil || len(results) < 2 {
 				t.Errorf("%d Rego tests, %v", len(results), err)
 			}

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"merlon.dev/policy"
+	"merlon.dev/policy/program"
 )
 
 const ownRules = `package authz
@@ -119,5 +120,26 @@ func TestExplainNamesTheObjectThatRefuses(t *testing.T) {
 	const want = "envoy.rego:3: allow holds: allow := {\"allowed\": false, \"http_status\": 401} if input.attributes.request.http.path == \"/x\", which does not allow"
 	if x.Allow || !strings.Contains(strings.Join(x.Details, "\n"), want) {
 		t.Errorf("%s: %q; want %q", x.Reason, x.Details, want)
+	}
+}
+
+// Who asks for OPA gets OPA: a program that says something else is not asked.
+func TestAuthorizeByOPANeverAsksAProgram(t *testing.T) {
+	e := load(t, parseGrants(t, webReadsOrders), nil)
+	in := get("/admin")
+	wrong, err := program.Decode(program.Encode(&program.Source{Destination: in.Destination, Grants: []program.Grant{{ID: "all", Kind: program.Allow, Protocol: policy.HTTP}}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := e.compilation(in.Destination)
+	c.once.Do(func() { c.program = wrong; close(c.done) })
+	if d := e.Authorize(t.Context(), in); !d.Allow || d.RuleID != "all" {
+		t.Fatalf("the program is not asked at all: %+v", d)
+	}
+	if d := e.AuthorizeByOPA(t.Context(), in); d.Allow || d.Reason != policy.PathNotGranted {
+		t.Errorf("AuthorizeByOPA = %+v; want what OPA says", d)
+	}
+	if x := e.Explain(t.Context(), in, How{}); x.Allow || x.Engine != "native" {
+		t.Errorf("explained as %+v by %s; want OPA's answer", x.Decision, x.Engine)
 	}
 }

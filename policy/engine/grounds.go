@@ -49,9 +49,24 @@ func (r *recorder) TraceEvent(e topdown.Event) {
 	r.events = append(r.events, &e)
 }
 
-// traced evaluates question with a recorder. Rules are all tried, also those that
-// an index would pass over.
-func (e *Engine) traced(ctx context.Context, in *policy.Input, now time.Time, q *query, r *recorder) (err error) {
+// traced evaluates q for the call in and tells r. Where it is asked to be thorough, all
+// rules are tried, also those that an index would pass over.
+func (e *Engine) traced(ctx context.Context, in *policy.Input, now time.Time, q *query, r topdown.QueryTracer, thorough bool) error {
+	call := e.lookUp(in, now)
+	return run(ctx, topdown.NewQuery(q.body).
+		WithQueryCompiler(q.compiler).
+		WithCompiler(e.program.compiler).
+		WithStore(e.store).
+		WithTransaction(e.txn).
+		WithInput(e.input(in, &call)).
+		WithTime(now).
+		WithIndexing(!thorough).
+		WithEarlyExit(!thorough).
+		WithQueryTracer(r))
+}
+
+// run evaluates q to its end, for explainLimit at most.
+func run(ctx context.Context, q *topdown.Query) (err error) {
 	defer func() {
 		if p := recover(); p != nil { // a bug in OPA, as in evaluate
 			err = fmt.Errorf("panic: %v", p)
@@ -61,20 +76,7 @@ func (e *Engine) traced(ctx context.Context, in *policy.Input, now time.Time, q 
 	timer := time.AfterFunc(explainLimit, cancel.Cancel)
 	defer timer.Stop()
 	defer context.AfterFunc(ctx, cancel.Cancel)()
-	call := e.lookUp(in, now)
-	err = topdown.NewQuery(q.body).
-		WithQueryCompiler(q.compiler).
-		WithCompiler(e.program.compiler).
-		WithStore(e.store).
-		WithTransaction(e.txn).
-		WithInput(e.input(in, &call)).
-		WithTime(now).
-		WithCancel(cancel).
-		WithMetrics(metrics.NoOp()).
-		WithStrictBuiltinErrors(true).
-		WithIndexing(false).
-		WithEarlyExit(false).
-		WithQueryTracer(r).
+	err = q.WithCancel(cancel).WithMetrics(metrics.NoOp()).WithStrictBuiltinErrors(true).
 		Iter(ctx, func(topdown.QueryResult) error { return nil })
 	if topdown.IsCancel(err) {
 		return errors.New("it took too long to be traced")
@@ -85,7 +87,7 @@ func (e *Engine) traced(ctx context.Context, in *policy.Input, now time.Time, q 
 // trace is OPA's account of the whole evaluation.
 func (e *Engine) trace(ctx context.Context, in *policy.Input, now time.Time) string {
 	r := recorder{locals: true}
-	err := e.traced(ctx, in, now, &e.program.decidesAndRecords, &r)
+	err := e.traced(ctx, in, now, &e.program.decidesAndRecords, &r, true)
 	var b strings.Builder
 	topdown.PrettyTraceWithLocation(&b, r.events)
 	text := b.String()
@@ -114,7 +116,7 @@ func (e *Engine) grounds(ctx context.Context, in *policy.Input, now time.Time, n
 			return held, append(failed, err.Error())
 		}
 		var r recorder
-		if err := e.traced(ctx, in, now, &q, &r); err != nil {
+		if err := e.traced(ctx, in, now, &q, &r, true); err != nil {
 			failed = append(failed, fmt.Sprintf("%s.%s: %v", pkg, name, err))
 		}
 		call := e.lookUp(in, now)
@@ -214,7 +216,7 @@ func (s *steps) matters(id uint64) bool {
 // values says what the input has where the text of expr reads it.
 func (s *steps) values(expr *ast.Expr) string {
 	body, err := ast.ParseBodyWithOpts(string(expr.Location.Text), ast.ParserOptions{RegoVersion: ast.RegoV1})
-	if err != nil {
+	if err != nil || s.input == nil {
 		return ""
 	}
 	var found []string

@@ -17,6 +17,7 @@ import (
 	"github.com/open-policy-agent/opa/v1/storage"
 	"github.com/open-policy-agent/opa/v1/storage/inmem"
 	"github.com/open-policy-agent/opa/v1/tester"
+	"github.com/open-policy-agent/opa/v1/topdown"
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/grant"
@@ -47,8 +48,9 @@ type testCase struct {
 }
 
 // RunGrantTests decides each call in the table data, called name in results,
-// and compares. The error is about the table itself.
-func (e *Engine) RunGrantTests(ctx context.Context, name string, data []byte) ([]TestResult, error) {
+// and compares. What it reaches goes into reached, if that is not nil. The error is
+// about the table itself.
+func (e *Engine) RunGrantTests(ctx context.Context, name string, data []byte, reached *Coverage) ([]TestResult, error) {
 	var cases []testCase
 	if err := strictyaml.Decode(name, data, &cases); err != nil {
 		return nil, err
@@ -60,6 +62,9 @@ func (e *Engine) RunGrantTests(ctx context.Context, name string, data []byte) ([
 			return nil, err
 		}
 		d := e.Explain(ctx, in, How{})
+		if reached != nil {
+			reached.call(ctx, in, &d)
+		}
 		got := "deny"
 		if d.Allow {
 			got = "allow"
@@ -114,8 +119,9 @@ const regoTestTimeout = 5 * time.Second
 
 // RunRegoTests compiles tests together with the policy of src and runs every
 // rule whose name begins with test_. Modules of tests may be in any package
-// that policies may. The error is about a module that does not compile.
-func RunRegoTests(ctx context.Context, src Source, tests map[string]string) ([]TestResult, error) {
+// that policies may. What they reach goes into reached, if that is not nil. The error
+// is about a module that does not compile.
+func RunRegoTests(ctx context.Context, src Source, tests map[string]string, reached *Coverage) (results []TestResult, err error) {
 	modules := maps.Clone(src.Modules)
 	maps.Copy(modules, tests)
 	parsed, err := parse(modules)
@@ -123,18 +129,28 @@ func RunRegoTests(ctx context.Context, src Source, tests map[string]string) ([]T
 		return nil, err
 	}
 	store := inmem.NewFromObjectWithOpts(map[string]any{"merlon": grant.Compile(src.Grants)}, inmem.OptRoundTripOnWrite(false))
-	var results []TestResult
+	compiler := ast.NewCompiler().WithCapabilities(Capabilities()).WithEnablePrintStatements(true)
+	runner := tester.NewRunner().
+		SetCompiler(compiler).SetStore(store).SetModules(parsed).SetTimeout(regoTestTimeout).
+		RaiseBuiltinErrors(true).CapturePrintOutput(true)
+	if reached != nil {
+		runner.SetCoverageQueryTracer(reached.lines)
+	}
 	err = storage.Txn(ctx, store, storage.TransactionParams{}, func(txn storage.Transaction) error {
-		found, err := tester.NewRunner().
-			SetCompiler(ast.NewCompiler().WithCapabilities(Capabilities()).WithEnablePrintStatements(true)).
-			SetStore(store).SetModules(parsed).SetTimeout(regoTestTimeout).
-			RaiseBuiltinErrors(true).CapturePrintOutput(true).
-			RunTests(ctx, txn)
+		found, err := runner.RunTests(ctx, txn)
 		if err != nil {
 			return firstError(err)
 		}
+		var all []*tester.Result
 		for r := range found {
-			results = append(results, testResult(r))
+			all = append(all, r)
+		}
+		for _, r := range all {
+			var why []string
+			if r.Fail {
+				why = whyNot(ctx, compiler, store, txn, r.Package+"."+r.Name)
+			}
+			results = append(results, testResult(r, why))
 		}
 		return nil
 	})
@@ -144,7 +160,26 @@ func RunRegoTests(ctx context.Context, src Source, tests map[string]string) ([]T
 	return results, err
 }
 
-func testResult(r *tester.Result) TestResult {
+// whyNot says which expressions keep a test from being true; nothing where it is not a
+// rule that can be asked by its name alone.
+func whyNot(ctx context.Context, c *ast.Compiler, store storage.Store, txn storage.Transaction, test string) []string {
+	body, err := ast.ParseBodyWithOpts(test+" = answer", ast.ParserOptions{RegoVersion: ast.RegoV1})
+	if err != nil {
+		return nil
+	}
+	q, err := newQuery(c, body)
+	if err != nil {
+		return nil
+	}
+	var r recorder
+	if err := run(ctx, topdown.NewQuery(q.body).WithQueryCompiler(q.compiler).WithCompiler(c).WithStore(store).WithTransaction(txn).
+		WithIndexing(false).WithEarlyExit(false).WithQueryTracer(&r)); err != nil {
+		return []string{err.Error()}
+	}
+	return newSteps(r.events, nil).failed()
+}
+
+func testResult(r *tester.Result, why []string) TestResult {
 	t := TestResult{Name: r.Package + "." + r.Name, Pass: r.Pass()}
 	if r.Location != nil {
 		t.File, t.Line = r.Location.File, r.Location.Row
@@ -157,6 +192,7 @@ func testResult(r *tester.Result) TestResult {
 		detail = append(detail, r.Error.Error())
 	case r.Fail:
 		detail = append(detail, "the rule is not true")
+		detail = append(detail, why...)
 	}
 	if out := strings.TrimSpace(string(r.Output)); out != "" {
 		detail = append(detail, "printed: "+out)

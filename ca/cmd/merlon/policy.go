@@ -4,13 +4,13 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -159,73 +159,6 @@ func printChecked(w io.Writer, f *bundle.Folder, size int, rows []compiledJSON) 
 	return err
 }
 
-func policyTest(o *options) *cobra.Command {
-	return &cobra.Command{
-		Use:   "test FOLDER",
-		Short: "Run the tests beside a policy: grants_test.yaml and *_test.rego",
-		Example: `  merlon policy test ./policy
-  merlon policy test ./policy -o json`,
-		Args: cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			results, err := runPolicyTests(cmd.Context(), args[0])
-			if err != nil {
-				return err
-			}
-			failed, err := o.printTests(cmd.OutOrStdout(), results)
-			switch {
-			case err != nil:
-				return err
-			case failed > 0:
-				return fmt.Errorf("%d of %d policy tests failed", failed, len(results))
-			case len(results) == 0:
-				return hintError{fmt.Errorf("%s has no tests", args[0]), "write " + filepath.Join(args[0], bundle.TestsName) + ": a list of {name, source, destination, protocol, method, path, want}"}
-			}
-			return nil
-		},
-	}
-}
-
-func runPolicyTests(ctx context.Context, dir string) ([]engine.TestResult, error) {
-	f, e, err := loadFolder(ctx, dir)
-	if err != nil {
-		return nil, err
-	}
-	results := []engine.TestResult{}
-	if f.GrantTests != nil {
-		if results, err = e.RunGrantTests(ctx, bundle.TestsName, f.GrantTests); err != nil {
-			return nil, err
-		}
-	}
-	if len(f.Tests) == 0 {
-		return results, nil
-	}
-	rego, err := engine.RunRegoTests(ctx, source(f), f.Tests)
-	return append(results, rego...), err
-}
-
-func (o *options) printTests(w io.Writer, results []engine.TestResult) (failed int, err error) {
-	for _, r := range results {
-		if !r.Pass {
-			failed++
-		}
-	}
-	if o.output == "json" {
-		return failed, printJSON(w, results)
-	}
-	for _, r := range results {
-		verdict := "PASS"
-		if !r.Pass {
-			verdict = "FAIL"
-		}
-		fmt.Fprintf(w, "%s %s:%d %s\n", verdict, r.File, r.Line, r.Name)
-		if r.Detail != "" {
-			fmt.Fprintf(w, "     %s\n", r.Detail)
-		}
-	}
-	fmt.Fprintf(w, "%d passed, %d failed\n", len(results)-failed, failed)
-	return failed, nil
-}
-
 func policyBuild() *cobra.Command {
 	var file string
 	cmd := &cobra.Command{
@@ -300,7 +233,7 @@ func evalLines(ctx context.Context, e *engine.Engine, by evaluator, in io.Reader
 		if err != nil {
 			return fmt.Errorf("read calls: %v", err)
 		}
-		if number++; len(line) == 0 {
+		if number++; len(bytes.TrimSpace(line)) == 0 {
 			continue
 		}
 		answer, err := evalLine(ctx, e, by, line)

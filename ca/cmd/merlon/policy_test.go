@@ -118,6 +118,24 @@ func TestPolicyEvalAnswersLineByLine(t *testing.T) {
 	}
 }
 
+// Blank lines are no calls: nothing answers them, whatever the end of a line is.
+func TestPolicyEvalPassesOverBlankLines(t *testing.T) {
+	const call = `{"source":"spiffe://shop.test/web","destination":"spiffe://shop.test/orders","protocol":"http","method":"GET","path":"/orders/1"}`
+	for _, stdin := range []string{"\n\n" + call + "\n\n\n" + call, "\r\n" + call + "\r\n\r\n" + call + "\r\n\r\n", "  \n" + call + "\n\t \n" + call + "\n "} {
+		code, stdout, stderr := runPolicy(t, stdin, "eval", shopPolicy)
+		if code != exitOK || strings.Count(stdout, "\n") != 2 || strings.Count(stdout, `"ALLOWED"`) != 2 || stderr != "" {
+			t.Errorf("%q: exit %d, answers %q, %s; want 2 answers", stdin, code, stdout, stderr)
+		}
+	}
+	if code, stdout, stderr := runPolicy(t, "", "eval", shopPolicy); code != exitOK || stdout+stderr != "" {
+		t.Errorf("no input: exit %d, %q %q", code, stdout, stderr)
+	}
+	// The number of a bad line counts them.
+	if _, _, stderr := runPolicy(t, "\n\n{\n", "eval", shopPolicy); !strings.HasPrefix(stderr, "line 3: ") {
+		t.Errorf("a bad third line is told of as %q", stderr)
+	}
+}
+
 // What has no compiled form is an error where it is asked for, and decided by OPA
 // where it is not.
 func TestPolicyEvalWithoutACompiledForm(t *testing.T) {
