@@ -209,6 +209,36 @@ func TestAnswersThatAreNotWhatWasAskedAreRefused(t *testing.T) {
 	}
 }
 
+// What the CA pushes is judged here, too: a mistake there gives no identity away.
+func TestEntriesThatMakeNoSenseAreLeftOut(t *testing.T) {
+	good := func() *capb.Entry { return newEntry("e1", "/a", "unix:uid:1") }
+	for name, spoil := range map[string]func(*capb.Entry){
+		"no ID":                     func(e *capb.Entry) { e.EntryId = "" },
+		"another trust domain":      func(e *capb.Entry) { e.SpiffeId = "spiffe://other.test/a" },
+		"the trust domain's own ID": func(e *capb.Entry) { e.SpiffeId = "spiffe://" + td },
+		"no SPIFFE ID":              func(e *capb.Entry) { e.SpiffeId = "https://" + td + "/a" },
+		"a selector without value":  func(e *capb.Entry) { e.Selectors = append(e.Selectors, &capb.Selector{Type: "unix"}) },
+		"a selector without type":   func(e *capb.Entry) { e.Selectors = append(e.Selectors, &capb.Selector{Value: "x"}) },
+		"a delivery of later":       func(e *capb.Entry) { e.KeyDelivery = 99 },
+		"no selectors":              func(e *capb.Entry) { e.Selectors = nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			run(t, func(t *testing.T, f *fixture) {
+				f.sync(good())
+				if got, _ := f.Entitled(proves("unix:uid:1")); len(got) != 1 {
+					t.Fatalf("%d entries; want the good one", len(got))
+				}
+				bad := good()
+				spoil(bad)
+				f.sync(bad)
+				if got, current := f.Entitled(proves("unix:uid:1")); len(got) != 0 || !current {
+					t.Errorf("%d entries, current %v; want none, for certain", len(got), current)
+				}
+			})
+		})
+	}
+}
+
 func TestRevocationRenewsAtOnce(t *testing.T) {
 	run(t, func(t *testing.T, f *fixture) {
 		f.sync(newEntry("e1", "/a", "unix:uid:1"))

@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"log/slog"
+	"maps"
 	"net/url"
 	"strings"
 	"sync"
@@ -42,6 +43,7 @@ type signer struct {
 	requests []int // items of each
 	jwts     int
 	change   func(*x509.Certificate)
+	claims   forge.Fields // of JWT-SVIDs, in place of what was asked for
 	warning  string
 }
 
@@ -100,9 +102,9 @@ func (s *signer) SignJWT(_ context.Context, items []*capb.SignJWTItem) (results 
 		if err != nil {
 			return nil, err
 		}
-		results = append(results, &capb.SignJWTResult{Token: s.root.JWT(s.root.Header(nil), s.root.Claims("", forge.Fields{
-			"sub": s.ids[item.GetEntryId()], "aud": item.GetAudience(), "jti": serial.String(),
-		}))})
+		claims := forge.Fields{"sub": s.ids[item.GetEntryId()], "aud": item.GetAudience(), "jti": serial.String()}
+		maps.Copy(claims, s.claims)
+		results = append(results, &capb.SignJWTResult{Token: s.root.JWT(s.root.Header(nil), s.root.Claims("", claims))})
 	}
 	return results, nil
 }

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/sdk/svid/forge"
 )
 
 func TestJWTSVIDsAreUsedAgainForHalfTheirLife(t *testing.T) {
@@ -78,6 +79,27 @@ func TestJWTSVIDsThatAreHeldNeedNoAdmission(t *testing.T) {
 			t.Errorf("JWTSVID() = %q, %v after its end; want the refusal", token, err)
 		}
 	})
+}
+
+func TestJWTSVIDsThatAreNotWhatWasAskedAreRefused(t *testing.T) {
+	for name, claims := range map[string]forge.Fields{
+		"another SPIFFE ID":    {"sub": "spiffe://" + td + "/other"},
+		"another trust domain": {"sub": "spiffe://other.test/a"},
+		"another audience":     {"aud": []string{"y"}},
+		"one audience more":    {"aud": []string{"x", "y"}},
+		"expired":              {"exp": 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			run(t, func(t *testing.T, f *fixture) {
+				f.sync(newEntry("e1", "/a", "unix:uid:1"))
+				f.ca.set(func(s *signer) { s.claims = claims })
+				e, _ := f.Entitled(proves("unix:uid:1"))
+				if token, err := f.JWTSVID(t.Context(), e[0], []string{"x"}, freely); err == nil {
+					t.Errorf("JWTSVID() = %q; want none", token)
+				}
+			})
+		})
+	}
 }
 
 func TestRevokedJWTSVIDIsForgotten(t *testing.T) {

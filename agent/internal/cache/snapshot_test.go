@@ -232,6 +232,30 @@ func TestRestoreRefuses(t *testing.T) {
 	})
 }
 
+func TestSnapshotOfAnotherTrustDomainOrFormIsRefused(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		good, _, _ := saved(t, f)
+		content, err := good.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := ParseSnapshot(content, td); err != nil {
+			t.Fatal(err)
+		}
+		for name, tt := range map[string]struct{ content, td string }{
+			"another trust domain": {string(content), "other.test"},
+			"a later form":         {strings.Replace(string(content), `"version":1`, `"version":2`, 1), td},
+			"an unknown field":     {strings.Replace(string(content), `"version":1`, `"version":1,"later":1`, 1), td},
+			"more in the file":     {string(content) + "{}", td},
+			"cut off":              {string(content[:len(content)-1]), td},
+		} {
+			if _, err := ParseSnapshot([]byte(tt.content), tt.td); err == nil {
+				t.Errorf("%s was read", name)
+			}
+		}
+	})
+}
+
 // Every part of a stored SVID has to fit, or it is not served.
 func TestStoredSVIDIsJudgedAnew(t *testing.T) {
 	run(t, func(t *testing.T, f *fixture) {
