@@ -146,9 +146,9 @@ func TestRolesOfTheProtosAreThoseOfTheCA(t *testing.T) {
 func checkEffect(t *testing.T, name string, r rule) {
 	t.Helper()
 	method := name[strings.LastIndex(name, "/")+1:]
-	onlyReads := slices.ContainsFunc([]string{"Get", "List", "Prove"}, func(verb string) bool { return strings.HasPrefix(method, verb) })
+	onlyReads := slices.ContainsFunc([]string{"Get", "List", "Prove", "Fetch"}, func(verb string) bool { return strings.HasPrefix(method, verb) })
 	if r.reads == (r.act != "") || r.reads != onlyReads {
-		t.Errorf("%s: reads: %v, act: %q; what does not get, list or prove is an act, and what does is none", name, r.reads, r.act)
+		t.Errorf("%s: reads: %v, act: %q; what does not get, list, prove or fetch is an act, and what does is none", name, r.reads, r.act)
 	}
 }
 
