@@ -49,6 +49,9 @@ const (
 	DefaultIssuanceLog    = "strict"
 	DefaultAuditMaxAge    = 7 * 24 * time.Hour
 	DefaultAuditMaxMiB    = 10 << 10
+
+	DefaultDecisionLogMaxMiB = 64
+	DefaultDecisionLogKeep   = 4
 )
 
 // Config is what the CA reads at start. The zero value of every optional field
@@ -82,6 +85,14 @@ type Config struct {
 	// Default: 168h and 10240.
 	AuditMaxAge time.Duration `yaml:"audit_max_age"`
 	AuditMaxMiB int           `yaml:"audit_max_mib"`
+
+	// DecisionLogFile is where the decision logs are kept that agents and OPAs
+	// upload, one event a line: an absolute path. Empty: they are counted and
+	// dropped. DecisionLogMaxMiB is how large the file becomes, and DecisionLogKeep
+	// how many older ones stay, as FILE.1 and so on. Default: 64 and 4.
+	DecisionLogFile   string `yaml:"decision_log_file"`
+	DecisionLogMaxMiB int    `yaml:"decision_log_max_mib"`
+	DecisionLogKeep   int    `yaml:"decision_log_keep"`
 
 	// EtcdEndpoints are the client URLs of etcd's members,
 	// https://host:2379. Required with store: etcd. Plain http is for loopback
@@ -310,6 +321,7 @@ func ParseConfig(name string, data []byte) (Config, error) {
 func Keys() []string {
 	return []string{
 		"trust_domain", "data_dir", "store", "disk_reserve_mib", "issuance_log", "audit_max_age", "audit_max_mib",
+		"decision_log_file", "decision_log_max_mib", "decision_log_keep",
 		"etcd_endpoints", "etcd_ca_file", "etcd_cert_file", "etcd_key_file", "etcd_prefix",
 		"replica_name", "join_address", "join_token", "join_token_file", "root_hash",
 		"key_file", "key_credential", "key_passphrase_file", "kms", "kms_keys",
@@ -345,6 +357,10 @@ func (c *Config) Set(key, text string) error {
 		c.AuditMaxAge, err = time.ParseDuration(text)
 	case "audit_max_mib":
 		c.AuditMaxMiB, err = strconv.Atoi(text)
+	case "decision_log_max_mib":
+		c.DecisionLogMaxMiB, err = strconv.Atoi(text)
+	case "decision_log_keep":
+		c.DecisionLogKeep, err = strconv.Atoi(text)
 	case "jwt_max_audiences":
 		c.JWTMaxAudiences, err = strconv.Atoi(text)
 	case "agent_issue_rate":
@@ -372,7 +388,8 @@ func (c *Config) Set(key, text string) error {
 func (c *Config) text(key string) *string {
 	return map[string]*string{
 		"trust_domain": &c.TrustDomain, "data_dir": &c.DataDir, "store": &c.Store, "issuance_log": &c.IssuanceLog,
-		"etcd_ca_file": &c.EtcdCAFile, "etcd_cert_file": &c.EtcdCertFile, "etcd_key_file": &c.EtcdKeyFile, "etcd_prefix": &c.EtcdPrefix,
+		"decision_log_file": &c.DecisionLogFile,
+		"etcd_ca_file":      &c.EtcdCAFile, "etcd_cert_file": &c.EtcdCertFile, "etcd_key_file": &c.EtcdKeyFile, "etcd_prefix": &c.EtcdPrefix,
 		"replica_name": &c.ReplicaName, "join_address": &c.JoinAddress, "join_token": &c.JoinToken,
 		"join_token_file": &c.JoinTokenFile, "root_hash": &c.RootHash,
 		"key_file": &c.KeyFile, "key_credential": &c.KeyCredential, "key_passphrase_file": &c.KeyPassphraseFile, "kms": &c.KMS,
@@ -442,6 +459,9 @@ func (c Config) Validate() error {
 		return err
 	}
 	if err := c.checkAudit(); err != nil {
+		return err
+	}
+	if err := c.checkDecisionLog(); err != nil {
 		return err
 	}
 	if err := c.checkJoin(); err != nil {
@@ -569,6 +589,12 @@ func (c Config) withDefaults() Config {
 	}
 	if c.AuditMaxMiB == 0 {
 		c.AuditMaxMiB = DefaultAuditMaxMiB
+	}
+	if c.DecisionLogMaxMiB == 0 {
+		c.DecisionLogMaxMiB = DefaultDecisionLogMaxMiB
+	}
+	if c.DecisionLogKeep == 0 {
+		c.DecisionLogKeep = DefaultDecisionLogKeep
 	}
 	if c.AgentIssueRate == 0 {
 		c.AgentIssueRate = DefaultAgentIssueRate

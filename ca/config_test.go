@@ -44,6 +44,9 @@ func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 		"reserve":           {"trust_domain: a.test\ndisk_reserve_mib: -1\n", "disk_reserve_mib: "},
 		"issuance log":      {"trust_domain: a.test\nissuance_log: lazy\n", "issuance_log: "},
 		"short retention":   {"trust_domain: a.test\naudit_max_age: 23h\n", "audit_max_age: "},
+		"a relative log":    {"trust_domain: a.test\ndecision_log_file: d.jsonl\n", "decision_log_file: "},
+		"a small log":       {"trust_domain: a.test\ndecision_log_max_mib: -1\n", "decision_log_max_mib: "},
+		"a log without old": {"trust_domain: a.test\ndecision_log_keep: -1\n", "decision_log_keep: "},
 		"small retention":   {"trust_domain: a.test\naudit_max_mib: 63\n", "audit_max_mib: "},
 		"etcd unused":       {"trust_domain: a.test\netcd_endpoints: ['https://e:2379']\n", "etcd_endpoints: "},
 		"etcd nowhere":      {etcdYAML(""), "etcd_endpoints: "},
@@ -153,7 +156,7 @@ func TestEverySettingHasAFlag(t *testing.T) {
 		if err := c.Set(key, map[string]string{
 			"development": "true", "admin_uids": "1", "x509_svid_ttl": "1h", "jwt_svid_ttl": "1m", "agent_svid_ttl": "1h", "disk_reserve_mib": "1",
 			"root_ttl": "1h", "intermediate_ttl": "1h", "jwt_key_ttl": "1h", "trust_refresh_hint": "1m",
-			"audit_max_age": "48h", "audit_max_mib": "100", "jwt_max_audiences": "1", "agent_issue_rate": "200", "agent_recovery": "1h",
+			"audit_max_age": "48h", "audit_max_mib": "100", "decision_log_max_mib": "10", "decision_log_keep": "2", "jwt_max_audiences": "1", "agent_issue_rate": "200", "agent_recovery": "1h",
 		}[key]); err != nil {
 			t.Errorf("Set(%s): %v", key, err)
 		}

@@ -122,6 +122,7 @@ type parts struct {
 	authorities *authorities
 	releases    *release.Publisher
 	statuses    report.Statuses
+	decisions   *report.Log
 	service     *api.Service
 	own         *ownSVID
 	// mirror, realm and above are a nested CA's.
@@ -286,6 +287,9 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 		p.above.own, p.authorities.above = p.own, p.above
 		p.above.watch(p.health)
 	}
+	if err := p.openReports(s.cfg); err != nil {
+		return err
+	}
 	p.checkReadiness()
 	p.authorities.lastCalls = newLastCalls(p.health.Registry())
 	watchKeys(p.health.Registry(), p.keys)
@@ -343,6 +347,7 @@ func (s *Server) serve(ctx context.Context, p *parts, l *listeners) error {
 	base.Go(func() error { return p.own.run(inner, s.log) })
 	base.Go(func() error { return p.watchStore(inner) })
 	base.Go(func() error { return p.maintain(inner) })
+	base.Go(func() error { p.decisions.Run(inner); return nil })
 	base.Go(func() error { return p.lead(inner) })
 	if s.cfg.Store == storeEtcd { // Badger's is locked
 		base.Go(func() error { return p.holdName(inner, store.CampaignTTL) })
@@ -376,7 +381,7 @@ func (s *Server) startServers(ctx context.Context, g *errgroup.Group, p *parts, 
 	serveGRPC(ctx, g, p, p.service.TLSServer(tlsGRPC), l.grpc)
 	serveGRPC(ctx, g, p, p.service.SocketServer(extra...), l.admin)
 	pages := web.New(web.Options{
-		Service: p.service, Registry: p.registry, Store: p.store, Audit: p.audit, Log: s.log, Statuses: &p.statuses,
+		Service: p.service, Registry: p.registry, Store: p.store, Audit: p.audit, Log: s.log, Statuses: &p.statuses, Decisions: p.decisions,
 		Bundles: bundles{p.releases, p.registry, p.service}.handler(s.log),
 	})
 	g.Go(func() error { return pages.Serve(ctx, l.https, s.tlsConfig(p, "h2", "http/1.1")) })

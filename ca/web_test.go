@@ -273,15 +273,3 @@ func newGet(t *testing.T, url string) *http.Request {
 	}
 	return r
 }
-
-// What a workload and an agent say of themselves is kept under their own names.
-func TestStatusIsKeptUnderWhoSentIt(t *testing.T) {
-	c := startCA(t, tempDir(t))
-	who := identities(t, c)
-	for client, want := range map[string]int{"anonymous": 401, "agent": 200, "workload": 200, "admin": 200} {
-		code, _, body := do(t, who[client], "POST", c.url("/v1/status"), nil, []byte(`{"labels":{"id":"x"}}`))
-		if code != want {
-			t.Errorf("%s: %d %s; want %d", client, code, body, want)
-		}
-	}
-}

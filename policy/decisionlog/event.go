@@ -174,7 +174,7 @@ func (f *Format) request(in *policy.Input) (r *request, erased []string) {
 	}
 	kept := 0
 	for _, name := range slices.Sorted(maps.Keys(in.Headers)) {
-		if !f.Mask.shows(name) {
+		if !slices.Contains(f.Mask.Headers, name) {
 			continue
 		}
 		if kept++; kept == 1 {
@@ -186,10 +186,6 @@ func (f *Format) request(in *policy.Input) (r *request, erased []string) {
 		erased = append(erased, erasedHeaders)
 	}
 	return r, erased
-}
-
-func (m *Mask) shows(header string) bool {
-	return slices.Contains(m.Headers, header) && !SecretHeader(header)
 }
 
 // query keeps the parameters that are listed, as they are written; whole says that

@@ -107,6 +107,19 @@ func (s *Server) takeStatus(ctx context.Context, from reporter, body []byte) err
 	return nil
 }
 
+// takeDecisions keeps a chunk of a decision log, but for what is not about the
+// uploader's own destinations.
+func (s *Server) takeDecisions(ctx context.Context, from reporter, body []byte) error {
+	c, err := report.ParseDecisions(body, from.name, from.scope)
+	if err != nil {
+		return err
+	}
+	if c.Foreign > 0 {
+		s.opts.Log.LogAttrs(ctx, slog.LevelWarn, "decisions about others' destinations left out", slog.String("uploader", from.name), slog.Int("events", c.Foreign))
+	}
+	return s.opts.Decisions.Put(c)
+}
+
 // reporterOf says who r's sender is, or why it may not report; code 0 lets it.
 func (s *Server) reporterOf(r *http.Request, c *api.Caller) (from reporter, code int, reason string) {
 	const needs = "reporting needs an X509-SVID of the trust domain or a bundle-reader token"

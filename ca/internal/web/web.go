@@ -51,8 +51,10 @@ type Options struct {
 	Store    store.Store
 	Audit    *audit.Log
 	Log      *slog.Logger
-	// Statuses keeps what enforcement points say of themselves.
-	Statuses *report.Statuses
+	// Statuses keeps what enforcement points say of themselves, and Decisions what
+	// they decided.
+	Statuses  *report.Statuses
+	Decisions *report.Log
 	// Bundles serves GET and PUT below /v1/policy/bundles/ to whoever has been
 	// let through; CallerFrom tells it whom.
 	Bundles http.Handler
@@ -118,6 +120,8 @@ func (s *Server) Handler() http.Handler {
 			s.policyBundle(w, r, name)
 		case isReport(path, statusPath):
 			s.takeReport(w, r, s.takeStatus)
+		case isReport(path, logsPath):
+			s.takeReport(w, r, s.takeDecisions)
 		case strings.HasPrefix(path, logPath):
 			s.auditLog(w, r, strings.TrimPrefix(path, logPath))
 		default:

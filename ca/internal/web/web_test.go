@@ -65,13 +65,17 @@ func newServer(t *testing.T, publish bool) *Server {
 		}
 	}
 	discard := slog.New(slog.DiscardHandler)
+	decisions, err := report.OpenLog(report.LogOptions{Logger: discard, Metrics: prometheus.NewRegistry()})
+	if err != nil {
+		t.Fatal(err)
+	}
 	reg, err := registry.Open(t.Context(), st, discard)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return New(Options{
 		Service:  api.New(api.Options{TrustDomain: td, Store: st, Registry: reg, Audit: log, Log: discard, Metrics: prometheus.NewRegistry()}),
-		Registry: reg, Store: st, Audit: log, Log: discard, Statuses: new(report.Statuses),
+		Registry: reg, Store: st, Audit: log, Log: discard, Statuses: new(report.Statuses), Decisions: decisions,
 		Bundles: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if c := CallerFrom(r.Context()); c != nil {
 				_, _ = io.WriteString(w, c.Name)
@@ -109,6 +113,9 @@ func TestPathsAreTakenLiterally(t *testing.T) {
 		"/v1/status/east":                 405,
 		"/v1/status/a/b":                  404,
 		"/v1/statuses":                    404,
+		"/v1/logs":                        405,
+		"/v1/logs/east":                   405,
+		"/v1/logs/a/b":                    404,
 		"/v1/policy/bundles/":             404,
 		"/v1/policy/bundles/main/":        404,
 		"/v1/policy/bundles/..":           404,

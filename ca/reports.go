@@ -1,0 +1,40 @@
+// What enforcement points report: where their decision logs go, and how many there
+// are.
+
+package ca
+
+import (
+	"fmt"
+	"path/filepath"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"merlon.dev/ca/internal/report"
+	"merlon.dev/policy/decisionlog"
+)
+
+func (c Config) checkDecisionLog() error {
+	switch {
+	case c.DecisionLogFile != "" && !filepath.IsAbs(c.DecisionLogFile):
+		return fmt.Errorf("decision_log_file: %q is not an absolute path", c.DecisionLogFile)
+	case c.DecisionLogMaxMiB < 1:
+		return fmt.Errorf("decision_log_max_mib: %d is less than 1", c.DecisionLogMaxMiB)
+	case c.DecisionLogKeep < 1:
+		return fmt.Errorf("decision_log_keep: %d is less than 1", c.DecisionLogKeep)
+	}
+	return nil
+}
+
+func (p *parts) openReports(c Config) (err error) {
+	p.health.Registry().MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "merlon_ca_reporting_instances", Help: "Instances of OPA whose status is known to this replica.",
+	}, func() float64 { return float64(len(p.statuses.Instances())) }))
+	p.decisions, err = report.OpenLog(report.LogOptions{
+		File:   decisionlog.FileOptions{Path: c.DecisionLogFile, MaxBytes: int64(c.DecisionLogMaxMiB) << 20, Keep: c.DecisionLogKeep},
+		Logger: c.Logger, Metrics: p.health.Registry(),
+	})
+	if err != nil {
+		return fmt.Errorf("decision_log_file: %w", err)
+	}
+	return nil
+}
