@@ -267,6 +267,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { return a.policy.Run(ctx) })
 	group.Go(func() error { a.announceReady(ctx); return nil })
 	group.Go(func() error { a.manager.Watch(ctx, a.alive); return nil })
+	group.Go(func() error { a.manager.Hangups(ctx); return nil })
 	err = group.Wait()
 	a.client.WriteSeen(context.WithoutCancel(ctx), a.cache) // what the keeper wrote last is on the disk now
 	return err

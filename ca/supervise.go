@@ -24,6 +24,7 @@ func (s *Server) runUnder(ctx context.Context, manager *systemd.Manager) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	defer context.AfterFunc(ctx, manager.Stopping)()
+	aside.Go(func() { manager.Hangups(ctx) })
 	aside.Go(func() {
 		select {
 		case <-ctx.Done():

@@ -231,6 +231,28 @@ func TestCAUnderSystemd(t *testing.T) {
 
 // The unit files that are shipped are what systemd accepts, and agree with the
 // defaults of the configuration.
+// What others do at a hangup, they do not; but they do not end either, which would
+// be for good under Restart=on-failure.
+func TestHangupEndsNoDaemon(t *testing.T) {
+	d := stage.Separate(t)
+	d.Entry("/web")
+	openOn(t, d) // both serve
+	for name, p := range map[string]*stage.Process{"the CA": d.CA, "the agent": d.Agent} {
+		pid := p.PID()
+		if err := syscall.Kill(pid, syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		stage.Eventually(t, name+" says what SIGHUP does", func() error {
+			if log := p.Log(); !strings.Contains(log, "settings are read at the start") {
+				return errors.New(log)
+			}
+			return nil
+		})
+	}
+	openOn(t, d)
+	d.Merlon("agent", "list")
+}
+
 func TestUnitFilesAreValid(t *testing.T) {
 	units, err := filepath.Glob("../examples/systemd/*.*")
 	if err != nil || len(units) != 3 {

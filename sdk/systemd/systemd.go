@@ -1,6 +1,7 @@
 // Package systemd is what Merlon's daemons and the service manager say to each
-// other: that a daemon is ready, stops, or still lives, and which sockets were
-// opened for it. Where no service manager listens, nothing is said.
+// other: that a daemon is ready, stops, or still lives, which sockets were
+// opened for it, and what a hangup means. Where no service manager listens, nothing
+// is said.
 package systemd
 
 import (
@@ -10,6 +11,8 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/signal"
+	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/activation"
@@ -21,6 +24,7 @@ import (
 type Manager struct {
 	log      *slog.Logger
 	watchdog time.Duration // 0: nobody watches
+	hangups  chan os.Signal
 }
 
 // Open reads from the environment what the service manager wants to hear. The
@@ -30,7 +34,27 @@ func Open(log *slog.Logger) (*Manager, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read what systemd says of its watchdog: %w", err)
 	}
-	return &Manager{log: log, watchdog: watchdog}, nil
+	m := &Manager{log: log, watchdog: watchdog, hangups: make(chan os.Signal, 1)}
+	signal.Notify(m.hangups, syscall.SIGHUP)
+	return m, nil
+}
+
+// Hangups says in the log what SIGHUP does, which is nothing, until ctx ends. Many
+// daemons read their settings again then; one that ends instead is not even started
+// again, because systemd takes that for an end as it should be.
+func (m *Manager) Hangups(ctx context.Context) {
+	if m == nil {
+		return
+	}
+	defer signal.Stop(m.hangups)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-m.hangups:
+			m.log.LogAttrs(ctx, slog.LevelWarn, "SIGHUP changes nothing: settings are read at the start; restart to have them read again")
+		}
+	}
 }
 
 // Ready says that the daemon does its work from now on.
