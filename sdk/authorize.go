@@ -36,11 +36,7 @@ func (id *Identity) Authorize(ctx context.Context, in *policy.Input) policy.Deci
 	if in == nil {
 		return policy.Deny(policy.BadRequest)
 	}
-	d := id.authorize(ctx, in)
-	if !d.Allow {
-		id.logDenied(ctx, in, d, nil)
-	}
-	return d
+	return id.enforce(ctx, in, id.authorize(ctx, in))
 }
 
 func (id *Identity) logDenied(ctx context.Context, in *policy.Input, d policy.Decision, err error) {
@@ -196,7 +192,8 @@ func transportable(in *policy.Input) bool {
 // Decide decides one call that has arrived on the connection with TLS state
 // cs: the peer has to be one that this identity let in, whose connection has
 // not been cut, whose X509-SVID has neither expired nor been revoked since,
-// and then the policy is asked. Decide fills in.Source, in.Destination and
+// and then the policy is asked. cs is nil for a call that came without TLS; it is
+// denied but where [WithPlaintextUntil] says otherwise. Decide fills in.Source, in.Destination and
 // in.SourceSerial from the connection, whatever they held. The context that
 // it returns has the peer and the decision.
 func (id *Identity) Decide(ctx context.Context, cs *tls.ConnectionState, in *policy.Input) (context.Context, policy.Decision) {
@@ -204,7 +201,11 @@ func (id *Identity) Decide(ctx context.Context, cs *tls.ConnectionState, in *pol
 	if conn, ok := id.conns.find(cs); ok {
 		call.peer = conn.peer
 	}
-	call.decision = id.decide(ctx, call.peer, in)
+	if cs == nil && in != nil && id.audit.letsPlaintext(time.Now()) && !id.closed.Load() {
+		call.decision = id.decidePlaintext(ctx, in)
+	} else {
+		call.decision = id.decide(ctx, call.peer, in)
+	}
 	return context.WithValue(ctx, callKey{}, &call), call.decision
 }
 
@@ -233,6 +234,20 @@ func (id *Identity) decide(ctx context.Context, peer *svid.Peer, in *policy.Inpu
 	d := id.refused(in, reason)
 	id.logDenied(ctx, in, d, err)
 	return d
+}
+
+// decidePlaintext decides a call of a caller that nobody knows.
+func (id *Identity) decidePlaintext(ctx context.Context, in *policy.Input) policy.Decision {
+	id.fill(in, nil)
+	if in.Protocol != policy.TCP {
+		if err := policy.CheckPath(in.Path); err != nil {
+			d := id.refused(in, policy.BadRequest)
+			id.logDenied(ctx, in, d, err)
+			return d
+		}
+	}
+	id.audit.sawPlaintext(in.SourceAddress, true, time.Now())
+	return id.letThrough(ctx, in, id.refused(in, policy.NoIdentity))
 }
 
 // fill takes both ends of the call from the connection.
@@ -291,6 +306,8 @@ func DecisionFromContext(ctx context.Context) (policy.Decision, bool) {
 // limitedLog writes at most perSecond lines a second, and says how many it
 // left out: whoever can connect can cause them.
 type limitedLog struct {
+	level slog.Level // the zero value is Info
+
 	mu      sync.Mutex // guards the rest
 	second  int64
 	written int
@@ -300,7 +317,7 @@ type limitedLog struct {
 const linesPerSecond = 20
 
 func (l *limitedLog) log(ctx context.Context, log *slog.Logger, msg string, attrs ...slog.Attr) {
-	if !log.Enabled(ctx, slog.LevelInfo) {
+	if !log.Enabled(ctx, l.level) {
 		return
 	}
 	l.mu.Lock()
@@ -318,7 +335,7 @@ func (l *limitedLog) log(ctx context.Context, log *slog.Logger, msg string, attr
 		l.dropped = 0
 	}
 	l.mu.Unlock()
-	log.LogAttrs(ctx, slog.LevelInfo, msg, attrs...) //nolint:sloglint // msg is constant at every caller
+	log.LogAttrs(ctx, l.level, msg, attrs...) //nolint:sloglint // msg is constant at every caller
 }
 
 // condition logs when something goes wrong and when it is well again, not

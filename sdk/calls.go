@@ -76,7 +76,7 @@ func (id *Identity) Follow(in *policy.Input, d policy.Decision, end func(policy.
 	if p := id.program(in.Destination, time.Now()); p != nil {
 		now = p.Generation()
 	}
-	if now != d.Revision { // it changed between the decision and now
+	if in.Source != "" && now != d.Revision { // it changed between the decision and now
 		id.calls.changed()
 	}
 	return func() { id.calls.remove(c) }
@@ -105,8 +105,12 @@ func (id *Identity) redecide(ctx context.Context, ask bool) {
 		now := time.Now()
 		p := id.program(c.in.Destination, now)
 		switch {
+		case c.in.Source == "": // without TLS
+			if !id.audit.letsPlaintext(now) {
+				id.endCall(ctx, c, policy.Deny(policy.NoIdentity))
+			}
 		case p != nil && !id.staleRevocations(now):
-			if v := p.Decide(c.in, now); v.Allow() {
+			if v := p.Decide(c.in, now); v.Allow() || id.audit.lets(v.Reason, now) {
 				continue
 			}
 			id.endCall(ctx, c, id.decideHere(p, c.in, now))
@@ -125,7 +129,7 @@ func (id *Identity) redecide(ctx context.Context, ask bool) {
 
 // endCall ends c if d denies it and it is still under way.
 func (id *Identity) endCall(ctx context.Context, c *liveCall, d policy.Decision) {
-	if d.Allow || !id.calls.remove(c) {
+	if d.Allow || id.audit.lets(d.Reason, time.Now()) || !id.calls.remove(c) {
 		return
 	}
 	id.logDenied(ctx, c.in, d, nil)

@@ -21,6 +21,7 @@ type NotReadyReason string
 // The reasons of a NotReadyError.
 const (
 	BadAddress       NotReadyReason = "BAD_ADDRESS"       // the agent's address breaks the rules
+	BadOption        NotReadyReason = "BAD_OPTION"        // what Open was told contradicts itself
 	SocketAbsent     NotReadyReason = "SOCKET_ABSENT"     // there is no socket at the address
 	SocketDead       NotReadyReason = "SOCKET_DEAD"       // nobody listens on the socket
 	SocketForbidden  NotReadyReason = "SOCKET_FORBIDDEN"  // this process may not connect to it

@@ -22,9 +22,25 @@ const maxHandshakes = 256
 // whose handshake is done and which the policy allows for protocol tcp; all
 // others are closed and logged. Up to 256 handshakes run beside each other, so
 // a slow client holds up nobody. The connections are *tls.Conn and are cut when
-// the peer is revoked or expires; [Identity.Peer] says who they are. protocols
+// the peer is revoked or expires; [Identity.Peer] says who they are. With
+// [WithPlaintextUntil] some have no TLS. protocols
 // are the ALPN protocols; clients that send none are let in.
 func (id *Identity) Listener(inner net.Listener, protocols ...string) net.Listener {
+	return id.listener(inner, protocols)
+}
+
+// ServerListener makes a listener for an http.Server's Serve out of inner, in the
+// place of ServeTLS: what it hands out is through with the handshake, and what a
+// peer may do is for httpauth to decide, call by call. It is needed for
+// [WithPlaintextUntil] alone, with which Accept also gives connections without TLS.
+// protocols are the ALPN protocols, by default h2 and http/1.1.
+func (id *Identity) ServerListener(inner net.Listener, protocols ...string) net.Listener {
+	l := id.listener(inner, protocols)
+	l.perCall = true
+	return l
+}
+
+func (id *Identity) listener(inner net.Listener, protocols []string) *listener {
 	ctx, cancel := context.WithCancel(context.Background())
 	return &listener{
 		inner: inner, id: id, protocols: protocols,
@@ -37,6 +53,7 @@ type listener struct {
 	inner     net.Listener
 	id        *Identity
 	protocols []string
+	perCall   bool // the policy is asked later
 
 	ctx        context.Context // ends with Close
 	cancel     context.CancelFunc
@@ -107,13 +124,15 @@ func (l *listener) run() {
 // admit does the handshake and then asks the policy. The order matters: until
 // the handshake is done the peer has shown a chain, which is public, and not
 // that it holds the key, so nothing may be decided or recorded in its name.
-func (l *listener) admit(raw net.Conn) (*tls.Conn, bool) {
-	conn, err := l.id.ServerHandshake(l.ctx, raw, l.protocols...)
+func (l *listener) admit(raw net.Conn) (net.Conn, bool) {
+	conn, cs, err := l.handshake(raw)
 	if err != nil {
 		return nil, false // logged where the peer was refused
 	}
-	cs := conn.ConnectionState()
-	_, decision := l.id.Decide(l.ctx, &cs, &policy.Input{
+	if l.perCall {
+		return conn, true
+	}
+	_, decision := l.id.Decide(l.ctx, cs, &policy.Input{
 		Protocol:           policy.TCP,
 		SourceAddress:      addrString(raw.RemoteAddr()),
 		DestinationAddress: addrString(raw.LocalAddr()),
@@ -123,6 +142,19 @@ func (l *listener) admit(raw net.Conn) (*tls.Conn, bool) {
 		return nil, false
 	}
 	return conn, true
+}
+
+// handshake gives a TLS connection with its state, or a plaintext one without.
+func (l *listener) handshake(raw net.Conn) (net.Conn, *tls.ConnectionState, error) {
+	if conn, err := l.id.Plaintext(l.ctx, raw); conn != nil || err != nil {
+		return conn, nil, err
+	}
+	conn, err := l.id.ServerHandshake(l.ctx, raw, l.protocols...)
+	if err != nil {
+		return nil, nil, err
+	}
+	cs := conn.ConnectionState()
+	return conn, &cs, nil
 }
 
 // deliver hands a result to Accept, or closes the connection with the listener.

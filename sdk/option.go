@@ -16,6 +16,8 @@ type options struct {
 	uids           []uint32
 	startupTimeout time.Duration
 	log            *slog.Logger
+	auditUntil     *time.Time
+	plaintextUntil *time.Time
 }
 
 const defaultStartupTimeout = 10 * time.Second
@@ -42,4 +44,31 @@ func WithStartupTimeout(d time.Duration) Option {
 // used.
 func WithLogger(logger *slog.Logger) Option {
 	return func(o *options) { o.log = logger }
+}
+
+// WithAuditUntil is for the adoption of a policy by a service that is in use
+// already: until end, which lies at most a year ahead, calls to this service are
+// decided, and those that the policy denies, or about which there is no policy, are
+// logged, counted in [Identity.Stats] and let through. Every caller still has to
+// prove its SPIFFE ID, revoked and expired callers and ambiguous requests are still
+// refused, and decisions are recorded as they were made. At the end the policy is
+// enforced, on calls under way too, without a restart.
+//
+// Handlers see by [Audited] that a call would be denied.
+func WithAuditUntil(end time.Time) Option {
+	return func(o *options) { o.auditUntil = &end }
+}
+
+// WithPlaintextUntil also accepts callers that do not speak TLS yet, on the same
+// port, until end, which is not after that of [WithAuditUntil]: they have no
+// identity, NO_IDENTITY is what is decided of their calls, and audit mode lets them
+// through. [Identity.Stats] and the log name them by address. Whoever can reach
+// the port can call until then, and whoever is between can read and change
+// what is said. A client that begins with TLS is held to it.
+//
+// The service listens by [Identity.ServerListener] (HTTP) or [Identity.Listener];
+// grpcauth.ServerOptions need nothing more. Protocols in which the server speaks
+// first cannot be told apart from silence.
+func WithPlaintextUntil(end time.Time) Option {
+	return func(o *options) { o.plaintextUntil = &end }
 }

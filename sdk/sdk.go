@@ -35,6 +35,7 @@ type Identity struct {
 	programs    atomic.Pointer[programs]
 	report      *report
 	calls       *liveCalls
+	audit       audit
 	generation  atomic.Uint64 // of the policy that the agent says is active
 	// The rest in Unix time or nanoseconds.
 	generationSince atomic.Int64
@@ -51,6 +52,7 @@ type Identity struct {
 	rotated  map[int]func()
 	nextHook int
 
+	life       context.Context // ends with Close
 	cancel     context.CancelFunc
 	goroutines sync.WaitGroup
 	closeOnce  sync.Once
@@ -93,17 +95,19 @@ func Open(ctx context.Context, opts ...Option) (*Identity, error) {
 	if err != nil {
 		return nil, &NotReadyError{Reason: BadAddress, Hint: "set " + SocketEnv + " to unix:///path/of/the/agent's/api.sock", Err: err}
 	}
-	a, err := dialAgent(path, o.uids)
-	if err != nil {
-		return nil, &NotReadyError{Reason: AgentUnavailable, Hint: "this is a bug in the SDK", Err: err}
-	}
 	id := &Identity{
 		log:     o.log,
-		agent:   a,
 		conns:   newConnTable(o.log),
 		rotated: make(map[int]func()),
 		report:  newReport(),
 		calls:   newLiveCalls(),
+	}
+	if err := id.audit.set(&o, time.Now()); err != nil {
+		return nil, &NotReadyError{Reason: BadOption, Hint: "correct sdk.WithAuditUntil and sdk.WithPlaintextUntil", Err: err}
+	}
+	id.agent, err = dialAgent(path, o.uids)
+	if err != nil {
+		return nil, &NotReadyError{Reason: AgentUnavailable, Hint: "this is a bug in the SDK", Err: err}
 	}
 	id.ready.init()
 	id.current.Store(&current{err: errors.New("the agent has not given an identity yet"), bundles: x509bundle.NewSet(), trust: new(svid.Trust)})
@@ -117,11 +121,13 @@ func Open(ctx context.Context, opts ...Option) (*Identity, error) {
 
 func (id *Identity) start(ctx context.Context) {
 	ctx, id.cancel = context.WithCancel(ctx)
+	id.life = ctx
 	id.goroutines.Go(func() { id.keepTrying(ctx, identityFeed, id.followSVIDs) })
 	id.goroutines.Go(func() { id.keepTrying(ctx, revocationFeed, id.followRevocations) })
 	id.goroutines.Go(func() { id.keepTrying(ctx, policyFeed, id.followPolicy) })
 	id.goroutines.Go(func() { id.keepTrying(ctx, reportFeed, id.sendReports) })
 	id.goroutines.Go(func() { id.followCalls(ctx) })
+	id.startAudit(ctx)
 	id.goroutines.Go(func() { id.conns.run(ctx.Done()) })
 }
 

@@ -269,6 +269,9 @@ func (id *Identity) Cut(cs *tls.ConnectionState, reason string) {
 // Draining says whether the connection is near its end, so that the peer
 // should be asked to come back on a new one.
 func (id *Identity) Draining(cs *tls.ConnectionState) bool {
+	if cs == nil && id.audit.letsPlaintext(time.Now()) {
+		return false
+	}
 	c, ok := id.conns.find(cs)
 	return !ok || time.Now().After(c.drain)
 }

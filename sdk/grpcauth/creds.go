@@ -22,6 +22,9 @@ type creds struct {
 // ServerHandshake implements credentials.TransportCredentials.
 func (c *creds) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	// gRPC gives no context here; the handshake has its own limit of 5 s.
+	if conn, err := c.id.Plaintext(context.Background(), raw); conn != nil || err != nil {
+		return conn, plaintextInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.NoSecurity}}, err
+	}
 	conn, err := c.id.ServerHandshake(context.Background(), raw, "h2")
 	return withInfo(conn, err)
 }
@@ -35,6 +38,12 @@ func (c *creds) ClientHandshake(ctx context.Context, authority string, raw net.C
 	conn, err := c.id.ClientHandshake(ctx, raw, c.to, host, "h2")
 	return withInfo(conn, err)
 }
+
+// plaintextInfo marks a connection without TLS, which sdk.WithPlaintextUntil lets in.
+type plaintextInfo struct{ credentials.CommonAuthInfo }
+
+// AuthType implements credentials.AuthInfo.
+func (plaintextInfo) AuthType() string { return "plaintext" }
 
 func withInfo(conn *tls.Conn, err error) (net.Conn, credentials.AuthInfo, error) {
 	if err != nil {

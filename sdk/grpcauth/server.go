@@ -84,10 +84,13 @@ type decided struct {
 // decide puts one call to the policy. A denial is the error to answer with.
 func (s *server) decide(ctx context.Context, served string) (context.Context, decided, error) {
 	in := &policy.Input{Protocol: policy.GRPC, Method: "POST"}
-	var state *tls.ConnectionState
+	state := new(tls.ConnectionState) // of nobody that we know
 	if p, ok := peer.FromContext(ctx); ok {
-		if info, ok := p.AuthInfo.(credentials.TLSInfo); ok {
+		switch info := p.AuthInfo.(type) {
+		case credentials.TLSInfo:
 			state = &info.State
+		case plaintextInfo:
+			state = nil
 		}
 		if p.Addr != nil {
 			in.SourceAddress = p.Addr.String()
