@@ -8,9 +8,13 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"errors"
 	"strings"
 	"testing"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/ca/capb"
 	"merlon.dev/sdk/svid/forge"
 )
 
@@ -49,6 +53,39 @@ func TestCSRKey(t *testing.T) {
 			t.Errorf("%s: CSRKey() = %v, %v; want an error with %q", name, key, err, test.want)
 		}
 	}
+}
+
+// Where one entry lets the workload hold its key and another does not, no CSR is
+// wanted, or taken, for the other.
+func TestCSRsAreForEntriesThatSaySoAlone(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		own := newEntry("e1", "/own", "unix:uid:1")
+		own.KeyDelivery = capb.KeyDelivery_KEY_DELIVERY_WORKLOAD
+		f.sync(own, newEntry("e2", "/agents", "unix:uid:1"))
+		s := f.Subscribe()
+		defer s.Close()
+		_, keys := s.OwnKeys(proves("unix:uid:1"))
+		if len(keys) != 2 || keys[0].Wanted == 0 || keys[1].Wanted != 0 || keys[1].Entry.OwnKey {
+			t.Fatalf("OwnKeys() = %+v; want a CSR for /own alone", keys)
+		}
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for path, want := range map[string]error{"/agents": ErrNotOwn, "/nobodys": ErrNotOwn, "/own": nil} {
+			id := spiffeid.RequireFromString("spiffe://" + td + path)
+			if err := s.Submit(id, csr, &key.PublicKey); !errors.Is(err, want) {
+				t.Errorf("Submit(%s) = %v; want %v", path, err, want)
+			}
+		}
+		if err := s.Submit(spiffeid.RequireFromString("spiffe://"+td+"/own"), csr, &key.PublicKey); !errors.Is(err, ErrNotWanted) {
+			t.Errorf("Submit() of a second CSR = %v; want that none is wanted", err)
+		}
+	})
 }
 
 func FuzzCSRKey(f *testing.F) {

@@ -5,6 +5,8 @@ package workload
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -51,4 +53,37 @@ func TestOneUserHashesOneProgramAtATime(t *testing.T) {
 			t.Errorf("%d users and %d slots are not free in the end", len(h.turns), len(h.slots))
 		}
 	})
+}
+
+// changing changes a file each time that it is asked whether it has ended.
+type changing struct {
+	context.Context
+	path string
+}
+
+func (c changing) Err() error {
+	_ = os.Chtimes(c.path, time.Now(), time.Now().Add(-time.Hour))
+	return nil
+}
+
+// A digest of a program that is written to while it is read is of nothing that
+// ever was.
+func TestProgramThatChangesWhileItIsReadHasNoDigest(t *testing.T) {
+	program := copyOf(t, t.TempDir(), "program")
+	p := startPeer(t, program)
+	dir, err := os.Open(fmt.Sprintf("/proc/%d", p.peer.PID))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	exe, err := statExe(int(dir.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if sum, err := hashExe(t.Context(), int(dir.Fd()), exe); err != nil || len(sum) != 64 {
+		t.Fatalf("hashExe() = %q, %v; want a digest", sum, err)
+	}
+	if sum, err := hashExe(changing{t.Context(), program}, int(dir.Fd()), exe); err == nil {
+		t.Errorf("hashExe() = %q for a program that changed; want none", sum)
+	}
 }

@@ -454,10 +454,12 @@ func TestParseStatus(t *testing.T) {
 		"two Groups lines":  {"Uid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t1\nGroups:\t2\n", 0, 0, false},
 		"no Groups line":    {"Uid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n", 0, 0, false},
 		"not a group":       {"Uid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t1 x\n", 0, 0, false},
-		"no Gid":            {"Uid:\t1\t2\t3\t4\n", 0, 0, false},
-		"three IDs":         {"Uid:\t1\t2\t3\nGid:\t5\t6\t7\t8\n", 0, 0, false},
-		"a zombie":          {"State:\tZ (zombie)\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n", 0, 0, false},
-		"too large":         {"Uid:\t1\t4294967296\t3\t4\nGid:\t5\t6\t7\t8\n", 0, 0, false},
+		"no Gid":            {"Uid:\t1\t2\t3\t4\nGroups:\t \n", 0, 0, false},
+		"three IDs":         {"Uid:\t1\t2\t3\nGid:\t5\t6\t7\t8\nGroups:\t \n", 0, 0, false},
+		"a zombie":          {"State:\tZ (zombie)\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t \n", 0, 0, false},
+		"a dead one":        {"State:\tX (dead)\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t \n", 0, 0, false},
+		"one that sleeps":   {"State:\tS (sleeping)\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t \n", 2, 6, true},
+		"too large":         {"Uid:\t1\t4294967296\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t \n", 0, 0, false},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
