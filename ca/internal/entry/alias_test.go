@@ -39,6 +39,7 @@ func TestAliasesSayNothingOfSVIDs(t *testing.T) {
 		"a TTL of JWT-SVIDs":          {func(e *Entry) { e.JWTSVIDTTL = time.Minute }, "jwt_svid_ttl_seconds"},
 		"a DNS name":                  {func(e *Entry) { e.DNSNames = []string{"a.test"} }, "dns_names"},
 		"a common name":               {func(e *Entry) { e.CommonName = "a" }, "common_name"},
+		"a federation":                {func(e *Entry) { e.FederatesWith = []string{"partner.test"} }, "federates_with"},
 		"a role":                      {func(e *Entry) { e.Role.Name = role.Viewer }, "role"},
 		"an end that is in the past":  {func(e *Entry) { e.ExpiresAt = now }, "expires_at"},
 		"a hint that is a line break": {func(e *Entry) { e.Hint = "\n" }, "hint"},
