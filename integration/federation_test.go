@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -71,6 +72,23 @@ func partners(t *testing.T) (shop, partner *stage.Domain) {
 	trusts(t, shop, partner, "jwks")
 	trusts(t, partner, shop, "jwks")
 	return shop, partner
+}
+
+// Why a call across does not work, as far as the agent knows.
+func TestExplainIdentitySaysWhichTrustBundlesAreMissing(t *testing.T) {
+	shop, partner := stage.Separate(t), stage.SeparateOf(t, "partner.test")
+	shop.Entry("/me", "--federates-with", partner.TrustDomain, "--federates-with", "absent.test")
+	trusts(t, shop, partner, "jwks")
+	want := []string{"federates with partner.test, absent.test", "has no trust bundle of absent.test: merlon federation set absent.test FILE"}
+	stage.Eventually(t, "the agent says so", func() error {
+		out := shop.Explain("identity", "--pid", strconv.Itoa(os.Getpid()))
+		for _, text := range want {
+			if !strings.Contains(out, text) {
+				return fmt.Errorf("%q is not in\n%s", text, out)
+			}
+		}
+		return nil
+	})
 }
 
 // goSPIFFEServer answers who calls it, to the one peer that it expects.

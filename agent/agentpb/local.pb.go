@@ -2017,9 +2017,13 @@ type EntryMatch struct {
 	SpiffeId string                 `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
 	Matches  bool                   `protobuf:"varint,3,opt,name=matches,proto3" json:"matches,omitempty"`
 	// Selectors of the entry that the process lacks.
-	Missing       []string `protobuf:"bytes,4,rep,name=missing,proto3" json:"missing,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Missing []string `protobuf:"bytes,4,rep,name=missing,proto3" json:"missing,omitempty"`
+	// Of one that matches: the other trust domains that the process may know by it,
+	// and those of which the agent has no trust bundle.
+	FederatesWith     []string `protobuf:"bytes,5,rep,name=federates_with,json=federatesWith,proto3" json:"federates_with,omitempty"`
+	FederationWaiting []string `protobuf:"bytes,6,rep,name=federation_waiting,json=federationWaiting,proto3" json:"federation_waiting,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *EntryMatch) Reset() {
@@ -2076,6 +2080,20 @@ func (x *EntryMatch) GetMatches() bool {
 func (x *EntryMatch) GetMissing() []string {
 	if x != nil {
 		return x.Missing
+	}
+	return nil
+}
+
+func (x *EntryMatch) GetFederatesWith() []string {
+	if x != nil {
+		return x.FederatesWith
+	}
+	return nil
+}
+
+func (x *EntryMatch) GetFederationWaiting() []string {
+	if x != nil {
+		return x.FederationWaiting
 	}
 	return nil
 }
@@ -2727,13 +2745,15 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\ventry_count\x18\n" +
 	" \x01(\x05R\n" +
 	"entryCount\x12\x14\n" +
-	"\x05notes\x18\v \x03(\tR\x05notes\"x\n" +
+	"\x05notes\x18\v \x03(\tR\x05notes\"\xce\x01\n" +
 	"\n" +
 	"EntryMatch\x12\x19\n" +
 	"\bentry_id\x18\x01 \x01(\tR\aentryId\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x18\n" +
 	"\amatches\x18\x03 \x01(\bR\amatches\x12\x18\n" +
-	"\amissing\x18\x04 \x03(\tR\amissing\"\x0f\n" +
+	"\amissing\x18\x04 \x03(\tR\amissing\x12%\n" +
+	"\x0efederates_with\x18\x05 \x03(\tR\rfederatesWith\x12-\n" +
+	"\x12federation_waiting\x18\x06 \x03(\tR\x11federationWaiting\"\x0f\n" +
 	"\rStatusRequest\"\xa8\v\n" +
 	"\x0eStatusResponse\x12\x19\n" +
 	"\bagent_id\x18\x01 \x01(\tR\aagentId\x12,\n" +

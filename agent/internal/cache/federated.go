@@ -115,6 +115,18 @@ func (c *Cache) federatedOf(entries []*Entry) (out []*Federated) {
 	return out
 }
 
+// FederationWaiting are those of e's trust domains of which there is no trust bundle.
+func (c *Cache) FederationWaiting(e *Entry) (names []string) {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	for _, name := range e.FederatesWith {
+		if c.federated[name] == nil {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
 // JWTBundles are the trust bundles by which who has the entries may validate
 // JWT-SVIDs; nil before there is an own one.
 func (c *Cache) JWTBundles(entries []*Entry) jwtbundle.Source {

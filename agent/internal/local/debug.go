@@ -46,7 +46,10 @@ func (s *Server) ExplainIdentity(ctx context.Context, req *agentpb.ExplainIdenti
 		m.AgentId = id.String()
 	}
 	for _, e := range matches {
-		m.Entries = append(m.Entries, &agentpb.EntryMatch{EntryId: e.ID, SpiffeId: e.SPIFFEID.String(), Matches: true})
+		m.Entries = append(m.Entries, &agentpb.EntryMatch{
+			EntryId: e.ID, SpiffeId: e.SPIFFEID.String(), Matches: true,
+			FederatesWith: e.FederatesWith, FederationWaiting: s.cache.FederationWaiting(e),
+		})
 	}
 	for _, miss := range misses {
 		m.Entries = append(m.Entries, &agentpb.EntryMatch{

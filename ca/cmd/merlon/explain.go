@@ -52,6 +52,9 @@ type matchJSON struct {
 	SPIFFEID string   `json:"spiffe_id"`
 	Matches  bool     `json:"matches"`
 	Missing  []string `json:"missing,omitempty"`
+
+	FederatesWith     []string `json:"federates_with,omitempty"`
+	FederationWaiting []string `json:"federation_waiting,omitempty"`
 }
 
 func explainIdentity(o *options) *cobra.Command {
@@ -94,7 +97,7 @@ func printIdentity(w io.Writer, o *options, pid int32, resp *agentpb.ExplainIden
 			Entries: []matchJSON{}, Reason: resp.GetReason(), Hint: resp.GetHint(),
 		}
 		for _, m := range resp.GetEntries() {
-			out.Entries = append(out.Entries, matchJSON{m.GetEntryId(), m.GetSpiffeId(), m.GetMatches(), m.GetMissing()})
+			out.Entries = append(out.Entries, matchJSON{m.GetEntryId(), m.GetSpiffeId(), m.GetMatches(), m.GetMissing(), m.GetFederatesWith(), m.GetFederationWaiting()})
 		}
 		return printJSON(w, out)
 	}
@@ -106,6 +109,12 @@ func printIdentity(w io.Writer, o *options, pid int32, resp *agentpb.ExplainIden
 	for _, m := range resp.GetEntries() {
 		if m.GetMatches() {
 			fmt.Fprintf(w, "matches %s (entry %s)\n", m.GetSpiffeId(), m.GetEntryId())
+			if len(m.GetFederatesWith()) > 0 {
+				fmt.Fprintf(w, "  federates with %s\n", strings.Join(m.GetFederatesWith(), ", "))
+			}
+			if waiting := m.GetFederationWaiting(); len(waiting) > 0 {
+				fmt.Fprintf(w, "  has no trust bundle of %s: merlon federation set %s FILE\n", strings.Join(waiting, ", "), waiting[0])
+			}
 		} else {
 			fmt.Fprintf(w, "not %s (entry %s): lacks %s\n", m.GetSpiffeId(), m.GetEntryId(), strings.Join(m.GetMissing(), ", "))
 		}
