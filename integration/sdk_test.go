@@ -172,6 +172,12 @@ func TestDenialIsExplained(t *testing.T) {
 	if got := d.Explain("decision", denied.DecisionID); !strings.Contains(got, "grant me-to-me: method GET not in [POST]") {
 		t.Errorf("the explanation misses the nearest grant:\n%s", got)
 	}
+	// By the generation that decided, also when there is another.
+	grants(t, d, "http: {methods: [GET]}")
+	want(t, "the next policy", c, url+"/a", "200 OK")
+	if got := d.Explain("decision", denied.DecisionID); !strings.Contains(got, "grant me-to-me: method GET not in [POST]") {
+		t.Errorf("after another policy:\n%s", got)
+	}
 	if got := d.Explain("identity", "--pid", fmt.Sprint(os.Getpid())); !strings.Contains(got, "matches "+d.ID("/me")) {
 		t.Errorf("the explanation misses the identity:\n%s", got)
 	}

@@ -48,10 +48,8 @@ func (e *Engine) Explain(ctx context.Context, in *policy.Input, how How) Explana
 	}
 	x := Explanation{Engine: "native"}
 	if in != nil {
-		if p, err := e.Program(ctx, in.Destination); err != nil {
+		if _, err := e.Program(ctx, in.Destination); err != nil {
 			x.Engine = "opa"
-		} else if v := p.Decide(in, now); v.Reason == policy.StalePolicy || v.Reason == policy.BadRequest {
-			x.Engine = "none" // it ends before the policy
 		}
 	}
 	var a answer

@@ -44,14 +44,15 @@ func (s *Server) ExplainDecision(ctx context.Context, req *agentpb.ExplainDecisi
 	}
 	x := asked.Explain(ctx, &rec.input, engine.How{At: rec.decidedAt, Trace: req.GetTrace()})
 	m.Details, m.Engine, m.Trace = x.Details, x.Engine, x.Trace
-	m.Details = append(m.Details, rec.caveats(&x)...)
+	m.Details = append(m.Details, rec.caveats(&x, s.decisions.masked(&rec))...)
 	return m, nil
 }
 
-// caveats say why x may not be what was decided.
-func (rec *record) caveats(x *engine.Explanation) (words []string) {
-	if len(rec.masked) > 0 {
-		words = append(words, fmt.Sprintf("the values of these headers were not kept, so a policy that reads them may come out differently here (explain_headers keeps them): %s", strings.Join(rec.masked, ", ")))
+// caveats say why x may not be what was decided; the values of these headers
+// were not kept.
+func (rec *record) caveats(x *engine.Explanation, names []string) (words []string) {
+	if len(names) > 0 {
+		words = append(words, fmt.Sprintf("the values of these headers were not kept, so a policy that reads them may come out differently here (explain_headers keeps them): %s", strings.Join(names, ", ")))
 	}
 	if rec.claims {
 		words = append(words, "the claims of the call's JWT-SVID were not kept, so a policy that reads input.jwt may come out differently here")

@@ -5,7 +5,6 @@ package local
 
 import (
 	"context"
-	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -160,15 +159,20 @@ func (r *ring) find(id policy.DecisionID) (record, bool) {
 	return r.records[i], true
 }
 
+// maskedValues stands for the values of a header.
+var maskedValues = []string{masked}
+
 // keepHeaders copies headers as far as there is room, and only the values of those
 // to be kept.
 func (rec *record) keepHeaders(headers map[string][]string, keep map[string]bool) {
 	rec.input.Headers = nil
-	room := maxHeaderBytes
-	for _, name := range slices.Sorted(maps.Keys(headers)) {
-		values := headers[name]
+	if len(headers) == 0 {
+		return
+	}
+	room, kept := maxHeaderBytes, make(map[string][]string, len(headers))
+	for name, values := range headers {
 		if !keep[name] {
-			values = []string{masked}
+			values = maskedValues
 		}
 		room -= len(name)
 		for _, v := range values {
@@ -176,14 +180,20 @@ func (rec *record) keepHeaders(headers map[string][]string, keep map[string]bool
 		}
 		if room < 0 {
 			rec.shortened = true
-			return
+			break
 		}
-		if rec.input.Headers == nil {
-			rec.input.Headers = make(map[string][]string, len(headers))
-		}
-		rec.input.Headers[name] = values
-		if !keep[name] {
-			rec.masked = append(rec.masked, name)
+		kept[name] = values
+	}
+	rec.input.Headers = kept
+}
+
+// masked are the names of the headers of rec whose values are not kept, sorted.
+func (d *decisions) masked(rec *record) (names []string) {
+	for name := range rec.input.Headers {
+		if !d.keep[name] {
+			names = append(names, name)
 		}
 	}
+	slices.Sort(names)
+	return names
 }
