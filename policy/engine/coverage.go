@@ -55,7 +55,7 @@ type RegoCoverage struct {
 // call notes what decided the call in, and which lines OPA evaluates for it.
 func (c *Coverage) call(ctx context.Context, in *policy.Input, x *Explanation) {
 	c.decided[x.RuleID] = true
-	for _, id := range x.DryRun {
+	for _, id := range x.Tried {
 		c.decided[id] = true
 	}
 	if c.engine.ownRego && x.Reason != policy.BadRequest && x.Reason != policy.NoIdentity {

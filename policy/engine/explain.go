@@ -33,8 +33,8 @@ type Explanation struct {
 	// grants that came nearest, as "grant web-reads-orders: method POST not in
 	// [GET]", and the expressions of own Rego that did not hold, by file and line.
 	Details []string
-	// DryRun are the dry-run grants that match.
-	DryRun []string
+	// Tried are the dry-run grants that match, also those that would change nothing.
+	Tried []string
 	// Trace is OPA's, of the whole evaluation, where it was asked for.
 	Trace string
 }
@@ -54,7 +54,7 @@ func (e *Engine) Explain(ctx context.Context, in *policy.Input, how How) Explana
 	}
 	var a answer
 	x.Decision, a = e.decideAt(ctx, in, now, e.limit)
-	x.Details, x.DryRun = e.sentences(ctx, x.Decision, a, in, now), a.dryRun
+	x.Details, x.Tried = e.sentences(ctx, x.Decision, a, in, now), a.dryRun
 	for _, id := range a.dryRun {
 		x.Details = append(x.Details, fmt.Sprintf("dry-run grant %s would %s the call; it decides nothing", id, e.effect(id)))
 	}

@@ -3,6 +3,7 @@
 package replay
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/engine"
@@ -70,7 +72,7 @@ type Report struct {
 	Sampled         int            `json:"sampled"`
 	Incomplete      int            `json:"incomplete"`
 	IncompleteParts map[string]int `json:"incomplete_parts"`
-	// Erased have no call any more; Before were decided before any policy, by reason;
+	// Erased have no call any more, or one with bytes that are no text; Before were decided before any policy, by reason;
 	// Other are events and lines about something else. None is decided again.
 	Erased int                   `json:"erased"`
 	Before map[policy.Reason]int `json:"before_policy"`
@@ -145,7 +147,7 @@ func (r *Replayer) refuse(number int, err error) {
 }
 
 // beforePolicy are the reasons that stand before any policy.
-var beforePolicy = []policy.Reason{policy.NoIdentity, policy.Revoked, policy.Expired, policy.StaleRevocations, policy.AgentUnavailable}
+var beforePolicy = []policy.Reason{policy.NoIdentity, policy.BadRequest, policy.Revoked, policy.Expired, policy.StaleRevocations, policy.AgentUnavailable}
 
 func (r *Replayer) event(ctx context.Context, number int, e *event) error {
 	r.report.Missing += e.Custom.Merlon.Dropped
@@ -173,12 +175,22 @@ func (r *Replayer) event(ctx context.Context, number int, e *event) error {
 		return errors.New("has no timestamp")
 	}
 	in, err := policy.ParseInput(e.Input)
+	if err != nil && replaced(e.Input) {
+		r.report.Erased++
+		return nil
+	}
 	if err != nil {
 		return err
 	}
 	d := r.engine.Ask(ctx, in, e.Timestamp)
 	r.count(number, e, in, before, Verdict{d.Allow, d.Reason, d.RuleID}, r.matter(missing))
 	return ctx.Err()
+}
+
+// replaced says whether a call had bytes that are no text: whoever wrote the log put
+// U+FFFD in their place.
+func replaced(raw []byte) bool {
+	return bytes.ContainsRune(raw, utf8.RuneError) || bytes.Contains(bytes.ToLower(raw), []byte(`\ufffd`))
 }
 
 // matter are those of the missing parts that the policy may read.

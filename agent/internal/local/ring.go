@@ -33,9 +33,8 @@ type record struct {
 	decision  policy.Decision
 	input     policy.Input
 	decidedAt time.Time
-	// masked are the names of headers whose values are not kept; claims, that the call
-	// had claims of a JWT-SVID; and shortened, that more of the input is not kept.
-	masked            []string
+	// claims says that the call had claims of a JWT-SVID, which are not kept, and
+	// shortened that more of the input is not, beside values of headers.
 	claims, shortened bool
 }
 

@@ -176,7 +176,7 @@ func printCaveats(w io.Writer, r *replay.Report) {
 		fmt.Fprintf(w, "sampled: %d allowed events stand for several calls each\n", r.Sampled)
 	}
 	if r.Erased > 0 {
-		fmt.Fprintf(w, "not asked: %d events whose call was erased\n", r.Erased)
+		fmt.Fprintf(w, "not asked: %d events whose call was erased, or has bytes that are no text\n", r.Erased)
 	}
 	for _, reason := range slices.Sorted(maps.Keys(r.Before)) {
 		fmt.Fprintf(w, "not asked: %d events that were %s, which stands before any policy\n", r.Before[reason], reason)
