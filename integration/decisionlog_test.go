@@ -209,6 +209,25 @@ func TestDecisionsOfServicesReachTheLogs(t *testing.T) {
 	if e := events(t, atCA)[denied.DecisionID]; at(e, "labels", "uploader") != token.AgentID || at(e, "result", "reason") != "PATH" {
 		t.Errorf("the denial is %v", e)
 	}
+	// What is written down can be decided again: with the dry-run grant enforced it
+	// comes out as the log said that it would.
+	enforced := t.TempDir()
+	if err := os.WriteFile(filepath.Join(enforced, "grants.yaml"), []byte(strings.ReplaceAll(text, ", mode: dry-run", "")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for folder, want := range map[string]int{folder: 0, enforced: 1} {
+		var report struct {
+			Changed []struct {
+				After struct {
+					RuleID string `json:"rule_id"`
+				} `json:"after"`
+			} `json:"changed"`
+		}
+		stage.Decode(t, d.Merlon("policy", "replay", "--log", atAgent, "--bundle", folder, "-o", "json"), &report)
+		if len(report.Changed) != want || want > 0 && report.Changed[0].After.RuleID != "tried" {
+			t.Errorf("replayed, %d groups of calls come out otherwise: %+v; want %d", len(report.Changed), report, want)
+		}
+	}
 	stage.Eventually(t, "the agent counts by row", func() error {
 		if m := metrics(t, d.AgentHealth); !strings.Contains(m, fmt.Sprintf(`merlon_agent_decision_rows_total{destination=%[1]q,reason="PATH",rule_id="",source=%[1]q} 1`, d.ID("/me"))) {
 			return errors.New("/metrics has no such row")

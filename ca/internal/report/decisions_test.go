@@ -51,7 +51,7 @@ func TestDecisionsAreKeptWithTheirUploader(t *testing.T) {
 }
 
 func TestMalformedDecisionsAreRefusedWhole(t *testing.T) {
-	good := eventAbout("spiffe://shop.test/orders", "")
+	good, small := eventAbout("spiffe://shop.test/orders", ""), `{"decision_id":"d","timestamp":"2026-11-26T04:00:00Z"}`
 	for name, body := range map[string]string{
 		"empty":             ``,
 		"an object":         good,
@@ -64,7 +64,7 @@ func TestMalformedDecisionsAreRefusedWhole(t *testing.T) {
 		"labels of numbers": `[` + good + `, {"decision_id":"d","timestamp":"2026-11-26T04:00:00Z","labels":{"a":1}}]`,
 		"a long event":      `[` + eventAbout("spiffe://shop.test/orders", `,"x":"`+strings.Repeat("x", maxEventBytes)+`"`) + `]`,
 		"deep":              `[` + eventAbout("spiffe://shop.test/orders", `,"x":`+strings.Repeat("[", 20_000)+strings.Repeat("]", 20_000)) + `]`,
-		"too many":          `[` + good + strings.Repeat(`,`+good, maxEvents) + `]`,
+		"too many":          `[` + small + strings.Repeat(`,`+small, maxEvents) + `]`,
 	} {
 		if c, err := ParseDecisions([]byte(body), "u", own); !errors.As(err, new(*InvalidError)) || len(c.Events) > 0 {
 			t.Errorf("%s: %d events, %v; want none and an InvalidError", name, len(c.Events), err)
