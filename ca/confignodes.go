@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -133,6 +134,9 @@ func (n NodeAttestors) validate(td spiffeid.TrustDomain) error {
 		if a.Tenant == "" {
 			return errors.New("node_attestors.azure.tenant: is missing")
 		}
+		if !plainName.MatchString(a.Tenant) {
+			return fmt.Errorf("node_attestors.azure.tenant: %q is not the ID of a tenant, such as 72f988bf-86f1-41af-91ab-2d7cd011db47", a.Tenant)
+		}
 		if err := checkCloud(a.source(nil), a.Subscriptions, "subscriptions"); err != nil {
 			return fmt.Errorf("node_attestors.azure.%w", err)
 		}
@@ -153,6 +157,9 @@ func (n NodeAttestors) validate(td spiffeid.TrustDomain) error {
 	return nil
 }
 
+// plainName is what names in Kubernetes and IDs in Azure are made of.
+var plainName = regexp.MustCompile(`^[0-9A-Za-z]([0-9A-Za-z.-]*[0-9A-Za-z])?$`)
+
 func (k K8sCluster) validate(td spiffeid.TrustDomain) error {
 	if err := attest.CheckCluster(td, k.Cluster); err != nil {
 		return fmt.Errorf("cluster: %w", err)
@@ -161,8 +168,8 @@ func (k K8sCluster) validate(td spiffeid.TrustDomain) error {
 		return errors.New("service_accounts: are missing: no pod would be an agent")
 	}
 	for _, account := range k.ServiceAccounts {
-		if namespace, name, ok := strings.Cut(account, ":"); !ok || namespace == "" || name == "" || strings.Contains(name, ":") {
-			return fmt.Errorf("service_accounts: %q is not namespace:name", account)
+		if namespace, name, ok := strings.Cut(account, ":"); !ok || !plainName.MatchString(namespace) || !plainName.MatchString(name) {
+			return fmt.Errorf("service_accounts: %q is not namespace:name, as Kubernetes has names; no pattern stands for several", account)
 		}
 	}
 	switch {
