@@ -112,14 +112,17 @@ func TestShareGrowsWithTheEntries(t *testing.T) {
 func TestEarlierCallsGiveNothingBack(t *testing.T) {
 	var s spent
 	now := time.Unix(1_800_000_000, 0)
-	s.take(600, 10, now)
+	s.take(500, 10, now)
 	for range 100 {
-		if s.take(1, 10, now.Add(-time.Minute)) == 0 {
-			t.Fatal("a call from a minute ago gets what has not come back")
+		if s.take(1, 10, now.Add(-time.Minute)) > 0 {
+			t.Fatal("a call from a minute ago does not get what is there")
 		}
 	}
 	if left := s.left(10, now); math.Abs(left-600) > 0.001 {
 		t.Errorf("%v are spent; want 600", left)
+	}
+	if s.take(1, 10, now.Add(-time.Minute)) == 0 {
+		t.Error("a call from a minute ago gets what has not come back")
 	}
 }
 

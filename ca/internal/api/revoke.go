@@ -30,8 +30,9 @@ const (
 	maxAuthorityBytes = 128
 	// recordLife outlives every SVID that exists when a record is made: none is
 	// issued for longer than MaxSVIDTTL, whatever defaults were configured
-	// then. A minute is for clocks that differ.
-	recordLife    = entry.MaxSVIDTTL + time.Minute
+	// then. Its end is the only date in it; what is added is for clocks that are off,
+	// that of the replica which issued against that of the one which revokes.
+	recordLife    = entry.MaxSVIDTTL + time.Hour + time.Minute
 	maxTxnRetries = 16
 )
 
