@@ -174,7 +174,7 @@ func compile(modules map[string]string, prepare func(*ast.Compiler)) (*ast.Compi
 	if err != nil {
 		return nil, err
 	}
-	c := ast.NewCompiler().WithCapabilities(Capabilities()).WithStrict(false)
+	c := ast.NewCompiler().WithCapabilities(Capabilities()).WithStrict(false).WithStageAfterID(ast.StageCheckRecursion, checkComposed)
 	if prepare != nil {
 		prepare(c)
 	}

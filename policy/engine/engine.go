@@ -66,6 +66,7 @@ type Engine struct {
 	unsteady   error
 	readsJWT   bool
 	mismatches atomic.Uint64
+	stuck      atomic.Int32 // evaluations that do not stop
 	log        *slog.Logger
 	now        func() time.Time
 	limit      time.Duration // EvaluationLimit, more in tests that are not about it
@@ -181,9 +182,6 @@ func (e *Engine) AuthorizeByOPA(ctx context.Context, in *policy.Input) policy.De
 	return d
 }
 
-// errStopped is an evaluation that took too long.
-var errStopped = errors.New("stopped")
-
 // answer is what the policy said beside the decision.
 type answer struct {
 	dryRun []string
@@ -280,24 +278,36 @@ func (e *Engine) evaluate(ctx context.Context, in *policy.Input, now time.Time, 
 			a.err = fmt.Errorf("evaluate policy: panic: %v", r)
 		}
 	}()
-	cancel := topdown.NewCancel()
-	timer := time.AfterFunc(limit, cancel.Cancel)
-	defer timer.Stop()
-	if ctx.Done() != nil {
-		defer context.AfterFunc(ctx, cancel.Cancel)()
+	cancel, over, err := e.watch(ctx, limit)
+	if err != nil {
+		return answer{err: fmt.Errorf("evaluate policy: %w", err)}
 	}
+	defer over()
 	call := e.lookUp(in, now)
 	q := &e.program.decides
 	if call.dryRun != nil {
 		q = &e.program.decidesAndRecords
 	}
-	var result topdown.QueryResult
-	err := topdown.NewQuery(q.body).
+	result, err := e.ask(ctx, q, e.input(in, &call), now, cancel)
+	switch {
+	case topdown.IsCancel(err):
+		return answer{err: fmt.Errorf("evaluate policy: %w after %v", errStopped, limit)}
+	case err != nil:
+		return answer{err: fmt.Errorf("evaluate policy: %v", err)}
+	case result == nil:
+		return answer{err: errors.New("evaluate policy: no decision")}
+	}
+	return e.read(result, d)
+}
+
+// ask puts one question to the policy.
+func (e *Engine) ask(ctx context.Context, q *query, document *ast.Term, now time.Time, cancel topdown.Cancel) (result topdown.QueryResult, err error) {
+	err = topdown.NewQuery(q.body).
 		WithQueryCompiler(q.compiler).
 		WithCompiler(e.program.compiler).
 		WithStore(e.store).
 		WithTransaction(e.txn).
-		WithInput(e.input(in, &call)).
+		WithInput(document).
 		WithTime(now).
 		WithCancel(cancel).
 		WithMetrics(metrics.NoOp()).
@@ -309,15 +319,7 @@ func (e *Engine) evaluate(ctx context.Context, in *policy.Input, now time.Time, 
 			result = r
 			return nil
 		})
-	switch {
-	case topdown.IsCancel(err):
-		return answer{err: fmt.Errorf("evaluate policy: %w after %v", errStopped, limit)}
-	case err != nil:
-		return answer{err: fmt.Errorf("evaluate policy: %v", err)}
-	case result == nil:
-		return answer{err: errors.New("evaluate policy: no decision")}
-	}
-	return e.read(result, d)
+	return result, err
 }
 
 // read takes d and the dry-run matches from what Module says.

@@ -261,33 +261,6 @@ func TestT32UnclearAnswersDeny(t *testing.T) {
 	}
 }
 
-// T31: hostile policies are stopped at the limit, and deny.
-func TestT31HostilePoliciesAreStopped(t *testing.T) {
-	for name, rego := range map[string]string{
-		"nested loops":   `allow if { some a in numbers.range(1, 3000); some b in numbers.range(1, 3000); some c in numbers.range(1, 3000); a + b + c < 0 }`,
-		"huge range":     `allow if count(numbers.range(1, 2000000000)) == 0`,
-		"comprehension":  `allow if count([x | some x in numbers.range(1, 100000); some y in numbers.range(1, 100000); x == -y]) == 1`,
-		"set product":    `allow if count({[x, y] | some x in numbers.range(1, 5000); some y in numbers.range(1, 5000)}) == 0`,
-		"in deny":        `deny if { some a in numbers.range(1, 100000); some b in numbers.range(1, 100000); a + b < 0 }`,
-		"regex per item": `allow if { some a in numbers.range(1, 10000000); regex.match(sprintf("^(a+)+%d$", [a]), "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!") }`,
-		"walk":           `allow if { walk(numbers.range(1, 3000000), [_, x]); x == "no" }`,
-	} {
-		t.Run(name, func(t *testing.T) {
-			e := load(t, nil, map[string]string{"a.rego": "package authz\n\n" + rego + "\n"})
-			e.limit = EvaluationLimit
-			start := time.Now()
-			d := e.Authorize(t.Context(), get("/"))
-			if d.Allow || d.Reason != policy.Error {
-				t.Errorf("decision = %+v; want ERROR", d)
-			}
-			// The limit is 50 ms; the rest is for a loaded machine.
-			if took := time.Since(start); took > 2*time.Second {
-				t.Errorf("took %v", took)
-			}
-		})
-	}
-}
-
 func TestAuthorizeEndsWithItsContext(t *testing.T) {
 	e := load(t, nil, map[string]string{"a.rego": "package authz\n\nallow if { some a in numbers.range(1, 100000); some b in numbers.range(1, 100000); a + b < 0 }\n"})
 	ctx, cancel := context.WithCancel(t.Context())

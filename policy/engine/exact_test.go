@@ -46,6 +46,7 @@ func TestWhatHasNoCompiledForm(t *testing.T) {
 		"an error in a function":              {"allow if f(input.parsed_path)\n\nf(x) if startswith(x, \"/a\")\n\ndeny if f(input.protocol)", "a.rego:5: startswith could fail"},
 		"an error in what is found":           {"allow if lower(x) == \"a\"\n\nx := input.attributes.source.address.socketAddress.portValue", "a.rego:3: lower could fail"},
 		"a pattern from a call":               {"allow if regex.match(input.attributes.request.http.headers.x, input.attributes.request.http.path)", "a.rego:3: regex.match could fail"},
+		"a large pattern":                     {"allow if regex.match(`(a?b?){200}c`, input.attributes.request.http.path)", "a.rego:3: the regular expression is too large"},
 		"a place in a list":                   {"allow if {\n\tsome i\n\tinput.parsed_path[i] == \"a\"\n\ti > 0\n}", "the position in a list is used"},
 		"names of headers":                    {"allow if {\n\tsome name, _ in input.attributes.request.http.headers\n\tname > \"x-\"\n}", "has no native form"},
 	}

@@ -174,32 +174,30 @@ func (e *Engine) whereTrue(ctx context.Context, c *ast.Compiler, question ast.Bo
 	return residual.Translate(bodies, support)
 }
 
-func (e *Engine) partial(ctx context.Context, c *ast.Compiler, question ast.Body, destination string) (bodies []ast.Body, support []*ast.Module, err error) {
-	defer func() {
-		if r := recover(); r != nil { // a bug in OPA, as in evaluate
-			err = fmt.Errorf("evaluate %v without a call: panic: %v", question, r)
+func (e *Engine) partial(ctx context.Context, c *ast.Compiler, question ast.Body, destination string) ([]ast.Body, []*ast.Module, error) {
+	var bodies []ast.Body
+	var support []*ast.Module
+	var err error
+	late := e.inTime(ctx, partialLimit, func(cancel topdown.Cancel) {
+		var q query
+		if q, err = newQuery(c, question); err != nil {
+			return
 		}
-	}()
-	q, err := newQuery(c, question)
-	if err != nil {
-		return nil, nil, err
-	}
-	cancel := topdown.NewCancel()
-	timer := time.AfterFunc(partialLimit, cancel.Cancel)
-	defer timer.Stop()
-	defer context.AfterFunc(ctx, cancel.Cancel)()
-	bodies, support, err = topdown.NewQuery(q.body).
-		WithQueryCompiler(q.compiler).
-		WithCompiler(c).
-		WithStore(e.store).
-		WithTransaction(e.txn).
-		WithInput(known(destination)).
-		WithUnknowns(unknown).
-		WithCancel(cancel).
-		WithMetrics(metrics.NoOp()).
-		WithStrictBuiltinErrors(true).
-		PartialRun(ctx)
+		bodies, support, err = topdown.NewQuery(q.body).
+			WithQueryCompiler(q.compiler).
+			WithCompiler(c).
+			WithStore(e.store).
+			WithTransaction(e.txn).
+			WithInput(known(destination)).
+			WithUnknowns(unknown).
+			WithCancel(cancel).
+			WithMetrics(metrics.NoOp()).
+			WithStrictBuiltinErrors(true).
+			PartialRun(ctx)
+	})
 	switch {
+	case late != nil:
+		return nil, nil, fmt.Errorf("evaluation without a call: %v", late)
 	case topdown.IsCancel(err):
 		return nil, nil, errors.New("what remains of it without a call takes too long to find")
 	case err != nil:

@@ -14,6 +14,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/open-policy-agent/opa/v1/topdown"
+
 	"merlon.dev/policy"
 	"merlon.dev/policy/engine/residual"
 	"merlon.dev/policy/program"
@@ -106,6 +108,8 @@ func (e *Engine) make(ctx context.Context, c *compilation, destination string) {
 	ctx = context.WithoutCancel(ctx)
 	c.once.Do(func() {
 		defer close(c.done)
+		compiling <- struct{}{}
+		defer func() { <-compiling }()
 		src, err := e.programSource(ctx, destination)
 		if err == nil {
 			// As the services get it; its texts lie side by side then.
@@ -113,7 +117,7 @@ func (e *Engine) make(ctx context.Context, c *compilation, destination string) {
 			c.program, err = program.Decode(c.encoded)
 		}
 		if err == nil {
-			err = e.holdAgainstOPA(c.program, &src)
+			err = e.compare(ctx, c.program, src)
 		}
 		if err != nil {
 			c.program, c.encoded, c.err = nil, nil, asNotNative(err)
@@ -157,13 +161,25 @@ const samples = 48
 // EvaluationLimit says little.
 const sampleLimit = 2 * time.Second
 
+// compareLimit is how long OPA may take for all of them.
+const compareLimit = 10 * time.Second
+
+// compare is holdAgainstOPA in bounded time.
+func (e *Engine) compare(ctx context.Context, p *program.Program, src program.Source) error {
+	var err error
+	if late := e.inTime(ctx, compareLimit, func(topdown.Cancel) { err = e.holdAgainstOPA(p, &src) }); late != nil {
+		return fmt.Errorf("comparison with OPA: %v", late)
+	}
+	return err
+}
+
 // holdAgainstOPA compares p with OPA on calls made of what the policy names.
 func (e *Engine) holdAgainstOPA(p *program.Program, src *program.Source) error {
-	now := e.now()
+	now, begun := e.now(), time.Now()
 	for _, in := range sampleCalls(src, samples) {
 		d := policy.Decision{}
 		a := e.evaluate(context.Background(), in, now, sampleLimit, &d)
-		if errors.Is(a.err, errStopped) {
+		if errors.Is(a.err, errStopped) || errors.Is(a.err, errStuck) || time.Since(begun) > compareLimit {
 			return &residual.NotNative{Reason: fmt.Sprintf("OPA takes more than %v for a call to compare with", sampleLimit)}
 		}
 		if a.err != nil {

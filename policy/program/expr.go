@@ -62,6 +62,7 @@ type Expr struct {
 	set     set
 	cases   map[string]int
 	pattern *regexp.Regexp
+	longest int // text that pattern may be matched with
 }
 
 // Field is a text that a call may have.
@@ -163,6 +164,7 @@ func (e *Expr) check(depth, nested int, nodes *int) error {
 		if e.pattern, err = regexp.Compile(e.Pattern); err != nil {
 			return err
 		}
+		e.longest = MaxSteps/PatternCost(e.Pattern) - 1
 	case Some, Every:
 		if nested++; nested > maxNested {
 			return errors.New("lists are nested too deeply")
@@ -208,8 +210,9 @@ func (l *List) check(depth, nested int) error {
 // elements are those of the lists that are being walked through, the innermost
 // last.
 type elements struct {
-	of [maxNested]string
-	n  int
+	of     [maxNested]string
+	n      int
+	failed bool // a condition that was asked could not be decided
 }
 
 func (e *Expr) holds(in *policy.Input, at *elements) bool {
@@ -248,7 +251,7 @@ func (e *Expr) holds(in *policy.Input, at *elements) bool {
 		i, ok := e.cases[a]
 		return ok && e.Of[i].holds(in, at)
 	case Matches:
-		return e.pattern.MatchString(a)
+		return e.matches(a, at)
 	}
 	b, ok := e.B.value(in, at)
 	return ok && compare(e.Op, a, b)

@@ -80,8 +80,9 @@ type Part struct {
 // Program decides the calls of one destination. It never changes and is safe
 // for concurrent use. The zero value denies everything.
 type Program struct {
-	grants *index // nil in the zero value
-	source Source
+	grants   *index // nil in the zero value
+	source   Source
+	fallible bool // source.Allow can fail
 }
 
 // New makes a program. Errors say what in src is malformed.
@@ -103,6 +104,7 @@ func New(src Source) (*Program, error) {
 		}
 		*e = &own
 	}
+	p.fallible = p.source.Allow != nil && p.source.Allow.fallible()
 	err := p.copyResponses(&nodes)
 	if err != nil {
 		return nil, fmt.Errorf("program: %w", err)
@@ -177,18 +179,27 @@ func (p *Program) enforced(in *policy.Input, found *found, c *call, at int64) (v
 		v.Reason, v.RuleID = policy.DenyRule, g.id
 		return v
 	}
-	if p.source.Deny != nil && p.source.Deny.holds(in, &elements) {
+	if p.source.Deny != nil && p.source.Deny.holds(in, &elements) && !elements.failed {
 		v.Reason, v.RuleID = policy.DenyRule, "rego:deny"
+		return v
+	}
+	// As OPA does, which asks for an error before a grant can allow.
+	regoAllows := p.source.Allow != nil && p.fallible && p.source.Allow.holds(in, &elements)
+	if elements.failed {
+		v.Reason = policy.Error
 		return v
 	}
 	if g := found.first(Allow, c, at); g != nil {
 		v.Reason, v.RuleID, v.Response = policy.Allowed, g.id, p.response(true, in, &elements)
 		return v
 	}
-	if p.source.Allow != nil && p.source.Allow.holds(in, &elements) {
+	if regoAllows || p.source.Allow != nil && !p.fallible && p.source.Allow.holds(in, &elements) {
 		v.Reason, v.RuleID, v.Response = policy.Allowed, "rego:allow", p.response(true, in, &elements)
 		return v
 	}
 	v.Reason, v.Response = found.nearest(c, at), p.response(false, in, &elements)
+	if elements.failed {
+		return Verdict{Reason: policy.Error}
+	}
 	return v
 }

@@ -410,6 +410,9 @@ func (t *translator) predicate(name string, args []*ast.Term, at *ast.Location, 
 	if err == nil && (!ok || of.text == nil) {
 		err = notNative(at, "%s of this has no native form", name)
 	}
+	if err == nil && program.PatternCost(string(pattern)) > program.MaxPatternCost {
+		err = notNative(at, "the regular expression is too large to be matched without a limit")
+	}
 	if err != nil {
 		return program.Expr{}, err
 	}
