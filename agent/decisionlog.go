@@ -30,9 +30,11 @@ const (
 	byReason = "reason"
 	byRow    = "row"
 
-	// decisionRecords wait to be written, and decisionRows are counted.
-	decisionRecords = 8192
-	decisionRows    = 4096
+	// decisionRecords wait to be written, and decisionRows are counted, of one service
+	// as many as it counts itself.
+	decisionRecords     = 8192
+	decisionRows        = 4096
+	decisionRowsService = 1024
 	// gather is how long events wait for others before they are packed together.
 	gather = time.Second
 )
@@ -97,7 +99,7 @@ func (a *Agent) openDecisionLog() error {
 	if err != nil {
 		return err
 	}
-	o := decisionlog.Options{Records: decisionRecords, Rows: decisionRows}
+	o := decisionlog.Options{Records: decisionRecords, Rows: decisionRows, RowsPerDestination: decisionRowsService}
 	if len(targets) == 0 {
 		o.Records = -1
 	}

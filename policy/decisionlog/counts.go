@@ -10,6 +10,7 @@ import (
 	"math/bits"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"merlon.dev/policy"
@@ -43,13 +44,17 @@ type Counts struct {
 	slots []atomic.Pointer[Row]
 	limit int64
 	made  atomic.Int64
-	other []*Row // by place in reasons, and one for all other reasons
+	// share is how many rows one destination may have, 0 for all; of has those that
+	// each has, and stays empty without a share.
+	share int64
+	of    sync.Map // string → *atomic.Int64
+	other []*Row   // by place in reasons, and one for all other reasons
 }
 
 var reasons = policy.Reasons()
 
-func newCounts(limit int) *Counts {
-	c := &Counts{seed: maphash.MakeSeed(), limit: int64(limit), slots: make([]atomic.Pointer[Row], 1<<bits.Len(uint(2*limit-1)))}
+func newCounts(limit, share int) *Counts {
+	c := &Counts{seed: maphash.MakeSeed(), limit: int64(limit), share: int64(share), slots: make([]atomic.Pointer[Row], 1<<bits.Len(uint(2*limit-1)))}
 	for _, reason := range append(slices.Clone(reasons), "UNKNOWN") {
 		c.other = append(c.other, &Row{Source: Other, Destination: Other, RuleID: Other, Reason: string(reason), other: true})
 	}
@@ -66,7 +71,7 @@ func (c *Counts) row(source, destination, ruleID, reason string) *Row {
 		slot := &c.slots[(hash+uint64(i))&mask]
 		row := slot.Load()
 		if row == nil {
-			if c.made.Load() >= c.limit {
+			if c.made.Load() >= c.limit || !c.hasShare(destination) {
 				break
 			}
 			row = c.add(slot, &Row{
@@ -88,7 +93,20 @@ func (c *Counts) add(slot *atomic.Pointer[Row], row *Row) *Row {
 		return slot.Load()
 	}
 	c.made.Add(1)
+	if c.share > 0 {
+		n, _ := c.of.LoadOrStore(row.Destination, new(atomic.Int64))
+		n.(*atomic.Int64).Add(1)
+	}
 	return row
+}
+
+// hasShare says whether destination may have another row.
+func (c *Counts) hasShare(destination string) bool {
+	if c.share == 0 {
+		return true
+	}
+	n, ok := c.of.Load(destination)
+	return !ok || n.(*atomic.Int64).Load() < c.share
 }
 
 // hash leaves the reason out: of one rule there are few.

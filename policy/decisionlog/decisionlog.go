@@ -23,6 +23,9 @@ type Options struct {
 	Records int
 	// Rows is how many different rows are counted; 1024 where zero.
 	Rows int
+	// RowsPerDestination is how many of them one destination may have, so that a
+	// service which makes callers up leaves room for the others; 0 for all.
+	RowsPerDestination int
 	// AllowsPerSecond is about how many allowed calls are kept; 10 where zero, none
 	// where less.
 	AllowsPerSecond int
@@ -46,7 +49,7 @@ func NewRecorder(o Options) *Recorder {
 		}
 		return n
 	}
-	r := &Recorder{counts: newCounts(or(o.Rows, 1024)), wake: make(chan struct{}, 1)}
+	r := &Recorder{counts: newCounts(or(o.Rows, 1024), o.RowsPerDestination), wake: make(chan struct{}, 1)}
 	if n := or(o.Records, 1024); n > 0 {
 		r.ring = newRing(n)
 	}

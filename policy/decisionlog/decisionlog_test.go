@@ -105,6 +105,31 @@ func TestCountsAreExact(t *testing.T) {
 	})
 }
 
+// A service that makes callers up leaves room for the rows of the others.
+func TestEachDestinationHasItsShareOfRows(t *testing.T) {
+	r := NewRecorder(Options{Rows: 100, RowsPerDestination: 10})
+	for n := range 1000 {
+		r.Count(fmt.Sprint("made-up-", n), "hostile", "", policy.NoGrant, 1)
+	}
+	r.Count("web", "orders", "reads", policy.Allowed, 7)
+	own, other := 0, uint64(0)
+	for _, c := range r.Rows() {
+		switch c.Destination {
+		case "hostile":
+			own++
+		case Other:
+			other = c.N
+		case "orders":
+			if c.N != 7 {
+				t.Errorf("orders has %d", c.N)
+			}
+		}
+	}
+	if own != 10 || other != 990 || len(r.Rows()) != 12 {
+		t.Errorf("%d rows, %d counted as other; want 10 and 990", own, other)
+	}
+}
+
 func deny(n int) (*policy.Input, *policy.Decision) {
 	return &policy.Input{Source: "spiffe://a.test/web", Destination: "spiffe://a.test/orders", Protocol: policy.HTTP, Method: "POST", Path: fmt.Sprint("/", n)},
 		&policy.Decision{Reason: policy.MethodNotGranted, Revision: 7, DecisionID: policy.NewDecisionID()}
