@@ -143,3 +143,26 @@ func TestAuthorizeByOPANeverAsksAProgram(t *testing.T) {
 		t.Errorf("explained as %+v by %s; want OPA's answer", x.Decision, x.Engine)
 	}
 }
+
+// A hostile policy neither holds an explanation up nor makes it large.
+func TestExplanationsOfHostilePoliciesAreBounded(t *testing.T) {
+	long := "input.spiffe.source.path == \"" + strings.Repeat("x", 100_000) + "\""
+	for name, rego := range map[string]string{
+		"a loop":       "allow if {\n\tsome x in numbers.range(1, 1000)\n\tsome y in numbers.range(1, 1000)\n\tsome z in numbers.range(1, 1000)\n\tx + y + z == 0\n}\n",
+		"long lines":   "allow if {\n\tsome x in numbers.range(1, 1000)\n\tx > 0\n\t" + long + "\n}\n",
+		"many reasons": strings.Repeat("allow if input.protocol == \"tcp\"\n\n", 2000),
+	} {
+		t.Run(name, func(t *testing.T) {
+			e := load(t, nil, map[string]string{"a.rego": "package authz\n\n" + rego})
+			e.limit = EvaluationLimit
+			x := e.Explain(t.Context(), get("/"), How{Trace: true})
+			size := 0
+			for _, s := range x.Details {
+				size += len(s)
+			}
+			if x.Allow || size == 0 || size > 64<<10 || len(x.Trace) > maxTraceBytes+200 {
+				t.Errorf("%s: %d bytes in %d sentences, %d bytes of a trace", x.Reason, size, len(x.Details), len(x.Trace))
+			}
+		})
+	}
+}

@@ -21,8 +21,10 @@ import (
 const (
 	// explainLimit is how long OPA may take to be traced.
 	explainLimit = 2 * time.Second
-	// maxEvents and maxTraceBytes bound what is kept of a trace.
+	// maxEvents and maxEventBytes, of the text that events are about, bound what is
+	// kept of an evaluation, and maxTraceBytes what is shown of it.
 	maxEvents     = 50_000
+	maxEventBytes = 16 << 20
 	maxTraceBytes = 1 << 20
 	// maxValue bounds what is shown of a value of the input.
 	maxValue = 120
@@ -31,8 +33,10 @@ const (
 // recorder keeps OPA's events, so many as there is room for.
 type recorder struct {
 	events []*topdown.Event
+	bytes  int
 	locals bool // with the values of variables
-	cut    bool
+	cut    bool // there was no room for all of it, and the evaluation has ended
+	end    func()
 }
 
 func (r *recorder) Enabled() bool { return true }
@@ -42,8 +46,12 @@ func (r *recorder) Config() topdown.TraceConfig {
 }
 
 func (r *recorder) TraceEvent(e topdown.Event) {
-	if len(r.events) == maxEvents {
+	if e.Location != nil {
+		r.bytes += len(e.Location.Text)
+	}
+	if len(r.events) == maxEvents || r.bytes > maxEventBytes {
 		r.cut = true
+		r.end()
 		return
 	}
 	r.events = append(r.events, &e)
@@ -61,12 +69,12 @@ func (e *Engine) traced(ctx context.Context, in *policy.Input, now time.Time, q 
 		WithInput(e.input(in, &call)).
 		WithTime(now).
 		WithIndexing(!thorough).
-		WithEarlyExit(!thorough).
-		WithQueryTracer(r))
+		WithEarlyExit(!thorough), r)
 }
 
-// run evaluates q to its end, for explainLimit at most.
-func run(ctx context.Context, q *topdown.Query) (err error) {
+// run evaluates q to its end, for explainLimit at most and as long as a recorder has
+// room, and tells r.
+func run(ctx context.Context, q *topdown.Query, r topdown.QueryTracer) (err error) {
 	defer func() {
 		if p := recover(); p != nil { // a bug in OPA, as in evaluate
 			err = fmt.Errorf("panic: %v", p)
@@ -76,12 +84,19 @@ func run(ctx context.Context, q *topdown.Query) (err error) {
 	timer := time.AfterFunc(explainLimit, cancel.Cancel)
 	defer timer.Stop()
 	defer context.AfterFunc(ctx, cancel.Cancel)()
-	err = q.WithCancel(cancel).WithMetrics(metrics.NoOp()).WithStrictBuiltinErrors(true).
-		Iter(ctx, func(topdown.QueryResult) error { return nil })
-	if topdown.IsCancel(err) {
-		return errors.New("it took too long to be traced")
+	records, _ := r.(*recorder)
+	if records != nil {
+		records.end = cancel.Cancel
 	}
-	return err
+	err = q.WithQueryTracer(r).WithCancel(cancel).WithMetrics(metrics.NoOp()).WithStrictBuiltinErrors(true).
+		Iter(ctx, func(topdown.QueryResult) error { return nil })
+	switch {
+	case !topdown.IsCancel(err):
+		return err
+	case records != nil && records.cut:
+		return nil
+	}
+	return errors.New("it took too long to be traced")
 }
 
 // trace is OPA's account of the whole evaluation.

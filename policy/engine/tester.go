@@ -173,7 +173,7 @@ func whyNot(ctx context.Context, c *ast.Compiler, store storage.Store, txn stora
 	}
 	var r recorder
 	if err := run(ctx, topdown.NewQuery(q.body).WithQueryCompiler(q.compiler).WithCompiler(c).WithStore(store).WithTransaction(txn).
-		WithIndexing(false).WithEarlyExit(false).WithQueryTracer(&r)); err != nil {
+		WithIndexing(false).WithEarlyExit(false), &r); err != nil {
 		return []string{err.Error()}
 	}
 	return newSteps(r.events, nil).failed()
