@@ -144,6 +144,7 @@ func (a *Agent) openClient() (err error) {
 		OnPolicyBundle:   func(pb *capb.PolicyBundle) { a.policy.Announce(pb) },
 		PolicyGeneration: func() uint64 { return a.policy.Generation() },
 		PolicySeen:       func() uint64 { return a.policy.Seen() },
+		PolicyReports:    func() caclient.PolicyReports { return a.local },
 		Durable:          func() uint64 { return a.keeper.Revision() },
 		Logger:           a.log, Registerer: a.health.Registry(),
 	})
@@ -167,9 +168,14 @@ func (a *Agent) openCache() error {
 func (a *Agent) openPolicy() (err error) {
 	a.policy, err = policyfeed.New(context.Background(), policyfeed.Config{
 		Name: a.cfg.PolicyBundle, TrustDomain: a.td.Name(), DataDir: a.dir,
-		URLs:     func() []string { return a.httpsURLs("/v1/policy/bundles/" + a.cfg.PolicyBundle) },
+		URLs: func(candidate bool) []string {
+			if candidate {
+				return a.httpsURLs("/v1/policy/candidates/" + a.cfg.PolicyBundle)
+			}
+			return a.httpsURLs("/v1/policy/bundles/" + a.cfg.PolicyBundle)
+		},
 		HTTP:     a.https,
-		OnChange: func() { a.client.AckAgain() },
+		OnChange: a.policyChanged,
 		Logger:   a.log, Registerer: a.health.Registry(),
 	})
 	return err
@@ -187,6 +193,14 @@ func (a *Agent) httpsClient() *http.Client {
 			HTTP2:           &http.HTTP2Config{SendPingTimeout: 5 * time.Second, PingTimeout: 3 * time.Second},
 			IdleConnTimeout: 30 * time.Second, // a new SVID is soon in use here too
 		},
+	}
+}
+
+// policyChanged has the CA told of it.
+func (a *Agent) policyChanged() {
+	a.client.AckAgain()
+	if a.local != nil { // there is none while what was kept is taken up
+		a.local.PolicyChanged()
 	}
 }
 
@@ -219,7 +233,8 @@ func (a *Agent) buildServices() {
 	a.api = workloadapi.New(callers, a.td, a.log)
 	a.sds = sds.New(callers, a.td, a.log)
 	a.local = local.New(local.Options{
-		Callers: callers, Engine: a.policy.Active, EngineOf: a.policy.Of, ExplainHeaders: a.cfg.ExplainHeaders, Decisions: a.decisions, PolicyChanged: a.policy.Changed, AgentID: a.client.ID,
+		Callers: callers, EngineOf: a.policy.Of, ExplainHeaders: a.cfg.ExplainHeaders, Decisions: a.decisions, AgentID: a.client.ID,
+		Policy: a.policy.Now, PolicyChanged: a.policy.Changed, PolicyFault: a.policy.Fault, PolicyName: a.cfg.PolicyBundle,
 		RevocationMaxAge: a.cfg.RevocationMaxAge, DenyStale: a.cfg.OnStale == onDeny, Status: a.status,
 		Logger: a.log, Registerer: a.health.Registry(),
 	})
@@ -265,6 +280,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	group.Go(func() error { return a.keeper.Run(ctx) })
 	group.Go(func() error { return a.client.Run(ctx, a.cache) })
 	group.Go(func() error { return a.policy.Run(ctx) })
+	group.Go(func() error { return a.local.Run(ctx) })
 	group.Go(func() error { a.announceReady(ctx); return nil })
 	group.Go(func() error { a.manager.Watch(ctx, a.alive); return nil })
 	group.Go(func() error { a.manager.Hangups(ctx); return nil })

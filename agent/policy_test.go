@@ -62,6 +62,11 @@ func (k *policyKey) bundle(text string, generation uint64) []byte {
 // bundleOf signs a policy of one file.
 func (k *policyKey) bundleOf(name, text string, generation uint64) []byte {
 	k.t.Helper()
+	return k.sign(name, text, generation, false)
+}
+
+func (k *policyKey) sign(name, text string, generation uint64, candidate bool) []byte {
+	k.t.Helper()
 	dir := k.t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 		k.t.Fatal(err)
@@ -71,7 +76,7 @@ func (k *policyKey) bundleOf(name, text string, generation uint64) []byte {
 		k.t.Fatal(err)
 	}
 	signed, err := bundle.Sign(unsigned, bundle.Metadata{
-		Name: "main", TrustDomain: td, Generation: generation, IssuedAt: time.Now(),
+		Name: "main", TrustDomain: td, Generation: generation, IssuedAt: time.Now(), Candidate: candidate,
 	}, "k1", k.key)
 	if err != nil {
 		k.t.Fatal(err)

@@ -27,25 +27,28 @@ type bundles struct {
 }
 
 func (b bundles) handler(log *slog.Logger) http.Handler {
-	return bundle.NewServer(bundle.Source{Load: b.load, Put: b.put, MaxWait: web.MaxWait, Logger: log})
+	return bundle.NewServer(bundle.Source{Load: b.load(b.releases.Current), LoadCandidate: b.load(b.releases.Candidate), Put: b.put, MaxWait: web.MaxWait, Logger: log})
 }
 
-func (b bundles) load(ctx context.Context, name string) (*bundle.Published, <-chan struct{}, error) {
-	changed := b.registry.HeadsChanged() // before the read: no change is missed
-	// Again for each load: the caller may have waited for minutes.
-	if c := web.CallerFrom(ctx); c != nil {
-		if fault := b.service.FaultSince(c); fault != "" {
-			return nil, nil, fmt.Errorf("%s: %s", c.Name, fault)
+// load serves what read reads.
+func (b bundles) load(read func(context.Context, string) ([]byte, *release.Release, error)) func(context.Context, string) (*bundle.Published, <-chan struct{}, error) {
+	return func(ctx context.Context, name string) (*bundle.Published, <-chan struct{}, error) {
+		changed := b.registry.HeadsChanged() // before the read: no change is missed
+		// Again for each load: the caller may have waited for minutes.
+		if c := web.CallerFrom(ctx); c != nil {
+			if fault := b.service.FaultSince(c); fault != "" {
+				return nil, nil, fmt.Errorf("%s: %s", c.Name, fault)
+			}
 		}
+		signed, r, err := read(ctx, name)
+		if errors.Is(err, release.ErrNone) {
+			return nil, changed, bundle.ErrNotFound
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		return &bundle.Published{Raw: signed, ETag: r.ETag(), Generation: r.Generation}, changed, nil
 	}
-	signed, head, err := b.releases.Current(ctx, name)
-	if errors.Is(err, release.ErrNone) {
-		return nil, changed, bundle.ErrNotFound
-	}
-	if err != nil {
-		return nil, nil, err
-	}
-	return &bundle.Published{Raw: signed, ETag: head.ETag(), Generation: head.Generation}, changed, nil
 }
 
 // put publishes for a caller whom ca/internal/web has found to be allowed to.

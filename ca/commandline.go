@@ -78,9 +78,13 @@ var usage = map[string]string{ //nolint:gosec // says what settings are; holds n
 	"intermediate_ttl":       "life of an intermediate (default 24h)",
 	"jwt_key_ttl":            "life of a key that signs JWT-SVIDs (default 720h)",
 	"trust_refresh_hint":     "how often those who poll the trust bundle should; a new key signs after three (default 5m)",
-	"development":            "mark the root as a development root",
-	"log_level":              "debug, info, warn or error (default info)",
-	"log_format":             "text or json (default text)",
+
+	"canary_denied_per_mille": "of a thousand calls that the policy in force allows, how many a canary may deny before it is paused (default 10)",
+	"canary_min_calls":        "of how many such calls at least that is judged (default 100)",
+
+	"development": "mark the root as a development root",
+	"log_level":   "debug, info, warn or error (default info)",
+	"log_format":  "text or json (default text)",
 }
 
 // ParseCommandLine reads args (without the program's name), the environment

@@ -5,6 +5,7 @@
 package ca
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -268,6 +269,13 @@ type Config struct {
 	// replicas. Default: 5m; at most 1h.
 	TrustRefreshHint time.Duration `yaml:"trust_refresh_hint"`
 
+	// CanaryDeniedPerMille and CanaryMinCalls say when a policy candidate that decides
+	// as a canary is taken back to shadow: when of at least so many calls that the
+	// policy in force allows, to one destination or to all, it denied more than so many
+	// in a thousand. The same on all replicas. Defaults: 10 and 100.
+	CanaryDeniedPerMille int `yaml:"canary_denied_per_mille"`
+	CanaryMinCalls       int `yaml:"canary_min_calls"`
+
 	// Development marks the root as one that nobody should trust.
 	Development bool `yaml:"development"`
 
@@ -329,7 +337,8 @@ func Keys() []string {
 		"upstream_provisioner", "upstream_password_file", "upstream_config_file",
 		"address", "https_address", "health_address", "admin_socket", "admin_uids", "dns_names",
 		"x509_svid_ttl", "jwt_svid_ttl", "jwt_algorithm", "jwt_max_audiences", "agent_issue_rate", "agent_svid_ttl", "agent_recovery",
-		"root_ttl", "intermediate_ttl", "jwt_key_ttl", "trust_refresh_hint", "development",
+		"root_ttl", "intermediate_ttl", "jwt_key_ttl", "trust_refresh_hint",
+		"canary_denied_per_mille", "canary_min_calls", "development",
 		"log_level", "log_format",
 	}
 }
@@ -365,6 +374,10 @@ func (c *Config) Set(key, text string) error {
 		c.JWTMaxAudiences, err = strconv.Atoi(text)
 	case "agent_issue_rate":
 		c.AgentIssueRate, err = strconv.Atoi(text)
+	case "canary_denied_per_mille":
+		c.CanaryDeniedPerMille, err = strconv.Atoi(text)
+	case "canary_min_calls":
+		c.CanaryMinCalls, err = strconv.Atoi(text)
 	case "etcd_endpoints":
 		c.EtcdEndpoints = splitList(text)
 	case "admin_uids":
@@ -485,10 +498,7 @@ func (c Config) Validate() error {
 	if c.LogFormat != "text" && c.LogFormat != "json" {
 		return fmt.Errorf("log_format: %q is neither text nor json", c.LogFormat)
 	}
-	if err := c.checkTTLs(); err != nil {
-		return err
-	}
-	return c.checkRotation()
+	return cmp.Or(c.checkTTLs(), c.checkCanary(), c.checkRotation())
 }
 
 func parseLevel(name string) (level slog.Level, err error) {
@@ -599,6 +609,7 @@ func (c Config) withDefaults() Config {
 	if c.AgentIssueRate == 0 {
 		c.AgentIssueRate = DefaultAgentIssueRate
 	}
+	c.canaryDefaults()
 	if c.JWTMaxAudiences == 0 {
 		c.JWTMaxAudiences = DefaultJWTMaxAudiences
 	}

@@ -48,6 +48,8 @@ func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 		"a small log":       {"trust_domain: a.test\ndecision_log_max_mib: -1\n", "decision_log_max_mib: "},
 		"a log without old": {"trust_domain: a.test\ndecision_log_keep: -1\n", "decision_log_keep: "},
 		"small retention":   {"trust_domain: a.test\naudit_max_mib: 63\n", "audit_max_mib: "},
+		"more than all":     {"trust_domain: a.test\ncanary_denied_per_mille: 1001\n", "canary_denied_per_mille: "},
+		"fewer than none":   {"trust_domain: a.test\ncanary_min_calls: -1\n", "canary_min_calls: "},
 		"etcd unused":       {"trust_domain: a.test\netcd_endpoints: ['https://e:2379']\n", "etcd_endpoints: "},
 		"etcd nowhere":      {etcdYAML(""), "etcd_endpoints: "},
 		"etcd in clear":     {etcdYAML("etcd_endpoints: ['http://etcd-1:2379']\n"), "etcd_endpoints: "},
@@ -157,6 +159,7 @@ func TestEverySettingHasAFlag(t *testing.T) {
 			"development": "true", "admin_uids": "1", "x509_svid_ttl": "1h", "jwt_svid_ttl": "1m", "agent_svid_ttl": "1h", "disk_reserve_mib": "1",
 			"root_ttl": "1h", "intermediate_ttl": "1h", "jwt_key_ttl": "1h", "trust_refresh_hint": "1m",
 			"audit_max_age": "48h", "audit_max_mib": "100", "decision_log_max_mib": "10", "decision_log_keep": "2", "jwt_max_audiences": "1", "agent_issue_rate": "200", "agent_recovery": "1h",
+			"canary_denied_per_mille": "5", "canary_min_calls": "20",
 		}[key]); err != nil {
 			t.Errorf("Set(%s): %v", key, err)
 		}

@@ -80,8 +80,10 @@ func (s *Server) publisher(st store.Store, p *policyKeys) *release.Publisher {
 			_, err := bundle.Check(unsigned)
 			return err
 		},
-		Sign:   p.sign,
-		Unsign: func(signed []byte, name string) ([]byte, error) { return p.unsign(signed, name, p.all()...) },
+		Sign: p.sign,
+		Unsign: func(signed []byte, name string, candidate bool) ([]byte, error) {
+			return p.unsign(signed, name, candidate, p.all()...)
+		},
 	})
 }
 
@@ -89,11 +91,13 @@ func (p *policyKeys) sign(unsigned []byte, seal release.Seal) ([]byte, error) {
 	kid, signer := p.keys.Policy()
 	return bundle.Sign(unsigned, bundle.Metadata{
 		Name: seal.Name, TrustDomain: p.trustDomain, Generation: seal.Generation, IssuedAt: seal.IssuedAt, NotAfter: seal.NotAfter,
+		Candidate: seal.Candidate,
 	}, kid, signer)
 }
 
-// unsign gives back what one of keys signed as the bundle called name.
-func (p *policyKeys) unsign(signed []byte, name string, keys ...replica.PolicyKey) ([]byte, error) {
+// unsign gives back what one of keys signed as the bundle called name, or as its
+// candidate.
+func (p *policyKeys) unsign(signed []byte, name string, candidate bool, keys ...replica.PolicyKey) ([]byte, error) {
 	if len(keys) == 0 {
 		return nil, errors.New("no key is known that signs policy")
 	}
@@ -101,12 +105,12 @@ func (p *policyKeys) unsign(signed []byte, name string, keys ...replica.PolicyKe
 	for _, k := range keys {
 		by = append(by, bundle.Key{KID: k.KID, PublicKey: k.Public})
 	}
-	return bundle.Unsign(signed, by, bundle.Expect{Name: name, TrustDomain: p.trustDomain})
+	return bundle.Unsign(signed, by, bundle.Expect{Name: name, TrustDomain: p.trustDomain, Candidate: candidate})
 }
 
 // reseal signs the current bundles again that key signed.
 func (p *parts) reseal(ctx context.Context, key replica.PolicyKey) ([]*release.Head, error) {
-	return p.releases.Reseal(ctx, time.Now(), func(signed []byte, name string) ([]byte, error) {
-		return p.policy.unsign(signed, name, key)
+	return p.releases.Reseal(ctx, time.Now(), func(signed []byte, name string, candidate bool) ([]byte, error) {
+		return p.policy.unsign(signed, name, candidate, key)
 	})
 }

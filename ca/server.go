@@ -265,7 +265,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 		Authorities: p.authorities, Domain: p.domain, Rotation: s.cfg.rotation(), JWTKeyTTL: s.cfg.JWTKeyTTL,
 		Log: s.log, Metrics: p.health.Registry(), UIDs: uids, Tokens: tokens, Attestors: attestors,
 		X509SVIDTTL: s.cfg.X509SVIDTTL, JWTSVIDTTL: s.cfg.JWTSVIDTTL, AgentSVIDTTL: s.cfg.AgentSVIDTTL, AgentRecovery: s.cfg.AgentRecovery,
-		JWTMaxAudiences: s.cfg.JWTMaxAudiences, IssueRate: s.cfg.AgentIssueRate, Realm: p.realm,
+		JWTMaxAudiences: s.cfg.JWTMaxAudiences, IssueRate: s.cfg.AgentIssueRate, Realm: p.realm, Canary: s.cfg.canaryLimits(),
 	}
 	if p.keys.HoldsRoot() && !p.keys.HasUpstream() {
 		options.Root = p.keys
@@ -349,6 +349,7 @@ func (s *Server) serve(ctx context.Context, p *parts, l *listeners) error {
 	base.Go(func() error { return p.maintain(inner) })
 	base.Go(func() error { p.decisions.Run(inner); return nil })
 	base.Go(func() error { return p.lead(inner) })
+	base.Go(func() error { return p.tendRollouts(inner) })
 	if s.cfg.Store == storeEtcd { // Badger's is locked
 		base.Go(func() error { return p.holdName(inner, store.CampaignTTL) })
 		base.Go(func() error { return p.beHeard(inner, heardTTL(s.cfg.AgentSVIDTTL)) })

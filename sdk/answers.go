@@ -33,7 +33,7 @@ func (id *Identity) answers(destination string, now time.Time) *answers {
 	if all == nil {
 		return nil
 	}
-	if a := all.answers[destination]; a != nil && id.stillDecides(a.generation, now) {
+	if a := all.answers[destination]; a != nil && id.stillDecides(all.version, now) {
 		return a
 	}
 	return nil
@@ -76,7 +76,7 @@ func (id *Identity) forgetAnswers() {
 		if was == nil || len(was.answers) == 0 {
 			return
 		}
-		next := &programs{by: was.by, answers: make(map[string]*answers, len(was.answers))}
+		next := &programs{by: was.by, answers: make(map[string]*answers, len(was.answers)), version: was.version, trial: was.trial}
 		for destination, a := range was.answers {
 			reads, ends := a.kept.For()
 			next.answers[destination] = &answers{a.generation, kept.New(reads, ends)}

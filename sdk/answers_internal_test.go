@@ -44,6 +44,7 @@ func asking(t *testing.T, ends ...int64) (*Identity, *scripted) {
 	id, script := bare(), &scripted{answer: answer(policy.Allowed, 7)}
 	id.agent = &agent{local: script}
 	id.generation.Store(7)
+	id.version.Store(7)
 	id.takePrograms(t.Context(), &agentpb.WatchPolicyResponse{PolicyGeneration: 7, Programs: []*agentpb.Program{
 		{Destination: ownID, Reason: "it is not compiled", Keep: &agentpb.Keep{Headers: []string{"a"}, Ends: ends}},
 	}})
@@ -124,8 +125,8 @@ func TestAnswersEnd(t *testing.T) {
 		}{
 			"nothing happens":          {func(*Identity) {}, time.Minute - 1, 1},
 			"a grant ends":             {func(*Identity) {}, time.Minute, 2},
-			"another generation":       {func(id *Identity) { id.generation.Store(8); id.generationSince.Store(time.Now().UnixNano()) }, lag, 2},
-			"a generation that is new": {func(id *Identity) { id.generation.Store(8); id.generationSince.Store(time.Now().UnixNano()) }, lag - 1, 1},
+			"another generation":       {func(id *Identity) { id.version.Store(8); id.versionSince.Store(time.Now().UnixNano()) }, lag, 2},
+			"a generation that is new": {func(id *Identity) { id.version.Store(8); id.versionSince.Store(time.Now().UnixNano()) }, lag - 1, 1},
 			"the policy comes again":   {func(id *Identity) { id.takePrograms(t.Context(), &agentpb.WatchPolicyResponse{}) }, 0, 2},
 			"a revocation": {func(id *Identity) {
 				id.revocations.Store((*svid.Revocations)(nil))

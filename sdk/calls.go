@@ -72,11 +72,11 @@ func (l *liveCalls) changed() {
 func (id *Identity) Follow(in *policy.Input, d policy.Decision, end func(policy.Decision)) (stop func()) {
 	c := &liveCall{in: in, end: end}
 	id.calls.add(c)
-	now := id.generation.Load()
+	stands := d.Revision == id.generation.Load() || d.Revision == id.candidate.Load()
 	if p := id.program(in.Destination, time.Now()); p != nil {
-		now = p.Generation()
+		stands = d.Revision == p.Generation()
 	}
-	if in.Source != "" && now != d.Revision { // it changed between the decision and now
+	if in.Source != "" && !stands { // it changed between the decision and now
 		id.calls.changed()
 	}
 	return func() { id.calls.remove(c) }

@@ -209,19 +209,27 @@ func (id *Identity) followRevocations(ctx context.Context, progress func()) erro
 			return err
 		}
 		watchdog.Reset(silence)
-		if g := res.GetPolicyGeneration(); id.generation.Load() != g {
-			id.generationSince.Store(time.Now().UnixNano())
-			id.generation.Store(g)
-			id.calls.changed()
-			time.AfterFunc(lag, id.calls.changed) // where no program comes
-			if id.ready.isReady() {
-				id.log.LogAttrs(ctx, slog.LevelInfo, "policy changed", slog.Uint64("policy_revision", g))
-			}
-		}
+		id.notePolicy(ctx, res)
 		id.denyAfter.Store(int64(res.GetDenyAfter().AsDuration()))
 		id.revocationsAsOf.Store(res.GetRevocationsAsOf().AsTime().UnixNano()) // never: 1970, which is stale
 		id.revoke(ctx, res)
 		progress()
+	}
+}
+
+// notePolicy takes in which policy is in use. Calls under way are decided again when
+// that is another.
+func (id *Identity) notePolicy(ctx context.Context, res *agentpb.WatchResponse) {
+	g := res.GetPolicyGeneration()
+	id.candidate.Store(res.GetCandidateGeneration())
+	if id.generation.Swap(g) != g && id.ready.isReady() {
+		id.log.LogAttrs(ctx, slog.LevelInfo, "policy changed", slog.Uint64("policy_revision", g))
+	}
+	if v := versionOf(res.GetPolicyVersion(), g); id.version.Load() != v {
+		id.versionSince.Store(time.Now().UnixNano())
+		id.version.Store(v)
+		id.calls.changed()
+		time.AfterFunc(lag, id.calls.changed) // where no program comes
 	}
 }
 

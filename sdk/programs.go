@@ -29,8 +29,11 @@ const lag = 2 * time.Second
 // programs are the compiled policies of this process's SPIFFE IDs, and what is kept
 // where there is none. The maps never change.
 type programs struct {
-	by      map[string]*program.Program
+	by      map[string]*compiled
 	answers map[string]*answers
+	// version is another number for each state of the node's policy, and rises.
+	version uint64
+	trial   *trial
 }
 
 // followPolicy is one stream of compiled policies.
@@ -54,20 +57,24 @@ func (id *Identity) followPolicy(ctx context.Context, progress func()) error {
 // takePrograms puts the programs of res in the place of all before. One that is
 // malformed is left out: the agent decides then.
 func (id *Identity) takePrograms(ctx context.Context, res *agentpb.WatchPolicyResponse) {
-	next := &programs{by: make(map[string]*program.Program, len(res.GetPrograms())), answers: make(map[string]*answers)}
+	next := &programs{
+		by: make(map[string]*compiled, len(res.GetPrograms())), answers: make(map[string]*answers),
+		version: versionOf(res.GetPolicyVersion(), res.GetPolicyGeneration()), trial: id.trialOf(res),
+	}
 	for _, pb := range res.GetPrograms() {
 		if len(pb.GetEncoded()) == 0 {
 			id.log.LogAttrs(ctx, slog.LevelInfo, "policy is not compiled; the agent decides each call",
 				slog.String("destination", pb.GetDestination()), slog.String("reason", pb.GetReason()))
 			if pb.GetKeep() != nil {
-				next.answers[pb.GetDestination()] = newAnswers(pb.GetKeep(), res.GetPolicyGeneration())
+				generation := res.GetPolicyGeneration()
+				if pb.GetCanary() {
+					generation = res.GetCandidateGeneration()
+				}
+				next.answers[pb.GetDestination()] = newAnswers(pb.GetKeep(), generation)
 			}
 			continue
 		}
-		p, err := program.Decode(pb.GetEncoded())
-		if err == nil && p.Destination() != pb.GetDestination() {
-			err = fmt.Errorf("it is for %s", p.Destination())
-		}
+		p, err := decodeFor(pb.GetDestination(), pb.GetEncoded())
 		switch {
 		case errors.Is(err, program.ErrVersion):
 			id.log.LogAttrs(ctx, slog.LevelInfo, "compiled policy has another form; the agent decides each call", slog.Any("err", err))
@@ -75,36 +82,74 @@ func (id *Identity) takePrograms(ctx context.Context, res *agentpb.WatchPolicyRe
 			id.log.LogAttrs(ctx, slog.LevelError, "compiled policy not taken; the agent decides each call",
 				slog.String("destination", pb.GetDestination()), slog.Any("err", err))
 		default:
-			next.by[p.Destination()] = p
+			next.by[p.Destination()] = &compiled{Program: p, beside: id.besideOf(ctx, pb), canary: pb.GetCanary(), trial: next.trial}
 		}
 	}
 	id.programs.Store(next)
 	id.calls.changed()
+	id.report.poke() // the agent is to know
+}
+
+// versionOf is version; of an agent that knows of none, the generation.
+func versionOf(version, generation uint64) uint64 {
+	if version == 0 {
+		return generation
+	}
+	return version
+}
+
+func decodeFor(destination string, encoded []byte) (*program.Program, error) {
+	p, err := program.Decode(encoded)
+	if err == nil && p.Destination() != destination {
+		err = fmt.Errorf("it is for %s", p.Destination())
+	}
+	return p, err
+}
+
+// besideOf is what is to be compared; one that is malformed is left out.
+func (id *Identity) besideOf(ctx context.Context, pb *agentpb.Program) *program.Program {
+	if len(pb.GetBeside()) == 0 {
+		return nil
+	}
+	p, err := decodeFor(pb.GetDestination(), pb.GetBeside())
+	if err != nil {
+		id.log.LogAttrs(ctx, slog.LevelWarn, "compiled policy is not compared",
+			slog.String("destination", pb.GetDestination()), slog.Any("err", err))
+		return nil
+	}
+	return p
+}
+
+// trialOf goes on counting where res is of the same step of the same candidate.
+func (id *Identity) trialOf(res *agentpb.WatchPolicyResponse) *trial {
+	if all := id.programs.Load(); all != nil && all.trial.generation == res.GetCandidateGeneration() && all.trial.step == res.GetStep() {
+		return all.trial
+	}
+	return &trial{generation: res.GetCandidateGeneration(), step: res.GetStep()}
 }
 
 // program is the one that decides calls to destination now; nil where the agent
 // must be asked.
-func (id *Identity) program(destination string, now time.Time) *program.Program {
+func (id *Identity) program(destination string, now time.Time) *compiled {
 	all := id.programs.Load()
 	if all == nil {
 		return nil
 	}
-	if p := all.by[destination]; p != nil && id.stillDecides(p.Generation(), now) {
+	if p := all.by[destination]; p != nil && id.stillDecides(all.version, now) {
 		return p
 	}
 	return nil
 }
 
-// stillDecides says whether what came with a generation of the policy decides now.
-// Where another one is active, what belongs to it is on its way, or this came before
+// stillDecides says whether what came with a version of the policy decides now.
+// Where another one is in use, what belongs to it is on its way, or this came before
 // the news.
-func (id *Identity) stillDecides(generation uint64, now time.Time) bool {
-	active := id.generation.Load()
-	return generation >= active || now.Sub(time.Unix(0, id.generationSince.Load())) < lag
+func (id *Identity) stillDecides(version uint64, now time.Time) bool {
+	return version >= id.version.Load() || now.Sub(time.Unix(0, id.versionSince.Load())) < lag
 }
 
 // decideHere decides the call by p.
-func (id *Identity) decideHere(p *program.Program, in *policy.Input, now time.Time) policy.Decision {
+func (id *Identity) decideHere(p *compiled, in *policy.Input, now time.Time) policy.Decision {
 	d := policy.Decision{DecisionID: policy.NewDecisionID(), Revision: p.Generation()}
 	if id.staleRevocations(now) {
 		d.Reason, d.Revision = policy.StaleRevocations, 0
@@ -113,6 +158,7 @@ func (id *Identity) decideHere(p *program.Program, in *policy.Input, now time.Ti
 		d.Allow, d.Reason, d.RuleID, d.Response, d.DryRun = v.Allow(), v.Reason, v.RuleID, v.Response, v.Differing
 	}
 	id.note(in, &d, now)
+	id.compare(p, in, d, now)
 	return d
 }
 

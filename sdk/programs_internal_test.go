@@ -30,7 +30,7 @@ func encoded(generation uint64, destination string) []byte {
 func withProgram(t *testing.T, generation uint64) *Identity {
 	t.Helper()
 	id := bare()
-	id.generation.Store(generation)
+	id.notePolicy(t.Context(), &agentpb.WatchResponse{PolicyGeneration: generation})
 	id.takePrograms(t.Context(), &agentpb.WatchPolicyResponse{PolicyGeneration: generation, Programs: []*agentpb.Program{{Destination: ownID, Encoded: encoded(generation, ownID)}}})
 	return id
 }
@@ -70,12 +70,11 @@ func TestOldProgramsAreNotUsedForLong(t *testing.T) {
 			}
 		}
 		has(true)
-		id.generation.Store(8)
-		id.generationSince.Store(time.Now().UnixNano())
+		id.notePolicy(t.Context(), &agentpb.WatchResponse{PolicyGeneration: 8})
 		has(true) // that of 8 is on its way
 		time.Sleep(lag)
 		has(false)
-		id.generation.Store(6) // the program was faster than the news
+		id.notePolicy(t.Context(), &agentpb.WatchResponse{PolicyGeneration: 6}) // the program was faster than the news
 		has(true)
 		if id.program("spiffe://sdktest.test/other", time.Now()) != nil {
 			t.Error("another destination has a program")

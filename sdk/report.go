@@ -38,10 +38,23 @@ type report struct {
 	unsent *agentpb.ReportRequest
 	done   func() // takes the counts of unsent
 	told   uint64
+
+	poked chan struct{} // receives when there is something to tell beside records
 }
 
 func newReport() *report {
-	return &report{Recorder: decisionlog.NewRecorder(decisionlog.Options{Records: maxPending, AllowsPerSecond: allowedPerSecond})}
+	return &report{
+		Recorder: decisionlog.NewRecorder(decisionlog.Options{Records: maxPending, AllowsPerSecond: allowedPerSecond}),
+		poked:    make(chan struct{}, 1),
+	}
+}
+
+// poke has what there is to tell of the policy sent soon.
+func (r *report) poke() {
+	select {
+	case r.poked <- struct{}{}:
+	default:
+	}
 }
 
 // note takes in a decision that the agent does not know. It never blocks.
@@ -124,20 +137,27 @@ func (id *Identity) sendReports(ctx context.Context, progress func()) error {
 	}()
 	every := time.NewTicker(reportEvery)
 	defer every.Stop()
+	told := uint64(0) // which version of the policy is in use here
+	id.report.poke()
 	for {
 		if id.report.unsent == nil && !id.report.Waiting() {
 			select {
 			case <-id.report.Woken():
+			case <-id.report.poked:
 			case <-every.C:
 			case err := <-ended:
 				return err
 			}
 		}
-		if m := id.report.message(); m != nil {
+		records := id.report.message()
+		if m := id.withPolicy(records, told); m != nil {
 			if err := stream.Send(m); err != nil { // io.EOF: the reason comes as the answer
 				return <-ended
 			}
-			id.report.sent()
+			if records != nil {
+				id.report.sent()
+			}
+			told = m.GetPolicyVersion()
 			progress()
 		}
 		if !sleep(ctx, reportPause) {

@@ -36,9 +36,11 @@ type Identity struct {
 	report      *report
 	calls       *liveCalls
 	audit       audit
-	generation  atomic.Uint64 // of the policy that the agent says is active
+	// Of what the agent says is in use: the active policy, its candidate, and the
+	// version of both.
+	generation, candidate, version atomic.Uint64
 	// The rest in Unix time or nanoseconds.
-	generationSince atomic.Int64
+	versionSince    atomic.Int64
 	revocationsAsOf atomic.Int64
 	denyAfter       atomic.Int64 // 0: the age of revocations does not matter
 	closed          atomic.Bool

@@ -1143,9 +1143,12 @@ type ReportRequest struct {
 	Counts *Counts `protobuf:"bytes,5,opt,name=counts,proto3" json:"counts,omitempty"`
 	// What decided says, one row for each source, destination, rule and reason. What
 	// has no row of its own is in one whose source, destination and rule are "other".
-	Rows          []*DecisionCount `protobuf:"bytes,6,rep,name=rows,proto3" json:"rows,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Rows []*DecisionCount `protobuf:"bytes,6,rep,name=rows,proto3" json:"rows,omitempty"`
+	// The generation by which it decides the calls to its first SPIFFE ID; 0: the
+	// agent decides them.
+	PolicyGeneration uint64 `protobuf:"varint,7,opt,name=policy_generation,json=policyGeneration,proto3" json:"policy_generation,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *ReportRequest) Reset() {
@@ -1218,6 +1221,13 @@ func (x *ReportRequest) GetRows() []*DecisionCount {
 		return x.Rows
 	}
 	return nil
+}
+
+func (x *ReportRequest) GetPolicyGeneration() uint64 {
+	if x != nil {
+		return x.PolicyGeneration
+	}
+	return 0
 }
 
 type DecisionCount struct {
@@ -2662,14 +2672,15 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\vall_headers\x18\x05 \x01(\bR\n" +
 	"allHeaders\x12\x18\n" +
 	"\aheaders\x18\x06 \x03(\tR\aheaders\x12\x12\n" +
-	"\x04ends\x18\a \x03(\x10R\x04ends\"\xf3\x02\n" +
+	"\x04ends\x18\a \x03(\x10R\x04ends\"\xa0\x03\n" +
 	"\rReportRequest\x129\n" +
 	"\arecords\x18\x01 \x03(\v2\x1f.merlon.agent.v1.DecisionRecordR\arecords\x12E\n" +
 	"\adecided\x18\x02 \x03(\v2+.merlon.agent.v1.ReportRequest.DecidedEntryR\adecided\x12\x18\n" +
 	"\adropped\x18\x03 \x01(\x04R\adropped\x12%\n" +
 	"\x0epolicy_version\x18\x04 \x01(\x04R\rpolicyVersion\x12/\n" +
 	"\x06counts\x18\x05 \x01(\v2\x17.merlon.agent.v1.CountsR\x06counts\x122\n" +
-	"\x04rows\x18\x06 \x03(\v2\x1e.merlon.agent.v1.DecisionCountR\x04rows\x1a:\n" +
+	"\x04rows\x18\x06 \x03(\v2\x1e.merlon.agent.v1.DecisionCountR\x04rows\x12+\n" +
+	"\x11policy_generation\x18\a \x01(\x04R\x10policyGeneration\x1a:\n" +
 	"\fDecidedEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x04R\x05value:\x028\x01\"\x90\x01\n" +

@@ -3354,7 +3354,8 @@ type FetchPolicyRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Empty means "main".
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// 0 means the active one. NOT_FOUND for one that is not kept.
+	// 0 means the active one. NOT_FOUND for one that is not kept: the last ten are, and
+	// the candidate.
 	Generation    uint64 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3407,8 +3408,10 @@ func (x *FetchPolicyRequest) GetGeneration() uint64 {
 type FetchPolicyResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// gzipped tar, signed with one of keys; at most 4 MiB.
-	Bundle        []byte       `protobuf:"bytes,1,opt,name=bundle,proto3" json:"bundle,omitempty"`
-	Keys          []*PolicyKey `protobuf:"bytes,2,rep,name=keys,proto3" json:"keys,omitempty"`
+	Bundle []byte       `protobuf:"bytes,1,opt,name=bundle,proto3" json:"bundle,omitempty"`
+	Keys   []*PolicyKey `protobuf:"bytes,2,rep,name=keys,proto3" json:"keys,omitempty"`
+	// It is the candidate.
+	Candidate     bool `protobuf:"varint,3,opt,name=candidate,proto3" json:"candidate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3455,6 +3458,13 @@ func (x *FetchPolicyResponse) GetKeys() []*PolicyKey {
 		return x.Keys
 	}
 	return nil
+}
+
+func (x *FetchPolicyResponse) GetCandidate() bool {
+	if x != nil {
+		return x.Candidate
+	}
+	return false
 }
 
 var File_ca_capb_admin_proto protoreflect.FileDescriptor
@@ -3683,16 +3693,17 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
 	"\n" +
 	"generation\x18\x02 \x01(\x04R\n" +
-	"generation\"Z\n" +
+	"generation\"x\n" +
 	"\x13FetchPolicyResponse\x12\x16\n" +
 	"\x06bundle\x18\x01 \x01(\fR\x06bundle\x12+\n" +
-	"\x04keys\x18\x02 \x03(\v2\x17.merlon.ca.v1.PolicyKeyR\x04keys*\x8c\x01\n" +
+	"\x04keys\x18\x02 \x03(\v2\x17.merlon.ca.v1.PolicyKeyR\x04keys\x12\x1c\n" +
+	"\tcandidate\x18\x03 \x01(\bR\tcandidate*\x8c\x01\n" +
 	"\tTokenKind\x12\x1a\n" +
 	"\x16TOKEN_KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fTOKEN_KIND_JOIN\x10\x01\x12\x1c\n" +
 	"\x18TOKEN_KIND_BUNDLE_READER\x10\x02\x12\x16\n" +
 	"\x12TOKEN_KIND_REPLICA\x10\x03\x12\x18\n" +
-	"\x14TOKEN_KIND_NESTED_CA\x10\x042\xae\x19\n" +
+	"\x14TOKEN_KIND_NESTED_CA\x10\x042\xae\x1f\n" +
 	"\x05Admin\x12m\n" +
 	"\vCreateEntry\x12 .merlon.ca.v1.CreateEntryRequest\x1a!.merlon.ca.v1.CreateEntryResponse\"\x19\xaa\xed\x18\x15\n" +
 	"\x01\x03\x12\x02\x02\x04\"\fcreate entry\x12b\n" +
@@ -3761,7 +3772,21 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\n" +
 	"\x01\x03\x12\x03\x01\x03\x04\x18\x01\x12a\n" +
 	"\vFetchPolicy\x12 .merlon.ca.v1.FetchPolicyRequest\x1a!.merlon.ca.v1.FetchPolicyResponse\"\r\xaa\xed\x18\t\n" +
-	"\x01\x03\x12\x02\x03\x04\x18\x01\x12j\n" +
+	"\x01\x03\x12\x02\x03\x04\x18\x01\x12\x80\x01\n" +
+	"\x0eStageCandidate\x12#.merlon.ca.v1.StageCandidateRequest\x1a$.merlon.ca.v1.StageCandidateResponse\"#\xaa\xed\x18\x1f\n" +
+	"\x01\x03\x12\x02\x03\x04\"\x16stage policy candidate\x12\x88\x01\n" +
+	"\x10PromoteCandidate\x12%.merlon.ca.v1.PromoteCandidateRequest\x1a&.merlon.ca.v1.PromoteCandidateResponse\"%\xaa\xed\x18!\n" +
+	"\x01\x03\x12\x02\x03\x04\"\x18promote policy candidate\x12\x80\x01\n" +
+	"\x0eAbortCandidate\x12#.merlon.ca.v1.AbortCandidateRequest\x1a$.merlon.ca.v1.AbortCandidateResponse\"#\xaa\xed\x18\x1f\n" +
+	"\x01\x03\x12\x02\x03\x04\"\x16abort policy candidate\x12z\n" +
+	"\x0eRollBackPolicy\x12#.merlon.ca.v1.RollBackPolicyRequest\x1a$.merlon.ca.v1.RollBackPolicyResponse\"\x1d\xaa\xed\x18\x19\n" +
+	"\x01\x03\x12\x02\x03\x04\"\x10roll back policy\x12\x80\x01\n" +
+	"\x15ListPolicyGenerations\x12*.merlon.ca.v1.ListPolicyGenerationsRequest\x1a+.merlon.ca.v1.ListPolicyGenerationsResponse\"\x0e\xaa\xed\x18\n" +
+	"\n" +
+	"\x01\x03\x12\x03\x01\x03\x04\x18\x01\x12n\n" +
+	"\x0fGetPolicyStatus\x12$.merlon.ca.v1.GetPolicyStatusRequest\x1a%.merlon.ca.v1.GetPolicyStatusResponse\"\x0e\xaa\xed\x18\n" +
+	"\n" +
+	"\x01\x03\x12\x03\x01\x03\x04\x18\x01\x12j\n" +
 	"\x0eProveIssuances\x12#.merlon.ca.v1.ProveIssuancesRequest\x1a$.merlon.ca.v1.ProveIssuancesResponse\"\r\xaa\xed\x18\t\n" +
 	"\x01\x03\x12\x02\x01\x04\x18\x01B\x14Z\x12merlon.dev/ca/capbb\x06proto3"
 
@@ -3852,8 +3877,20 @@ var file_ca_capb_admin_proto_goTypes = []any{
 	(*PolicyKey)(nil),                     // 69: merlon.ca.v1.PolicyKey
 	(*PushPolicyRequest)(nil),             // 70: merlon.ca.v1.PushPolicyRequest
 	(*GetPolicyRequest)(nil),              // 71: merlon.ca.v1.GetPolicyRequest
-	(*PushPolicyResponse)(nil),            // 72: merlon.ca.v1.PushPolicyResponse
-	(*GetPolicyResponse)(nil),             // 73: merlon.ca.v1.GetPolicyResponse
+	(*StageCandidateRequest)(nil),         // 72: merlon.ca.v1.StageCandidateRequest
+	(*PromoteCandidateRequest)(nil),       // 73: merlon.ca.v1.PromoteCandidateRequest
+	(*AbortCandidateRequest)(nil),         // 74: merlon.ca.v1.AbortCandidateRequest
+	(*RollBackPolicyRequest)(nil),         // 75: merlon.ca.v1.RollBackPolicyRequest
+	(*ListPolicyGenerationsRequest)(nil),  // 76: merlon.ca.v1.ListPolicyGenerationsRequest
+	(*GetPolicyStatusRequest)(nil),        // 77: merlon.ca.v1.GetPolicyStatusRequest
+	(*PushPolicyResponse)(nil),            // 78: merlon.ca.v1.PushPolicyResponse
+	(*GetPolicyResponse)(nil),             // 79: merlon.ca.v1.GetPolicyResponse
+	(*StageCandidateResponse)(nil),        // 80: merlon.ca.v1.StageCandidateResponse
+	(*PromoteCandidateResponse)(nil),      // 81: merlon.ca.v1.PromoteCandidateResponse
+	(*AbortCandidateResponse)(nil),        // 82: merlon.ca.v1.AbortCandidateResponse
+	(*RollBackPolicyResponse)(nil),        // 83: merlon.ca.v1.RollBackPolicyResponse
+	(*ListPolicyGenerationsResponse)(nil), // 84: merlon.ca.v1.ListPolicyGenerationsResponse
+	(*GetPolicyStatusResponse)(nil),       // 85: merlon.ca.v1.GetPolicyStatusResponse
 }
 var file_ca_capb_admin_proto_depIdxs = []int32{
 	63, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
@@ -3935,38 +3972,50 @@ var file_ca_capb_admin_proto_depIdxs = []int32{
 	46, // 76: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
 	71, // 77: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
 	60, // 78: merlon.ca.v1.Admin.FetchPolicy:input_type -> merlon.ca.v1.FetchPolicyRequest
-	37, // 79: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
-	2,  // 80: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
-	4,  // 81: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
-	6,  // 82: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
-	8,  // 83: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
-	10, // 84: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
-	12, // 85: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
-	15, // 86: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
-	17, // 87: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
-	19, // 88: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
-	21, // 89: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
-	23, // 90: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
-	26, // 91: merlon.ca.v1.Admin.SetFederatedBundle:output_type -> merlon.ca.v1.SetFederatedBundleResponse
-	28, // 92: merlon.ca.v1.Admin.ListFederatedBundles:output_type -> merlon.ca.v1.ListFederatedBundlesResponse
-	30, // 93: merlon.ca.v1.Admin.GetFederatedBundle:output_type -> merlon.ca.v1.GetFederatedBundleResponse
-	32, // 94: merlon.ca.v1.Admin.RemoveFederatedBundle:output_type -> merlon.ca.v1.RemoveFederatedBundleResponse
-	34, // 95: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
-	36, // 96: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
-	72, // 97: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
-	42, // 98: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
-	45, // 99: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
-	49, // 100: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
-	53, // 101: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
-	55, // 102: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
-	57, // 103: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
-	59, // 104: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
-	47, // 105: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
-	73, // 106: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
-	61, // 107: merlon.ca.v1.Admin.FetchPolicy:output_type -> merlon.ca.v1.FetchPolicyResponse
-	38, // 108: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
-	80, // [80:109] is the sub-list for method output_type
-	51, // [51:80] is the sub-list for method input_type
+	72, // 79: merlon.ca.v1.Admin.StageCandidate:input_type -> merlon.ca.v1.StageCandidateRequest
+	73, // 80: merlon.ca.v1.Admin.PromoteCandidate:input_type -> merlon.ca.v1.PromoteCandidateRequest
+	74, // 81: merlon.ca.v1.Admin.AbortCandidate:input_type -> merlon.ca.v1.AbortCandidateRequest
+	75, // 82: merlon.ca.v1.Admin.RollBackPolicy:input_type -> merlon.ca.v1.RollBackPolicyRequest
+	76, // 83: merlon.ca.v1.Admin.ListPolicyGenerations:input_type -> merlon.ca.v1.ListPolicyGenerationsRequest
+	77, // 84: merlon.ca.v1.Admin.GetPolicyStatus:input_type -> merlon.ca.v1.GetPolicyStatusRequest
+	37, // 85: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
+	2,  // 86: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
+	4,  // 87: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
+	6,  // 88: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
+	8,  // 89: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
+	10, // 90: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
+	12, // 91: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
+	15, // 92: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
+	17, // 93: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
+	19, // 94: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
+	21, // 95: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
+	23, // 96: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
+	26, // 97: merlon.ca.v1.Admin.SetFederatedBundle:output_type -> merlon.ca.v1.SetFederatedBundleResponse
+	28, // 98: merlon.ca.v1.Admin.ListFederatedBundles:output_type -> merlon.ca.v1.ListFederatedBundlesResponse
+	30, // 99: merlon.ca.v1.Admin.GetFederatedBundle:output_type -> merlon.ca.v1.GetFederatedBundleResponse
+	32, // 100: merlon.ca.v1.Admin.RemoveFederatedBundle:output_type -> merlon.ca.v1.RemoveFederatedBundleResponse
+	34, // 101: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
+	36, // 102: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
+	78, // 103: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
+	42, // 104: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
+	45, // 105: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
+	49, // 106: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
+	53, // 107: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
+	55, // 108: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
+	57, // 109: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
+	59, // 110: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
+	47, // 111: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
+	79, // 112: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
+	61, // 113: merlon.ca.v1.Admin.FetchPolicy:output_type -> merlon.ca.v1.FetchPolicyResponse
+	80, // 114: merlon.ca.v1.Admin.StageCandidate:output_type -> merlon.ca.v1.StageCandidateResponse
+	81, // 115: merlon.ca.v1.Admin.PromoteCandidate:output_type -> merlon.ca.v1.PromoteCandidateResponse
+	82, // 116: merlon.ca.v1.Admin.AbortCandidate:output_type -> merlon.ca.v1.AbortCandidateResponse
+	83, // 117: merlon.ca.v1.Admin.RollBackPolicy:output_type -> merlon.ca.v1.RollBackPolicyResponse
+	84, // 118: merlon.ca.v1.Admin.ListPolicyGenerations:output_type -> merlon.ca.v1.ListPolicyGenerationsResponse
+	85, // 119: merlon.ca.v1.Admin.GetPolicyStatus:output_type -> merlon.ca.v1.GetPolicyStatusResponse
+	38, // 120: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
+	86, // [86:121] is the sub-list for method output_type
+	51, // [51:86] is the sub-list for method input_type
 	51, // [51:51] is the sub-list for extension type_name
 	51, // [51:51] is the sub-list for extension extendee
 	0,  // [0:51] is the sub-list for field type_name

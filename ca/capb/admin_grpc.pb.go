@@ -51,6 +51,12 @@ const (
 	Admin_BackupStore_FullMethodName           = "/merlon.ca.v1.Admin/BackupStore"
 	Admin_GetPolicy_FullMethodName             = "/merlon.ca.v1.Admin/GetPolicy"
 	Admin_FetchPolicy_FullMethodName           = "/merlon.ca.v1.Admin/FetchPolicy"
+	Admin_StageCandidate_FullMethodName        = "/merlon.ca.v1.Admin/StageCandidate"
+	Admin_PromoteCandidate_FullMethodName      = "/merlon.ca.v1.Admin/PromoteCandidate"
+	Admin_AbortCandidate_FullMethodName        = "/merlon.ca.v1.Admin/AbortCandidate"
+	Admin_RollBackPolicy_FullMethodName        = "/merlon.ca.v1.Admin/RollBackPolicy"
+	Admin_ListPolicyGenerations_FullMethodName = "/merlon.ca.v1.Admin/ListPolicyGenerations"
+	Admin_GetPolicyStatus_FullMethodName       = "/merlon.ca.v1.Admin/GetPolicyStatus"
 	Admin_ProveIssuances_FullMethodName        = "/merlon.ca.v1.Admin/ProveIssuances"
 )
 
@@ -125,6 +131,20 @@ type AdminClient interface {
 	// FetchPolicy gives the signed policy bundle of a generation: who may read it may
 	// read all grants.
 	FetchPolicy(ctx context.Context, in *FetchPolicyRequest, opts ...grpc.CallOption) (*FetchPolicyResponse, error)
+	// StageCandidate says where the candidate decides: nowhere is in shadow.
+	StageCandidate(ctx context.Context, in *StageCandidateRequest, opts ...grpc.CallOption) (*StageCandidateResponse, error)
+	// PromoteCandidate puts the candidate into force, as the next generation.
+	PromoteCandidate(ctx context.Context, in *PromoteCandidateRequest, opts ...grpc.CallOption) (*PromoteCandidateResponse, error)
+	// AbortCandidate takes the candidate away; the active policy stays.
+	AbortCandidate(ctx context.Context, in *AbortCandidateRequest, opts ...grpc.CallOption) (*AbortCandidateResponse, error)
+	// RollBackPolicy puts the content of an earlier generation into force, signed
+	// anew as the next one. A candidate that there is goes.
+	RollBackPolicy(ctx context.Context, in *RollBackPolicyRequest, opts ...grpc.CallOption) (*RollBackPolicyResponse, error)
+	// ListPolicyGenerations names the generations that can be rolled back to.
+	ListPolicyGenerations(ctx context.Context, in *ListPolicyGenerationsRequest, opts ...grpc.CallOption) (*ListPolicyGenerationsResponse, error)
+	// GetPolicyStatus says which generation decides where, and what is counted of
+	// the candidate.
+	GetPolicyStatus(ctx context.Context, in *GetPolicyStatusRequest, opts ...grpc.CallOption) (*GetPolicyStatusResponse, error)
 	// ProveIssuances proves that the log of the replica that answers holds the
 	// SVIDs with these serial numbers. Whoever may call it may also read the log
 	// over HTTPS, below /log/REPLICA/.
@@ -428,6 +448,66 @@ func (c *adminClient) FetchPolicy(ctx context.Context, in *FetchPolicyRequest, o
 	return out, nil
 }
 
+func (c *adminClient) StageCandidate(ctx context.Context, in *StageCandidateRequest, opts ...grpc.CallOption) (*StageCandidateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StageCandidateResponse)
+	err := c.cc.Invoke(ctx, Admin_StageCandidate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) PromoteCandidate(ctx context.Context, in *PromoteCandidateRequest, opts ...grpc.CallOption) (*PromoteCandidateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PromoteCandidateResponse)
+	err := c.cc.Invoke(ctx, Admin_PromoteCandidate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) AbortCandidate(ctx context.Context, in *AbortCandidateRequest, opts ...grpc.CallOption) (*AbortCandidateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AbortCandidateResponse)
+	err := c.cc.Invoke(ctx, Admin_AbortCandidate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) RollBackPolicy(ctx context.Context, in *RollBackPolicyRequest, opts ...grpc.CallOption) (*RollBackPolicyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RollBackPolicyResponse)
+	err := c.cc.Invoke(ctx, Admin_RollBackPolicy_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) ListPolicyGenerations(ctx context.Context, in *ListPolicyGenerationsRequest, opts ...grpc.CallOption) (*ListPolicyGenerationsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListPolicyGenerationsResponse)
+	err := c.cc.Invoke(ctx, Admin_ListPolicyGenerations_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) GetPolicyStatus(ctx context.Context, in *GetPolicyStatusRequest, opts ...grpc.CallOption) (*GetPolicyStatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetPolicyStatusResponse)
+	err := c.cc.Invoke(ctx, Admin_GetPolicyStatus_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *adminClient) ProveIssuances(ctx context.Context, in *ProveIssuancesRequest, opts ...grpc.CallOption) (*ProveIssuancesResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ProveIssuancesResponse)
@@ -509,6 +589,20 @@ type AdminServer interface {
 	// FetchPolicy gives the signed policy bundle of a generation: who may read it may
 	// read all grants.
 	FetchPolicy(context.Context, *FetchPolicyRequest) (*FetchPolicyResponse, error)
+	// StageCandidate says where the candidate decides: nowhere is in shadow.
+	StageCandidate(context.Context, *StageCandidateRequest) (*StageCandidateResponse, error)
+	// PromoteCandidate puts the candidate into force, as the next generation.
+	PromoteCandidate(context.Context, *PromoteCandidateRequest) (*PromoteCandidateResponse, error)
+	// AbortCandidate takes the candidate away; the active policy stays.
+	AbortCandidate(context.Context, *AbortCandidateRequest) (*AbortCandidateResponse, error)
+	// RollBackPolicy puts the content of an earlier generation into force, signed
+	// anew as the next one. A candidate that there is goes.
+	RollBackPolicy(context.Context, *RollBackPolicyRequest) (*RollBackPolicyResponse, error)
+	// ListPolicyGenerations names the generations that can be rolled back to.
+	ListPolicyGenerations(context.Context, *ListPolicyGenerationsRequest) (*ListPolicyGenerationsResponse, error)
+	// GetPolicyStatus says which generation decides where, and what is counted of
+	// the candidate.
+	GetPolicyStatus(context.Context, *GetPolicyStatusRequest) (*GetPolicyStatusResponse, error)
 	// ProveIssuances proves that the log of the replica that answers holds the
 	// SVIDs with these serial numbers. Whoever may call it may also read the log
 	// over HTTPS, below /log/REPLICA/.
@@ -606,6 +700,24 @@ func (UnimplementedAdminServer) GetPolicy(context.Context, *GetPolicyRequest) (*
 }
 func (UnimplementedAdminServer) FetchPolicy(context.Context, *FetchPolicyRequest) (*FetchPolicyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method FetchPolicy not implemented")
+}
+func (UnimplementedAdminServer) StageCandidate(context.Context, *StageCandidateRequest) (*StageCandidateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method StageCandidate not implemented")
+}
+func (UnimplementedAdminServer) PromoteCandidate(context.Context, *PromoteCandidateRequest) (*PromoteCandidateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PromoteCandidate not implemented")
+}
+func (UnimplementedAdminServer) AbortCandidate(context.Context, *AbortCandidateRequest) (*AbortCandidateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AbortCandidate not implemented")
+}
+func (UnimplementedAdminServer) RollBackPolicy(context.Context, *RollBackPolicyRequest) (*RollBackPolicyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RollBackPolicy not implemented")
+}
+func (UnimplementedAdminServer) ListPolicyGenerations(context.Context, *ListPolicyGenerationsRequest) (*ListPolicyGenerationsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListPolicyGenerations not implemented")
+}
+func (UnimplementedAdminServer) GetPolicyStatus(context.Context, *GetPolicyStatusRequest) (*GetPolicyStatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetPolicyStatus not implemented")
 }
 func (UnimplementedAdminServer) ProveIssuances(context.Context, *ProveIssuancesRequest) (*ProveIssuancesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ProveIssuances not implemented")
@@ -1128,6 +1240,114 @@ func _Admin_FetchPolicy_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_StageCandidate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StageCandidateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).StageCandidate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_StageCandidate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).StageCandidate(ctx, req.(*StageCandidateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_PromoteCandidate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PromoteCandidateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).PromoteCandidate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_PromoteCandidate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).PromoteCandidate(ctx, req.(*PromoteCandidateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_AbortCandidate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AbortCandidateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).AbortCandidate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_AbortCandidate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).AbortCandidate(ctx, req.(*AbortCandidateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_RollBackPolicy_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RollBackPolicyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).RollBackPolicy(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_RollBackPolicy_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).RollBackPolicy(ctx, req.(*RollBackPolicyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_ListPolicyGenerations_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListPolicyGenerationsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListPolicyGenerations(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListPolicyGenerations_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListPolicyGenerations(ctx, req.(*ListPolicyGenerationsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_GetPolicyStatus_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetPolicyStatusRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).GetPolicyStatus(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_GetPolicyStatus_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).GetPolicyStatus(ctx, req.(*GetPolicyStatusRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Admin_ProveIssuances_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ProveIssuancesRequest)
 	if err := dec(in); err != nil {
@@ -1260,6 +1480,30 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "FetchPolicy",
 			Handler:    _Admin_FetchPolicy_Handler,
+		},
+		{
+			MethodName: "StageCandidate",
+			Handler:    _Admin_StageCandidate_Handler,
+		},
+		{
+			MethodName: "PromoteCandidate",
+			Handler:    _Admin_PromoteCandidate_Handler,
+		},
+		{
+			MethodName: "AbortCandidate",
+			Handler:    _Admin_AbortCandidate_Handler,
+		},
+		{
+			MethodName: "RollBackPolicy",
+			Handler:    _Admin_RollBackPolicy_Handler,
+		},
+		{
+			MethodName: "ListPolicyGenerations",
+			Handler:    _Admin_ListPolicyGenerations_Handler,
+		},
+		{
+			MethodName: "GetPolicyStatus",
+			Handler:    _Admin_GetPolicyStatus_Handler,
 		},
 		{
 			MethodName: "ProveIssuances",

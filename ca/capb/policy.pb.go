@@ -434,7 +434,9 @@ type PolicyReport struct {
 	Processes    []*PolicyProcess `protobuf:"bytes,3,rep,name=processes,proto3" json:"processes,omitempty"`
 	ProcessCount uint32           `protobuf:"varint,4,opt,name=process_count,json=processCount,proto3" json:"process_count,omitempty"`
 	// What was counted since the last report of the stream.
-	Counts        *PolicyCounts `protobuf:"bytes,5,opt,name=counts,proto3" json:"counts,omitempty"`
+	Counts *PolicyCounts `protobuf:"bytes,5,opt,name=counts,proto3" json:"counts,omitempty"`
+	// The bundle that the node follows.
+	Name          string `protobuf:"bytes,6,opt,name=name,proto3" json:"name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -502,6 +504,13 @@ func (x *PolicyReport) GetCounts() *PolicyCounts {
 		return x.Counts
 	}
 	return nil
+}
+
+func (x *PolicyReport) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
 }
 
 // PolicyProcess is a process that decides by compiled policy.
@@ -1636,8 +1645,9 @@ func (x *PolicyGeneration) GetActive() bool {
 }
 
 type GetPolicyStatusRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Empty: every policy bundle.
+	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1680,14 +1690,8 @@ func (x *GetPolicyStatusRequest) GetName() string {
 }
 
 type GetPolicyStatusResponse struct {
-	state        protoimpl.MessageState `protogen:"open.v1"`
-	PolicyBundle *PolicyBundle          `protobuf:"bytes,1,opt,name=policy_bundle,json=policyBundle,proto3" json:"policy_bundle,omitempty"`
-	IssuedAt     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=issued_at,json=issuedAt,proto3" json:"issued_at,omitempty"`
-	// Of all replicas.
-	Counts *PolicyCounts `protobuf:"bytes,3,opt,name=counts,proto3" json:"counts,omitempty"`
-	// Every agent that counts, and the processes below it. Agents of another
-	// replica are as that wrote them down last.
-	Points        []*PolicyPoint `protobuf:"bytes,4,rep,name=points,proto3" json:"points,omitempty"`
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Statuses      []*PolicyStatus        `protobuf:"bytes,1,rep,name=statuses,proto3" json:"statuses,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1722,28 +1726,80 @@ func (*GetPolicyStatusResponse) Descriptor() ([]byte, []int) {
 	return file_ca_capb_policy_proto_rawDescGZIP(), []int{26}
 }
 
-func (x *GetPolicyStatusResponse) GetPolicyBundle() *PolicyBundle {
+func (x *GetPolicyStatusResponse) GetStatuses() []*PolicyStatus {
+	if x != nil {
+		return x.Statuses
+	}
+	return nil
+}
+
+// PolicyStatus is how one policy bundle fares.
+type PolicyStatus struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	PolicyBundle *PolicyBundle          `protobuf:"bytes,1,opt,name=policy_bundle,json=policyBundle,proto3" json:"policy_bundle,omitempty"`
+	IssuedAt     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=issued_at,json=issuedAt,proto3" json:"issued_at,omitempty"`
+	// Of all replicas; unset without a candidate.
+	Counts *PolicyCounts `protobuf:"bytes,3,opt,name=counts,proto3" json:"counts,omitempty"`
+	// Every agent that should have it, and the processes below it. Agents of another
+	// replica are as that wrote them down last. None for a caller that may not list
+	// agents.
+	Points        []*PolicyPoint `protobuf:"bytes,4,rep,name=points,proto3" json:"points,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PolicyStatus) Reset() {
+	*x = PolicyStatus{}
+	mi := &file_ca_capb_policy_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PolicyStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PolicyStatus) ProtoMessage() {}
+
+func (x *PolicyStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_policy_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PolicyStatus.ProtoReflect.Descriptor instead.
+func (*PolicyStatus) Descriptor() ([]byte, []int) {
+	return file_ca_capb_policy_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *PolicyStatus) GetPolicyBundle() *PolicyBundle {
 	if x != nil {
 		return x.PolicyBundle
 	}
 	return nil
 }
 
-func (x *GetPolicyStatusResponse) GetIssuedAt() *timestamppb.Timestamp {
+func (x *PolicyStatus) GetIssuedAt() *timestamppb.Timestamp {
 	if x != nil {
 		return x.IssuedAt
 	}
 	return nil
 }
 
-func (x *GetPolicyStatusResponse) GetCounts() *PolicyCounts {
+func (x *PolicyStatus) GetCounts() *PolicyCounts {
 	if x != nil {
 		return x.Counts
 	}
 	return nil
 }
 
-func (x *GetPolicyStatusResponse) GetPoints() []*PolicyPoint {
+func (x *PolicyStatus) GetPoints() []*PolicyPoint {
 	if x != nil {
 		return x.Points
 	}
@@ -1775,7 +1831,7 @@ type PolicyPoint struct {
 
 func (x *PolicyPoint) Reset() {
 	*x = PolicyPoint{}
-	mi := &file_ca_capb_policy_proto_msgTypes[27]
+	mi := &file_ca_capb_policy_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1787,7 +1843,7 @@ func (x *PolicyPoint) String() string {
 func (*PolicyPoint) ProtoMessage() {}
 
 func (x *PolicyPoint) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_policy_proto_msgTypes[27]
+	mi := &file_ca_capb_policy_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1800,7 +1856,7 @@ func (x *PolicyPoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyPoint.ProtoReflect.Descriptor instead.
 func (*PolicyPoint) Descriptor() ([]byte, []int) {
-	return file_ca_capb_policy_proto_rawDescGZIP(), []int{27}
+	return file_ca_capb_policy_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *PolicyPoint) GetKind() string {
@@ -1905,13 +1961,14 @@ const file_ca_capb_policy_proto_rawDesc = "" +
 	"\x02at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12 \n" +
 	"\vdestination\x18\x02 \x01(\tR\vdestination\x12\x18\n" +
 	"\aallowed\x18\x03 \x01(\x04R\aallowed\x12\x16\n" +
-	"\x06denied\x18\x04 \x01(\x04R\x06denied\"\xeb\x01\n" +
+	"\x06denied\x18\x04 \x01(\x04R\x06denied\"\xff\x01\n" +
 	"\fPolicyReport\x121\n" +
 	"\x14candidate_generation\x18\x01 \x01(\x04R\x13candidateGeneration\x12\x14\n" +
 	"\x05fault\x18\x02 \x01(\tR\x05fault\x129\n" +
 	"\tprocesses\x18\x03 \x03(\v2\x1b.merlon.ca.v1.PolicyProcessR\tprocesses\x12#\n" +
 	"\rprocess_count\x18\x04 \x01(\rR\fprocessCount\x122\n" +
-	"\x06counts\x18\x05 \x01(\v2\x1a.merlon.ca.v1.PolicyCountsR\x06counts\"\x9f\x01\n" +
+	"\x06counts\x18\x05 \x01(\v2\x1a.merlon.ca.v1.PolicyCountsR\x06counts\x12\x12\n" +
+	"\x04name\x18\x06 \x01(\tR\x04name\"\x9f\x01\n" +
 	"\rPolicyProcess\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x05R\x03pid\x12\x1e\n" +
@@ -2001,8 +2058,10 @@ const file_ca_capb_policy_proto_rawDesc = "" +
 	"size_bytes\x18\x05 \x01(\rR\tsizeBytes\x12\x16\n" +
 	"\x06active\x18\x06 \x01(\bR\x06active\",\n" +
 	"\x16GetPolicyStatusRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"\xfa\x01\n" +
-	"\x17GetPolicyStatusResponse\x12?\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"Q\n" +
+	"\x17GetPolicyStatusResponse\x126\n" +
+	"\bstatuses\x18\x01 \x03(\v2\x1a.merlon.ca.v1.PolicyStatusR\bstatuses\"\xef\x01\n" +
+	"\fPolicyStatus\x12?\n" +
 	"\rpolicy_bundle\x18\x01 \x01(\v2\x1a.merlon.ca.v1.PolicyBundleR\fpolicyBundle\x127\n" +
 	"\tissued_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\bissuedAt\x122\n" +
 	"\x06counts\x18\x03 \x01(\v2\x1a.merlon.ca.v1.PolicyCountsR\x06counts\x121\n" +
@@ -2039,7 +2098,7 @@ func file_ca_capb_policy_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_policy_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_ca_capb_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_ca_capb_policy_proto_goTypes = []any{
 	(PolicyStage)(0),                      // 0: merlon.ca.v1.PolicyStage
 	(*PolicyBundle)(nil),                  // 1: merlon.ca.v1.PolicyBundle
@@ -2069,20 +2128,21 @@ var file_ca_capb_policy_proto_goTypes = []any{
 	(*PolicyGeneration)(nil),              // 25: merlon.ca.v1.PolicyGeneration
 	(*GetPolicyStatusRequest)(nil),        // 26: merlon.ca.v1.GetPolicyStatusRequest
 	(*GetPolicyStatusResponse)(nil),       // 27: merlon.ca.v1.GetPolicyStatusResponse
-	(*PolicyPoint)(nil),                   // 28: merlon.ca.v1.PolicyPoint
-	(*timestamppb.Timestamp)(nil),         // 29: google.protobuf.Timestamp
+	(*PolicyStatus)(nil),                  // 28: merlon.ca.v1.PolicyStatus
+	(*PolicyPoint)(nil),                   // 29: merlon.ca.v1.PolicyPoint
+	(*timestamppb.Timestamp)(nil),         // 30: google.protobuf.Timestamp
 }
 var file_ca_capb_policy_proto_depIdxs = []int32{
 	2,  // 0: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
 	3,  // 1: merlon.ca.v1.PolicyBundle.candidate:type_name -> merlon.ca.v1.PolicyCandidate
 	0,  // 2: merlon.ca.v1.PolicyCandidate.stage:type_name -> merlon.ca.v1.PolicyStage
 	4,  // 3: merlon.ca.v1.PolicyCandidate.canary:type_name -> merlon.ca.v1.PolicyCanary
-	29, // 4: merlon.ca.v1.PolicyCandidate.since:type_name -> google.protobuf.Timestamp
+	30, // 4: merlon.ca.v1.PolicyCandidate.since:type_name -> google.protobuf.Timestamp
 	5,  // 5: merlon.ca.v1.PolicyCandidate.alarm:type_name -> merlon.ca.v1.PolicyAlarm
-	29, // 6: merlon.ca.v1.PolicyAlarm.at:type_name -> google.protobuf.Timestamp
+	30, // 6: merlon.ca.v1.PolicyAlarm.at:type_name -> google.protobuf.Timestamp
 	7,  // 7: merlon.ca.v1.PolicyReport.processes:type_name -> merlon.ca.v1.PolicyProcess
 	8,  // 8: merlon.ca.v1.PolicyReport.counts:type_name -> merlon.ca.v1.PolicyCounts
-	29, // 9: merlon.ca.v1.PolicyProcess.lagging_since:type_name -> google.protobuf.Timestamp
+	30, // 9: merlon.ca.v1.PolicyProcess.lagging_since:type_name -> google.protobuf.Timestamp
 	9,  // 10: merlon.ca.v1.PolicyCounts.comparisons:type_name -> merlon.ca.v1.PolicyComparison
 	10, // 11: merlon.ca.v1.PolicyCounts.differences:type_name -> merlon.ca.v1.PolicyDifference
 	1,  // 12: merlon.ca.v1.GetPolicyResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
@@ -2092,17 +2152,18 @@ var file_ca_capb_policy_proto_depIdxs = []int32{
 	1,  // 16: merlon.ca.v1.AbortCandidateResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
 	1,  // 17: merlon.ca.v1.RollBackPolicyResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
 	25, // 18: merlon.ca.v1.ListPolicyGenerationsResponse.generations:type_name -> merlon.ca.v1.PolicyGeneration
-	29, // 19: merlon.ca.v1.PolicyGeneration.issued_at:type_name -> google.protobuf.Timestamp
-	1,  // 20: merlon.ca.v1.GetPolicyStatusResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	29, // 21: merlon.ca.v1.GetPolicyStatusResponse.issued_at:type_name -> google.protobuf.Timestamp
-	8,  // 22: merlon.ca.v1.GetPolicyStatusResponse.counts:type_name -> merlon.ca.v1.PolicyCounts
-	28, // 23: merlon.ca.v1.GetPolicyStatusResponse.points:type_name -> merlon.ca.v1.PolicyPoint
-	29, // 24: merlon.ca.v1.PolicyPoint.lagging_since:type_name -> google.protobuf.Timestamp
-	25, // [25:25] is the sub-list for method output_type
-	25, // [25:25] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	30, // 19: merlon.ca.v1.PolicyGeneration.issued_at:type_name -> google.protobuf.Timestamp
+	28, // 20: merlon.ca.v1.GetPolicyStatusResponse.statuses:type_name -> merlon.ca.v1.PolicyStatus
+	1,  // 21: merlon.ca.v1.PolicyStatus.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
+	30, // 22: merlon.ca.v1.PolicyStatus.issued_at:type_name -> google.protobuf.Timestamp
+	8,  // 23: merlon.ca.v1.PolicyStatus.counts:type_name -> merlon.ca.v1.PolicyCounts
+	29, // 24: merlon.ca.v1.PolicyStatus.points:type_name -> merlon.ca.v1.PolicyPoint
+	30, // 25: merlon.ca.v1.PolicyPoint.lagging_since:type_name -> google.protobuf.Timestamp
+	26, // [26:26] is the sub-list for method output_type
+	26, // [26:26] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_policy_proto_init() }
@@ -2116,7 +2177,7 @@ func file_ca_capb_policy_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_policy_proto_rawDesc), len(file_ca_capb_policy_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   28,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -49,6 +49,8 @@ type Metadata struct {
 	IssuedAt    time.Time
 	NotAfter    time.Time // zero: no end
 	Audience    []string  // SPIFFE IDs of the destinations it is for; empty: all
+	// Candidate: it is to be tried beside the policy in force, and is not that.
+	Candidate bool
 }
 
 // Expect is what Verify demands of a bundle's metadata.
@@ -57,6 +59,8 @@ type Expect struct {
 	// MinGeneration is the highest generation seen under this name, which the
 	// caller keeps across restarts. The same generation is accepted again.
 	MinGeneration uint64
+	// Candidate: a candidate is expected; otherwise none is taken.
+	Candidate bool
 }
 
 // Contents is a bundle taken apart. The caller may keep but not change it.

@@ -33,6 +33,8 @@ type Source struct {
 	// when another becomes active. Without one it returns ErrNotFound, and
 	// the channel where clients may wait for the first.
 	Load func(ctx context.Context, name string) (*Published, <-chan struct{}, error)
+	// LoadCandidate is Load for the bundle's candidate. Nil: none are served.
+	LoadCandidate func(ctx context.Context, name string) (*Published, <-chan struct{}, error)
 	// Put checks, signs and activates an unsigned bundle. Its errors of type
 	// *RejectedError are shown to the client. Nil: PUT is not offered.
 	Put func(ctx context.Context, name string, unsigned []byte) (Metadata, error)
@@ -52,7 +54,8 @@ func (e *RejectedError) Unwrap() error { return e.Err }
 
 type server struct{ src Source }
 
-// NewServer serves GET, HEAD and PUT of /v1/policy/bundles/{name}.
+// NewServer serves GET, HEAD and PUT of /v1/policy/bundles/{name}, and GET and HEAD
+// of /v1/policy/candidates/{name}.
 func NewServer(src Source) http.Handler {
 	if src.MaxWait <= 0 {
 		src.MaxWait = time.Minute
@@ -62,7 +65,10 @@ func NewServer(src Source) http.Handler {
 	}
 	s := &server{src: src}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/policy/bundles/{name}", s.get) // and HEAD
+	mux.HandleFunc("GET /v1/policy/bundles/{name}", s.get(src.Load)) // and HEAD
+	if src.LoadCandidate != nil {
+		mux.HandleFunc("GET /v1/policy/candidates/{name}", s.get(src.LoadCandidate))
+	}
 	if src.Put != nil {
 		mux.HandleFunc("PUT /v1/policy/bundles/{name}", s.put)
 	}
@@ -75,13 +81,20 @@ var validName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,63}$`)
 // case letters, digits, ".", "_" and "-", at most 64.
 func ValidName(name string) bool { return validName.MatchString(name) }
 
-func (s *server) get(w http.ResponseWriter, r *http.Request) {
+// load is Source.Load or Source.LoadCandidate.
+type load func(ctx context.Context, name string) (*Published, <-chan struct{}, error)
+
+func (s *server) get(from load) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) { s.serve(w, r, from) }
+}
+
+func (s *server) serve(w http.ResponseWriter, r *http.Request, from load) {
 	name := r.PathValue("name")
 	if !ValidName(name) {
 		s.fail(w, http.StatusNotFound, ErrNotFound.Error())
 		return
 	}
-	p, err := s.current(w, r, name)
+	p, err := s.current(w, r, name, from)
 	switch {
 	case r.Context().Err() != nil:
 		return // nobody is there to answer
@@ -98,8 +111,8 @@ func (s *server) get(w http.ResponseWriter, r *http.Request) {
 
 // current loads the bundle, and where the client has it already and is ready
 // to wait, waits for the next one.
-func (s *server) current(w http.ResponseWriter, r *http.Request, name string) (*Published, error) {
-	p, changed, err := s.src.Load(r.Context(), name)
+func (s *server) current(w http.ResponseWriter, r *http.Request, name string, from load) (*Published, error) {
+	p, changed, err := from(r.Context(), name)
 	if err != nil || changed == nil || !matches(r.Header, p.ETag) {
 		return p, err
 	}
@@ -114,7 +127,7 @@ func (s *server) current(w http.ResponseWriter, r *http.Request, name string) (*
 	defer timer.Stop()
 	select {
 	case <-changed:
-		p, _, err = s.src.Load(r.Context(), name)
+		p, _, err = from(r.Context(), name)
 		return p, err
 	case <-timer.C:
 		return p, nil

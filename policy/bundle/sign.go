@@ -46,6 +46,8 @@ type merlonMetadata struct {
 	IssuedAt    string   `json:"issued_at"`
 	NotAfter    string   `json:"not_after,omitempty"`
 	Audience    []string `json:"audience,omitempty"`
+	// Enforcement points that know of no candidates refuse a manifest with this.
+	Candidate bool `json:"candidate,omitempty"`
 }
 
 type signatures struct {
@@ -95,6 +97,7 @@ func marshalManifest(f files, md Metadata) ([]byte, error) {
 	m := manifest{Revision: strconv.FormatUint(md.Generation, 10), RegoVersion: 1, Metadata: manifestMetadata{Merlon: merlonMetadata{
 		Name: md.Name, TrustDomain: md.TrustDomain, Generation: md.Generation,
 		IssuedAt: md.IssuedAt.UTC().Format(time.RFC3339Nano), Audience: md.Audience,
+		Candidate: md.Candidate,
 	}}}
 	if !md.NotAfter.IsZero() {
 		m.Metadata.Merlon.NotAfter = md.NotAfter.UTC().Format(time.RFC3339Nano)
@@ -210,6 +213,10 @@ func Verify(signed []byte, keys []Key, want Expect) (*Contents, error) {
 		return nil, fmt.Errorf("verify policy bundle: it is %q, not %q", md.Name, want.Name)
 	case want.TrustDomain != "" && md.TrustDomain != want.TrustDomain:
 		return nil, fmt.Errorf("verify policy bundle: it is of trust domain %q, not %q", md.TrustDomain, want.TrustDomain)
+	case md.Candidate && !want.Candidate:
+		return nil, fmt.Errorf("verify policy bundle: generation %d is a candidate, which is never in force", md.Generation)
+	case want.Candidate && !md.Candidate:
+		return nil, fmt.Errorf("verify policy bundle: generation %d is no candidate", md.Generation)
 	case md.Generation < want.MinGeneration:
 		return nil, fmt.Errorf("verify policy bundle: %w: generation %d, have seen %d", ErrOlder, md.Generation, want.MinGeneration)
 	}
@@ -313,7 +320,7 @@ func readManifest(raw []byte) (Metadata, error) {
 		return Metadata{}, err
 	}
 	in := m.Metadata.Merlon
-	md := Metadata{Name: in.Name, TrustDomain: in.TrustDomain, Generation: in.Generation, Audience: in.Audience}
+	md := Metadata{Name: in.Name, TrustDomain: in.TrustDomain, Generation: in.Generation, Audience: in.Audience, Candidate: in.Candidate}
 	if md.Name == "" || md.TrustDomain == "" || md.Generation == 0 || m.Revision != strconv.FormatUint(md.Generation, 10) {
 		return Metadata{}, errors.New("lacks name, trust domain or generation, or its revision is another")
 	}

@@ -53,6 +53,8 @@ type Config struct {
 	// PolicyGeneration is that of the active policy bundle, and PolicySeen the
 	// highest that ever was active. Optional.
 	PolicyGeneration, PolicySeen func() uint64
+	// PolicyReports returns what is told of the policy on the node. Optional.
+	PolicyReports func() PolicyReports
 	// Durable is the store revision up to which what the node holds is on disk.
 	// Optional: all of it.
 	Durable    func() uint64

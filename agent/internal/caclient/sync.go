@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	"merlon.dev/agent/internal/cache"
@@ -27,6 +28,8 @@ const (
 	// clockAlarm is how far the CA's clock may be off before the log says so
 	// (SECURITY.md T41).
 	clockAlarm = 30 * time.Second
+	// reportPause keeps reports about the policy from following each other.
+	reportPause = time.Second
 	// ackPause keeps acknowledgements from following each other too closely.
 	ackPause = 20 * time.Millisecond
 )
@@ -61,26 +64,25 @@ func (s *stream) follow(ctx context.Context) error {
 	defer stop()
 	watchdog := time.AfterFunc(silence, func() { cancel(errSilent) })
 	defer watchdog.Stop()
-	sync, err := s.node.Sync(ctx)
+	stream, err := s.node.Sync(ctx)
 	if err != nil {
 		return fmt.Errorf("open the Sync stream: %w", causeOr(ctx, err))
 	}
 	first := s.ack(s.picture)
-	if err := sync.Send(&capb.SyncRequest{ResumeRevision: s.picture.Resume(), Ack: first, Seen: s.seen(s.picture)}); err != nil {
+	if err := stream.Send(&capb.SyncRequest{ResumeRevision: s.picture.Resume(), Ack: first, Seen: s.seen(s.picture)}); err != nil {
 		// io.EOF; Recv says why.
-		_, err = sync.Recv()
+		_, err = stream.Recv()
 		return fmt.Errorf("open the Sync stream: %w", causeOr(ctx, err))
 	}
 	defer s.picture.Disconnected()
-	sent := make(chan struct{})
-	defer func() { <-sent }()
+	var sending sync.WaitGroup
+	defer sending.Wait()
 	defer cancel(nil)
-	go func() {
-		defer close(sent)
-		s.sendAcks(ctx, cancel, s.picture, sync, first)
-	}()
+	up := &upward{stream: stream}
+	sending.Go(func() { s.sendAcks(ctx, cancel, s.picture, up, first) })
+	sending.Go(func() { s.sendPolicyReports(ctx, up) })
 	for {
-		m, err := sync.Recv()
+		m, err := stream.Recv()
 		if err != nil {
 			return fmt.Errorf("follow the Sync stream: %w", causeOr(ctx, err))
 		}
@@ -192,7 +194,7 @@ func (c *Client) ack(picture *cache.Cache) *capb.SyncAck {
 
 // sendAcks tells the CA what the node serves, whenever that grew, and ends the
 // stream when the agent has a new SVID.
-func (c *Client) sendAcks(ctx context.Context, cancel context.CancelCauseFunc, picture *cache.Cache, stream capb.Node_SyncClient, last *capb.SyncAck) {
+func (c *Client) sendAcks(ctx context.Context, cancel context.CancelCauseFunc, picture *cache.Cache, up *upward, last *capb.SyncAck) {
 	for {
 		select {
 		case <-ctx.Done():
@@ -207,12 +209,58 @@ func (c *Client) sendAcks(ctx context.Context, cancel context.CancelCauseFunc, p
 		if now.Revision == last.Revision && now.TrustBundleSequence == last.TrustBundleSequence && now.PolicyGeneration == last.PolicyGeneration {
 			continue
 		}
-		if stream.Send(&capb.SyncRequest{Ack: now}) != nil {
+		if up.send(&capb.SyncRequest{Ack: now}) != nil {
 			return // Recv says why
 		}
 		last = now
 		if pause(ctx, ackPause) != nil {
 			return
+		}
+	}
+}
+
+// upward is the agent's side of a stream, for several senders.
+type upward struct {
+	mu     sync.Mutex // held while something is sent
+	stream capb.Node_SyncClient
+}
+
+func (u *upward) send(m *capb.SyncRequest) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.stream.Send(m)
+}
+
+// PolicyReports are what is told of the policy on the node.
+type PolicyReports interface {
+	// ReportDue receives when there may be something new.
+	ReportDue() <-chan struct{}
+	// PolicyReport returns what is new, nil for nothing; all but counts, where whole
+	// is set. NotReported says that it was not sent.
+	PolicyReport(whole bool) *capb.PolicyReport
+	NotReported()
+}
+
+// sendPolicyReports tells the CA at once how the policy stands, and then what is new.
+func (c *Client) sendPolicyReports(ctx context.Context, up *upward) {
+	if c.cfg.PolicyReports == nil {
+		return
+	}
+	reports := c.cfg.PolicyReports()
+	for whole := true; ; whole = false {
+		if m := reports.PolicyReport(whole); m != nil {
+			if up.send(&capb.SyncRequest{PolicyReport: m}) != nil {
+				reports.NotReported() // Recv says why
+				return
+			}
+		}
+		if pause(ctx, reportPause) != nil {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-reports.ReportDue():
 		}
 	}
 }

@@ -75,6 +75,8 @@ type shared struct {
 	federated         *capb.FederatedBundles
 	policy            *capb.PolicyBundle
 	published         *bundle.Published
+	candidate         *bundle.Published
+	reports           []*capb.PolicyReport
 	tokenUsed         bool
 	attests           int
 	loseAttest        bool
@@ -176,5 +178,12 @@ func (ca *CA) policyHandler() http.Handler {
 			return nil, nil, bundle.ErrNotFound
 		}
 		return ca.published, make(chan struct{}), nil
+	}, LoadCandidate: func(context.Context, string) (*bundle.Published, <-chan struct{}, error) {
+		ca.mu.Lock()
+		defer ca.mu.Unlock()
+		if ca.candidate == nil {
+			return nil, nil, bundle.ErrNotFound
+		}
+		return ca.candidate, make(chan struct{}), nil
 	}})
 }

@@ -4,6 +4,7 @@ package fakeca
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -118,6 +119,24 @@ func (ca *CA) PublishPolicy(raw []byte, pb *capb.PolicyBundle) {
 	ca.published = &bundle.Published{Raw: raw, ETag: fmt.Sprintf(`"%d"`, pb.Generation), Generation: pb.Generation}
 	ca.policy = pb
 	ca.push(&capb.SyncResponse{PolicyBundle: pb})
+}
+
+// PublishCandidate serves raw as the candidate that pb announces, beside what is
+// published.
+func (ca *CA) PublishCandidate(raw []byte, pb *capb.PolicyBundle) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.revision++
+	ca.candidate = &bundle.Published{Raw: raw, ETag: fmt.Sprintf(`"c%d"`, pb.GetCandidate().GetGeneration()), Generation: pb.GetCandidate().GetGeneration()}
+	ca.policy = pb
+	ca.push(&capb.SyncResponse{PolicyBundle: pb})
+}
+
+// PolicyReports are what agents said of the policy on their nodes.
+func (ca *CA) PolicyReports() []*capb.PolicyReport {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	return slices.Clone(ca.reports)
 }
 
 // RaiseTrust pushes the trust bundle under the next sequence number.

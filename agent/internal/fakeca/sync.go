@@ -28,7 +28,12 @@ func (ca *CA) Sync(stream capb.Node_SyncServer) error {
 	receiving.Go(func() {
 		for m := first; ; {
 			ca.mu.Lock()
-			ca.acks = append(ca.acks, m.GetAck())
+			if m.GetAck() != nil {
+				ca.acks = append(ca.acks, m.GetAck())
+			}
+			if m.GetPolicyReport() != nil {
+				ca.reports = append(ca.reports, m.GetPolicyReport())
+			}
 			ca.mu.Unlock()
 			if m, err = stream.Recv(); err != nil {
 				return

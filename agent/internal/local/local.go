@@ -20,6 +20,7 @@ import (
 	"merlon.dev/agent/agentpb"
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/endpoint"
+	"merlon.dev/agent/internal/policyfeed"
 	"merlon.dev/policy"
 	"merlon.dev/policy/decisionlog"
 	"merlon.dev/policy/engine"
@@ -34,17 +35,19 @@ const heartbeat = 10 * time.Second
 // otherwise.
 type Options struct {
 	Callers *endpoint.Callers
-	// Engine returns the active policy, nil for none.
-	Engine func() *engine.Engine
 	// EngineOf returns the policy of a generation that was active some time ago. The
 	// error says why it cannot be had.
 	EngineOf func(ctx context.Context, generation uint64) (*engine.Engine, error)
 	// ExplainHeaders names the headers whose values are kept with the last
 	// decisions.
 	ExplainHeaders []string
-	// PolicyChanged returns a channel that is closed at the next change of the
-	// active policy.
+	// Policy returns what decides now, PolicyChanged a channel that is closed when
+	// that is another, PolicyFault why it is not what the CA announces, empty for
+	// nothing. PolicyName is the bundle that is followed.
+	Policy        func() *policyfeed.Snapshot
 	PolicyChanged func() <-chan struct{}
+	PolicyFault   func() string
+	PolicyName    string
 	// AgentID is the agent's SPIFFE ID; zero before the node is attested.
 	AgentID func() spiffeid.ID
 	// RevocationMaxAge is how long the CA may be silent before revocations
@@ -74,12 +77,16 @@ type Server struct {
 	csrs      *endpoint.Rate
 	// unrecorded are denials that services counted and did not report.
 	unrecorded prometheus.Counter
+	compared   *comparer
+	processes  *processes
+	told       counted // with the last PolicyReport
 }
 
 // New returns a Server.
 func New(o Options) *Server {
 	s := &Server{
 		o: o, cache: o.Callers.Cache, csrs: endpoint.NewRate(csrsPerSecond, csrsBurst), decisions: newDecisions(o.ExplainHeaders),
+		compared: newComparer(o.Registerer), processes: newProcesses(),
 		counted: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "merlon_agent_decisions_total", Help: "Decisions for workloads, by reason.",
 		}, []string{"reason"}),
@@ -89,6 +96,12 @@ func New(o Options) *Server {
 	}
 	o.Registerer.MustRegister(s.counted, s.unrecorded)
 	return s
+}
+
+// Run compares the decisions with what a candidate says, until ctx ends.
+func (s *Server) Run(ctx context.Context) error {
+	s.compared.run(ctx)
+	return nil
 }
 
 // Authorize decides one call that arrived at the caller. The destination is
@@ -138,14 +151,17 @@ func (s *Server) decide(ctx context.Context, in *policy.Input, called []*cache.E
 	if s.o.DenyStale && s.stale(time.Now()) {
 		return policy.Deny(policy.StaleRevocations)
 	}
-	active := s.o.Engine()
-	if active == nil {
+	now := s.o.Policy()
+	choice := now.For(s.o.AgentID().String(), in.Destination)
+	if choice.Decides == nil {
 		return policy.Deny(policy.NoBundle)
 	}
-	if active.ReadsJWT() {
+	if choice.Decides.ReadsJWT() || choice.Beside != nil && choice.Beside.ReadsJWT() {
 		in.JWT = s.claimsOf(ctx, in, called)
 	}
-	return active.Authorize(ctx, in)
+	d := choice.Decides.Authorize(ctx, in)
+	s.compared.offer(now, choice, in, d)
+	return d
 }
 
 // stale says whether the CA has been silent for too long.
@@ -191,9 +207,9 @@ func (s *Server) Watch(_ *agentpb.WatchRequest, stream grpc.ServerStreamingServe
 		for _, r := range records {
 			m.Revocations = append(m.Revocations, revocationToPB(r))
 		}
-		if active := s.o.Engine(); active != nil {
-			m.PolicyGeneration = active.Generation()
-		}
+		now := s.o.Policy()
+		m.PolicyVersion = now.Version
+		m.PolicyGeneration, m.CandidateGeneration = now.Generations()
 		if heard := s.cache.Heard(); !heard.IsZero() {
 			m.RevocationsAsOf = timestamppb.New(heard)
 		}

@@ -15,10 +15,10 @@ import (
 
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/endpoint"
+	"merlon.dev/agent/internal/policyfeed"
 	"merlon.dev/ca/capb"
 	"merlon.dev/policy"
 	"merlon.dev/policy/decisionlog"
-	"merlon.dev/policy/engine"
 )
 
 func newServer(t *testing.T, denyStale bool) (*Server, *cache.Cache) {
@@ -28,7 +28,7 @@ func newServer(t *testing.T, denyStale bool) (*Server, *cache.Cache) {
 		Logger:      slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
 	})
 	return New(Options{
-		Callers: &endpoint.Callers{Cache: c}, Engine: func() *engine.Engine { return nil },
+		Callers: &endpoint.Callers{Cache: c}, Policy: func() *policyfeed.Snapshot { return &policyfeed.Snapshot{} }, AgentID: func() spiffeid.ID { return spiffeid.ID{} },
 		Decisions:        decisionlog.NewRecorder(decisionlog.Options{}),
 		RevocationMaxAge: 5 * time.Minute, DenyStale: denyStale,
 		Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),

@@ -17,6 +17,7 @@ import (
 	"merlon.dev/agent/agentpb"
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/endpoint"
+	"merlon.dev/agent/internal/policyfeed"
 	"merlon.dev/policy"
 	"merlon.dev/policy/decisionlog"
 	"merlon.dev/policy/engine"
@@ -57,25 +58,27 @@ func (s *Server) WatchPolicy(_ *agentpb.WatchPolicyRequest, stream grpc.ServerSt
 	}
 }
 
-// programs compiles the active policy for entries, or takes what is compiled.
+// programs compiles the policies that entries are decided by, and those that are to be
+// compared with them, or takes what is compiled: all by one snapshot.
 func (s *Server) programs(ctx context.Context, entries []*cache.Entry) *agentpb.WatchPolicyResponse {
-	m := &agentpb.WatchPolicyResponse{}
-	active := s.o.Engine()
-	if active == nil {
-		return m
-	}
-	m.PolicyGeneration = active.Generation()
+	now := s.o.Policy()
+	m := &agentpb.WatchPolicyResponse{PolicyVersion: now.Version, Step: now.Step}
+	m.PolicyGeneration, m.CandidateGeneration = now.Generations()
 	seen := make(map[string]bool, len(entries))
 	for _, e := range entries {
 		id := e.SPIFFEID.String()
-		if seen[id] {
+		choice := now.For(s.o.AgentID().String(), id)
+		if seen[id] || choice.Decides == nil {
 			continue
 		}
 		seen[id] = true
-		encoded, err := active.Encoded(ctx, id)
-		p := &agentpb.Program{Destination: id, Encoded: encoded}
+		encoded, err := choice.Decides.Encoded(ctx, id)
+		p := &agentpb.Program{Destination: id, Encoded: encoded, Canary: choice.Canary}
 		if err != nil {
-			p.Reason, p.Keep = err.Error(), keepOf(active)
+			p.Reason, p.Keep = err.Error(), keepOf(choice.Decides)
+		} else if choice.Beside != nil {
+			// What cannot be compiled the agent compares, by what is reported.
+			p.Beside, _ = choice.Beside.Encoded(ctx, id)
 		}
 		m.Programs = append(m.Programs, p)
 	}
@@ -102,6 +105,10 @@ const maxRecords = 1024
 // destination than the caller.
 func (s *Server) Report(stream grpc.ClientStreamingServer[agentpb.ReportRequest, agentpb.ReportResponse]) error {
 	ctx := stream.Context()
+	reporter := &process{}
+	s.processes.add(reporter)
+	defer s.compared.wake()
+	defer s.processes.remove(reporter)
 	for {
 		m, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
@@ -110,17 +117,20 @@ func (s *Server) Report(stream grpc.ClientStreamingServer[agentpb.ReportRequest,
 		if err != nil {
 			return err
 		}
-		_, entries, err := s.o.Callers.Entitled(ctx)
+		p, entries, err := s.o.Callers.Entitled(ctx)
 		if err != nil {
 			return err
 		}
-		if err := s.keep(m, entries); err != nil {
+		if s.processes.heard(reporter, p.PID, entries[0].SPIFFEID.String(), m) {
+			s.compared.wake()
+		}
+		if err := s.keep(ctx, m, entries); err != nil {
 			return err
 		}
 	}
 }
 
-func (s *Server) keep(m *agentpb.ReportRequest, entries []*cache.Entry) error {
+func (s *Server) keep(ctx context.Context, m *agentpb.ReportRequest, entries []*cache.Entry) error {
 	if len(m.GetRecords()) > maxRecords {
 		return status.Errorf(codes.InvalidArgument, "a report has %d records; at most %d are taken", len(m.GetRecords()), maxRecords)
 	}
@@ -139,6 +149,11 @@ func (s *Server) keep(m *agentpb.ReportRequest, entries []*cache.Entry) error {
 	if err := s.count(m, entries, known); err != nil {
 		return err
 	}
+	now := s.o.Policy()
+	s.compared.takeCounts(now, m.GetCounts(), func(destination string) bool {
+		_, own := pickDestination(entries, destination)
+		return own && destination != ""
+	})
 	for _, rec := range m.GetRecords() {
 		destination, ok := pickDestination(entries, rec.GetInput().GetDestination())
 		if !ok {
@@ -152,6 +167,9 @@ func (s *Server) keep(m *agentpb.ReportRequest, entries []*cache.Entry) error {
 		incomplete := decisionlog.FieldsNamed(rec.GetIncomplete())
 		s.decisions.add(in, d, at, incomplete&(decisionlog.Path|decisionlog.Query) != 0)
 		s.o.Decisions.Add(in, &d, at, rec.GetStandsFor(), incomplete)
+		if choice := now.For(s.o.AgentID().String(), destination); choice.Beside != nil && incomplete == 0 && !choice.Beside.ReadsJWT() && !comparesItself(ctx, m, choice, destination) {
+			s.compared.offer(now, choice, in, d)
+		}
 	}
 	return nil
 }
@@ -178,6 +196,16 @@ func (s *Server) count(m *agentpb.ReportRequest, entries []*cache.Entry, known m
 		s.o.Decisions.Count(row.GetSource(), destination, row.GetRuleId(), policy.Reason(row.GetReason()), row.GetCount())
 	}
 	return nil
+}
+
+// comparesItself says whether the sender of m compares the calls to destination. One
+// that knows of no candidates does not, and none can where one of both policies is not
+// compiled; then what is recorded is compared here: all denials, and some of the calls
+// that were allowed.
+func comparesItself(ctx context.Context, m *agentpb.ReportRequest, choice policyfeed.Choice, destination string) bool {
+	_, decides := choice.Decides.Encoded(ctx, destination)
+	_, beside := choice.Beside.Encoded(ctx, destination)
+	return m.GetPolicyVersion() != 0 && decides == nil && beside == nil
 }
 
 func decisionOf(pb *agentpb.Decision) (policy.Decision, error) {

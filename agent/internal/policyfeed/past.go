@@ -1,4 +1,4 @@
-// The generations that were active before, so that a decision of one of them can be
+// The generations that were active or tried before, so that a decision of one of them can be
 // explained. They are kept as they were fetched, which is small, and compiled when
 // somebody asks.
 
@@ -36,6 +36,7 @@ type pastBundle struct {
 	generation uint64
 	raw        []byte
 	keys       []bundle.Key
+	candidate  bool
 }
 
 // keep takes in the generation that is active from now on.
@@ -64,17 +65,20 @@ func (p *past) find(generation uint64) (pastBundle, bool) {
 	return pastBundle{}, false
 }
 
-// Of returns the policy of a generation that is or was active; ErrGone where it is
+// Of returns the policy of a generation that is or was active or tried; ErrGone where it is
 // too long ago. It is for explanations: one that is not active is compiled for each.
 func (f *Feed) Of(ctx context.Context, generation uint64) (*engine.Engine, error) {
-	if active := f.Active(); active != nil && active.Generation() == generation {
-		return active, nil
+	now := f.Now()
+	for _, e := range []*engine.Engine{now.Active, now.Candidate} {
+		if e != nil && e.Generation() == generation {
+			return e, nil
+		}
 	}
 	b, ok := f.past.find(generation)
 	if !ok {
 		return nil, ErrGone
 	}
-	e, _, err := f.compile(ctx, b.raw, b.keys, generation)
+	e, err := f.compile(ctx, b.raw, b.keys, bundle.Expect{MinGeneration: generation, Candidate: b.candidate})
 	if err == nil && e.Generation() != generation {
 		err = errors.New("it is another generation")
 	}

@@ -1,8 +1,9 @@
 // Package policyfeed keeps the node's active policy: it fetches the policy
 // bundle that the CA announces, verifies and compiles it, and puts it in the
-// place of the one before in one step. Whatever is wrong with a bundle, the
-// last good one stays. The highest generation ever active is kept on disk and
-// nothing older is taken again (SECURITY.md T27).
+// place of the one before in one step; so it does with the candidate that is tried
+// beside it. Whatever is wrong with a bundle, the last good one stays. The highest
+// generation ever active is kept on disk and nothing older is taken again
+// (SECURITY.md T27).
 package policyfeed
 
 import (
@@ -12,6 +13,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -36,9 +38,9 @@ type Config struct {
 	// Name is the bundle to follow, and TrustDomain that for which it must be
 	// signed.
 	Name, TrustDomain string
-	// URLs returns where its bytes are, at the replica to be asked first in
-	// front; at least one.
-	URLs func() []string
+	// URLs returns where its bytes are, or those of its candidate, at the replica to
+	// be asked first in front; at least one.
+	URLs func(candidate bool) []string
 	// HTTP speaks to the CA and to nobody else.
 	HTTP *http.Client
 	// DataDir is where the last good bundle is kept.
@@ -52,20 +54,30 @@ type Config struct {
 // Feed is safe for concurrent use. Use New, then Run.
 type Feed struct {
 	cfg       Config
-	active    atomic.Pointer[engine.Engine]
+	now       atomic.Pointer[Snapshot]
 	announced chan struct{}
 	loads     *prometheus.CounterVec
 
 	mu sync.Mutex
 	// guarded by mu
-	want    uint64       // the newest generation announced
-	keys    []bundle.Key // that may sign
+	want    announcement // the newest
 	changed chan struct{}
+	fault   string // why what is wanted is not in use
 
 	past past
 
 	highest atomic.Uint64 // generation that was active, ever
-	etag    string        // of the goroutine that loads: New, then Run
+	// Of the goroutine that loads: New, then Run.
+	etag  string
+	tried uint64 // highest generation of a candidate, ever
+}
+
+// announcement is what the CA wants in use.
+type announcement struct {
+	generation uint64
+	keys       []bundle.Key // that may sign
+	candidate  uint64       // 0 for none
+	rollout    rollout
 }
 
 // New takes up the bundle that an earlier run left on disk, so that a restart
@@ -77,31 +89,45 @@ func New(ctx context.Context, cfg Config) (*Feed, error) {
 			Name: "merlon_agent_policy_loads_total", Help: "Policy bundles fetched, by result (ok, unchanged, error).",
 		}, []string{"result"}),
 	}
+	f.now.Store(&Snapshot{Version: uint64(time.Now().UnixNano())})
 	cfg.Registerer.MustRegister(f.loads, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "merlon_agent_policy_generation", Help: "Generation of the active policy bundle; 0 for none.",
-	}, func() float64 { return float64(f.Generation()) }))
+	}, func() float64 { return float64(f.Generation()) }), prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "merlon_agent_policy_candidate_generation", Help: "Generation of the policy candidate that is tried on this node; 0 for none.",
+	}, func() float64 { return float64(generationOf(f.Now().Candidate)) }))
 	if err := f.restore(ctx); err != nil {
 		return nil, err
 	}
 	return f, nil
 }
 
-// Active returns the policy that decides now; nil for none.
-func (f *Feed) Active() *engine.Engine { return f.active.Load() }
+// Now returns what decides now.
+func (f *Feed) Now() *Snapshot { return f.now.Load() }
+
+// Active returns the active policy; nil for none.
+func (f *Feed) Active() *engine.Engine { return f.Now().Active }
 
 // Generation is that of the active policy; 0 for none.
-func (f *Feed) Generation() uint64 {
-	if e := f.active.Load(); e != nil {
-		return e.Generation()
+func (f *Feed) Generation() uint64 { return generationOf(f.Now().Active) }
+
+func generationOf(e *engine.Engine) uint64 {
+	if e == nil {
+		return 0
 	}
-	return 0
+	return e.Generation()
+}
+
+// Fault says why what the CA announces is not in use; empty: it is.
+func (f *Feed) Fault() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.fault
 }
 
 // Seen is the highest generation that was ever active, also before a restart.
 func (f *Feed) Seen() uint64 { return f.highest.Load() }
 
-// Changed returns a channel that is closed at the next change of the active
-// policy.
+// Changed returns a channel that is closed when Now is another.
 func (f *Feed) Changed() <-chan struct{} {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -122,7 +148,7 @@ func (f *Feed) Announce(pb *capb.PolicyBundle) {
 		return
 	}
 	f.mu.Lock()
-	f.want, f.keys = pb.GetGeneration(), keys
+	f.want = announcement{pb.GetGeneration(), keys, pb.GetCandidate().GetGeneration(), rolloutOf(pb.GetCandidate())}
 	f.mu.Unlock()
 	select {
 	case f.announced <- struct{}{}:
@@ -143,11 +169,12 @@ func (f *Feed) Run(ctx context.Context) error {
 	}
 }
 
-// catchUp tries until the announced generation is active, or another is
+// catchUp tries until what is announced is in use, or something else is
 // announced.
 func (f *Feed) catchUp(ctx context.Context) {
 	for failures := 0; ; failures++ {
 		err := f.load(ctx)
+		f.setFault(err)
 		if err == nil || ctx.Err() != nil {
 			return
 		}
@@ -170,21 +197,66 @@ func (f *Feed) catchUp(ctx context.Context) {
 	}
 }
 
-// load fetches and activates the bundle, unless the announced generation is
-// active.
+func (f *Feed) setFault(err error) {
+	fault := ""
+	if err != nil {
+		fault = err.Error()
+	}
+	f.mu.Lock()
+	changed := f.fault != fault
+	f.fault = fault
+	f.mu.Unlock()
+	if changed {
+		f.cfg.OnChange()
+	}
+}
+
+// draft is what is about to be in use, with the bytes of it that are to be kept.
+type draft struct {
+	Snapshot
+	raw, rawCandidate []byte // nil: as before
+	etag              string
+}
+
+// load puts what is announced into use, as far as it is not. The active policy and
+// its candidate are swapped in one step; a candidate that is not announced any more
+// goes, and one that is at fault is left out, whatever becomes of the other.
 func (f *Feed) load(ctx context.Context) error {
 	f.mu.Lock()
-	want, keys := f.want, f.keys
+	want := f.want
 	f.mu.Unlock()
-	switch {
-	case want == 0 || want == f.Generation():
+	if want.generation == 0 {
 		return nil
-	case want < f.Seen():
-		return fmt.Errorf("generation %d is announced, but generation %d was active before: the CA's store was set back, or somebody replays an old policy", want, f.Seen())
 	}
+	before := f.Now()
+	d := draft{Snapshot: Snapshot{Active: before.Active}, etag: f.etag}
+	activeErr := f.loadActive(ctx, &d, want)
+	candidateErr := f.loadCandidate(ctx, &d, before, want)
+	if d.Active == before.Active && d.Candidate == before.Candidate && sameRollout(d.rollout, before.rollout) {
+		return errors.Join(activeErr, candidateErr)
+	}
+	return errors.Join(activeErr, candidateErr, f.use(ctx, &d, want.keys, true))
+}
+
+// loadActive fetches the announced generation, unless it is active.
+func (f *Feed) loadActive(ctx context.Context, d *draft, want announcement) error {
+	switch {
+	case want.generation == f.Generation():
+		return nil
+	case want.generation < f.Seen():
+		return fmt.Errorf("generation %d is announced, but generation %d was active before: the CA's store was set back, or somebody replays an old policy", want.generation, f.Seen())
+	}
+	err := f.eachURL(false, func(url string) error { return f.loadFrom(ctx, url, d, want) })
+	if err == nil {
+		f.loads.WithLabelValues("ok").Inc()
+	}
+	return err
+}
+
+func (f *Feed) eachURL(candidate bool, try func(url string) error) error {
 	var failed []error
-	for _, url := range f.cfg.URLs() {
-		err := f.loadFrom(ctx, url, want, keys)
+	for _, url := range f.cfg.URLs(candidate) {
+		err := try(url)
 		if err == nil {
 			return nil
 		}
@@ -193,70 +265,120 @@ func (f *Feed) load(ctx context.Context) error {
 	return errors.Join(failed...)
 }
 
-// loadFrom fetches and activates the bundle of one replica, which may not have
-// the announced generation yet.
-func (f *Feed) loadFrom(ctx context.Context, url string, want uint64, keys []bundle.Key) error {
+// loadFrom fetches the bundle of one replica, which may not have the announced
+// generation yet; a newer one than that in use is taken all the same.
+func (f *Feed) loadFrom(ctx context.Context, url string, d *draft, want announcement) error {
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
-	raw, etag, err := bundle.Fetch(ctx, f.cfg.HTTP, url, f.etag)
+	raw, etag, err := bundle.Fetch(ctx, f.cfg.HTTP, url, d.etag)
 	if errors.Is(err, bundle.ErrNotModified) {
-		return fmt.Errorf("generation %d is announced, but the CA still serves %d at %s", want, f.Generation(), url)
+		return fmt.Errorf("generation %d is announced, but the CA still serves %d at %s", want.generation, generationOf(d.Active), url)
 	}
 	if err != nil {
 		return fmt.Errorf("fetch policy bundle %s: %w", f.cfg.Name, err)
 	}
-	if err := f.activate(ctx, raw, keys, true); err != nil {
-		return err
-	}
-	f.etag = etag
-	if got := f.Generation(); got < want {
-		return fmt.Errorf("generation %d is announced, but the CA still serves %d at %s", want, got, url)
-	}
-	f.loads.WithLabelValues("ok").Inc()
-	return nil
-}
-
-// activate verifies, compiles, keeps and swaps, in that order.
-func (f *Feed) activate(ctx context.Context, raw []byte, keys []bundle.Key, keep bool) error {
-	compiled, generation, err := f.compile(ctx, raw, keys, f.Seen())
+	e, err := f.compile(ctx, raw, want.keys, bundle.Expect{MinGeneration: max(f.Seen(), generationOf(d.Active))})
 	if err != nil {
 		return err
 	}
+	d.Active, d.raw, d.etag = e, raw, etag
+	if got := e.Generation(); got < want.generation {
+		return fmt.Errorf("generation %d is announced, but the CA still serves %d at %s", want.generation, got, url)
+	}
+	return nil
+}
+
+// loadCandidate fetches the announced candidate, unless it is in use.
+func (f *Feed) loadCandidate(ctx context.Context, d *draft, before *Snapshot, want announcement) error {
+	switch {
+	case want.candidate == 0:
+		return nil
+	case want.candidate <= generationOf(d.Active):
+		return fmt.Errorf("candidate %d is announced, which is not newer than generation %d", want.candidate, generationOf(d.Active))
+	case want.candidate == generationOf(before.Candidate):
+		d.Candidate, d.rollout, d.Step = before.Candidate, want.rollout, want.rollout.Step
+		return nil
+	}
+	err := f.eachURL(true, func(url string) error {
+		ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
+		defer cancel()
+		raw, _, err := bundle.Fetch(ctx, f.cfg.HTTP, url, "")
+		if err != nil {
+			return fmt.Errorf("fetch the candidate of policy bundle %s: %w", f.cfg.Name, err)
+		}
+		e, err := f.compile(ctx, raw, want.keys, bundle.Expect{MinGeneration: max(f.tried, generationOf(d.Active)+1), Candidate: true})
+		if err != nil {
+			return err
+		}
+		if e.Generation() != want.candidate {
+			return fmt.Errorf("candidate %d is announced, but the CA serves %d at %s", want.candidate, e.Generation(), url)
+		}
+		d.Candidate, d.rawCandidate, d.rollout, d.Step = e, raw, want.rollout, want.rollout.Step
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("the policy candidate is left out: %w", err)
+	}
+	return nil
+}
+
+// compile verifies a bundle and makes a policy of it, of one that is as want says.
+func (f *Feed) compile(ctx context.Context, raw []byte, keys []bundle.Key, want bundle.Expect) (*engine.Engine, error) {
+	want.Name, want.TrustDomain = f.cfg.Name, f.cfg.TrustDomain
+	contents, err := bundle.Verify(raw, keys, want)
+	if err != nil {
+		return nil, fmt.Errorf("verify policy bundle %s: %w", f.cfg.Name, err)
+	}
+	md := contents.Metadata
+	e, err := engine.New(ctx, engine.Source{
+		Modules: contents.Modules, Grants: contents.Grants,
+		Generation: md.Generation, NotAfter: md.NotAfter, Logger: f.cfg.Logger,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("compile policy bundle %s generation %d: %w", f.cfg.Name, md.Generation, err)
+	}
+	return e, nil
+}
+
+// use keeps d on disk, where that is asked, and swaps it in.
+func (f *Feed) use(ctx context.Context, d *draft, keys []bundle.Key, keep bool) error {
+	before := f.Now()
 	if keep {
-		// Before it decides anything: a generation that was active once must
-		// not be forgotten.
-		if err := f.save(raw, generation, keys); err != nil {
+		// Before it decides anything: a generation that was in use once must not be
+		// forgotten.
+		if err := f.save(d, keys); err != nil {
 			return err
 		}
 	}
-	f.highest.Store(generation)
-	f.past.keep(pastBundle{generation, raw, keys})
-	f.active.Store(compiled)
+	f.highest.Store(max(f.Seen(), generationOf(d.Active)))
+	f.tried = max(f.tried, generationOf(d.Candidate))
+	f.etag = d.etag
+	next := d.Snapshot
+	next.Version, next.Since = before.Version+1, time.Now()
+	f.now.Store(&next)
+	if next.Active != before.Active {
+		f.past.keep(pastBundle{f.Generation(), d.raw, keys, false})
+	}
+	if next.Candidate != nil && next.Candidate != before.Candidate {
+		f.past.keep(pastBundle{next.Candidate.Generation(), d.rawCandidate, keys, true})
+	}
 	f.mu.Lock()
 	close(f.changed)
 	f.changed = make(chan struct{})
 	f.mu.Unlock()
 	f.cfg.OnChange()
-	f.cfg.Logger.LogAttrs(ctx, slog.LevelInfo, "policy active",
-		slog.String("name", f.cfg.Name), slog.Uint64("policy_revision", generation), slog.Int("grants", compiled.Grants()))
+	if next.Active != before.Active {
+		f.cfg.Logger.LogAttrs(ctx, slog.LevelInfo, "policy active",
+			slog.String("name", f.cfg.Name), slog.Uint64("policy_revision", f.Generation()), slog.Int("grants", next.Active.Grants()))
+	}
+	if next.Candidate != before.Candidate || !sameRollout(next.rollout, before.rollout) {
+		f.cfg.Logger.LogAttrs(ctx, slog.LevelInfo, "policy candidate", slog.String("name", f.cfg.Name),
+			slog.Uint64("candidate_revision", generationOf(next.Candidate)),
+			slog.Any("canary_destinations", next.rollout.Destinations), slog.Uint64("canary_per_mille", uint64(next.rollout.PerMille)))
+	}
 	return nil
 }
 
-// compile verifies a bundle that is not older than generation least.
-func (f *Feed) compile(ctx context.Context, raw []byte, keys []bundle.Key, least uint64) (*engine.Engine, uint64, error) {
-	contents, err := bundle.Verify(raw, keys, bundle.Expect{
-		Name: f.cfg.Name, TrustDomain: f.cfg.TrustDomain, MinGeneration: least,
-	})
-	if err != nil {
-		return nil, 0, fmt.Errorf("verify policy bundle %s: %w", f.cfg.Name, err)
-	}
-	md := contents.Metadata
-	compiled, err := engine.New(ctx, engine.Source{
-		Modules: contents.Modules, Grants: contents.Grants,
-		Generation: md.Generation, NotAfter: md.NotAfter, Logger: f.cfg.Logger,
-	})
-	if err != nil {
-		return nil, 0, fmt.Errorf("compile policy bundle %s generation %d: %w", f.cfg.Name, md.Generation, err)
-	}
-	return compiled, md.Generation, nil
+func sameRollout(a, b rollout) bool {
+	return a.Step == b.Step && a.PerMille == b.PerMille && slices.Equal(a.Destinations, b.Destinations)
 }

@@ -1,5 +1,5 @@
-// What the feed keeps on disk: the last good bundle, the keys that may sign
-// it, and the highest generation.
+// What the feed keeps on disk: the last good bundle and its candidate, the keys that
+// may sign them, the highest generations, and where the candidate decides.
 
 package policyfeed
 
@@ -18,8 +18,9 @@ import (
 )
 
 const (
-	bundleFile = "policy_bundle"
-	stateFile  = "policy_state"
+	bundleFile    = "policy_bundle"
+	candidateFile = "policy_candidate"
+	stateFile     = "policy_state"
 )
 
 // state is the form of stateFile.
@@ -27,6 +28,10 @@ type state struct {
 	Name       string      `json:"name"`
 	Generation uint64      `json:"generation"`
 	Keys       []storedKey `json:"keys"`
+	// Candidate is the one in use, 0 for none; Tried is the highest ever.
+	Candidate uint64  `json:"candidate,omitempty"`
+	Tried     uint64  `json:"tried,omitempty"`
+	Rollout   rollout `json:"rollout,omitzero"`
 }
 
 type storedKey struct {
@@ -34,11 +39,14 @@ type storedKey struct {
 	PublicKey []byte `json:"public_key"` // PKIX, DER
 }
 
-// save keeps a bundle that is about to become active. The generation comes
-// first: a crash in between leaves an older bundle, which is then refused,
-// never a forgotten generation.
-func (f *Feed) save(raw []byte, generation uint64, keys []bundle.Key) error {
-	st := state{Name: f.cfg.Name, Generation: generation}
+// save keeps what is about to be in use. The generations come first: a crash in
+// between leaves an older bundle, which is then refused, or a candidate that is not
+// the one meant, never a forgotten generation.
+func (f *Feed) save(d *draft, keys []bundle.Key) error {
+	st := state{
+		Name: f.cfg.Name, Generation: max(f.Seen(), generationOf(d.Active)),
+		Candidate: generationOf(d.Candidate), Tried: max(f.tried, generationOf(d.Candidate)), Rollout: d.rollout,
+	}
 	for _, k := range keys {
 		der, err := x509.MarshalPKIXPublicKey(k.PublicKey)
 		if err != nil {
@@ -53,7 +61,15 @@ func (f *Feed) save(raw []byte, generation uint64, keys []bundle.Key) error {
 	if err := f.cfg.DataDir.Write(stateFile, content); err != nil {
 		return err
 	}
-	return f.cfg.DataDir.Write(bundleFile, raw)
+	if d.raw != nil {
+		if err := f.cfg.DataDir.Write(bundleFile, d.raw); err != nil {
+			return err
+		}
+	}
+	if d.rawCandidate != nil {
+		return f.cfg.DataDir.Write(candidateFile, d.rawCandidate)
+	}
+	return nil
 }
 
 // restore reads what save wrote. A bundle that is not good any more is left
@@ -72,20 +88,48 @@ func (f *Feed) restore(ctx context.Context) error {
 		return nil // another bundle is configured now
 	}
 	f.highest.Store(st.Generation)
+	f.tried = st.Tried
 	pbs := make([]*capb.PolicyKey, 0, len(st.Keys))
 	for _, k := range st.Keys {
 		pbs = append(pbs, &capb.PolicyKey{Kid: k.KID, PublicKey: k.PublicKey})
 	}
-	if f.keys, err = parseKeys(pbs); err != nil {
+	keys, err := parseKeys(pbs)
+	if err != nil {
 		return fmt.Errorf("read %s: %w", stateFile, err)
 	}
+	f.want.keys = keys
 	raw, err := f.cfg.DataDir.Read(ctx, bundleFile)
 	if err != nil || raw == nil {
 		return err
 	}
-	if err := f.activate(ctx, raw, f.keys, false); err != nil {
+	d := draft{raw: raw}
+	if d.Active, err = f.compile(ctx, raw, keys, bundle.Expect{MinGeneration: st.Generation}); err != nil {
 		f.cfg.Logger.LogAttrs(ctx, slog.LevelWarn, "kept policy bundle not used; the CA's is awaited", slog.Any("err", err))
+		return nil
 	}
+	if err := f.restoreCandidate(ctx, &d, &st, keys); err != nil {
+		f.cfg.Logger.LogAttrs(ctx, slog.LevelWarn, "kept policy candidate not used; the CA's is awaited", slog.Any("err", err))
+	}
+	return f.use(ctx, &d, keys, false)
+}
+
+// restoreCandidate takes up the candidate that st names, if it is that which is kept.
+func (f *Feed) restoreCandidate(ctx context.Context, d *draft, st *state, keys []bundle.Key) error {
+	if st.Candidate == 0 {
+		return nil
+	}
+	raw, err := f.cfg.DataDir.Read(ctx, candidateFile)
+	if err != nil || raw == nil {
+		return err
+	}
+	e, err := f.compile(ctx, raw, keys, bundle.Expect{MinGeneration: max(st.Tried, d.Active.Generation()+1), Candidate: true})
+	if err != nil {
+		return err
+	}
+	if e.Generation() != st.Candidate {
+		return fmt.Errorf("it is generation %d, not %d", e.Generation(), st.Candidate)
+	}
+	d.Candidate, d.rawCandidate, d.rollout, d.Step = e, raw, st.Rollout, st.Rollout.Step
 	return nil
 }
 

@@ -23,7 +23,8 @@ import (
 func policyNoun(o *options) *cobra.Command {
 	cmd := policyCommand(o)
 	cmd.Args, cmd.RunE = unknownCommand, showHelp
-	cmd.AddCommand(policyPush(o), policyKey(o))
+	cmd.AddCommand(policyPush(o), policyCanary(o), policyPause(o), policyPromote(o), policyAbort(o), policyRollback(o),
+		policyHistory(o), policyStatus(o), policyKey(o))
 	return cmd
 }
 
@@ -40,13 +41,20 @@ type pushedJSON struct {
 func policyPush(o *options) *cobra.Command {
 	var name string
 	var wait time.Duration
+	var candidate bool
 	cmd := &cobra.Command{
 		Use:   "push FOLDER",
 		Short: "Check a policy folder, have the CA sign it, and put it into force everywhere",
 		Long: `Check a policy folder, have the CA give it the next generation, sign it and
 send it to every agent. The command ends once each connected agent decides by
-it, or after --wait, and then names those that do not yet.`,
+it, or after --wait, and then names those that do not yet.
+
+With --candidate it is not put into force, but evaluated beside the policy that
+is, wherever calls are decided: merlon policy status counts what it would have
+allowed and denied. What comes next is merlon policy canary, promote or abort.
+Any other push or rollback ends the candidate.`,
 		Example: `  merlon policy push ./policy
+  merlon policy push ./policy --candidate
   merlon policy push ./policy --ca ca.example.org:8443`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -58,11 +66,11 @@ it, or after --wait, and then names those that do not yet.`,
 				return err
 			}
 			return o.withCA(cmd.Context(), func(ca capb.AdminClient) error {
-				resp, err := ca.PushPolicy(cmd.Context(), &capb.PushPolicyRequest{Name: name, Bundle: raw})
+				resp, err := ca.PushPolicy(cmd.Context(), &capb.PushPolicyRequest{Name: name, Bundle: raw, Candidate: candidate})
 				if err != nil {
 					return pushRefused(err)
 				}
-				if resp.GetName() == defaultBundle { // agents acknowledge the bundle that they follow
+				if resp.GetName() == defaultBundle && !candidate { // agents acknowledge the bundle that they follow
 					if err := awaitPolicy(cmd.Context(), ca, resp.GetGeneration(), wait, cmd.ErrOrStderr()); err != nil {
 						return err
 					}
@@ -75,6 +83,7 @@ it, or after --wait, and then names those that do not yet.`,
 		},
 	}
 	cmd.Flags().StringVar(&name, "name", defaultBundle, "name of the policy bundle")
+	cmd.Flags().BoolVar(&candidate, "candidate", false, "try it beside the policy in force, which goes on deciding")
 	cmd.Flags().DurationVar(&wait, "wait", 5*time.Second, "how long to wait for the agents; 0 does not wait")
 	return cmd
 }

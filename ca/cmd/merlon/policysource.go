@@ -85,7 +85,7 @@ func (o *options) fetchPolicy(ctx context.Context, generation uint64, name strin
 	if err := o.withCA(ctx, func(ca capb.AdminClient) (err error) {
 		signed, err = ca.FetchPolicy(ctx, &capb.FetchPolicyRequest{Name: name, Generation: generation}, grpc.MaxCallRecvMsgSize(2*bundle.MaxBytes))
 		if status.Code(err) == codes.NotFound {
-			err = hintError{err, "leave the number out for the generation in force, or name the folder of the policy"}
+			err = hintError{err, "merlon policy history lists those that are; leave the number out for the generation in force, or name the folder of the policy"}
 		}
 		return err
 	}); err != nil {
@@ -101,7 +101,7 @@ func (o *options) fetchPolicy(ctx context.Context, generation uint64, name strin
 			keys = append(keys, bundle.Key{KID: k.GetKid(), PublicKey: ec})
 		}
 	}
-	contents, err := bundle.Verify(signed.GetBundle(), keys, bundle.Expect{Name: name})
+	contents, err := bundle.Verify(signed.GetBundle(), keys, bundle.Expect{Name: name, Candidate: signed.GetCandidate()})
 	if err != nil {
 		return nil, err
 	}

@@ -116,7 +116,7 @@ func checkFolder(path, hint string) error {
 var flagsOf = map[string][]string{
 	"parent_id": {"parent"}, "selectors": {"selector"}, "x509_svid_ttl_seconds": {"ttl"}, "jwt_svid_ttl_seconds": {"jwt-ttl"},
 	"dns_names": {"dns"}, "common_name": {"cn"}, "expires_at": {"expires"}, "ttl_seconds": {"ttl"}, "agent_name": {"agent"},
-	"agent_id": {"agent"}, "authority_id": {"authority"}, "name": {"name", "bundle"},
+	"destinations": {"destination"}, "per_mille": {"percent"}, "agent_id": {"agent"}, "authority_id": {"authority"}, "name": {"name", "bundle"},
 }
 
 // argumentHint says which flag of cmd it is that the CA refuses.

@@ -17,6 +17,7 @@ import (
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/rollout"
 	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/sdk/svid"
@@ -154,6 +155,9 @@ func (s *Service) tryEvict(ctx context.Context, name string) (*replica.Record, [
 		return nil, nil, 0, err
 	}
 	ops := append(step.Ops, store.Delete(replica.Prefix+name), store.Delete(replica.ProgressPrefix+name), replica.Mark())
+	for _, h := range s.registry.PolicyHeads() {
+		ops = append(ops, store.Delete(rollout.SharePrefix+h.Name+"/"+name))
+	}
 	var revocations []*revocation.Record
 	for _, r := range Withdrawn(rec, keys, now) {
 		put, key, err := revocation.PutForGood(r)

@@ -19,6 +19,8 @@ type metrics struct {
 	pushed      prometheus.Counter
 	cloned      prometheus.Counter
 	quota       prometheus.Counter
+	// canaryAlarms are the canaries that this replica paused.
+	canaryAlarms prometheus.Counter
 }
 
 // count counts what is sent to an agent.
@@ -55,11 +57,14 @@ func newMetrics(to prometheus.Registerer, reg *registry.Registry, keys *authorit
 		quota: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "merlon_agent_issue_quota_refusals_total", Help: "Calls of agents that were refused because the agent had had its share of SVIDs.",
 		}),
+		canaryAlarms: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "merlon_policy_canary_alarms_total", Help: "Canaries that this replica took back to shadow because they denied too much.",
+		}),
 		pushed: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "merlon_sync_pushed_entries_total", Help: "Registration entries sent to agents, and removals of entries.",
 		}),
 	}
-	to.MustRegister(m.issued, m.attestation, m.refused, m.unrecorded, m.rollback, m.listings, m.pushed, m.cloned, m.quota)
+	to.MustRegister(m.issued, m.attestation, m.refused, m.unrecorded, m.rollback, m.listings, m.pushed, m.cloned, m.quota, m.canaryAlarms)
 	to.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
 		Name: "merlon_ca_forgotten_keys_total", Help: "Public keys that were forgotten before their SVIDs ended, for want of room: their use by another identity would not be noticed.",
 	}, func() float64 { return float64(keys.Forgotten()) }))

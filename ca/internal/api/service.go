@@ -33,6 +33,7 @@ import (
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/role"
+	"merlon.dev/ca/internal/rollout"
 	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
@@ -91,6 +92,8 @@ type Options struct {
 	Domain   trust.Domain
 	Rotation rotation.Policy
 	Releases *release.Publisher
+	// Canary says when a canary is paused.
+	Canary rollout.Limits
 	// ReplicaName is the name of this replica.
 	ReplicaName string
 	// Root is nil on a replica that does not hold the root key.
@@ -158,6 +161,7 @@ type Service struct {
 	keys *authority.KeyUse
 
 	unnoted *unnoted
+	rollout *rollout.Board
 	// keeping holds a token for each acknowledgement that is being written.
 	keeping  chan struct{}
 	reach    *reach
@@ -168,7 +172,7 @@ type Service struct {
 // New makes a service.
 func New(o Options) *Service {
 	keys := authority.NewKeyUse(authority.MaxKeys)
-	return &Service{
+	s := &Service{
 		opts: o, registry: o.Registry, access: accessTable(), log: o.Log,
 		metrics:     newMetrics(o.Metrics, o.Registry, keys),
 		keys:        keys,
@@ -183,7 +187,10 @@ func New(o Options) *Service {
 		keeping:     make(chan struct{}, maxKeeping),
 		reach:       newReach(),
 		stopping:    make(chan struct{}),
+		rollout:     rollout.NewBoard(),
 	}
+	s.policyMetrics(o.Metrics)
+	return s
 }
 
 // StopStreams ends the Sync streams, so that a graceful stop of the servers
@@ -395,6 +402,9 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 	}
 	if e, ok := errors.AsType[*release.RefusedError](err); ok {
 		return status.Error(codes.InvalidArgument, e.Error())
+	}
+	if e, ok := errors.AsType[*release.StateError](err); ok {
+		return status.Error(codes.FailedPrecondition, e.Error())
 	}
 	if e, ok := errors.AsType[*rotation.RefusedError](err); ok {
 		return status.Error(codes.FailedPrecondition, e.Error())

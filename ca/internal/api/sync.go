@@ -63,6 +63,7 @@ func (s *Service) Sync(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.Sy
 		opening: []byte(s.opts.Opening.ID),
 	}
 	follower.noteAck(ctx, first)
+	defer s.rollout.Dirty() // it is connected here no more
 	ended := make(chan error, 1)
 	// The goroutine ends with the stream, whose handler this is.
 	go func() { ended <- follower.receiveAcks(ctx) }()
@@ -106,6 +107,7 @@ func (f *follower) receiveAcks(ctx context.Context) error {
 			return err
 		}
 		f.noteAck(ctx, req)
+		f.hearPolicy(req.GetPolicyReport())
 	}
 }
 

@@ -156,3 +156,13 @@ func (p *picture) aliasesChanged(agent spiffeid.ID, since uint64, gone []removal
 	}
 	return slices.ContainsFunc(gone, func(g removal) bool { return g.parent == ca })
 }
+
+// SPIFFEIDs are those of the entries that concern the node of agent.
+func (r *Registry) SPIFFEIDs(agent spiffeid.ID) map[string]bool {
+	pic := r.pic.Load()
+	ids := map[string]bool{}
+	for e := range pic.entries.below(append([]spiffeid.ID{agent}, pic.aliases(agent)...)...) {
+		ids[e.SPIFFEID.String()] = true
+	}
+	return ids
+}

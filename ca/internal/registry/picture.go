@@ -20,6 +20,7 @@ import (
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/revocation"
+	"merlon.dev/ca/internal/rollout"
 	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
@@ -34,7 +35,8 @@ type picture struct {
 	revocations revocation.Set
 	trust       *trust.Bundle
 	authorities rotation.Set
-	heads       map[string]*release.Head // by name; few
+	heads       map[string]*release.Head  // by name; few
+	shares      map[string]*rollout.Share // by bundle and replica; replaced, never written to
 	federated   federated
 	replicas    replicas
 }
@@ -203,6 +205,16 @@ func (p *picture) put(kv store.KV, dec *entry.Decoder, c *change) error {
 		p.heads = maps.Clone(p.heads)
 		p.heads[h.Name] = h
 		c.forAll, c.heads = true, true
+	case strings.HasPrefix(kv.Key, rollout.SharePrefix):
+		share, err := rollout.DecodeShare(kv)
+		if err != nil {
+			return p.leaveOut(kv, err, c)
+		}
+		p.shares = maps.Clone(p.shares)
+		if p.shares == nil {
+			p.shares = make(map[string]*rollout.Share)
+		}
+		p.shares[kv.Key] = share
 	} // tokens, handles, policy chunks: read when needed
 	return nil
 }
@@ -272,6 +284,9 @@ func (p *picture) remove(kv store.KV, c *change) {
 	} else if name, ok := strings.CutPrefix(kv.Key, release.HeadPrefix); ok {
 		p.heads = maps.Clone(p.heads)
 		delete(p.heads, name)
+	} else if strings.HasPrefix(kv.Key, rollout.SharePrefix) {
+		p.shares = maps.Clone(p.shares)
+		delete(p.shares, kv.Key)
 	} else if name, ok := strings.CutPrefix(kv.Key, replica.Prefix); ok {
 		p.replicas = p.replicas.without(name)
 	} else if name, ok := strings.CutPrefix(kv.Key, replica.ProgressPrefix); ok {
@@ -297,4 +312,4 @@ func (p *picture) removeEntry(id string, revision uint64, c *change) {
 }
 
 // kinds are the prefixes of what the picture holds.
-var kinds = []string{EntryPrefix, attest.AgentPrefix, revocation.Prefix, trust.Key, trust.AuthoritiesKey, trust.FederatedPrefix, release.HeadPrefix, replica.Prefix, replica.ProgressPrefix, replica.MarkKey, alivePrefix}
+var kinds = []string{EntryPrefix, attest.AgentPrefix, revocation.Prefix, trust.Key, trust.AuthoritiesKey, trust.FederatedPrefix, release.HeadPrefix, rollout.SharePrefix, replica.Prefix, replica.ProgressPrefix, replica.MarkKey, alivePrefix}

@@ -22,7 +22,6 @@ import (
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/index"
-	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/revocation"
 	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/store"
@@ -307,20 +306,6 @@ func (r *Registry) ExpiredRevocations(now time.Time) []*revocation.Record {
 
 // Trust is the published trust bundle; nil before the first.
 func (r *Registry) Trust() *trust.Bundle { return r.pic.Load().trust }
-
-// PolicyHead is the head of the named policy bundle.
-func (r *Registry) PolicyHead(name string) (*release.Head, bool) {
-	h, ok := r.pic.Load().heads[name]
-	return h, ok
-}
-
-// HeadsChanged returns a channel that is closed when any policy bundle gets a
-// new generation, or a replica came or went, and with it the keys that sign.
-func (r *Registry) HeadsChanged() <-chan struct{} {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.heads
-}
 
 // GetX509BundleForTrustDomain implements x509bundle.Source with the published
 // trust bundle, so that a root that is withdrawn there ends with it.

@@ -1,7 +1,7 @@
 // Package release publishes policy bundles: what was uploaded is checked, gets
 // the next generation, is signed and kept in the store. A head names the
-// current generation; it is swapped last, so that a reader finds whole bundles
-// only.
+// generation in force, those before it, and a candidate that is tried beside it; it
+// is swapped last, so that a reader finds whole bundles only.
 package release
 
 import (
@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"log/slog"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -38,6 +39,9 @@ const (
 	// orphanAge is how old a blob that no head names must be to be removed: a
 	// push that is under way has written its blob and not yet its head.
 	orphanAge = time.Hour
+	// keepGenerations is how many generations of a bundle are kept, the one in force
+	// among them: so far a rollback goes back.
+	keepGenerations = 10
 	// maxNames bounds how many policy bundles upkeep looks at.
 	maxNames = 1000
 )
@@ -54,6 +58,12 @@ type RefusedError struct{ Err error }
 // Error implements error.
 func (e *RefusedError) Error() string { return "policy bundle: " + e.Err.Error() }
 
+// StateError says why a policy bundle cannot be changed so as it stands.
+type StateError struct{ Reason string }
+
+// Error implements error.
+func (e *StateError) Error() string { return "policy bundle: " + e.Reason }
+
 // Unwrap returns what the check said.
 func (e *RefusedError) Unwrap() error { return e.Err }
 
@@ -62,7 +72,13 @@ type Seal struct {
 	Name               string
 	Generation         uint64
 	IssuedAt, NotAfter time.Time
+	// Candidate: it may be tried, and is never in force.
+	Candidate bool
 }
+
+// Unsign gives back what was signed, if the signature of signed is good and seals
+// the bundle called name, as a candidate or not.
+type Unsign func(signed []byte, name string, candidate bool) (unsigned []byte, err error)
 
 // Key can verify what Options.Sign makes.
 type Key struct {
@@ -78,9 +94,8 @@ type Options struct {
 	Check func(unsigned []byte) error
 	// Sign signs a checked bundle.
 	Sign func(unsigned []byte, seal Seal) ([]byte, error)
-	// Unsign gives back what Sign got, if the signature of signed is good and
-	// seals the bundle called name.
-	Unsign func(signed []byte, name string) (unsigned []byte, err error)
+	// Unsign gives back what Sign got.
+	Unsign Unsign
 	// Keys are those that verify: ours, and those of other CAs that sign the
 	// same bundles. Nil: none are announced.
 	Keys func() []Key
@@ -90,13 +105,14 @@ type Options struct {
 
 // Publisher is safe for concurrent use.
 type Publisher struct {
-	opts  Options
-	cache atomic.Pointer[cached] // the bundle that was read last
+	opts Options
+	// What was read last.
+	current, candidate atomic.Pointer[cached]
 }
 
 type cached struct {
-	head   *Head
-	signed []byte
+	release *Release
+	signed  []byte
 }
 
 // New makes a publisher.
@@ -119,143 +135,91 @@ func CheckName(name string) error {
 	return nil
 }
 
-// Publish makes unsigned the next generation of the bundle called name. A
-// bundle that is refused is a *RefusedError or an *entry.InvalidError.
+// Publish makes unsigned the next generation of the bundle called name; a candidate
+// that there is goes. A bundle that is refused is a *RefusedError or an
+// *entry.InvalidError.
 func (p *Publisher) Publish(ctx context.Context, name string, unsigned []byte) (*Head, error) {
-	if err := CheckName(name); err != nil {
+	if err := p.check(name, unsigned); err != nil {
 		return nil, err
 	}
+	return p.edit(ctx, name, func(before *Head) (draft, error) {
+		next := before.succeed(name, newRelease(Pushed, time.Now()))
+		return draft{next, []toSeal{{&next.Release, false, unsigned}}}, nil
+	})
+}
+
+func (p *Publisher) check(name string, unsigned []byte) error {
+	if err := CheckName(name); err != nil {
+		return err
+	}
 	if len(unsigned) > p.opts.MaxBytes {
-		return nil, &RefusedError{fmt.Errorf("has %d bytes; at most %d", len(unsigned), p.opts.MaxBytes)}
+		return &RefusedError{fmt.Errorf("has %d bytes; at most %d", len(unsigned), p.opts.MaxBytes)}
 	}
 	if err := p.opts.Check(unsigned); err != nil {
-		return nil, &RefusedError{err}
+		return &RefusedError{err}
 	}
+	return nil
+}
+
+// draft is a head that is to be, with what of it has yet to be signed.
+type draft struct {
+	next  *Head
+	seals []toSeal
+}
+
+// toSeal is content that becomes a release of the draft's head.
+type toSeal struct {
+	release   *Release
+	candidate bool
+	unsigned  []byte
+}
+
+// edit makes the head of name what change makes of it, nil for none; again, while
+// others are faster. A draft without a head leaves it as it is.
+func (p *Publisher) edit(ctx context.Context, name string, change func(before *Head) (draft, error)) (*Head, error) {
 	for range maxAttempts {
 		before, err := p.head(ctx, name)
 		if err != nil && !errors.Is(err, ErrNone) {
 			return nil, err
 		}
-		next, err := p.publishAfter(ctx, before, newHead(name, time.Now()), unsigned)
+		d, err := change(before)
+		if err != nil {
+			return nil, err
+		}
+		if d.next == nil {
+			return before, nil
+		}
+		next, err := p.commit(ctx, before, d)
 		if err != nil || next != nil {
 			return next, err
 		}
 	}
-	return nil, fmt.Errorf("publish policy bundle %s: others keep pushing", name)
+	return nil, fmt.Errorf("change policy bundle %s: others keep changing it", name)
 }
 
-// Renew signs each bundle again whose validity is half over at now, as a new
-// generation of the same content, and returns the new heads: otherwise a policy
-// that nobody has touched for a year would end, and with it every call. So it
-// does with what EnterEpoch has left over.
-// Nothing is written unless all of fence holds.
-func (p *Publisher) Renew(ctx context.Context, now time.Time, fence ...store.Cmp) ([]*Head, error) {
-	return p.renewWhere(ctx, renewal{now: now, fence: fence, unsign: p.opts.Unsign, due: func(h *Head, revision uint64) bool {
-		return now.After(h.IssuedAt.Add(h.NotAfter.Sub(h.IssuedAt)/2)) || store.BeforeEpoch(revision, h.Generation)
-	}})
-}
-
-// EnterEpoch gives each bundle of a store that was restored (store.Epoch) a
-// generation above all that the lost revisions can have had, with the same
-// content, and returns the new heads. Elsewhere it does nothing. The CA calls
-// it before it serves.
-func (p *Publisher) EnterEpoch(ctx context.Context, now time.Time) ([]*Head, error) {
-	return p.renewWhere(ctx, renewal{now: now, unsign: p.opts.Unsign, due: func(h *Head, revision uint64) bool {
-		return store.BeforeEpoch(revision, h.Generation)
-	}})
-}
-
-// Reseal signs each bundle again that unsign gives back, as a new generation of
-// the same content, and returns the new heads. Others stay as they are.
-func (p *Publisher) Reseal(ctx context.Context, now time.Time, unsign func(signed []byte, name string) ([]byte, error)) ([]*Head, error) {
-	return p.renewWhere(ctx, renewal{
-		now: now, due: func(*Head, uint64) bool { return true },
-		unsign: func(signed []byte, name string) ([]byte, error) {
-			unsigned, err := unsign(signed, name)
-			if err != nil {
-				return nil, errNotOurs
-			}
-			return unsigned, nil
-		},
-	})
-}
-
-// errNotOurs: the bundle is not one that is to be signed again.
-var errNotOurs = errors.New("signed by another key")
-
-// renewal is one round over all bundles.
-type renewal struct {
-	now    time.Time
-	due    func(h *Head, revision uint64) bool // in a store at revision
-	unsign func(signed []byte, name string) (unsigned []byte, err error)
-	fence  []store.Cmp
-}
-
-// renewWhere renews the bundles that are due.
-func (p *Publisher) renewWhere(ctx context.Context, r renewal) ([]*Head, error) {
-	kvs, revision, _, err := p.opts.Store.List(ctx, HeadPrefix, "", maxNames, 0)
-	if err != nil {
-		return nil, fmt.Errorf("list policy bundles: %w", err)
-	}
-	var renewed []*Head
-	var errs []error
-	for _, kv := range kvs {
-		h, err := DecodeHead(kv)
-		if err == nil && r.due(h, revision) {
-			if h, err = p.renew(ctx, h, r); h != nil {
-				renewed = append(renewed, h)
-			}
-		}
-		if !errors.Is(err, errNotOurs) {
-			errs = append(errs, err) // the others are renewed all the same
-		}
-	}
-	return renewed, errors.Join(errs...)
-}
-
-// renew returns nil when somebody pushed meanwhile.
-func (p *Publisher) renew(ctx context.Context, before *Head, r renewal) (*Head, error) {
-	signed, err := p.readBlob(ctx, before)
-	if errors.Is(err, store.ErrNotFound) {
-		return nil, nil // replaced twice since the listing
-	}
-	if err != nil {
-		return nil, err
-	}
-	// Only what this CA signed: who can write the store alone must not have
-	// his policy signed.
-	unsigned, err := r.unsign(signed, before.Name)
-	if err != nil {
-		return nil, fmt.Errorf("renew policy bundle %s: %w", before.Name, err)
-	}
-	return p.publishAfter(ctx, before, newHead(before.Name, r.now), unsigned, r.fence...)
-}
-
-func newHead(name string, now time.Time) *Head {
+func newRelease(how string, now time.Time) Release {
 	now = now.UTC().Truncate(time.Second)
-	return &Head{Name: name, IssuedAt: now, NotAfter: now.Add(validity)}
+	return Release{How: how, IssuedAt: now, NotAfter: now.Add(validity)}
 }
 
-// publishAfter makes next the head that follows before. It returns nil when
-// somebody else swapped the head first, or fence does not hold.
-func (p *Publisher) publishAfter(ctx context.Context, before, next *Head, unsigned []byte, fence ...store.Cmp) (*Head, error) {
-	name := next.Name
-	swap := store.Cmp{Key: HeadPrefix + name}
-	var last uint64
+// commit signs what d says, stores it, and then swaps the head: whoever is killed on
+// the way leaves the one before. It returns nil when somebody else swapped the head
+// first, or fence does not hold.
+func (p *Publisher) commit(ctx context.Context, before *Head, d draft, fence ...store.Cmp) (*Head, error) {
+	next, swap := d.next, store.Cmp{Key: HeadPrefix + d.next.Name}
 	if before != nil {
-		last, next.Previous, swap.ModRevision = before.Generation, before.Blob, before.Revision
+		next.Last, swap.ModRevision = before.Last, before.Revision
 	}
 	revision, err := p.opts.Store.Revision(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("number policy bundle %s: %w", name, err)
+		return nil, fmt.Errorf("number policy bundle %s: %w", next.Name, err)
 	}
-	next.Generation = store.InEpoch(revision, last)
-	signed, err := p.opts.Sign(unsigned, Seal{Name: name, Generation: next.Generation, IssuedAt: next.IssuedAt, NotAfter: next.NotAfter})
-	if err != nil {
-		return nil, fmt.Errorf("sign policy bundle %s: %w", name, err)
-	}
-	if err := p.writeBlob(ctx, next, signed); err != nil {
-		return nil, err
+	for _, s := range d.seals {
+		next.Last = store.InEpoch(revision, next.Last)
+		s.release.Generation = next.Last
+		if err := p.seal(ctx, next.Name, s); err != nil {
+			return nil, err
+		}
 	}
 	put, err := next.put()
 	if err != nil {
@@ -263,35 +227,50 @@ func (p *Publisher) publishAfter(ctx context.Context, before, next *Head, unsign
 	}
 	res, err := p.opts.Store.Txn(ctx, append([]store.Cmp{swap}, fence...), []store.Op{put}, nil)
 	if err != nil {
-		return nil, fmt.Errorf("store the head of policy bundle %s: %w", name, err)
+		return nil, fmt.Errorf("store the head of policy bundle %s: %w", next.Name, err)
+	}
+	unnamed, kept := before.blobs(), next.blobs()
+	if !res.Succeeded {
+		unnamed, kept = kept, unnamed
+	}
+	for _, blob := range unnamed {
+		if !slices.Contains(kept, blob) {
+			p.dropBlob(ctx, blob)
+		}
 	}
 	if !res.Succeeded {
-		p.dropBlob(ctx, next.Blob)
 		return nil, nil
 	}
 	next.Revision = res.Revision
-	p.cache.Store(&cached{next, signed})
-	if before != nil && before.Previous != "" {
-		p.dropBlob(ctx, before.Previous)
-	}
 	return next, nil
+}
+
+// seal signs and stores the content of one release.
+func (p *Publisher) seal(ctx context.Context, name string, s toSeal) error {
+	signed, err := p.opts.Sign(s.unsigned, Seal{
+		Name: name, Generation: s.release.Generation, IssuedAt: s.release.IssuedAt, NotAfter: s.release.NotAfter, Candidate: s.candidate,
+	})
+	if err != nil {
+		return fmt.Errorf("sign policy bundle %s: %w", name, err)
+	}
+	return p.writeBlob(ctx, name, s.release, signed)
 }
 
 // writeBlob stores the signed bytes under a name of their own, so that two
 // pushes never mix.
-func (p *Publisher) writeBlob(ctx context.Context, h *Head, signed []byte) error {
+func (p *Publisher) writeBlob(ctx context.Context, name string, r *Release, signed []byte) error {
 	sum := sha256.Sum256(signed)
-	h.SHA256, h.SizeBytes = hex.EncodeToString(sum[:]), len(signed)
+	r.SHA256, r.SizeBytes, r.Chunks = hex.EncodeToString(sum[:]), len(signed), 0
 	var random [8]byte
 	rand.Read(random[:]) // never fails, see crypto/rand
-	h.Blob = fmt.Sprintf("%012x-%x", h.IssuedAt.Unix(), random)
+	r.Blob = fmt.Sprintf("%012x-%x", r.IssuedAt.Unix(), random)
 	for len(signed) > 0 {
 		n := min(len(signed), chunkBytes)
-		if _, err := p.opts.Store.Txn(ctx, nil, []store.Op{store.Put(chunkKey(h.Blob, h.Chunks), signed[:n])}, nil); err != nil {
-			return fmt.Errorf("store policy bundle %s: %w", h.Name, err)
+		if _, err := p.opts.Store.Txn(ctx, nil, []store.Op{store.Put(chunkKey(r.Blob, r.Chunks), signed[:n])}, nil); err != nil {
+			return fmt.Errorf("store policy bundle %s: %w", name, err)
 		}
 		signed = signed[n:]
-		h.Chunks++
+		r.Chunks++
 	}
 	return nil
 }
@@ -320,40 +299,91 @@ func (p *Publisher) removeKeys(ctx context.Context, prefix string, fence ...stor
 }
 
 // Current returns the signed bytes of the current generation of the bundle
-// called name, and their head; ErrNone if there is none. Do not change them.
-func (p *Publisher) Current(ctx context.Context, name string) ([]byte, *Head, error) {
+// called name, and what is known of them; ErrNone if there is none. Do not change
+// them.
+func (p *Publisher) Current(ctx context.Context, name string) ([]byte, *Release, error) {
+	return p.read(ctx, name, &p.current, func(h *Head) *Release { return &h.Release })
+}
+
+// Candidate is Current for the candidate of the bundle called name.
+func (p *Publisher) Candidate(ctx context.Context, name string) ([]byte, *Release, error) {
+	return p.read(ctx, name, &p.candidate, func(h *Head) *Release {
+		if h.Candidate == nil {
+			return nil
+		}
+		return &h.Candidate.Release
+	})
+}
+
+// Kept returns the signed bytes of a generation of the bundle called name that is kept,
+// also of its candidate; 0 is the one in force. nil: that one is not kept.
+func (p *Publisher) Kept(ctx context.Context, name string, generation uint64) (signed []byte, r *Release, candidate bool, err error) {
+	h, err := p.head(ctx, name)
+	if err != nil {
+		return nil, nil, false, err
+	}
+	switch {
+	case generation == 0 || generation == h.Generation:
+		signed, r, err = p.Current(ctx, name)
+		return signed, r, false, err
+	case h.Candidate != nil && generation == h.Candidate.Generation:
+		r, candidate = &h.Candidate.Release, true
+	default:
+		for i := range h.History {
+			if h.History[i].Generation == generation {
+				r = &h.History[i]
+			}
+		}
+	}
+	if r == nil {
+		return nil, nil, false, nil
+	}
+	signed, err = p.readBlob(ctx, name, r)
+	if errors.Is(err, store.ErrNotFound) { // it went meanwhile
+		return nil, nil, false, nil
+	}
+	return signed, r, candidate, err
+}
+
+// read returns the release that pick takes out of the head of name, from last if that
+// holds it.
+func (p *Publisher) read(ctx context.Context, name string, last *atomic.Pointer[cached], pick func(*Head) *Release) ([]byte, *Release, error) {
 	for range maxAttempts {
 		h, err := p.head(ctx, name)
 		if err != nil {
 			return nil, nil, err
 		}
-		if c := p.cache.Load(); c != nil && c.head.Name == name && c.head.Revision == h.Revision {
-			return c.signed, c.head, nil
+		r := pick(h)
+		if r == nil {
+			return nil, nil, ErrNone
 		}
-		signed, err := p.readBlob(ctx, h)
+		if c := last.Load(); c != nil && c.release.Blob == r.Blob {
+			return c.signed, c.release, nil
+		}
+		signed, err := p.readBlob(ctx, name, r)
 		if errors.Is(err, store.ErrNotFound) {
-			continue // two pushes since the head was read
+			continue // replaced since the head was read
 		}
 		if err != nil {
 			return nil, nil, err
 		}
-		p.cache.Store(&cached{h, signed})
-		return signed, h, nil
+		last.Store(&cached{r, signed})
+		return signed, r, nil
 	}
 	return nil, nil, fmt.Errorf("read policy bundle %s: it keeps changing", name)
 }
 
-func (p *Publisher) readBlob(ctx context.Context, h *Head) ([]byte, error) {
+func (p *Publisher) readBlob(ctx context.Context, name string, r *Release) ([]byte, error) {
 	var buf bytes.Buffer
-	for i := range h.Chunks {
-		kv, _, err := p.opts.Store.Get(ctx, chunkKey(h.Blob, i))
+	for i := range r.Chunks {
+		kv, _, err := p.opts.Store.Get(ctx, chunkKey(r.Blob, i))
 		if err != nil {
-			return nil, fmt.Errorf("read policy bundle %s: %w", h.Name, err)
+			return nil, fmt.Errorf("read policy bundle %s: %w", name, err)
 		}
 		buf.Write(kv.Value)
 	}
-	if sum := sha256.Sum256(buf.Bytes()); hex.EncodeToString(sum[:]) != h.SHA256 {
-		return nil, fmt.Errorf("read policy bundle %s: generation %d in the store is not what was signed", h.Name, h.Generation)
+	if sum := sha256.Sum256(buf.Bytes()); hex.EncodeToString(sum[:]) != r.SHA256 {
+		return nil, fmt.Errorf("read policy bundle %s: generation %d in the store is not what was signed", name, r.Generation)
 	}
 	return buf.Bytes(), nil
 }
@@ -385,7 +415,9 @@ func (p *Publisher) Prune(ctx context.Context, now time.Time, fence ...store.Cmp
 		if err != nil {
 			return err
 		}
-		named[h.Blob], named[h.Previous] = true, true
+		for _, blob := range h.blobs() {
+			named[blob] = true
+		}
 	}
 	blobs, err := p.blobs(ctx)
 	if err != nil {

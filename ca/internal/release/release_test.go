@@ -42,16 +42,23 @@ func newPublisher(t *testing.T) (*Publisher, store.Store) {
 			return nil
 		},
 		Sign: func(unsigned []byte, seal Seal) ([]byte, error) {
-			return append(fmt.Appendf(nil, "%s %d\n", seal.Name, seal.Generation), unsigned...), nil
+			return append(fmt.Appendf(nil, "%s %d%s\n", seal.Name, seal.Generation, mark(seal.Candidate)), unsigned...), nil
 		},
-		Unsign: func(signed []byte, name string) ([]byte, error) {
+		Unsign: func(signed []byte, name string, candidate bool) ([]byte, error) {
 			seal, unsigned, ok := bytes.Cut(signed, []byte("\n"))
-			if !ok || !bytes.HasPrefix(seal, []byte(name+" ")) {
+			if !ok || !bytes.HasPrefix(seal, []byte(name+" ")) || candidate != bytes.HasSuffix(seal, []byte(mark(true))) {
 				return nil, errors.New("not signed")
 			}
 			return unsigned, nil
 		},
 	}), st
+}
+
+func mark(candidate bool) string {
+	if candidate {
+		return " candidate"
+	}
+	return ""
 }
 
 // restored is a store as it goes on after a loss.
@@ -126,8 +133,8 @@ func TestGenerationsRiseAndTheLastIsServed(t *testing.T) {
 		t.Errorf("another bundle: %+v, %v; want its own generation 1", other, err)
 	}
 	blobs, err := p.blobs(ctx)
-	if err != nil || len(blobs) != 3 {
-		t.Errorf("stored blobs %v, %v; want the last two of main and one of other", blobs, err)
+	if err != nil || len(blobs) != 5 {
+		t.Errorf("stored blobs %v, %v; want the four of main and one of other", blobs, err)
 	}
 }
 
@@ -185,8 +192,8 @@ func TestPruneRemovesOldOrphansOnly(t *testing.T) {
 	if _, err := p.Publish(ctx, "main", []byte("kept")); err != nil {
 		t.Fatal(err)
 	}
-	orphan := &Head{Name: "main", IssuedAt: time.Now()}
-	if err := p.writeBlob(ctx, orphan, []byte("never came to its head")); err != nil {
+	orphan := newRelease(Pushed, time.Now())
+	if err := p.writeBlob(ctx, "main", &orphan, []byte("never came to its head")); err != nil {
 		t.Fatal(err)
 	}
 	for _, step := range []struct {

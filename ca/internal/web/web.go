@@ -42,7 +42,10 @@ const (
 // MaxWait bounds the long poll for a policy bundle.
 const MaxWait = 5 * time.Minute
 
-const bundlesPath = "/v1/policy/bundles/"
+const (
+	bundlesPath    = "/v1/policy/bundles/"
+	candidatesPath = "/v1/policy/candidates/"
+)
 
 // Options are the parts of a Server. All are required.
 type Options struct {
@@ -113,11 +116,14 @@ func (s *Server) Handler() http.Handler {
 		}
 		path := r.URL.EscapedPath()
 		name, isBundle := strings.CutPrefix(path, bundlesPath)
+		candidate, isCandidate := strings.CutPrefix(path, candidatesPath)
 		switch {
 		case path == "/v1/trust/bundle":
 			s.trustBundle(w, r)
 		case isBundle && release.CheckName(name) == nil:
-			s.policyBundle(w, r, name)
+			s.policyBundle(w, r, name, http.MethodGet, http.MethodHead, http.MethodPut)
+		case isCandidate && release.CheckName(candidate) == nil:
+			s.policyBundle(w, r, candidate, http.MethodGet, http.MethodHead)
 		case isReport(path, statusPath):
 			s.takeReport(w, r, s.takeStatus)
 		case isReport(path, logsPath):
@@ -153,8 +159,10 @@ func (s *Server) trustBundle(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write(b.JWKS) // the client may be gone; nothing to do about it
 }
 
-func (s *Server) policyBundle(w http.ResponseWriter, r *http.Request, name string) {
-	if !allow(w, r, http.MethodGet, http.MethodHead, http.MethodPut) {
+// policyBundle answers by Options.Bundles whom it is for: the bundle called name, or
+// its candidate.
+func (s *Server) policyBundle(w http.ResponseWriter, r *http.Request, name string, methods ...string) {
+	if !allow(w, r, methods...) {
 		return
 	}
 	caller := s.callerOf(r)
@@ -162,7 +170,7 @@ func (s *Server) policyBundle(w http.ResponseWriter, r *http.Request, name strin
 		if code == http.StatusUnauthorized {
 			w.Header().Set("WWW-Authenticate", "Bearer")
 		}
-		s.opts.Service.Refused(r.Context(), caller, r.Method+" "+bundlesPath+name, reason)
+		s.opts.Service.Refused(r.Context(), caller, r.Method+" "+r.URL.EscapedPath(), reason)
 		problem(w, code, reason)
 		return
 	}
