@@ -262,6 +262,11 @@ func (a *Agent) HealthAddress() string {
 // cannot be opened; that the CA is away is no failure. Call it once.
 func (a *Agent) Run(ctx context.Context) error {
 	defer a.attestor.Close()
+	lock, err := a.dir.Lock()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	passed, err := a.meetManager()
 	if err != nil {
 		return err

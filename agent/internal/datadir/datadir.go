@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -89,6 +90,24 @@ func openKey(source seal.Source, path string) (*seal.Key, error) {
 		return nil, fmt.Errorf("make a key to seal with: %w", err)
 	}
 	return seal.Read(source, path)
+}
+
+// Lock keeps the folder for this process until the result is closed, or the
+// process ends. Two agents in one folder would show one SVID, and the CA evicts
+// both.
+func (d *Dir) Lock() (io.Closer, error) {
+	f, err := os.Open(d.path)
+	if err != nil {
+		return nil, fmt.Errorf("lock the data directory: %w", err)
+	}
+	err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		err = errors.New("another agent runs in it: stop that one, or give this one a data_dir and a join token of its own")
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("lock the data directory %s: %w", d.path, err), f.Close())
+	}
+	return f, nil
 }
 
 // Path is the folder's.

@@ -99,6 +99,27 @@ func TestFolderOpenToOthersIsRefused(t *testing.T) {
 
 // Damage, another file in its place, another trust domain's: set aside, kept,
 // and said.
+func TestFolderIsOneAgents(t *testing.T) {
+	folder := newFolder(t)
+	first, _ := open(t, folder, seal.Source{})
+	second, _ := open(t, folder, seal.Source{})
+	lock, err := first.Lock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := second.Lock(); err == nil || !strings.Contains(err.Error(), "another agent runs in it") {
+		t.Errorf("Lock() = %v while another has it; want that said", err)
+	}
+	if err := lock.Close(); err != nil {
+		t.Fatal(err)
+	}
+	again, err := second.Lock()
+	if err != nil {
+		t.Fatalf("Lock() = %v after the other ended", err)
+	}
+	again.Close()
+}
+
 func TestFolderOfAnotherUserIsRefused(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root to give a folder away")
