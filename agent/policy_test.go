@@ -174,6 +174,20 @@ func TestAuthorize(t *testing.T) {
 	})
 }
 
+// T33: an agent that has never had a policy denies everything, and says why.
+func TestT33WithoutAPolicyEverythingIsDenied(t *testing.T) {
+	ca := fakeca.New(t, td)
+	ca.PutEntry(ca.Entry("e1", "/orders", uidSelector))
+	n := start(t, newConfig(t, ca))
+	n.waitReady(t)
+	for _, protocol := range []string{"http", "grpc", "tcp", ""} {
+		d, err := n.authorize(t, &agentpb.AuthorizeRequest{Source: "spiffe://" + td + "/web", Protocol: protocol, Method: "GET", Path: "/orders"})
+		if err != nil || d.GetAllow() || d.GetReason() != "NO_BUNDLE" || d.GetPolicyGeneration() != 0 {
+			t.Errorf("%q: Authorize() = %v, %v; want NO_BUNDLE", protocol, d, err)
+		}
+	}
+}
+
 func TestSecretHeadersAreNotKept(t *testing.T) {
 	ca := fakeca.New(t, td)
 	ca.PutEntry(ca.Entry("e1", "/orders", uidSelector))

@@ -65,6 +65,7 @@ type Engine struct {
 	kept       *kept.Cache // nil where unsteady says why
 	unsteady   error
 	readsJWT   bool
+	parts      parts // of the input, that the policy's own Rego can read
 	mismatches atomic.Uint64
 	stuck      atomic.Int32 // evaluations that do not stop
 	log        *slog.Logger
@@ -96,6 +97,9 @@ func New(ctx context.Context, src Source) (*Engine, error) {
 	e.leaves = newIndex(grants)
 	if err := e.prepare(ctx, src); err != nil {
 		return nil, err
+	}
+	if e.ownRego {
+		e.parts = partsOf(e.program.compiler)
 	}
 	e.keep()
 	return e, nil

@@ -17,6 +17,7 @@ import (
 	"github.com/open-policy-agent/opa/v1/ast"
 
 	"merlon.dev/policy"
+	"merlon.dev/policy/engine/residual"
 )
 
 // callTerms is a call as Module takes it under input.merlon.
@@ -53,7 +54,56 @@ func (e *Engine) input(in *policy.Input, c *callTerms) *ast.Term {
 	if !e.ownRego {
 		return object(call)
 	}
-	return object(append(envoyFields(in), call)...)
+	return object(append(envoyFields(in, &e.parts), call)...)
+}
+
+// part is a part of the input that is built only for policies that can read it.
+type part int
+
+const (
+	sourceAddress part = iota
+	destinationAddress
+	requestPath
+	requestHost
+	requestHeaders
+	requestHeadersAll
+	spiffeParts
+	parsedPath
+	parsedQuery
+	numParts
+)
+
+// partPlaces are where they stand.
+var partPlaces = [numParts]ast.Ref{
+	sourceAddress:      ast.MustParseRef("input.attributes.source.address"),
+	destinationAddress: ast.MustParseRef("input.attributes.destination.address"),
+	requestPath:        ast.MustParseRef("input.attributes.request.http.path"),
+	requestHost:        ast.MustParseRef("input.attributes.request.http.host"),
+	requestHeaders:     ast.MustParseRef("input.attributes.request.http.headers"),
+	requestHeadersAll:  ast.MustParseRef("input.attributes.request.http.headers_all"),
+	spiffeParts:        ast.MustParseRef("input.spiffe"),
+	parsedPath:         ast.MustParseRef("input.parsed_path"),
+	parsedQuery:        ast.MustParseRef("input.parsed_query"),
+}
+
+// parts are those that a policy can read.
+type parts [numParts]bool
+
+// allParts is the whole document, as other OPAs get it.
+var allParts = func() (p parts) {
+	for i := range p {
+		p[i] = true
+	}
+	return p
+}()
+
+// partsOf are the parts that the policy can read; all where that cannot be found.
+func partsOf(c *ast.Compiler) parts {
+	reads, err := residual.Reading(c, partPlaces[:])
+	if err != nil {
+		return allParts
+	}
+	return parts(reads)
 }
 
 type field struct {
@@ -80,36 +130,58 @@ func init() {
 
 func text(s string) *ast.Term { return ast.StringTerm(s) }
 
-func envoyFields(in *policy.Input) []field {
-	attributes := []field{
-		{"source", object(field{"principal", text(in.Source)}, address(in.SourceAddress))},
-		{"destination", object(field{"principal", text(in.Destination)}, address(in.DestinationAddress))},
+func envoyFields(in *policy.Input, read *parts) []field {
+	source, destination := []field{{"principal", text(in.Source)}}, []field{{"principal", text(in.Destination)}}
+	if read[sourceAddress] {
+		source = append(source, address(in.SourceAddress))
 	}
+	if read[destinationAddress] {
+		destination = append(destination, address(in.DestinationAddress))
+	}
+	attributes := []field{{"source", object(source...)}, {"destination", object(destination...)}}
 	if in.Protocol == policy.HTTP || in.Protocol == policy.GRPC {
-		attributes = append(attributes, field{"request", object(field{"http", request(in)})})
+		attributes = append(attributes, field{"request", object(field{"http", request(in, read)})})
 	}
-	return append(extras(in), field{"attributes", object(attributes...)}, field{"protocol", ast.InternedTerm(string(in.Protocol))})
+	return append(extras(in, read), field{"attributes", object(attributes...)}, field{"protocol", ast.InternedTerm(string(in.Protocol))})
 }
 
-func request(in *policy.Input) *ast.Term {
-	path := in.Path
-	if in.Query != "" {
-		path += "?" + in.Query
+func request(in *policy.Input, read *parts) *ast.Term {
+	fields := append(make([]field, 0, 5), field{"method", ast.InternedTerm(in.Method)})
+	if read[requestPath] {
+		path := in.Path
+		if in.Query != "" {
+			path += "?" + in.Query
+		}
+		fields = append(fields, field{"path", text(path)})
 	}
-	single, all := headers(in.Headers)
-	return object(field{"method", ast.InternedTerm(in.Method)}, field{"path", text(path)},
-		field{"host", text(in.Host)}, field{"headers", single}, field{"headers_all", all})
+	if read[requestHost] {
+		fields = append(fields, field{"host", text(in.Host)})
+	}
+	return object(headers(fields, in.Headers, read)...)
 }
 
 // headers gives single values as strings, as opa-envoy-plugin does, joining
 // several with "," as Envoy does, and under headers_all every value (T16).
-func headers(h map[string][]string) (first, all *ast.Term) {
+func headers(to []field, h map[string][]string, read *parts) []field {
+	if !read[requestHeaders] && !read[requestHeadersAll] {
+		return to
+	}
 	var single, lists []field
 	for _, name := range slices.Sorted(maps.Keys(h)) {
-		single = append(single, field{name, text(strings.Join(h[name], ","))})
-		lists = append(lists, field{name, texts(h[name])})
+		if read[requestHeaders] {
+			single = append(single, field{name, text(strings.Join(h[name], ","))})
+		}
+		if read[requestHeadersAll] {
+			lists = append(lists, field{name, texts(h[name])})
+		}
 	}
-	return object(single...), object(lists...)
+	if read[requestHeaders] {
+		to = append(to, field{"headers", object(single...)})
+	}
+	if read[requestHeadersAll] {
+		to = append(to, field{"headers_all", object(lists...)})
+	}
+	return to
 }
 
 func texts(items []string) *ast.Term {
@@ -135,11 +207,10 @@ func address(s string) field {
 
 // extras are what lies beside attributes: parsed_path and parsed_query as
 // opa-envoy-plugin gives them, and Merlon's spiffe, jwt and grpc.
-func extras(in *policy.Input) []field {
-	fields := []field{
-		{"spiffe", object(field{"source", spiffe(in.Source)}, field{"destination", spiffe(in.Destination)})},
-		{"parsed_body", ast.NullTerm()},
-		{"truncated_body", ast.InternedTerm(false)},
+func extras(in *policy.Input, read *parts) []field {
+	fields := []field{{"parsed_body", ast.NullTerm()}, {"truncated_body", ast.InternedTerm(false)}}
+	if read[spiffeParts] {
+		fields = append(fields, field{"spiffe", object(field{"source", spiffe(in.Source)}, field{"destination", spiffe(in.Destination)})})
 	}
 	if in.JWT != nil {
 		if claims, err := ast.InterfaceToValue(in.JWT); err == nil { // as JSON always is
@@ -149,21 +220,25 @@ func extras(in *policy.Input) []field {
 	if in.Protocol != policy.HTTP && in.Protocol != policy.GRPC {
 		return fields
 	}
-	path, err := url.PathUnescape(in.Path)
-	if err != nil {
-		path = in.Path
+	if read[parsedPath] {
+		fields = append(fields, field{"parsed_path", texts(strings.Split(strings.TrimLeft(policy.DecodePath(in.Path), "/"), "/"))})
 	}
-	fields = append(fields, field{"parsed_path", texts(strings.Split(strings.TrimLeft(path, "/"), "/"))})
-	query, _ := url.ParseQuery(in.Query) // as url.URL.Query: what is malformed is left out
-	var values []field
-	for _, name := range slices.Sorted(maps.Keys(query)) {
-		values = append(values, field{name, texts(query[name])})
+	if read[parsedQuery] {
+		fields = append(fields, field{"parsed_query", queryOf(in.Query)})
 	}
-	fields = append(fields, field{"parsed_query", object(values...)})
 	if service, method, ok := policy.SplitRPC(in.Path); ok && in.Protocol == policy.GRPC {
 		fields = append(fields, field{"grpc", object(field{"service", text(service)}, field{"method", text(method)})})
 	}
 	return fields
+}
+
+func queryOf(raw string) *ast.Term {
+	parsed, _ := url.ParseQuery(raw) // as url.URL.Query: what is malformed is left out
+	var values []field
+	for _, name := range slices.Sorted(maps.Keys(parsed)) {
+		values = append(values, field{name, texts(parsed[name])})
+	}
+	return object(values...)
 }
 
 func spiffe(id string) *ast.Term {

@@ -241,4 +241,4 @@ func TestDocumentHasTheShapeOfOPAEnvoyPlugin(t *testing.T) {
 }
 
 // document is the input as another OPA would get it.
-func document(in *policy.Input) ast.Value { return object(envoyFields(in)...).Value }
+func document(in *policy.Input) ast.Value { return object(envoyFields(in, &allParts)...).Value }

@@ -106,3 +106,34 @@ func NamesJWT(c *ast.Compiler) (found error) {
 	}
 	return found
 }
+
+// Reading says of each of places of the input whether the policy that c has compiled
+// can read it, or something in it.
+func Reading(c *ast.Compiler, places []ast.Ref) ([]bool, error) {
+	reads := make([]bool, len(places))
+	take := func(ref ast.Ref) {
+		if !ref.HasPrefix(ast.InputRootRef) {
+			return
+		}
+		ground := ref.GroundPrefix()
+		for i, place := range places {
+			reads[i] = reads[i] || place.HasPrefix(ground) || ground.HasPrefix(place)
+		}
+	}
+	for _, rule := range reachable(c) {
+		ast.WalkRefs(rule, func(ref ast.Ref) bool { take(ref); return false })
+		if wholeInput(rule) != nil {
+			take(ast.InputRootRef)
+		}
+	}
+	for _, path := range asked {
+		refs, err := dependencies.Base(c, ast.MustParseRef(path))
+		if err != nil {
+			return nil, fmt.Errorf("what %s reads cannot be found: %v", path, err)
+		}
+		for _, ref := range refs {
+			take(ref)
+		}
+	}
+	return reads, nil
+}
