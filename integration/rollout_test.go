@@ -5,10 +5,12 @@
 package integration_test
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -224,6 +226,31 @@ func TestPolicyRollout(t *testing.T) {
 	d.Merlon("policy", "rollback")
 	decides("rolled back", "POST", 0)
 	decides("rolled back", "GET", 5)
+
+	// An agent that is away lags until it is back.
+	lags := func(bound string) int {
+		_, _, err := d.Try("policy", "status", "--lag-bound", bound)
+		if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+			return exit.ExitCode()
+		}
+		return 0
+	}
+	d.Agent.Kill()
+	d.Merlon("policy", "rollback", "--to", "4")
+	if s := rolloutStatus(t, d); s.Generation != 6 || s.Points[0].LaggingSince == nil || s.Points[0].Generation != 5 {
+		t.Errorf("the agent is away: %+v", s)
+	}
+	if now, later := lags("0s"), lags("1h"); now != 3 || later != 0 {
+		t.Errorf("exit status %d, and %d within an hour; want 3 and 0", now, later)
+	}
+	d.Agent.Restart()
+	decides("the agent is back", "POST", 6)
+	stage.Eventually(t, "nothing lags", func() error {
+		if code := lags("0s"); code != 0 {
+			return fmt.Errorf("exit status %d", code)
+		}
+		return nil
+	})
 }
 
 // A hot loop of calls while the candidate comes, decides, goes and is promoted: every

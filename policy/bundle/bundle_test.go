@@ -506,3 +506,44 @@ func BenchmarkActivate(b *testing.B) {
 	close(done)
 	b.ReportMetric(float64(<-peaked-before.HeapAlloc)/(1<<20), "peak-MiB")
 }
+
+// A candidate is never taken for the policy in force, nor that for a candidate: the mark
+// is under the signature.
+func TestCandidatesAreMarked(t *testing.T) {
+	key, keys := newKey(t)
+	unsigned := build(t, shop)
+	for _, candidate := range []bool{false, true} {
+		md := metadata(7)
+		md.Candidate = candidate
+		signed := sign(t, unsigned, md, key)
+		c, err := Verify(signed, keys, Expect{Candidate: candidate})
+		if err != nil || c.Metadata.Candidate != candidate {
+			t.Errorf("candidate %v: %+v, %v", candidate, c, err)
+		}
+		if _, err := Verify(signed, keys, Expect{Candidate: !candidate}); err == nil {
+			t.Errorf("candidate %v is taken for the other kind", candidate)
+		}
+		if _, err := Unsign(signed, keys, Expect{Candidate: !candidate}); err == nil {
+			t.Errorf("candidate %v is unsigned as the other kind", candidate)
+		}
+		// Without the mark, or with one, the signature does not fit.
+		f, err := unpack(signed)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if marked := bytes.Contains(f[manifestName], []byte(`"candidate":true`)); marked != candidate {
+			t.Errorf("candidate %v: manifest %s", candidate, f[manifestName])
+		}
+		f[manifestName] = bytes.Replace(f[manifestName], []byte(`,"candidate":true`), nil, 1)
+		if !candidate {
+			f[manifestName] = bytes.Replace(f[manifestName], []byte(`"generation":7`), []byte(`"generation":7,"candidate":true`), 1)
+		}
+		forged, err := pack(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Verify(forged, keys, Expect{Candidate: !candidate}); err == nil {
+			t.Errorf("candidate %v: the mark was changed, and nobody noticed", candidate)
+		}
+	}
+}
