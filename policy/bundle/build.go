@@ -120,7 +120,11 @@ func Build(dir string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := f.Contents()
+	return unsigned(f.Contents())
+}
+
+// unsigned is the unsigned bundle of c.
+func unsigned(c *Contents) ([]byte, error) {
 	data, err := grant.Data(c.Grants)
 	if err != nil {
 		return nil, fmt.Errorf("build policy bundle: %v", err)

@@ -97,6 +97,31 @@ func checkAsked(modules map[string]string) error {
 	return errorAt(stray.Package.Location, file, "%s is never asked; put boolean rules allow and deny into package authz", stray.Package)
 }
 
+// ReadsGrants says whether the policy's own Rego in modules, which have passed
+// CheckModules, may read grants as data, also those of other destinations.
+func ReadsGrants(modules map[string]string) bool {
+	merlon := ast.MustParseRef("data.merlon")
+	for name, source := range modules {
+		if name == ModuleName {
+			continue
+		}
+		m, err := parseModule(name, source)
+		if err != nil {
+			return true
+		}
+		found := false
+		ast.WalkRefs(m, func(ref ast.Ref) bool {
+			ground := ref.GroundPrefix()
+			found = found || ground.HasPrefix(merlon) || len(ground) == 1 && merlon.HasPrefix(ground)
+			return found
+		})
+		if found {
+			return true
+		}
+	}
+	return false
+}
+
 // answers says whether m is in a package whose allow and deny are asked.
 func answers(m *ast.Module) bool {
 	p := m.Package.Path.String()

@@ -40,6 +40,9 @@ type Source struct {
 	// Grants have passed grant.Check. The engine keeps what they hold; the caller
 	// must not change it afterwards.
 	Grants []grant.Grant
+	// Audience are the destinations that the policy is for; calls to others are denied
+	// NO_BUNDLE. Empty means all.
+	Audience []string
 	// Generation is recorded in each decision as its Revision.
 	Generation uint64
 	// NotAfter ends the policy: later calls are denied STALE_POLICY. Zero
@@ -56,6 +59,7 @@ type Engine struct {
 	store      storage.Store
 	txn        storage.Transaction // read only, open for the engine's life
 	grants     []grant.Grant
+	audience   map[string]bool // nil: all
 	generation uint64
 	notAfter   time.Time
 	leaves     index
@@ -85,6 +89,12 @@ func New(ctx context.Context, src Source) (*Engine, error) {
 	e := &Engine{
 		grants: grants, generation: src.Generation, notAfter: src.NotAfter,
 		ownRego: hasOwnRego(src.Modules), dryRun: map[string]*dryRun{}, log: src.Logger, now: time.Now, limit: EvaluationLimit,
+	}
+	if len(src.Audience) > 0 {
+		e.audience = make(map[string]bool, len(src.Audience))
+		for _, destination := range src.Audience {
+			e.audience[destination] = true
+		}
 	}
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
@@ -142,6 +152,9 @@ func (e *Engine) Generation() uint64 { return e.generation }
 
 // NotAfter is when the policy ends, zero for never.
 func (e *Engine) NotAfter() time.Time { return e.notAfter }
+
+// For says whether the policy is for destination, a SPIFFE ID.
+func (e *Engine) For(destination string) bool { return e.audience == nil || e.audience[destination] }
 
 // Grants is the number of grants of the policy.
 func (e *Engine) Grants() int { return len(e.grants) }
@@ -230,6 +243,10 @@ func (e *Engine) decideAt(ctx context.Context, in *policy.Input, now time.Time, 
 	}
 	if !e.notAfter.IsZero() && now.After(e.notAfter) {
 		d.Reason = policy.StalePolicy
+		return d, answer{}
+	}
+	if !e.For(in.Destination) {
+		d.Reason = policy.NoBundle
 		return d, answer{}
 	}
 	if in.Protocol == policy.HTTP || in.Protocol == policy.GRPC {

@@ -29,6 +29,9 @@ const partialLimit = time.Second
 
 // programSource is what the program for destination is made from.
 func (e *Engine) programSource(ctx context.Context, destination string) (program.Source, error) {
+	if !e.For(destination) {
+		return program.Source{}, &residual.NotNative{Reason: "the policy bundle is not for " + destination}
+	}
 	src := program.Source{Destination: destination, Generation: e.generation, NotAfter: e.notAfter}
 	for i := range e.grants {
 		g := &e.grants[i]
