@@ -156,6 +156,11 @@ func (a *Agent) openCache() error {
 	ctx := context.Background()
 	a.cache = cache.New(cache.Options{
 		TrustDomain: a.td, Authority: a.client, Logger: a.log, Registerer: a.health.Registry(),
+		OnIdentity: func(id spiffeid.ID) {
+			if a.policy != nil { // there is none while what was kept is taken up
+				a.policy.Need(id.String())
+			}
+		},
 	})
 	a.client.Recall(ctx, a.cache)
 	a.keeper = keeper.New(keeper.Config{
@@ -174,9 +179,10 @@ func (a *Agent) openPolicy() (err error) {
 			}
 			return a.httpsURLs("/v1/policy/bundles/" + a.cfg.PolicyBundle)
 		},
-		HTTP:     a.https,
-		OnChange: a.policyChanged,
-		Logger:   a.log, Registerer: a.health.Registry(),
+		Destinations: func() []string { return a.cache.Identities(time.Now()) },
+		HTTP:         a.https,
+		OnChange:     a.policyChanged,
+		Logger:       a.log, Registerer: a.health.Registry(),
 	})
 	return err
 }

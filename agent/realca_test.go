@@ -4,6 +4,8 @@ package agent_test
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/x509"
 	"fmt"
 	"log/slog"
 	"os"
@@ -19,8 +21,10 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"merlon.dev/agent"
+	"merlon.dev/agent/agentpb"
 	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
+	"merlon.dev/policy/bundle"
 	"merlon.dev/sdk/seal"
 	"merlon.dev/sdk/unixsock"
 )
@@ -148,6 +152,77 @@ func TestAgentOfTheRealCA(t *testing.T) {
 	}
 	_, err = stream.Recv()
 	wantError(t, err, codes.PermissionDenied, "NO_MATCHING_ENTRY")
+}
+
+// The node has the grants of its services and no others, and gets those of a service
+// that comes to it without anybody pushing; also after a restart while the CA is away
+// it decides for the services that it had.
+func TestPolicyFollowsTheServicesOfTheNode(t *testing.T) {
+	srv, admin := startRealCA(t)
+	n := startRealNode(t, srv, admin, testLogger(t))
+	createEntry(t, admin, "/orders")
+	text := "grants:\n"
+	for _, to := range []string{"orders", "stock", "elsewhere"} {
+		text += fmt.Sprintf("  - {id: to-%[1]s, to: [spiffe://%[2]s/%[1]s], tcp: {}}\n", to, td)
+	}
+	folder := t.TempDir()
+	if err := os.WriteFile(filepath.Join(folder, "grants.yaml"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	unsigned, err := bundle.Build(folder)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := admin.PushPolicy(t.Context(), &capb.PushPolicyRequest{Bundle: unsigned}); err != nil {
+		t.Fatal(err)
+	}
+	decides := func(n *node, what, destination, rule string) {
+		t.Helper()
+		eventually(t, what, func() bool {
+			d, err := n.authorize(t, &agentpb.AuthorizeRequest{Destination: "spiffe://" + td + destination, Source: "spiffe://" + td + "/x", Protocol: "tcp"})
+			return err == nil && d.GetRuleId() == rule
+		})
+	}
+	decides(n, "the first service", "/orders", "to-orders")
+	createEntry(t, admin, "/stock")
+	decides(n, "a service that came later", "/stock", "to-stock")
+	decides(n, "the first one again", "/orders", "to-orders")
+	n.stop()
+	sealKey, err := seal.Read(seal.Source{}, n.cfg.DataDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sealed, err := os.ReadFile(filepath.Join(n.cfg.DataDir, "policy_bundle.sealed"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := sealKey.Open(sealed, "merlon agent file", td, "policy_bundle")
+	if err != nil {
+		t.Fatal(err)
+	}
+	head, err := admin.GetPolicy(t.Context(), &capb.GetPolicyRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := head.GetPolicyBundle().GetKeys()[0]
+	pub, err := x509.ParsePKIXPublicKey(key.GetPublicKey())
+	if err != nil {
+		t.Fatal(err)
+	}
+	share, err := bundle.Verify(raw, []bundle.Key{{KID: key.GetKid(), PublicKey: pub.(*ecdsa.PublicKey)}}, bundle.Expect{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ids []string
+	for _, g := range share.Grants {
+		ids = append(ids, g.ID)
+	}
+	if !slices.Equal(ids, []string{"to-orders", "to-stock"}) {
+		t.Errorf("the node keeps %q; want the grants of its two services", ids)
+	}
+	cfg := n.cfg
+	cfg.CAAddress, cfg.CAHTTPSAddress = agent.Addresses{"127.0.0.1:1"}, agent.Addresses{"127.0.0.1:1"} // where nobody is
+	decides(start(t, cfg), "after a restart without the CA", "/stock", "to-stock")
 }
 
 // BenchmarkEntryToSVID measures from the request that creates an entry to the

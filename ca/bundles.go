@@ -24,18 +24,20 @@ type bundles struct {
 	releases *release.Publisher
 	registry *registry.Registry
 	service  *api.Service
+	shares   *shares
 }
 
 func (b bundles) handler(log *slog.Logger) http.Handler {
-	return bundle.NewServer(bundle.Source{Load: b.load(b.releases.Current), LoadCandidate: b.load(b.releases.Candidate), Put: b.put, MaxWait: web.MaxWait, Logger: log})
+	return bundle.NewServer(bundle.Source{Load: b.load(b.releases.Current, false), LoadCandidate: b.load(b.releases.Candidate, true), Put: b.put, MaxWait: web.MaxWait, Logger: log})
 }
 
-// load serves what read reads.
-func (b bundles) load(read func(context.Context, string) ([]byte, *release.Release, error)) func(context.Context, string) (*bundle.Published, <-chan struct{}, error) {
+// load serves what read reads, or the caller's share of it.
+func (b bundles) load(read func(context.Context, string) ([]byte, *release.Release, error), candidate bool) func(context.Context, string) (*bundle.Published, <-chan struct{}, error) {
 	return func(ctx context.Context, name string) (*bundle.Published, <-chan struct{}, error) {
 		changed := b.registry.HeadsChanged() // before the read: no change is missed
 		// Again for each load: the caller may have waited for minutes.
-		if c := web.CallerFrom(ctx); c != nil {
+		c := web.CallerFrom(ctx)
+		if c != nil {
 			if fault := b.service.FaultSince(c); fault != "" {
 				return nil, nil, fmt.Errorf("%s: %s", c.Name, fault)
 			}
@@ -46,6 +48,10 @@ func (b bundles) load(read func(context.Context, string) ([]byte, *release.Relea
 		}
 		if err != nil {
 			return nil, nil, err
+		}
+		if audience := b.audienceOf(c); audience != nil {
+			p, err := b.shares.of(name, candidate, signed, r.ETag(), audience)
+			return p, changed, err
 		}
 		return &bundle.Published{Raw: signed, ETag: r.ETag(), Generation: r.Generation}, changed, nil
 	}

@@ -88,9 +88,15 @@ func (s *Server) publisher(st store.Store, p *policyKeys) *release.Publisher {
 }
 
 func (p *policyKeys) sign(unsigned []byte, seal release.Seal) ([]byte, error) {
+	return p.signFor(nil, unsigned, seal)
+}
+
+// signFor signs for these destinations alone; none means all.
+func (p *policyKeys) signFor(audience []string, unsigned []byte, seal release.Seal) ([]byte, error) {
 	kid, signer := p.keys.Policy()
 	return bundle.Sign(unsigned, bundle.Metadata{
-		Name: seal.Name, TrustDomain: p.trustDomain, Generation: seal.Generation, IssuedAt: seal.IssuedAt, NotAfter: seal.NotAfter,
+		Audience: audience,
+		Name:     seal.Name, TrustDomain: p.trustDomain, Generation: seal.Generation, IssuedAt: seal.IssuedAt, NotAfter: seal.NotAfter,
 		Candidate: seal.Candidate,
 	}, kid, signer)
 }
@@ -101,11 +107,17 @@ func (p *policyKeys) unsign(signed []byte, name string, candidate bool, keys ...
 	if len(keys) == 0 {
 		return nil, errors.New("no key is known that signs policy")
 	}
-	var by []bundle.Key
+	return bundle.Unsign(signed, verifiersOf(keys), bundle.Expect{Name: name, TrustDomain: p.trustDomain, Candidate: candidate})
+}
+
+// verifiers are the keys that verify what this CA and its replicas sign.
+func (p *policyKeys) verifiers() []bundle.Key { return verifiersOf(p.all()) }
+
+func verifiersOf(keys []replica.PolicyKey) (by []bundle.Key) {
 	for _, k := range keys {
 		by = append(by, bundle.Key{KID: k.KID, PublicKey: k.Public})
 	}
-	return bundle.Unsign(signed, by, bundle.Expect{Name: name, TrustDomain: p.trustDomain, Candidate: candidate})
+	return by
 }
 
 // reseal signs the current bundles again that key signed.

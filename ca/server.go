@@ -383,7 +383,7 @@ func (s *Server) startServers(ctx context.Context, g *errgroup.Group, p *parts, 
 	serveGRPC(ctx, g, p, p.service.SocketServer(extra...), l.admin)
 	pages := web.New(web.Options{
 		Service: p.service, Registry: p.registry, Store: p.store, Audit: p.audit, Log: s.log, Statuses: &p.statuses, Decisions: p.decisions,
-		Bundles: bundles{p.releases, p.registry, p.service}.handler(s.log),
+		Bundles: bundles{p.releases, p.registry, p.service, &shares{policy: p.policy}}.handler(s.log),
 	})
 	g.Go(func() error { return pages.Serve(ctx, l.https, s.tlsConfig(p, "h2", "http/1.1")) })
 	g.Go(func() error { return p.health.Serve(ctx, l.health) })

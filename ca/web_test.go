@@ -132,7 +132,7 @@ func TestUploadedPolicyIsSignedAndServed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	raw, etag, err := bundle.Fetch(t.Context(), who["agent"], main, "")
+	raw, etag, err := bundle.Fetch(t.Context(), who["admin"], main, "")
 	if err != nil || etag != head.GetEtag() {
 		t.Fatalf("Fetch: etag %s, %v; want %s", etag, err, head.GetEtag())
 	}
@@ -145,7 +145,7 @@ func TestUploadedPolicyIsSignedAndServed(t *testing.T) {
 	if err != nil || contents.Metadata.Generation != 1 || !contents.Metadata.NotAfter.After(time.Now()) {
 		t.Errorf("Verify: %+v, %v", contents, err)
 	}
-	if code, _, _ := do(t, who["agent"], "GET", main, http.Header{"If-None-Match": {etag}}, nil); code != 304 {
+	if code, _, _ := do(t, who["admin"], "GET", main, http.Header{"If-None-Match": {etag}}, nil); code != 304 {
 		t.Errorf("with the current ETag: %d; want 304", code)
 	}
 
@@ -155,7 +155,7 @@ func TestUploadedPolicyIsSignedAndServed(t *testing.T) {
 		req, _ := http.NewRequest("GET", main, nil)
 		req.Header.Set("If-None-Match", etag)
 		req.Header.Set("Prefer", "modes=snapshot,delta;wait=60")
-		resp, err := who["agent"].Do(req)
+		resp, err := who["admin"].Do(req)
 		if err != nil {
 			polled <- err.Error()
 			return

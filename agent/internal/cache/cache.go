@@ -8,6 +8,8 @@ package cache
 import (
 	"context"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,18 +31,22 @@ type Authority interface {
 	SignJWT(ctx context.Context, items []*capb.SignJWTItem) ([]*capb.SignJWTResult, error)
 }
 
-// Options are what a Cache needs. All fields are required.
+// Options are what a Cache needs. All fields but OnIdentity are required.
 type Options struct {
 	TrustDomain spiffeid.TrustDomain
 	Authority   Authority
-	Logger      *slog.Logger
-	Registerer  prometheus.Registerer
+	// OnIdentity is called, and must not block, with the SPIFFE ID of each entry that
+	// comes or changes.
+	OnIdentity func(id spiffeid.ID)
+	Logger     *slog.Logger
+	Registerer prometheus.Registerer
 }
 
 // Cache is safe for concurrent use. Use New, then Run.
 type Cache struct {
 	td        spiffeid.TrustDomain
 	authority Authority
+	onID      func(spiffeid.ID)
 	log       *slog.Logger
 	metrics   metrics
 	jwts      tokens
@@ -83,12 +89,15 @@ type Cache struct {
 // New returns an empty Cache.
 func New(o Options) *Cache {
 	c := &Cache{
-		td: o.TrustDomain, authority: o.Authority, log: o.Logger,
+		td: o.TrustDomain, authority: o.Authority, onID: o.OnIdentity, log: o.Logger,
 		wake: make(chan struct{}, 1), served: make(chan struct{}, 1), changed: make(chan struct{}, 1),
 		entries: map[string]*Entry{}, index: newIndex(),
 		subs: map[*Subscription]struct{}{}, bySel: map[string]map[*Subscription]struct{}{}, blind: map[workload.Kinds]map[*Subscription]struct{}{},
 		behind: map[uint64]int{}, slots: map[slotKey]*slot{}, slotsOf: map[string]map[*slot]struct{}{}, kept: map[string]StoredSVID{}, expiries: map[string]*time.Timer{},
 		feed: newFeed(), jwts: newTokens(), asking: &jwtQueue{authority: o.Authority},
+	}
+	if c.onID == nil {
+		c.onID = func(spiffeid.ID) {}
 	}
 	c.revocations.Store(svid.NewRevocations(nil))
 	c.metrics = newMetrics(o.Registerer, c)
@@ -114,6 +123,19 @@ func (c *Cache) State() State {
 		Synced: c.synced, Connected: c.connected, Stale: c.stale, Revision: c.revision, Heard: c.Heard(),
 		Entries: len(c.entries), Streams: len(c.subs),
 	}
+}
+
+// Identities are the SPIFFE IDs of the entries that hold at now, sorted.
+func (c *Cache) Identities(now time.Time) []string {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	ids := make(map[string]bool, len(c.entries))
+	for _, e := range c.entries {
+		if !e.Expired(now) {
+			ids[e.SPIFFEID.String()] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(ids))
 }
 
 // Wants are the kinds of selectors that some entry of this node asks for.
@@ -167,6 +189,7 @@ func (c *Cache) put(ctx context.Context, pb *capb.Entry) bool {
 		c.notifyMatching(old)
 	}
 	c.notifyMatching(e)
+	c.onID(e.SPIFFEID)
 	return true
 }
 

@@ -43,7 +43,8 @@ type pastBundle struct {
 func (p *past) keep(b pastBundle) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.kept = append(p.kept, b)
+	p.kept = slices.DeleteFunc(p.kept, func(old pastBundle) bool { return old.generation == b.generation && old.candidate == b.candidate })
+	p.kept = append(p.kept, b) // another share of the same takes its place
 	size := 0
 	for i, b := range slices.Backward(p.kept) {
 		size += len(b.raw)

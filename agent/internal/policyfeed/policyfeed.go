@@ -41,6 +41,9 @@ type Config struct {
 	// URLs returns where its bytes are, or those of its candidate, at the replica to
 	// be asked first in front; at least one.
 	URLs func(candidate bool) []string
+	// Destinations are the SPIFFE IDs whose calls are decided here. The CA sends what
+	// concerns them, and when there are others (Need) is asked again.
+	Destinations func() []string
 	// HTTP speaks to the CA and to nobody else.
 	HTTP *http.Client
 	// DataDir is where the last good bundle is kept.
@@ -78,6 +81,18 @@ type announcement struct {
 	keys       []bundle.Key // that may sign
 	candidate  uint64       // 0 for none
 	rollout    rollout
+	// destinations are those of the node when it is acted upon.
+	destinations []string
+}
+
+// serves says whether e is for all destinations that are wanted.
+func (a *announcement) serves(e *engine.Engine) error {
+	for _, d := range a.destinations {
+		if !e.For(d) {
+			return fmt.Errorf("the CA's share of generation %d for this node has nothing about %s yet", e.Generation(), d)
+		}
+	}
+	return nil
 }
 
 // New takes up the bundle that an earlier run left on disk, so that a restart
@@ -148,8 +163,21 @@ func (f *Feed) Announce(pb *capb.PolicyBundle) {
 		return
 	}
 	f.mu.Lock()
-	f.want = announcement{pb.GetGeneration(), keys, pb.GetCandidate().GetGeneration(), rolloutOf(pb.GetCandidate())}
+	f.want = announcement{generation: pb.GetGeneration(), keys: keys, candidate: pb.GetCandidate().GetGeneration(), rollout: rolloutOf(pb.GetCandidate())}
 	f.mu.Unlock()
+	select {
+	case f.announced <- struct{}{}:
+	default:
+	}
+}
+
+// Need takes note of a destination whose calls are decided here from now on. It does
+// not block.
+func (f *Feed) Need(destination string) {
+	now := f.Now()
+	if now.Active == nil || now.Active.For(destination) && (now.Candidate == nil || now.Candidate.For(destination)) {
+		return
+	}
 	select {
 	case f.announced <- struct{}{}:
 	default:
@@ -228,6 +256,7 @@ func (f *Feed) load(ctx context.Context) error {
 	if want.generation == 0 {
 		return nil
 	}
+	want.destinations = f.cfg.Destinations()
 	before := f.Now()
 	d := draft{Snapshot: Snapshot{Active: before.Active}, etag: f.etag}
 	activeErr := f.loadActive(ctx, &d, want)
@@ -241,7 +270,7 @@ func (f *Feed) load(ctx context.Context) error {
 // loadActive fetches the announced generation, unless it is active.
 func (f *Feed) loadActive(ctx context.Context, d *draft, want announcement) error {
 	switch {
-	case want.generation == f.Generation():
+	case want.generation == f.Generation() && want.serves(d.Active) == nil:
 		return nil
 	case want.generation < f.Seen():
 		return fmt.Errorf("generation %d is announced, but generation %d was active before: the CA's store was set back, or somebody replays an old policy", want.generation, f.Seen())
@@ -271,6 +300,9 @@ func (f *Feed) loadFrom(ctx context.Context, url string, d *draft, want announce
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
 	raw, etag, err := bundle.Fetch(ctx, f.cfg.HTTP, url, d.etag)
+	if errors.Is(err, bundle.ErrNotModified) && want.generation == generationOf(d.Active) {
+		return want.serves(d.Active)
+	}
 	if errors.Is(err, bundle.ErrNotModified) {
 		return fmt.Errorf("generation %d is announced, but the CA still serves %d at %s", want.generation, generationOf(d.Active), url)
 	}
@@ -285,7 +317,7 @@ func (f *Feed) loadFrom(ctx context.Context, url string, d *draft, want announce
 	if got := e.Generation(); got < want.generation {
 		return fmt.Errorf("generation %d is announced, but the CA still serves %d at %s", want.generation, got, url)
 	}
-	return nil
+	return want.serves(e)
 }
 
 // loadCandidate fetches the announced candidate, unless it is in use.
@@ -295,7 +327,7 @@ func (f *Feed) loadCandidate(ctx context.Context, d *draft, before *Snapshot, wa
 		return nil
 	case want.candidate <= generationOf(d.Active):
 		return fmt.Errorf("candidate %d is announced, which is not newer than generation %d", want.candidate, generationOf(d.Active))
-	case want.candidate == generationOf(before.Candidate):
+	case want.candidate == generationOf(before.Candidate) && want.serves(before.Candidate) == nil:
 		d.Candidate, d.rollout, d.Step = before.Candidate, want.rollout, want.rollout.Step
 		return nil
 	}
@@ -314,7 +346,7 @@ func (f *Feed) loadCandidate(ctx context.Context, d *draft, before *Snapshot, wa
 			return fmt.Errorf("candidate %d is announced, but the CA serves %d at %s", want.candidate, e.Generation(), url)
 		}
 		d.Candidate, d.rawCandidate, d.rollout, d.Step = e, raw, want.rollout, want.rollout.Step
-		return nil
+		return want.serves(e)
 	})
 	if err != nil {
 		return fmt.Errorf("the policy candidate is left out: %w", err)
@@ -331,7 +363,7 @@ func (f *Feed) compile(ctx context.Context, raw []byte, keys []bundle.Key, want 
 	}
 	md := contents.Metadata
 	e, err := engine.New(ctx, engine.Source{
-		Modules: contents.Modules, Grants: contents.Grants,
+		Modules: contents.Modules, Grants: contents.Grants, Audience: md.Audience,
 		Generation: md.Generation, NotAfter: md.NotAfter, Logger: f.cfg.Logger,
 	})
 	if err != nil {
@@ -367,7 +399,10 @@ func (f *Feed) use(ctx context.Context, d *draft, keys []bundle.Key, keep bool) 
 	f.changed = make(chan struct{})
 	f.mu.Unlock()
 	f.cfg.OnChange()
-	if next.Active != before.Active {
+	if next.Active != before.Active && f.Generation() == generationOf(before.Active) {
+		f.cfg.Logger.LogAttrs(ctx, slog.LevelDebug, "policy for other destinations",
+			slog.String("name", f.cfg.Name), slog.Uint64("policy_revision", f.Generation()), slog.Int("grants", next.Active.Grants()))
+	} else if next.Active != before.Active {
 		f.cfg.Logger.LogAttrs(ctx, slog.LevelInfo, "policy active",
 			slog.String("name", f.cfg.Name), slog.Uint64("policy_revision", f.Generation()), slog.Int("grants", next.Active.Grants()))
 	}

@@ -12,6 +12,8 @@ import (
 	"fmt"
 	"iter"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -198,6 +200,20 @@ func (r *Registry) Holds(agent, id spiffeid.ID, now time.Time) bool {
 		}
 	}
 	return false
+}
+
+// Identities are the SPIFFE IDs that entries of the agent's node, its own or an
+// alias's, give at now, and the agent's own, sorted. It goes over all of them.
+func (r *Registry) Identities(agent spiffeid.ID, now time.Time) []string {
+	pic := r.pic.Load()
+	ids := map[string]bool{agent.String(): true}
+	g := Grounds{pic: pic, Agent: pic.agent(agent)}
+	for e := range pic.entries.below(append(pic.aliases(agent), agent)...) {
+		if !e.Expired(now) && g.Concerns(e, now) {
+			ids[e.SPIFFEID.String()] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(ids))
 }
 
 // ExpiredEntries returns the entries that do not hold any more at now, and

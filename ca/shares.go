@@ -1,0 +1,145 @@
+// What a caller gets of a policy bundle: an agent the grants that its node needs, and
+// nobody else's; administrators, and stock OPAs by their tokens, the whole.
+
+package ca
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"sync"
+	"time"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/api"
+	"merlon.dev/ca/internal/release"
+	"merlon.dev/policy/bundle"
+)
+
+const (
+	// maxWholes is how many generations are kept taken apart: of a bundle and its
+	// candidate, before and after a push.
+	maxWholes = 4
+	// maxShares is how many shares of one generation are kept; further ones are made
+	// for each request.
+	maxShares = 16384
+)
+
+// audienceOf are the destinations whose share c gets, sorted; nil for the whole.
+// Who may read policy as an administrator is no agent in this.
+func (b bundles) audienceOf(c *api.Caller) []string {
+	if c == nil || c.Agent == nil || b.service.Permits(c, capb.Admin_GetPolicy_FullMethodName) {
+		return nil
+	}
+	return b.registry.Identities(c.Agent.ID, time.Now())
+}
+
+// shares makes shares of signed bundles, and keeps them. It is safe for concurrent
+// use.
+type shares struct {
+	policy *policyKeys
+
+	mu sync.Mutex
+	// guarded by mu
+	wholes []*whole // the one that was asked for last in front
+}
+
+// whole is one generation, and the shares of it that were asked for.
+type whole struct {
+	etag string
+	once sync.Once
+	// Valid after once.
+	err    error
+	parts  *bundle.Shares
+	md     bundle.Metadata
+	mu     sync.Mutex
+	signed map[[sha256.Size]byte]*sharePart // guarded by mu; by audience
+}
+
+// sharePart is one share, made once.
+type sharePart struct {
+	once sync.Once
+	p    *bundle.Published
+	err  error
+}
+
+// of is the share of audience in the bundle called name, whose signed bytes are raw
+// under etag.
+func (s *shares) of(name string, candidate bool, raw []byte, etag string, audience []string) (*bundle.Published, error) {
+	w := s.whole(etag)
+	w.once.Do(func() {
+		w.err = w.open(raw, s.policy, bundle.Expect{Name: name, TrustDomain: s.policy.trustDomain, Candidate: candidate})
+	})
+	if w.err != nil {
+		return nil, fmt.Errorf("take policy bundle %s apart: %w", name, w.err)
+	}
+	part := w.part(hashOf(audience))
+	part.once.Do(func() { part.p, part.err = w.sign(s.policy, audience) })
+	return part.p, part.err
+}
+
+func (s *shares) whole(etag string) *whole {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i, w := range s.wholes {
+		if w.etag == etag {
+			copy(s.wholes[1:i+1], s.wholes[:i])
+			s.wholes[0] = w
+			return w
+		}
+	}
+	w := &whole{etag: etag, signed: map[[sha256.Size]byte]*sharePart{}}
+	s.wholes = append([]*whole{w}, s.wholes[:min(len(s.wholes), maxWholes-1)]...)
+	return w
+}
+
+// open takes apart what one of the CA's keys has signed: who can write the store
+// alone must not have his policy signed.
+func (w *whole) open(raw []byte, keys *policyKeys, want bundle.Expect) error {
+	c, err := bundle.Verify(raw, keys.verifiers(), want)
+	if err != nil {
+		return err
+	}
+	w.parts, w.md = bundle.NewShares(c), c.Metadata
+	return nil
+}
+
+func (w *whole) part(audience [sha256.Size]byte) *sharePart {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	p := w.signed[audience]
+	if p == nil {
+		p = new(sharePart)
+		if len(w.signed) < maxShares {
+			w.signed[audience] = p
+		}
+	}
+	return p
+}
+
+func (w *whole) sign(keys *policyKeys, audience []string) (*bundle.Published, error) {
+	unsigned, err := w.parts.Of(audience)
+	if err != nil {
+		return nil, err
+	}
+	signed, err := keys.signFor(audience, unsigned, release.Seal{
+		Name: w.md.Name, Generation: w.md.Generation, IssuedAt: w.md.IssuedAt, NotAfter: w.md.NotAfter, Candidate: w.md.Candidate,
+	})
+	if err != nil {
+		return nil, err
+	}
+	// The same at each replica, though each signs anew.
+	h := sha256.New()
+	h.Write(unsigned)
+	sum := hashOf(audience)
+	h.Write(sum[:])
+	return &bundle.Published{Raw: signed, ETag: fmt.Sprintf("%q", fmt.Sprintf("%d-%.12x", w.md.Generation, h.Sum(nil))), Generation: w.md.Generation}, nil
+}
+
+func hashOf(audience []string) [sha256.Size]byte {
+	h := sha256.New()
+	for _, id := range audience {
+		h.Write([]byte(id))
+		h.Write([]byte{0}) // which no SPIFFE ID has
+	}
+	return [sha256.Size]byte(h.Sum(nil))
+}
