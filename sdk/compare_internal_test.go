@@ -123,20 +123,24 @@ func TestCountsEndWithTheirStep(t *testing.T) {
 }
 
 // BenchmarkDecideBesideCandidate is a decision while a candidate is tried, beyond the
-// calls of a second that are compared.
+// calls of a second that are compared, and the same without one.
 func BenchmarkDecideBesideCandidate(b *testing.B) {
-	id := bare()
-	id.notePolicy(b.Context(), &agentpb.WatchResponse{PolicyGeneration: 7, PolicyVersion: 70, CandidateGeneration: 8})
-	id.takePrograms(b.Context(), &agentpb.WatchPolicyResponse{
-		PolicyGeneration: 7, PolicyVersion: 70, CandidateGeneration: 8, Step: 3,
-		Programs: []*agentpb.Program{{Destination: ownID, Encoded: encoded(7, ownID), Beside: encoded(8, ownID)}},
-	})
-	in := web("/a")
-	in.Destination = ownID
-	b.ReportAllocs()
-	for b.Loop() {
-		if d := id.Authorize(b.Context(), in); !d.Allow {
-			b.Fatal(d)
-		}
+	for name, beside := range map[string][]byte{"tried": encoded(8, ownID), "none": nil} {
+		b.Run(name, func(b *testing.B) {
+			id := bare()
+			id.notePolicy(b.Context(), &agentpb.WatchResponse{PolicyGeneration: 7, PolicyVersion: 70, CandidateGeneration: 8})
+			id.takePrograms(b.Context(), &agentpb.WatchPolicyResponse{
+				PolicyGeneration: 7, PolicyVersion: 70, CandidateGeneration: 8, Step: 3,
+				Programs: []*agentpb.Program{{Destination: ownID, Encoded: encoded(7, ownID), Beside: beside}},
+			})
+			in := web("/a")
+			in.Destination = ownID
+			b.ReportAllocs()
+			for b.Loop() {
+				if d := id.Authorize(b.Context(), in); !d.Allow {
+					b.Fatal(d)
+				}
+			}
+		})
 	}
 }

@@ -219,6 +219,14 @@ func TestPauseHappensOnce(t *testing.T) {
 	if _, err := p.Stage(ctx, "main", 0, Canary{Destinations: []string{"spiffe://shop.test/a"}}); err != nil {
 		t.Fatal(err)
 	}
+	for _, other := range []struct {
+		generation uint64
+		step       uint32
+	}{{2, 1}, {2, 3}, {1, 2}} { // what was counted is of another step, or candidate
+		if h, err := p.Pause(ctx, "main", other.generation, other.step, alarm); err != nil || h != nil {
+			t.Fatalf("pause of %+v: %+v, %v", other, h, err)
+		}
+	}
 	var wg sync.WaitGroup
 	paused := make(chan *Head, 8)
 	for range cap(paused) { // as many replicas
