@@ -180,9 +180,11 @@ func (a *Agent) openPolicy() (err error) {
 			return a.httpsURLs("/v1/policy/bundles/" + a.cfg.PolicyBundle)
 		},
 		Destinations: func() []string { return a.cache.Identities(time.Now()) },
-		HTTP:         a.https,
-		OnChange:     a.policyChanged,
-		Logger:       a.log, Registerer: a.health.Registry(),
+		Heard:        a.cache.Heard,
+		StaleAfter:   a.cfg.PolicyStaleAfter, MaxAge: a.cfg.PolicyMaxAge, DenyStale: a.cfg.PolicyOnStale == onDeny,
+		HTTP:     a.https,
+		OnChange: a.policyChanged,
+		Logger:   a.log, Registerer: a.health.Registry(),
 	})
 	return err
 }
@@ -242,6 +244,7 @@ func (a *Agent) buildServices() {
 		Callers: callers, EngineOf: a.policy.Of, ExplainHeaders: a.cfg.ExplainHeaders, Decisions: a.decisions, AgentID: a.client.ID,
 		Policy: a.policy.Now, PolicyChanged: a.policy.Changed, PolicyFault: a.policy.Fault, PolicyName: a.cfg.PolicyBundle,
 		RevocationMaxAge: a.cfg.RevocationMaxAge, DenyStale: a.cfg.OnStale == onDeny, Status: a.status,
+		PolicyAsOf: a.policy.AsOf, PolicyMaxAge: a.cfg.PolicyMaxAge, DenyStalePolicy: a.cfg.PolicyOnStale == onDeny,
 		Logger: a.log, Registerer: a.health.Registry(),
 	})
 	a.health.Check("identity", a.client.Ready)

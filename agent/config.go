@@ -121,6 +121,18 @@ type Config struct {
 	// main.
 	PolicyBundle string `yaml:"policy_bundle"`
 
+	// PolicyStaleAfter is after how long without the CA's word that the policy in
+	// use is the one in force the agent warns. Zero means 1h.
+	PolicyStaleAfter time.Duration `yaml:"policy_stale_after"`
+
+	// PolicyMaxAge is after how long that counts as too long. Zero means 24h; less
+	// than 30s, or than PolicyStaleAfter, is refused.
+	PolicyMaxAge time.Duration `yaml:"policy_max_age"`
+
+	// PolicyOnStale says what happens to calls then: "keep" decides by the policy in
+	// use, "deny" denies them with reason STALE_POLICY. Empty means keep.
+	PolicyOnStale string `yaml:"policy_on_stale"`
+
 	// ExplainHeaders names the request headers, in lower case, whose values are
 	// kept in memory with the last decisions, for `merlon explain decision`; of
 	// all others the names alone are. Nil means content-type, user-agent and
@@ -202,6 +214,8 @@ const (
 	defaultHTTPSPort        = "8444"
 	defaultRevocationMaxAge = 5 * time.Minute
 	minRevocationMaxAge     = 30 * time.Second
+	defaultPolicyStaleAfter = time.Hour
+	defaultPolicyMaxAge     = 24 * time.Hour
 
 	healthOff = "off"
 	onKeep    = "keep"
@@ -251,6 +265,7 @@ func (c Config) withDefaults() Config {
 	set(&c.HealthAddress, DefaultHealthAddress)
 	set(&c.PolicyBundle, DefaultPolicyBundle)
 	set(&c.OnStale, onKeep)
+	set(&c.PolicyOnStale, onKeep)
 	set(&c.DecisionMetrics, byReason)
 	if c.DecisionLogMaxMiB == 0 {
 		c.DecisionLogMaxMiB = defaultDecisionLogMiB
@@ -271,6 +286,12 @@ func (c Config) withDefaults() Config {
 	}
 	if c.RevocationMaxAge == 0 {
 		c.RevocationMaxAge = defaultRevocationMaxAge
+	}
+	if c.PolicyMaxAge == 0 {
+		c.PolicyMaxAge = max(defaultPolicyMaxAge, c.PolicyStaleAfter)
+	}
+	if c.PolicyStaleAfter == 0 {
+		c.PolicyStaleAfter = min(defaultPolicyStaleAfter, c.PolicyMaxAge)
 	}
 	if c.ExplainHeaders == nil {
 		c.ExplainHeaders = []string{"content-type", "user-agent", "x-request-id"}
@@ -360,12 +381,27 @@ func (c Config) checkKubelet() error {
 	return checkAddress("kubelet_address", c.KubeletAddress)
 }
 
+func (c Config) checkPolicyAge() error {
+	switch {
+	case c.PolicyStaleAfter < minRevocationMaxAge:
+		return &InvalidError{Field: "policy_stale_after", Reason: fmt.Sprintf("%v is less than %v", c.PolicyStaleAfter, minRevocationMaxAge)}
+	case c.PolicyMaxAge < c.PolicyStaleAfter:
+		return &InvalidError{Field: "policy_max_age", Reason: fmt.Sprintf("%v is less than policy_stale_after, %v", c.PolicyMaxAge, c.PolicyStaleAfter)}
+	case c.PolicyOnStale != onKeep && c.PolicyOnStale != onDeny:
+		return &InvalidError{Field: "policy_on_stale", Reason: fmt.Sprintf("%q is neither keep nor deny", c.PolicyOnStale)}
+	}
+	return nil
+}
+
 func (c Config) checkChoices() error {
 	if c.RevocationMaxAge < minRevocationMaxAge {
 		return &InvalidError{Field: "revocation_max_age", Reason: fmt.Sprintf("%v is less than %v", c.RevocationMaxAge, minRevocationMaxAge)}
 	}
 	if c.OnStale != onKeep && c.OnStale != onDeny {
 		return &InvalidError{Field: "on_stale", Reason: fmt.Sprintf("%q is neither keep nor deny", c.OnStale)}
+	}
+	if err := c.checkPolicyAge(); err != nil {
+		return err
 	}
 	if c.CacheKeys != keysSealed && c.CacheKeys != keysNever {
 		return &InvalidError{Field: "cache_keys", Reason: fmt.Sprintf("%q is neither sealed nor never", c.CacheKeys)}

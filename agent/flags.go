@@ -61,9 +61,12 @@ var settings = []setting{
 	{key: "root_hash", usage: "`SHA-256` of the CA root's public key, in hex", set: text(func(c *Config) *string { return &c.RootHash })},
 	{key: "admin_uids", usage: "`uids`, separated by commas, that may use the admin socket beside root and the agent's own", set: setAdminUIDs},
 	{key: "health_address", usage: "`host:port` of /live, /ready and /metrics, or off (default " + DefaultHealthAddress + ")", set: text(func(c *Config) *string { return &c.HealthAddress })},
-	{key: "revocation_max_age", usage: "`duration` of silence after which revocations are stale (default 5m)", set: setRevocationMaxAge},
+	{key: "revocation_max_age", usage: "`duration` of silence after which revocations are stale (default 5m)", set: duration(func(c *Config) *time.Duration { return &c.RevocationMaxAge })},
 	{key: "on_stale", usage: "keep or deny: what happens to calls then (default keep)", set: text(func(c *Config) *string { return &c.OnStale })},
 	{key: "policy_bundle", usage: "`name` of the policy bundle (default " + DefaultPolicyBundle + ")", set: text(func(c *Config) *string { return &c.PolicyBundle })},
+	{key: "policy_stale_after", usage: "`duration` without the CA's word that the policy is the one in force, after which the agent warns (default 1h)", set: duration(func(c *Config) *time.Duration { return &c.PolicyStaleAfter })},
+	{key: "policy_max_age", usage: "`duration` after which that is too long (default 24h)", set: duration(func(c *Config) *time.Duration { return &c.PolicyMaxAge })},
+	{key: "policy_on_stale", usage: "keep or deny: what happens to calls then (default keep)", set: text(func(c *Config) *string { return &c.PolicyOnStale })},
 	{key: "explain_headers", usage: "`names`, separated by commas, of request headers whose values merlon explain decision may show (default content-type,user-agent,x-request-id)", set: setExplainHeaders},
 	{key: "decision_log_file", usage: "`file` for the log of decisions, or stdout (default: nowhere)", set: text(func(c *Config) *string { return &c.DecisionLogFile })},
 	{key: "decision_log_max_mib", usage: "`MiB` that the file becomes before another is begun (default 64)", set: number(func(c *Config) *int { return &c.DecisionLogMaxMiB })},
@@ -132,11 +135,13 @@ func setExplainHeaders(c *Config, value string) error {
 	return nil
 }
 
-func setRevocationMaxAge(c *Config, value string) (err error) {
-	if c.RevocationMaxAge, err = time.ParseDuration(value); err != nil {
-		return fmt.Errorf("%q is not a duration such as 5m", value)
+func duration(field func(*Config) *time.Duration) func(*Config, string) error {
+	return func(c *Config, value string) (err error) {
+		if *field(c), err = time.ParseDuration(value); err != nil {
+			return fmt.Errorf("%q is not a duration such as 5m", value)
+		}
+		return nil
 	}
-	return nil
 }
 
 // CommandLine is what merlon-agent was told.

@@ -41,7 +41,7 @@ func (id *Identity) answers(destination string, now time.Time) *answers {
 
 // decideKept decides by what is kept, or has the agent decide and keeps that.
 func (id *Identity) decideKept(ctx context.Context, a *answers, in *policy.Input, now time.Time) policy.Decision {
-	if !id.staleRevocations(now) {
+	if id.stale(now) == "" {
 		if v, ok := a.kept.Find(in, now.UnixNano()); ok {
 			d := policy.Decision{
 				Allow: v.Allow(), Reason: v.Reason, RuleID: v.RuleID, Response: v.Response, DecisionID: policy.NewDecisionID(), Revision: a.generation,

@@ -109,7 +109,7 @@ func (id *Identity) redecide(ctx context.Context, ask bool) {
 			if !id.audit.letsPlaintext(now) {
 				id.endCall(ctx, c, policy.Deny(policy.NoIdentity))
 			}
-		case p != nil && !id.staleRevocations(now):
+		case p != nil && id.stale(now) == "":
 			if v := p.Decide(c.in, now); v.Allow() || id.audit.lets(v.Reason, now) {
 				continue
 			}

@@ -212,6 +212,8 @@ func (id *Identity) followRevocations(ctx context.Context, progress func()) erro
 		id.notePolicy(ctx, res)
 		id.denyAfter.Store(int64(res.GetDenyAfter().AsDuration()))
 		id.revocationsAsOf.Store(res.GetRevocationsAsOf().AsTime().UnixNano()) // never: 1970, which is stale
+		id.denyPolicyAfter.Store(int64(res.GetDenyPolicyAfter().AsDuration()))
+		id.policyAsOf.Store(res.GetPolicyAsOf().AsTime().UnixNano())
 		id.revoke(ctx, res)
 		progress()
 	}

@@ -151,8 +151,8 @@ func (id *Identity) stillDecides(version uint64, now time.Time) bool {
 // decideHere decides the call by p.
 func (id *Identity) decideHere(p *compiled, in *policy.Input, now time.Time) policy.Decision {
 	d := policy.Decision{DecisionID: policy.NewDecisionID(), Revision: p.Generation()}
-	if id.staleRevocations(now) {
-		d.Reason, d.Revision = policy.StaleRevocations, 0
+	if stale := id.stale(now); stale != "" {
+		d.Reason, d.Revision = stale, 0
 	} else {
 		v := p.Decide(in, now)
 		d.Allow, d.Reason, d.RuleID, d.Response, d.DryRun = v.Allow(), v.Reason, v.RuleID, v.Response, v.Differing
@@ -162,9 +162,16 @@ func (id *Identity) decideHere(p *compiled, in *policy.Input, now time.Time) pol
 	return d
 }
 
-// staleRevocations says whether the agent has heard nothing from the CA for longer
-// than its configuration allows; that the agent itself is away counts as that.
-func (id *Identity) staleRevocations(now time.Time) bool {
-	after := id.denyAfter.Load()
-	return after > 0 && now.UnixNano()-id.revocationsAsOf.Load() > after
+// stale is the reason to deny every call where the agent has heard nothing from the CA
+// for longer than its configuration allows, of revocations or of the policy; empty
+// where it has. That the agent itself is away counts as that.
+func (id *Identity) stale(now time.Time) policy.Reason {
+	at := now.UnixNano()
+	if after := id.denyAfter.Load(); after > 0 && at-id.revocationsAsOf.Load() > after {
+		return policy.StaleRevocations
+	}
+	if after := id.denyPolicyAfter.Load(); after > 0 && at-id.policyAsOf.Load() > after {
+		return policy.StalePolicy
+	}
+	return ""
 }

@@ -122,6 +122,29 @@ func TestStaleRevocationsDenyHereToo(t *testing.T) {
 	})
 }
 
+func TestStalePolicyDeniesHereToo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		id := withProgram(t, 7)
+		reason := func(want policy.Reason) {
+			t.Helper()
+			if d := id.Authorize(t.Context(), web("/a")); d.Reason != want || d.Allow != (want == policy.Allowed) {
+				t.Errorf("%+v; want %s", d, want)
+			}
+		}
+		id.policyAsOf.Store(time.Now().UnixNano())
+		time.Sleep(48 * time.Hour)
+		reason(policy.Allowed) // age does not matter
+		id.denyPolicyAfter.Store(int64(24 * time.Hour))
+		reason(policy.StalePolicy)
+		id.policyAsOf.Store(time.Now().UnixNano())
+		reason(policy.Allowed)
+		time.Sleep(24*time.Hour + 1)
+		reason(policy.StalePolicy)
+		id.denyAfter.Store(1) // what stands before any policy comes first
+		reason(policy.StaleRevocations)
+	})
+}
+
 func TestReportHasAllDenialsAndSomeAllowed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		id := withProgram(t, 7)

@@ -43,6 +43,8 @@ type Identity struct {
 	versionSince    atomic.Int64
 	revocationsAsOf atomic.Int64
 	denyAfter       atomic.Int64 // 0: the age of revocations does not matter
+	policyAsOf      atomic.Int64
+	denyPolicyAfter atomic.Int64 // 0: the age of the policy does not matter
 	closed          atomic.Bool
 
 	ready     readiness

@@ -735,8 +735,13 @@ type WatchResponse struct {
 	PolicyVersion uint64 `protobuf:"varint,6,opt,name=policy_version,json=policyVersion,proto3" json:"policy_version,omitempty"`
 	// Generation of the candidate that may decide here; 0 for none.
 	CandidateGeneration uint64 `protobuf:"varint,7,opt,name=candidate_generation,json=candidateGeneration,proto3" json:"candidate_generation,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// Until when the policy in use is known to be the one in force.
+	PolicyAsOf *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=policy_as_of,json=policyAsOf,proto3" json:"policy_as_of,omitempty"`
+	// When that is longer ago than this, calls are denied STALE_POLICY. Absent: the
+	// policy in use stays in force.
+	DenyPolicyAfter *durationpb.Duration `protobuf:"bytes,9,opt,name=deny_policy_after,json=denyPolicyAfter,proto3" json:"deny_policy_after,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *WatchResponse) Reset() {
@@ -816,6 +821,20 @@ func (x *WatchResponse) GetCandidateGeneration() uint64 {
 		return x.CandidateGeneration
 	}
 	return 0
+}
+
+func (x *WatchResponse) GetPolicyAsOf() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PolicyAsOf
+	}
+	return nil
+}
+
+func (x *WatchResponse) GetDenyPolicyAfter() *durationpb.Duration {
+	if x != nil {
+		return x.DenyPolicyAfter
+	}
+	return nil
 }
 
 type WatchPolicyRequest struct {
@@ -2640,7 +2659,7 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\n" +
 	"csr_wanted\x18\x05 \x01(\x04R\tcsrWanted\x12\x18\n" +
 	"\arefusal\x18\x06 \x01(\tR\arefusal\"\x0e\n" +
-	"\fWatchRequest\"\xed\x02\n" +
+	"\fWatchRequest\"\xf2\x03\n" +
 	"\rWatchResponse\x12+\n" +
 	"\x11policy_generation\x18\x01 \x01(\x04R\x10policyGeneration\x12\x14\n" +
 	"\x05reset\x18\x02 \x01(\bR\x05reset\x12=\n" +
@@ -2649,7 +2668,10 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\n" +
 	"deny_after\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\tdenyAfter\x12%\n" +
 	"\x0epolicy_version\x18\x06 \x01(\x04R\rpolicyVersion\x121\n" +
-	"\x14candidate_generation\x18\a \x01(\x04R\x13candidateGeneration\"\x14\n" +
+	"\x14candidate_generation\x18\a \x01(\x04R\x13candidateGeneration\x12<\n" +
+	"\fpolicy_as_of\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"policyAsOf\x12E\n" +
+	"\x11deny_policy_after\x18\t \x01(\v2\x19.google.protobuf.DurationR\x0fdenyPolicyAfter\"\x14\n" +
 	"\x12WatchPolicyRequest\"\xe6\x01\n" +
 	"\x13WatchPolicyResponse\x12+\n" +
 	"\x11policy_generation\x18\x01 \x01(\x04R\x10policyGeneration\x124\n" +
@@ -2888,56 +2910,58 @@ var file_agent_agentpb_local_proto_depIdxs = []int32{
 	22, // 7: merlon.agent.v1.WatchResponse.revocations:type_name -> merlon.agent.v1.Revocation
 	33, // 8: merlon.agent.v1.WatchResponse.revocations_as_of:type_name -> google.protobuf.Timestamp
 	34, // 9: merlon.agent.v1.WatchResponse.deny_after:type_name -> google.protobuf.Duration
-	13, // 10: merlon.agent.v1.WatchPolicyResponse.programs:type_name -> merlon.agent.v1.Program
-	14, // 11: merlon.agent.v1.Program.keep:type_name -> merlon.agent.v1.Keep
-	20, // 12: merlon.agent.v1.ReportRequest.records:type_name -> merlon.agent.v1.DecisionRecord
-	32, // 13: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
-	17, // 14: merlon.agent.v1.ReportRequest.counts:type_name -> merlon.agent.v1.Counts
-	16, // 15: merlon.agent.v1.ReportRequest.rows:type_name -> merlon.agent.v1.DecisionCount
-	18, // 16: merlon.agent.v1.Counts.comparisons:type_name -> merlon.agent.v1.Comparison
-	19, // 17: merlon.agent.v1.Counts.differences:type_name -> merlon.agent.v1.Difference
-	3,  // 18: merlon.agent.v1.DecisionRecord.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 19: merlon.agent.v1.DecisionRecord.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	33, // 20: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
-	33, // 21: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	25, // 22: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
-	33, // 23: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
-	33, // 24: merlon.agent.v1.StatusResponse.now:type_name -> google.protobuf.Timestamp
-	33, // 25: merlon.agent.v1.StatusResponse.heard_at:type_name -> google.protobuf.Timestamp
-	34, // 26: merlon.agent.v1.StatusResponse.clock_ahead:type_name -> google.protobuf.Duration
-	33, // 27: merlon.agent.v1.StatusResponse.own_svid_not_after:type_name -> google.protobuf.Timestamp
-	33, // 28: merlon.agent.v1.StatusResponse.first_x509_svid_not_after:type_name -> google.protobuf.Timestamp
-	33, // 29: merlon.agent.v1.StatusResponse.median_x509_svid_not_after:type_name -> google.protobuf.Timestamp
-	33, // 30: merlon.agent.v1.StatusResponse.first_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
-	33, // 31: merlon.agent.v1.StatusResponse.last_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
-	33, // 32: merlon.agent.v1.StatusResponse.policy_not_after:type_name -> google.protobuf.Timestamp
-	34, // 33: merlon.agent.v1.StatusResponse.revocation_max_age:type_name -> google.protobuf.Duration
-	33, // 34: merlon.agent.v1.StatusResponse.cache_saved_at:type_name -> google.protobuf.Timestamp
-	3,  // 35: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
-	0,  // 36: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
-	33, // 37: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
-	1,  // 38: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
-	0,  // 39: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
-	9,  // 40: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
-	11, // 41: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
-	15, // 42: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
-	6,  // 43: merlon.agent.v1.Local.HoldKeys:input_type -> merlon.agent.v1.HoldKeysRequest
-	23, // 44: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
-	28, // 45: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
-	26, // 46: merlon.agent.v1.Debug.Status:input_type -> merlon.agent.v1.StatusRequest
-	2,  // 47: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
-	10, // 48: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
-	12, // 49: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
-	21, // 50: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
-	7,  // 51: merlon.agent.v1.Local.HoldKeys:output_type -> merlon.agent.v1.HoldKeysResponse
-	24, // 52: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
-	29, // 53: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
-	27, // 54: merlon.agent.v1.Debug.Status:output_type -> merlon.agent.v1.StatusResponse
-	47, // [47:55] is the sub-list for method output_type
-	39, // [39:47] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	33, // 10: merlon.agent.v1.WatchResponse.policy_as_of:type_name -> google.protobuf.Timestamp
+	34, // 11: merlon.agent.v1.WatchResponse.deny_policy_after:type_name -> google.protobuf.Duration
+	13, // 12: merlon.agent.v1.WatchPolicyResponse.programs:type_name -> merlon.agent.v1.Program
+	14, // 13: merlon.agent.v1.Program.keep:type_name -> merlon.agent.v1.Keep
+	20, // 14: merlon.agent.v1.ReportRequest.records:type_name -> merlon.agent.v1.DecisionRecord
+	32, // 15: merlon.agent.v1.ReportRequest.decided:type_name -> merlon.agent.v1.ReportRequest.DecidedEntry
+	17, // 16: merlon.agent.v1.ReportRequest.counts:type_name -> merlon.agent.v1.Counts
+	16, // 17: merlon.agent.v1.ReportRequest.rows:type_name -> merlon.agent.v1.DecisionCount
+	18, // 18: merlon.agent.v1.Counts.comparisons:type_name -> merlon.agent.v1.Comparison
+	19, // 19: merlon.agent.v1.Counts.differences:type_name -> merlon.agent.v1.Difference
+	3,  // 20: merlon.agent.v1.DecisionRecord.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 21: merlon.agent.v1.DecisionRecord.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	33, // 22: merlon.agent.v1.DecisionRecord.decided_at:type_name -> google.protobuf.Timestamp
+	33, // 23: merlon.agent.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	25, // 24: merlon.agent.v1.ExplainIdentityResponse.entries:type_name -> merlon.agent.v1.EntryMatch
+	33, // 25: merlon.agent.v1.ExplainIdentityResponse.heard_at:type_name -> google.protobuf.Timestamp
+	33, // 26: merlon.agent.v1.StatusResponse.now:type_name -> google.protobuf.Timestamp
+	33, // 27: merlon.agent.v1.StatusResponse.heard_at:type_name -> google.protobuf.Timestamp
+	34, // 28: merlon.agent.v1.StatusResponse.clock_ahead:type_name -> google.protobuf.Duration
+	33, // 29: merlon.agent.v1.StatusResponse.own_svid_not_after:type_name -> google.protobuf.Timestamp
+	33, // 30: merlon.agent.v1.StatusResponse.first_x509_svid_not_after:type_name -> google.protobuf.Timestamp
+	33, // 31: merlon.agent.v1.StatusResponse.median_x509_svid_not_after:type_name -> google.protobuf.Timestamp
+	33, // 32: merlon.agent.v1.StatusResponse.first_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
+	33, // 33: merlon.agent.v1.StatusResponse.last_jwt_svid_not_after:type_name -> google.protobuf.Timestamp
+	33, // 34: merlon.agent.v1.StatusResponse.policy_not_after:type_name -> google.protobuf.Timestamp
+	34, // 35: merlon.agent.v1.StatusResponse.revocation_max_age:type_name -> google.protobuf.Duration
+	33, // 36: merlon.agent.v1.StatusResponse.cache_saved_at:type_name -> google.protobuf.Timestamp
+	3,  // 37: merlon.agent.v1.ExplainDecisionResponse.decision:type_name -> merlon.agent.v1.Decision
+	0,  // 38: merlon.agent.v1.ExplainDecisionResponse.input:type_name -> merlon.agent.v1.AuthorizeRequest
+	33, // 39: merlon.agent.v1.ExplainDecisionResponse.decided_at:type_name -> google.protobuf.Timestamp
+	1,  // 40: merlon.agent.v1.AuthorizeRequest.HeadersEntry.value:type_name -> merlon.agent.v1.HeaderValues
+	0,  // 41: merlon.agent.v1.Local.Authorize:input_type -> merlon.agent.v1.AuthorizeRequest
+	9,  // 42: merlon.agent.v1.Local.Watch:input_type -> merlon.agent.v1.WatchRequest
+	11, // 43: merlon.agent.v1.Local.WatchPolicy:input_type -> merlon.agent.v1.WatchPolicyRequest
+	15, // 44: merlon.agent.v1.Local.Report:input_type -> merlon.agent.v1.ReportRequest
+	6,  // 45: merlon.agent.v1.Local.HoldKeys:input_type -> merlon.agent.v1.HoldKeysRequest
+	23, // 46: merlon.agent.v1.Debug.ExplainIdentity:input_type -> merlon.agent.v1.ExplainIdentityRequest
+	28, // 47: merlon.agent.v1.Debug.ExplainDecision:input_type -> merlon.agent.v1.ExplainDecisionRequest
+	26, // 48: merlon.agent.v1.Debug.Status:input_type -> merlon.agent.v1.StatusRequest
+	2,  // 49: merlon.agent.v1.Local.Authorize:output_type -> merlon.agent.v1.AuthorizeResponse
+	10, // 50: merlon.agent.v1.Local.Watch:output_type -> merlon.agent.v1.WatchResponse
+	12, // 51: merlon.agent.v1.Local.WatchPolicy:output_type -> merlon.agent.v1.WatchPolicyResponse
+	21, // 52: merlon.agent.v1.Local.Report:output_type -> merlon.agent.v1.ReportResponse
+	7,  // 53: merlon.agent.v1.Local.HoldKeys:output_type -> merlon.agent.v1.HoldKeysResponse
+	24, // 54: merlon.agent.v1.Debug.ExplainIdentity:output_type -> merlon.agent.v1.ExplainIdentityResponse
+	29, // 55: merlon.agent.v1.Debug.ExplainDecision:output_type -> merlon.agent.v1.ExplainDecisionResponse
+	27, // 56: merlon.agent.v1.Debug.Status:output_type -> merlon.agent.v1.StatusResponse
+	49, // [49:57] is the sub-list for method output_type
+	41, // [41:49] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_agent_agentpb_local_proto_init() }

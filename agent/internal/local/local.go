@@ -59,9 +59,15 @@ type Options struct {
 	Status func(context.Context) *agentpb.StatusResponse
 	// DenyStale denies every call with STALE_REVOCATIONS then; otherwise what
 	// is known stays in force.
-	DenyStale  bool
-	Logger     *slog.Logger
-	Registerer prometheus.Registerer
+	DenyStale bool
+	// PolicyAsOf is until when the policy in use is known to be the one in force.
+	// Where DenyStalePolicy is set, calls are denied STALE_POLICY when that is longer
+	// ago than PolicyMaxAge.
+	PolicyAsOf      func() time.Time
+	PolicyMaxAge    time.Duration
+	DenyStalePolicy bool
+	Logger          *slog.Logger
+	Registerer      prometheus.Registerer
 }
 
 // Server implements agentpb.Local and agentpb.Debug. It is safe for concurrent
@@ -151,6 +157,9 @@ func (s *Server) decide(ctx context.Context, in *policy.Input, called []*cache.E
 	if s.o.DenyStale && s.stale(time.Now()) {
 		return policy.Deny(policy.StaleRevocations)
 	}
+	if s.o.DenyStalePolicy && time.Since(s.o.PolicyAsOf()) > s.o.PolicyMaxAge {
+		return policy.Deny(policy.StalePolicy)
+	}
 	now := s.o.Policy()
 	choice := now.For(s.o.AgentID().String(), in.Destination)
 	if choice.Decides == nil {
@@ -215,6 +224,12 @@ func (s *Server) Watch(_ *agentpb.WatchRequest, stream grpc.ServerStreamingServe
 		}
 		if after := s.denyAfter(); after > 0 {
 			m.DenyAfter = durationpb.New(after)
+		}
+		if asOf := s.o.PolicyAsOf(); !asOf.IsZero() {
+			m.PolicyAsOf = timestamppb.New(asOf)
+		}
+		if s.o.DenyStalePolicy {
+			m.DenyPolicyAfter = durationpb.New(s.o.PolicyMaxAge)
 		}
 		if err := s.o.Callers.Alive(ctx); err != nil {
 			return err

@@ -30,7 +30,7 @@ func newServer(t *testing.T, denyStale bool) (*Server, *cache.Cache) {
 	return New(Options{
 		Callers: &endpoint.Callers{Cache: c}, Policy: func() *policyfeed.Snapshot { return &policyfeed.Snapshot{} }, AgentID: func() spiffeid.ID { return spiffeid.ID{} },
 		Decisions:        decisionlog.NewRecorder(decisionlog.Options{}),
-		RevocationMaxAge: 5 * time.Minute, DenyStale: denyStale,
+		RevocationMaxAge: 5 * time.Minute, DenyStale: denyStale, PolicyAsOf: c.Heard,
 		Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
 	}), c
 }
@@ -66,6 +66,34 @@ func TestStaleRevocations(t *testing.T) {
 		want(s, policy.NoBundle)
 		keep, _ := newServer(t, false)
 		want(keep, policy.NoBundle)
+	})
+}
+
+func TestStalePolicy(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, c := newServer(t, false)
+		if err := c.Apply(t.Context(), &capb.SyncResponse{Synced: true}); err != nil {
+			t.Fatal(err)
+		}
+		s.o.PolicyMaxAge = time.Hour
+		want := func(reason policy.Reason) {
+			t.Helper()
+			if d := s.decide(context.Background(), &policy.Input{Source: "spiffe://example.test/web"}, nil); d.Reason != reason || d.Allow {
+				t.Errorf("decide() = %+v; want %s", d, reason)
+			}
+		}
+		time.Sleep(2 * time.Hour)
+		want(policy.NoBundle) // what is in use stays in force
+		s.o.DenyStalePolicy = true
+		want(policy.StalePolicy)
+		if err := c.Apply(t.Context(), &capb.SyncResponse{Synced: true}); err != nil {
+			t.Fatal(err)
+		}
+		want(policy.NoBundle)
+		time.Sleep(time.Hour)
+		want(policy.NoBundle)
+		time.Sleep(time.Nanosecond)
+		want(policy.StalePolicy)
 	})
 }
 

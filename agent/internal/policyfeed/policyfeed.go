@@ -44,6 +44,11 @@ type Config struct {
 	// Destinations are the SPIFFE IDs whose calls are decided here. The CA sends what
 	// concerns them, and when there are others (Need) is asked again.
 	Destinations func() []string
+	// Heard is when the CA was heard last. StaleAfter that the agent warns, MaxAge
+	// after it is too long ago; DenyStale is what happens to calls then, for the log.
+	Heard              func() time.Time
+	StaleAfter, MaxAge time.Duration
+	DenyStale          bool
 	// HTTP speaks to the CA and to nobody else.
 	HTTP *http.Client
 	// DataDir is where the last good bundle is kept.
@@ -66,6 +71,9 @@ type Feed struct {
 	want    announcement // the newest
 	changed chan struct{}
 	fault   string // why what is wanted is not in use
+	// behindSince is since when another generation is wanted than is in use; zero:
+	// it is not.
+	behindSince time.Time
 
 	past past
 
@@ -109,7 +117,9 @@ func New(ctx context.Context, cfg Config) (*Feed, error) {
 		Name: "merlon_agent_policy_generation", Help: "Generation of the active policy bundle; 0 for none.",
 	}, func() float64 { return float64(f.Generation()) }), prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "merlon_agent_policy_candidate_generation", Help: "Generation of the policy candidate that is tried on this node; 0 for none.",
-	}, func() float64 { return float64(generationOf(f.Now().Candidate)) }))
+	}, func() float64 { return float64(generationOf(f.Now().Candidate)) }), prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "merlon_agent_policy_as_of_timestamp_seconds", Help: "Until when the policy in use is known to be the one in force; 0 for never.",
+	}, func() float64 { return float64(max(f.AsOf().Unix(), 0)) }))
 	if err := f.restore(ctx); err != nil {
 		return nil, err
 	}
@@ -164,6 +174,7 @@ func (f *Feed) Announce(pb *capb.PolicyBundle) {
 	}
 	f.mu.Lock()
 	f.want = announcement{generation: pb.GetGeneration(), keys: keys, candidate: pb.GetCandidate().GetGeneration(), rollout: rolloutOf(pb.GetCandidate())}
+	f.noteBehind()
 	f.mu.Unlock()
 	select {
 	case f.announced <- struct{}{}:
@@ -187,6 +198,9 @@ func (f *Feed) Need(destination string) {
 // Run loads what is announced until ctx ends.
 func (f *Feed) Run(ctx context.Context) error {
 	defer f.cfg.HTTP.CloseIdleConnections()
+	var watching sync.WaitGroup
+	watching.Go(func() { f.watchAge(ctx) })
+	defer watching.Wait()
 	for {
 		select {
 		case <-ctx.Done():
@@ -395,6 +409,7 @@ func (f *Feed) use(ctx context.Context, d *draft, keys []bundle.Key, keep bool) 
 		f.past.keep(pastBundle{next.Candidate.Generation(), d.rawCandidate, keys, true})
 	}
 	f.mu.Lock()
+	f.noteBehind()
 	close(f.changed)
 	f.changed = make(chan struct{})
 	f.mu.Unlock()
