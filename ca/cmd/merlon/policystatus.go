@@ -9,7 +9,9 @@ import (
 	"io"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -168,7 +170,7 @@ func (s *statusJSON) print(w io.Writer) error {
 	if len(s.Differences) > 0 {
 		var rows [][]string
 		for _, d := range s.Differences {
-			rows = append(rows, []string{d.Would, d.Source, d.Destination, d.Reason + " " + d.RuleID, d.CandidateReason + " " + d.CandidateRuleID, number(d.Calls)})
+			rows = append(rows, []string{d.Would, d.Source, d.Destination, printable(d.Reason + " " + d.RuleID), printable(d.CandidateReason + " " + d.CandidateRuleID), number(d.Calls)})
 		}
 		fmt.Fprintln(w)
 		if err := printTable(w, []string{"WOULD", "SOURCE", "DESTINATION", "IN_FORCE", "CANDIDATE", "CALLS"}, rows); err != nil {
@@ -187,7 +189,7 @@ func (s *statusJSON) print(w io.Writer) error {
 		if p.PID != 0 {
 			pid = strconv.Itoa(int(p.PID))
 		}
-		rows = append(rows, []string{p.Kind, p.SPIFFEID, pid, strconv.FormatBool(p.Connected), number(p.Generation), number(p.Candidate), lagging, p.Fault})
+		rows = append(rows, []string{p.Kind, p.SPIFFEID, pid, strconv.FormatBool(p.Connected), number(p.Generation), number(p.Candidate), lagging, printable(p.Fault)})
 	}
 	fmt.Fprintln(w)
 	return printTable(w, []string{"KIND", "SPIFFE_ID", "PID", "CONNECTED", "GENERATION", "CANDIDATE", "LAGGING_SINCE", "FAULT"}, rows)
@@ -200,6 +202,16 @@ func (s *statusJSON) compared() string {
 		calls, allow, deny = calls+c.BothAllow+c.BothDeny+c.WouldAllow+c.WouldDeny, allow+c.WouldAllow, deny+c.WouldDeny
 	}
 	return fmt.Sprintf("%d calls: it would allow %d more, and deny %d more", calls, allow, deny)
+}
+
+// printable is s on one line, without what steers a terminal: agents have said it.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return ' '
+	}, s)
 }
 
 // number is n, empty for 0.
