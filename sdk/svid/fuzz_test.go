@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
@@ -43,6 +44,7 @@ func FuzzVerifyRawChain(f *testing.F) {
 		f.Add(leaf.Chain[0].Raw, false)
 	}
 	bundle := ca.Bundle().X509Bundle()
+	trust := svid.NewTrust(x509bundle.NewSet(bundle))
 	f.Fuzz(func(t *testing.T, der []byte, sign bool) {
 		if sign {
 			if der = signTBS(key, der); der == nil {
@@ -51,6 +53,14 @@ func FuzzVerifyRawChain(f *testing.F) {
 		}
 		now := time.Now()
 		peer, err := svid.VerifyRawChain([][]byte{der}, bundle, now)
+		if leaf, bad := x509.ParseCertificate(der); bad == nil {
+			for range 2 { // what a Trust has seen is not judged otherwise
+				known, trusts := trust.VerifyChain([]*x509.Certificate{leaf}, now)
+				if (err == nil) != (trusts == nil) || err == nil && known.ID != peer.ID {
+					t.Fatalf("VerifyRawChain says %v; a Trust %v", err, trusts)
+				}
+			}
+		}
 		if err != nil {
 			return
 		}

@@ -5,6 +5,7 @@
 package svid
 
 import (
+	"cmp"
 	"crypto/x509"
 	"encoding/hex"
 	"time"
@@ -150,18 +151,19 @@ func verify(certs []*x509.Certificate, trusted func(spiffeid.TrustDomain) (*anch
 
 // newPeer keeps the chains that obey every rule. Authorities of all of them
 // count, and the earliest end: if a revoked or expiring authority vouches for
-// the peer on one path, another path does not hide that.
+// the peer on one path, another path does not hide that. So does one whose
+// authority key IDs do not fit, but it vouches for nobody by itself.
 func newPeer(id spiffeid.ID, leaf *x509.Certificate, chains [][]*x509.Certificate) (*Peer, error) {
 	peer := peerOf(id, leaf)
 	var firstErr error
-	seen := make(map[string]bool)
+	linked, seen := false, make(map[string]bool)
 	for _, chain := range chains {
 		if err := checkChain(chain); err != nil {
-			if firstErr == nil {
-				firstErr = err
-			}
+			firstErr = cmp.Or(firstErr, err)
 			continue
 		}
+		err := checkLinks(chain)
+		linked, firstErr = linked || err == nil, cmp.Or(firstErr, err)
 		for _, authority := range chain[1:] {
 			if authority.NotAfter.Before(peer.NotAfter) {
 				peer.NotAfter = authority.NotAfter
@@ -173,7 +175,7 @@ func newPeer(id spiffeid.ID, leaf *x509.Certificate, chains [][]*x509.Certificat
 		}
 	}
 	switch {
-	case len(peer.AuthorityIDs) > 0:
+	case linked:
 		return peer, nil
 	case firstErr != nil:
 		return nil, firstErr

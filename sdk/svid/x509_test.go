@@ -94,6 +94,9 @@ func TestForgedLeavesAreRefused(t *testing.T) {
 		"X13 expired":                   {ca.Leaf("/a", expired), "X13", false},
 		"X13 not valid yet":             {ca.Leaf("/a", notYet), "X13", false},
 		"X13 unknown critical":          {ca.Leaf("/a", unknownCritical), "X13", false},
+		"X13 names no key":              {ca.Leaf("/a", extension(authorityKeyID, false, 0x30, 0)), "X13", true},
+		"X13 names another key":         {ca.Leaf("/a", extension(authorityKeyID, false, 0x30, 3, 0x80, 1, 7)), "X13", true},
+		"X13 names another certificate": {ca.Leaf("/a", extension(authorityKeyID, false, slices.Concat([]byte{0x30, 25, 0x80, 20}, ca.Cert.SubjectKeyId, []byte{0x82, 1, 7})...)), "X13", true},
 		"X14 no URI SAN":                {ca.Leaf("/a", forge.URIs()), "X14", false},
 		"X14 scheme https":              {ca.Leaf("/", forge.URIs("https://example.org/a")), "X14", false},
 		"X14 no scheme":                 {ca.Leaf("/", forge.URIs("//example.org/a")), "X14", false},
@@ -168,9 +171,12 @@ func TestForgedAuthoritiesAreRefused(t *testing.T) {
 		"X10 keyUsage not critical":                {forge.New(t, td).Intermediate(uncriticalCertSign), "X10", true},
 		"X11 intermediate lacks keyCertSign":       {forge.New(t, td).Intermediate(usage(x509.KeyUsageCRLSign)), "X13", false},
 		"X12 intermediate limited to code signing": {forge.New(t, td).Intermediate(codeSigning), "X12", true},
+		"X12 intermediate with any":                {forge.New(t, td).Intermediate(anyUsage), "X12", true},
 		"X13 path too long":                        {forge.New(t, td).Intermediate(pathLenZero).Intermediate(), "X13", false},
 		"X13 intermediate expired":                 {forge.New(t, td).Intermediate(expired), "X13", false},
 		"X13 root expired":                         {forge.New(t, td, expired), "X13", false},
+		"X13 root lacks a subject":                 {forge.New(t, td, func(c *x509.Certificate) { c.Subject = pkix.Name{} }).Intermediate(), "X13", true},
+		"X13 intermediate names another key":       {forge.New(t, td).Intermediate(extension(authorityKeyID, false, 0x30, 3, 0x80, 1, 7)), "X13", true},
 		"X13 intermediate lacks a subject key ID":  {forge.New(t, td).Intermediate(noSubjectKeyID), "X13", true},
 	}
 	for name, tt := range tests {
@@ -259,17 +265,16 @@ func TestSoundSVIDsAreAccepted(t *testing.T) {
 		path    string
 		changes []forge.Change
 	}{
-		"below the root":            {forge.New(t, td), "/a", nil},
-		"below an intermediate":     {forge.New(t, td).Intermediate(), "/a", nil},
-		"below two":                 {forge.New(t, td).Intermediate().Intermediate(), "/a", nil},
-		"with a subject":            {forge.New(t, td), "/a", []forge.Change{withName}},
-		"X12 without EKU":           {forge.New(t, td), "/a", []forge.Change{func(c *x509.Certificate) { c.ExtKeyUsage = nil }}},
-		"X6 root without URI":       {forge.New(t, td, forge.URIs()), "/a", nil},
-		"X12 intermediate with any": {forge.New(t, td).Intermediate(anyUsage), "/a", nil},
-		"ID4 address":               {forge.New(t, "10.0.0.1"), "/a", nil},
-		"ID4 underscore":            {forge.New(t, "_"), "/a", nil},
-		"ID6 2048 bytes":            {forge.New(t, td), longest, nil},
-		"ID8 scheme in upper case":  {forge.New(t, td), "/a", []forge.Change{forge.RawURIs(true, "SPIFFE://example.org/a")}},
+		"below the root":           {forge.New(t, td), "/a", nil},
+		"below an intermediate":    {forge.New(t, td).Intermediate(), "/a", nil},
+		"below two":                {forge.New(t, td).Intermediate().Intermediate(), "/a", nil},
+		"with a subject":           {forge.New(t, td), "/a", []forge.Change{withName}},
+		"X12 without EKU":          {forge.New(t, td), "/a", []forge.Change{func(c *x509.Certificate) { c.ExtKeyUsage = nil }}},
+		"X6 root without URI":      {forge.New(t, td, forge.URIs()), "/a", nil},
+		"ID4 address":              {forge.New(t, "10.0.0.1"), "/a", nil},
+		"ID4 underscore":           {forge.New(t, "_"), "/a", nil},
+		"ID6 2048 bytes":           {forge.New(t, td), longest, nil},
+		"ID8 scheme in upper case": {forge.New(t, td), "/a", []forge.Change{forge.RawURIs(true, "SPIFFE://example.org/a")}},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

@@ -5,6 +5,7 @@
 package svid
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
@@ -13,6 +14,7 @@ import (
 	"encoding/asn1"
 	"errors"
 	"fmt"
+	"math/big"
 	"slices"
 	"strings"
 
@@ -23,6 +25,7 @@ var (
 	oidKeyUsage         = asn1.ObjectIdentifier{2, 5, 29, 15}
 	oidSubjectAltName   = asn1.ObjectIdentifier{2, 5, 29, 17}
 	oidBasicConstraints = asn1.ObjectIdentifier{2, 5, 29, 19}
+	oidAuthorityKeyID   = asn1.ObjectIdentifier{2, 5, 29, 35}
 )
 
 // leafID reads the SPIFFE ID of a leaf: X2, X4, X14 and the ID rules.
@@ -141,6 +144,38 @@ func checkChain(chain []*x509.Certificate) error {
 	return nil
 }
 
+// checkLinks: each certificate names the key that signed it (RFC 5280 §4.2.1.1).
+// crypto/x509 is content with the issuer's name, others are not.
+func checkLinks(chain []*x509.Certificate) error {
+	for i, cert := range chain[:len(chain)-1] {
+		if err := checkLink(cert, chain[i+1]); err != nil {
+			return &Error{Rule: "X13", Reason: fmt.Sprintf("authority key ID of the certificate of %q", cert.Subject), Err: err}
+		}
+	}
+	return nil
+}
+
+func checkLink(cert, issuer *x509.Certificate) error {
+	der, _, _ := extension(cert, oidAuthorityKeyID)
+	var names struct {
+		KeyID  []byte        `asn1:"optional,tag:0"`
+		Issuer asn1.RawValue `asn1:"optional,tag:1"`
+		Serial *big.Int      `asn1:"optional,tag:2"`
+	}
+	rest, err := asn1.Unmarshal(der, &names)
+	switch {
+	case err != nil:
+		return err
+	case len(rest) > 0:
+		return errors.New("trailing bytes")
+	case !bytes.Equal(names.KeyID, issuer.SubjectKeyId):
+		return fmt.Errorf("it names key %x; %x has signed", names.KeyID, issuer.SubjectKeyId)
+	case names.Serial != nil && names.Serial.Cmp(issuer.SerialNumber) != 0:
+		return fmt.Errorf("it names certificate %x; that of its issuer is %x", names.Serial, issuer.SerialNumber)
+	}
+	return nil
+}
+
 func checkAuthority(cert *x509.Certificate) *Error {
 	if err := checkKeyUsage(cert); err != nil {
 		return err
@@ -153,6 +188,8 @@ func checkAuthority(cert *x509.Certificate) *Error {
 		return refuse("X8", "basicConstraints is not critical")
 	case cert.KeyUsage&x509.KeyUsageCertSign == 0:
 		return refuse("X11", "keyUsage lacks keyCertSign")
+	case emptySubject(cert):
+		return refuse("X13", "it has no subject, which its issued certificates have to name") // RFC 5280 §4.1.2.6
 	case len(cert.SubjectKeyId) == 0:
 		// RFC 5280 §4.2.1.2: it MUST be there. Revocation by authority needs it.
 		return refuse("X13", "it has no subject key ID")
@@ -191,13 +228,10 @@ func hasEKU(cert *x509.Certificate) bool {
 	return len(cert.ExtKeyUsage)+len(cert.UnknownExtKeyUsage) > 0
 }
 
+// permits: the usage has to be named. RFC 5280 §4.2.1.12 would let "any" stand for
+// it; openssl does not let it, and a peer that only some accept is no use.
 func permits(cert *x509.Certificate, usage x509.ExtKeyUsage) bool {
-	if slices.Contains(cert.ExtKeyUsage, usage) {
-		return true
-	}
-	// On a signing certificate "any" takes no usage away (RFC 5280 §4.2.1.12); a
-	// leaf has to name both.
-	return cert.IsCA && slices.Contains(cert.ExtKeyUsage, x509.ExtKeyUsageAny)
+	return slices.Contains(cert.ExtKeyUsage, usage)
 }
 
 // checkKey stops keys too weak to prove anything, and RSA keys so large that
