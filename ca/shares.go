@@ -45,36 +45,52 @@ type shares struct {
 
 // whole is one generation, and the shares of it that were asked for.
 type whole struct {
-	etag string
-	once sync.Once
-	// Valid after once.
-	err    error
-	parts  *bundle.Shares
-	md     bundle.Metadata
+	etag   string
+	opened made[*opened]
 	mu     sync.Mutex
-	signed map[[sha256.Size]byte]*sharePart // guarded by mu; by audience
+	signed map[[sha256.Size]byte]*made[*bundle.Published] // guarded by mu; by audience
 }
 
-// sharePart is one share, made once.
-type sharePart struct {
-	once sync.Once
-	p    *bundle.Published
-	err  error
+// opened is a generation taken apart.
+type opened struct {
+	parts *bundle.Shares
+	md    bundle.Metadata
+}
+
+// made is what is made once for all who ask. What could not be made is tried again for
+// the next: a key of another replica may be known by then, or the device that signs
+// be back.
+type made[T any] struct {
+	mu sync.Mutex
+	// guarded by mu
+	done  bool
+	value T
+}
+
+func (m *made[T]) get(do func() (T, error)) (T, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.done {
+		return m.value, nil
+	}
+	value, err := do()
+	if err == nil {
+		m.value, m.done = value, true
+	}
+	return value, err
 }
 
 // of is the share of audience in the bundle called name, whose signed bytes are raw
 // under etag.
 func (s *shares) of(name string, candidate bool, raw []byte, etag string, audience []string) (*bundle.Published, error) {
 	w := s.whole(etag)
-	w.once.Do(func() {
-		w.err = w.open(raw, s.policy, bundle.Expect{Name: name, TrustDomain: s.policy.trustDomain, Candidate: candidate})
+	o, err := w.opened.get(func() (*opened, error) {
+		return open(raw, s.policy, bundle.Expect{Name: name, TrustDomain: s.policy.trustDomain, Candidate: candidate})
 	})
-	if w.err != nil {
-		return nil, fmt.Errorf("take policy bundle %s apart: %w", name, w.err)
+	if err != nil {
+		return nil, fmt.Errorf("take policy bundle %s apart: %w", name, err)
 	}
-	part := w.part(hashOf(audience))
-	part.once.Do(func() { part.p, part.err = w.sign(s.policy, audience) })
-	return part.p, part.err
+	return w.part(hashOf(audience)).get(func() (*bundle.Published, error) { return o.sign(s.policy, audience) })
 }
 
 func (s *shares) whole(etag string) *whole {
@@ -87,28 +103,27 @@ func (s *shares) whole(etag string) *whole {
 			return w
 		}
 	}
-	w := &whole{etag: etag, signed: map[[sha256.Size]byte]*sharePart{}}
+	w := &whole{etag: etag, signed: map[[sha256.Size]byte]*made[*bundle.Published]{}}
 	s.wholes = append([]*whole{w}, s.wholes[:min(len(s.wholes), maxWholes-1)]...)
 	return w
 }
 
 // open takes apart what one of the CA's keys has signed: who can write the store
 // alone must not have his policy signed.
-func (w *whole) open(raw []byte, keys *policyKeys, want bundle.Expect) error {
+func open(raw []byte, keys *policyKeys, want bundle.Expect) (*opened, error) {
 	c, err := bundle.Verify(raw, keys.verifiers(), want)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	w.parts, w.md = bundle.NewShares(c), c.Metadata
-	return nil
+	return &opened{parts: bundle.NewShares(c), md: c.Metadata}, nil
 }
 
-func (w *whole) part(audience [sha256.Size]byte) *sharePart {
+func (w *whole) part(audience [sha256.Size]byte) *made[*bundle.Published] {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	p := w.signed[audience]
 	if p == nil {
-		p = new(sharePart)
+		p = new(made[*bundle.Published])
 		if len(w.signed) < maxShares {
 			w.signed[audience] = p
 		}
@@ -116,13 +131,13 @@ func (w *whole) part(audience [sha256.Size]byte) *sharePart {
 	return p
 }
 
-func (w *whole) sign(keys *policyKeys, audience []string) (*bundle.Published, error) {
-	unsigned, err := w.parts.Of(audience)
+func (o *opened) sign(keys *policyKeys, audience []string) (*bundle.Published, error) {
+	unsigned, err := o.parts.Of(audience)
 	if err != nil {
 		return nil, err
 	}
 	signed, err := keys.signFor(audience, unsigned, release.Seal{
-		Name: w.md.Name, Generation: w.md.Generation, IssuedAt: w.md.IssuedAt, NotAfter: w.md.NotAfter, Candidate: w.md.Candidate,
+		Name: o.md.Name, Generation: o.md.Generation, IssuedAt: o.md.IssuedAt, NotAfter: o.md.NotAfter, Candidate: o.md.Candidate,
 	})
 	if err != nil {
 		return nil, err
@@ -132,7 +147,7 @@ func (w *whole) sign(keys *policyKeys, audience []string) (*bundle.Published, er
 	h.Write(unsigned)
 	sum := hashOf(audience)
 	h.Write(sum[:])
-	return &bundle.Published{Raw: signed, ETag: fmt.Sprintf("%q", fmt.Sprintf("%d-%.12x", w.md.Generation, h.Sum(nil))), Generation: w.md.Generation}, nil
+	return &bundle.Published{Raw: signed, ETag: fmt.Sprintf("%q", fmt.Sprintf("%d-%.12x", o.md.Generation, h.Sum(nil))), Generation: o.md.Generation}, nil
 }
 
 func hashOf(audience []string) [sha256.Size]byte {

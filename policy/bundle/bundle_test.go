@@ -547,3 +547,16 @@ func TestCandidatesAreMarked(t *testing.T) {
 		}
 	}
 }
+
+// A policy folder may have a link to what has no end.
+func TestFilesAreReadAsFarAsTheyMayBeLong(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "g.yaml")
+	if err := os.WriteFile(name, []byte("0123456789"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for limit, want := range map[int64]string{3: "0123", 9: "0123456789", 10: "0123456789"} {
+		if got, err := readAtMost(name, limit); string(got) != want || err != nil {
+			t.Errorf("%d bytes: %q, %v", limit, got, err)
+		}
+	}
+}

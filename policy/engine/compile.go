@@ -100,7 +100,6 @@ func checkAsked(modules map[string]string) error {
 // ReadsGrants says whether the policy's own Rego in modules, which have passed
 // CheckModules, may read grants as data, also those of other destinations.
 func ReadsGrants(modules map[string]string) bool {
-	merlon := ast.MustParseRef("data.merlon")
 	for name, source := range modules {
 		if name == ModuleName {
 			continue
@@ -111,8 +110,7 @@ func ReadsGrants(modules map[string]string) bool {
 		}
 		found := false
 		ast.WalkRefs(m, func(ref ast.Ref) bool {
-			ground := ref.GroundPrefix()
-			found = found || ground.HasPrefix(merlon) || len(ground) == 1 && merlon.HasPrefix(ground)
+			found = found || readsGrants(ref)
 			return found
 		})
 		if found {
@@ -120,6 +118,20 @@ func ReadsGrants(modules map[string]string) bool {
 		}
 	}
 	return false
+}
+
+// readsGrants says whether ref, as it is written, may lead to grants. A name below data
+// that is not written out may be any: it can be the outcome of a function, even of
+// constants alone.
+func readsGrants(ref ast.Ref) bool {
+	if !ref.HasPrefix(ast.DefaultRootRef) {
+		return false
+	}
+	if len(ref) == 1 {
+		return true
+	}
+	name, written := ref[1].Value.(ast.String)
+	return !written || name == "merlon"
 }
 
 // answers says whether m is in a package whose allow and deny are asked.

@@ -140,3 +140,26 @@ deny if not data.merlon.grants["web-reads-orders"]
 		t.Errorf("decision = %+v", d)
 	}
 }
+
+// What a policy may read of grants it gets, however it comes by the name.
+func TestReadsGrants(t *testing.T) {
+	for rego, want := range map[string]bool{
+		`allow if count(data.merlon.grants) > 2`:                                  true,
+		`allow if count(data["merlon"].grants) > 2`:                               true,
+		`allow if { some k; count(data[k].grants) > 2 }`:                          true,
+		`allow if count(data[concat("", ["mer", "lon"])].grants) > 2`:             true,
+		`allow if count(data[[n | n := "merlon"][0]].grants) > 2`:                 true,
+		"import data.merlon as m\n\nallow if count(m.grants) > 2":                 true,
+		"import data as d\n\nallow if count(d.merlon.grants) > 2":                 true,
+		`allow if data.authz.helper` + "\n\nhelper if input.protocol == \"http\"": false,
+		`allow if input.attributes.request.http.method == "merlon"`:               false,
+	} {
+		modules := map[string]string{"own.rego": "package authz\n\n" + rego + "\n"}
+		if err := CheckModules(modules); err != nil {
+			t.Errorf("%s: %v", rego, err)
+		}
+		if got := ReadsGrants(modules); got != want {
+			t.Errorf("%s: %v", rego, got)
+		}
+	}
+}
