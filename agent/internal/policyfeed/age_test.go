@@ -8,6 +8,8 @@ import (
 	"context"
 	"log/slog"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -16,8 +18,28 @@ import (
 	"merlon.dev/policy/engine"
 )
 
+// page is what is written, safe for concurrent use.
+type page struct {
+	mu   sync.Mutex
+	text bytes.Buffer // guarded by mu
+}
+
+func (p *page) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.text.Write(b)
+}
+
+// take is what was written since the last take.
+func (p *page) take() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	defer p.text.Reset()
+	return p.text.String()
+}
+
 // aging is a feed with generation 1 in use.
-func aging(t *testing.T, heard func() time.Time, out *bytes.Buffer) *Feed {
+func aging(t *testing.T, heard func() time.Time, out *page) *Feed {
 	t.Helper()
 	e, err := engine.New(t.Context(), engine.Source{Generation: 1})
 	if err != nil {
@@ -40,19 +62,20 @@ func announced(generation uint64) *capb.PolicyBundle {
 
 func TestAgeOfThePolicyIsSaid(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var out bytes.Buffer
-		heard := time.Now()
-		f := aging(t, func() time.Time { return heard }, &out)
+		var out page
+		var heard atomic.Pointer[time.Time]
+		hear := func() { now := time.Now(); heard.Store(&now) }
+		hear()
+		f := aging(t, func() time.Time { return *heard.Load() }, &out)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { defer close(done); f.watchAge(ctx) }()
 		said := func(want string) {
 			t.Helper()
 			synctest.Wait()
-			if got := out.String(); want == "" && got != "" || !strings.Contains(got, want) || strings.Count(got, "\n") > 1 {
+			if got := out.take(); want == "" && got != "" || !strings.Contains(got, want) || strings.Count(got, "\n") > 1 {
 				t.Errorf("said %q; want %q, once", got, want)
 			}
-			out.Reset()
 		}
 		time.Sleep(time.Minute)
 		said("")
@@ -62,7 +85,7 @@ func TestAgeOfThePolicyIsSaid(t *testing.T) {
 		said("")
 		time.Sleep(30 * time.Minute)
 		said("policy is too old")
-		heard = time.Now()
+		hear()
 		time.Sleep(lookEvery)
 		said("in force again")
 		cancel()
@@ -73,7 +96,7 @@ func TestAgeOfThePolicyIsSaid(t *testing.T) {
 // A CA that is heard, but whose bundle does not come, confirms nothing.
 func TestPolicyAgesWhileAnotherIsAnnounced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := aging(t, time.Now, new(bytes.Buffer))
+		f := aging(t, time.Now, new(page))
 		f.Announce(announced(1))
 		begun := time.Now()
 		time.Sleep(2 * time.Hour)
