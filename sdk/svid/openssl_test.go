@@ -13,6 +13,7 @@ import (
 	"encoding/pem"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -234,18 +235,19 @@ func TestOpenSSLAcceptsWhatWeAcceptOfBytes(t *testing.T) {
 			t.Errorf("without extension %s: %v", ext.Id, err)
 		}
 	}
-	rapid.Check(t, func(rt *rapid.T) {
+	random := rand.New(rand.NewPCG(7, 7)) // the same bytes each time; the fuzz test is for others
+	for range 300 {
 		altered := slices.Clone(tbs)
-		for range rapid.IntRange(1, 2).Draw(rt, "bytes") {
-			altered[rapid.IntRange(0, len(tbs)-1).Draw(rt, "at")] = rapid.Byte().Draw(rt, "byte")
+		for range 1 + random.IntN(2) {
+			altered[random.IntN(len(tbs))] = byte(random.Uint32())
 		}
 		der := signTBS(ca.Key.(*ecdsa.PrivateKey), altered)
 		leaf, err := x509.ParseCertificate(der)
 		if err != nil {
-			return
+			continue
 		}
 		if _, err := judged(t, o, []*x509.Certificate{leaf}, ca); err != nil {
-			rt.Fatalf("%x: %v", der, err)
+			t.Errorf("%x: %v", der, err)
 		}
-	})
+	}
 }

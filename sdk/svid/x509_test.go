@@ -94,6 +94,8 @@ func TestForgedLeavesAreRefused(t *testing.T) {
 		"X13 expired":                   {ca.Leaf("/a", expired), "X13", false},
 		"X13 not valid yet":             {ca.Leaf("/a", notYet), "X13", false},
 		"X13 unknown critical":          {ca.Leaf("/a", unknownCritical), "X13", false},
+		"X12 extended key usage: none":  {ca.Leaf("/a", extension([]int{2, 5, 29, 37}, false, 0x30, 0)), "X12", true},
+		"X13 extension and more bytes":  {ca.Leaf("/a", extension([]int{2, 5, 29, 37}, false, 0x30, 0, 5, 0)), "X13", true},
 		"X13 names no key":              {ca.Leaf("/a", extension(authorityKeyID, false, 0x30, 0)), "X13", true},
 		"X13 names another key":         {ca.Leaf("/a", extension(authorityKeyID, false, 0x30, 3, 0x80, 1, 7)), "X13", true},
 		"X13 names another certificate": {ca.Leaf("/a", extension(authorityKeyID, false, slices.Concat([]byte{0x30, 25, 0x80, 20}, ca.Cert.SubjectKeyId, []byte{0x82, 1, 7})...)), "X13", true},
@@ -330,6 +332,18 @@ func TestTimeIsTheCallers(t *testing.T) {
 			t.Errorf("Expired() = true for %v", err)
 		}
 	}
+}
+
+// The subject's attribute is longer than its value, and crypto/x509 does not mind.
+func TestX13MalformedSubjectIsRefused(t *testing.T) {
+	ca := forge.New(t, "example.org")
+	tbs := ca.Leaf("/a", withName).Chain[0].RawTBSCertificate
+	der := signTBS(ca.Key.(*ecdsa.PrivateKey), bytes.Replace(tbs, []byte("\x13\x03web"), []byte("\x13\x01web"), 1))
+	if _, _, err := x509svid.ParseAndVerify([][]byte{der}, ca.Bundle()); err != nil {
+		t.Errorf("go-spiffe alone refuses it: %v", err)
+	}
+	_, err := svid.VerifyRawChain([][]byte{der}, ca.Bundle(), time.Now())
+	checkRule(t, err, "X13")
 }
 
 // ID10: the name is inside the signed part.

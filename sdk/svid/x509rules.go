@@ -6,6 +6,7 @@ package svid
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
@@ -22,9 +23,11 @@ import (
 )
 
 var (
+	oidStandard         = asn1.ObjectIdentifier{2, 5, 29} // what is below it
 	oidKeyUsage         = asn1.ObjectIdentifier{2, 5, 29, 15}
 	oidSubjectAltName   = asn1.ObjectIdentifier{2, 5, 29, 17}
 	oidBasicConstraints = asn1.ObjectIdentifier{2, 5, 29, 19}
+	oidExtKeyUsage      = asn1.ObjectIdentifier{2, 5, 29, 37}
 	oidAuthorityKeyID   = asn1.ObjectIdentifier{2, 5, 29, 35}
 )
 
@@ -110,6 +113,9 @@ func checkLeaf(leaf *x509.Certificate, id spiffeid.ID, anchors *anchors) error {
 	if anchors.has(leaf) {
 		return refuse("X7", "the certificate is a signing certificate of %s, which authenticates nobody", id.TrustDomain().IDString())
 	}
+	if err := checkForm(leaf); err != nil {
+		return err
+	}
 	if err := checkKeyUsage(leaf); err != nil {
 		return err
 	}
@@ -177,7 +183,7 @@ func checkLink(cert, issuer *x509.Certificate) error {
 }
 
 func checkAuthority(cert *x509.Certificate) *Error {
-	if err := checkKeyUsage(cert); err != nil {
+	if err := cmp.Or(checkForm(cert), checkKeyUsage(cert)); err != nil {
 		return err
 	}
 	_, bcCritical, _ := extension(cert, oidBasicConstraints)
@@ -224,8 +230,37 @@ func emptySubject(cert *x509.Certificate) bool {
 	return len(cert.RawSubject) <= 2
 }
 
+// checkForm: crypto/x509 reads over bytes behind the value of a standard extension, or
+// of an attribute of the subject, and others refuse such a certificate.
+func checkForm(cert *x509.Certificate) *Error {
+	for _, ext := range cert.Extensions {
+		var value asn1.RawValue
+		rest, err := asn1.Unmarshal(ext.Value, &value)
+		if standard := len(ext.Id) > 3 && ext.Id[:3].Equal(oidStandard); standard && err == nil && len(rest) > 0 {
+			return &Error{Rule: "X13", Reason: fmt.Sprintf("extension %s has trailing bytes", ext.Id)}
+		}
+	}
+	var subject []relativeNameSET
+	_, err := asn1.Unmarshal(cert.RawSubject, &subject)
+	if err == nil {
+		var again []byte
+		if again, err = asn1.Marshal(subject); err == nil && len(again) == len(cert.RawSubject) {
+			return nil
+		}
+	}
+	return &Error{Rule: "X13", Reason: "the subject is malformed", Err: err}
+}
+
+// relativeNameSET is a set to encoding/asn1 because its name ends like that.
+type relativeNameSET []struct {
+	Type  asn1.ObjectIdentifier
+	Value asn1.RawValue
+}
+
+// hasEKU: also one that lists nothing limits.
 func hasEKU(cert *x509.Certificate) bool {
-	return len(cert.ExtKeyUsage)+len(cert.UnknownExtKeyUsage) > 0
+	_, _, ok := extension(cert, oidExtKeyUsage)
+	return ok
 }
 
 // permits: the usage has to be named. RFC 5280 §4.2.1.12 would let "any" stand for
