@@ -508,6 +508,31 @@ func TestReuseNeverCrossesTargets(t *testing.T) {
 	}
 }
 
+// The server's direction: callers whose HTTP/2 connections stay open take turns, and
+// each is decided as who it is, whoever called before.
+func TestReuseNeverCrossesCallers(t *testing.T) {
+	td := sdktest.New(t)
+	td.Allow("web", "orders")
+	td.Allow("shop", "orders")
+	url := start(t, td.Workload("orders"), whoami)
+	clients := make(map[string]*http.Client)
+	for _, name := range []string{"web", "intruder", "shop"} {
+		clients[name] = client(t, td.Workload(name), sdk.Service("orders"))
+	}
+	for _, name := range []string{"web", "intruder", "shop", "intruder", "web", "shop", "intruder"} {
+		_, body, err := get(clients[name], url+"/")
+		if name == "intruder" {
+			if _, denied := errors.AsType[*sdk.DeniedError](err); !denied {
+				t.Errorf("the intruder: %q, %v; want a denial", body, err)
+			}
+			continue
+		}
+		if want := "spiffe://sdktest.test/" + name + " over HTTP/2.0"; err != nil || body != want {
+			t.Errorf("GET = %q, %v; want %q", body, err, want)
+		}
+	}
+}
+
 func TestTransportSpeaksOnlyTLS(t *testing.T) {
 	td := sdktest.New(t)
 	plain, err := net.Listen("tcp", "127.0.0.1:0")
