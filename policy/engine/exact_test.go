@@ -6,11 +6,13 @@ package engine
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/engine/residual"
+	"merlon.dev/policy/grant"
 	"merlon.dev/policy/program"
 )
 
@@ -184,6 +186,24 @@ func TestWrongProgramsAreNotUsed(t *testing.T) {
 			t.Errorf("%s: holdAgainstOPA = %v, %d mismatches", name, err, e.Mismatches()-before)
 		}
 		src = whole
+	}
+}
+
+// Each program is held against OPA before anybody gets it.
+func TestNoProgramIsMadeWithoutTheComparison(t *testing.T) {
+	e := load(t, parseGrants(t, webReadsOrders), nil)
+	e.grants = slices.Clone(e.grants) // what programs are made of; OPA has the data from before
+	e.grants[0].HTTP = &grant.HTTP{}
+	in := get("/orders/1")
+	in.Method = "DELETE"
+	if p, err := e.Program(t.Context(), in.Destination); err == nil || p != nil || e.Mismatches() != 1 {
+		t.Errorf("Program = %v, %v, with %d mismatches", p, err, e.Mismatches())
+	}
+	if encoded, err := e.Encoded(t.Context(), in.Destination); err == nil || encoded != nil {
+		t.Errorf("Encoded = %d bytes, %v", len(encoded), err)
+	}
+	if d := e.Authorize(t.Context(), in); d.Allow || d.Reason != policy.MethodNotGranted {
+		t.Errorf("Authorize = %+v; want METHOD, as OPA says", d)
 	}
 }
 
