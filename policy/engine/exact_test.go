@@ -4,11 +4,13 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/engine/residual"
@@ -39,6 +41,8 @@ func TestWhatHasNoCompiledForm(t *testing.T) {
 		"two values of one rule":              {"allow if x == \"a\"\n\nx := y if some y in input.parsed_path", "a.rego:5: x could have several values"},
 		"two values of a function":            {"allow if f(input.protocol) == 1\n\nf(p) := 1 if p == \"http\"\n\nf(_) := 2 if input.attributes.request.http.method == \"GET\"", "f could have several values"},
 		"an object":                           {"allow if x.a == 1\n\nx[k] := 1 if some k in input.parsed_path", "x is an object, whose values could disagree"},
+		"one argument twice":                  {"allow if f(input.protocol, input.protocol)\n\nf(a, a) := true", "has one argument twice"},
+		"a comparison negated":                {"allow if not input.protocol == input.attributes.request.http.host", "that two parts of the call are equal is negated"},
 		"itself":                              {"allow if input.attributes.request == input.attributes.request", "is compared with itself"},
 		"the clock":                           {"allow if time.now_ns() > 1", "a.rego:3: time.now_ns has no native form"},
 		"a number":                            {"allow if input.attributes.source.address.socketAddress.portValue == 1", "portValue has no native form"},
@@ -234,5 +238,69 @@ func TestDestinationsAreBounded(t *testing.T) {
 	}
 	if _, err := e.Program(t.Context(), in.Destination); err == nil {
 		t.Error("one more destination has a program")
+	}
+}
+
+// Partial evaluation takes x = x for true where there is no x, whichever way the two
+// sides come to be the same part of the call. No program may believe it.
+func TestComparisonsWithWhatACallLacks(t *testing.T) {
+	const (
+		header = "input.attributes.request.http.headers.accept"
+		rules  = "\nalias := input.attributes.request.http.headers\n\nother := input.attributes.request.http.headers\n\naccept := " + header +
+			"\n\nsame(x, y) if x == y\n\nalike if alias.accept == " + header + "\n\ndiffer if not alike\n"
+	)
+	for body, compiles := range map[string]bool{
+		"alias.accept == " + header:                                              true,
+		"alias.accept = " + header:                                               true,
+		header + " == alias[\"accept\"]":                                         true,
+		"accept == " + header:                                                    true,
+		"accept == alias.accept":                                                 true,
+		"alias.accept == other.accept":                                           true,
+		"[alias.accept, 1] == [" + header + ", 1]":                               true,
+		"[1, [alias.accept]] == [1, [" + header + "]]":                           true,
+		"x := alias.accept\n\ty := " + header + "\n\tx == y":                     true,
+		"x := input.attributes.request.http.headers\n\tx.accept == alias.accept": true,
+		"same(alias.accept, " + header + ")":                                     true,
+		"not same(alias.accept, " + header + ")":                                 true,
+		"alike":                                                                  true,
+		"not alike":                                                              true,
+		"differ":                                                                 true,
+		"alias.accept != " + header:                                              true,
+		"not alias.accept != " + header:                                          true,
+		header + " in [alias.accept]":                                            false,
+		"{\"a\": alias.accept} == {\"a\": " + header + "}":                       true,
+		"not alias.accept == " + header:                                          false,
+		"not accept == alias.accept":                                             false,
+		"not [alias.accept] == [" + header + "]":                                 true,
+		"x := alias\n\tnot x.accept == " + header:                                false,
+		"every x in [alias.accept] {\n\t\tx == " + header + "\n\t}":              false,
+	} {
+		for _, rule := range []string{"allow", "deny"} {
+			module := "package authz\n\n" + rule + " if {\n\t" + body + "\n}\n" + rules
+			grants := ""
+			if rule == "deny" {
+				grants = webReadsOrders
+			}
+			e := load(t, parseGrants(t, cmp.Or(grants, "grants: []")), map[string]string{"a.rego": module})
+			src, err := e.programSource(t.Context(), get("/").Destination)
+			if (err == nil) != compiles {
+				t.Errorf("%s if %s: compiled: %v", rule, body, err)
+			}
+			if err != nil {
+				continue
+			}
+			p, err := program.New(src)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for name, headers := range map[string]map[string][]string{"none": nil, "another": {"b": {"c"}}, "empty": {"accept": {""}}, "one": {"accept": {"x"}}, "no value": {"accept": {}}} {
+				in := get("/orders/1")
+				in.Headers = headers
+				want := e.AuthorizeByOPA(t.Context(), in)
+				if got := p.Decide(in, time.Now()); got.Reason != want.Reason {
+					t.Errorf("%s if %s, header %s: the program says %s, OPA %s", rule, body, name, got.Reason, want.Reason)
+				}
+			}
+		}
 	}
 }

@@ -100,6 +100,11 @@ func exactRule(rule *ast.Rule) (found error) {
 			return notNative(rule.Loc(), "%s takes an argument apart", rule.Head.Name)
 		}
 	}
+	for i, arg := range rule.Head.Args {
+		if slices.ContainsFunc(rule.Head.Args[:i], arg.Equal) { // guard.go sees no comparison
+			return notNative(rule.Loc(), "%s has one argument twice", rule.Head.Name)
+		}
+	}
 	ast.WalkExprs(rule, func(e *ast.Expr) bool {
 		if len(e.With) > 0 && found == nil {
 			found = notNative(e.Loc(), `"with" replaces what is asked`)
@@ -107,6 +112,9 @@ func exactRule(rule *ast.Rule) (found error) {
 		// Partial evaluation takes x == x for true, also where there is no x.
 		if terms, ok := e.Terms.([]*ast.Term); ok && len(terms) == 3 && terms[1].Equal(terms[2]) && found == nil {
 			found = notNative(e.Loc(), "%s is compared with itself", terms[1])
+		}
+		if e.Negated && len(compared(e)) > 0 && found == nil { // see guard.go
+			found = notNative(e.Loc(), "that two parts of the call are equal is negated")
 		}
 		return found != nil
 	})

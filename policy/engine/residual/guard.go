@@ -20,6 +20,14 @@ package residual
 // leaves nothing of the second line (OPA 1.22). So such a variable gets its value
 // from a reference of its own, id = input.parsed_path[1], and the array names none.
 
+// And x = x is true to partial evaluation also where there is no x, and so are
+//
+//	headers.accept == input.attributes.request.http.headers.accept
+//
+// where a rule called headers names a part of the input. So each reference that
+// something is compared with gets such a condition, too; where the comparison is
+// negated, exact.go refuses it.
+
 import (
 	"fmt"
 
@@ -39,7 +47,7 @@ var Guard = ast.CompilerStageDefinition{Name: "guard variables", MetricName: "gu
 
 func guardModules(c *ast.Compiler) {
 	names := 0
-	guarded := func(b ast.Body) ast.Body { return withValues(byReference(b, &names)) }
+	guarded := func(b ast.Body) ast.Body { return withValues(byReference(b, &names), &names) }
 	for _, m := range c.Modules {
 		visitor := ast.NewGenericVisitor(func(x any) bool {
 			switch x := x.(type) {
@@ -75,8 +83,7 @@ func byReference(body ast.Body, names *int) (out ast.Body) {
 		for i := range shape {
 			shape[i] = array.Elem(i)
 			if v, isVar := shape[i].Value.(ast.Var); isVar && !v.IsWildcard() {
-				*names++
-				shape[i] = ast.VarTerm(fmt.Sprintf("__merlon%d__", *names))
+				shape[i] = newVar(names)
 				values = append(values, ast.Equality.Expr(array.Elem(i), elementOf(of, i)).SetLocation(e.Loc()))
 			}
 		}
@@ -114,7 +121,7 @@ func elementOf(list *ast.Term, i int) *ast.Term {
 	return ast.NewTerm(ast.Ref{list, at})
 }
 
-func withValues(body ast.Body) ast.Body {
+func withValues(body ast.Body, names *int) ast.Body {
 	var out ast.Body
 	seen := ast.NewVarSet()
 	for _, e := range body {
@@ -128,8 +135,52 @@ func withValues(body ast.Body) ast.Body {
 				out.Append(ast.NotEqual.Expr(ast.NewTerm(v), nothingIs).SetLocation(e.Loc()))
 			}
 		}
+		for _, ref := range compared(e) {
+			v := newVar(names)
+			out.Append(ast.Equality.Expr(v, ast.NewTerm(ref)).SetLocation(e.Loc()))
+			out.Append(ast.NotEqual.Expr(v, nothingIs).SetLocation(e.Loc()))
+		}
 	}
 	return out
+}
+
+func newVar(names *int) *ast.Term {
+	*names++
+	return ast.VarTerm(fmt.Sprintf("__merlon%d__", *names))
+}
+
+// compared are the references on both sides of e, outside of closures, where it
+// compares two things neither of which is constant.
+func compared(e *ast.Expr) (refs []ast.Ref) {
+	terms, isCall := e.Terms.([]*ast.Term)
+	if !isCall || len(terms) != 3 || !equates(e) || ast.IsConstant(terms[1].Value) || ast.IsConstant(terms[2].Value) {
+		return nil
+	}
+	for _, t := range terms[1:] {
+		ast.NewGenericVisitor(func(x any) bool {
+			switch x := x.(type) {
+			case *ast.ArrayComprehension, *ast.SetComprehension, *ast.ObjectComprehension:
+				return true
+			case ast.Ref:
+				refs = append(refs, x)
+				return true
+			}
+			return false
+		}).Walk(t)
+	}
+	if len(refs) == 1 && (isVar(terms[1]) || isVar(terms[2])) {
+		return nil // which gets its value from the reference, and has a condition
+	}
+	return refs
+}
+
+func isVar(t *ast.Term) bool {
+	_, ok := t.Value.(ast.Var)
+	return ok
+}
+
+func equates(e *ast.Expr) bool {
+	return e.IsEquality() || e.IsAssignment() || e.IsCall() && e.Operator().Equal(ast.Equal.Ref())
 }
 
 func isNot(e *ast.Expr) bool {
