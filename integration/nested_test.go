@@ -490,9 +490,9 @@ func TestNestedCAAlone(t *testing.T) {
 	swap(t, data, data+".old")
 	up.CA.Restart()
 	stage.Eventually(t, "the CA above is followed again", func() error {
-		page, _, err := healthPage(down.Domain, "/ready")
-		if err != nil || strings.Contains(page, "away") {
-			return fmt.Errorf("/ready: %v: %s", err, page)
+		page, status, err := healthPage(down.Domain, "/ready")
+		if err != nil || status != 200 || strings.Contains(page, "away") || strings.Contains(page, "put back") {
+			return fmt.Errorf("/ready: %d, %v: %s", status, err, page)
 		}
 		return nil
 	})
