@@ -156,18 +156,13 @@ func compared(e *ast.Expr) (refs []ast.Ref) {
 	if !isCall || len(terms) != 3 || !equates(e) || ast.IsConstant(terms[1].Value) || ast.IsConstant(terms[2].Value) {
 		return nil
 	}
-	for _, t := range terms[1:] {
-		ast.NewGenericVisitor(func(x any) bool {
-			switch x := x.(type) {
-			case *ast.ArrayComprehension, *ast.SetComprehension, *ast.ObjectComprehension:
-				return true
-			case ast.Ref:
-				refs = append(refs, x)
-				return true
-			}
-			return false
-		}).Walk(t)
-	}
+	walkOperands(terms, func(x any) bool {
+		ref, is := x.(ast.Ref)
+		if is {
+			refs = append(refs, ref)
+		}
+		return is
+	})
 	if len(refs) == 1 && (isVar(terms[1]) || isVar(terms[2])) {
 		return nil // which gets its value from the reference, and has a condition
 	}
@@ -194,18 +189,25 @@ func ownVars(e *ast.Expr) (vars []ast.Var) {
 	if !call {
 		return nil
 	}
+	walkOperands(terms, func(x any) bool {
+		if v, is := x.(ast.Var); is && !ast.RootDocumentNames.Contains(ast.NewTerm(v)) {
+			vars = append(vars, v)
+		}
+		return false
+	})
+	return vars
+}
+
+// walkOperands visits the operands of a call outside of closures, and nothing below
+// that for which f returns true.
+func walkOperands(terms []*ast.Term, f func(x any) bool) {
 	for _, t := range terms[1:] {
 		ast.NewGenericVisitor(func(x any) bool {
-			switch x := x.(type) {
+			switch x.(type) {
 			case *ast.ArrayComprehension, *ast.SetComprehension, *ast.ObjectComprehension:
 				return true
-			case ast.Var:
-				if !ast.RootDocumentNames.Contains(ast.NewTerm(x)) {
-					vars = append(vars, x)
-				}
 			}
-			return false
+			return f(x)
 		}).Walk(t)
 	}
-	return vars
 }
