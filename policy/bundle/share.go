@@ -5,7 +5,6 @@ package bundle
 
 import (
 	"slices"
-	"strings"
 
 	"merlon.dev/policy/engine"
 	"merlon.dev/policy/grant"
@@ -22,8 +21,7 @@ type Shares struct {
 
 // NewShares prepares c, which must not change afterwards.
 func NewShares(c *Contents) *Shares {
-	s := &Shares{contents: c, exact: map[string][]int{}}
-	s.whole = engine.ReadsGrants(c.Modules)
+	s := &Shares{contents: c, exact: map[string][]int{}, whole: engine.ReadsGrants(c.Modules)}
 	for i := range c.Grants {
 		if wide(&c.Grants[i]) {
 			s.other = append(s.other, i)
@@ -38,7 +36,7 @@ func NewShares(c *Contents) *Shares {
 
 // wide says whether g names destinations by more than single SPIFFE IDs.
 func wide(g *grant.Grant) bool {
-	return g.To == nil || slices.ContainsFunc(g.To, func(to string) bool { return strings.HasSuffix(to, "/*") || strings.Count(to, "/") == 2 })
+	return g.To == nil || slices.ContainsFunc(g.To, func(to string) bool { return !grant.IsSingle(to) })
 }
 
 // Of is an unsigned bundle with the grants that can decide calls to destinations,

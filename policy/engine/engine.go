@@ -164,7 +164,7 @@ func (e *Engine) Destinations() []string {
 	var ids []string
 	for i := range e.grants {
 		for _, to := range e.grants[i].To {
-			if !strings.HasSuffix(to, "*") && strings.Count(to, "/") > 2 {
+			if grant.IsSingle(to) {
 				ids = append(ids, to)
 			}
 		}

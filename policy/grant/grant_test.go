@@ -351,3 +351,13 @@ func FuzzFromData(f *testing.F) {
 		}
 	})
 }
+
+func TestIsSingle(t *testing.T) {
+	for pattern, want := range map[string]bool{
+		"spiffe://a.test/web": true, "spiffe://a.test/ns/x": true, "spiffe://a.test": false, "spiffe://a.test/*": false, "spiffe://a.test/ns/*": false,
+	} {
+		if got := IsSingle(pattern); got != want {
+			t.Errorf("IsSingle(%s) = %v", pattern, got)
+		}
+	}
+}

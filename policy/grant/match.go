@@ -52,6 +52,12 @@ func anyMatches(patterns []string, s string, matches func(pattern, s string) boo
 	return patterns == nil || slices.ContainsFunc(patterns, func(p string) bool { return matches(p, s) })
 }
 
+// IsSingle says whether the pattern, of a grant's From or To, is one SPIFFE ID and no
+// trust domain or "…/*".
+func IsSingle(pattern string) bool {
+	return !strings.HasSuffix(pattern, "/*") && strings.Count(pattern, "/") > 2
+}
+
 // MatchSPIFFEID reports whether the SPIFFE ID id is what pattern names. It
 // goes by whole segments: "spiffe://td/ns/a/*" does not match
 // "spiffe://td/ns/a-evil/x" (attack T48).
