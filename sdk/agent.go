@@ -25,6 +25,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"merlon.dev/agent/agentpb"
+	"merlon.dev/policy/denial"
 	"merlon.dev/sdk/unixsock"
 )
 
@@ -262,7 +263,7 @@ func (id *Identity) notReady() *NotReadyError {
 		return &NotReadyError{BadAnswer, "compare the clocks and trust bundles of agent and CA", err}
 	}
 	if st, ok := status.FromError(err); ok {
-		if info, found := errorInfo(st); found && info.GetReason() == string(AgentNotSynced) {
+		if info, found := denial.Info(st); found && info.GetReason() == string(AgentNotSynced) {
 			return &NotReadyError{AgentNotSynced, "see that the agent reaches the CA", err}
 		}
 		switch st.Code() {

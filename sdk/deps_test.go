@@ -17,7 +17,7 @@ func TestNoOPAIsLinked(t *testing.T) {
 	for pkg := range strings.Lines(string(out)) {
 		pkg = strings.TrimSpace(pkg)
 		switch {
-		case pkg == "merlon.dev/agent/agentpb", pkg == "merlon.dev/policy", pkg == "merlon.dev/policy/kept", pkg == "merlon.dev/policy/decisionlog", pkg == "merlon.dev/policy/program", pkg == "merlon.dev/policy/comparison", pkg == "merlon.dev/policy/strictyaml":
+		case pkg == "merlon.dev/agent/agentpb", pkg == "merlon.dev/policy", pkg == "merlon.dev/policy/kept", pkg == "merlon.dev/policy/decisionlog", pkg == "merlon.dev/policy/program", pkg == "merlon.dev/policy/comparison", pkg == "merlon.dev/policy/denial", pkg == "merlon.dev/policy/strictyaml":
 		case strings.HasPrefix(pkg, "merlon.dev/ca"), strings.HasPrefix(pkg, "merlon.dev/agent"), strings.HasPrefix(pkg, "merlon.dev/policy"),
 			strings.Contains(pkg, "open-policy-agent"), strings.Contains(pkg, "smallstep"), strings.Contains(pkg, "badger"):
 			t.Errorf("the SDK links %s", pkg)

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"merlon.dev/agent/agentpb"
+	"merlon.dev/policy/denial"
 )
 
 // errKeysByAgent says that the Workload API has this process's X509-SVID.
@@ -36,7 +37,7 @@ const (
 func keysByWorkload(err error) bool { return reasonIs(err, reasonByWorkload) }
 
 func reasonIs(err error, reason string) bool {
-	info, found := errorInfo(status.Convert(err))
+	info, found := denial.Info(status.Convert(err))
 	return found && info.GetReason() == reason
 }
 

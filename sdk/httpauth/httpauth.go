@@ -12,12 +12,13 @@ import (
 	"strings"
 
 	"merlon.dev/policy"
+	"merlon.dev/policy/denial"
 	"merlon.dev/sdk"
 )
 
 // ProblemType is the type of the problem document (RFC 9457) that tells of a
 // denial.
-const ProblemType = "https://merlon.dev/problems/denied"
+const ProblemType = denial.ProblemType
 
 // DecisionIDHeader carries the decision ID of a denial.
 const DecisionIDHeader = "X-Decision-Id"

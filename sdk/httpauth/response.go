@@ -4,25 +4,16 @@
 package httpauth
 
 import (
-	"encoding/json"
 	"maps"
 	"net/http"
 
 	"merlon.dev/policy"
+	"merlon.dev/policy/denial"
 )
 
 // Problem is the body of a denial, application/problem+json, unless the policy has
 // a body of its own.
-type Problem struct {
-	Type       string        `json:"type"`
-	Title      string        `json:"title"`
-	Status     int           `json:"status"`
-	Reason     policy.Reason `json:"reason"`
-	DecisionID string        `json:"decision_id"`
-	Hint       string        `json:"hint,omitempty"`
-}
-
-const problemContentType = "application/problem+json"
+type Problem = denial.Problem
 
 // asDecided gives r as next is to see it: with the policy's fields in the place of
 // the caller's of the same names, and without those that it takes away. It copies
@@ -46,55 +37,17 @@ func addFields(to http.Header, fields []policy.HeaderField) {
 
 // refuse answers with the denial: the policy's own answer, where it has one.
 func refuse(w http.ResponseWriter, r *http.Request, d policy.Decision) {
-	p := Problem{
-		Type:       ProblemType,
-		Title:      "The call is denied",
-		Status:     d.DenialStatus(),
-		Reason:     d.Reason,
-		DecisionID: d.DecisionID.String(),
-		Hint:       d.Hint(),
-	}
-	if d.Reason == policy.BadRequest {
-		p.Title = "The request is ambiguous"
-	}
+	a := denial.HTTP(d)
 	header := w.Header()
-	header.Set("Cache-Control", "no-store")
-	header.Set("X-Content-Type-Options", "nosniff")
-	header.Set("Content-Type", problemContentType)
-	body := ""
-	if send := d.Response; send != nil {
-		if body = send.Body; body != "" {
-			header.Set("Content-Type", "text/plain; charset=utf-8")
-		}
-		replaceFields(header, send.Headers, body == "")
+	for _, f := range a.Fields {
+		header.Del(f.Name)
 	}
-	header.Set(DecisionIDHeader, p.DecisionID)
-	w.WriteHeader(p.Status)
-	if r.Method == http.MethodHead || p.Status == http.StatusNoContent || p.Status == http.StatusNotModified {
+	addFields(header, a.Fields)
+	w.WriteHeader(a.Status)
+	if r.Method == http.MethodHead || a.Status == http.StatusNoContent || a.Status == http.StatusNotModified {
 		return
 	}
-	var err error
-	if body != "" {
-		_, err = w.Write([]byte(body))
-	} else {
-		err = json.NewEncoder(w).Encode(p)
-	}
-	if err != nil {
+	if _, err := w.Write([]byte(a.Body)); err != nil {
 		panic(http.ErrAbortHandler) // the caller has gone; end the connection quietly
-	}
-}
-
-// replaceFields puts fields in the place of those of the same names; what type the
-// problem document has it does not say.
-func replaceFields(header http.Header, fields []policy.HeaderField, problem bool) {
-	for _, f := range fields {
-		if f.Name != "content-type" || !problem {
-			header.Del(f.Name)
-		}
-	}
-	for _, f := range fields {
-		if f.Name != "content-type" || !problem {
-			header.Add(f.Name, f.Value)
-		}
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"merlon.dev/policy"
+	"merlon.dev/policy/denial"
 	"merlon.dev/sdk"
 )
 
@@ -105,7 +106,7 @@ func denialOf(res *http.Response) *sdk.DeniedError {
 	if decision == "" || res.StatusCode < http.StatusBadRequest {
 		return nil
 	}
-	if kind, _, err := mime.ParseMediaType(res.Header.Get("Content-Type")); err != nil || kind != problemContentType {
+	if kind, _, err := mime.ParseMediaType(res.Header.Get("Content-Type")); err != nil || kind != denial.ProblemContentType {
 		return nil
 	}
 	denied := &sdk.DeniedError{Reason: policy.Error, DecisionID: decision}
