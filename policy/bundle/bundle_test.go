@@ -26,6 +26,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/engine"
@@ -558,5 +559,26 @@ func TestFilesAreReadAsFarAsTheyMayBeLong(t *testing.T) {
 		if got, err := readAtMost(name, limit); string(got) != want || err != nil {
 			t.Errorf("%d bytes: %q, %v", limit, got, err)
 		}
+	}
+}
+
+// A folder in which a file has no end is refused at the bound, and not when there is
+// no memory left.
+func TestAFolderIsReadAsFarAsItMayBeLong(t *testing.T) {
+	dir := t.TempDir()
+	pipe := filepath.Join(t.TempDir(), "endless")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(pipe, filepath.Join(dir, "g.yaml")); err != nil {
+		t.Fatal(err)
+	}
+	written := make(chan error, 1)
+	go func() { written <- os.WriteFile(pipe, make([]byte, 2*maxUncompressedBytes), 0o600) }()
+	if _, err := ReadFolder(dir); err == nil || !strings.Contains(err.Error(), "more than 2000 files or 33554432 bytes") {
+		t.Errorf("ReadFolder() = %v; want a refusal by size", err)
+	}
+	if err := <-written; !errors.Is(err, unix.EPIPE) {
+		t.Errorf("the file was read to its end (%v)", err)
 	}
 }

@@ -32,10 +32,30 @@ import (
 	"merlon.dev/sdk/unixsock"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// This binary is also a workload, for the test of one whose program moves.
+func TestMain(m *testing.M) {
+	if socket := os.Getenv("MERLON_TEST_WORKLOAD"); socket != "" {
+		if err := actWorkload(socket); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		}
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
-// serve serves s for the processes of this node.
+// serve serves s for the processes of this node, and gives this one a client.
 func serve(t *testing.T, s *Server) agentpb.LocalClient {
+	t.Helper()
+	cc, err := grpc.NewClient("unix://"+listen(t, s), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cc.Close() })
+	return agentpb.NewLocalClient(cc)
+}
+
+// listen serves s and gives its socket.
+func listen(t *testing.T, s *Server) string {
 	t.Helper()
 	attestor, err := workload.New()
 	if err != nil {
@@ -58,12 +78,7 @@ func serve(t *testing.T, s *Server) agentpb.LocalClient {
 	agentpb.RegisterLocalServer(g, s)
 	go g.Serve(lis)
 	t.Cleanup(g.Stop)
-	cc, err := grpc.NewClient("unix://"+lis.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { cc.Close() })
-	return agentpb.NewLocalClient(cc)
+	return lis.Addr().String()
 }
 
 // ownEntry is for this very process.

@@ -5,10 +5,15 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"merlon.dev/policy/bundle"
 )
 
 const shopPolicy = "../../../examples/policies/shop"
@@ -148,5 +153,22 @@ func TestPolicyEvalWithoutACompiledForm(t *testing.T) {
 	code, stdout, _ = runPolicy(t, call, "eval", dir)
 	if want := `{"allow":true,"reason":"ALLOWED","rule_id":"rego:allow","engine":"opa"}` + "\n"; code != exitOK || stdout != want {
 		t.Errorf("--engine auto: exit %d\n%s; want %s", code, stdout, want)
+	}
+}
+
+// A bundle is read as far as it may be long: what is named may have no end.
+func TestABundleFileWithoutEndIsRefused(t *testing.T) {
+	pipe := filepath.Join(t.TempDir(), "endless.tar.gz")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	written := make(chan error, 1)
+	go func() { written <- os.WriteFile(pipe, make([]byte, 2*bundle.MaxBytes), 0o600) }()
+	code, _, stderr := runPolicy(t, "", "diff", shopPolicy, pipe)
+	if code != exitFailure || !strings.Contains(stderr, "more than 4194304 bytes") || !strings.Contains(stderr, "hint: merlon policy build FOLDER --file "+pipe) {
+		t.Errorf("exit %d: %s", code, stderr)
+	}
+	if err := <-written; !errors.Is(err, unix.EPIPE) {
+		t.Errorf("the file was read to its end (%v)", err)
 	}
 }

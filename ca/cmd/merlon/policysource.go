@@ -8,6 +8,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/x509"
 	"fmt"
+	"io"
 	"os"
 	"strconv"
 	"time"
@@ -66,10 +67,17 @@ func timeFlag(flag, value string) (time.Time, error) {
 	return at, nil
 }
 
+// readBundle reads as much of file as a bundle may be long, and no more: it may be a
+// pipe or a device, which have no end.
 func readBundle(file string) (*namedPolicy, error) {
-	raw, err := os.ReadFile(file)
+	f, err := os.Open(file)
 	if err != nil {
 		return nil, err
+	}
+	defer f.Close()
+	raw, err := io.ReadAll(io.LimitReader(f, bundle.MaxBytes+1)) // one more is refused
+	if err != nil {
+		return nil, fmt.Errorf("read policy bundle: %w", err)
 	}
 	contents, err := bundle.Check(raw)
 	if err != nil {
