@@ -14,7 +14,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 build: ## compile the binaries into bin/
-	go build -o bin/ ./ca/cmd/... ./agent/cmd/...
+	go build -o bin/ ./ca/cmd/... ./agent/cmd/... ./sdk/cmd/...
 
 full: ## compile the CA with every KMS and upstream authority, which make build leaves out
 	go build -C ca/cmd/merlon-ca-full -tags awskms,cloudkms,azurekms,stepcas,vaultcas,cloudcas -o $(CURDIR)/bin/merlon-ca-full .

@@ -52,7 +52,7 @@ var build = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	cmd := exec.Command("go", "build", "-C", root, "-o", dir+"/", "./ca/cmd/...", "./agent/cmd/...")
+	cmd := exec.Command("go", "build", "-C", root, "-o", dir+"/", "./ca/cmd/...", "./agent/cmd/...", "./sdk/cmd/...")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the binaries: %w\n%s", err, out)
 	}
@@ -73,7 +73,7 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// Bin returns the path of a binary: merlon, merlon-ca or merlon-agent.
+// Bin returns the path of a binary: merlon, merlon-ca, merlon-agent or merlon-sidecar.
 func Bin(tb testing.TB, name string) string {
 	tb.Helper()
 	dir, err := build()

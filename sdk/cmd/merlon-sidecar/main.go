@@ -1,0 +1,55 @@
+// Command merlon-sidecar gives an unmodified program an identity, mutual TLS and
+// policy.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"merlon.dev/sdk/sidecar"
+)
+
+func main() { os.Exit(main1()) }
+
+func main1() int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	cl, err := sidecar.ParseCommandLine(os.Args[1:], os.Getenv, os.Stderr)
+	if errors.Is(err, flag.ErrHelp) {
+		return 0
+	}
+	if err != nil {
+		complain(err)
+		return 2
+	}
+	if err := run(ctx, cl, os.Stdout); err != nil {
+		complain(err)
+		return 1
+	}
+	return 0
+}
+
+func run(ctx context.Context, cl *sidecar.CommandLine, out io.Writer) error {
+	if cl.ValidateOnly {
+		_, err := fmt.Fprintln(out, "the settings are valid")
+		return err
+	}
+	s, err := sidecar.New(cl.Config)
+	if err != nil {
+		return err
+	}
+	return s.Run(ctx)
+}
+
+func complain(err error) {
+	fmt.Fprintln(os.Stderr, "merlon-sidecar: error:", err)
+	if hint := sidecar.Hint(err); hint != "" {
+		fmt.Fprintln(os.Stderr, "hint:", hint)
+	}
+}

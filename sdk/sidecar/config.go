@@ -1,0 +1,407 @@
+// What the sidecar reads at start and at each reload: a YAML file, the environment,
+// flags.
+
+package sidecar
+
+import (
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/policy/strictyaml"
+	"merlon.dev/sdk"
+	"merlon.dev/sdk/sidecar/internal/hop"
+	"merlon.dev/sdk/unixsock"
+)
+
+// Config is what the sidecar reads. The zero value of every optional field is safe.
+type Config struct {
+	// Inbound is where others reach the app of this sidecar.
+	Inbound []Inbound `yaml:"inbound"`
+
+	// Outbound is where the app reaches others.
+	Outbound []Outbound `yaml:"outbound"`
+
+	// AgentSocket is the agent's socket, unix:///path. Empty means
+	// SPIFFE_ENDPOINT_SOCKET, and without that unix:///run/merlon/agent/public/api.sock.
+	AgentSocket string `yaml:"agent_socket"`
+
+	// AgentUID is a user whose agent is trusted beside root's and the own one.
+	AgentUID uint32 `yaml:"agent_uid"`
+
+	// StripHeaders names, in lower case, further fields of header and trailers that an
+	// inbound request never brings to the app. x-spiffe-id and x-forwarded-client-cert
+	// are always the sidecar's own.
+	StripHeaders []string `yaml:"strip_headers"`
+
+	// MaxConnections is how many connections a listener serves at the same time; more
+	// wait in the kernel. Zero means 10000.
+	MaxConnections int `yaml:"max_connections"`
+
+	// MaxStreams is how many requests one HTTP/2 connection makes at the same time.
+	// Zero means 100.
+	MaxStreams int `yaml:"max_streams"`
+
+	// MaxHeadBytes bounds a request's or an answer's head. Zero means 16384.
+	MaxHeadBytes int `yaml:"max_head_bytes"`
+
+	// MaxHeaderFields bounds the fields in it. Zero means 100.
+	MaxHeaderFields int `yaml:"max_header_fields"`
+
+	// ConnectTimeout is for connecting to an upstream, TLS included. Zero means 5s.
+	ConnectTimeout time.Duration `yaml:"connect_timeout"`
+
+	// HeadTimeout is for a whole head, from its first byte. Zero means 10s.
+	HeadTimeout time.Duration `yaml:"head_timeout"`
+
+	// IdleTimeout closes a connection between two requests. Zero means 60s.
+	IdleTimeout time.Duration `yaml:"idle_timeout"`
+
+	// StallTimeout ends a request of which nothing moves any more. Zero means 60s.
+	StallTimeout time.Duration `yaml:"stall_timeout"`
+
+	// ResponseTimeout ends a request whose answer does not begin. Zero means 60s.
+	ResponseTimeout time.Duration `yaml:"response_timeout"`
+
+	// TCPIdleTimeout closes a connection of protocol tcp on which nothing moves. Zero
+	// means 1h.
+	TCPIdleTimeout time.Duration `yaml:"tcp_idle_timeout"`
+
+	// DrainTimeout is how long requests under way may take at the end of the process.
+	// Zero means 10s.
+	DrainTimeout time.Duration `yaml:"drain_timeout"`
+
+	// HealthAddress serves /live, /ready and /metrics over plain HTTP. Empty means
+	// 127.0.0.1:9445; "off" means not at all.
+	HealthAddress string `yaml:"health_address"`
+
+	// AccessLog is where one line of JSON per request goes: a file, "stdout", or "off".
+	// Empty means off.
+	AccessLog string `yaml:"access_log"`
+
+	// LogLevel is debug, info, warn or error. Empty means info.
+	LogLevel string `yaml:"log_level"`
+
+	// LogFormat is text or json. Empty means text.
+	LogFormat string `yaml:"log_format"`
+
+	// Logger is where the sidecar reports instead of standard error.
+	Logger *slog.Logger `yaml:"-"`
+}
+
+// Inbound is a listener for callers, by mutual TLS, and the app behind it.
+type Inbound struct {
+	// Listen is host:port; every address of the machine without a host.
+	Listen string `yaml:"listen"`
+	// App is where the app listens: host:port on loopback, or unix:///path.
+	App string `yaml:"app"`
+	// Protocol is what the app speaks. The listener offers this and nothing else by
+	// ALPN, so nothing is translated; and it is what the policy is asked about.
+	Protocol string `yaml:"protocol"`
+}
+
+// Outbound is a listener for the app, and the service behind it.
+type Outbound struct {
+	// Listen is host:port on loopback, or unix:///path.
+	Listen string `yaml:"listen"`
+	// To is the one peer that is accepted: a SPIFFE ID, or the name of a service in
+	// the own trust domain, such as orders or ns/shop/orders.
+	To string `yaml:"to"`
+	// Upstreams are the host:port of its replicas. Names are looked up at each
+	// connection.
+	Upstreams []string `yaml:"upstreams"`
+	// Protocol is what the app and the service speak.
+	Protocol string `yaml:"protocol"`
+}
+
+// InvalidError reports a setting that the sidecar refuses.
+type InvalidError struct {
+	Field  string // as spelled in the file
+	Reason string
+	Hint   string // what to do; may be empty
+}
+
+// Error names field and reason.
+func (e *InvalidError) Error() string { return e.Field + ": " + e.Reason }
+
+// DefaultHealthAddress is where health and metrics are served.
+const DefaultHealthAddress = "127.0.0.1:9445"
+
+const off = "off"
+
+// ReadConfig reads a YAML file. Unknown keys are errors.
+func ReadConfig(path string) (Config, error) {
+	data, err := strictyaml.ReadFile(path)
+	if err != nil {
+		return Config{}, fmt.Errorf("read config: %w", err)
+	}
+	return parseConfig(path, data)
+}
+
+func parseConfig(name string, data []byte) (Config, error) {
+	var cfg Config
+	if err := strictyaml.Decode(name, data, &cfg); err != nil {
+		return Config{}, fmt.Errorf("read config: %w", err)
+	}
+	return cfg, nil
+}
+
+// withDefaults fills what is empty.
+func (c Config) withDefaults() Config {
+	number := func(field *int, value int) {
+		if *field == 0 {
+			*field = value
+		}
+	}
+	duration := func(field *time.Duration, value time.Duration) {
+		if *field == 0 {
+			*field = value
+		}
+	}
+	text := func(field *string, value string) {
+		if *field == "" {
+			*field = value
+		}
+	}
+	number(&c.MaxConnections, 10_000)
+	number(&c.MaxStreams, 100)
+	number(&c.MaxHeadBytes, 16<<10)
+	number(&c.MaxHeaderFields, 100)
+	duration(&c.ConnectTimeout, 5*time.Second)
+	duration(&c.HeadTimeout, 10*time.Second)
+	duration(&c.IdleTimeout, time.Minute)
+	duration(&c.StallTimeout, time.Minute)
+	duration(&c.ResponseTimeout, time.Minute)
+	duration(&c.TCPIdleTimeout, time.Hour)
+	duration(&c.DrainTimeout, 10*time.Second)
+	text(&c.HealthAddress, DefaultHealthAddress)
+	text(&c.AccessLog, off)
+	text(&c.LogLevel, "info")
+	text(&c.LogFormat, "text")
+	return c
+}
+
+// Validate says what is wrong with the settings, as *InvalidError.
+func (c Config) Validate() error {
+	c = c.withDefaults()
+	if len(c.Inbound)+len(c.Outbound) == 0 {
+		return &InvalidError{
+			Field: "inbound", Reason: "is missing, and so is outbound: there is nothing to do",
+			Hint: "merlon-sidecar -inbound :8443,127.0.0.1:8080,http, or inbound and outbound in the file of -config",
+		}
+	}
+	for i := range c.Inbound {
+		if err := c.Inbound[i].check(fmt.Sprintf("inbound[%d]", i)); err != nil {
+			return err
+		}
+	}
+	for i := range c.Outbound {
+		if err := c.Outbound[i].check(fmt.Sprintf("outbound[%d]", i)); err != nil {
+			return err
+		}
+	}
+	if err := c.checkDistinct(); err != nil {
+		return err
+	}
+	if err := c.checkBounds(); err != nil {
+		return err
+	}
+	return c.checkPlaces()
+}
+
+func (in *Inbound) check(field string) error {
+	if _, err := net.ResolveTCPAddr("tcp", in.Listen); err != nil || in.Listen == "" {
+		return &InvalidError{Field: field + ".listen", Reason: fmt.Sprintf("%q is not host:port, such as :8443", in.Listen)}
+	}
+	if err := checkLocal(field+".app", in.App, "the way to the app has no TLS, and leaves this machine nowhere"); err != nil {
+		return err
+	}
+	return checkProtocol(field+".protocol", in.Protocol)
+}
+
+func (out *Outbound) check(field string) error {
+	if err := checkLocal(field+".listen", out.Listen, "whoever connects there calls in this process's name"); err != nil {
+		return err
+	}
+	if err := checkTo(field+".to", out.To); err != nil {
+		return err
+	}
+	if len(out.Upstreams) == 0 {
+		return &InvalidError{Field: field + ".upstreams", Reason: "is missing", Hint: "upstreams: [orders-1.example.org:8443]"}
+	}
+	for i, address := range out.Upstreams {
+		if host, port, err := net.SplitHostPort(address); err != nil || host == "" || port == "" {
+			return &InvalidError{Field: fmt.Sprintf("%s.upstreams[%d]", field, i), Reason: fmt.Sprintf("%q is not host:port", address)}
+		}
+	}
+	return checkProtocol(field+".protocol", out.Protocol)
+}
+
+// target is whom the outbound listener's connections have to reach.
+func (out *Outbound) target() sdk.Target {
+	if strings.HasPrefix(out.To, "spiffe:") {
+		return sdk.ID(out.To)
+	}
+	return sdk.Service(out.To)
+}
+
+func checkTo(field, to string) error {
+	if to == "" {
+		return &InvalidError{Field: field, Reason: "is missing: an outbound connection is for one peer", Hint: "to: spiffe://example.org/orders, or orders for that service of the own trust domain"}
+	}
+	if strings.HasPrefix(to, "spiffe:") {
+		if id, err := spiffeid.FromString(to); err != nil {
+			return &InvalidError{Field: field, Reason: fmt.Sprintf("%q is not a SPIFFE ID: %v", to, err)}
+		} else if id.Path() == "" {
+			return &InvalidError{Field: field, Reason: fmt.Sprintf("%q names a trust domain, not a workload", to)}
+		}
+		return nil
+	}
+	if err := spiffeid.ValidatePath("/" + to); err != nil {
+		return &InvalidError{Field: field, Reason: fmt.Sprintf("%q is neither a SPIFFE ID nor the name of a service: %v", to, err)}
+	}
+	return nil
+}
+
+// checkLocal takes Unix sockets and literal addresses of loopback. Names are not
+// looked up: what "localhost" is others can decide.
+func checkLocal(field, address, why string) error {
+	if path, ok := strings.CutPrefix(address, "unix://"); ok {
+		switch {
+		case !filepath.IsAbs(path):
+			return &InvalidError{Field: field, Reason: fmt.Sprintf("%q is not unix:///PATH", address)}
+		case len(path) > unixsock.MaxPath:
+			return &InvalidError{Field: field, Reason: fmt.Sprintf("has %d bytes, a socket path at most %d", len(path), unixsock.MaxPath), Hint: "choose a shorter folder"}
+		}
+		return nil
+	}
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return &InvalidError{Field: field, Reason: fmt.Sprintf("%q is neither host:port nor unix:///PATH", address)}
+	}
+	if ip := net.ParseIP(host); ip == nil || !ip.IsLoopback() {
+		return &InvalidError{Field: field, Reason: fmt.Sprintf("%q is not on loopback: %s", address, why), Hint: "127.0.0.1:PORT, [::1]:PORT or unix:///PATH"}
+	}
+	return nil
+}
+
+func checkProtocol(field, protocol string) error {
+	if _, ok := engines[protocol]; ok {
+		return nil
+	}
+	reason := fmt.Sprintf("%q is none of %s", protocol, strings.Join(protocols(), ", "))
+	if protocol == "" {
+		reason = "is missing: it says what the policy is asked about, one of " + strings.Join(protocols(), ", ")
+	}
+	return &InvalidError{Field: field, Reason: reason}
+}
+
+func (c Config) checkDistinct() error {
+	seen := map[string]string{}
+	for i := range c.Inbound {
+		seen[c.Inbound[i].Listen] = fmt.Sprintf("inbound[%d]", i)
+	}
+	if len(seen) < len(c.Inbound) {
+		return &InvalidError{Field: "inbound", Reason: "two listeners have the same address"}
+	}
+	for i := range c.Outbound {
+		if other := seen[c.Outbound[i].Listen]; other != "" {
+			return &InvalidError{Field: fmt.Sprintf("outbound[%d].listen", i), Reason: fmt.Sprintf("%s is the address of %s", c.Outbound[i].Listen, other)}
+		}
+		seen[c.Outbound[i].Listen] = fmt.Sprintf("outbound[%d]", i)
+	}
+	return nil
+}
+
+func (c Config) checkBounds() error {
+	for _, f := range []struct {
+		field           string
+		value, min, max int
+	}{
+		{"max_connections", c.MaxConnections, 1, 1 << 20},
+		{"max_streams", c.MaxStreams, 1, 10_000},
+		{"max_head_bytes", c.MaxHeadBytes, 1 << 10, 1 << 20},
+		{"max_header_fields", c.MaxHeaderFields, 1, 10_000},
+	} {
+		if f.value < f.min || f.value > f.max {
+			return &InvalidError{Field: f.field, Reason: fmt.Sprintf("%d is not between %d and %d", f.value, f.min, f.max)}
+		}
+	}
+	for _, f := range []struct {
+		field string
+		value time.Duration
+	}{
+		{"connect_timeout", c.ConnectTimeout},
+		{"head_timeout", c.HeadTimeout},
+		{"idle_timeout", c.IdleTimeout},
+		{"stall_timeout", c.StallTimeout},
+		{"response_timeout", c.ResponseTimeout},
+		{"tcp_idle_timeout", c.TCPIdleTimeout},
+		{"drain_timeout", c.DrainTimeout},
+	} {
+		if f.value < 0 {
+			return &InvalidError{Field: f.field, Reason: fmt.Sprintf("%v is negative", f.value)}
+		}
+	}
+	for i, name := range c.StripHeaders {
+		if !isFieldName(name) {
+			return &InvalidError{Field: fmt.Sprintf("strip_headers[%d]", i), Reason: fmt.Sprintf("%q is not the name of a header field in lower case", name)}
+		}
+	}
+	return nil
+}
+
+func isFieldName(name string) bool {
+	return name != "" && strings.Trim(name, "abcdefghijklmnopqrstuvwxyz0123456789!#$%&'*+-.^_`|~") == ""
+}
+
+func (c Config) checkPlaces() error {
+	if c.HealthAddress != off {
+		if _, err := net.ResolveTCPAddr("tcp", c.HealthAddress); err != nil {
+			return &InvalidError{Field: "health_address", Reason: fmt.Sprintf("%q is neither host:port nor off", c.HealthAddress)}
+		}
+	}
+	if c.AccessLog != off && c.AccessLog != "stdout" && !filepath.IsAbs(c.AccessLog) {
+		return &InvalidError{Field: "access_log", Reason: fmt.Sprintf("%q is neither the absolute path of a file, nor stdout, nor off", c.AccessLog)}
+	}
+	_, err := c.logger()
+	return err
+}
+
+// limits are what one connection of protocol may cost.
+func (c Config) limits(protocol string) hop.Limits {
+	l := hop.Limits{
+		HeadBytes: c.MaxHeadBytes, HeaderFields: c.MaxHeaderFields, Streams: c.MaxStreams,
+		HandshakeTimeout: c.ConnectTimeout, HeadTimeout: c.HeadTimeout, IdleTimeout: c.IdleTimeout,
+		StallTimeout: c.StallTimeout, ResponseTimeout: c.ResponseTimeout,
+	}
+	if protocol == "tcp" {
+		l.StallTimeout = c.TCPIdleTimeout
+	}
+	return l
+}
+
+// logger is where the log goes.
+func (c Config) logger() (*slog.Logger, error) {
+	if c.Logger != nil {
+		return c.Logger, nil
+	}
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(c.LogLevel)); err != nil || strings.ContainsAny(c.LogLevel, "+-") {
+		return nil, &InvalidError{Field: "log_level", Reason: fmt.Sprintf("%q is none of debug, info, warn, error", c.LogLevel)}
+	}
+	options := &slog.HandlerOptions{Level: level}
+	switch c.LogFormat {
+	case "text":
+		return slog.New(slog.NewTextHandler(os.Stderr, options)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(os.Stderr, options)), nil
+	}
+	return nil, &InvalidError{Field: "log_format", Reason: fmt.Sprintf("%q is neither text nor json", c.LogFormat)}
+}

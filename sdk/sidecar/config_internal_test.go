@@ -1,0 +1,103 @@
+// What settings are taken, and what is said about the others.
+
+package sidecar
+
+import (
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+const validConfig = `
+inbound:
+  - {listen: ":8443", app: "127.0.0.1:8080", protocol: tcp}
+outbound:
+  - listen: unix:///run/app/orders.sock
+    to: ns/shop/orders
+    upstreams: ["orders-1.example.org:8443", "[::1]:8443"]
+    protocol: tcp
+strip_headers: [x-user]
+idle_timeout: 5s
+`
+
+func TestConfigIsReadStrictly(t *testing.T) {
+	cfg, err := parseConfig("sidecar.yaml", []byte(validConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cfg.Validate(); err != nil {
+		t.Error(err)
+	}
+	for name, tc := range map[string]struct{ from, to, want string }{
+		"unknown key":             {"idle_timeout", "idle_timout", `did you mean "idle_timeout"?`},
+		"unknown key of a list":   {"app:", "ap:", `did you mean "app"?`},
+		"app elsewhere":           {"127.0.0.1:8080", "10.0.0.1:8080", `inbound[0].app: "10.0.0.1:8080" is not on loopback`},
+		"app by name":             {"127.0.0.1:8080", "localhost:8080", "is not on loopback"},
+		"app nowhere":             {"127.0.0.1:8080", "", `is neither host:port nor unix:///PATH`},
+		"app on a relative path":  {"127.0.0.1:8080", "unix://app.sock", "is not unix:///PATH"},
+		"app on a long path":      {"127.0.0.1:8080", "unix:///" + strings.Repeat("a", 200), "a socket path at most 107"},
+		"protocol":                {"protocol: tcp", "protocol: udp", `inbound[0].protocol: "udp" is none of`},
+		"protocol missing":        {", protocol: tcp", "", "inbound[0].protocol: is missing"},
+		"outbound to the world":   {"unix:///run/app/orders.sock", "0.0.0.0:9001", "outbound[0].listen: \"0.0.0.0:9001\" is not on loopback"},
+		"outbound for anybody":    {"    to: ns/shop/orders\n", "", "outbound[0].to: is missing"},
+		"outbound to a domain":    {"ns/shop/orders", "spiffe://shop.test", "names a trust domain"},
+		"outbound to nobody":      {"ns/shop/orders", "/orders", "neither a SPIFFE ID nor the name of a service"},
+		"bad SPIFFE ID":           {"ns/shop/orders", "spiffe://shop.test//x", "is not a SPIFFE ID"},
+		"upstream":                {"orders-1.example.org:8443", "orders-1.example.org", "outbound[0].upstreams[0]"},
+		"listen":                  {":8443\", app", "8443\", app", "inbound[0].listen"},
+		"header name":             {"x-user", "X-User", "strip_headers[0]"},
+		"negative time":           {"5s", "-5s", "idle_timeout: -5s is negative"},
+		"a duration without unit": {"5s", "5", "idle_timeout"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			text := strings.Replace(validConfig, tc.from, tc.to, 1)
+			if text == validConfig {
+				t.Fatalf("%q is not in the valid configuration", tc.from)
+			}
+			cfg, err := parseConfig("sidecar.yaml", []byte(text))
+			if err == nil {
+				err = cfg.Validate()
+			}
+			if err == nil || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("error %v; want one with %q", err, tc.want)
+			}
+		})
+	}
+}
+
+func TestListenersAreDistinct(t *testing.T) {
+	in := Inbound{Listen: "127.0.0.1:8443", App: "127.0.0.1:8080", Protocol: "tcp"}
+	out := Outbound{Listen: "127.0.0.1:8443", To: "orders", Upstreams: []string{"a:1"}, Protocol: "tcp"}
+	for _, cfg := range []Config{{}, {Inbound: []Inbound{in, in}}, {Inbound: []Inbound{in}, Outbound: []Outbound{out}}, {Outbound: []Outbound{out, out}}} {
+		var invalid *InvalidError
+		if err := cfg.Validate(); !errors.As(err, &invalid) {
+			t.Errorf("Validate(%+v) = %v; want an InvalidError", cfg, err)
+		}
+	}
+}
+
+func TestFlagsComeBeforeEnvironmentAndThatBeforeTheFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sidecar.yaml")
+	if err := os.WriteFile(path, []byte(validConfig), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	env := map[string]string{"MERLON_SIDECAR_CONFIG": path, "MERLON_SIDECAR_IDLE_TIMEOUT": "6s", "MERLON_SIDECAR_HEAD_TIMEOUT": "7s"}
+	getenv := func(name string) string { return env[name] }
+	cl, err := ParseCommandLine([]string{"-idle-timeout", "8s", "-inbound", ":1,127.0.0.1:2,tcp :3,[::1]:4,tcp"}, getenv, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := cl.Config
+	if c.IdleTimeout != 8*time.Second || c.HeadTimeout != 7*time.Second || len(c.Outbound) != 1 || len(c.Inbound) != 2 || c.Inbound[1].App != "[::1]:4" {
+		t.Errorf("settings: %+v", c)
+	}
+	for _, args := range [][]string{{"-outbound", "127.0.0.1:1,orders,tcp"}, {"-inbound", ":1,127.0.0.1:2"}, {"-max-streams", "many"}, {"-no-such"}, {"x"}, {"-agent-uid", "-1"}} {
+		if _, err := ParseCommandLine(args, getenv, io.Discard); err == nil {
+			t.Errorf("ParseCommandLine(%q) took it", args)
+		}
+	}
+}
