@@ -8,10 +8,8 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/asn1"
 	"math/big"
 	"testing"
 	"time"
@@ -34,7 +32,6 @@ func FuzzVerifyRawChain(f *testing.F) {
 	ca := forge.New(f, "example.org", far, func(c *x509.Certificate) {
 		c.Subject, c.SubjectKeyId = pkix.Name{CommonName: "fuzz root"}, []byte("fuzz root")
 	})
-	key := ca.Key.(*ecdsa.PrivateKey)
 	for _, leaf := range []*forge.SVID{
 		ca.Leaf("/a", far), ca.Leaf("", far), ca.Leaf("/a", far, noKeyUsage), ca.Leaf("/a", far, noBasicConstraints),
 		ca.Leaf("/a", far, forge.RawURIs(true, "spiffe://example.org/a#")), ca.Leaf("/a", far, isCA),
@@ -47,7 +44,7 @@ func FuzzVerifyRawChain(f *testing.F) {
 	trust := svid.NewTrust(x509bundle.NewSet(bundle))
 	f.Fuzz(func(t *testing.T, der []byte, sign bool) {
 		if sign {
-			if der = signTBS(key, der); der == nil {
+			if der = ca.SignTBS(der); der == nil {
 				return
 			}
 		}
@@ -72,27 +69,6 @@ func FuzzVerifyRawChain(f *testing.F) {
 			t.Fatalf("accepted %+v", leaf)
 		}
 	})
-}
-
-func signTBS(key *ecdsa.PrivateKey, tbs []byte) []byte {
-	var body asn1.RawValue
-	if rest, err := asn1.Unmarshal(tbs, &body); err != nil || len(rest) > 0 {
-		return nil
-	}
-	digest := sha256.Sum256(tbs)
-	sig, err := ecdsa.SignASN1(rand.Reader, key, digest[:])
-	if err != nil {
-		return nil
-	}
-	ecdsaWithSHA256 := asn1.RawValue{FullBytes: []byte{0x30, 10, 6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 2}}
-	der, err := asn1.Marshal(struct {
-		TBS, Algorithm asn1.RawValue
-		Signature      asn1.BitString
-	}{body, ecdsaWithSHA256, asn1.BitString{Bytes: sig, BitLength: len(sig) * 8}})
-	if err != nil {
-		return nil
-	}
-	return der
 }
 
 // FuzzVerifyJWT signs any header and claims with the trust domain's key.

@@ -167,6 +167,7 @@ func TestForgedAuthoritiesAreRefused(t *testing.T) {
 		"X8 basicConstraints not critical":         {forge.New(t, td).Intermediate(uncriticalCAIsTrue), "X8", true},
 		"X9 constrained to another trust domain":   {forge.New(t, td).Intermediate(constrained("other.org")), "X13", false},
 		"X9 constrained root":                      {forge.New(t, td, constrained("other.org")), "X13", false},
+		"X9 a host permits none below it":          {forge.New(t, td).Intermediate(constrained("org")), "X9", true},
 		"X9 constraint on an address":              {forge.New(t, "10.0.0.1").Intermediate(constrained("10.0.0.1.test")), "X13", false},
 		"X10 intermediate lacks keyUsage":          {forge.New(t, td).Intermediate(noKeyUsage), "X10", true},
 		"X10 root lacks keyUsage":                  {forge.New(t, td, noKeyUsage), "X10", true},
@@ -338,7 +339,7 @@ func TestTimeIsTheCallers(t *testing.T) {
 func TestX13MalformedSubjectIsRefused(t *testing.T) {
 	ca := forge.New(t, "example.org")
 	tbs := ca.Leaf("/a", withName).Chain[0].RawTBSCertificate
-	der := signTBS(ca.Key.(*ecdsa.PrivateKey), bytes.Replace(tbs, []byte("\x13\x03web"), []byte("\x13\x01web"), 1))
+	der := ca.SignTBS(bytes.Replace(tbs, []byte("\x13\x03web"), []byte("\x13\x01web"), 1))
 	if _, _, err := x509svid.ParseAndVerify([][]byte{der}, ca.Bundle()); err != nil {
 		t.Errorf("go-spiffe alone refuses it: %v", err)
 	}

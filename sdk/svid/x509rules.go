@@ -139,7 +139,8 @@ func checkLeaf(leaf *x509.Certificate, id spiffeid.ID, anchors *anchors) error {
 }
 
 // checkChain holds the rules on a path that crypto/x509 found: leaf, issuers,
-// root. Signatures, times, path lengths and name constraints (X9) were checked.
+// root. Signatures, times, path lengths and name constraints (X9) were checked, the
+// last not closely enough.
 func checkChain(chain []*x509.Certificate) error {
 	for _, authority := range chain[1:] {
 		if err := checkAuthority(authority); err != nil {
@@ -147,7 +148,35 @@ func checkChain(chain []*x509.Certificate) error {
 			return err
 		}
 	}
+	return checkURIConstraints(chain)
+}
+
+// checkURIConstraints: a permitted host without a leading dot is that host and no
+// other (RFC 5280 §4.2.1.10); crypto/x509 takes what lies below it, too. What is
+// excluded crypto/x509 reads that widely as well, which errs on the safe side.
+func checkURIConstraints(chain []*x509.Certificate) error {
+	for i, authority := range chain {
+		permitted := authority.PermittedURIDomains
+		if len(permitted) == 0 {
+			continue
+		}
+		for _, below := range chain[:i] {
+			for _, uri := range below.URIs {
+				host := strings.ToLower(uri.Hostname())
+				if !slices.ContainsFunc(permitted, func(p string) bool { return permitsHost(strings.ToLower(p), host) }) {
+					return refuse("X9", "the signing certificate of %q may not vouch for %s: it is limited to %v", authority.Subject, uri, permitted)
+				}
+			}
+		}
+	}
 	return nil
+}
+
+func permitsHost(permitted, host string) bool {
+	if strings.HasPrefix(permitted, ".") {
+		return strings.HasSuffix(host, permitted) && len(host) > len(permitted)
+	}
+	return host == permitted
 }
 
 // checkLinks: each certificate names the key that signed it (RFC 5280 §4.2.1.1).

@@ -1,6 +1,6 @@
-// Package forge is for tests: it holds the keys of a trust domain and mints any
-// document with them, above all malformed ones. Every enforcement point has to
-// refuse these although their signatures are good.
+// Package forge is for tests and for spiffe-conform: it holds the keys of a trust
+// domain and mints any document with them, above all malformed ones. Every
+// enforcement point has to refuse these although their signatures are good.
 //
 // [New] makes a trust domain; [Authority.Leaf] mints a sound X509-SVID unless told
 // otherwise; [Authority.JWT] signs any header and claims.
@@ -19,7 +19,6 @@ import (
 	"encoding/hex"
 	"net/url"
 	"slices"
-	"testing"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -28,6 +27,12 @@ import (
 
 	"merlon.dev/sdk/svid"
 )
+
+// TB is what forge needs of a test. Fatal must not return.
+type TB interface {
+	Helper()
+	Fatal(args ...any)
+}
 
 // The extensions that tests forge, for Extension.
 var (
@@ -50,15 +55,16 @@ type Authority struct {
 	JWTKey crypto.Signer // ECDSA P-256
 	KeyID  string
 
-	tb testing.TB
+	tb TB
 }
 
 // New makes a trust domain with a root that obeys every rule, but for changes.
-func New(tb testing.TB, trustDomain string, changes ...Change) *Authority {
+func New(tb TB, trustDomain string, changes ...Change) *Authority {
 	tb.Helper()
-	a := &Authority{TrustDomain: spiffeid.RequireTrustDomainFromString(trustDomain), tb: tb, Key: newKey(tb), JWTKey: newKey(tb)}
+	a := &Authority{TrustDomain: spiffeid.RequireTrustDomainFromString(trustDomain), tb: tb, JWTKey: newKey(tb)}
 	template := a.authorityTemplate("root")
-	a.Cert = a.sign(template, nil, a.Key.Public(), changes)
+	a.Key = a.changed(template, changes)
+	a.Cert = a.sign(template, nil, a.Key.Public())
 	der, err := x509.MarshalPKIXPublicKey(a.JWTKey.Public())
 	if err != nil {
 		tb.Fatal(err)
@@ -72,8 +78,10 @@ func New(tb testing.TB, trustDomain string, changes ...Change) *Authority {
 // changes.
 func (a *Authority) Intermediate(changes ...Change) *Authority {
 	a.tb.Helper()
-	sub := &Authority{TrustDomain: a.TrustDomain, Key: newKey(a.tb), Parent: a, JWTKey: a.JWTKey, KeyID: a.KeyID, tb: a.tb}
-	sub.Cert = a.sign(a.authorityTemplate("intermediate"), a.Cert, sub.Key.Public(), changes)
+	sub := &Authority{TrustDomain: a.TrustDomain, Parent: a, JWTKey: a.JWTKey, KeyID: a.KeyID, tb: a.tb}
+	template := a.authorityTemplate("intermediate")
+	sub.Key = a.changed(template, changes)
+	sub.Cert = a.sign(template, a.Cert, sub.Key.Public())
 	return sub
 }
 
@@ -81,12 +89,23 @@ func (a *Authority) Intermediate(changes ...Change) *Authority {
 // changes.
 func (a *Authority) Again(changes ...Change) *x509.Certificate {
 	a.tb.Helper()
+	if a.Parent != nil {
+		return a.CrossSigned(a.Parent, changes...)
+	}
+	return a.CrossSigned(a, changes...)
+}
+
+// CrossSigned is a certificate of this authority, its key and its name, that by
+// signs, with changes.
+func (a *Authority) CrossSigned(by *Authority, changes ...Change) *x509.Certificate {
+	a.tb.Helper()
 	template := a.authorityTemplate("")
 	template.Subject, template.SubjectKeyId = a.Cert.Subject, a.Cert.SubjectKeyId
-	if a.Parent != nil {
-		return a.Parent.sign(template, a.Parent.Cert, a.Key.Public(), changes)
+	a.changed(template, changes)
+	if by == a {
+		return a.sign(template, nil, a.Key.Public())
 	}
-	return a.sign(template, nil, a.Key.Public(), changes)
+	return by.sign(template, by.Cert, a.Key.Public())
 }
 
 func (a *Authority) authorityTemplate(role string) *x509.Certificate {
@@ -115,7 +134,6 @@ type SVID struct {
 // changes.
 func (a *Authority) Leaf(path string, changes ...Change) *SVID {
 	a.tb.Helper()
-	key := newKey(a.tb)
 	now := time.Now()
 	id := &url.URL{Scheme: "spiffe", Host: a.TrustDomain.Name(), Path: path}
 	sum := sha256.Sum256([]byte(path))
@@ -129,7 +147,8 @@ func (a *Authority) Leaf(path string, changes ...Change) *SVID {
 		SubjectKeyId:          sum[:20],
 		URIs:                  []*url.URL{id},
 	}
-	leaf := a.sign(template, a.Cert, key.Public(), changes)
+	key := a.changed(template, changes)
+	leaf := a.sign(template, a.Cert, key.Public())
 	return &SVID{Chain: append([]*x509.Certificate{leaf}, a.chain()...), Key: key}
 }
 
@@ -167,11 +186,27 @@ func (a *Authority) Bundle() *spiffebundle.Bundle {
 	return bundle
 }
 
-func (a *Authority) sign(template, parent *x509.Certificate, pub crypto.PublicKey, changes []Change) *x509.Certificate {
+// changed alters template, and gives the key that it is for: a new one of P-256
+// unless OfKey says otherwise.
+func (a *Authority) changed(template *x509.Certificate, changes []Change) crypto.Signer {
 	a.tb.Helper()
 	for _, change := range changes {
 		change(template)
 	}
+	if key, ok := template.PublicKey.(crypto.Signer); ok {
+		template.PublicKey = nil
+		return key
+	}
+	return newKey(a.tb)
+}
+
+// OfKey makes the certificate one of key, in the place of a new one of P-256.
+func OfKey(key crypto.Signer) Change {
+	return func(c *x509.Certificate) { c.PublicKey = key } // where changed finds it
+}
+
+func (a *Authority) sign(template, parent *x509.Certificate, pub crypto.PublicKey) *x509.Certificate {
+	a.tb.Helper()
 	if parent == nil {
 		parent = template
 	}
@@ -244,7 +279,7 @@ func Extension(oid asn1.ObjectIdentifier, critical bool, value []byte) Change {
 	}
 }
 
-func newKey(tb testing.TB) *ecdsa.PrivateKey {
+func newKey(tb TB) *ecdsa.PrivateKey {
 	tb.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -253,7 +288,7 @@ func newKey(tb testing.TB) *ecdsa.PrivateKey {
 	return key
 }
 
-func newSerial(tb testing.TB) svid.Serial {
+func newSerial(tb TB) svid.Serial {
 	tb.Helper()
 	serial, err := svid.NewSerial(1, 100)
 	if err != nil {

@@ -5,13 +5,18 @@ package forge
 import (
 	"os"
 	"path/filepath"
-	"testing"
 
 	"github.com/google/go-cmp/cmp"
 )
 
+// GoldenTB is what Golden needs of a test.
+type GoldenTB interface {
+	TB
+	Errorf(format string, args ...any)
+}
+
 // Golden holds got against testdata/NAME.golden, or writes it there on update.
-func Golden(t testing.TB, update bool, name, got string) {
+func Golden(t GoldenTB, update bool, name, got string) {
 	t.Helper()
 	path := filepath.Join("testdata", name+".golden")
 	if update {

@@ -14,7 +14,6 @@ import (
 	"math/big"
 	mathrand "math/rand/v2"
 	"slices"
-	"testing"
 )
 
 const minPrimeBits, maxPrimeBits = 32, 64
@@ -29,7 +28,7 @@ type RSAKey struct {
 
 // NewRSAKey makes a key of exactly bits bits with the public exponent e, an odd
 // number of 3 or more.
-func NewRSAKey(t testing.TB, bits, e int) *RSAKey {
+func NewRSAKey(t TB, bits, e int) *RSAKey {
 	t.Helper()
 	k := &RSAKey{public: rsa.PublicKey{N: big.NewInt(1), E: e}}
 	phi := big.NewInt(1)
@@ -59,7 +58,7 @@ func primeBits(left int) int {
 }
 
 // nextPrime is one that is not there yet and leaves e invertible.
-func (k *RSAKey) nextPrime(t testing.TB, bits int) *big.Int {
+func (k *RSAKey) nextPrime(t TB, bits int) *big.Int {
 	t.Helper()
 	one := big.NewInt(1)
 	for {
