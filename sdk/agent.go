@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
@@ -45,7 +46,7 @@ const (
 )
 
 type agent struct {
-	path     string
+	connect  func(context.Context) (net.Conn, error)
 	conn     *grpc.ClientConn
 	workload workload.SpiffeWorkloadAPIClient
 	local    agentpb.LocalClient
@@ -54,11 +55,19 @@ type agent struct {
 	connErr error      // why the last attempt to connect failed; nil after one that worked
 }
 
-func dialAgent(path string, uids []uint32) (*agent, error) {
-	a := &agent{path: path}
+func dialAgent(path string, o *options) (*agent, error) {
+	a := &agent{connect: o.Agent}
+	creds := insecure.NewCredentials()
+	if a.connect == nil {
+		a.connect = func(ctx context.Context) (net.Conn, error) {
+			var dialer net.Dialer
+			return dialer.DialContext(ctx, "unix", path)
+		}
+		creds = unixsock.ClientCredentials(o.UIDs...)
+	}
 	conn, err := grpc.NewClient("passthrough:///agent",
 		grpc.WithContextDialer(a.dial),
-		grpc.WithTransportCredentials(&notingCreds{unixsock.ClientCredentials(uids...), a}),
+		grpc.WithTransportCredentials(&notingCreds{creds, a}),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: minWait, Multiplier: 1.6, Jitter: 0.2, MaxDelay: maxWait / 2},
 			MinConnectTimeout: 2 * time.Second,
@@ -90,8 +99,7 @@ func withHeader(ctx context.Context) context.Context {
 func (a *agent) close() { _ = a.conn.Close() } // it only reports a second close
 
 func (a *agent) dial(ctx context.Context, _ string) (net.Conn, error) {
-	var dialer net.Dialer
-	conn, err := dialer.DialContext(ctx, "unix", a.path)
+	conn, err := a.connect(ctx)
 	a.note(err)
 	return conn, err
 }

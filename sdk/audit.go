@@ -47,13 +47,13 @@ type audit struct {
 // nobody would live to see.
 func (a *audit) set(o *options, now time.Time) error {
 	a.log.level = slog.LevelWarn
-	if end := o.auditUntil; end != nil {
+	if end := o.AuditUntil; end != nil {
 		if end.IsZero() || end.After(now.Add(maxAudit)) {
 			return fmt.Errorf("audit mode until %s: it needs an end, at most a year ahead", end.Format(time.RFC3339))
 		}
 		a.until = *end
 	}
-	if end := o.plaintextUntil; end != nil {
+	if end := o.PlaintextUntil; end != nil {
 		if end.IsZero() || end.After(a.until) {
 			return fmt.Errorf("plaintext until %s: its callers have no identity and are let through in audit mode only, and so it needs an end that is not after audit mode's", end.Format(time.RFC3339))
 		}

@@ -44,15 +44,15 @@ func TestAuditModeHasAnEnd(t *testing.T) {
 		ok bool
 	}{
 		"not asked for":                  {options{}, true},
-		"a date":                         {options{auditUntil: at(time.Hour)}, true},
-		"a date that has passed":         {options{auditUntil: at(-time.Hour)}, true},
-		"both":                           {options{auditUntil: at(time.Hour), plaintextUntil: at(time.Hour)}, true},
-		"both, passed":                   {options{auditUntil: at(-time.Hour), plaintextUntil: at(-2 * time.Hour)}, true},
-		"no date":                        {options{auditUntil: new(time.Time)}, false},
-		"never":                          {options{auditUntil: at(maxAudit + time.Minute)}, false},
-		"plaintext alone":                {options{plaintextUntil: at(time.Hour)}, false},
-		"plaintext without a date":       {options{auditUntil: at(time.Hour), plaintextUntil: new(time.Time)}, false},
-		"plaintext after the audit mode": {options{auditUntil: at(time.Hour), plaintextUntil: at(time.Hour + 1)}, false},
+		"a date":                         {options{AuditUntil: at(time.Hour)}, true},
+		"a date that has passed":         {options{AuditUntil: at(-time.Hour)}, true},
+		"both":                           {options{AuditUntil: at(time.Hour), PlaintextUntil: at(time.Hour)}, true},
+		"both, passed":                   {options{AuditUntil: at(-time.Hour), PlaintextUntil: at(-2 * time.Hour)}, true},
+		"no date":                        {options{AuditUntil: new(time.Time)}, false},
+		"never":                          {options{AuditUntil: at(maxAudit + time.Minute)}, false},
+		"plaintext alone":                {options{PlaintextUntil: at(time.Hour)}, false},
+		"plaintext without a date":       {options{AuditUntil: at(time.Hour), PlaintextUntil: new(time.Time)}, false},
+		"plaintext after the audit mode": {options{AuditUntil: at(time.Hour), PlaintextUntil: at(time.Hour + 1)}, false},
 	} {
 		if err := new(audit).set(&test.options, now); (err == nil) != test.ok {
 			t.Errorf("%s: %v", name, err)

@@ -6,44 +6,40 @@ import (
 	"log/slog"
 	"slices"
 	"time"
+
+	"merlon.dev/sdk/internal/option"
 )
 
 // Option changes how Open works.
 type Option func(*options)
 
-type options struct {
-	address        string
-	uids           []uint32
-	startupTimeout time.Duration
-	log            *slog.Logger
-	auditUntil     *time.Time
-	plaintextUntil *time.Time
-}
+// options can be filled by sdktest, too.
+type options = option.Set
 
 const defaultStartupTimeout = 10 * time.Second
 
 // WithAgentAddress names the agent's socket, "unix:///path", in place of the
 // environment variable SPIFFE_ENDPOINT_SOCKET.
 func WithAgentAddress(address string) Option {
-	return func(o *options) { o.address = address }
+	return func(o *options) { o.Address = address }
 }
 
 // WithAgentUID also trusts a socket that this user serves. Without it the
 // agent has to run as root or as this process's own user (SECURITY.md T49).
 func WithAgentUID(uid uint32) Option {
-	return func(o *options) { o.uids = append(slices.Clip(o.uids), uid) }
+	return func(o *options) { o.UIDs = append(slices.Clip(o.UIDs), uid) }
 }
 
 // WithStartupTimeout is how long Open waits for an identity; 10 s without it.
 func WithStartupTimeout(d time.Duration) Option {
-	return func(o *options) { o.startupTimeout = d }
+	return func(o *options) { o.StartupTimeout = d }
 }
 
 // WithLogger is where the SDK reports: the loss and return of the agent,
 // rotations, denials, cut connections. Without it slog's default handler is
 // used.
 func WithLogger(logger *slog.Logger) Option {
-	return func(o *options) { o.log = logger }
+	return func(o *options) { o.Log = logger }
 }
 
 // WithAuditUntil is for the adoption of a policy by a service that is in use
@@ -56,7 +52,7 @@ func WithLogger(logger *slog.Logger) Option {
 //
 // Handlers see by [Audited] that a call would be denied.
 func WithAuditUntil(end time.Time) Option {
-	return func(o *options) { o.auditUntil = &end }
+	return func(o *options) { o.AuditUntil = &end }
 }
 
 // WithPlaintextUntil also accepts callers that do not speak TLS yet, on the same
@@ -70,5 +66,5 @@ func WithAuditUntil(end time.Time) Option {
 // grpcauth.ServerOptions need nothing more. Protocols in which the server speaks
 // first cannot be told apart from silence.
 func WithPlaintextUntil(end time.Time) Option {
-	return func(o *options) { o.plaintextUntil = &end }
+	return func(o *options) { o.PlaintextUntil = &end }
 }

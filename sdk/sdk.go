@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -29,6 +30,7 @@ type Identity struct {
 	log   *slog.Logger
 	agent *agent
 	conns *connTable
+	dial  func(ctx context.Context, network, address string) (net.Conn, error) // nil: as net does
 
 	current     atomic.Pointer[current]
 	revocations atomic.Pointer[svid.Revocations]
@@ -90,18 +92,19 @@ func (c *current) trusts(peer *svid.Peer) bool {
 // that ends; where the policy is not compiled for this service, calls are denied
 // with AGENT_UNAVAILABLE, but for those that it has decided before.
 func Open(ctx context.Context, opts ...Option) (*Identity, error) {
-	o := options{startupTimeout: defaultStartupTimeout, log: slog.Default()}
+	o := options{StartupTimeout: defaultStartupTimeout, Log: slog.Default()}
 	for _, opt := range opts {
 		opt(&o)
 	}
-	address := agentAddress(o.address)
+	address := agentAddress(o.Address)
 	path, err := socketPath(address)
 	if err != nil {
 		return nil, &NotReadyError{Reason: BadAddress, Hint: "set " + SocketEnv + " to unix:///path/of/the/agent's/api.sock", Err: err}
 	}
 	id := &Identity{
-		log:     o.log,
-		conns:   newConnTable(o.log),
+		log:     o.Log,
+		conns:   newConnTable(o.Log),
+		dial:    o.Dial,
 		rotated: make(map[int]func()),
 		report:  newReport(),
 		calls:   newLiveCalls(),
@@ -109,14 +112,14 @@ func Open(ctx context.Context, opts ...Option) (*Identity, error) {
 	if err := id.audit.set(&o, time.Now()); err != nil {
 		return nil, &NotReadyError{Reason: BadOption, Hint: "correct sdk.WithAuditUntil and sdk.WithPlaintextUntil", Err: err}
 	}
-	id.agent, err = dialAgent(path, o.uids)
+	id.agent, err = dialAgent(path, &o)
 	if err != nil {
 		return nil, &NotReadyError{Reason: AgentUnavailable, Hint: "this is a bug in the SDK", Err: err}
 	}
 	id.ready.init()
 	id.current.Store(&current{err: errors.New("the agent has not given an identity yet"), bundles: x509bundle.NewSet(), trust: new(svid.Trust)})
 	id.start(context.WithoutCancel(ctx))
-	if err := id.waitReady(ctx, o.startupTimeout); err != nil {
+	if err := id.waitReady(ctx, o.StartupTimeout); err != nil {
 		id.Close()
 		return nil, err
 	}

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -121,6 +122,36 @@ func TestOpenIsReadyAsSoonAsTheAgentComes(t *testing.T) {
 	td.StartAgent("web")
 	if err := <-opened; err != nil {
 		t.Errorf("Open = %v", err)
+	}
+}
+
+// In a bubble, where time is exact: however long the agent was away, a process is ready
+// within a second of its return, and one that does not wait for so long learns why.
+func TestOpenIsReadyWithinASecondOfTheAgent(t *testing.T) {
+	for _, away := range []time.Duration{time.Millisecond, 10 * time.Second, 30 * time.Minute} {
+		t.Run(away.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				td := sdktest.NewInMemory(t)
+				as := td.As("web")
+				td.StopAgent("web")
+				_, err := sdk.Open(t.Context(), as, quiet)
+				if notReady, ok := errors.AsType[*sdk.NotReadyError](err); !ok || notReady.Reason != sdk.SocketDead {
+					t.Fatalf("Open = %v; want SOCKET_DEAD", err)
+				}
+				var back time.Time
+				time.AfterFunc(away, func() { back = time.Now(); td.StartAgent("web") })
+				id, err := sdk.Open(t.Context(), as, quiet, sdk.WithStartupTimeout(2*time.Hour))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer id.Close()
+				took := time.Since(back)
+				t.Logf("ready %v after the agent", took)
+				if took > time.Second {
+					t.Errorf("ready %v after the agent; want at most 1 s", took)
+				}
+			})
+		})
 	}
 }
 

@@ -231,8 +231,7 @@ func handshake(ctx context.Context, conn *tls.Conn) (*tls.Conn, error) {
 // connections.
 func (id *Identity) DialTLS(to Target, protocols ...string) func(ctx context.Context, network, address string) (net.Conn, error) {
 	return func(ctx context.Context, network, address string) (net.Conn, error) {
-		var dialer net.Dialer
-		raw, err := dialer.DialContext(ctx, network, address)
+		raw, err := id.connect(ctx, network, address)
 		if err != nil {
 			return nil, err
 		}
@@ -246,6 +245,21 @@ func (id *Identity) DialTLS(to Target, protocols ...string) func(ctx context.Con
 		}
 		return conn, nil
 	}
+}
+
+func (id *Identity) connect(ctx context.Context, network, address string) (net.Conn, error) {
+	if dial := id.Dialer(); dial != nil {
+		return dial(ctx, network, address)
+	}
+	var dialer net.Dialer
+	return dialer.DialContext(ctx, network, address)
+}
+
+// Dialer is how peers are reached, below TLS, where that is not the net package's
+// affair: by the connections in memory of sdktest.NewInMemory. It is nil for every
+// other Identity. It is for clients that handshake themselves, as gRPC's do.
+func (id *Identity) Dialer() func(ctx context.Context, network, address string) (net.Conn, error) {
+	return id.dial
 }
 
 // Peer says who is at the other end of a live connection that this identity

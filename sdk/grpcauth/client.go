@@ -5,9 +5,11 @@ package grpcauth
 
 import (
 	"context"
+	"net"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/resolver"
 
 	"merlon.dev/sdk"
 )
@@ -17,12 +19,24 @@ import (
 // denies fails with a *sdk.DeniedError, of which status.Code is still
 // PermissionDenied.
 func DialOptions(id *sdk.Identity, to sdk.Target) []grpc.DialOption {
-	return []grpc.DialOption{
+	opts := []grpc.DialOption{
 		grpc.WithTransportCredentials(&creds{id: id, to: to}),
 		grpc.WithChainUnaryInterceptor(unaryClient),
 		grpc.WithChainStreamInterceptor(streamClient),
 	}
+	if dial := id.Dialer(); dial != nil {
+		opts = append(opts, grpc.WithResolvers(unresolved{resolver.Get("passthrough")}), grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			return dial(ctx, "tcp", address)
+		}))
+	}
+	return opts
 }
+
+// unresolved stands for DNS where addresses are not of the net package.
+type unresolved struct{ resolver.Builder }
+
+// Scheme implements resolver.Builder.
+func (unresolved) Scheme() string { return "dns" }
 
 func unaryClient(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	return typed(invoke(ctx, method, req, reply, cc, opts...))

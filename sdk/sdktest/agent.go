@@ -1,12 +1,14 @@
 // The agent of one workload: the SPIFFE Workload API and Merlon's local API
-// over a real Unix socket. Who connects is taken for the workload without a
-// look.
+// over a real Unix socket, or in memory. Who connects is taken for the workload
+// without a look.
 
 package sdktest
 
 import (
 	"context"
+	"net"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -16,6 +18,8 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -23,6 +27,7 @@ import (
 	"merlon.dev/agent/agentpb"
 	"merlon.dev/policy"
 	"merlon.dev/sdk"
+	"merlon.dev/sdk/internal/option"
 	"merlon.dev/sdk/unixsock"
 )
 
@@ -49,12 +54,12 @@ func (a *agent) start() error {
 	if a.server != nil {
 		return nil
 	}
-	lis, err := unixsock.Listen(a.path, unixsock.Public)
+	lis, creds, err := a.listen()
 	if err != nil {
 		return err
 	}
 	server := grpc.NewServer(
-		grpc.Creds(unixsock.ServerCredentials()),
+		grpc.Creds(creds),
 		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
 			if err := checkHeader(ctx); err != nil {
 				return nil, err
@@ -77,6 +82,34 @@ func (a *agent) start() error {
 	}()
 	a.server, a.done = server, done
 	return nil
+}
+
+func (a *agent) listen() (net.Listener, credentials.TransportCredentials, error) {
+	if m := a.td.memory; m != nil {
+		lis, err := m.listen(a.address())
+		return lis, insecure.NewCredentials(), err
+	}
+	lis, err := unixsock.Listen(a.path, unixsock.Public)
+	return lis, unixsock.ServerCredentials(), err
+}
+
+// address is for a network in memory.
+func (a *agent) address() address { return address{"agent", a.id.String()} }
+
+// reached is the option by which the workload's processes reach the agent, and, in
+// memory, each other.
+func (a *agent) reached(o *option.Set) {
+	m := a.td.memory
+	if m == nil {
+		o.Address = "unix://" + a.path
+		return
+	}
+	name := strings.TrimPrefix(a.id.Path(), "/")
+	o.Address = "unix:///in/memory"
+	o.Agent = func(ctx context.Context) (net.Conn, error) { return m.dial(ctx, name, a.address()) }
+	o.Dial = func(ctx context.Context, network, to string) (net.Conn, error) {
+		return m.dial(ctx, name, address{network, to})
+	}
 }
 
 func (a *agent) stop() {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"merlon.dev/sdk"
@@ -39,5 +40,24 @@ func Example() {
 		if err == nil || errors.As(err, &denied) {
 			t.Errorf("a revoked caller got past TLS: %v", err)
 		}
+	}
+}
+
+// A test of what an hour brings: in a bubble it takes no time.
+func ExampleNewInMemory() {
+	_ = func(t *testing.T) { // func TestOrdersAfterAnHour(t *testing.T)
+		synctest.Test(t, func(t *testing.T) {
+			td := sdktest.NewInMemory(t)
+			td.Allow("web", "orders")
+			orders, web := td.Workload("orders"), td.Workload("web")
+			srv := &http.Server{Handler: httpauth.Handler(orders, http.NotFoundHandler()), TLSConfig: orders.ServerTLS(), ReadHeaderTimeout: 10 * time.Second}
+			go srv.ServeTLS(td.Listen("orders:443"), "", "")
+			t.Cleanup(func() { srv.Close() })
+
+			time.Sleep(time.Hour) // the X509-SVIDs end, and nothing renews them
+			if _, err := httpauth.Client(web, sdk.Service("orders")).Get("https://orders/1"); err == nil {
+				t.Error("called with an X509-SVID that has ended")
+			}
+		})
 	}
 }

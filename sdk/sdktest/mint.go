@@ -55,18 +55,21 @@ func (td *TD) newRoot() {
 
 // mint issues an X509-SVID.
 func (td *TD) mint(id spiffeid.ID) *x509svid.SVID {
+	return td.mintUntil(id, time.Now().Add(td.ttl))
+}
+
+func (td *TD) mintUntil(id spiffeid.ID, notAfter time.Time) *x509svid.SVID {
 	serial, err := svid.NewSerial(agentHandle, td.revision)
 	if err != nil {
 		td.t.Fatalf("sdktest: %v", err)
 	}
-	now := time.Now()
 	key := td.newKey()
 	template := &x509.Certificate{
 		SerialNumber:          serial.Big(),
 		SubjectKeyId:          keyID(key),
 		URIs:                  []*url.URL{id.URL()},
-		NotBefore:             now.Add(-backdate),
-		NotAfter:              now.Add(td.ttl),
+		NotBefore:             time.Now().Add(-backdate),
+		NotAfter:              notAfter,
 		BasicConstraintsValid: true,
 		KeyUsage:              x509.KeyUsageDigitalSignature,
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},

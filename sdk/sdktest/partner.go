@@ -12,7 +12,7 @@ import "slices"
 //	td.Allow(partner.ID("web").String(), "orders")
 func (td *TD) Partner(name string) *TD {
 	td.t.Helper()
-	other := newTD(td.t, name)
+	other := newTD(td.t, name, td.memory)
 	td.Trust(other)
 	other.Trust(td)
 	return other

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -27,12 +28,13 @@ import (
 const TrustDomain = "sdktest.test"
 
 // TD is a trust domain in memory: its authority, its workloads, each with an
-// agent of its own on a real Unix socket, its policy and its revocations. It
-// is safe for concurrent use. Mistakes in its use end the test.
+// agent of its own, its policy and its revocations. It is safe for concurrent
+// use. Mistakes in its use end the test.
 type TD struct {
-	t    testing.TB
-	dir  string
-	name string
+	t      testing.TB
+	dir    string  // of the agents' sockets
+	memory *memory // the network; nil: real sockets
+	name   string
 
 	mu        sync.Mutex // guards all below
 	root      *authority
@@ -60,19 +62,37 @@ type rule struct {
 // every call.
 func New(t testing.TB) *TD {
 	t.Helper()
-	return newTD(t, TrustDomain)
+	return newTD(t, TrustDomain, nil)
 }
 
-func newTD(t testing.TB, name string) *TD {
+// NewInMemory is New without any socket, for tests in a testing/synctest bubble, in
+// which time goes on only while nobody waits for the kernel. Agents are reached in
+// memory, and so are servers: they serve on [TD.Listen], and the workloads' clients,
+// by httpauth, grpcauth and sdk.Identity.DialTLS, connect to them by the addresses
+// given there. An hour's sleep then takes no time, and X509-SVIDs expire in it:
+// nothing renews them but Rotate and RotateRoot.
+//
+// Programs are not tested from outside in this way, and there is no plaintext beside
+// TLS (sdk.WithPlaintextUntil).
+func NewInMemory(t testing.TB) *TD {
 	t.Helper()
-	// t.TempDir has the test's name in it, and socket paths have to be short.
-	dir, err := os.MkdirTemp("", "sdktest") //nolint:usetesting // see above
-	if err != nil {
-		t.Fatalf("sdktest: %v", err)
+	return newTD(t, TrustDomain, &memory{listeners: make(map[address]*listener)})
+}
+
+func newTD(t testing.TB, name string, net *memory) *TD {
+	t.Helper()
+	dir := ""
+	if net == nil {
+		var err error
+		// t.TempDir has the test's name in it, and socket paths have to be short.
+		if dir, err = os.MkdirTemp("", "sdktest"); err != nil { //nolint:usetesting // see above
+			t.Fatalf("sdktest: %v", err)
+		}
 	}
 	td := &TD{
 		t:         t,
 		dir:       dir,
+		memory:    net,
 		name:      name,
 		revision:  1,
 		policyGen: 1,
@@ -95,6 +115,9 @@ func (td *TD) close() {
 	for _, a := range agents {
 		a.stop()
 	}
+	if td.dir == "" {
+		return
+	}
 	if err := os.RemoveAll(td.dir); err != nil {
 		td.t.Errorf("sdktest: %v", err)
 	}
@@ -105,10 +128,7 @@ func (td *TD) close() {
 // is closed at the end of the test. Each call opens another.
 func (td *TD) Workload(name string, opts ...sdk.Option) *sdk.Identity {
 	td.t.Helper()
-	opts = slices.Concat([]sdk.Option{
-		sdk.WithAgentAddress(td.Address(name)),
-		sdk.WithLogger(slog.New(slog.DiscardHandler)),
-	}, opts)
+	opts = slices.Concat([]sdk.Option{td.As(name), sdk.WithLogger(slog.New(slog.DiscardHandler))}, opts)
 	id, err := sdk.Open(context.Background(), opts...)
 	if err != nil {
 		td.t.Fatalf("sdktest: open workload %s: %v", name, err)
@@ -117,12 +137,39 @@ func (td *TD) Workload(name string, opts ...sdk.Option) *sdk.Identity {
 	return id
 }
 
+// As is the option with which sdk.Open opens the identity of the workload with this
+// name, for programs that open it themselves.
+func (td *TD) As(name string) sdk.Option {
+	td.t.Helper()
+	return td.agentOf(name).reached
+}
+
 // Address is the SPIFFE_ENDPOINT_SOCKET of the workload with this name, for
 // programs that are tested from outside. Whoever connects there is that
 // workload.
 func (td *TD) Address(name string) string {
 	td.t.Helper()
+	if td.memory != nil {
+		td.t.Fatalf("sdktest: the agent of %s is in memory: programs that are tested from outside need sdktest.New", name)
+	}
 	return "unix://" + td.agentOf(name).path
+}
+
+// Listen listens at "name:port" in the network of NewInMemory: any name, which needs
+// no relation to a workload's.
+func (td *TD) Listen(nameAndPort string) net.Listener {
+	td.t.Helper()
+	if td.memory == nil {
+		td.t.Fatal("sdktest: Listen is for NewInMemory: use net.Listen")
+	}
+	if _, _, err := net.SplitHostPort(nameAndPort); err != nil {
+		td.t.Fatalf("sdktest: listen: %v", err)
+	}
+	lis, err := td.memory.listen(address{"tcp", nameAndPort})
+	if err != nil {
+		td.t.Fatalf("sdktest: %v", err)
+	}
+	return lis
 }
 
 // agentOf gives the running agent of a workload, new if need be.
@@ -213,6 +260,17 @@ func (td *TD) Revoke(name string) {
 func (td *TD) Rotate(name string) {
 	a := td.agentOf(name)
 	td.change(func() { a.svid = td.mint(a.id) })
+}
+
+// Expire lets the workload's identity run out: its next X509-SVID, which it has from
+// now on, ends within 2 s, and Expire returns when it has ended. There is no other
+// until Rotate. Connections that showed an earlier one are not concerned; the clients
+// of httpauth make new ones, as after each rotation.
+func (td *TD) Expire(name string) {
+	a := td.agentOf(name)
+	end := time.Now().Add(2 * time.Second).Truncate(time.Second) // as certificates have it
+	td.change(func() { a.svid = td.mintUntil(a.id, end) })
+	time.Sleep(time.Until(end))
 }
 
 // Withdraw takes the workload's identity away, as when its registration entry
