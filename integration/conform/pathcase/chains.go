@@ -59,7 +59,7 @@ func chains(m *maker) {
 	m.refuse("chains/cut-off", "the last byte of the leaf is missing", ca, leaf, presenting(leaf.Chain[0].Raw[:len(leaf.Chain[0].Raw)-1], ca.Cert.Raw))
 	m.refuse("chains/no-certificate", "what is presented is none", ca, leaf, presenting([]byte("-----BEGIN CERTIFICATE-----"), ca.Cert.Raw))
 	m.refuse("chains/empty-certificate", "or nothing", ca, leaf, presenting(nil, ca.Cert.Raw))
-	a, b := m.root(), m.root()
+	a, b := m.impostor(), m.impostor()
 	circle := a.Leaf("/a")
 	m.refuse("chains/circle", "two authorities vouch for each other, and no root for them", ca, circle, presentingCerts(circle.Chain[0], a.CrossSigned(b), b.CrossSigned(a)))
 	version := bytes.Replace(leaf.Chain[0].RawTBSCertificate, []byte{0xa0, 3, 2, 1, 2}, []byte{0xa0, 3, 2, 1, 1}, 1)
@@ -67,9 +67,9 @@ func chains(m *maker) {
 }
 
 func anchors(m *maker) {
-	old, next := m.root(), m.root()
+	old, next := m.root(), m.impostor()
 	leaf := old.Leaf("/a")
-	m.accept("anchors/several", "one of several roots has signed", old, leaf, trusting(next.Cert, m.root().Cert, old.Cert))
+	m.accept("anchors/several", "one of several roots has signed", old, leaf, trusting(next.Cert, m.impostor().Cert, old.Cert))
 	m.refuse("anchors/none", "a trust bundle without X.509 authorities trusts nobody (Trust domain and bundle §4.1.3)", old, leaf, trusting())
 	m.refuse("anchors/another", "another root", old, leaf, trusting(next.Cert))
 	twin := m.root(func(c *x509.Certificate) { c.Subject = old.Cert.Subject })
@@ -79,7 +79,7 @@ func anchors(m *maker) {
 	crossed := next.Leaf("/a")
 	m.accept("anchors/cross-signed", "the next root is vouched for by the present one", old, crossed, presentingCerts(crossed.Chain[0], cross))
 	m.accept("anchors/cross-signed-and-trusted", "and is trusted itself, too", old, crossed, presentingCerts(crossed.Chain[0], cross), trusting(old.Cert, next.Cert))
-	m.refuse("anchors/cross-signed-by-nobody", "the root that vouches for it is not trusted", old, crossed, presentingCerts(crossed.Chain[0], next.CrossSigned(m.root())))
+	m.refuse("anchors/cross-signed-by-nobody", "the root that vouches for it is not trusted", old, crossed, presentingCerts(crossed.Chain[0], next.CrossSigned(m.impostor())))
 	m.refuse("anchors/the-leaf", "a certificate of the trust bundle authenticates nobody (X509-SVID §3.2)", old, leaf, trusting(leaf.Chain[0], old.Cert), bySPIFFE)
 	m.refuse("anchors/a-leaf-as-issuer", "a leaf among the roots signs nothing", old, below(m, leaf, old).Leaf("/b"), trusting(leaf.Chain[0]))
 	sub := old.Intermediate()

@@ -110,14 +110,14 @@ func signatures(m *maker) {
 	unknown := bytes.ReplaceAll(tbs, algorithm[2:], []byte{6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 99})
 	m.refuse("signatures/unknown-algorithm", "an algorithm that nobody knows, outside and inside", ca, leaf, presenting(forge.Assemble(unknown, []byte{0x30, 10, 6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 99}, leaf.Chain[0].Signature), above))
 	m.refuse("signatures/sha-1", "a good ECDSA signature over SHA-1", ca, leaf, presenting(sha1Signed(m, ca, tbs), above), byPrudence)
-	impostor := m.below()
+	impostor := m.impostor().Intermediate()
 	m.refuse("signatures/issuer-of-that-name-elsewhere", "signed by an intermediate that somebody else's root has signed", ca, leaf, presentingCerts(impostor.Leaf("/a").Chain...))
 	twin := ca.Parent.Intermediate(func(c *x509.Certificate) {
 		c.Subject, c.SubjectKeyId = ca.Cert.Subject, ca.Cert.SubjectKeyId
 	})
 	m.refuse("signatures/by-another-key-of-that-name", "the issuer that is shown has the name and key ID, and another key", ca, leaf, presentingCerts(leaf.Chain[0], twin.Cert))
 	m.accept("signatures/both-of-that-name", "two issuers of one name and key ID are shown, and one of them has signed", ca, leaf, presentingCerts(leaf.Chain[0], twin.Cert, ca.Cert))
-	self := forge.New(m.tb, TrustDomain).Leaf("/a")
+	self := m.impostor().Leaf("/a")
 	m.refuse("signatures/unknown-root", "signed by a root that is not in the trust bundle", ca, self)
 	m.refuse("signatures/self-signed-leaf", "signed by its own key, under the issuer's name", ca, selfSigned(m, ca))
 }

@@ -9,6 +9,7 @@
 package pathcase
 
 import (
+	"crypto"
 	"crypto/x509"
 	"slices"
 	"strings"
@@ -35,6 +36,8 @@ type Case struct {
 	Trusted     []*x509.Certificate
 	// Presented is the DER of what the peer shows, leaf first.
 	Presented [][]byte
+	// Key is the leaf's private key; nil where nothing is presented.
+	Key crypto.Signer
 	// Time is when the path is judged.
 	Time time.Time
 	// By says who gives the verdict.
@@ -53,6 +56,37 @@ const (
 	// does.
 	Prudence Source = "prudence"
 )
+
+// Requirement is the number of the checklist (X2, ID5, …) that the case is about.
+func (c Case) Requirement() string {
+	if r, ok := requirements[c.ID]; ok {
+		return r
+	}
+	return requirements[c.Theme()]
+}
+
+// requirements are those of themes, and of cases that differ from their theme.
+var requirements = map[string]string{
+	"sound": "X13", "times": "X13", "signatures": "X13", "keys": "X13", "extensions": "X13", "links": "X13", "chains": "X13", "anchors": "X13",
+	"basic-constraints": "X8", "key-usage": "X11", "extended-key-usage": "X12", "uri-constraints": "X9", "other-constraints": "X13",
+	"uri-names": "ID5", "other-names": "X13", "trust-domains": "X17",
+
+	"sound/long-path": "ID6", "sound/every-character": "ID5", "sound/scheme-in-upper-case": "ID8",
+	"signatures/other-name-in-the-leaf": "ID10", "signatures/self-signed-leaf": "ID11", "signatures/unknown-root": "ID11",
+	"chains/root-alone": "X7", "chains/intermediate-alone": "X7", "chains/leaf-last": "X7", "anchors/the-leaf": "X7",
+	"basic-constraints/leaf-is-a-ca": "X14", "basic-constraints/leaf-has-none": "X14",
+	"key-usage/leaf-signs-certificates": "X14", "key-usage/leaf-signs-crls": "X14",
+	"key-usage/leaf-has-none": "X10", "key-usage/leaf-not-critical": "X10", "key-usage/intermediate-has-none": "X10", "key-usage/intermediate-not-critical": "X10",
+	"key-usage/root-has-none": "X10", "key-usage/root-not-critical": "X10",
+	"uri-names/none": "X14", "uri-names/https": "X14", "uri-names/no-scheme": "X14", "uri-names/scheme-alone": "ID1", "uri-names/opaque": "ID1", "uri-names/no-trust-domain": "ID1",
+	"uri-names/two": "X2", "uri-names/the-same-twice": "X2", "uri-names/and-https": "X2", "uri-names/and-empty": "X2", "uri-names/https-first": "X2",
+	"uri-names/no-path": "X4", "uri-names/query": "ID1", "uri-names/empty-query": "ID1", "uri-names/fragment": "ID1", "uri-names/empty-fragment": "ID1",
+	"uri-names/user": "ID2", "uri-names/empty-user": "ID2", "uri-names/port": "ID2", "uri-names/empty-port": "ID2",
+	"uri-names/upper-case-trust-domain": "ID3", "uri-names/percent-encoded-trust-domain": "ID3", "uri-names/look-alike-trust-domain": "ID3",
+	"uri-names/too-long": "ID6", "uri-names/long-trust-domain": "ID7",
+	"other-names/no-names": "X14", "other-names/id-as-dns-name": "X14", "other-names/not-critical-without-subject": "X5",
+	"trust-domains/intermediate-with-a-path": "X6", "trust-domains/root-with-a-path": "X6", "trust-domains/intermediate-of-two": "X6", "trust-domains/intermediate-of-another": "X6",
+}
 
 // Theme is the part of the ID before the slash.
 func (c Case) Theme() string {
@@ -76,17 +110,27 @@ func All(tb forge.TB) []Case {
 
 // maker collects cases.
 type maker struct {
-	tb    forge.TB
-	now   time.Time
-	cases []Case
+	tb     forge.TB
+	now    time.Time
+	shared *forge.Authority
+	cases  []Case
 }
 
-// root is a new trust domain.
+// root is the root that most cases share, or with changes one of its own.
 func (m *maker) root(changes ...forge.Change) *forge.Authority {
-	return forge.New(m.tb, TrustDomain, changes...)
+	if len(changes) > 0 {
+		return forge.New(m.tb, TrustDomain, changes...)
+	}
+	if m.shared == nil {
+		m.shared = m.impostor()
+	}
+	return m.shared
 }
 
-// below is an intermediate of a new trust domain.
+// impostor is a root like the others, which nobody trusts unless a case says so.
+func (m *maker) impostor() *forge.Authority { return forge.New(m.tb, TrustDomain) }
+
+// below is an intermediate of the root.
 func (m *maker) below(changes ...forge.Change) *forge.Authority {
 	return m.root().Intermediate(changes...)
 }
@@ -137,7 +181,7 @@ func (m *maker) refuse(id, why string, ca *forge.Authority, leaf *forge.SVID, op
 func (m *maker) add(accept bool, id, why string, ca *forge.Authority, leaf *forge.SVID, options []option) {
 	c := Case{
 		ID: id, Why: why, Accept: accept, TrustDomain: ca.TrustDomain,
-		Trusted: []*x509.Certificate{ca.Root().Cert}, Presented: leaf.Raw(), Time: m.now, By: RFC5280,
+		Trusted: []*x509.Certificate{ca.Root().Cert}, Presented: leaf.Raw(), Key: leaf.Key, Time: m.now, By: RFC5280,
 	}
 	for _, o := range options {
 		o(&c)

@@ -165,11 +165,16 @@ func TestCorpus(t *testing.T) {
 		}
 		seen[c.ID] = true
 		themes[c.Theme()]++
-		if c.Why == "" || c.By == "" || strings.ToLower(c.ID) != c.ID || strings.Contains(c.ID, " ") {
+		if c.Why == "" || c.By == "" || c.Requirement() == "" || strings.ToLower(c.ID) != c.ID || strings.Contains(c.ID, " ") {
 			t.Errorf("%s: malformed", c.ID)
 		}
 		if c.Accept {
 			accepted++
+		}
+	}
+	for id := range pathcase.Requirements() {
+		if strings.Contains(id, "/") && !seen[id] {
+			t.Errorf("%s: a requirement of no case", id)
 		}
 	}
 	if len(cases()) < 150 || accepted < 40 {

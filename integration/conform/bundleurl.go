@@ -1,0 +1,225 @@
+// The trust bundle endpoint, asked as another trust domain would (Federation §5; Trust
+// domain and bundle §4).
+
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"time"
+	"unicode/utf8"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+)
+
+const maxDocument = 4 << 20
+
+// bundleServer says where a bundle is, and by which profile.
+type bundleServer struct {
+	url string
+	// caFile has the CAs of a https_web server in PEM; empty: the system's.
+	caFile string
+	// id is the SPIFFE ID of a https_spiffe server; zero: https_web.
+	id spiffeid.ID
+	// roots verify id.
+	roots *x509bundle.Bundle
+}
+
+// document is a trust bundle as it was sent.
+type document struct {
+	Sequence    json.RawMessage              `json:"spiffe_sequence"`
+	RefreshHint json.RawMessage              `json:"spiffe_refresh_hint"`
+	Keys        []map[string]json.RawMessage `json:"keys"`
+}
+
+// checkBundleURL fetches the bundle and makes every check of it.
+func checkBundleURL(ctx context.Context, r *report, s bundleServer) error {
+	u, err := url.Parse(s.url)
+	if err != nil || u.Scheme != "https" || u.User != nil || u.Host == "" {
+		return fmt.Errorf("%q is no URL of a trust bundle endpoint: it is https, without a user", s.url)
+	}
+	config, err := s.tls()
+	if err != nil {
+		return err
+	}
+	body, res, err := s.fetch(ctx, config)
+	if err != nil {
+		r.note("F-10", fail, fmt.Sprintf("an anonymous GET of %s: %v", s.url, err))
+		return nil
+	}
+	r.check("F-10", failIf(res.StatusCode != http.StatusOK, "an anonymous GET answers %s", res.Status))
+	if s.id.IsZero() {
+		r.note("F-6", pass, "")
+	} else {
+		r.note("F-14", pass, "")
+		r.note("F-6", pass, "")
+	}
+	s.checkTLS(ctx, r, config)
+	kind, _, err := mime.ParseMediaType(res.Header.Get("Content-Type"))
+	r.check("F-11", failIf(err != nil || kind != "application/json", "Content-Type is %q", res.Header.Get("Content-Type")))
+	r.check("F-11", failIf(!utf8.Valid(body), "the document is not UTF-8"))
+	return checkDocument(r, body)
+}
+
+// tls is the configuration of a client without a certificate.
+func (s bundleServer) tls() (*tls.Config, error) {
+	if !s.id.IsZero() {
+		return &tls.Config{
+			MinVersion:         tls.VersionTLS12,
+			InsecureSkipVerify: true, // VerifyConnection does it, by SPIFFE ID
+			VerifyConnection: func(cs tls.ConnectionState) error {
+				id, _, err := x509svid.Verify(cs.PeerCertificates, s.roots)
+				if err == nil && id != s.id {
+					err = fmt.Errorf("the server is %s, not %s", id, s.id)
+				}
+				return err
+			},
+		}, nil
+	}
+	config := &tls.Config{MinVersion: tls.VersionTLS12}
+	if s.caFile != "" {
+		text, err := os.ReadFile(s.caFile)
+		if err != nil {
+			return nil, err
+		}
+		config.RootCAs = x509.NewCertPool()
+		if !config.RootCAs.AppendCertsFromPEM(text) {
+			return nil, fmt.Errorf("%s has no certificate in PEM", s.caFile)
+		}
+	}
+	return config, nil
+}
+
+func (s bundleServer) fetch(ctx context.Context, config *tls.Config) ([]byte, *http.Response, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	client := &http.Client{
+		Transport:     &http.Transport{TLSClientConfig: config, DisableKeepAlives: true},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url, nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(res.Body, maxDocument+1))
+	if err == nil && len(body) > maxDocument {
+		err = errors.New("the document has more than 4 MiB")
+	}
+	return body, res, err
+}
+
+// checkTLS: versions that Mozilla's intermediate profile does not have are refused.
+func (s bundleServer) checkTLS(ctx context.Context, r *report, config *tls.Config) {
+	for _, version := range []uint16{tls.VersionTLS10, tls.VersionTLS11} {
+		old := config.Clone()
+		old.MinVersion, old.MaxVersion = version, version
+		_, _, err := s.fetch(ctx, old)
+		r.check("F-6", failIf(err == nil, "the server speaks %s", tls.VersionName(version)))
+	}
+}
+
+// checkDocument holds a trust bundle against the standard.
+func checkDocument(r *report, body []byte) error {
+	var doc document
+	if err := json.Unmarshal(body, &doc); err != nil {
+		return fmt.Errorf("the trust bundle: %w", err)
+	}
+	r.check("B4", failIf(doc.Keys == nil, "the document has no keys"))
+	r.check("B2", wholeNumber("spiffe_sequence", doc.Sequence))
+	r.check("B3", wholeNumber("spiffe_refresh_hint", doc.RefreshHint))
+	kids := make(map[string]bool)
+	for _, k := range doc.Keys {
+		checkKey(r, k, kids)
+	}
+	return nil
+}
+
+func wholeNumber(name string, raw json.RawMessage) error {
+	if len(raw) == 0 {
+		return fmt.Errorf("%s is missing", name)
+	}
+	for _, c := range raw {
+		if c < '0' || c > '9' {
+			return fmt.Errorf("%s is %s", name, raw)
+		}
+	}
+	return nil
+}
+
+// defined are the members that a key of a trust bundle may have (RFC 7517, RFC 7518).
+var defined = []string{"kty", "use", "kid", "x5c", "crv", "x", "y", "n", "e", "alg"}
+
+func checkKey(r *report, k map[string]json.RawMessage, kids map[string]bool) {
+	text := func(name string) string {
+		var s string
+		if json.Unmarshal(k[name], &s) != nil {
+			return ""
+		}
+		return s
+	}
+	for name := range k {
+		r.check("B7", failIf(!slices.Contains(defined, name), "a key has the member %s", name))
+	}
+	kid := text("kid")
+	switch text("use") {
+	case "x509-svid":
+		var chain []string
+		if err := json.Unmarshal(k["x5c"], &chain); err != nil || len(chain) != 1 || k["kid"] != nil {
+			r.note("X15", fail, fmt.Sprintf("an X.509 authority has %d certificates and kid %q", len(chain), kid))
+			return
+		}
+		der, err := base64.StdEncoding.DecodeString(chain[0])
+		if err == nil {
+			_, err = x509.ParseCertificate(der)
+		}
+		r.check("X15", err)
+	case "jwt-svid":
+		r.check("J11", failIf(kid == "" || kids[kid], "a JWT authority has the kid %q, none or one that is there already", kid))
+		kids[kid] = true
+	case "wit-svid":
+		r.check("W13", failIf(kid == "" || kids[kid], "a WIT authority has the kid %q, none or one that is there already", kid))
+		kids[kid] = true
+	}
+}
+
+// fetchedAgain notes whether the sequence of two documents falls.
+func fetchedAgain(ctx context.Context, r *report, s bundleServer) {
+	config, err := s.tls()
+	if err != nil {
+		return
+	}
+	var last float64
+	for range 2 {
+		body, _, err := s.fetch(ctx, config)
+		if err != nil {
+			return
+		}
+		var doc struct {
+			Sequence float64 `json:"spiffe_sequence"`
+		}
+		if json.Unmarshal(body, &doc) != nil {
+			return
+		}
+		r.check("B2", failIf(doc.Sequence < last, "spiffe_sequence fell from %.0f to %.0f", last, doc.Sequence))
+		last = doc.Sequence
+		time.Sleep(time.Second)
+	}
+}
