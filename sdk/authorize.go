@@ -36,7 +36,9 @@ func (id *Identity) Authorize(ctx context.Context, in *policy.Input) policy.Deci
 	if in == nil {
 		return policy.Deny(policy.BadRequest)
 	}
-	return id.enforce(ctx, in, id.authorize(ctx, in))
+	d := id.enforce(ctx, in, id.authorize(ctx, in))
+	id.tell(ctx, in, d)
+	return d
 }
 
 func (id *Identity) logDenied(ctx context.Context, in *policy.Input, d policy.Decision, err error) {
@@ -206,6 +208,7 @@ func (id *Identity) Decide(ctx context.Context, cs *tls.ConnectionState, in *pol
 	} else {
 		call.decision = id.decide(ctx, call.peer, in)
 	}
+	id.tell(ctx, in, call.decision)
 	return context.WithValue(ctx, callKey{}, &call), call.decision
 }
 
@@ -229,7 +232,7 @@ func (id *Identity) decide(ctx context.Context, peer *svid.Peer, in *policy.Inpu
 		}
 	}
 	if reason == policy.Allowed {
-		return id.Authorize(ctx, in)
+		return id.enforce(ctx, in, id.authorize(ctx, in))
 	}
 	d := id.refused(in, reason)
 	id.logDenied(ctx, in, d, err)
@@ -273,6 +276,7 @@ func (id *Identity) Refuse(ctx context.Context, cs *tls.ConnectionState, in *pol
 	id.fill(in, peer)
 	d := id.refused(in, policy.BadRequest)
 	id.logDenied(ctx, in, d, why)
+	id.tell(ctx, in, d)
 	return d
 }
 

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"merlon.dev/policy"
+	"merlon.dev/sdk/internal/telemetry"
 )
 
 // redecideEvery is how often calls are decided again without a change, because
@@ -45,6 +46,12 @@ func (l *liveCalls) remove(c *liveCall) bool {
 	_, ok := l.calls[c]
 	delete(l.calls, c)
 	return ok
+}
+
+func (l *liveCalls) len() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.calls)
 }
 
 func (l *liveCalls) all() []*liveCall {
@@ -93,6 +100,7 @@ func (id *Identity) followCalls(ctx context.Context) {
 		case <-id.calls.poke:
 			id.redecide(ctx, true)
 		case <-every.C:
+			telemetry.Current() // gauges need no call to be seen
 			id.redecide(ctx, false)
 		}
 	}
@@ -133,5 +141,6 @@ func (id *Identity) endCall(ctx context.Context, c *liveCall, d policy.Decision)
 		return
 	}
 	id.logDenied(ctx, c.in, d, nil)
+	id.tell(ctx, c.in, d)
 	c.end(d)
 }

@@ -24,3 +24,20 @@ func TestNoOPAIsLinked(t *testing.T) {
 		}
 	}
 }
+
+// What exports metrics and traces is three times as large as the SDK: only those who
+// ask for it by merlon.dev/sdk/otel have it.
+func TestNoExporterIsLinkedUnasked(t *testing.T) {
+	out, err := exec.CommandContext(t.Context(), "go", "list", "-deps", "merlon.dev/sdk", "merlon.dev/sdk/httpauth", "merlon.dev/sdk/grpcauth").Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	for pkg := range strings.Lines(string(out)) {
+		pkg = strings.TrimSpace(pkg)
+		for _, heavy := range []string{"go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters", "go.opentelemetry.io/contrib", "go.opentelemetry.io/proto"} {
+			if strings.HasPrefix(pkg, heavy) {
+				t.Errorf("the SDK links %s", pkg)
+			}
+		}
+	}
+}

@@ -68,3 +68,11 @@ func WithAuditUntil(end time.Time) Option {
 func WithPlaintextUntil(end time.Time) Option {
 	return func(o *options) { o.PlaintextUntil = &end }
 }
+
+// WithSourceInMetrics has the metric merlon.decisions and the spans of this service
+// name the caller's SPIFFE ID, as merlon.source. Without it no SPIFFE ID is in either:
+// each ID makes a time series of its own, and whoever reads traces learns who calls
+// whom.
+func WithSourceInMetrics() Option {
+	return func(o *options) { o.TellSource = true }
+}

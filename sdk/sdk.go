@@ -17,6 +17,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	"merlon.dev/sdk/internal/telemetry"
 	"merlon.dev/sdk/svid"
 )
 
@@ -48,6 +49,7 @@ type Identity struct {
 	policyAsOf      atomic.Int64
 	denyPolicyAfter atomic.Int64 // 0: the age of the policy does not matter
 	closed          atomic.Bool
+	tellSource      bool // metrics and traces name the caller
 
 	ready     readiness
 	decisions condition
@@ -62,6 +64,7 @@ type Identity struct {
 	cancel     context.CancelFunc
 	goroutines sync.WaitGroup
 	closeOnce  sync.Once
+	untold     []func() // end what is told of the identity, in turn
 }
 
 // current is the immutable result of the last good message of the agent.
@@ -102,12 +105,13 @@ func Open(ctx context.Context, opts ...Option) (*Identity, error) {
 		return nil, &NotReadyError{Reason: BadAddress, Hint: "set " + SocketEnv + " to unix:///path/of/the/agent's/api.sock", Err: err}
 	}
 	id := &Identity{
-		log:     o.Log,
-		conns:   newConnTable(o.Log),
-		dial:    o.Dial,
-		rotated: make(map[int]func()),
-		report:  newReport(),
-		calls:   newLiveCalls(),
+		log:        o.Log,
+		conns:      newConnTable(o.Log),
+		dial:       o.Dial,
+		rotated:    make(map[int]func()),
+		report:     newReport(),
+		calls:      newLiveCalls(),
+		tellSource: o.TellSource,
 	}
 	if err := id.audit.set(&o, time.Now()); err != nil {
 		return nil, &NotReadyError{Reason: BadOption, Hint: "correct sdk.WithAuditUntil and sdk.WithPlaintextUntil", Err: err}
@@ -129,6 +133,8 @@ func Open(ctx context.Context, opts ...Option) (*Identity, error) {
 func (id *Identity) start(ctx context.Context) {
 	ctx, id.cancel = context.WithCancel(ctx)
 	id.life = ctx
+	exported := telemetry.Export(id.log)
+	id.untold = []func(){exported, telemetry.Watch(id.gauges)}
 	id.goroutines.Go(func() { id.keepTrying(ctx, identityFeed, id.followSVIDs) })
 	id.goroutines.Go(func() { id.keepTrying(ctx, revocationFeed, id.followRevocations) })
 	id.goroutines.Go(func() { id.keepTrying(ctx, policyFeed, id.followPolicy) })
@@ -147,6 +153,9 @@ func (id *Identity) Close() {
 		id.cancel()
 		id.agent.close()
 		id.goroutines.Wait()
+		for _, stop := range id.untold {
+			stop()
+		}
 	})
 }
 

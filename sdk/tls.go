@@ -16,6 +16,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	"merlon.dev/sdk/internal/telemetry"
 	"merlon.dev/sdk/svid"
 )
 
@@ -116,9 +117,13 @@ func (id *Identity) tlsBase(svids x509svid.Source, protocols []string) svid.TLS 
 }
 
 // verify makes the VerifyConnection of one connection, or of all connections
-// of a client configuration, for which raw is nil. also, unless nil, judges a
+// of a client configuration, for which raw is nil. also is the client's: it judges a
 // verified peer further.
 func (id *Identity) verify(ctx context.Context, raw net.Conn, own *snapshot, also func(*svid.Peer) error) func(tls.ConnectionState) error {
+	role := telemetry.Server
+	if also != nil {
+		role = telemetry.Client
+	}
 	return func(cs tls.ConnectionState) error {
 		now := time.Now()
 		peer, err := id.current.Load().trust.VerifyChain(cs.PeerCertificates, now)
@@ -134,7 +139,7 @@ func (id *Identity) verify(ctx context.Context, raw net.Conn, own *snapshot, als
 		if err != nil {
 			id.logRefused(ctx, raw, err)
 		}
-		return err
+		return tellHandshake(ctx, role, err)
 	}
 }
 
@@ -198,7 +203,7 @@ func (id *Identity) enter(key connKey, raw net.Conn, peer *svid.Peer, own *curre
 // protocols that handshake themselves, as gRPC does. On error raw is closed.
 func (id *Identity) ServerHandshake(ctx context.Context, raw net.Conn, protocols ...string) (*tls.Conn, error) {
 	tracked := id.conns.track(raw)
-	return handshake(ctx, tls.Server(tracked, id.ServerTLS(protocols...)))
+	return handshake(ctx, telemetry.Server, tls.Server(tracked, id.ServerTLS(protocols...)))
 }
 
 // ClientHandshake does the client's side of a handshake on raw with exactly
@@ -213,14 +218,15 @@ func (id *Identity) ClientHandshake(ctx context.Context, raw net.Conn, to Target
 	ctx, cancel := context.WithTimeout(ctx, svid.HandshakeTimeout)
 	defer cancel()
 	tracked.handshake.Store(&ctx)
-	return handshake(ctx, tls.Client(tracked, cfg))
+	return handshake(ctx, telemetry.Client, tls.Client(tracked, cfg))
 }
 
-func handshake(ctx context.Context, conn *tls.Conn) (*tls.Conn, error) {
+func handshake(ctx context.Context, role telemetry.Role, conn *tls.Conn) (*tls.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, svid.HandshakeTimeout)
 	defer cancel()
 	if err := conn.HandshakeContext(ctx); err != nil {
 		_ = conn.Close() // the handshake's error is the one that counts
+		tellFailed(ctx, role, err)
 		return nil, err
 	}
 	return conn, nil

@@ -6,6 +6,7 @@ package grpcauth
 import (
 	"context"
 	"net"
+	"slices"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
@@ -39,12 +40,20 @@ type unresolved struct{ resolver.Builder }
 func (unresolved) Scheme() string { return "dns" }
 
 func unaryClient(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-	return typed(invoke(ctx, method, req, reply, cc, opts...))
+	ctx, told := leaves(ctx, method, cc)
+	err := typed(invoke(ctx, method, req, reply, cc, opts...))
+	told.over(err)
+	return err
 }
 
 func streamClient(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	ctx, told := leaves(ctx, method, cc)
+	if told != nil {
+		opts = append(slices.Clip(opts), grpc.OnFinish(told.over))
+	}
 	stream, err := open(ctx, desc, cc, method, opts...)
 	if err != nil {
+		told.over(err)
 		return nil, typed(err)
 	}
 	return &typedStream{stream}, nil

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc"
 
 	"merlon.dev/policy"
+	"merlon.dev/sdk/internal/telemetry"
 )
 
 // liveCall is a call that the policy may end.
@@ -33,6 +34,7 @@ func (s *server) follow(ctx context.Context, call decided) (context.Context, *li
 	live := &liveCall{over: make(chan struct{}), cut: func() { s.id.Cut(call.state, "the policy has ended a call that could not be ended alone") }}
 	unfollow := s.id.Follow(call.in, call.decision, func(d policy.Decision) {
 		err := denial(d)
+		telemetry.OnSpan(ctx, d)
 		live.mu.Lock()
 		live.err = err
 		live.mu.Unlock()

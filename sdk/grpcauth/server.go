@@ -51,6 +51,13 @@ func ServerOptions(id *sdk.Identity) []grpc.ServerOption {
 type server struct{ id *sdk.Identity }
 
 func (s *server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	ctx, told := arrived(ctx, info.FullMethod)
+	reply, err := s.serveUnary(ctx, req, info, next)
+	told.answered(err)
+	return reply, err
+}
+
+func (s *server) serveUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
 	ctx, call, err := s.decide(ctx, info.FullMethod)
 	if err != nil {
 		return nil, err
@@ -65,7 +72,14 @@ func (s *server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 }
 
 func (s *server) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-	ctx, call, err := s.decide(stream.Context(), info.FullMethod)
+	ctx, told := arrived(stream.Context(), info.FullMethod)
+	err := s.serveStream(ctx, srv, stream, info, next)
+	told.answered(err)
+	return err
+}
+
+func (s *server) serveStream(ctx context.Context, srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+	ctx, call, err := s.decide(ctx, info.FullMethod)
 	if err != nil {
 		return err
 	}

@@ -14,6 +14,7 @@ import (
 	"merlon.dev/policy"
 	"merlon.dev/policy/denial"
 	"merlon.dev/sdk"
+	"merlon.dev/sdk/internal/telemetry"
 )
 
 // ProblemType is the type of the problem document (RFC 9457) that tells of a
@@ -52,6 +53,15 @@ type handler struct {
 
 // ServeHTTP implements http.Handler.
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if t := telemetry.Current(); t != nil {
+		h.serveTold(t, w, r)
+		return
+	}
+	h.serve(w, r)
+}
+
+// serve asks the policy, and serves what it allows.
+func (h *handler) serve(w http.ResponseWriter, r *http.Request) {
 	r = withoutForgedIdentity(r)
 	in := &policy.Input{
 		Protocol:      policy.HTTP,

@@ -13,6 +13,7 @@ import (
 
 	"merlon.dev/policy"
 	"merlon.dev/sdk"
+	"merlon.dev/sdk/internal/telemetry"
 )
 
 // serveLive serves a request that d has allowed. When the policy denies it while
@@ -29,8 +30,11 @@ func (h *handler) serveLive(w http.ResponseWriter, r *http.Request, in *policy.I
 	})
 	defer live.finish()
 	defer stop()
-	h.next.ServeHTTP(live, r.WithContext(ctx))
+	served := r.WithContext(ctx)
+	h.next.ServeHTTP(live, served)
+	servedBy(w, served.Pattern)
 	if denied, begun := live.finish(); denied != nil {
+		telemetry.OnSpan(ctx, *denied)
 		if begun {
 			panic(http.ErrAbortHandler) // what was sent must not pass for a whole answer
 		}

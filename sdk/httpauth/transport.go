@@ -19,6 +19,7 @@ import (
 	"merlon.dev/policy"
 	"merlon.dev/policy/denial"
 	"merlon.dev/sdk"
+	"merlon.dev/sdk/internal/telemetry"
 )
 
 const (
@@ -87,15 +88,28 @@ func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
 		}
 		return nil, fmt.Errorf("httpauth: %s is reached by https URLs only", t.to)
 	}
-	res, err := t.inner.Load().RoundTrip(r)
-	if err != nil {
-		return nil, err
+	if to := telemetry.Current(); to != nil && !tracedAbove(r) {
+		return t.roundTripTold(to, r)
 	}
-	if denied := denialOf(res); denied != nil {
-		_ = res.Body.Close() // it was read as far as it matters
+	res, denied, err := t.send(r)
+	if denied != nil {
 		return nil, denied
 	}
-	return res, nil
+	return res, err
+}
+
+// send makes the request. A denial comes with its answer, of which the body is closed.
+func (t *transport) send(r *http.Request) (*http.Response, *sdk.DeniedError, error) {
+	res, err := t.inner.Load().RoundTrip(r)
+	if err != nil {
+		return nil, nil, err
+	}
+	denied := denialOf(res)
+	if denied != nil {
+		_ = res.Body.Close() // it was read as far as it matters
+		telemetry.Denied(r.Context(), denied.Reason, denied.DecisionID, denied.Error())
+	}
+	return res, denied, nil
 }
 
 // denialOf reads a Merlon denial, of which res has every mark, and nothing

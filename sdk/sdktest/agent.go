@@ -199,7 +199,7 @@ func (a *agent) Watch(_ *agentpb.WatchRequest, stream grpc.ServerStreamingServer
 func (td *TD) watchResponse() (*agentpb.WatchResponse, <-chan struct{}) {
 	td.mu.Lock()
 	defer td.mu.Unlock()
-	res := &agentpb.WatchResponse{PolicyGeneration: td.policyGen, Reset_: true, RevocationsAsOf: timestamppb.Now()}
+	res := &agentpb.WatchResponse{PolicyGeneration: td.policyGen, Reset_: true, RevocationsAsOf: timestamppb.Now(), PolicyAsOf: timestamppb.Now()}
 	for _, r := range td.revoked {
 		res.Revocations = append(res.Revocations, &agentpb.Revocation{
 			Subject:        &agentpb.Revocation_SpiffeId{SpiffeId: r.SPIFFEID},

@@ -17,6 +17,7 @@ type Set struct {
 	Log            *slog.Logger
 	AuditUntil     *time.Time
 	PlaintextUntil *time.Time
+	TellSource     bool
 
 	// Agent connects to the agent in the place of the socket at Address. Whoever
 	// sets it answers for what is at the other end.

@@ -1,0 +1,119 @@
+// Package telemetry is what the SDK tells OpenTelemetry: the instruments and
+// attributes, by name, and whether anybody listens. It speaks to the global
+// providers of OpenTelemetry's API, which are those of the program, or those
+// that merlon.dev/sdk/otel has set. Where there are none it costs two loads a
+// call.
+package telemetry
+
+import (
+	"context"
+	"reflect"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/metric"
+	metricnoop "go.opentelemetry.io/otel/metric/noop"
+	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/trace"
+	tracenoop "go.opentelemetry.io/otel/trace/noop"
+)
+
+// Scope is the instrumentation scope of all that the SDK tells.
+const Scope = "merlon.dev/sdk"
+
+// Telemetry is where to tell, for one pair of global providers.
+type Telemetry struct {
+	tracers trace.TracerProvider
+	meters  metric.MeterProvider
+	off     bool // nobody listens
+
+	tracer      trace.Tracer
+	instruments instruments
+}
+
+var (
+	latest     atomic.Pointer[Telemetry]
+	rebuilding sync.Mutex
+)
+
+// Current is where to tell; nil where nobody listens. It follows a program that
+// sets its providers late.
+func Current() *Telemetry {
+	t := latest.Load()
+	if t == nil || t.tracers != otel.GetTracerProvider() || t.meters != otel.GetMeterProvider() {
+		t = renew()
+	}
+	if t.off {
+		return nil
+	}
+	return t
+}
+
+// renew takes up the providers of now.
+func renew() *Telemetry {
+	rebuilding.Lock()
+	defer rebuilding.Unlock()
+	tracers, meters := otel.GetTracerProvider(), otel.GetMeterProvider()
+	old := latest.Load()
+	if old != nil && old.tracers == tracers && old.meters == meters {
+		return old // somebody else was faster
+	}
+	t := &Telemetry{tracers: tracers, meters: meters, off: TracesOff() && MetricsOff()}
+	if !t.off {
+		if TracesOff() {
+			tracers = tracenoop.NewTracerProvider() // cheaper than the one that waits for a provider
+		}
+		t.tracer = tracers.Tracer(Scope)
+		t.instruments.make(meters.Meter(Scope))
+	}
+	if old != nil {
+		old.instruments.stop()
+	}
+	latest.Store(t)
+	return t
+}
+
+// TracesOff says whether the program has no provider for traces.
+func TracesOff() bool {
+	p := otel.GetTracerProvider()
+	_, none := p.(tracenoop.TracerProvider)
+	return none || isDefault(p)
+}
+
+// MetricsOff says whether the program has no provider for metrics.
+func MetricsOff() bool {
+	p := otel.GetMeterProvider()
+	_, none := p.(metricnoop.MeterProvider)
+	return none || isDefault(p)
+}
+
+// isDefault says whether v is what OpenTelemetry's API has before a program sets
+// something of its own. The API has no question for that.
+func isDefault(v any) bool {
+	t := reflect.TypeOf(v)
+	if t.Kind() == reflect.Pointer {
+		t = t.Elem()
+	}
+	return strings.HasSuffix(t.PkgPath(), "/otel/internal/global")
+}
+
+// Propagator carries the trace from process to process: the program's own, or
+// W3C Trace Context where it has chosen none.
+func Propagator() propagation.TextMapPropagator {
+	if p := otel.GetTextMapPropagator(); !isDefault(p) {
+		return p
+	}
+	return propagation.TraceContext{}
+}
+
+// PropagatorSet says whether the program has chosen how traces travel.
+func PropagatorSet() bool { return !isDefault(otel.GetTextMapPropagator()) }
+
+// TracedAbove says whether somebody of this process, as otelhttp or otelgrpc, has
+// begun the span of the call that arrives with ctx already.
+func TracedAbove(ctx context.Context) bool {
+	sc := trace.SpanContextFromContext(ctx)
+	return sc.IsValid() && !sc.IsRemote()
+}
