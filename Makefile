@@ -8,7 +8,7 @@ BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 export MERLON_INTEROP ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/merlon/interop
 
 .DEFAULT_GOAL := help
-.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas pidreuse clocks taint reconnect
+.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas pidreuse clocks leaks taint reconnect
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -112,6 +112,11 @@ pidreuse: ## give the number of a connected process to another one REUSES times 
 
 clocks: ## ban a node while the clock of the CA, or of its agent, jumps by an hour; compiles both anew; 4 to 10 minutes
 	MERLON_CLOCKS=1 go test -count 1 -timeout 1h -v -run TestBanDoesNotDependOnClocks ./integration
+
+LEAKS ?= 10000
+leaks: ## LEAKS idle connections (default 10000) to an SDK server that end in every way, and handshakes that never do; under a minute
+	@test "$$(ulimit -n)" -gt $$(($(LEAKS) * 3 / 2)) || { echo "each connection needs a file, here and in a client: ulimit -n $$(($(LEAKS) * 2))"; exit 1; }
+	MERLON_LEAKS=$(LEAKS) go test -count 1 -timeout 10m -v -run TestConnectionsLeaveNothingBehind ./sdk
 
 TAINTED ?= 10000
 taint: ## replace TAINTED SVIDs of one agent after their root was tainted; about 3 minutes

@@ -13,15 +13,16 @@ import (
 	"merlon.dev/policy"
 )
 
-// maxHandshakes is how many handshakes of one listener are under way at most;
-// more connections wait in the kernel.
-const maxHandshakes = 256
+// maxHandshakes is how many connections of one listener are on their way to Accept at
+// most; more wait in the kernel. Clients that never finish their handshakes, for 5 s
+// each, keep others waiting only if there are more than 800 of them a second.
+const maxHandshakes = 4096
 
 // Listener makes a listener of mutual TLS connections out of inner, for
 // protocols which are neither HTTP nor gRPC. Accept gives only connections
 // whose handshake is done and which the policy allows for protocol tcp; all
-// others are closed and logged. Up to 256 handshakes run beside each other, so
-// a slow client holds up nobody. The connections are *tls.Conn and are cut when
+// others are closed and logged. Up to 4096 handshakes run beside each other, so
+// slow clients hold up nobody. The connections are *tls.Conn and are cut when
 // the peer is revoked or expires; [Identity.Peer] says who they are. With
 // [WithPlaintextUntil] some have no TLS. protocols
 // are the ALPN protocols; clients that send none are let in.
@@ -112,9 +113,8 @@ func (l *listener) run() {
 			continue
 		}
 		l.goroutines.Go(func() {
-			conn, ok := l.admit(raw)
-			<-l.slots
-			if ok {
+			defer func() { <-l.slots }() // also held while nobody accepts
+			if conn, ok := l.admit(raw); ok {
 				l.deliver(accepted{conn: conn})
 			}
 		})

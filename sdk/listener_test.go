@@ -10,10 +10,13 @@ import (
 	"net"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"merlon.dev/policy"
+	"merlon.dev/sdk"
 	"merlon.dev/sdk/sdktest"
+	"merlon.dev/sdk/svid"
 )
 
 // A chain is public: whoever shows one without its key gets nothing decided,
@@ -52,6 +55,76 @@ func TestListenerDecidesOnlyAboutProvedPeers(t *testing.T) {
 	if got := decided.Load(); got != 1 {
 		t.Errorf("%d decisions; want 1, about the peer that proved itself", got)
 	}
+}
+
+// In a bubble, where time is exact: a thousand clients that say nothing hold up nobody,
+// and are gone after the time that a handshake may take.
+func TestManySlowHandshakesHoldUpNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		td := sdktest.NewInMemory(t)
+		td.Allow("web", "orders")
+		echo(t, td.Workload("orders").Listener(td.Listen("orders:1")))
+		web := td.Workload("web")
+		began := time.Now()
+		var silent []net.Conn
+		for range 1000 {
+			conn, err := web.Dialer()(t.Context(), "tcp", "orders:1")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			silent = append(silent, conn)
+		}
+		conn, err := web.DialTLS(sdk.Service("orders"))(t.Context(), "tcp", "orders:1")
+		if err == nil {
+			defer conn.Close()
+			err = say(conn, "hello")
+		}
+		if took := time.Since(began); err != nil || took > 0 {
+			t.Errorf("served after %v, %v; want at once", took, err)
+		}
+		for _, conn := range silent {
+			if _, err := conn.Read(make([]byte, 1)); err == nil || time.Since(began) != svid.HandshakeTimeout {
+				t.Fatalf("a silent client: %v after %v; want the end after %v", err, time.Since(began), svid.HandshakeTimeout)
+			}
+		}
+	})
+}
+
+// A program that does not accept is given no more connections than fit.
+func TestConnectionsWaitForAccept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const most = 3
+		td := sdktest.NewInMemory(t)
+		td.Allow("web", "orders")
+		orders, web := td.Workload("orders"), td.Workload("web")
+		lis := orders.Listener(td.Listen("orders:1"))
+		t.Cleanup(func() { lis.Close() })
+		sdk.SetHandshakes(lis, most)
+		accepted := make(chan net.Conn)
+		accept := func() {
+			conn, err := lis.Accept()
+			if err != nil {
+				t.Error(err)
+			}
+			accepted <- conn
+		}
+		go accept()
+		for range 3 * most {
+			go func() {
+				if conn, err := web.DialTLS(sdk.Service("orders"))(t.Context(), "tcp", "orders:1"); err == nil {
+					t.Cleanup(func() { conn.Close() })
+				}
+			}()
+		}
+		(<-accepted).Close()
+		synctest.Wait()
+		if n := orders.LiveConns(); n > most {
+			t.Errorf("%d connections wait for Accept; want %d", n, most)
+		}
+		go accept()
+		(<-accepted).Close()
+	})
 }
 
 // A client that says nothing holds up nobody, and Close does not wait for it.
