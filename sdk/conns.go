@@ -243,6 +243,9 @@ func (c *trackedConn) Close() error {
 	return c.Conn.Close()
 }
 
+// NetConn gives the connection below, as tls.Conn's does.
+func (c *trackedConn) NetConn() net.Conn { return c.Conn }
+
 func addrString(a net.Addr) string {
 	if a == nil {
 		return ""

@@ -69,8 +69,8 @@ type Config struct {
 	// ResponseTimeout ends a request whose answer does not begin. Zero means 60s.
 	ResponseTimeout time.Duration `yaml:"response_timeout"`
 
-	// TCPIdleTimeout closes a connection of protocol tcp on which nothing moves. Zero
-	// means 1h.
+	// TCPIdleTimeout closes a connection of protocol tcp, or a WebSocket, on which
+	// nothing moves. Zero means 1h.
 	TCPIdleTimeout time.Duration `yaml:"tcp_idle_timeout"`
 
 	// DrainTimeout is how long requests under way may take at the end of the process.
@@ -374,17 +374,13 @@ func (c Config) checkPlaces() error {
 	return err
 }
 
-// limits are what one connection of protocol may cost.
-func (c Config) limits(protocol string) hop.Limits {
-	l := hop.Limits{
+// limits are what one connection may cost.
+func (c Config) limits() hop.Limits {
+	return hop.Limits{
 		HeadBytes: c.MaxHeadBytes, HeaderFields: c.MaxHeaderFields, Streams: c.MaxStreams,
 		HandshakeTimeout: c.ConnectTimeout, HeadTimeout: c.HeadTimeout, IdleTimeout: c.IdleTimeout,
-		StallTimeout: c.StallTimeout, ResponseTimeout: c.ResponseTimeout,
+		StallTimeout: c.StallTimeout, ResponseTimeout: c.ResponseTimeout, QuietTimeout: c.TCPIdleTimeout,
 	}
-	if protocol == "tcp" {
-		l.StallTimeout = c.TCPIdleTimeout
-	}
-	return l
 }
 
 // logger is where the log goes.

@@ -8,6 +8,7 @@ import (
 
 	"merlon.dev/policy"
 	"merlon.dev/sdk/sidecar/internal/hop"
+	"merlon.dev/sdk/sidecar/internal/http1"
 	"merlon.dev/sdk/sidecar/internal/relay"
 )
 
@@ -24,7 +25,8 @@ type engine struct {
 
 // engines are the protocols by their name in the configuration.
 var engines = map[string]engine{
-	"tcp": {asks: policy.TCP, make: relay.New},
+	"http": {asks: policy.HTTP, alpn: []string{"http/1.1"}, make: http1.New},
+	"tcp":  {asks: policy.TCP, make: relay.New},
 }
 
 func protocols() []string { return slices.Sorted(maps.Keys(engines)) }

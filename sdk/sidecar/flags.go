@@ -43,7 +43,7 @@ var settings = []setting{
 	{key: "idle_timeout", usage: "after which a connection without a request is closed (default 60s)", set: duration(func(c *Config) *time.Duration { return &c.IdleTimeout })},
 	{key: "stall_timeout", usage: "after which a request is ended of which nothing moves (default 60s)", set: duration(func(c *Config) *time.Duration { return &c.StallTimeout })},
 	{key: "response_timeout", usage: "after which a request is ended whose answer has not begun (default 60s)", set: duration(func(c *Config) *time.Duration { return &c.ResponseTimeout })},
-	{key: "tcp_idle_timeout", usage: "after which a connection of protocol tcp is closed on which nothing moves (default 1h)", set: duration(func(c *Config) *time.Duration { return &c.TCPIdleTimeout })},
+	{key: "tcp_idle_timeout", usage: "after which a connection of protocol tcp is closed on which nothing moves, or a WebSocket (default 1h)", set: duration(func(c *Config) *time.Duration { return &c.TCPIdleTimeout })},
 	{key: "drain_timeout", usage: "for requests under way at the end of the process (default 10s)", set: duration(func(c *Config) *time.Duration { return &c.DrainTimeout })},
 	{key: "health_address", usage: "`host:port` of health and metrics, or off (default " + DefaultHealthAddress + ")", set: text(func(c *Config) *string { return &c.HealthAddress })},
 	{key: "access_log", usage: "`file` for a line of JSON per request, stdout, or off (default off)", set: text(func(c *Config) *string { return &c.AccessLog })},

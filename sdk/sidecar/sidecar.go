@@ -159,7 +159,7 @@ func (s *Sidecar) outbound(out Outbound) *hop.Hop {
 
 func (s *Sidecar) hop(name string, direction hop.Direction, protocol string) *hop.Hop {
 	h := &hop.Hop{
-		Name: name, Direction: direction, Protocol: engines[protocol].asks, Identity: s.id, Limits: s.cfg.limits(protocol),
+		Name: name, Direction: direction, Protocol: engines[protocol].asks, Identity: s.id, Limits: s.cfg.limits(),
 		Strip: func(name string) bool {
 			return policy.ClaimsIdentity(name) || slices.Contains(s.cfg.StripHeaders, name)
 		},

@@ -73,8 +73,9 @@ type Limits struct {
 	// upstream's kept connections.
 	HandshakeTimeout, HeadTimeout, IdleTimeout time.Duration
 	// StallTimeout ends a request of which neither side moves a byte for so long,
-	// ResponseTimeout one whose answer does not begin.
-	StallTimeout, ResponseTimeout time.Duration
+	// ResponseTimeout one whose answer does not begin, QuietTimeout a connection that
+	// carries anything: of protocol tcp, or a WebSocket.
+	StallTimeout, ResponseTimeout, QuietTimeout time.Duration
 }
 
 // Entry is a line of the access log, and one observation of the metrics.

@@ -59,7 +59,7 @@ func (e *engine) Serve(ctx context.Context, conn net.Conn) {
 		})
 		defer stop()
 	}
-	Splice(conn, far, e.hop.Limits.StallTimeout, &entry)
+	Splice(conn, far, e.hop.Limits.QuietTimeout, &entry)
 }
 
 // connect tries each upstream once.

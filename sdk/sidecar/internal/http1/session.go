@@ -1,0 +1,301 @@
+// Package http1 serves HTTP/1.1 as a sidecar has to: one goroutine per connection
+// reads a head, has it decided, and sends the very lines on. It is not built on
+// net/http, which parses, normalizes and writes anew: that costs several times as
+// much, and leaves room between what is decided and what is sent.
+package http1
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"merlon.dev/policy"
+	"merlon.dev/sdk/sidecar/internal/hop"
+)
+
+// New is the engine of protocol http.
+func New(h *hop.Hop) hop.Engine {
+	e := &engine{hop: h, pools: make(map[*hop.Upstream]*pool), stop: func() {}}
+	for _, u := range h.Upstreams.All() {
+		e.pools[u] = newPool(h, u)
+	}
+	if h.Direction == hop.Outbound {
+		e.stop = h.Identity.OnRotate(func() {
+			for _, p := range e.pools {
+				p.renew()
+			}
+		})
+	}
+	return e
+}
+
+type engine struct {
+	hop   *hop.Hop
+	pools map[*hop.Upstream]*pool
+	stop  func()
+}
+
+// Close implements hop.Engine.
+func (e *engine) Close() {
+	e.stop()
+	for _, p := range e.pools {
+		p.close()
+	}
+}
+
+// session is one connection of a caller.
+type session struct {
+	*engine
+	ctx    context.Context // of the work for it, which outlives the order to drain
+	near   net.Conn
+	caller hop.Caller
+	// identity are the header lines that tell the app who calls.
+	identity []byte
+
+	in    buffer
+	clock clock
+	req   message
+	res   message
+	names []string // of req.fields, in lower case; inbound
+	entry hop.Entry
+
+	mu       sync.Mutex // guards the rest
+	idle     bool       // between two requests
+	draining bool
+}
+
+// Serve implements hop.Engine.
+func (e *engine) Serve(ctx context.Context, conn net.Conn) {
+	s := &session{engine: e, ctx: context.WithoutCancel(ctx), near: conn, caller: e.hop.CallerOf(conn)}
+	if s.caller.ID != "" {
+		s.identity = []byte(hop.IDField + ": " + s.caller.ID + "\r\n" + hop.CertField + ": " + s.caller.Cert + "\r\n")
+	}
+	defer conn.Close()
+	defer s.in.release()
+	stop := context.AfterFunc(ctx, s.drain)
+	defer stop()
+	for s.serveOne() {
+	}
+}
+
+// drain has the connection end after the request under way.
+func (s *session) drain() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.draining = true
+	if s.idle {
+		_ = s.near.SetReadDeadline(time.Unix(1, 0)) // it may be closed already
+	}
+}
+
+func (s *session) isDraining() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.draining
+}
+
+// await waits for the first byte of a request, without holding much.
+func (s *session) await() error {
+	s.in.shrink()
+	if len(s.in.bytes()) > 0 {
+		return nil // it came with the one before
+	}
+	s.mu.Lock()
+	if s.draining {
+		s.mu.Unlock()
+		return io.EOF
+	}
+	s.idle = true
+	err := s.clock.tick(s.near, true, s.hop.Limits.IdleTimeout)
+	s.mu.Unlock()
+	if err == nil {
+		err = s.in.fill(s.near, s.hop.Limits.HeadBytes)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.idle = false
+	if s.draining && err == nil {
+		s.clock.read = time.Time{} // drain has moved the deadline
+	}
+	return err
+}
+
+// readHead waits for the whole head of a request and gives its length.
+func (s *session) readHead() (end int, err error) {
+	if err := s.await(); err != nil {
+		return 0, err
+	}
+	limited := false
+	for from := 0; ; {
+		end, from, err = endOfHead(s.in.bytes(), from)
+		switch {
+		case err != nil:
+			return 0, &malformedError{err}
+		case end > s.hop.Limits.HeadBytes, end == 0 && len(s.in.bytes()) >= s.hop.Limits.HeadBytes:
+			return 0, &malformedError{errLong}
+		case end > 0:
+			return end, nil
+		}
+		if !limited { // from its first byte, however slowly it comes
+			limited = true
+			s.clock.read = time.Time{}
+			if err := s.near.SetReadDeadline(time.Now().Add(s.hop.Limits.HeadTimeout)); err != nil {
+				return 0, err
+			}
+		}
+		if err := s.in.fill(s.near, s.hop.Limits.HeadBytes); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// malformedError is for a request that reaches nobody.
+type malformedError struct{ why error }
+
+// Error implements error.
+func (e *malformedError) Error() string { return e.why.Error() }
+
+// serveOne serves one request. It says whether another one may follow.
+func (s *session) serveOne() bool {
+	end, err := s.readHead()
+	if bad, ok := errors.AsType[*malformedError](err); ok {
+		s.begin()
+		return s.refuse(new(call), bad.why)
+	}
+	if err != nil {
+		return false // nobody asks for anything any more
+	}
+	s.begin()
+	c := new(call)
+	err = s.req.parseRequest(s.in.bytes()[:end:end], s.hop.Limits.HeaderFields)
+	s.describe(c)
+	if err != nil {
+		return s.refuse(c, err)
+	}
+	// All that is needed of the head is built from it before the buffer moves.
+	c.body = body{
+		conn: s.near, in: &s.in, maxBytes: s.hop.Limits.HeadBytes, maxFields: s.hop.Limits.HeaderFields,
+	}
+	c.body.form, c.body.left = s.req.bodyOf()
+	if s.hop.Direction == hop.Inbound {
+		c.body.drop = s.hop.Strip
+	}
+	return s.handle(c, end)
+}
+
+func (s *session) begin() {
+	s.entry = hop.Entry{Begun: time.Now(), Source: s.caller.ID, Remote: s.caller.Remote}
+}
+
+// over records the request.
+func (s *session) over(c *call) {
+	s.entry.Took = time.Since(s.entry.Begun)
+	s.entry.BytesIn = c.bytesIn
+	s.hop.Record(&s.entry)
+}
+
+// handle decides the request and sends it on.
+func (s *session) handle(c *call, end int) bool {
+	whole, err := c.body.check(s.in.bytes()[end:])
+	if err != nil {
+		return s.refuse(c, err)
+	}
+	c.whole = whole
+	if s.hop.Direction == hop.Outbound {
+		return s.forward(c, end)
+	}
+	if err := policy.CheckPath(c.in.Path); err != nil {
+		return s.refuse(c, err)
+	}
+	_, d := s.hop.Identity.Decide(s.ctx, s.caller.State, &c.in)
+	s.noteDecision(d)
+	if !d.Allow {
+		s.in.skip(end)
+		return s.deny(c, d)
+	}
+	c.decision = d
+	stop := s.hop.Identity.Follow(&c.in, d, func(d policy.Decision) { c.end(s, d) })
+	defer stop()
+	return s.forward(c, end)
+}
+
+func (s *session) noteDecision(d policy.Decision) {
+	s.entry.Reason, s.entry.DecisionID, s.entry.Denied = d.Reason, d.DecisionID, !d.Allow
+}
+
+// call is one request under way. It is not used again: who follows it may still hold
+// it when it is over.
+type call struct {
+	in       policy.Input
+	decision policy.Decision
+	body     body
+	whole    bool // all of the body had come with the head
+	bytesIn  int64
+
+	mu sync.Mutex // guards the rest
+	// denied is what ended the request while it was under way.
+	denied *policy.Decision
+	begun  bool // something of the answer was sent
+	over   bool
+	far    *far
+}
+
+// end is called when the policy does not allow the request any more.
+func (c *call) end(s *session, d policy.Decision) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.over {
+		return
+	}
+	c.denied = &d
+	if c.far != nil {
+		_ = c.far.Close() // who reads from it goes on with the denial
+	}
+	if c.begun {
+		s.hop.Identity.Cut(s.caller.State, "the policy does not allow a request under way any more")
+	}
+}
+
+// use says that f serves the request, unless it has been denied meanwhile.
+func (c *call) use(f *far) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.denied != nil {
+		return errDenied
+	}
+	c.far = f
+	return nil
+}
+
+// answerBegins says that what follows reaches the caller, unless it has been denied.
+func (c *call) answerBegins() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.denied != nil {
+		return errDenied
+	}
+	c.begun = true
+	return nil
+}
+
+// finish ends the life of c, and gives what ended it early.
+func (c *call) finish() (denied *policy.Decision) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.over = true
+	return c.denied
+}
+
+var errDenied = errors.New("the policy does not allow the request any more")
+
+// unreachableError is for a request that no upstream has taken.
+type unreachableError struct{ err error }
+
+// Error implements error.
+func (e *unreachableError) Error() string { return e.err.Error() }
+
+var errTooMany = fmt.Errorf("the upstream sends more than %d provisional answers", maxProvisional)
