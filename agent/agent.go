@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -27,6 +28,7 @@ import (
 	"merlon.dev/agent/internal/caclient"
 	"merlon.dev/agent/internal/datadir"
 	"merlon.dev/agent/internal/endpoint"
+	"merlon.dev/agent/internal/extauthz"
 	"merlon.dev/agent/internal/keeper"
 	"merlon.dev/agent/internal/kubelet"
 	"merlon.dev/agent/internal/local"
@@ -73,6 +75,7 @@ type Agent struct {
 	local    *local.Server
 	api      *workloadapi.Server
 	sds      *sds.Server
+	authz    *extauthz.Server
 	health   *health.Server
 	https    *http.Client // to the CA, as the agent
 	// decisions are counted always, and written down where the settings say so.
@@ -189,21 +192,6 @@ func (a *Agent) openPolicy() (err error) {
 	return err
 }
 
-// httpsClient calls the CA's HTTPS port as the agent.
-func (a *Agent) httpsClient() *http.Client {
-	return &http.Client{
-		Transport: &http.Transport{
-			TLSClientConfig:     a.client.TLS(a.cache, "h2", "http/1.1").Client(),
-			DialContext:         (&net.Dialer{Timeout: svid.HandshakeTimeout}).DialContext,
-			TLSHandshakeTimeout: svid.HandshakeTimeout,
-			ForceAttemptHTTP2:   true,
-			// A replica that is gone without a word is left for another.
-			HTTP2:           &http.HTTP2Config{SendPingTimeout: 5 * time.Second, PingTimeout: 3 * time.Second},
-			IdleConnTimeout: 30 * time.Second, // a new SVID is soon in use here too
-		},
-	}
-}
-
 // policyChanged has the CA told of it.
 func (a *Agent) policyChanged() {
 	a.client.AckAgain()
@@ -246,6 +234,9 @@ func (a *Agent) buildServices() {
 		RevocationMaxAge: a.cfg.RevocationMaxAge, DenyStale: a.cfg.OnStale == onDeny, Status: a.status,
 		PolicyAsOf: a.policy.AsOf, PolicyMaxAge: a.cfg.PolicyMaxAge, DenyStalePolicy: a.cfg.PolicyOnStale == onDeny,
 		Logger: a.log, Registerer: a.health.Registry(),
+	})
+	a.authz = extauthz.New(extauthz.Options{
+		Callers: callers, Decide: a.local.Decide, Refuse: a.local.Refuse, Logger: a.log, Registerer: a.health.Registry(),
 	})
 	a.health.Check("identity", a.client.Ready)
 	a.health.Check("sync", func() error { return a.client.Following(a.cache) })
@@ -339,11 +330,12 @@ func (a *Agent) publicServer() *grpc.Server {
 	s := grpc.NewServer(append(limits(),
 		grpc.Creds(endpoint.NewLimit(maxConnectionsPerUser).Credentials(a.attestor.Meet)),
 		grpc.InTapHandle(endpoint.NewLimit(maxStreamsPerUser).Tap(endpoint.NewRate(streamsPerSecond, streamsAtOnce))),
-		grpc.ChainUnaryInterceptor(endpoint.UnaryHeader),
-		grpc.ChainStreamInterceptor(endpoint.StreamHeader),
+		grpc.ChainUnaryInterceptor(endpoint.Unary),
+		grpc.ChainStreamInterceptor(endpoint.Stream),
 	)...)
 	workloadpb.RegisterSpiffeWorkloadAPIServer(s, a.api)
 	secretv3.RegisterSecretDiscoveryServiceServer(s, a.sds)
+	authv3.RegisterAuthorizationServer(s, a.authz)
 	agentpb.RegisterLocalServer(s, a.local)
 	healthgrpc.RegisterHealthServer(s, a.health.GRPC())
 	reflection.Register(s)

@@ -41,21 +41,28 @@ type envoy struct {
 	t       *testing.T
 	inbound string // host:port
 	admin   string
+	binary  string // empty: Envoy's own
 	log     stage.Buffer
+	out     stage.Buffer
 }
 
 // envoyConfig writes the example with the ports and the socket of a test;
 // further edits are old text, new text, and so on. Each must apply.
 func envoyConfig(t *testing.T, edits ...string) string {
 	t.Helper()
-	raw, err := os.ReadFile(envoyExample)
+	return envoyConfigOf(t, envoyExample, edits...)
+}
+
+func envoyConfigOf(t *testing.T, example string, edits ...string) string {
+	t.Helper()
+	raw, err := os.ReadFile(example)
 	if err != nil {
 		t.Fatal(err)
 	}
 	text := string(raw)
 	for pair := range slices.Chunk(edits, 2) {
 		if !strings.Contains(text, pair[0]) {
-			t.Fatalf("%s has no %q", envoyExample, pair[0])
+			t.Fatalf("%s has no %q", example, pair[0])
 		}
 		text = strings.ReplaceAll(text, pair[0], pair[1])
 	}
@@ -70,17 +77,24 @@ func envoyConfig(t *testing.T, edits ...string) string {
 func startEnvoy(t *testing.T, d *stage.Domain, upstream string, edits ...string) *envoy {
 	t.Helper()
 	e := &envoy{t: t, inbound: fmt.Sprintf("127.0.0.1:%d", stage.FreePort(t)), admin: fmt.Sprintf("127.0.0.1:%d", stage.FreePort(t))}
-	port := func(address string) string { return "port_value: " + address[strings.LastIndex(address, ":")+1:] + "}" }
 	e.run(envoyConfig(t, append(edits,
-		"port_value: 8000}", port(e.inbound), "port_value: 8001}", port(upstream), "port_value: 9901}", port(e.admin),
+		"port_value: 8000}", portOf(e.inbound), "port_value: 8001}", portOf(upstream), "port_value: 9901}", portOf(e.admin),
 		"/run/merlon/agent/public/api.sock", strings.TrimPrefix(d.WorkloadAPI, "unix://"))...))
 	return e
 }
 
+// portOf is the port of address, as the examples write one.
+func portOf(address string) string {
+	return "port_value: " + address[strings.LastIndex(address, ":")+1:] + "}"
+}
+
 func (e *envoy) run(config string) {
 	e.t.Helper()
-	cmd := exec.Command(envoyBinary(e.t), "-c", config, "--concurrency", "1", "--disable-hot-restart", "-l", "warning")
-	cmd.Stderr = &e.log
+	if e.binary == "" {
+		e.binary = envoyBinary(e.t)
+	}
+	cmd := exec.Command(e.binary, "-c", config, "--concurrency", "1", "--disable-hot-restart", "-l", "warning")
+	cmd.Stderr, cmd.Stdout = &e.log, &e.out
 	if err := cmd.Start(); err != nil {
 		e.t.Fatal(err)
 	}
@@ -200,9 +214,11 @@ func (u *upstream) reset(d *stage.Domain) {
 
 func TestEnvoyExampleIsValid(t *testing.T) {
 	t.Parallel()
-	out, err := exec.CommandContext(t.Context(), envoyBinary(t), "--mode", "validate", "-c", envoyExample).CombinedOutput()
-	if err != nil {
-		t.Errorf("envoy --mode validate: %v\n%s", err, out)
+	for _, file := range []string{envoyExample, envoyDir + "orders.yaml", envoyDir + "web.yaml"} {
+		out, err := exec.CommandContext(t.Context(), envoyBinary(t), "--mode", "validate", "-c", file).CombinedOutput()
+		if err != nil {
+			t.Errorf("envoy --mode validate -c %s: %v\n%s", file, err, out)
+		}
 	}
 }
 

@@ -183,6 +183,31 @@ func newPeer(id spiffeid.ID, leaf *x509.Certificate, chains [][]*x509.Certificat
 	return nil, refuse("X13", "no valid path to a root")
 }
 
+// PeerOfLeaf says who a leaf is whose chain somebody else has verified and did not
+// hand on, as an Envoy does. It holds every rule on the leaf that needs neither
+// signature nor trust bundle, and no validity. AuthorityIDs has the leaf's issuer
+// alone, and NotAfter is the leaf's. The error is an *Error.
+func PeerOfLeaf(leaf *x509.Certificate) (*Peer, error) {
+	if err := checkPresented([]*x509.Certificate{leaf}); err != nil {
+		return nil, err
+	}
+	id, err := leafID(leaf)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkLeaf(leaf, id, &anchors{}); err != nil {
+		return nil, err
+	}
+	if err := checkKey(leaf.PublicKey); err != nil {
+		return nil, refuse("X13", "certificate of %q: %v", leaf.Subject, err)
+	}
+	peer := peerOf(id, leaf)
+	if len(leaf.AuthorityKeyId) > 0 {
+		peer.AuthorityIDs = []string{hex.EncodeToString(leaf.AuthorityKeyId)}
+	}
+	return peer, nil
+}
+
 // peerOf is what the leaf alone says.
 func peerOf(id spiffeid.ID, leaf *x509.Certificate) *Peer {
 	serial, ours := SerialFromBig(leaf.SerialNumber)

@@ -10,24 +10,17 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/agent/internal/workload"
 	"merlon.dev/sdk/unixsock"
 )
-
-// Header must accompany each call with the value "true" (SPIFFE Workload
-// Endpoint §3): a browser or a proxy that was tricked into calling cannot set
-// it.
-const Header = "workload.spiffe.io"
 
 // Reasons in the google.rpc.ErrorInfo of errors.
 const (
@@ -196,42 +189,6 @@ func Error(code codes.Code, reason, message, hint string) error {
 		st = with
 	}
 	return st.Err()
-}
-
-// UnaryHeader refuses calls without the security header.
-func UnaryHeader(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
-	if err := checkHeader(ctx, info.FullMethod); err != nil {
-		return nil, err
-	}
-	return next(ctx, req)
-}
-
-// StreamHeader refuses streams without the security header.
-func StreamHeader(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-	if err := checkHeader(stream.Context(), info.FullMethod); err != nil {
-		return err
-	}
-	return next(srv, stream)
-}
-
-// headerless are the services that take calls without the header, by the prefix
-// of their methods. Tools that look around do not know it, and there is nothing
-// to get. Envoy does not send it unless it is told to: SDS is let in by its own
-// name, which opens no other service, and whoever could be tricked into speaking
-// it is attested like every caller.
-var headerless = []string{
-	"/grpc.reflection.", "/grpc.health.v1.Health/",
-	"/envoy.service.secret.v3.SecretDiscoveryService/",
-}
-
-func checkHeader(ctx context.Context, method string) error {
-	if slices.ContainsFunc(headerless, func(prefix string) bool { return strings.HasPrefix(method, prefix) }) {
-		return nil
-	}
-	if values := metadata.ValueFromIncomingContext(ctx, Header); len(values) != 1 || values[0] != "true" {
-		return status.Errorf(codes.InvalidArgument, "metadata %s: true is missing", Header)
-	}
-	return nil
 }
 
 // Admins lets only root, the agent's own user and uids call.

@@ -9,13 +9,10 @@ import (
 	"net"
 	"sync"
 
-	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
-	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/tap"
 
-	"merlon.dev/agent/agentpb"
 	"merlon.dev/sdk/unixsock"
 )
 
@@ -57,27 +54,13 @@ func (l *Limit) Give(uid uint32) {
 // decisions, which are asked for call by call, are not counted.
 func (l *Limit) Tap(opens *Rate) tap.ServerInHandle {
 	return func(ctx context.Context, call *tap.Info) (context.Context, error) {
-		if opens != nil && calledOnce[call.FullMethodName] {
+		if opens != nil && rpcs[call.FullMethodName].once {
 			if err := opens.Admit(ctx, "streams opened", "keep the stream open: what changes is sent on it"); err != nil {
 				return ctx, err
 			}
 		}
 		return l.take(ctx)
 	}
-}
-
-// calledOnce are the methods that a client needs to call once, an Envoy once for
-// each name.
-var calledOnce = map[string]bool{
-	workload.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName:      true,
-	workload.SpiffeWorkloadAPI_FetchX509Bundles_FullMethodName:   true,
-	workload.SpiffeWorkloadAPI_FetchJWTBundles_FullMethodName:    true,
-	agentpb.Local_Watch_FullMethodName:                           true,
-	agentpb.Local_WatchPolicy_FullMethodName:                     true,
-	agentpb.Local_HoldKeys_FullMethodName:                        true,
-	secretv3.SecretDiscoveryService_StreamSecrets_FullMethodName: true,
-	secretv3.SecretDiscoveryService_DeltaSecrets_FullMethodName:  true,
-	secretv3.SecretDiscoveryService_FetchSecrets_FullMethodName:  true,
 }
 
 // take takes one for the call of ctx.

@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc/codes"
@@ -79,6 +80,7 @@ func TestStreamsAreOpenedAtARate(t *testing.T) {
 		agentpb.Local_Watch_FullMethodName:                           codes.ResourceExhausted,
 		agentpb.Local_WatchPolicy_FullMethodName:                     codes.ResourceExhausted,
 		agentpb.Local_Authorize_FullMethodName:                       codes.OK,
+		authv3.Authorization_Check_FullMethodName:                    codes.OK,
 	} {
 		var last error
 		for range 10 {

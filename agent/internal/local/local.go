@@ -121,16 +121,34 @@ func (s *Server) Authorize(ctx context.Context, req *agentpb.AuthorizeRequest) (
 	if !ok {
 		return nil, s.o.Callers.NotAmong("the caller is not entitled to the destination that it names")
 	}
-	in := inputOf(req, destination)
-	d := s.decide(ctx, in, entries)
-	now := time.Now()
-	s.decisions.add(in, d, now, false)
-	s.o.Decisions.Record(in, &d, now)
-	s.counted.WithLabelValues(string(d.Reason)).Inc()
+	d := s.Decide(ctx, inputOf(req, destination), entries)
 	if err := s.o.Callers.Alive(ctx); err != nil {
 		return nil, err
 	}
 	return &agentpb.AuthorizeResponse{Decision: decisionToPB(d)}, nil
+}
+
+// Decide decides a call to one of the services that the entries called are of, and
+// records the decision.
+func (s *Server) Decide(ctx context.Context, in *policy.Input, called []*cache.Entry) policy.Decision {
+	d := s.decide(ctx, in, called)
+	s.record(in, d)
+	return d
+}
+
+// Refuse is the denial, for a reason that stands before any policy, of a call to a
+// service of this node. It is recorded.
+func (s *Server) Refuse(in *policy.Input, reason policy.Reason) policy.Decision {
+	d := policy.Deny(reason)
+	s.record(in, d)
+	return d
+}
+
+func (s *Server) record(in *policy.Input, d policy.Decision) {
+	now := time.Now()
+	s.decisions.add(in, d, now, false)
+	s.o.Decisions.Record(in, &d, now)
+	s.counted.WithLabelValues(string(d.Reason)).Inc()
 }
 
 // pickDestination returns the named one of the caller's SPIFFE IDs, or the

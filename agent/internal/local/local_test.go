@@ -6,9 +6,11 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode/utf8"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -181,6 +183,20 @@ func TestNeitherClaimsNorResponsesAreKept(t *testing.T) {
 	rec, ok := d.await(t.Context(), decisionNumber(1))
 	if !ok || rec.input.JWT != nil || !rec.claims || rec.decision.Response != nil {
 		t.Errorf("kept %v %+v", ok, rec)
+	}
+}
+
+// T38: ten thousand denials of calls with long paths are not the agent's memory.
+func TestLongStringsAreCut(t *testing.T) {
+	d := newDecisions(nil)
+	long := strings.Repeat("/ä", 100_000)
+	d.add(&policy.Input{Source: long, Method: long, Path: long, Query: long, Host: long, SourceAddress: long, DestinationAddress: long, SourceSerial: long},
+		policy.Decision{DecisionID: decisionNumber(1)}, time.Time{}, false)
+	rec, ok := d.await(t.Context(), decisionNumber(1))
+	in := rec.input
+	all := in.Source + in.Method + in.Path + in.Query + in.Host + in.SourceAddress + in.DestinationAddress + in.SourceSerial
+	if !ok || !rec.shortened || len(all) > 7*maxStringBytes || !utf8.ValidString(all) || !strings.HasPrefix(in.Path, "/ä/") {
+		t.Errorf("%d bytes are kept, shortened: %v", len(all), rec.shortened)
 	}
 }
 

@@ -20,8 +20,12 @@ const (
 	maxAllowed = 1000
 )
 
-// maxHeaderBytes bounds what is kept of one call's headers.
-const maxHeaderBytes = 2048
+// maxHeaderBytes bounds what is kept of one call's headers, and maxStringBytes of each
+// of its other strings: who calls makes them up, and ten thousand are kept.
+const (
+	maxHeaderBytes = 2048
+	maxStringBytes = 2048
+)
 
 // masked stands for the values of headers that are not to be kept: of any but those
 // that the configuration names, for nobody can list all that carry secrets
@@ -61,9 +65,7 @@ func (d *decisions) add(in *policy.Input, decision policy.Decision, now time.Tim
 	}
 	rec := record{decision: decision, input: *in, decidedAt: now, shortened: shortened}
 	rec.keepHeaders(in.Headers, d.keep)
-	if len(rec.input.Query) > maxHeaderBytes {
-		rec.input.Query, rec.shortened = "", true
-	}
+	rec.keepStrings()
 	if in.JWT != nil {
 		rec.input.JWT, rec.claims = nil, true
 	}
@@ -156,6 +158,19 @@ func (r *ring) find(id policy.DecisionID) (record, bool) {
 		return record{}, false
 	}
 	return r.records[i], true
+}
+
+// keepStrings cuts what is too long. Of a query nothing is kept then.
+func (rec *record) keepStrings() {
+	in := &rec.input
+	if len(in.Query) > maxStringBytes {
+		in.Query, rec.shortened = "", true
+	}
+	for _, s := range []*string{&in.Source, &in.Method, &in.Path, &in.Host, &in.SourceAddress, &in.DestinationAddress, &in.SourceSerial} {
+		if len(*s) > maxStringBytes {
+			*s, rec.shortened = strings.ToValidUTF8(strings.Clone((*s)[:maxStringBytes]), ""), true
+		}
+	}
 }
 
 // maskedValues stands for the values of a header.
