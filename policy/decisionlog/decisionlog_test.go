@@ -360,6 +360,8 @@ func TestNamesOfFields(t *testing.T) {
 }
 
 // No secret of a call is in a record, whoever reads it.
+var secretHeaders = []string{"authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key"}
+
 func TestSecretHeadersAreNotKept(t *testing.T) {
 	in, d := deny(1)
 	in.Headers = map[string][]string{"accept": {"x"}}

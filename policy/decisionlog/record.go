@@ -69,15 +69,18 @@ const (
 // rule are in the row.
 var limits = [texts]int{128, 128, 64, 40, 128, 24, 56, 56, 96, textBytes, textBytes}
 
-// The values of secretHeaders are never in a record: they are secrets by their
-// meaning (SECURITY.md T37). That there was one is.
-var secretHeaders = []string{"authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key"}
-
 var masked = []string{"(masked)"}
 
 // SecretHeader says whether the value of the header called name, in lower case, is
-// never in a record.
-func SecretHeader(name string) bool { return slices.Contains(secretHeaders, name) }
+// never in a record: it is a secret by its meaning (SECURITY.md T37). That there was
+// one is.
+func SecretHeader(name string) bool {
+	switch name { // looked up by length first; a list costs a record with ten headers 25 ns
+	case "authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key":
+		return true
+	}
+	return false
+}
 
 // Record is one decision.
 type Record struct {
@@ -179,15 +182,16 @@ func (rec *Record) putHeaders(n int, headers map[string][]string) int {
 			continue
 		}
 		for _, v := range values {
-			n = rec.putSized(rec.putSized(n, name), v)
+			n = putSized(&rec.text, putSized(&rec.text, n, name), v)
 		}
 	}
 	return n
 }
 
-func (rec *Record) putSized(n int, s string) int {
-	rec.text[n], rec.text[n+1] = byte(len(s)>>8), byte(len(s))
-	return n + 2 + copy(rec.text[n+2:], s)
+func putSized(text *[textBytes]byte, n int, s string) int {
+	to := text[n : n+2+len(s)]
+	to[0], to[1] = byte(len(s)>>8), byte(len(s))
+	return n + 2 + copy(to[2:], s)
 }
 
 func (rec *Record) get(i int) string {

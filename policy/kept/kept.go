@@ -46,12 +46,13 @@ type Cache struct {
 
 type set [ways]atomic.Pointer[entry]
 
+// entry has what is looked at of every one in front: one fetch from memory.
 type entry struct {
 	hash    uint64
 	key     string
-	verdict program.Verdict
 	until   int64
 	used    atomic.Bool // since the last of its set was replaced
+	verdict program.Verdict
 }
 
 // New makes an empty cache for a policy that reads reads. ends are the Unix times
@@ -66,11 +67,11 @@ func New(reads Reads, ends []int64) *Cache {
 func (c *Cache) For() (Reads, []int64) { return c.reads, c.ends }
 
 // Find is the decision about a call that the policy cannot tell from in, if one is
-// kept at the Unix time at, in nanoseconds.
-func (c *Cache) Find(in *policy.Input, at int64) (v program.Verdict, ok bool) {
+// kept at the Unix time at, in nanoseconds. It is shared, and not to be changed.
+func (c *Cache) Find(in *policy.Input, at int64) (v *program.Verdict, ok bool) {
 	table := c.table.Load()
 	if table == nil {
-		return program.Verdict{}, false
+		return nil, false
 	}
 	var room [256]byte
 	key := c.key(room[:0], in)
@@ -82,14 +83,14 @@ func (c *Cache) Find(in *policy.Input, at int64) (v program.Verdict, ok bool) {
 			continue
 		}
 		if at >= e.until {
-			return program.Verdict{}, false
+			return nil, false
 		}
 		if !e.used.Load() {
 			e.used.Store(true)
 		}
-		return e.verdict, true
+		return &e.verdict, true
 	}
-	return program.Verdict{}, false
+	return nil, false
 }
 
 // Put keeps the decision v about in, which was asked for at the Unix time asked and

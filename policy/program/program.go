@@ -142,64 +142,63 @@ func (v *Verdict) Allow() bool { return v.Reason == policy.Allowed }
 // ambiguous path), then deny over allow over the nearest miss. The destination
 // of in is the program's own; another one is an error, which denies. It
 // allocates nothing unless a path is percent-encoded or a dry-run grant matches.
-func (p *Program) Decide(in *policy.Input, now time.Time) Verdict {
+func (p *Program) Decide(in *policy.Input, now time.Time) (v Verdict) {
 	switch {
 	case p.grants == nil || in == nil || in.Destination != p.source.Destination:
-		return Verdict{Reason: policy.Error}
+		v.Reason = policy.Error
 	case in.Source == "":
-		return Verdict{Reason: policy.NoIdentity}
+		v.Reason = policy.NoIdentity
 	case !p.source.NotAfter.IsZero() && now.After(p.source.NotAfter):
-		return Verdict{Reason: policy.StalePolicy}
-	}
-	if in.Protocol == policy.HTTP || in.Protocol == policy.GRPC {
-		if policy.CheckPath(in.Path) != nil {
-			return Verdict{Reason: policy.BadRequest}
-		}
-	}
-	return p.decide(in, now)
-}
-
-func (p *Program) decide(in *policy.Input, now time.Time) Verdict {
-	c := callOf(in)
-	found := found{in: p.grants}
-	found.lookup(in.Source, in.Protocol)
-	at := now.UnixNano()
-	v := p.enforced(in, &found, &c, at)
-	if allows, denies := found.dryRun(&c, at); allows != nil || denies != nil {
-		v.DryRun = slices.Sorted(slices.Values(slices.Concat(allows, denies)))
-		v.Differing = policy.Differing(v.Reason, allows, denies)
+		v.Reason = policy.StalePolicy
+	case (in.Protocol == policy.HTTP || in.Protocol == policy.GRPC) && policy.CheckPath(in.Path) != nil:
+		v.Reason = policy.BadRequest
+	default:
+		p.decide(in, now.UnixNano(), &v)
 	}
 	return v
 }
 
+// decide puts the answer where the caller has room for it: to copy it costs more than
+// to find it.
+func (p *Program) decide(in *policy.Input, at int64, v *Verdict) {
+	var c call
+	c.of(in)
+	found := found{in: p.grants}
+	found.lookup(in.Source, in.Protocol)
+	p.enforced(in, &found, &c, at, v)
+	if allows, denies := found.dryRun(&c, at); allows != nil || denies != nil {
+		v.DryRun = slices.Sorted(slices.Values(slices.Concat(allows, denies)))
+		v.Differing = policy.Differing(v.Reason, allows, denies)
+	}
+}
+
 // enforced is what all decides that is not in dry run.
-func (p *Program) enforced(in *policy.Input, found *found, c *call, at int64) (v Verdict) {
+func (p *Program) enforced(in *policy.Input, found *found, c *call, at int64, v *Verdict) {
 	elements := elements{}
 	if g := found.first(Deny, c, at); g != nil {
 		v.Reason, v.RuleID = policy.DenyRule, g.id
-		return v
+		return
 	}
 	if p.source.Deny != nil && p.source.Deny.holds(in, &elements) && !elements.failed {
 		v.Reason, v.RuleID = policy.DenyRule, "rego:deny"
-		return v
+		return
 	}
 	// As OPA does, which asks for an error before a grant can allow.
 	regoAllows := p.source.Allow != nil && p.fallible && p.source.Allow.holds(in, &elements)
 	if elements.failed {
 		v.Reason = policy.Error
-		return v
+		return
 	}
 	if g := found.first(Allow, c, at); g != nil {
 		v.Reason, v.RuleID, v.Response = policy.Allowed, g.id, p.response(true, in, &elements)
-		return v
+		return
 	}
 	if regoAllows || p.source.Allow != nil && !p.fallible && p.source.Allow.holds(in, &elements) {
 		v.Reason, v.RuleID, v.Response = policy.Allowed, "rego:allow", p.response(true, in, &elements)
-		return v
+		return
 	}
 	v.Reason, v.Response = found.nearest(c, at), p.response(false, in, &elements)
 	if elements.failed {
-		return Verdict{Reason: policy.Error}
+		*v = Verdict{Reason: policy.Error}
 	}
-	return v
 }

@@ -21,7 +21,7 @@ type call struct {
 	noPath       bool // a gRPC call whose path names no method
 }
 
-func callOf(in *policy.Input) (c call) {
+func (c *call) of(in *policy.Input) {
 	switch in.Protocol {
 	case policy.HTTP:
 		c.path, c.method = policy.DecodePath(in.Path), in.Method
@@ -30,7 +30,6 @@ func callOf(in *policy.Input) (c call) {
 		c.path, c.method, ok = policy.SplitRPC(in.Path)
 		c.noPath = !ok
 	}
-	return c
 }
 
 // rule is one grant as one pattern for callers has it.
