@@ -341,7 +341,7 @@ func (s *session) sendAnswer(c *call, f *far, back *body, closing bool) error {
 	if out.b, ended, err = back.takeBuffered(out.b); err != nil {
 		return err
 	}
-	if err := c.answerBegins(); err != nil {
+	if err := c.answerBegins(ended); err != nil {
 		return err
 	}
 	s.entry.BytesOut = int64(len(out.b) - head)
@@ -354,7 +354,7 @@ func (s *session) sendAnswer(c *call, f *far, back *body, closing bool) error {
 		}
 		return s.clock.tick(s.near, false, s.hop.Limits.StallTimeout)
 	}
-	n, err := back.send(s.near, tick, func() {})
+	n, err := back.send(s.near, tick, func() { c.finish() })
 	s.entry.BytesOut += n
 	return err
 }
@@ -378,7 +378,7 @@ func (s *session) tunnel(c *call, f *far) bool {
 	f.in.skip(len(s.res.raw))
 	late := f.in.bytes()
 	out.b = append(out.b, late...)
-	err := c.answerBegins()
+	err := c.answerBegins(false)
 	if err == nil {
 		err = s.writeNear(out.b)
 	}

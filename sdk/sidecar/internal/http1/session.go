@@ -272,13 +272,15 @@ func (c *call) use(f *far) error {
 }
 
 // answerBegins says that what follows reaches the caller, unless it has been denied.
-func (c *call) answerBegins() error {
+// whole says that it is all: the caller may have it before anybody here goes on, and
+// then nothing is under way any more.
+func (c *call) answerBegins(whole bool) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.denied != nil {
 		return errDenied
 	}
-	c.begun = true
+	c.begun, c.over = true, whole
 	return nil
 }
 
