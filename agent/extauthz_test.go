@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/pem"
+	"math/big"
 	"net/url"
 	"strconv"
 	"strings"
@@ -88,7 +89,8 @@ func TestCheck(t *testing.T) {
 	ca, n := startOrders(t)
 	inter := forge.New(t, td).Intermediate()
 	sound, lost := inter.Leaf("/web"), inter.Leaf("/web")
-	stolen := forge.New(t, td).Intermediate().Leaf("/web")
+	// Of no revision of the CA's store, so that any revocation of its authority concerns it.
+	stolen := forge.New(t, td).Intermediate().Leaf("/web", func(c *x509.Certificate) { c.SerialNumber = big.NewInt(4711) })
 	ca.Revoke(&capb.Revocation{Subject: &capb.Revocation_AuthorityId{AuthorityId: hex.EncodeToString(stolen.Chain[0].AuthorityKeyId)}})
 	ca.Revoke(&capb.Revocation{Subject: &capb.Revocation_Serial{Serial: lost.Chain[0].SerialNumber.Text(16)}})
 	eventually(t, "the revocation is there", func() bool {
