@@ -27,8 +27,10 @@ type Reads struct {
 const (
 	// A decision has its place in one set, by the hash of its call, and is kept in
 	// one of the ways there.
-	sets = 8192
-	ways = 4
+	// With as many ways, a set that has too many calls for them is rare, and so is that
+	// they push each other out for ever.
+	sets = 4096
+	ways = 8
 	// maxKey is the longest key; longer calls are decided each time.
 	maxKey = 1024
 	// maxResponse is the most that may be sent with a decision that is kept.
@@ -44,11 +46,17 @@ type Cache struct {
 	table atomic.Pointer[[sets]set] // nil until something is kept
 }
 
-type set [ways]atomic.Pointer[entry]
+type set [ways]slot
 
-// entry has what is looked at of every one in front: one fetch from memory.
+// slot has a decision and the hash of its call, which takes no further fetch from
+// memory to look at. They are not written at once: where the hash is another call's,
+// the key says so.
+type slot struct {
+	hash  atomic.Uint64
+	entry atomic.Pointer[entry]
+}
+
 type entry struct {
-	hash    uint64
 	key     string
 	until   int64
 	used    atomic.Bool // since the last of its set was replaced
@@ -78,8 +86,11 @@ func (c *Cache) Find(in *policy.Input, at int64) (v *program.Verdict, ok bool) {
 	h := maphash.Bytes(c.seed, key)
 	s := &table[h%sets]
 	for i := range s {
-		e := s[i].Load()
-		if e == nil || e.hash != h || e.key != string(key) {
+		if s[i].hash.Load() != h {
+			continue
+		}
+		e := s[i].entry.Load()
+		if e == nil || e.key != string(key) {
 			continue
 		}
 		if at >= e.until {
@@ -109,32 +120,39 @@ func (c *Cache) Put(in *policy.Input, v program.Verdict, asked, came int64) {
 		}
 	}
 	h := maphash.Bytes(c.seed, key)
-	e := &entry{hash: h, key: string(key), verdict: v, until: until}
-	table[h%sets].place(e).Store(e)
+	to := table[h%sets].place(h, key)
+	to.entry.Store(&entry{key: string(key), verdict: v, until: until})
+	to.hash.Store(h)
 }
 
-// place is where e is to be put: in the place of the same call, of none, or of one
-// that was not asked for since the last was replaced.
-func (s *set) place(e *entry) *atomic.Pointer[entry] {
-	unused := -1
+// place is where the decision about the call of this key is to be put: in the place of
+// the same call, of none, or of one that was not asked for since the last was replaced.
+func (s *set) place(hash uint64, key []byte) *slot {
+	free, unused := -1, -1
 	for i := range s {
-		old := s[i].Load()
-		switch {
-		case old == nil || old.hash == e.hash && old.key == e.key:
+		switch old := s[i].entry.Load(); {
+		case old == nil:
+			if free < 0 {
+				free = i
+			}
+		case old.key == string(key):
 			return &s[i]
 		case unused < 0 && !old.used.Load():
 			unused = i
 		}
 	}
-	if unused >= 0 {
+	switch {
+	case free >= 0:
+		return &s[free]
+	case unused >= 0:
 		return &s[unused]
 	}
 	for i := range s {
-		if old := s[i].Load(); old != nil {
+		if old := s[i].entry.Load(); old != nil {
 			old.used.Store(false)
 		}
 	}
-	return &s[e.hash/sets%ways]
+	return &s[hash/sets%ways]
 }
 
 // until is when the next grant ends.
