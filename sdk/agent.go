@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
@@ -31,10 +32,11 @@ import (
 )
 
 // Waiting times between attempts, before jitter. The socket is local: trying
-// again is cheap, and a second is what a restarted agent may be missed.
+// again is cheap, and with what follows an attempt, a second is what a restarted
+// agent may be missed.
 const (
 	minWait        = 50 * time.Millisecond
-	maxWait        = time.Second
+	maxWait        = 800 * time.Millisecond
 	maxWaitRefused = 2 * time.Second  // the agent answered, and would answer the same
 	neverWait      = 30 * time.Second // the agent does not know the call
 )
@@ -97,6 +99,15 @@ func withHeader(ctx context.Context) context.Context {
 }
 
 func (a *agent) close() { _ = a.conn.Close() } // it only reports a second close
+
+// reconnect tries to connect at once. A call that is made while gRPC still remembers
+// the last failure would fail by that, so there is a moment to forget it.
+func (a *agent) reconnect(ctx context.Context) {
+	a.conn.ResetConnectBackoff()
+	ctx, cancel := context.WithTimeout(ctx, minWait)
+	defer cancel()
+	a.conn.WaitForStateChange(ctx, connectivity.TransientFailure)
+}
 
 func (a *agent) dial(ctx context.Context, _ string) (net.Conn, error) {
 	conn, err := a.connect(ctx)
@@ -167,7 +178,7 @@ func (id *Identity) keepTrying(ctx context.Context, what string, session func(co
 			return
 		}
 		wait = min(wait*2, longest)
-		id.agent.conn.ResetConnectBackoff()
+		id.agent.reconnect(ctx)
 	}
 }
 

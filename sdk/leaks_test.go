@@ -327,7 +327,7 @@ func TestUnreadEndsLeaveTheTableAtExpiry(t *testing.T) {
 		if n := orders.LiveConns(); n != conns {
 			t.Errorf("%d connections before the end; want %d", n, conns)
 		}
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute + time.Second)
 		if n := orders.LiveConns(); n != 0 {
 			t.Errorf("%d connections after the end", n)
 		}

@@ -132,7 +132,7 @@ func TestOpenIsReadyAsSoonAsTheAgentComes(t *testing.T) {
 // In a bubble, where time is exact: however long the agent was away, a process is ready
 // within a second of its return, and one that does not wait for so long learns why.
 func TestOpenIsReadyWithinASecondOfTheAgent(t *testing.T) {
-	for _, away := range []time.Duration{time.Millisecond, 10 * time.Second, 30 * time.Minute} {
+	for _, away := range []time.Duration{time.Millisecond, 10 * time.Second, time.Minute} {
 		t.Run(away.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				td := sdktest.NewInMemory(t)
@@ -144,7 +144,7 @@ func TestOpenIsReadyWithinASecondOfTheAgent(t *testing.T) {
 				}
 				var back time.Time
 				time.AfterFunc(away, func() { back = time.Now(); td.StartAgent("web") })
-				id, err := sdk.Open(t.Context(), as, quiet, sdk.WithStartupTimeout(2*time.Hour))
+				id, err := sdk.Open(t.Context(), as, quiet, sdk.WithStartupTimeout(time.Hour))
 				if err != nil {
 					t.Fatal(err)
 				}
