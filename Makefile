@@ -27,6 +27,7 @@ test: ## unit, property, script and integration tests with the race detector
 	@command -v psql >/dev/null || echo 'tests of PostgreSQL logins are skipped without the server: apt-get install postgresql'
 	@command -v redis-server >/dev/null || echo 'the test of the Redis example is skipped without the server: apt-get install redis-server'
 	@command -v softhsm2-util >/dev/null || echo 'tests of PKCS #11 tokens are skipped without SoftHSM: apt-get install softhsm2'
+	@command -v h2load >/dev/null || echo 'the sidecar is not put under load by h2load without it: apt-get install nghttp2-client'
 	@command -v systemd-analyze >/dev/null || echo 'the unit files are not checked without systemd-analyze: apt-get install systemd'
 	@test -e $(MERLON_INTEROP)/installed || echo 'tests with a real Envoy and with clients in Python and JavaScript are skipped without them: make interop'
 	go test -race ./...

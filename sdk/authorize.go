@@ -253,6 +253,14 @@ func (id *Identity) decidePlaintext(ctx context.Context, in *policy.Input) polic
 	return id.letThrough(ctx, in, id.refused(in, policy.NoIdentity))
 }
 
+// DecidesHere says whether the policy of calls to this process is compiled, so that
+// Decide does not wait for the agent. It is for enforcement points that must not
+// block; the next call of Decide can still be another matter.
+func (id *Identity) DecidesHere() bool {
+	own := id.current.Load().svid
+	return own == nil || id.program(own.ID.String(), time.Now()) != nil
+}
+
 // fill takes both ends of the call from the connection.
 func (id *Identity) fill(in *policy.Input, peer *svid.Peer) {
 	in.Source, in.Destination, in.SourceSerial = "", "", ""

@@ -10,6 +10,20 @@ import (
 	"merlon.dev/sdk/sdktest"
 )
 
+func TestAnEnforcementPointKnowsWhetherItHasToWait(t *testing.T) {
+	td := sdktest.New(t)
+	orders := td.Workload("orders")
+	if orders.DecidesHere() {
+		t.Error("there is no compiled policy, and the agent decides")
+	}
+	td.CompilePolicy()
+	for end := time.Now().Add(30 * time.Second); !orders.DecidesHere(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the compiled policy is not used")
+		}
+	}
+}
+
 func TestCompiledPolicyOutlivesTheAgent(t *testing.T) {
 	td := sdktest.New(t)
 	td.Allow("web", "orders")

@@ -9,6 +9,7 @@ import (
 	"merlon.dev/policy"
 	"merlon.dev/sdk/sidecar/internal/hop"
 	"merlon.dev/sdk/sidecar/internal/http1"
+	"merlon.dev/sdk/sidecar/internal/http2"
 	"merlon.dev/sdk/sidecar/internal/relay"
 )
 
@@ -25,8 +26,10 @@ type engine struct {
 
 // engines are the protocols by their name in the configuration.
 var engines = map[string]engine{
-	"http": {asks: policy.HTTP, alpn: []string{"http/1.1"}, make: http1.New},
-	"tcp":  {asks: policy.TCP, make: relay.New},
+	"grpc":  {asks: policy.GRPC, alpn: []string{"h2"}, make: http2.New},
+	"http":  {asks: policy.HTTP, alpn: []string{"http/1.1"}, make: http1.New},
+	"http2": {asks: policy.HTTP, alpn: []string{"h2"}, make: http2.New},
+	"tcp":   {asks: policy.TCP, make: relay.New},
 }
 
 func protocols() []string { return slices.Sorted(maps.Keys(engines)) }

@@ -127,10 +127,20 @@ type pair struct {
 // startPair starts both sidecars around the app at address. web may call orders.
 func startPair(t testing.TB, protocol, app string) *pair {
 	t.Helper()
+	return startPairWith(t, protocol, app, func(*Config) {})
+}
+
+// startPairWith is startPair with other settings.
+func startPairWith(t testing.TB, protocol, app string, set func(*Config)) *pair {
+	t.Helper()
 	td := sdktest.New(t)
 	td.Allow("web", "orders")
-	in := start(t, td, "orders", Config{Inbound: []Inbound{{Listen: "127.0.0.1:0", App: app, Protocol: protocol}}})
-	out := start(t, td, "web", Config{Outbound: []Outbound{{Listen: "127.0.0.1:0", To: "orders", Upstreams: []string{in.addrs[0]}, Protocol: protocol}}})
+	cfg := Config{Inbound: []Inbound{{Listen: "127.0.0.1:0", App: app, Protocol: protocol}}}
+	set(&cfg)
+	in := start(t, td, "orders", cfg)
+	cfg = Config{Outbound: []Outbound{{Listen: "127.0.0.1:0", To: "orders", Upstreams: []string{in.addrs[0]}, Protocol: protocol}}}
+	set(&cfg)
+	out := start(t, td, "web", cfg)
 	return &pair{td: td, inbound: in, outbound: out}
 }
 
