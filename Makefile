@@ -8,7 +8,7 @@ BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 export MERLON_INTEROP ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/merlon/interop
 
 .DEFAULT_GOAL := help
-.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas pidreuse clocks leaks taint reconnect
+.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas pidreuse clocks leaks taint reconnect posture
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -110,6 +110,9 @@ rotate-replicas: ## the same on two replicas and etcd; each replica is killed in
 REUSES ?= 10000
 pidreuse: ## give the number of a connected process to another one REUSES times (default 10000); needs root; about a minute
 	REUSES=$(REUSES) go test -count 1 -timeout 1h -v ./integration -run TestReusedProcessIDGetsNoForeignSVID
+
+posture: ## have testssl.sh look at the TLS of a bundle endpoint; half a minute
+	MERLON_TESTSSL=1 go test -count 1 -v -run TestTestsslFindsNothing ./integration
 
 clocks: ## ban a node while the clock of the CA, or of its agent, jumps by an hour; compiles both anew; 4 to 10 minutes
 	MERLON_CLOCKS=1 go test -count 1 -timeout 1h -v -run TestBanDoesNotDependOnClocks ./integration

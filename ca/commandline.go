@@ -69,6 +69,7 @@ var usage = map[string]string{ //nolint:gosec // says what settings are; holds n
 	"dns_names":              "DNS names, separated by commas, in the CA's own certificate beside localhost",
 	"x509_svid_ttl":          "life of X509-SVIDs whose entry does not say (default 1h)",
 	"jwt_svid_ttl":           "life of JWT-SVIDs whose entry does not say (default 5m)",
+	"jwt_issuer":             "what JWT-SVIDs say in iss, https://HOST of bundle_endpoint",
 	"jwt_algorithm":          "ES256 or RS256: what JWT keys made from now on sign with (default ES256)",
 	"agent_issue_rate":       "how many SVIDs a second an agent gets, beside one for each 20 of its entries (default 100)",
 	"jwt_max_audiences":      "how many audiences one JWT-SVID may have (default 1)",

@@ -222,6 +222,15 @@ type Config struct {
 	// host names, such as a stock OPA. "localhost" is always there.
 	DNSNames []string `yaml:"dns_names"`
 
+	// BundleEndpoint serves the trust bundle to other trust domains, with a
+	// certificate of the web. Default: none.
+	BundleEndpoint BundleEndpoint `yaml:"bundle_endpoint"`
+
+	// JWTIssuer is what JWT-SVIDs say in iss, https://HOST of the bundle endpoint:
+	// there OpenID Connect discovery is served, for parties that take JWT-SVIDs as
+	// ID tokens. The same on all replicas; who has it once keeps it. Default: none.
+	JWTIssuer string `yaml:"jwt_issuer"`
+
 	// X509SVIDTTL is how long a workload's X509-SVID lives if its entry does
 	// not say. Agents renew at half of it. Default: 1h; at most 24h.
 	X509SVIDTTL time.Duration `yaml:"x509_svid_ttl"`
@@ -344,7 +353,7 @@ func (c Config) Validate() error {
 	if err := c.checkJoin(); err != nil {
 		return err
 	}
-	if err := c.checkAdmins(); err != nil {
+	if err := cmp.Or(c.checkAdmins(), c.checkEndpoint()); err != nil {
 		return err
 	}
 	if err := c.NodeAttestors.validate(td); err != nil {

@@ -42,7 +42,7 @@ func Keys() []string {
 		"upstream", "upstream_root_file", "upstream_address", "upstream_cert_file", "upstream_key_file",
 		"upstream_provisioner", "upstream_password_file", "upstream_config_file",
 		"address", "https_address", "health_address", "admin_socket", "admin_uids", "dns_names",
-		"x509_svid_ttl", "jwt_svid_ttl", "jwt_algorithm", "jwt_max_audiences", "agent_issue_rate", "agent_svid_ttl", "agent_recovery",
+		"x509_svid_ttl", "jwt_svid_ttl", "jwt_issuer", "jwt_algorithm", "jwt_max_audiences", "agent_issue_rate", "agent_svid_ttl", "agent_recovery",
 		"root_ttl", "intermediate_ttl", "jwt_key_ttl", "trust_refresh_hint",
 		"canary_denied_per_mille", "canary_min_calls", "development",
 		"log_level", "log_format",
@@ -116,7 +116,7 @@ func (c *Config) text(key string) *string {
 		"upstream_cert_file": &c.UpstreamCertFile, "upstream_key_file": &c.UpstreamKeyFile, "upstream_provisioner": &c.UpstreamProvisioner,
 		"upstream_password_file": &c.UpstreamPasswordFile, "upstream_config_file": &c.UpstreamConfigFile,
 		"address": &c.Address, "https_address": &c.HTTPSAddress, "health_address": &c.HealthAddress,
-		"admin_socket": &c.AdminSocket, "jwt_algorithm": &c.JWTAlgorithm, "log_level": &c.LogLevel, "log_format": &c.LogFormat,
+		"admin_socket": &c.AdminSocket, "jwt_algorithm": &c.JWTAlgorithm, "jwt_issuer": &c.JWTIssuer, "log_level": &c.LogLevel, "log_format": &c.LogFormat,
 	}[key]
 }
 

@@ -42,7 +42,9 @@ const (
 	// maxConnections is per port: 10 000 agents with a second connection while
 	// they renew.
 	maxConnections = 25_000
-	drainTimeout   = 5 * time.Second
+	// maxPublicConnections is of the bundle endpoint, to which anybody may come.
+	maxPublicConnections = 1_000
+	drainTimeout         = 5 * time.Second
 	// storePatience is how long a CA that starts waits for a store that cannot be
 	// reached, before it fails and says so.
 	storePatience = time.Minute
@@ -59,6 +61,7 @@ type Server struct {
 
 	// Set before ready is closed.
 	address, httpsAddress, healthAddress net.Addr
+	bundleAddress                        net.Addr // nil: there is no bundle endpoint
 	root                                 *x509.Certificate
 }
 
@@ -83,6 +86,10 @@ func (s *Server) Address() net.Addr { return s.address }
 
 // HTTPSAddress is where bundles are served. Call it after Ready.
 func (s *Server) HTTPSAddress() net.Addr { return s.httpsAddress }
+
+// BundleAddress is where the bundle endpoint is served; nil: there is none. Call it
+// after Ready.
+func (s *Server) BundleAddress() net.Addr { return s.bundleAddress }
 
 // HealthAddress is where health and metrics are served. Call it after Ready.
 func (s *Server) HealthAddress() net.Addr { return s.healthAddress }
@@ -125,6 +132,7 @@ type parts struct {
 	decisions   *report.Log
 	service     *api.Service
 	own         *ownSVID
+	publicTLS   *tls.Config // of the bundle endpoint, where there is one
 	// mirror, realm and above are a nested CA's.
 	mirror  *nested.Mirror
 	realm   uint32
@@ -265,7 +273,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 		Authorities: p.authorities, Domain: p.domain, Rotation: s.cfg.rotation(), JWTKeyTTL: s.cfg.JWTKeyTTL,
 		Log: s.log, Metrics: p.health.Registry(), UIDs: uids, Tokens: tokens, Attestors: attestors,
 		X509SVIDTTL: s.cfg.X509SVIDTTL, JWTSVIDTTL: s.cfg.JWTSVIDTTL, AgentSVIDTTL: s.cfg.AgentSVIDTTL, AgentRecovery: s.cfg.AgentRecovery,
-		JWTMaxAudiences: s.cfg.JWTMaxAudiences, IssueRate: s.cfg.AgentIssueRate, Realm: p.realm, Canary: s.cfg.canaryLimits(),
+		JWTIssuer: s.cfg.JWTIssuer, JWTMaxAudiences: s.cfg.JWTMaxAudiences, IssueRate: s.cfg.AgentIssueRate, Realm: p.realm, Canary: s.cfg.canaryLimits(),
 	}
 	if p.keys.HoldsRoot() && !p.keys.HasUpstream() {
 		options.Root = p.keys
@@ -287,6 +295,11 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 		p.above.own, p.authorities.above = p.own, p.above
 		p.above.watch(p.health)
 	}
+	if s.cfg.BundleEndpoint.Address != "" {
+		if p.publicTLS, err = s.cfg.endpointTLS(s.log); err != nil {
+			return err
+		}
+	}
 	if err := p.openReports(s.cfg); err != nil {
 		return err
 	}
@@ -298,8 +311,8 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 	return nil
 }
 
-// listeners are the bound addresses.
-type listeners struct{ grpc, https, health, admin net.Listener }
+// listeners are the bound addresses; public is nil where there is no bundle endpoint.
+type listeners struct{ grpc, https, public, health, admin net.Listener }
 
 func (s *Server) listen() (l *listeners, err error) {
 	l = &listeners{}
@@ -322,6 +335,9 @@ func (s *Server) listen() (l *listeners, err error) {
 		}
 		*tcp.to = netutil.LimitListener(lis, maxConnections)
 	}
+	if err := s.listenPublic(l); err != nil {
+		return l, err
+	}
 	if l.admin, err = unixsock.Listen(s.cfg.AdminSocket, s.cfg.adminAccess()); err != nil {
 		return l, fmt.Errorf("admin_socket: %w", err)
 	}
@@ -329,8 +345,23 @@ func (s *Server) listen() (l *listeners, err error) {
 	return l, nil
 }
 
+// listenPublic is for the bundle endpoint, where there is one.
+func (s *Server) listenPublic(l *listeners) error {
+	address := s.cfg.BundleEndpoint.Address
+	if address == "" {
+		return nil
+	}
+	lis, err := net.Listen("tcp", address)
+	if err != nil {
+		return fmt.Errorf("bundle_endpoint.address: %w", err)
+	}
+	l.public = netutil.LimitListener(lis, maxPublicConnections)
+	s.bundleAddress = lis.Addr()
+	return nil
+}
+
 func (l *listeners) close() {
-	for _, lis := range []net.Listener{l.grpc, l.https, l.health, l.admin} {
+	for _, lis := range []net.Listener{l.grpc, l.https, l.public, l.health, l.admin} {
 		if lis != nil {
 			lis.Close()
 		}
@@ -386,6 +417,10 @@ func (s *Server) startServers(ctx context.Context, g *errgroup.Group, p *parts, 
 		Bundles: bundles{p.releases, p.registry, p.service, &shares{policy: p.policy}}.handler(s.log),
 	})
 	g.Go(func() error { return pages.Serve(ctx, l.https, s.tlsConfig(p, "h2", "http/1.1")) })
+	if l.public != nil {
+		public := &web.Public{Registry: p.registry, Issuer: s.cfg.JWTIssuer, Standing: p.service.Standing, Log: s.log}
+		g.Go(func() error { return public.Serve(ctx, l.public, p.publicTLS) })
+	}
 	g.Go(func() error { return p.health.Serve(ctx, l.health) })
 }
 

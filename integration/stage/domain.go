@@ -112,7 +112,7 @@ address: %s
 https_address: 127.0.0.1:%d
 health_address: %s
 admin_socket: %s
-`, d.TrustDomain, filepath.Join(d.dir, "ca-data"), d.GRPC, https, d.Health, d.Admin)+strings.Join(append(d.settings, ""), "\n"))
+`, d.TrustDomain, d.CAData(), d.GRPC, https, d.Health, d.Admin)+strings.Join(append(d.settings, ""), "\n"))
 	if d.binary == "" {
 		d.binary = "merlon-ca"
 	}
@@ -228,6 +228,9 @@ func (d *Domain) ID(path string) string { return "spiffe://" + d.TrustDomain + p
 
 // AgentID is the SPIFFE ID of the agent of Separate.
 func (d *Domain) AgentID() string { return d.agentID }
+
+// CAData is the data_dir of StartCA's CA.
+func (d *Domain) CAData() string { return filepath.Join(d.dir, "ca-data") }
 
 // AgentData is the data_dir of StartAgent's agent.
 func (d *Domain) AgentData() string { return filepath.Join(d.dir, "agent-data") }

@@ -120,6 +120,8 @@ type Options struct {
 	// AgentRecovery is how long after it was issued an agent's X509-SVID brings it
 	// back, at most entry.MaxSVIDTTL.
 	AgentRecovery time.Duration
+	// JWTIssuer is what JWT-SVIDs say in iss; optional.
+	JWTIssuer string
 	// JWTMaxAudiences is how many audiences one JWT-SVID may have.
 	JWTMaxAudiences int
 	// IssueRate is how many SVIDs a second an agent without entries may have.

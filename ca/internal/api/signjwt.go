@@ -101,7 +101,7 @@ func (b *signingJWT) issue(item *capb.SignJWTItem, e *entry.Entry, r *audit.Reco
 		return "", err
 	}
 	token, notAfter, err := b.key.Issue(authority.JWTRequest{
-		SPIFFEID: e.SPIFFEID, Audience: item.GetAudience(), Serial: serial, TTL: e.JWTTTL(b.now, b.service.opts.JWTSVIDTTL), Now: b.now,
+		SPIFFEID: e.SPIFFEID, Issuer: b.service.opts.JWTIssuer, Audience: item.GetAudience(), Serial: serial, TTL: e.JWTTTL(b.now, b.service.opts.JWTSVIDTTL), Now: b.now,
 	})
 	if err != nil {
 		return "", err

@@ -44,6 +44,7 @@ type JWTAuthority struct {
 // JWTRequest asks for a JWT-SVID.
 type JWTRequest struct {
 	SPIFFEID spiffeid.ID
+	Issuer   string   // iss, for those who take the token for an ID token; optional
 	Audience []string // at least one, at most MaxJWTAudiences
 	Serial   svid.Serial
 	TTL      time.Duration
@@ -60,6 +61,7 @@ type jwtClaims struct {
 	Aud []string `json:"aud"`
 	Exp int64    `json:"exp"`
 	Iat int64    `json:"iat"`
+	Iss string   `json:"iss,omitempty"`
 	Jti string   `json:"jti"`
 	Sub string   `json:"sub"`
 }
@@ -72,7 +74,7 @@ func (a *JWTAuthority) Issue(req JWTRequest) (token string, exp time.Time, err e
 	}
 	exp = req.Now.Add(req.TTL).UTC().Truncate(time.Second)
 	claims, err := json.Marshal(jwtClaims{
-		Aud: req.Audience, Exp: exp.Unix(), Iat: req.Now.Unix(), Jti: req.Serial.String(), Sub: req.SPIFFEID.String(),
+		Aud: req.Audience, Exp: exp.Unix(), Iat: req.Now.Unix(), Iss: req.Issuer, Jti: req.Serial.String(), Sub: req.SPIFFEID.String(),
 	})
 	if err != nil {
 		return "", time.Time{}, fmt.Errorf("encode the JWT-SVID of %s: %w", req.SPIFFEID, err)

@@ -24,7 +24,6 @@ import (
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/report"
 	"merlon.dev/ca/internal/store"
-	"merlon.dev/ca/internal/trust"
 	"merlon.dev/sdk/svid"
 )
 
@@ -75,15 +74,19 @@ func New(o Options) *Server { return &Server{opts: o} }
 // Serve answers on lis until ctx ends, then lets running requests finish for a
 // moment and returns nil. It closes lis.
 func (s *Server) Serve(ctx context.Context, lis net.Listener, cfg *tls.Config) error {
+	return serveTLS(ctx, lis, cfg, s.Handler(), s.opts.Log)
+}
+
+func serveTLS(ctx context.Context, lis net.Listener, cfg *tls.Config, h http.Handler, log *slog.Logger) error {
 	srv := &http.Server{
-		Handler:           s.Handler(),
+		Handler:           h,
 		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      writeTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
 		TLSConfig:         cfg,
-		ErrorLog:          slog.NewLogLogger(s.opts.Log.Handler(), slog.LevelDebug),
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		// Long polls end with the server.
 		BaseContext: func(net.Listener) context.Context { return ctx },
 	}
@@ -118,7 +121,7 @@ func (s *Server) Handler() http.Handler {
 		name, isBundle := strings.CutPrefix(path, bundlesPath)
 		candidate, isCandidate := strings.CutPrefix(path, candidatesPath)
 		switch {
-		case path == "/v1/trust/bundle":
+		case path == TrustBundlePath:
 			s.trustBundle(w, r)
 		case isBundle && release.CheckName(name) == nil:
 			s.policyBundle(w, r, name, http.MethodGet, http.MethodHead, http.MethodPut)
@@ -146,17 +149,7 @@ func (s *Server) trustBundle(w http.ResponseWriter, r *http.Request) {
 		problem(w, http.StatusServiceUnavailable, "no trust bundle is published yet")
 		return
 	}
-	w.Header().Set("Content-Type", "application/json")
-	hint, ok := b.Keys.RefreshHint()
-	if !ok {
-		hint = trust.RefreshHint
-	}
-	w.Header().Set("Cache-Control", "max-age="+strconv.Itoa(int(hint/time.Second)))
-	w.Header().Set("Content-Length", strconv.Itoa(len(b.JWKS)))
-	if r.Method == http.MethodHead {
-		return
-	}
-	_, _ = w.Write(b.JWKS) // the client may be gone; nothing to do about it
+	writeDocument(w, r, b, b.JWKS)
 }
 
 // policyBundle answers by Options.Bundles whom it is for: the bundle called name, or
