@@ -75,10 +75,8 @@ func (d *door) accept(ctx context.Context) {
 		conn, err := d.lis.Accept()
 		if err == nil {
 			pause = firstPause
-			d.going.Go(func() {
-				defer func() { <-d.slots }()
-				d.serve(ctx, conn)
-			})
+			d.hold(conn)
+			d.going.Go(func() { d.greet(ctx, conn) })
 			continue
 		}
 		<-d.slots
@@ -95,19 +93,26 @@ func (d *door) accept(ctx context.Context) {
 	}
 }
 
-// serve takes one connection through.
-func (d *door) serve(ctx context.Context, conn net.Conn) {
-	d.hold(conn)
-	defer d.release(conn)
-	if d.hop.Direction == hop.Inbound {
-		// Not ctx itself: who has begun may finish, and a handshake is bounded anyway.
-		secured, err := d.hop.Identity.ServerHandshake(context.WithoutCancel(ctx), conn, d.alpn...)
-		if err != nil {
-			return // closed and logged where the peer was refused
-		}
-		d.engine.Serve(ctx, secured)
+// greet does the handshake of an inbound connection.
+func (d *door) greet(ctx context.Context, conn net.Conn) {
+	if d.hop.Direction == hop.Outbound {
+		d.serve(ctx, conn, conn)
 		return
 	}
+	// Not ctx itself: who has begun may finish, and a handshake is bounded anyway.
+	secured, err := d.hop.Identity.ServerHandshake(context.WithoutCancel(ctx), conn, d.alpn...)
+	if err != nil { // closed and logged where the peer was refused
+		d.release(conn)
+		return
+	}
+	// On a goroutine of its own: a handshake leaves a large stack behind, which the
+	// connection would keep.
+	d.going.Go(func() { d.serve(ctx, conn, secured) })
+}
+
+// serve serves a connection to its end.
+func (d *door) serve(ctx context.Context, raw, conn net.Conn) {
+	defer d.release(raw)
 	d.engine.Serve(ctx, conn)
 }
 
@@ -121,6 +126,7 @@ func (d *door) release(conn net.Conn) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.conns, conn)
+	<-d.slots
 }
 
 // closeAll ends every connection, whatever it is at.

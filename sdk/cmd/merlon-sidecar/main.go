@@ -10,16 +10,24 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"syscall"
 
 	"merlon.dev/sdk/sidecar"
 )
+
+// gcPercent keeps the sidecar small: it shares its node with those it serves. GOGC
+// overrides it.
+const gcPercent = 50
 
 func main() { os.Exit(main1()) }
 
 func main1() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
 	cl, err := sidecar.ParseCommandLine(os.Args[1:], os.Getenv, os.Stderr)
 	if errors.Is(err, flag.ErrHelp) {
 		return 0

@@ -9,7 +9,7 @@ import (
 )
 
 const (
-	smallBytes = 4 << 10 // most heads fit
+	smallBytes = 2 << 10 // most heads fit
 	largeBytes = 32 << 10
 )
 
@@ -31,8 +31,8 @@ func (b *buffer) skip(n int) {
 	}
 }
 
-// fill reads once from conn. It makes room by moving what is there to the front, and
-// beyond that up to limit bytes; errLong says that there is none.
+// fill reads once from conn. It makes room by moving what is there to the front, by a
+// large buffer, and beyond that up to limit bytes; errLong says that there is none.
 func (b *buffer) fill(conn net.Conn, limit int) error {
 	if b.b == nil {
 		b.b = b.small[:]
@@ -57,7 +57,10 @@ func (b *buffer) room(limit int) {
 		b.r = 0
 		return
 	}
-	if len(b.b) < limit {
+	switch {
+	case len(b.b) < largeBytes:
+		b.enlarge()
+	case len(b.b) < limit:
 		longer := make([]byte, min(2*len(b.b), limit))
 		copy(longer, b.b[:b.w])
 		b.giveBack()
