@@ -206,12 +206,13 @@ func newQuery(c *ast.Compiler, question ast.Body) (query, error) {
 }
 
 // compile returns the compiled modules; prepare, if any, sets up the compiler.
-func compile(modules map[string]string, prepare func(*ast.Compiler)) (*ast.Compiler, error) {
+func compile(modules map[string]string, prepare func(*ast.Compiler)) (c *ast.Compiler, err error) {
+	defer noPanic(&err)
 	parsed, err := parse(modules)
 	if err != nil {
 		return nil, err
 	}
-	c := ast.NewCompiler().WithCapabilities(Capabilities()).WithStrict(false).WithStageAfterID(ast.StageCheckRecursion, checkComposed)
+	c = ast.NewCompiler().WithCapabilities(Capabilities()).WithStrict(false).WithStageAfterID(ast.StageCheckRecursion, checkComposed)
 	if prepare != nil {
 		prepare(c)
 	}
@@ -219,6 +220,14 @@ func compile(modules map[string]string, prepare func(*ast.Compiler)) (*ast.Compi
 		return nil, firstError(c.Errors)
 	}
 	return c, nil
+}
+
+// noPanic makes an error of a panic: a policy that finds a bug, OPA's or ours, must stop
+// neither the CA nor an agent.
+func noPanic(err *error) {
+	if r := recover(); r != nil {
+		*err = fmt.Errorf("panic: %v", r)
+	}
 }
 
 // parsedModule is Module, which no compiler changes.
@@ -272,16 +281,12 @@ func checkPackage(name string, m *ast.Module) error {
 	if root == "merlon" || root == "system" {
 		return errorAt(m.Package.Location, name, "%s is reserved; policies are in package authz", m.Package)
 	}
-	if !answers(m) {
-		return nil
-	}
 	for _, rule := range m.Rules {
-		answer := rule.Head.Ref().String()
-		if answer != "allow" && answer != "deny" {
-			continue
-		}
-		if len(rule.Head.Args) > 0 || rule.Head.RuleKind() == ast.MultiValue {
-			return errorAt(rule.Location, name, "%s must be a boolean rule, such as: %s if { … }", answer, answer)
+		switch path.Extend(rule.Head.Ref()).String() { // as package envoy can have it, too: authz.allow
+		case "data.authz.allow", "data.authz.deny", "data.envoy.authz.allow", "data.envoy.authz.deny":
+			if answer := rule.Head.Ref().String(); len(rule.Head.Args) > 0 || rule.Head.RuleKind() == ast.MultiValue {
+				return errorAt(rule.Location, name, "%s must be a boolean rule, such as: %s if { … }", answer, answer)
+			}
 		}
 	}
 	return nil

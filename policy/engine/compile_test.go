@@ -110,6 +110,8 @@ func TestModulesThatAreRefused(t *testing.T) {
 		"partial set deny":  {"package authz\n\ndeny contains \"x\" if input.x\n", "deny must be a boolean rule"},
 		"partial set allow": {"package envoy.authz\n\nallow contains 1\n", "allow must be a boolean rule"},
 		"function":          {"package authz\n\nallow(x) if x\n", "allow must be a boolean rule"},
+		"a set from above":  {"package envoy\n\nauthz.allow contains 1\n", "authz.allow must be a boolean rule"},
+		"a function there":  {"package envoy\n\nauthz.deny(x) if x\n", "authz.deny must be a boolean rule"},
 		"syntax":            {"package authz\n\nallow if {\n", "a.rego:"},
 		"version 0":         {"package authz\n\nallow { input.x }\n", "`if` keyword is required"},
 		"recursion":         {"package authz\n\nallow if deny\n\ndeny if allow\n", "recursive"},

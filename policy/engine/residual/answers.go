@@ -35,7 +35,10 @@ func AnswersObjects(c *ast.Compiler) bool {
 	for _, path := range asked {
 		for _, rule := range c.GetRules(ast.MustParseRef(path)) {
 			for ; rule != nil; rule = rule.Else {
-				if _, boolean := rule.Head.Value.Value.(ast.Boolean); !boolean && strings.HasSuffix(path, ".allow") || pathOf(rule) != path {
+				if pathOf(rule) != path || rule.Head.Value == nil { // a set has none
+					return true
+				}
+				if _, boolean := rule.Head.Value.Value.(ast.Boolean); !boolean && strings.HasSuffix(path, ".allow") {
 					return true
 				}
 			}
@@ -76,6 +79,9 @@ func Answers(c *ast.Compiler) (all []Answer) {
 // answerOf is the value of rule, if it is a constant: in its head, or one that its
 // body gives a variable.
 func answerOf(rule *ast.Rule) (ast.Value, bool) {
+	if rule.Head.Value == nil { // of a set
+		return nil, false
+	}
 	value := rule.Head.Value.Value
 	v, isVar := value.(ast.Var)
 	if !isVar {
