@@ -101,7 +101,7 @@ func (w *writer) set() string {
 
 // condition is one line of a body.
 func (w *writer) condition(depth int) string {
-	switch n := w.IntN(24); {
+	switch n := w.IntN(36); {
 	case n < 6:
 		return fmt.Sprintf("%s %s %s", w.text(), w.one("==", "==", "!=", "<", ">=", "<=", ">"), w.either())
 	case n < 8:
@@ -136,6 +136,8 @@ func (w *writer) condition(depth int) string {
 		return fmt.Sprintf("%s[_] == %s", w.list(), w.either())
 	case n < 23:
 		return w.text()
+	case n < 35 && depth < 3:
+		return w.shape(depth)
 	}
 	return w.rare()
 }
@@ -351,7 +353,7 @@ func TestProgramsAnswerAsOPADoes(t *testing.T) {
 		programs := map[string]*attempt{}
 		for range calls {
 			tried++
-			in := w.call()
+			in := w.anyCall()
 			r := programs[in.Destination]
 			if r == nil {
 				r = &attempt{}
@@ -369,7 +371,7 @@ func TestProgramsAnswerAsOPADoes(t *testing.T) {
 			if r.err != nil {
 				kept += compareKept(t, e, in, module)
 				// Another one that differs in what the policy may not read.
-				other := w.call()
+				other := w.anyCall()
 				other.Source, other.Destination, other.Protocol, other.Method, other.Path = in.Source, in.Destination, in.Protocol, in.Method, in.Path
 				kept += compareKept(t, e, other, module)
 				continue

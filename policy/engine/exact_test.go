@@ -4,6 +4,7 @@
 package engine
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -11,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/open-policy-agent/opa/v1/ast"
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/engine/residual"
@@ -43,6 +46,10 @@ func TestWhatHasNoCompiledForm(t *testing.T) {
 		"an object":                           {"allow if x.a == 1\n\nx[k] := 1 if some k in input.parsed_path", "x is an object, whose values could disagree"},
 		"one argument twice":                  {"allow if f(input.protocol, input.protocol)\n\nf(a, a) := true", "has one argument twice"},
 		"a comparison negated":                {"allow if not input.protocol == input.attributes.request.http.host", "that two parts of the call are equal is negated"},
+		"equality as a value":                 {"allow if (input.protocol == \"http\") == false", "a.rego:3: whether two things are equal is used as a value"},
+		"an object of all that holds":         {"allow if {\n\tm := {k: v | some [k, v] in [[\"a\", 1], [\"a\", 2]]}\n\tnot m.a == 1\n}", "a.rego:4: an object is made of all that holds"},
+		"what is true and false":              {"allow if not open(input.parsed_path[0])\n\ntable := {\"a\": true, \"b\": false, \"c\": true}\n\nopen(x) := table[x]", "a.rego:7: evaluation without a call fails here"},
+		"a comprehension":                     {"allow if [1 | input.protocol == \"http\"] == [1]", "a.rego:3: a comprehension has no native form"},
 		"itself":                              {"allow if input.attributes.request == input.attributes.request", "is compared with itself"},
 		"the clock":                           {"allow if time.now_ns() > 1", "a.rego:3: time.now_ns has no native form"},
 		"a number":                            {"allow if input.attributes.source.address.socketAddress.portValue == 1", "portValue has no native form"},
@@ -140,6 +147,44 @@ func TestWhatHasACompiledForm(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A program is the same each time it is made: services are sent what has changed.
+func TestProgramsAreTheSameEachTime(t *testing.T) {
+	var rules strings.Builder
+	for _, header := range []string{"a", "b", "c", "d", "e"} {
+		for _, value := range []string{"1", "2", "3", "4"} {
+			rules.WriteString("allow if {\n\tinput.attributes.request.http.headers." + header + " == \"" + value + "\"\n\tinput.attributes.request.http.method == \"" + value + "\"\n}\n")
+		}
+	}
+	var first []byte
+	for range 10 {
+		e := load(t, nil, map[string]string{"a.rego": "package authz\n\n" + rules.String()})
+		encoded, err := e.Encoded(t.Context(), get("/").Destination)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if first == nil {
+			first = encoded
+		}
+		if !bytes.Equal(encoded, first) {
+			t.Fatal("two programs of one policy differ")
+		}
+	}
+}
+
+// A bug that a policy finds is an error, of the policy alone.
+func TestPanicsAreErrors(t *testing.T) {
+	if _, err := compile(nil, func(*ast.Compiler) { panic("a bug") }); err == nil || err.Error() != "panic: a bug" {
+		t.Errorf("compile = %v", err)
+	}
+	e := load(t, nil, map[string]string{"a.rego": "package authz\n\nallow if true\n"})
+	own := *e.program
+	own.forPrograms = func() (*ast.Compiler, error) { panic("a bug") }
+	e.program = &own
+	if p, err := e.Program(t.Context(), get("/").Destination); p != nil || err == nil || err.Error() != "panic: a bug" {
+		t.Errorf("Program = %v, %v", p, err)
 	}
 }
 

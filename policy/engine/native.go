@@ -28,11 +28,12 @@ import (
 const partialLimit = time.Second
 
 // programSource is what the program for destination is made from.
-func (e *Engine) programSource(ctx context.Context, destination string) (program.Source, error) {
+func (e *Engine) programSource(ctx context.Context, destination string) (src program.Source, err error) {
+	defer noPanic(&err)
 	if !e.For(destination) {
 		return program.Source{}, &residual.NotNative{Reason: "the policy bundle is not for " + destination}
 	}
-	src := program.Source{Destination: destination, Generation: e.generation, NotAfter: e.notAfter}
+	src = program.Source{Destination: destination, Generation: e.generation, NotAfter: e.notAfter}
 	for i := range e.grants {
 		g := &e.grants[i]
 		if g.To == nil || slices.ContainsFunc(g.To, func(to string) bool { return grant.MatchSPIFFEID(to, destination) }) {
@@ -181,6 +182,7 @@ func (e *Engine) partial(ctx context.Context, c *ast.Compiler, question ast.Body
 	var bodies []ast.Body
 	var support []*ast.Module
 	var err error
+	open := newUnended()
 	late := e.inTime(ctx, partialLimit, func(cancel topdown.Cancel) {
 		var q query
 		if q, err = newQuery(c, question); err != nil {
@@ -196,6 +198,7 @@ func (e *Engine) partial(ctx context.Context, c *ast.Compiler, question ast.Body
 			WithCancel(cancel).
 			WithMetrics(metrics.NoOp()).
 			WithStrictBuiltinErrors(true).
+			WithQueryTracer(open).
 			PartialRun(ctx)
 	})
 	switch {
@@ -205,6 +208,9 @@ func (e *Engine) partial(ctx context.Context, c *ast.Compiler, question ast.Body
 		return nil, nil, errors.New("what remains of it without a call takes too long to find")
 	case err != nil:
 		return nil, nil, fmt.Errorf("evaluation without a call fails: %v", err)
+	}
+	if at, found := open.last(); found {
+		return nil, nil, residual.Failed(at)
 	}
 	return bodies, support, nil
 }

@@ -36,6 +36,9 @@ func notNative(at *ast.Location, format string, args ...any) error {
 	return e
 }
 
+// Failed is why there is no program where evaluation without a call fails at a place.
+func Failed(at *ast.Location) error { return notNative(at, "evaluation without a call fails here") }
+
 // asked are the rules whose values decide.
 var asked = []string{"data.authz.allow", "data.authz.deny", "data.envoy.authz.allow", "data.envoy.authz.deny"}
 
@@ -113,8 +116,19 @@ func exactRule(rule *ast.Rule) (found error) {
 		if terms, ok := e.Terms.([]*ast.Term); ok && len(terms) == 3 && terms[1].Equal(terms[2]) && found == nil {
 			found = notNative(e.Loc(), "%s is compared with itself", terms[1])
 		}
+		if terms, ok := e.Terms.([]*ast.Term); ok && len(terms) > 3 && equates(e) && found == nil {
+			// And x == x for nothing at all, whatever is asked of the answer.
+			found = notNative(e.Loc(), "whether two things are equal is used as a value")
+		}
 		if e.Negated && len(compared(e)) > 0 && found == nil { // see guard.go
 			found = notNative(e.Loc(), "that two parts of the call are equal is negated")
+		}
+		return found != nil
+	})
+	ast.WalkClosures(rule, func(x any) bool {
+		// Within a negation, partial evaluation passes over what OPA makes an error.
+		if o, is := x.(*ast.ObjectComprehension); is && found == nil {
+			found = notNative(o.Key.Loc(), "an object is made of all that holds, and its values could disagree")
 		}
 		return found != nil
 	})

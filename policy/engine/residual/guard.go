@@ -29,14 +29,15 @@ package residual
 // negated, exact.go refuses it.
 
 import (
+	"crypto/rand"
 	"fmt"
 
 	"github.com/open-policy-agent/opa/v1/ast"
 )
 
-// nothingIs is a value that no text and no list of a call is equal to: to differ
-// from it is to have a value.
-var nothingIs = ast.ObjectTerm([2]*ast.Term{ast.StringTerm("merlon"), ast.StringTerm("has a value")})
+// nothingIs is a value that nothing of a call, and nothing that a policy can write
+// down, is equal to: to differ from it is to have a value.
+var nothingIs = ast.ObjectTerm([2]*ast.Term{ast.StringTerm("has a value"), ast.StringTerm(rand.Text())})
 
 // Guard is a last stage of compiling a policy for partial evaluation: it adds the
 // conditions to all rules.
@@ -46,53 +47,89 @@ var Guard = ast.CompilerStageDefinition{Name: "guard variables", MetricName: "gu
 }}
 
 func guardModules(c *ast.Compiler) {
-	names := 0
-	guarded := func(b ast.Body) ast.Body { return withValues(byReference(b, &names), &names) }
+	g := guard{}
 	for _, m := range c.Modules {
-		visitor := ast.NewGenericVisitor(func(x any) bool {
-			switch x := x.(type) {
-			case *ast.Rule:
-				x.Body = guarded(x.Body)
-			case *ast.ArrayComprehension:
-				x.Body = guarded(x.Body)
-			case *ast.SetComprehension:
-				x.Body = guarded(x.Body)
-			case *ast.ObjectComprehension:
-				x.Body = guarded(x.Body)
-			case *ast.Every:
-				x.Body = guarded(x.Body)
-			case *ast.Not:
-				x.Body = guarded(x.Body)
+		for _, top := range m.Rules {
+			for rule := top; rule != nil; rule = rule.Else {
+				known := ast.NewVarSet()
+				for _, arg := range rule.Head.Args {
+					known.Update(arg.Vars())
+				}
+				rule.Body = g.body(rule.Body, known)
+				known.Update(rule.Body.Vars(ast.VarVisitorParams{SkipClosures: true}))
+				g.closures(rule.Head, known)
 			}
-			return false
-		})
-		visitor.Walk(m)
+		}
 	}
 }
 
-// byReference has the arrays that body takes apart name no variables.
-func byReference(body ast.Body, names *int) (out ast.Body) {
-	for _, e := range body {
-		array, of, ok := takesApart(e)
-		if !ok {
-			out.Append(e)
-			continue
+// guard makes names for variables.
+type guard struct{ names int }
+
+// body is b with conditions, in it and in the bodies in it. known are the variables
+// that have a value before it.
+func (g *guard) body(b ast.Body, known ast.VarSet) ast.Body {
+	var apart ast.Body
+	known = known.Copy()
+	for _, e := range b {
+		outside := known.Copy()
+		outside.Update(e.Vars(ast.VarVisitorParams{SkipClosures: true}))
+		g.closures(e, outside)
+		g.takeApart(&apart, e, known)
+		known = outside
+	}
+	return g.withValues(apart)
+}
+
+// closures gives the bodies in a part of a rule conditions.
+func (g *guard) closures(in any, known ast.VarSet) {
+	ast.NewGenericVisitor(func(x any) bool {
+		switch x := x.(type) {
+		case *ast.ArrayComprehension:
+			x.Body = g.body(x.Body, known)
+		case *ast.SetComprehension:
+			x.Body = g.body(x.Body, known)
+		case *ast.ObjectComprehension:
+			x.Body = g.body(x.Body, known)
+		case *ast.Not:
+			x.Body = g.body(x.Body, known)
+		case *ast.Every:
+			within := known.Copy()
+			within.Update(x.KeyValueVars())
+			x.Body = g.body(x.Body, within)
+			g.closures(x.Domain, known)
+		default:
+			return false
 		}
-		shape := make([]*ast.Term, array.Len())
-		var values []*ast.Expr
-		for i := range shape {
-			shape[i] = array.Elem(i)
-			if v, isVar := shape[i].Value.(ast.Var); isVar && !v.IsWildcard() {
-				shape[i] = newVar(names)
-				values = append(values, ast.Equality.Expr(array.Elem(i), elementOf(of, i)).SetLocation(e.Loc()))
-			}
-		}
-		out.Append(ast.Equality.Expr(ast.ArrayTerm(shape...), of).SetLocation(e.Loc()))
-		for _, value := range values {
-			out.Append(value)
+		return true
+	}).Walk(in)
+}
+
+// takeApart appends e to out; where it takes an array apart, so that the array names
+// none of the variables that get a value by it. known have one before.
+func (g *guard) takeApart(out *ast.Body, e *ast.Expr, known ast.VarSet) {
+	array, of, ok := takesApart(e)
+	if ok {
+		v, isVar := of.Value.(ast.Var)
+		ok = !isVar || known.Contains(v) // else it is made of the array
+	}
+	if !ok {
+		out.Append(e)
+		return
+	}
+	shape := make([]*ast.Term, array.Len())
+	var values []*ast.Expr
+	for i := range shape {
+		shape[i] = array.Elem(i)
+		if v, isVar := shape[i].Value.(ast.Var); isVar && !v.IsWildcard() {
+			shape[i] = g.newVar()
+			values = append(values, ast.Equality.Expr(array.Elem(i), elementOf(of, i)).SetLocation(e.Loc()))
 		}
 	}
-	return out
+	out.Append(ast.Equality.Expr(ast.ArrayTerm(shape...), of).SetLocation(e.Loc()))
+	for _, value := range values {
+		out.Append(value)
+	}
 }
 
 // takesApart takes e as array = of, where of is a reference or a variable.
@@ -121,7 +158,7 @@ func elementOf(list *ast.Term, i int) *ast.Term {
 	return ast.NewTerm(ast.Ref{list, at})
 }
 
-func withValues(body ast.Body, names *int) ast.Body {
+func (g *guard) withValues(body ast.Body) ast.Body {
 	var out ast.Body
 	seen := ast.NewVarSet()
 	for _, e := range body {
@@ -136,7 +173,7 @@ func withValues(body ast.Body, names *int) ast.Body {
 			}
 		}
 		for _, ref := range compared(e) {
-			v := newVar(names)
+			v := g.newVar()
 			out.Append(ast.Equality.Expr(v, ast.NewTerm(ref)).SetLocation(e.Loc()))
 			out.Append(ast.NotEqual.Expr(v, nothingIs).SetLocation(e.Loc()))
 		}
@@ -144,9 +181,9 @@ func withValues(body ast.Body, names *int) ast.Body {
 	return out
 }
 
-func newVar(names *int) *ast.Term {
-	*names++
-	return ast.VarTerm(fmt.Sprintf("__merlon%d__", *names))
+func (g *guard) newVar() *ast.Term {
+	g.names++
+	return ast.VarTerm(fmt.Sprintf("__merlon%d__", g.names))
 }
 
 // compared are the references on both sides of e, outside of closures, where it

@@ -5,6 +5,7 @@ package residual
 // do that data multiplied, they are found by it.
 
 import (
+	"cmp"
 	"maps"
 	"reflect"
 	"slices"
@@ -115,6 +116,10 @@ type plain struct {
 	of    program.Case
 }
 
+func (a plain) compare(b plain) int {
+	return cmp.Or(cmp.Compare(a.field, b.field), cmp.Compare(a.text, b.text), cmp.Compare(a.of, b.of))
+}
+
 // asksFor is the field that e wants to be a constant, and what else e wants.
 func asksFor(e *program.Expr) (where plain, is string, rest program.Expr, ok bool) {
 	parts := []program.Expr{*e}
@@ -158,7 +163,7 @@ func dispatched(e program.Expr) program.Expr {
 		}
 		cases[where][is] = append(cases[where][is], rest)
 	}
-	for _, where := range slices.SortedFunc(maps.Keys(cases), func(a, b plain) int { return int(a.field) - int(b.field) }) {
+	for _, where := range slices.SortedFunc(maps.Keys(cases), plain.compare) {
 		out.Of = append(out.Of, choice(where, cases[where]))
 	}
 	return joined(out, program.False, program.True)

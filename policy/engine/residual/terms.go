@@ -51,6 +51,8 @@ func (t *translator) term(term *ast.Term, s scope) (meaning, error) {
 		}
 	case ast.Ref:
 		return t.ref(v, s)
+	case *ast.ArrayComprehension, *ast.SetComprehension, *ast.ObjectComprehension:
+		return meaning{}, notNative(term.Loc(), "a comprehension has no native form")
 	case ast.Call:
 		name := v[0].Value.String()
 		if n, ok := results[name]; ok && len(v) == n+1 {

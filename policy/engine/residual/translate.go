@@ -190,7 +190,7 @@ func (t *translator) expr(e *ast.Expr, s scope) (program.Expr, scope, error) {
 		return is, s, err
 	case []*ast.Term:
 		name := terms[0].Value.String()
-		if name == ast.Equality.Name || name == ast.Equal.Name || name == ast.Assign.Name {
+		if equates(e) && len(terms) == 3 { // not equal(a, b, whether), which is a value
 			return t.equality(terms[1], terms[2], s)
 		}
 		return t.call(name, terms[1:], e.Loc(), s)
