@@ -182,7 +182,7 @@ func (a *Agent) openPolicy() (err error) {
 			}
 			return a.httpsURLs("/v1/policy/bundles/" + a.cfg.PolicyBundle)
 		},
-		Destinations: func() []string { return a.cache.Identities(time.Now()) },
+		Destinations: a.destinations,
 		Heard:        a.cache.Heard,
 		StaleAfter:   a.cfg.PolicyStaleAfter, MaxAge: a.cfg.PolicyMaxAge, DenyStale: a.cfg.PolicyOnStale == onDeny,
 		HTTP:     a.https,
@@ -190,6 +190,16 @@ func (a *Agent) openPolicy() (err error) {
 		Logger:   a.log, Registerer: a.health.Registry(),
 	})
 	return err
+}
+
+// destinations are the SPIFFE IDs whose calls this agent decides: those of the node's
+// services, and its own.
+func (a *Agent) destinations() []string {
+	ids := a.cache.Identities(time.Now())
+	if id := a.client.ID(); !id.IsZero() {
+		ids = append(ids, id.String())
+	}
+	return ids
 }
 
 // policyChanged has the CA told of it.

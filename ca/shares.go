@@ -19,8 +19,8 @@ const (
 	// maxWholes is how many generations are kept taken apart: of a bundle and its
 	// candidate, before and after a push.
 	maxWholes = 4
-	// maxShares is how many shares of one generation are kept; further ones are made
-	// for each request.
+	// maxShares is how many shares of one generation are kept. Where nodes' services come
+	// and go, most of them nobody asks for any more.
 	maxShares = 16384
 )
 
@@ -121,13 +121,17 @@ func open(raw []byte, keys *policyKeys, want bundle.Expect) (*opened, error) {
 func (w *whole) part(audience [sha256.Size]byte) *made[*bundle.Published] {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	p := w.signed[audience]
-	if p == nil {
-		p = new(made[*bundle.Published])
-		if len(w.signed) < maxShares {
-			w.signed[audience] = p
+	if p := w.signed[audience]; p != nil {
+		return p
+	}
+	if len(w.signed) >= maxShares {
+		for some := range w.signed {
+			delete(w.signed, some)
+			break
 		}
 	}
+	p := new(made[*bundle.Published])
+	w.signed[audience] = p
 	return p
 }
 

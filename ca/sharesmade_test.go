@@ -2,6 +2,7 @@ package ca
 
 import (
 	"errors"
+	"fmt"
 	"testing"
 )
 
@@ -27,5 +28,20 @@ func TestWhatCouldNotBeMadeIsTriedAgain(t *testing.T) {
 	}
 	if calls != 2 {
 		t.Errorf("made %d times", calls)
+	}
+}
+
+// Audiences that are of no node any more must not leave the others without a place.
+func TestSharesAreKeptUpToABound(t *testing.T) {
+	s := &shares{}
+	w := s.whole("1")
+	for i := range maxShares + 100 {
+		of := hashOf([]string{fmt.Sprint(i)})
+		if p := w.part(of); w.part(of) != p {
+			t.Fatalf("share %d is not kept", i)
+		}
+	}
+	if n := len(w.signed); n != maxShares {
+		t.Errorf("%d are kept; want %d", n, maxShares)
 	}
 }

@@ -178,12 +178,7 @@ func Check(unsigned []byte) (*Contents, error) {
 }
 
 func contents(f files) (*Contents, error) {
-	c := &Contents{Modules: map[string]string{}}
-	for name, content := range f {
-		if path.Ext(name) == ".rego" {
-			c.Modules[name] = string(content)
-		}
-	}
+	c := &Contents{Modules: f.modules()}
 	data, present := f[dataName]
 	if !present {
 		return nil, errors.New("has no data.json")
@@ -193,6 +188,16 @@ func contents(f files) (*Contents, error) {
 		return nil, fmt.Errorf("data.json: %w", err)
 	}
 	return c, nil
+}
+
+func (f files) modules() map[string]string {
+	modules := map[string]string{}
+	for name, content := range f {
+		if path.Ext(name) == ".rego" {
+			modules[name] = string(content)
+		}
+	}
+	return modules
 }
 
 // decodeJSON reads the one JSON value in data; numbers keep their text.

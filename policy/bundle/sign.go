@@ -102,11 +102,8 @@ func marshalManifest(f files, md Metadata) ([]byte, error) {
 	if !md.NotAfter.IsZero() {
 		m.Metadata.Merlon.NotAfter = md.NotAfter.UTC().Format(time.RFC3339Nano)
 	}
-	c, err := contents(f)
-	if err != nil {
-		return nil, err
-	}
-	if m.Roots, err = engine.Roots(c.Modules); err != nil {
+	var err error
+	if m.Roots, err = engine.Roots(f.modules()); err != nil {
 		return nil, err
 	}
 	return json.Marshal(m)

@@ -156,6 +156,9 @@ func (e *Engine) NotAfter() time.Time { return e.notAfter }
 // For says whether the policy is for destination, a SPIFFE ID.
 func (e *Engine) For(destination string) bool { return e.audience == nil || e.audience[destination] }
 
+// Audience are the destinations that the policy is for, sorted; nil where it is for all.
+func (e *Engine) Audience() []string { return slices.Sorted(maps.Keys(e.audience)) }
+
 // Grants is the number of grants of the policy.
 func (e *Engine) Grants() int { return len(e.grants) }
 

@@ -31,6 +31,10 @@ const (
 	fetchTimeout = 30 * time.Second
 	firstRetry   = 200 * time.Millisecond
 	lastRetry    = 30 * time.Second
+	// trimEvery is how often it is looked whether the share in use has grants of
+	// services that have left the node. A service that comes waits for its grants; one
+	// that goes does not, so that many that go cost one fetch.
+	trimEvery = time.Minute
 )
 
 // Config is what a Feed needs. All fields are required.
@@ -42,7 +46,8 @@ type Config struct {
 	// be asked first in front; at least one.
 	URLs func(candidate bool) []string
 	// Destinations are the SPIFFE IDs whose calls are decided here. The CA sends what
-	// concerns them, and when there are others (Need) is asked again.
+	// concerns them. It is asked again when there are others (Need), and within a minute
+	// when some are gone.
 	Destinations func() []string
 	// Heard is when the CA was heard last. StaleAfter that the agent warns, MaxAge
 	// after it is too long ago; DenyStale is what happens to calls then, for the log.
@@ -101,6 +106,18 @@ func (a *announcement) serves(e *engine.Engine) error {
 		}
 	}
 	return nil
+}
+
+// exceeds says whether e is for a destination that is not wanted any more.
+func (a *announcement) exceeds(e *engine.Engine) bool {
+	if e == nil {
+		return false
+	}
+	wanted := make(map[string]bool, len(a.destinations))
+	for _, d := range a.destinations {
+		wanted[d] = true
+	}
+	return slices.ContainsFunc(e.Audience(), func(d string) bool { return !wanted[d] })
 }
 
 // New takes up the bundle that an earlier run left on disk, so that a restart
@@ -201,14 +218,39 @@ func (f *Feed) Run(ctx context.Context) error {
 	var watching sync.WaitGroup
 	watching.Go(func() { f.watchAge(ctx) })
 	defer watching.Wait()
+	trim := time.NewTicker(trimEvery)
+	defer trim.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-f.announced:
+			f.catchUp(ctx)
+		case <-trim.C:
+			f.trim(ctx)
 		}
-		f.catchUp(ctx)
 	}
+}
+
+// trim gives up the grants of services that have left the node. What is in use decides
+// for all the others meanwhile, so that it cannot be had now is no fault.
+func (f *Feed) trim(ctx context.Context) {
+	now, want := f.Now(), f.wanted()
+	if !want.exceeds(now.Active) && !want.exceeds(now.Candidate) {
+		return
+	}
+	if err := f.load(ctx); err != nil {
+		f.cfg.Logger.LogAttrs(ctx, slog.LevelDebug, "grants of services that have left the node stay for now", slog.Any("err", err))
+	}
+}
+
+// wanted is what is announced, for the destinations of now.
+func (f *Feed) wanted() announcement {
+	f.mu.Lock()
+	want := f.want
+	f.mu.Unlock()
+	want.destinations = f.cfg.Destinations()
+	return want
 }
 
 // catchUp tries until what is announced is in use, or something else is
@@ -264,13 +306,10 @@ type draft struct {
 // its candidate are swapped in one step; a candidate that is not announced any more
 // goes, and one that is at fault is left out, whatever becomes of the other.
 func (f *Feed) load(ctx context.Context) error {
-	f.mu.Lock()
-	want := f.want
-	f.mu.Unlock()
+	want := f.wanted()
 	if want.generation == 0 {
 		return nil
 	}
-	want.destinations = f.cfg.Destinations()
 	before := f.Now()
 	d := draft{Snapshot: Snapshot{Active: before.Active}, etag: f.etag}
 	activeErr := f.loadActive(ctx, &d, want)
@@ -284,7 +323,7 @@ func (f *Feed) load(ctx context.Context) error {
 // loadActive fetches the announced generation, unless it is active.
 func (f *Feed) loadActive(ctx context.Context, d *draft, want announcement) error {
 	switch {
-	case want.generation == f.Generation() && want.serves(d.Active) == nil:
+	case want.generation == f.Generation() && want.serves(d.Active) == nil && !want.exceeds(d.Active):
 		return nil
 	case want.generation < f.Seen():
 		return fmt.Errorf("generation %d is announced, but generation %d was active before: the CA's store was set back, or somebody replays an old policy", want.generation, f.Seen())
@@ -343,7 +382,9 @@ func (f *Feed) loadCandidate(ctx context.Context, d *draft, before *Snapshot, wa
 		return fmt.Errorf("candidate %d is announced, which is not newer than generation %d", want.candidate, generationOf(d.Active))
 	case want.candidate == generationOf(before.Candidate) && want.serves(before.Candidate) == nil:
 		d.Candidate, d.rollout, d.Step = before.Candidate, want.rollout, want.rollout.Step
-		return nil
+		if !want.exceeds(before.Candidate) {
+			return nil
+		}
 	}
 	err := f.eachURL(true, func(url string) error {
 		ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
