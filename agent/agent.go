@@ -39,6 +39,7 @@ import (
 	"merlon.dev/ca/capb"
 	"merlon.dev/policy/decisionlog"
 	"merlon.dev/sdk/health"
+	"merlon.dev/sdk/otel"
 	"merlon.dev/sdk/seal"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/systemd"
@@ -282,6 +283,9 @@ func (a *Agent) Run(ctx context.Context) error {
 		return err
 	}
 	defer passed.Close()
+	if a.cfg.Supervised { // one process has one exporter
+		defer otel.Start(a.log, a.health.Registry())()
+	}
 	defer a.writeDecisions(ctx)()
 	group, ctx := errgroup.WithContext(ctx)
 	defer context.AfterFunc(ctx, a.manager.Stopping)()
@@ -337,12 +341,12 @@ func (a *Agent) serveSockets(ctx context.Context, group *errgroup.Group, passed 
 }
 
 func (a *Agent) publicServer() *grpc.Server {
-	s := grpc.NewServer(append(limits(),
+	s := grpc.NewServer(slices.Concat(limits(), otel.ServerOptions(), []grpc.ServerOption{
 		grpc.Creds(endpoint.NewLimit(maxConnectionsPerUser).Credentials(a.attestor.Meet)),
 		grpc.InTapHandle(endpoint.NewLimit(maxStreamsPerUser).Tap(endpoint.NewRate(streamsPerSecond, streamsAtOnce))),
 		grpc.ChainUnaryInterceptor(endpoint.Unary),
 		grpc.ChainStreamInterceptor(endpoint.Stream),
-	)...)
+	})...)
 	workloadpb.RegisterSpiffeWorkloadAPIServer(s, a.api)
 	secretv3.RegisterSecretDiscoveryServiceServer(s, a.sds)
 	authv3.RegisterAuthorizationServer(s, a.authz)
@@ -354,12 +358,12 @@ func (a *Agent) publicServer() *grpc.Server {
 
 func (a *Agent) adminServer() *grpc.Server {
 	unary, stream := endpoint.Admins(a.cfg.AdminUIDs)
-	s := grpc.NewServer(append(limits(),
+	s := grpc.NewServer(slices.Concat(limits(), otel.ServerOptions(), []grpc.ServerOption{
 		// Where admin_uids are set, others can connect and are refused call by call.
 		grpc.Creds(endpoint.NewLimit(maxConnectionsPerUser).Credentials(func(*unixsock.Peer) {})),
 		grpc.InTapHandle(endpoint.NewLimit(maxStreamsPerUser).Tap(nil)),
 		grpc.ChainUnaryInterceptor(unary), grpc.ChainStreamInterceptor(stream),
-	)...)
+	})...)
 	agentpb.RegisterDebugServer(s, a.local)
 	healthgrpc.RegisterHealthServer(s, a.health.GRPC())
 	reflection.Register(s)

@@ -34,6 +34,7 @@ import (
 	"merlon.dev/ca/internal/web"
 	"merlon.dev/sdk/durable"
 	"merlon.dev/sdk/health"
+	"merlon.dev/sdk/otel"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/unixsock"
 )
@@ -59,6 +60,7 @@ type Server struct {
 	log   *slog.Logger
 	ready chan struct{}
 
+	alone bool // the process is the CA's: it has the exporter of metrics and traces
 	// Set before ready is closed.
 	address, httpsAddress, healthAddress net.Addr
 	bundleAddress                        net.Addr // nil: there is no bundle endpoint
@@ -107,6 +109,9 @@ func (s *Server) Run(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, p.close()) }()
+	if s.alone {
+		defer otel.Start(s.log, p.health.Registry())()
+	}
 	l, err := s.listen()
 	if err != nil {
 		return err

@@ -19,6 +19,7 @@ import (
 
 // runUnder is Run for a process that is the CA's alone.
 func (s *Server) runUnder(ctx context.Context, manager *systemd.Manager) error {
+	s.alone = true
 	var aside sync.WaitGroup
 	defer aside.Wait()
 	ctx, stop := context.WithCancel(ctx)

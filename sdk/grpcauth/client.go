@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/resolver"
 
 	"merlon.dev/sdk"
+	"merlon.dev/sdk/internal/telemetry"
 )
 
 // DialOptions are the options with which a grpc.ClientConn connects to exactly
@@ -40,20 +41,20 @@ type unresolved struct{ resolver.Builder }
 func (unresolved) Scheme() string { return "dns" }
 
 func unaryClient(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-	ctx, told := leaves(ctx, method, cc)
+	ctx, told := telemetry.Leaves(ctx, method, cc)
 	err := typed(invoke(ctx, method, req, reply, cc, opts...))
-	told.over(err)
+	over(told, err)
 	return err
 }
 
 func streamClient(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-	ctx, told := leaves(ctx, method, cc)
+	ctx, told := telemetry.Leaves(ctx, method, cc)
 	if told != nil {
-		opts = append(slices.Clip(opts), grpc.OnFinish(told.over))
+		opts = append(slices.Clip(opts), grpc.OnFinish(func(err error) { over(told, err) }))
 	}
 	stream, err := open(ctx, desc, cc, method, opts...)
 	if err != nil {
-		told.over(err)
+		over(told, err)
 		return nil, typed(err)
 	}
 	return &typedStream{stream}, nil

@@ -20,6 +20,7 @@ import (
 
 	"merlon.dev/policy"
 	"merlon.dev/sdk"
+	"merlon.dev/sdk/internal/telemetry"
 )
 
 // ServerOptions are the options with which a grpc.Server accepts only mutual
@@ -51,9 +52,9 @@ func ServerOptions(id *sdk.Identity) []grpc.ServerOption {
 type server struct{ id *sdk.Identity }
 
 func (s *server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
-	ctx, told := arrived(ctx, info.FullMethod)
+	ctx, told := telemetry.Arrived(ctx, info.FullMethod)
 	reply, err := s.serveUnary(ctx, req, info, next)
-	told.answered(err)
+	told.Answered(err)
 	return reply, err
 }
 
@@ -72,9 +73,9 @@ func (s *server) serveUnary(ctx context.Context, req any, info *grpc.UnaryServer
 }
 
 func (s *server) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-	ctx, told := arrived(stream.Context(), info.FullMethod)
+	ctx, told := telemetry.Arrived(stream.Context(), info.FullMethod)
 	err := s.serveStream(ctx, srv, stream, info, next)
-	told.answered(err)
+	told.Answered(err)
 	return err
 }
 

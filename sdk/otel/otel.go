@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
+	"github.com/prometheus/client_golang/prometheus"
+	bridge "go.opentelemetry.io/contrib/bridges/prometheus"
 	"go.opentelemetry.io/contrib/exporters/autoexport"
 	"go.opentelemetry.io/otel"
 	metricnoop "go.opentelemetry.io/otel/metric/noop"
@@ -33,7 +35,7 @@ import (
 // stopTimeout bounds what Close waits for a collector that does not answer.
 const stopTimeout = 3 * time.Second
 
-func init() { telemetry.Register(Start) }
+func init() { telemetry.Register(func(log *slog.Logger) func() { return Start(log) }) }
 
 // Start exports the metrics and traces that this process tells OpenTelemetry's
 // global providers, as the OTEL_* variables say, until stop is called, which sends
@@ -42,8 +44,9 @@ func init() { telemetry.Register(Start) }
 // started that the variables do not ask for, nor in the place of a provider that the
 // program has set.
 //
-// Programs with the SDK need no call of it; see above.
-func Start(log *slog.Logger) (stop func()) {
+// What more gather goes with the metrics, under its own names: the registries of
+// Merlon's own processes. Programs with the SDK need no call of Start; see above.
+func Start(log *slog.Logger, more ...prometheus.Gatherer) (stop func()) {
 	ctx := context.Background()
 	env := read(log)
 	traces, metrics := env.traces && telemetry.TracesOff(), env.metrics && telemetry.MetricsOff()
@@ -59,7 +62,7 @@ func Start(log *slog.Logger) (stop func()) {
 		stops = append(stops, startTraces(ctx, complaints, about))
 	}
 	if metrics {
-		stops = append(stops, startMetrics(ctx, complaints, about))
+		stops = append(stops, startMetrics(ctx, complaints, about, more))
 	}
 	if !telemetry.PropagatorSet() {
 		otel.SetTextMapPropagator(env.propagator)
@@ -108,7 +111,13 @@ func (m *mortal) ExportSpans(ctx context.Context, spans []trace.ReadOnlySpan) er
 	return m.SpanExporter.ExportSpans(ctx, spans)
 }
 
-func startMetrics(ctx context.Context, c *complaints, about *resource.Resource) (stop func(context.Context) error) {
+func startMetrics(ctx context.Context, c *complaints, about *resource.Resource, more prometheus.Gatherers) (stop func(context.Context) error) {
+	if len(more) > 0 {
+		autoexport.WithFallbackMetricProducer(func(context.Context) (metric.Producer, error) {
+			return bridge.NewMetricProducer(bridge.WithGatherer(more)), nil
+		})
+		defer autoexport.WithFallbackMetricProducer(nil) // it is for the whole process
+	}
 	reader, err := autoexport.NewMetricReader(ctx)
 	if err != nil {
 		c.Handle(fmt.Errorf("no metrics are exported: %w", err))

@@ -37,6 +37,7 @@ import (
 	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
+	"merlon.dev/sdk/otel"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/unixsock"
 )
@@ -244,7 +245,7 @@ type door struct {
 
 func (s *Service) serverOptions(table access) []grpc.ServerOption {
 	d := door{s, table}
-	return []grpc.ServerOption{
+	return append(otel.ServerOptions(),
 		grpc.ConnectionTimeout(svid.HandshakeTimeout),
 		grpc.MaxRecvMsgSize(maxMessageBytes),
 		grpc.MaxHeaderListSize(maxHeaderBytes),
@@ -256,7 +257,7 @@ func (s *Service) serverOptions(table access) []grpc.ServerOption {
 		grpc.ChainUnaryInterceptor(d.unary),
 		grpc.ChainStreamInterceptor(d.stream),
 		grpc.WaitForHandlers(true),
-	}
+	)
 }
 
 func (s door) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {

@@ -28,6 +28,7 @@ type Telemetry struct {
 	tracers trace.TracerProvider
 	meters  metric.MeterProvider
 	off     bool // nobody listens
+	odd     bool // a provider cannot be compared, but for its type
 
 	tracer      trace.Tracer
 	instruments instruments
@@ -42,7 +43,7 @@ var (
 // sets its providers late.
 func Current() *Telemetry {
 	t := latest.Load()
-	if t == nil || t.tracers != otel.GetTracerProvider() || t.meters != otel.GetMeterProvider() {
+	if !t.current() {
 		t = renew()
 	}
 	if t.off {
@@ -51,16 +52,31 @@ func Current() *Telemetry {
 	return t
 }
 
+// current says whether t is of the providers of now.
+func (t *Telemetry) current() bool {
+	if t == nil {
+		return false
+	}
+	tracers, meters := otel.GetTracerProvider(), otel.GetMeterProvider()
+	if t.odd {
+		return reflect.TypeOf(t.tracers) == reflect.TypeOf(tracers) && reflect.TypeOf(t.meters) == reflect.TypeOf(meters)
+	}
+	return t.tracers == tracers && t.meters == meters
+}
+
 // renew takes up the providers of now.
 func renew() *Telemetry {
 	rebuilding.Lock()
 	defer rebuilding.Unlock()
 	tracers, meters := otel.GetTracerProvider(), otel.GetMeterProvider()
 	old := latest.Load()
-	if old != nil && old.tracers == tracers && old.meters == meters {
+	if old.current() {
 		return old // somebody else was faster
 	}
-	t := &Telemetry{tracers: tracers, meters: meters, off: TracesOff() && MetricsOff()}
+	t := &Telemetry{
+		tracers: tracers, meters: meters, off: TracesOff() && MetricsOff(),
+		odd: !reflect.TypeOf(tracers).Comparable() || !reflect.TypeOf(meters).Comparable(),
+	}
 	if !t.off {
 		if TracesOff() {
 			tracers = tracenoop.NewTracerProvider() // cheaper than the one that waits for a provider
