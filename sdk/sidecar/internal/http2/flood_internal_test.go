@@ -99,6 +99,27 @@ func TestFloodsEndWithTheConnection(t *testing.T) {
 	await(t, "connections to leave", func() bool { return len(r.engine.all()) == 2 }) // healthy's two ends
 }
 
+// A body that is asked for byte by byte costs much more than it brings.
+func TestDribbleEndsWithTheConnection(t *testing.T) {
+	a, _ := endless(t)
+	r := newRig(t, hop.Inbound, policy.HTTP, nil, a.addr)
+	c := r.client(codec.Setting{ID: codec.SettingInitialWindowSize, Val: 0})
+	c.headers(1, true, good...)
+	over := make(chan answer, 1)
+	go func() { over <- c.await(1 << 20) }()
+	for range forever {
+		if c.fr.WriteWindowUpdate(1, 1) != nil {
+			break
+		}
+	}
+	if got := <-over; !got.isOver || got.goAway != codec.ErrCodeEnhanceYourCalm && got.goAway != codec.ErrCodeNo {
+		t.Errorf("%+v", got)
+	}
+	if e := r.recorded(1)[0]; e.BytesOut > 1<<20 {
+		t.Errorf("record %+v", e)
+	}
+}
+
 // Cancelling is no flood where others are served, and neither are probes beside bodies.
 func TestWhatIsNoFlood(t *testing.T) {
 	a := newApp(t, nil)

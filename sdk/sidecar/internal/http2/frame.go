@@ -286,7 +286,7 @@ func (c *conn) windowUpdate(id uint32, n int) error {
 		if flood {
 			return &connError{codec.ErrCodeFlowControl, "the connection's window is larger than 2^31-1"}
 		}
-		return c.idleFrame(1)
+		return c.opened(n)
 	}
 	if c.isIdle(id) {
 		c.mu.Unlock()
@@ -307,6 +307,15 @@ func (c *conn) windowUpdate(id uint32, n int) error {
 	c.unlock(&c.batch)
 	if tooLarge {
 		return c.streamError(id, codec.ErrCodeFlowControl)
+	}
+	return c.opened(n)
+}
+
+// opened counts a window that was opened by n bytes. Who reads much at once says so
+// often; nobody has to say it byte by byte, and have it sent so.
+func (c *conn) opened(n int) error {
+	if n >= 1<<10 {
+		return nil
 	}
 	return c.idleFrame(1)
 }

@@ -122,7 +122,9 @@ func (c *conn) putData(s *stream, data []byte, end bool) {
 	s.sendWindow -= len(data)
 	c.sendWindow -= len(data)
 	s.sent += int64(len(data))
-	c.calm.useful()
+	if s.sendWindow > 0 && c.sendWindow > 0 { // else the peer has it dribble
+		c.calm.useful()
+	}
 	if end {
 		c.ended(s)
 	}
