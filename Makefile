@@ -24,6 +24,7 @@ test: ## unit, property, script and integration tests with the race detector
 	@command -v openssl >/dev/null || { echo 'the tests check certificates with openssl: apt-get install openssl'; exit 1; }
 	@command -v strace >/dev/null || echo 'tests of failing syncs are skipped without strace: apt-get install strace'
 	@command -v ip >/dev/null || echo 'tests of cut networks are skipped without ip: apt-get install iproute2'
+	@command -v nft >/dev/null && command -v iptables >/dev/null || echo 'tests of transparent capture are skipped without its tools: apt-get install nftables iptables'
 	@command -v psql >/dev/null || echo 'tests of PostgreSQL logins are skipped without the server: apt-get install postgresql'
 	@command -v redis-server >/dev/null || echo 'the test of the Redis example is skipped without the server: apt-get install redis-server'
 	@command -v softhsm2-util >/dev/null || echo 'tests of PKCS #11 tokens are skipped without SoftHSM: apt-get install softhsm2'

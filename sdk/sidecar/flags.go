@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"merlon.dev/sdk"
+	"merlon.dev/sdk/sidecar/capture"
 )
 
 // envPrefix begins the environment variable of each setting: access_log is
@@ -192,6 +193,7 @@ Examples:
   merlon-sidecar -inbound :8443,127.0.0.1:8080,http
   merlon-sidecar -outbound 127.0.0.1:9001,orders,http,orders-1.example.org:8443
   merlon-sidecar -config /etc/merlon/sidecar.yaml
+  merlon-sidecar capture -h
 
 Each setting can also come from %sNAME in the environment.
 
@@ -212,10 +214,19 @@ func Hint(err error) string {
 	if e, ok := errors.AsType[*InvalidError](err); ok {
 		return e.Hint
 	}
+	if e, ok := errors.AsType[*capture.InvalidError](err); ok {
+		return e.Hint
+	}
 	if _, ok := errors.AsType[*usageError](err); ok {
-		return "merlon-sidecar -h shows every flag and an example"
+		return "merlon-sidecar -h, or merlon-sidecar capture -h, shows every flag and an example"
 	}
 	switch {
+	case errors.Is(err, ErrNotInForce):
+		return "merlon-sidecar capture install with the same flags, before the app starts"
+	case errors.Is(err, capture.ErrNoTool):
+		return "apt-get install nftables"
+	case strings.Contains(err.Error(), "Operation not permitted"), strings.Contains(err.Error(), "you must be root"):
+		return "run it as root, or with CAP_NET_ADMIN"
 	case errors.Is(err, syscall.EADDRINUSE):
 		return "another process has the address: choose another, or stop it"
 	case strings.HasPrefix(err.Error(), "read config: open"):

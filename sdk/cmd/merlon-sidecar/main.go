@@ -25,6 +25,9 @@ func main() { os.Exit(main1()) }
 func main1() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	if len(os.Args) > 1 && os.Args[1] == "capture" {
+		return capture(ctx, os.Args[2:])
+	}
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
@@ -41,6 +44,22 @@ func main1() int {
 		return 1
 	}
 	return 0
+}
+
+// capture exits with 3 where something should be in force and is not.
+func capture(ctx context.Context, args []string) int {
+	err := sidecar.RunCapture(ctx, args, os.Stdout, os.Stderr)
+	if err == nil || errors.Is(err, flag.ErrHelp) {
+		return 0
+	}
+	complain(err)
+	switch {
+	case sidecar.IsUsage(err):
+		return 2
+	case errors.Is(err, sidecar.ErrNotInForce):
+		return 3
+	}
+	return 1
 }
 
 func run(ctx context.Context, cl *sidecar.CommandLine, out io.Writer) error {
