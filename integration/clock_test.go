@@ -1,5 +1,5 @@
-// A ban where clocks jump by an hour: the banned agent's own, or that of the CA. What
-// decides is the store's revision in serial numbers; no date does. (CA and agent whose
+// Clocks that jump by an hour. A ban, where that of the banned agent does, or of the CA:
+// what decides is the store's revision in serial numbers; no date does. (CA and agent whose
 // clocks are apart by as much from the start do not meet: their SVIDs live for less.)
 
 package integration_test
@@ -34,6 +34,15 @@ func TestBanDoesNotDependOnClocks(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) { banned(t, off.ca, off.agent) })
 	}
+}
+
+// The same for services: what they hold, and what they let in, when their own clock
+// jumps either way.
+func TestServicesWhenClocksJump(t *testing.T) {
+	if os.Getenv("MERLON_CLOCKS") == "" {
+		t.Skip("compiles the SDK anew, which takes minutes: make clocks")
+	}
+	stage.TestWithJumps(t, "sdk", "Clock")
 }
 
 // banned has a workload of a node whose agent is to be banned call one of another

@@ -125,8 +125,8 @@ func TestAnswersEnd(t *testing.T) {
 		}{
 			"nothing happens":          {func(*Identity) {}, time.Minute - 1, 1},
 			"a grant ends":             {func(*Identity) {}, time.Minute, 2},
-			"another generation":       {func(id *Identity) { id.version.Store(8); id.versionSince.Store(time.Now().UnixNano()) }, lag, 2},
-			"a generation that is new": {func(id *Identity) { id.version.Store(8); id.versionSince.Store(time.Now().UnixNano()) }, lag - 1, 1},
+			"another generation":       {func(id *Identity) { id.version.Store(8); id.versionSince.Store(steady(time.Now()).UnixNano()) }, lag, 2},
+			"a generation that is new": {func(id *Identity) { id.version.Store(8); id.versionSince.Store(steady(time.Now()).UnixNano()) }, lag - 1, 1},
 			"the policy comes again":   {func(id *Identity) { id.takePrograms(t.Context(), &agentpb.WatchPolicyResponse{}) }, 0, 2},
 			"a revocation": {func(id *Identity) {
 				id.revocations.Store((*svid.Revocations)(nil))

@@ -41,7 +41,8 @@ type connKey = **x509.Certificate
 type liveConn struct {
 	raw   net.Conn // below TLS; nil: cannot be cut from here
 	peer  *svid.Peer
-	end   time.Time // when it is cut at the latest
+	end   time.Time // when it is cut at the latest, by the wall clock
+	last  time.Time // the same by the clock that only runs, which nobody sets back
 	drain time.Time // from when on the peer is asked to come back anew
 	cut   atomic.Bool
 }
@@ -62,6 +63,7 @@ func newConnTable(log *slog.Logger) *connTable {
 
 // add enters a connection that ends at end.
 func (t *connTable) add(key connKey, c *liveConn, now time.Time) {
+	c.last = now.Add(c.end.Sub(now))
 	c.drain = c.end.Add(-min(c.end.Sub(now)/10, maxDrain))
 	if _, loaded := t.conns.Swap(key, c); !loaded {
 		t.size.Add(1)
@@ -170,13 +172,14 @@ func (t *connTable) sweep(now time.Time) time.Duration {
 	t.next.Store(next.UnixNano())
 	t.conns.Range(func(key, v any) bool {
 		c := v.(*liveConn)
+		left := min(c.end.Sub(now), c.last.Sub(now))
 		switch {
-		case !c.end.After(now):
+		case left <= 0:
 			t.cut(key.(connKey), c, "an X509-SVID of the connection has expired")
 		case c.raw != nil && closed(c.raw):
 			t.remove(key.(connKey))
-		case c.end.Before(next):
-			next = c.end
+		case left < next.Sub(now):
+			next = now.Add(left)
 		}
 		return true
 	})

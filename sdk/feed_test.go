@@ -5,9 +5,11 @@ package sdk_test
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -23,6 +25,7 @@ import (
 	"merlon.dev/agent/agentpb"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/sdktest"
+	"merlon.dev/sdk/svid/forge"
 )
 
 // script is an agent that sends what the test tells it to.
@@ -199,6 +202,34 @@ func TestWithdrawnTrustIsNotKeptForTheSakeOfTheOwnIdentity(t *testing.T) {
 				t.Error("an X509-SVID that nobody trusts is presented")
 			}
 		})
+	}
+}
+
+// A clock that is set wrong, here or at the CA, is waited out on the stream that is open:
+// each new one would have the agent prove and give all anew, and keys of this process
+// would have the CA sign, time after time.
+func TestIdentityThatHasNotBegunIsNotAskedForAgain(t *testing.T) {
+	ca := forge.New(t, "sdktest.test")
+	for name, times := range map[string]forge.Change{
+		"not begun": func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Hour) },
+		"ended":     func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) },
+	} {
+		s, address := newScript(t)
+		own := ca.Leaf("/web", times).X509SVID()
+		chain, key, err := own.MarshalRaw()
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.svids <- &workload.X509SVIDResponse{Svids: []*workload.X509SVID{{
+			SpiffeId: own.ID.String(), X509Svid: chain, X509SvidKey: key, Bundle: ca.Cert.Raw,
+		}}}
+		_, err = sdk.Open(t.Context(), address, quiet, sdk.WithStartupTimeout(2*time.Second))
+		if notReady, ok := errors.AsType[*sdk.NotReadyError](err); !ok || notReady.Reason != sdk.BadAnswer || !strings.Contains(err.Error(), "clocks") {
+			t.Errorf("%s: Open = %v; want BAD_ANSWER, about clocks", name, err)
+		}
+		if n := len(s.headers); n != 1 {
+			t.Errorf("%s: asked %d times; want once", name, n)
+		}
 	}
 }
 

@@ -7,6 +7,7 @@ package sdk
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -27,6 +28,11 @@ import (
 // silence is how long the revocation feed may say nothing, three times what
 // the agent promises, before the stream counts as broken.
 const silence = 45 * time.Second
+
+// keepRevocations is how long revocations are kept after the last X509-SVID has ended
+// that they can concern: by a clock which is ahead, and will be set right, that may be
+// still to come.
+const keepRevocations = 24 * time.Hour
 
 // errBadAnswer marks messages of the agent that are discarded.
 var errBadAnswer = errors.New("the agent's answer is malformed")
@@ -96,14 +102,38 @@ func parseSVIDs(res *workload.X509SVIDResponse, now time.Time) (*current, error)
 	if err := next.setBundles(want.TrustDomain(), first.GetBundle(), res.GetFederatedBundles()); err != nil {
 		return nil, err
 	}
-	// An identity that others would refuse is none.
-	self, err := svid.VerifyChain(own.Certificates, next.bundles, now)
+	// An identity that others would refuse is none. Whether it has begun and not ended is
+	// looked at each time it is shown: clocks that are set right make it good by itself.
+	var end time.Time
+	next.notBefore, end = validity(own.Certificates)
+	at := now
+	switch {
+	case now.Before(next.notBefore):
+		at = next.notBefore
+	case now.After(end):
+		at = end
+	}
+	self, err := svid.VerifyChain(own.Certificates, next.bundles, at)
 	if err != nil {
 		next.svid, next.err = nil, fmt.Errorf("the own X509-SVID of %s: %w", want, err)
 		return next, nil
 	}
 	next.notAfter = self.NotAfter
 	return next, nil
+}
+
+// validity is when all certificates of a chain are valid.
+func validity(chain []*x509.Certificate) (notBefore, notAfter time.Time) {
+	notAfter = chain[0].NotAfter
+	for _, cert := range chain {
+		if cert.NotBefore.After(notBefore) {
+			notBefore = cert.NotBefore
+		}
+		if cert.NotAfter.Before(notAfter) {
+			notAfter = cert.NotAfter
+		}
+	}
+	return notBefore, notAfter
 }
 
 // setBundles takes the trust bundles in. No federated bundle replaces the own
@@ -166,6 +196,11 @@ func (id *Identity) adopt(ctx context.Context, next *current) {
 	if next.svid == nil {
 		return
 	}
+	if err := next.goodAt(time.Now()); err != nil {
+		id.ready.fail(identityFeed, fmt.Errorf("%w: %w", errBadAnswer, err))
+		id.log.LogAttrs(ctx, slog.LevelWarn, "X509-SVID is of no use by this machine's clock", slog.Any("err", err))
+		return
+	}
 	defer id.ready.haveIdentity() // who waits for the first does not hear of it as a rotation
 	if before.svid != nil && before.svid.Certificates[0].Equal(next.svid.Certificates[0]) {
 		return
@@ -211,9 +246,10 @@ func (id *Identity) followRevocations(ctx context.Context, progress func()) erro
 		watchdog.Reset(silence)
 		id.notePolicy(ctx, res)
 		id.denyAfter.Store(int64(res.GetDenyAfter().AsDuration()))
-		id.revocationsAsOf.Store(res.GetRevocationsAsOf().AsTime().UnixNano()) // never: 1970, which is stale
+		now := time.Now()
+		id.revocationsAsOf.Store(steadyAsOf(res.GetRevocationsAsOf().AsTime(), now)) // never: 0, which is stale
 		id.denyPolicyAfter.Store(int64(res.GetDenyPolicyAfter().AsDuration()))
-		id.policyAsOf.Store(res.GetPolicyAsOf().AsTime().UnixNano())
+		id.policyAsOf.Store(steadyAsOf(res.GetPolicyAsOf().AsTime(), now))
 		id.revoke(ctx, res)
 		progress()
 	}
@@ -228,7 +264,7 @@ func (id *Identity) notePolicy(ctx context.Context, res *agentpb.WatchResponse) 
 		id.log.LogAttrs(ctx, slog.LevelInfo, "policy changed", slog.Uint64("policy_revision", g))
 	}
 	if v := versionOf(res.GetPolicyVersion(), g); id.version.Load() != v {
-		id.versionSince.Store(time.Now().UnixNano())
+		id.versionSince.Store(steady(time.Now()).UnixNano())
 		id.version.Store(v)
 		id.calls.changed()
 		time.AfterFunc(lag, id.calls.changed) // where no program comes
@@ -254,7 +290,7 @@ func (id *Identity) revoke(ctx context.Context, res *agentpb.WatchResponse) {
 		known = nil
 	}
 	if len(records) > 0 || known == nil || known.Len() > 0 {
-		known = known.With(records...).Prune(now)
+		known = known.With(records...).Prune(now.Add(-keepRevocations))
 		id.revocations.Store(known)
 	}
 	id.ready.haveRevocations()

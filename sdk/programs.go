@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"merlon.dev/agent/agentpb"
@@ -145,7 +146,7 @@ func (id *Identity) program(destination string, now time.Time) *compiled {
 // Where another one is in use, what belongs to it is on its way, or this came before
 // the news.
 func (id *Identity) stillDecides(version uint64, now time.Time) bool {
-	return version >= id.version.Load() || now.Sub(time.Unix(0, id.versionSince.Load())) < lag
+	return version >= id.version.Load() || steady(now).Sub(time.Unix(0, id.versionSince.Load())) < lag
 }
 
 // decideHere decides the call by p.
@@ -166,12 +167,16 @@ func (id *Identity) decideHere(p *compiled, in *policy.Input, now time.Time) pol
 // for longer than its configuration allows, of revocations or of the policy; empty
 // where it has. That the agent itself is away counts as that.
 func (id *Identity) stale(now time.Time) policy.Reason {
-	at := now.UnixNano()
-	if after := id.denyAfter.Load(); after > 0 && at-id.revocationsAsOf.Load() > after {
+	switch {
+	case olderThan(id.denyAfter.Load(), &id.revocationsAsOf, now):
 		return policy.StaleRevocations
-	}
-	if after := id.denyPolicyAfter.Load(); after > 0 && at-id.policyAsOf.Load() > after {
+	case olderThan(id.denyPolicyAfter.Load(), &id.policyAsOf, now):
 		return policy.StalePolicy
 	}
 	return ""
+}
+
+// olderThan says whether asOf is longer ago than age; 0: that does not matter.
+func olderThan(age int64, asOf *atomic.Int64, now time.Time) bool {
+	return age > 0 && steady(now).UnixNano()-asOf.Load() > age
 }

@@ -42,7 +42,7 @@ type Identity struct {
 	// Of what the agent says is in use: the active policy, its candidate, and the
 	// version of both.
 	generation, candidate, version atomic.Uint64
-	// The rest in Unix time or nanoseconds.
+	// The rest in nanoseconds, or in Unix nanoseconds of the steady clock.
 	versionSince    atomic.Int64
 	revocationsAsOf atomic.Int64
 	denyAfter       atomic.Int64 // 0: the age of revocations does not matter
@@ -69,13 +69,14 @@ type Identity struct {
 
 // current is the immutable result of the last good message of the agent.
 type current struct {
-	svid     *x509svid.SVID // nil: no identity, and err says why
-	err      error
-	notAfter time.Time // the earliest of the SVID's chain
-	bundles  *x509bundle.Set
-	trust    *svid.Trust                              // of bundles
-	roots    map[spiffeid.TrustDomain]map[string]bool // subject key IDs, hex
-	ignored  error                                    // federated bundles that were malformed
+	svid    *x509svid.SVID // nil: no identity, and err says why
+	err     error
+	bundles *x509bundle.Set
+	trust   *svid.Trust                              // of bundles
+	roots   map[spiffeid.TrustDomain]map[string]bool // subject key IDs, hex
+	ignored error                                    // federated bundles that were malformed
+
+	notBefore, notAfter time.Time // the SVID's, with its whole chain
 }
 
 // trusts says whether one of the authorities that vouched for the peer is
@@ -180,10 +181,22 @@ func (id *Identity) present(now *current) (*x509svid.SVID, error) {
 		return nil, errors.New("the identity is closed")
 	case now.svid == nil:
 		return nil, now.err
-	case !time.Now().Before(now.notAfter):
-		return nil, fmt.Errorf("the X509-SVID of %s expired at %s and the agent has not renewed it", now.svid.ID, now.notAfter.Format(time.RFC3339))
+	}
+	if err := now.goodAt(time.Now()); err != nil {
+		return nil, err
 	}
 	return now.svid, nil
+}
+
+// goodAt says why the X509-SVID may not be shown at a time.
+func (c *current) goodAt(now time.Time) error {
+	switch {
+	case now.Before(c.notBefore):
+		return fmt.Errorf("the X509-SVID of %s is not valid before %s: compare the clocks of this machine and of the CA", c.svid.ID, c.notBefore.Format(time.RFC3339))
+	case !now.Before(c.notAfter):
+		return fmt.Errorf("the X509-SVID of %s expired at %s and the agent has not renewed it", c.svid.ID, c.notAfter.Format(time.RFC3339))
+	}
+	return nil
 }
 
 // GetX509BundleForTrustDomain gives the trust bundle of the own or a federated

@@ -20,10 +20,16 @@ import (
 	"merlon.dev/sdk/sdktest"
 )
 
+// roles are what this program is instead of a test when a test has started it.
+var roles = []func() (itIs bool){runCrowd}
+
 func TestMain(m *testing.M) {
-	if !runCrowd() {
-		goleak.VerifyTestMain(m)
+	for _, run := range roles {
+		if run() {
+			return
+		}
 	}
+	goleak.VerifyTestMain(m)
 }
 
 // eventually waits until what is true; the agent's pushes are asynchronous.

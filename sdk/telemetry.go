@@ -56,10 +56,10 @@ func (id *Identity) gauges() telemetry.State {
 		s.HasSVID, s.SVIDTimeLeft = true, own.notAfter.Sub(now)
 	}
 	if at := id.policyAsOf.Load(); at > 0 {
-		s.HasPolicy, s.PolicyAge = true, now.Sub(time.Unix(0, at))
+		s.HasPolicy, s.PolicyAge = true, steady(now).Sub(time.Unix(0, at))
 	}
 	if at := id.revocationsAsOf.Load(); at > 0 {
-		s.HasRevocations, s.RevocationsAge = true, now.Sub(time.Unix(0, at))
+		s.HasRevocations, s.RevocationsAge = true, steady(now).Sub(time.Unix(0, at))
 	}
 	return s
 }

@@ -1,0 +1,66 @@
+//go:build clockjump
+
+// What is an age, or the life of a connection, does not change with a clock that is
+// set. It needs a package time that can jump: make clocks.
+
+package sdk
+
+import (
+	"crypto/x509"
+	"log/slog"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"merlon.dev/policy"
+	"merlon.dev/sdk/svid"
+)
+
+const hour = 3600
+
+func TestClockJumpsMakeNothingFreshOrStale(t *testing.T) {
+	for _, jump := range []int64{-hour, hour} {
+		id := new(Identity)
+		id.denyAfter.Store(int64(5 * time.Minute))
+		old, fresh := time.Now().Add(-4*time.Minute), time.Now()
+		for _, field := range []interface{ Store(int64) }{&id.revocationsAsOf, &id.policyAsOf} {
+			field.Store(steadyAsOf(old, time.Now()))
+		}
+		id.version.Store(2)
+		id.versionSince.Store(steady(fresh).UnixNano())
+		time.Jump(jump)
+		if got := id.stale(time.Now()); got != "" {
+			t.Errorf("after a jump of %d s: %s at once", jump, got)
+		}
+		if got := id.stale(time.Now().Add(2 * time.Minute)); got != policy.StaleRevocations {
+			t.Errorf("after a jump of %d s and 6 minutes in all: %q; want STALE_REVOCATIONS", jump, got)
+		}
+		if now := time.Now(); !id.stillDecides(1, now) || id.stillDecides(1, now.Add(lag)) {
+			t.Errorf("after a jump of %d s an old version does not decide for %v", jump, lag)
+		}
+		time.Jump(0)
+	}
+}
+
+func TestConnectionsLiveNoLongerForAClockThatIsSetBack(t *testing.T) {
+	table := newConnTable(slog.New(slog.DiscardHandler))
+	peer := &svid.Peer{ID: spiffeid.RequireFromString("spiffe://sdktest.test/web")}
+	for jump, left := range map[int64]bool{0: true, -hour: true, hour: false} {
+		a, b := net.Pipe()
+		defer b.Close()
+		now := time.Now()
+		table.add(new(*x509.Certificate), &liveConn{raw: a, peer: peer, end: now.Add(30 * time.Minute).Round(0)}, now)
+		time.Jump(jump)
+		table.sweep(time.Now())
+		if got := table.size.Load() == 1; got != left {
+			t.Errorf("after a jump of %d s the connection is there: %v; want %v", jump, got, left)
+		}
+		table.sweep(time.Now().Add(30 * time.Minute))
+		if table.size.Load() != 0 {
+			t.Errorf("after a jump of %d s the connection outlives its half hour", jump)
+		}
+		time.Jump(0)
+	}
+}
