@@ -23,6 +23,7 @@ type writer struct {
 	*rand.Rand
 	helpers []string
 	names   int
+	v2      bool // as "import rego.v2" has it: "and", "or", and bodies behind "not"
 }
 
 func (w *writer) one(of ...string) string { return of[w.IntN(len(of))] }
@@ -131,7 +132,7 @@ func (w *writer) condition(depth int) string {
 	case n < 21:
 		return fmt.Sprintf("x%d := %s\n\tx%d == %s", w.next(), w.text(), w.names, w.either())
 	case n < 22 && w.IntN(2) == 0:
-		return fmt.Sprintf("[%s, p%d] = %s\n\tp%d %s %s", w.one("_", `"orders"`, `"a"`), depth, w.list(), depth, w.one("==", "!="), w.either())
+		return fmt.Sprintf("[%s, p%d_] = %s\n\tp%d_ %s %s", w.one("_", `"orders"`, `"a"`), depth, w.list(), depth, w.one("==", "!="), w.either())
 	case n < 22:
 		return fmt.Sprintf("%s[_] == %s", w.list(), w.either())
 	case n < 23:
@@ -210,6 +211,9 @@ func (w *writer) helper(depth int) string {
 func (w *writer) module() string {
 	var b strings.Builder
 	b.WriteString("package authz\n\n")
+	if w.v2 = w.IntN(6) == 0; w.v2 {
+		b.WriteString("import rego.v2\n\n")
+	}
 	if w.IntN(2) == 0 {
 		b.WriteString("default allow := false\n\n")
 	}

@@ -49,6 +49,8 @@ func TestWhatHasNoCompiledForm(t *testing.T) {
 		"equality as a value":                 {"allow if (input.protocol == \"http\") == false", "a.rego:3: whether two things are equal is used as a value"},
 		"an object of all that holds":         {"allow if {\n\tm := {k: v | some [k, v] in [[\"a\", 1], [\"a\", 2]]}\n\tnot m.a == 1\n}", "a.rego:4: an object is made of all that holds"},
 		"what is true and false":              {"allow if not open(input.parsed_path[0])\n\ntable := {\"a\": true, \"b\": false, \"c\": true}\n\nopen(x) := table[x]", "a.rego:7: evaluation without a call fails here"},
+		"and":                                 {"import rego.v2\n\nallow if input.protocol == \"http\" and not input.grpc", "a.rego:5: \"and\" and \"or\" have no native form"},
+		"a name that could become another":    {"allow if {\n\tx1 = input.protocol\n\tx1 == \"http\"\n}", "a.rego:3: the name of variable x1 ends in a digit"},
 		"a comprehension":                     {"allow if [1 | input.protocol == \"http\"] == [1]", "a.rego:3: a comprehension has no native form"},
 		"itself":                              {"allow if input.attributes.request == input.attributes.request", "is compared with itself"},
 		"the clock":                           {"allow if time.now_ns() > 1", "a.rego:3: time.now_ns has no native form"},

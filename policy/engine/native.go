@@ -195,6 +195,7 @@ func (e *Engine) partial(ctx context.Context, c *ast.Compiler, question ast.Body
 			WithTransaction(e.txn).
 			WithInput(known(destination)).
 			WithUnknowns(unknown).
+			WithPartialNamespace(residual.Namespace).
 			WithCancel(cancel).
 			WithMetrics(metrics.NoOp()).
 			WithStrictBuiltinErrors(true).

@@ -13,6 +13,9 @@ import (
 
 // shape is a condition of several lines, with the rules that it needs.
 func (w *writer) shape(depth int) string {
+	if w.v2 && w.IntN(3) == 0 {
+		return w.logical(depth)
+	}
 	switch w.IntN(13) {
 	case 0:
 		return w.textOfAlias() + " " + w.one("==", "==", "!=", "<") + " " + w.one(w.textOfAlias(), w.text(), w.constant())
@@ -47,7 +50,7 @@ func (w *writer) rule(format string, args ...any) {
 	w.helpers = append(w.helpers, fmt.Sprintf(format, args...)+"\n")
 }
 
-func (w *writer) name(prefix string) string { return fmt.Sprintf("%s%d", prefix, w.next()) }
+func (w *writer) name(prefix string) string { return fmt.Sprintf("%s%d_", prefix, w.next()) }
 
 // textOfAlias is a part of the call by a name of a name for something that it is in.
 func (w *writer) textOfAlias() string {
@@ -306,6 +309,22 @@ func (w *writer) negated(depth int) string {
 		h = further
 	}
 	return "not " + h
+}
+
+// logical is what "import rego.v2" brings.
+func (w *writer) logical(depth int) string {
+	one := func() string { return strings.SplitN(w.condition(9), "\n", 2)[0] }
+	switch w.IntN(4) {
+	case 0:
+		return fmt.Sprintf("not %s", strings.TrimSuffix(w.body(depth+1), "\n"))
+	case 1:
+		h := w.name("or")
+		w.rule("%s if (%s) or (%s)", h, one(), one())
+		return w.one("", "not ") + h
+	case 2:
+		return fmt.Sprintf("not { (%s) %s %s }", one(), w.one("and", "or"), w.helper(depth+1))
+	}
+	return fmt.Sprintf("(%s) %s not (%s)", one(), w.one("and", "or"), one())
 }
 
 // anyCall is one that may lack parts, or have strange ones.

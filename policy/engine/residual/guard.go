@@ -63,7 +63,7 @@ func guardModules(c *ast.Compiler) {
 	}
 }
 
-// guard makes names for variables.
+// guard makes names for variables, which no policy can have.
 type guard struct{ names int }
 
 // body is b with conditions, in it and in the bodies in it. known are the variables
@@ -183,7 +183,7 @@ func (g *guard) withValues(body ast.Body) ast.Body {
 
 func (g *guard) newVar() *ast.Term {
 	g.names++
-	return ast.VarTerm(fmt.Sprintf("__merlon%d__", g.names))
+	return ast.VarTerm(fmt.Sprintf("merlon %d_", g.names))
 }
 
 // compared are the references on both sides of e, outside of closures, where it

@@ -10,6 +10,7 @@ package residual
 // that names the place in the policy.
 
 import (
+	"crypto/rand"
 	"errors"
 	"maps"
 	"strconv"
@@ -18,6 +19,10 @@ import (
 
 	"merlon.dev/policy/program"
 )
+
+// Namespace is the package below data that partial evaluation is to put its rules into:
+// none that a policy can name.
+var Namespace = "partial" + rand.Text()
 
 // translator puts one residual into conditions.
 type translator struct {
@@ -122,7 +127,7 @@ func (t *translator) walks(b ast.Body, s scope) (list *program.List, rest ast.Bo
 	case *ast.Every, *ast.Not:
 		return nil, nil, s, nil
 	}
-	element := ast.Var("element" + strconv.Itoa(s.depth))
+	element := ast.Var("element " + strconv.Itoa(s.depth)) // which no policy can have
 	first, err := ast.TransformRefs(b[0].Copy(), func(ref ast.Ref) (ast.Value, error) {
 		index, isVar := ref[len(ref)-1].Value.(ast.Var)
 		if _, known := s.bound[index]; list != nil || !isVar || len(ref) < 2 || known {
