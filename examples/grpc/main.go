@@ -15,6 +15,7 @@ import (
 
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/grpcauth"
+	_ "merlon.dev/sdk/otel" // metrics and traces, if OTEL_* asks for them
 )
 
 func main() {

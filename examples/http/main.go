@@ -13,6 +13,7 @@ import (
 
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/httpauth"
+	_ "merlon.dev/sdk/otel" // metrics and traces, if OTEL_* asks for them
 )
 
 func main() {

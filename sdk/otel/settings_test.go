@@ -5,10 +5,12 @@ package otel_test
 
 import (
 	"bytes"
+	"errors"
 	"log/slog"
 	"net"
 	"net/http"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -16,9 +18,11 @@ import (
 
 	api "go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracehttp"
+	"go.opentelemetry.io/otel/propagation"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/trace"
 	"go.opentelemetry.io/otel/trace/noop"
+	traces "go.opentelemetry.io/proto/otlp/trace/v1"
 
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/httpauth"
@@ -145,6 +149,7 @@ func TestTheProgramsOwnProviderIsUsed(t *testing.T) {
 	root := w.calls(t)
 	overHTTP, overGRPC := w.denials(t)
 	fronted(t, w)
+	decisionID := frontedClient(t, w)
 	w.stop()
 	if api.GetTracerProvider() != trace.TracerProvider(provider) {
 		t.Error("the provider of the program was replaced")
@@ -159,6 +164,11 @@ func TestTheProgramsOwnProviderIsUsed(t *testing.T) {
 	}
 	if n := len(theirs.find("GET /fronted", serverSpan)); n != 0 {
 		t.Errorf("%d spans beside that of the middleware in front", n)
+	}
+	if got := theirs.find("their call", clientSpan); len(got) != 1 || textOf(got[0].GetAttributes(), "merlon.decision_id") != decisionID || got[0].GetStatus().GetCode() != traces.Status_STATUS_CODE_ERROR {
+		t.Errorf("the span of what stands in front of the client: %v", got)
+	} else if parent := got[0].GetSpanId(); slices.ContainsFunc(theirs.find("GET", clientSpan), func(s *traces.Span) bool { return string(s.GetParentSpanId()) == string(parent) }) {
+		t.Error("the client made a span of its own beside it")
 	}
 	if got := ours.received(); got != "" {
 		t.Errorf("a second provider was started: %s", got)
@@ -189,6 +199,25 @@ func fronted(t *testing.T, w *world) {
 	if err := w.get(t.Context(), "/fronted"); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// frontedClient makes a call that is denied, of which something in front makes the span
+// and sends the trace, and gives the decision ID.
+func frontedClient(t *testing.T, w *world) string {
+	t.Helper()
+	ctx, span := api.Tracer("theirs").Start(t.Context(), "their call", trace.WithSpanKind(trace.SpanKindClient))
+	defer span.End()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, w.url+"/denied", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	propagation.TraceContext{}.Inject(ctx, propagation.HeaderCarrier(req.Header))
+	_, err = w.http.Do(req) //nolint:bodyclose // there is no answer
+	denied, ok := errors.AsType[*sdk.DeniedError](err)
+	if !ok {
+		t.Fatal(err)
+	}
+	return denied.DecisionID
 }
 
 // A collector that refuses, or takes connections and never answers, holds up no call
