@@ -5,7 +5,6 @@ package sidecar
 
 import (
 	"fmt"
-	"io"
 	"os"
 	"strconv"
 	"sync"
@@ -17,42 +16,60 @@ import (
 
 // accessLog is safe for concurrent use. A line is written whole, in one write.
 type accessLog struct {
-	to io.Writer // nil: nobody wants it
+	where string
 
-	mu  sync.Mutex // guards buf and writes
-	buf []byte
+	mu   sync.Mutex // guards the rest, and that lines do not mix
+	file *os.File   // nil: nobody wants it
+	buf  []byte
 }
 
 func openAccessLog(where string) (*accessLog, error) {
-	switch where {
-	case off:
-		return &accessLog{}, nil
-	case "stdout":
-		return &accessLog{to: os.Stdout}, nil
+	l := &accessLog{where: where}
+	if where == "stdout" {
+		l.file = os.Stdout
 	}
-	f, err := os.OpenFile(where, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	return l, l.reopen()
+}
+
+// reopen opens the file anew, which may have been moved away.
+func (l *accessLog) reopen() error {
+	if l.where == off || l.where == "stdout" {
+		return nil
+	}
+	f, err := os.OpenFile(l.where, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
-		return nil, fmt.Errorf("open access_log: %w", err)
+		return fmt.Errorf("open access_log: %w", err)
 	}
-	return &accessLog{to: f}, nil
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.file != nil {
+		_ = l.file.Close() // every line has been written
+	}
+	l.file = f
+	return nil
 }
 
 func (l *accessLog) close() {
-	if f, ok := l.to.(*os.File); ok && f != os.Stdout {
-		_ = f.Close() // every line has been written
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.file != nil && l.file != os.Stdout {
+		_ = l.file.Close() // every line has been written
 	}
+	l.file = nil
 }
 
 // write adds the line of a request. A log that cannot be written keeps no request
 // from being served.
 func (l *accessLog) write(h *hop.Hop, e *hop.Entry) {
-	if l.to == nil {
+	if l.where == off {
 		return
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.buf = appendEntry(l.buf[:0], h, e)
-	_, _ = l.to.Write(l.buf)
+	if l.file != nil {
+		l.buf = appendEntry(l.buf[:0], h, e)
+		_, _ = l.file.Write(l.buf)
+	}
 }
 
 // appendEntry appends e as a line. What is empty is left out.

@@ -81,6 +81,14 @@ type Config struct {
 	// 127.0.0.1:9445; "off" means not at all.
 	HealthAddress string `yaml:"health_address"`
 
+	// MetricsBySource has the metrics of inbound listeners tell callers apart by SPIFFE
+	// ID, at most some thousand series of each listener.
+	MetricsBySource bool `yaml:"metrics_by_source"`
+
+	// AdminSocket is a Unix socket for operators, and for the sidecar that is to take
+	// this one's place: root and the own user reach it. Empty means off.
+	AdminSocket string `yaml:"admin_socket"`
+
 	// AccessLog is where one line of JSON per request goes: a file, "stdout", or "off".
 	// Empty means off.
 	AccessLog string `yaml:"access_log"`
@@ -181,6 +189,7 @@ func (c Config) withDefaults() Config {
 	duration(&c.TCPIdleTimeout, time.Hour)
 	duration(&c.DrainTimeout, 10*time.Second)
 	text(&c.HealthAddress, DefaultHealthAddress)
+	text(&c.AdminSocket, off)
 	text(&c.AccessLog, off)
 	text(&c.LogLevel, "info")
 	text(&c.LogFormat, "text")
@@ -365,6 +374,14 @@ func (c Config) checkPlaces() error {
 	if c.HealthAddress != off {
 		if _, err := net.ResolveTCPAddr("tcp", c.HealthAddress); err != nil {
 			return &InvalidError{Field: "health_address", Reason: fmt.Sprintf("%q is neither host:port nor off", c.HealthAddress)}
+		}
+	}
+	if c.AdminSocket != off {
+		if !filepath.IsAbs(c.AdminSocket) {
+			return &InvalidError{Field: "admin_socket", Reason: fmt.Sprintf("%q is neither an absolute path nor off", c.AdminSocket)}
+		}
+		if n := len(c.AdminSocket + handoverSuffix); n > unixsock.MaxPath {
+			return &InvalidError{Field: "admin_socket", Reason: fmt.Sprintf("has %d bytes with %s, a socket path at most %d", n, handoverSuffix, unixsock.MaxPath), Hint: "choose a shorter folder"}
 		}
 	}
 	if c.AccessLog != off && c.AccessLog != "stdout" && !filepath.IsAbs(c.AccessLog) {

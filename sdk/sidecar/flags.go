@@ -4,17 +4,19 @@
 package sidecar
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
+	"os"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
-	"merlon.dev/sdk"
 	"merlon.dev/sdk/sidecar/capture"
 )
 
@@ -47,6 +49,8 @@ var settings = []setting{
 	{key: "tcp_idle_timeout", usage: "after which a connection of protocol tcp is closed on which nothing moves, or a WebSocket (default 1h)", set: duration(func(c *Config) *time.Duration { return &c.TCPIdleTimeout })},
 	{key: "drain_timeout", usage: "for requests under way at the end of the process (default 10s)", set: duration(func(c *Config) *time.Duration { return &c.DrainTimeout })},
 	{key: "health_address", usage: "`host:port` of health and metrics, or off (default " + DefaultHealthAddress + ")", set: text(func(c *Config) *string { return &c.HealthAddress })},
+	{key: "metrics_by_source", usage: "true: metrics tell callers apart by SPIFFE ID (default false)", set: setMetricsBySource},
+	{key: "admin_socket", usage: "`path` of a Unix socket for operators, and for a successor; off for none (default off)", set: text(func(c *Config) *string { return &c.AdminSocket })},
 	{key: "access_log", usage: "`file` for a line of JSON per request, stdout, or off (default off)", set: text(func(c *Config) *string { return &c.AccessLog })},
 	{key: "log_level", usage: "debug, info, warn or error (default info)", set: text(func(c *Config) *string { return &c.LogLevel })},
 	{key: "log_format", usage: "text or json (default text)", set: text(func(c *Config) *string { return &c.LogFormat })},
@@ -114,6 +118,13 @@ func setOutbound(c *Config, v string) error {
 	return nil
 }
 
+func setMetricsBySource(c *Config, v string) (err error) {
+	if c.MetricsBySource, err = strconv.ParseBool(v); err != nil {
+		return fmt.Errorf("%q is neither true nor false", v)
+	}
+	return nil
+}
+
 func setAgentUID(c *Config, v string) error {
 	uid, err := strconv.ParseUint(v, 10, 32)
 	if err != nil {
@@ -128,6 +139,8 @@ type CommandLine struct {
 	Config Config
 	// ValidateOnly asks to check the settings and do nothing else.
 	ValidateOnly bool
+	// Command is what exec is to start.
+	Command []string
 
 	args   []string
 	getenv func(string) string
@@ -138,6 +151,10 @@ type CommandLine struct {
 // for and printed to usage.
 func ParseCommandLine(args []string, getenv func(string) string, usage io.Writer) (*CommandLine, error) {
 	cl := &CommandLine{args: args, getenv: getenv}
+	executes := len(args) > 0 && args[0] == "exec"
+	if executes {
+		args = args[1:]
+	}
 	set := flag.NewFlagSet("merlon-sidecar", flag.ContinueOnError)
 	set.SetOutput(io.Discard) // the caller reports mistakes, once
 	path := set.String("config", getenv(envPrefix+"CONFIG"), "YAML `file` with the settings")
@@ -152,7 +169,12 @@ func ParseCommandLine(args []string, getenv func(string) string, usage io.Writer
 	} else if err != nil {
 		return nil, &usageError{err.Error()}
 	}
-	if set.NArg() > 0 {
+	switch {
+	case executes && set.NArg() == 0:
+		return nil, &usageError{"exec without a command: merlon-sidecar exec [FLAGS] -- COMMAND"}
+	case executes:
+		cl.Command = set.Args()
+	case set.NArg() > 0:
 		return nil, &usageError{fmt.Sprintf("unexpected argument %q", set.Arg(0))}
 	}
 	if *path != "" {
@@ -165,6 +187,35 @@ func ParseCommandLine(args []string, getenv func(string) string, usage io.Writer
 		return nil, err
 	}
 	return cl, cl.Config.Validate()
+}
+
+// Run runs the sidecar until ctx ends, and reads the settings again at each hangup.
+func (cl *CommandLine) Run(ctx context.Context, out io.Writer, hangups <-chan os.Signal) error {
+	if cl.ValidateOnly {
+		_, err := fmt.Fprintln(out, "the settings are valid")
+		return err
+	}
+	s, err := New(cl.Config)
+	if err != nil {
+		return err
+	}
+	s.Command = cl.Command
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	for {
+		select {
+		case err := <-done:
+			return err
+		case <-hangups:
+			again, err := ParseCommandLine(cl.args, cl.getenv, io.Discard)
+			if err == nil {
+				err = s.Reload(again.Config)
+			}
+			if err != nil {
+				s.log.LogAttrs(ctx, slog.LevelError, "configuration not reloaded; the last one stays", slog.Any("err", err), slog.String("hint", Hint(err)))
+			}
+		}
+	}
 }
 
 // apply sets what flags and environment say.
@@ -194,6 +245,10 @@ Examples:
   merlon-sidecar -outbound 127.0.0.1:9001,orders,http,orders-1.example.org:8443
   merlon-sidecar -config /etc/merlon/sidecar.yaml
   merlon-sidecar capture -h
+  merlon-sidecar exec -config /etc/merlon/sidecar.yaml -- nginx -g 'daemon off;'
+
+With exec it starts the command once identity and policy are there, and ends with
+it. SIGHUP has the settings read again.
 
 Each setting can also come from %sNAME in the environment.
 
@@ -233,9 +288,6 @@ func Hint(err error) string {
 		return "name the file with -config, or give the settings as flags: merlon-sidecar -h"
 	case errors.Is(err, fs.ErrPermission):
 		return "choose ports above 1023 and folders that this user can write"
-	}
-	if e, ok := errors.AsType[*sdk.NotReadyError](err); ok && e.Reason == sdk.SocketAbsent {
-		return "start the agent, or name its socket with -agent-socket"
 	}
 	return ""
 }

@@ -17,6 +17,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"merlon.dev/sdk"
 	"merlon.dev/sdk/sdktest"
 )
 
@@ -25,7 +26,9 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // running is a sidecar that serves until the test ends.
 type running struct {
 	t       testing.TB
-	addrs   []string // of its listeners: inbound ones first
+	sidecar *Sidecar
+	done    chan struct{} // closed when it has ended
+	addrs   []string      // of its listeners: inbound ones first
 	logFile string
 	stop    func() // ends it, and waits
 }
@@ -35,7 +38,9 @@ func start(t testing.TB, td *sdktest.TD, name string, cfg Config) *running {
 	t.Helper()
 	cfg.AgentSocket = td.Address(name)
 	cfg.HealthAddress = off
-	cfg.AccessLog = filepath.Join(t.TempDir(), "access.log")
+	if cfg.AccessLog == "" {
+		cfg.AccessLog = filepath.Join(t.TempDir(), "access.log")
+	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -43,7 +48,7 @@ func start(t testing.TB, td *sdktest.TD, name string, cfg Config) *running {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &running{t: t, logFile: cfg.AccessLog}
+	r := &running{t: t, sidecar: s, logFile: cfg.AccessLog}
 	opened := make(chan struct{})
 	s.opened = func(doors []*door) {
 		for _, d := range doors {
@@ -52,24 +57,25 @@ func start(t testing.TB, td *sdktest.TD, name string, cfg Config) *running {
 		close(opened)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- s.Run(ctx) }()
-	ended := false
+	r.done = make(chan struct{})
+	var ended error
+	go func() {
+		ended = s.Run(ctx)
+		close(r.done)
+	}()
 	r.stop = func() {
-		if ended {
-			return
-		}
-		ended = true
 		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("the sidecar of %s: %v", name, err)
+		<-r.done
+		if ended != nil {
+			t.Errorf("the sidecar of %s: %v", name, ended)
+			ended = nil
 		}
 	}
 	t.Cleanup(r.stop)
 	select {
 	case <-opened:
-	case err := <-done:
-		t.Fatalf("the sidecar of %s: %v", name, err)
+	case <-r.done:
+		t.Fatalf("the sidecar of %s: %v", name, ended)
 	}
 	return r
 }
@@ -121,6 +127,7 @@ func listen(t testing.TB) net.Listener {
 // that leads there.
 type pair struct {
 	td                *sdktest.TD
+	web               *sdk.Identity // for callers without a sidecar; nil: none yet
 	inbound, outbound *running
 }
 

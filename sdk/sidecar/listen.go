@@ -1,4 +1,5 @@
-// A listener and what becomes of its connections: handshake, engine, end.
+// A listener and what becomes of its connections: handshake, engine, end. What serves
+// them can be replaced while it listens.
 
 package sidecar
 
@@ -9,31 +10,22 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"merlon.dev/sdk/sidecar/internal/hop"
 	"merlon.dev/sdk/unixsock"
 )
 
-// door accepts the connections of one hop.
+// door accepts the connections of one address.
 type door struct {
-	hop    *hop.Hop
-	engine hop.Engine
-	alpn   []string
-	lis    net.Listener
-	log    *slog.Logger
-	slots  chan struct{}
-
-	mu    sync.Mutex // guards conns
-	conns map[net.Conn]struct{}
-	going sync.WaitGroup // connections
-}
-
-func newDoor(h *hop.Hop, e engine, lis net.Listener, maxConnections int, log *slog.Logger) *door {
-	return &door{
-		hop: h, engine: e.make(h), alpn: e.alpn, lis: lis, log: log,
-		slots: make(chan struct{}, maxConnections), conns: make(map[net.Conn]struct{}),
-	}
+	address string // as configured
+	lis     net.Listener
+	log     *slog.Logger
+	slots   chan struct{}
+	serving atomic.Pointer[serving]
+	ctx     context.Context // ends with close, and with Run
+	close   context.CancelFunc
 }
 
 // listenOn opens address, host:port or unix:///path.
@@ -52,19 +44,11 @@ const (
 	maxPause   = time.Second
 )
 
-// run accepts until ctx ends or the listener is closed, and returns when no
-// connection is left; those that are, after drain, it closes.
-func (d *door) run(ctx context.Context, drain time.Duration) {
+// run accepts until the door is closed.
+func (d *door) run() {
+	ctx := d.ctx
 	stop := context.AfterFunc(ctx, func() { _ = d.lis.Close() }) // Accept ends, which is all that is wanted
 	defer stop()
-	d.accept(ctx)
-	deadline := time.AfterFunc(drain, d.closeAll)
-	defer deadline.Stop()
-	d.going.Wait()
-	d.engine.Close()
-}
-
-func (d *door) accept(ctx context.Context) {
 	pause := firstPause
 	for {
 		select {
@@ -75,15 +59,14 @@ func (d *door) accept(ctx context.Context) {
 		conn, err := d.lis.Accept()
 		if err == nil {
 			pause = firstPause
-			d.hold(conn)
-			d.going.Go(func() { d.greet(ctx, conn) })
+			d.begin(conn)
 			continue
 		}
 		<-d.slots
 		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
 			return
 		}
-		d.log.LogAttrs(ctx, slog.LevelWarn, "connections are not accepted", slog.String("listener", d.hop.Name), slog.Any("err", err))
+		d.log.LogAttrs(ctx, slog.LevelWarn, "connections are not accepted", slog.String("listener", d.address), slog.Any("err", err))
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
@@ -93,47 +76,108 @@ func (d *door) accept(ctx context.Context) {
 	}
 }
 
+// begin hands a connection to what serves at the moment; after the end nothing does.
+func (d *door) begin(conn net.Conn) {
+	over := func() { <-d.slots }
+	for {
+		now := d.serving.Load()
+		if now.begin(conn, over) {
+			return
+		}
+		if d.serving.Load() == now { // it was not replaced, it is over
+			_ = conn.Close() // nobody serves it
+			over()
+			return
+		}
+	}
+}
+
+// serving is a hop and the connections on it.
+type serving struct {
+	hop    *hop.Hop
+	engine hop.Engine
+	alpn   []string
+	ctx    context.Context // ends with retire
+	cancel context.CancelFunc
+
+	mu      sync.Mutex // guards the rest, and that none begins once retired
+	retired bool
+	conns   map[net.Conn]struct{}
+	going   sync.WaitGroup
+}
+
+func newServing(h *hop.Hop, e engine) *serving {
+	s := &serving{hop: h, engine: e.make(h), alpn: e.alpn, conns: make(map[net.Conn]struct{})}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	return s
+}
+
+// begin takes a connection, unless s has been replaced. over is called at its end.
+func (s *serving) begin(conn net.Conn, over func()) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.retired {
+		return false
+	}
+	s.conns[conn] = struct{}{}
+	s.going.Go(func() { s.greet(conn, over) })
+	return true
+}
+
 // greet does the handshake of an inbound connection.
-func (d *door) greet(ctx context.Context, conn net.Conn) {
-	if d.hop.Direction == hop.Outbound {
-		d.serve(ctx, conn, conn)
+func (s *serving) greet(conn net.Conn, over func()) {
+	if s.hop.Direction == hop.Outbound {
+		s.serve(conn, conn, over)
 		return
 	}
-	// Not ctx itself: who has begun may finish, and a handshake is bounded anyway.
-	secured, err := d.hop.Identity.ServerHandshake(context.WithoutCancel(ctx), conn, d.alpn...)
+	// Not s.ctx: who has begun may finish, and a handshake is bounded anyway.
+	secured, err := s.hop.Identity.ServerHandshake(context.Background(), conn, s.alpn...)
 	if err != nil { // closed and logged where the peer was refused
-		d.release(conn)
+		s.release(conn, over)
 		return
 	}
 	// On a goroutine of its own: a handshake leaves a large stack behind, which the
 	// connection would keep.
-	d.going.Go(func() { d.serve(ctx, conn, secured) })
+	s.going.Go(func() { s.serve(conn, secured, over) })
 }
 
 // serve serves a connection to its end.
-func (d *door) serve(ctx context.Context, raw, conn net.Conn) {
-	defer d.release(raw)
-	d.engine.Serve(ctx, conn)
+func (s *serving) serve(raw, conn net.Conn, over func()) {
+	defer s.release(raw, over)
+	s.engine.Serve(s.ctx, conn)
 }
 
-func (d *door) hold(conn net.Conn) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.conns[conn] = struct{}{}
+func (s *serving) release(conn net.Conn, over func()) {
+	s.mu.Lock()
+	delete(s.conns, conn)
+	s.mu.Unlock()
+	over()
 }
 
-func (d *door) release(conn net.Conn) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	delete(d.conns, conn)
-	<-d.slots
+func (s *serving) connections() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.conns)
+}
+
+// retire lets requests under way finish, closes what is left after drain, and returns
+// when nothing is.
+func (s *serving) retire(drain time.Duration) {
+	s.mu.Lock()
+	s.retired = true
+	s.mu.Unlock()
+	s.cancel()
+	deadline := time.AfterFunc(drain, s.closeAll)
+	defer deadline.Stop()
+	s.going.Wait()
+	s.engine.Close()
 }
 
 // closeAll ends every connection, whatever it is at.
-func (d *door) closeAll() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for conn := range d.conns {
+func (s *serving) closeAll() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for conn := range s.conns {
 		_ = conn.Close() // its engine sees to the rest
 	}
 }

@@ -7,27 +7,39 @@ package sidecar
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
-	"slices"
-	"strings"
 	"sync"
 
-	"merlon.dev/policy"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/health"
-	"merlon.dev/sdk/sidecar/internal/hop"
 )
 
-// Sidecar is one, ready to run.
+// Sidecar is one, ready to run. Its methods are safe for concurrent use.
 type Sidecar struct {
-	cfg    Config
-	log    *slog.Logger
-	id     *sdk.Identity
-	health *health.Server
-	access *accessLog
-	opened func([]*door) // called with the listeners; nil but in tests
+	log     *slog.Logger
+	id      *sdk.Identity
+	health  *health.Server
+	metrics *metrics
+	access  *accessLog
+	recent  recent
+	// Command is started once identity and policy are there, and Run ends with it;
+	// empty for none.
+	Command []string
+	opened  func([]*door) // called with the listeners; nil but in tests
+
+	ctx  context.Context // of Run
+	stop context.CancelFunc
+
+	mu    sync.Mutex // guards the rest
+	cfg   Config
+	doors []*door
+	// next are the sockets that a successor gets.
+	next map[string]net.Listener
+	// accepting are the doors, retiring what serves or has served behind them.
+	accepting, retiring sync.WaitGroup
 }
 
 // New checks the settings.
@@ -35,52 +47,92 @@ func New(cfg Config) (*Sidecar, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	s := &Sidecar{cfg: cfg.withDefaults()}
+	s := &Sidecar{cfg: cfg.withDefaults(), next: make(map[string]net.Listener)}
 	var err error
 	if s.log, err = s.cfg.logger(); err != nil {
 		return nil, err
 	}
 	s.health = health.New(s.log)
+	s.metrics = newMetrics(s.health.Registry(), s.cfg.MetricsBySource)
 	return s, nil
 }
 
-// Run gets the identity, opens the listeners and serves until ctx ends and requests
-// under way have finished.
+// Run gets the identity, opens the listeners, and serves until ctx ends or the
+// command does, and requests under way have finished. A sidecar that runs with the
+// same admin_socket already hands its sockets over, finishes what it has begun, and
+// ends.
 func (s *Sidecar) Run(ctx context.Context) error {
+	s.ctx, s.stop = context.WithCancel(ctx)
+	defer s.stop()
 	var err error
 	if s.access, err = openAccessLog(s.cfg.AccessLog); err != nil {
 		return err
 	}
 	defer s.access.close()
-	if s.id, err = sdk.Open(ctx, s.options()...); err != nil {
+	if s.id, err = s.identity(); err != nil {
 		return err
 	}
 	defer s.id.Close()
-	doors, err := s.open(ctx)
+	before, err := askPredecessor(s.ctx, s.cfg.AdminSocket)
 	if err != nil {
 		return err
 	}
-	healthListener, err := s.listenHealth(ctx)
-	if err != nil {
-		closeDoors(doors)
+	defer before.close()
+	if err := s.open(before); err != nil {
 		return err
 	}
-	if s.opened != nil {
-		s.opened(doors)
-	}
-	s.health.Check("identity", func() error { _, err := s.id.GetX509SVID(); return err })
+	before.serving()
+	s.ownPaths(true)
+	return s.serve()
+}
+
+// serve serves until all is over.
+func (s *Sidecar) serve() error {
 	var all sync.WaitGroup
-	var healthErr error
-	if healthListener != nil {
-		all.Go(func() { healthErr = s.health.Serve(ctx, healthListener) })
+	errs := make(chan error, 2)
+	if lis := s.next[healthSocket]; lis != nil {
+		all.Go(func() { errs <- s.health.Serve(s.ctx, lis) })
 	}
-	for _, d := range doors {
-		all.Go(func() { d.run(ctx, s.cfg.DrainTimeout) })
-		s.log.LogAttrs(ctx, slog.LevelInfo, "listening", slog.String("listener", d.hop.Name), slog.String("direction", string(d.hop.Direction)),
-			slog.String("protocol", string(d.hop.Protocol)), slog.String("spiffe_id", s.id.ID().String()))
+	if lis := s.next[adminSocket]; lis != nil {
+		all.Go(func() { s.serveAdmin(lis) })
+		all.Go(func() { s.serveSuccessor(s.next[handoverSocket]) })
 	}
+	command := s.startCommand()
+	<-s.ctx.Done()
+	s.accepting.Wait()
+	s.retireAll()
+	s.retiring.Wait()
+	err := command.end(s.config().DrainTimeout)
 	all.Wait()
-	return healthErr
+	close(errs)
+	for each := range errs {
+		err = errors.Join(err, each)
+	}
+	return err
+}
+
+func (s *Sidecar) config() Config {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cfg
+}
+
+// identity waits for one for as long as it can come without anybody's changing what
+// this process was told.
+func (s *Sidecar) identity() (*sdk.Identity, error) {
+	for {
+		id, err := sdk.Open(s.ctx, s.options()...)
+		var not *sdk.NotReadyError
+		if !errors.As(err, &not) || s.ctx.Err() != nil {
+			return id, err
+		}
+		switch not.Reason {
+		case sdk.SocketAbsent, sdk.SocketDead, sdk.AgentNotSynced, sdk.NoMatchingEntry, sdk.AgentUnavailable:
+			s.log.LogAttrs(s.ctx, slog.LevelWarn, "waiting for an identity", slog.String("reason", string(not.Reason)), slog.Any("err", not.Err), slog.String("hint", not.Hint))
+		default:
+			return nil, err
+		}
+	}
 }
 
 func (s *Sidecar) options() []sdk.Option {
@@ -94,88 +146,177 @@ func (s *Sidecar) options() []sdk.Option {
 	return options
 }
 
-// open opens every listener, or none.
-func (s *Sidecar) open(ctx context.Context) (doors []*door, err error) {
-	for _, in := range s.cfg.Inbound {
-		d, err := s.door(ctx, s.inbound(in), in.Protocol, in.Listen)
+// The names of sockets that are no hop's.
+const (
+	healthSocket   = "health"
+	adminSocket    = "admin"
+	handoverSocket = "handover"
+)
+
+// open opens every listener, or none, and begins to accept.
+func (s *Sidecar) open(before *predecessor) (err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer func() {
 		if err != nil {
-			closeDoors(doors)
-			return nil, err
+			for _, lis := range s.next {
+				_ = lis.Close() // nothing was accepted
+			}
 		}
-		doors = append(doors, d)
+	}()
+	for _, p := range s.cfg.plans() {
+		if err := s.listen(before, p.address, p.address); err != nil {
+			return err
+		}
 	}
-	for _, out := range s.cfg.Outbound {
-		d, err := s.door(ctx, s.outbound(out), out.Protocol, out.Listen)
+	if s.cfg.HealthAddress != off {
+		if err := s.listen(before, healthSocket, s.cfg.HealthAddress); err != nil {
+			return fmt.Errorf("health_address: %w", err)
+		}
+	}
+	if s.cfg.AdminSocket != off {
+		if err := s.listen(before, adminSocket, "unix://"+s.cfg.AdminSocket); err != nil {
+			return fmt.Errorf("admin_socket: %w", err)
+		}
+		if err := s.listen(before, handoverSocket, "unix://"+s.cfg.AdminSocket+handoverSuffix); err != nil {
+			return fmt.Errorf("admin_socket: %w", err)
+		}
+	}
+	s.health.Check("identity", func() error { _, err := s.id.GetX509SVID(); return err })
+	if len(s.cfg.Inbound) > 0 {
+		s.health.Check("policy", s.id.PolicyReady)
+	}
+	for _, p := range s.cfg.plans() {
+		s.admit(p)
+	}
+	if s.opened != nil {
+		s.opened(s.doors)
+	}
+	return nil
+}
+
+// listen takes the socket of a name over, or opens it at address.
+func (s *Sidecar) listen(before *predecessor, name, address string) (err error) {
+	lis := before.take(name)
+	if lis == nil {
+		if lis, err = listenOn(s.ctx, address); err != nil {
+			return fmt.Errorf("listen on %s: %w", address, err)
+		}
+	}
+	s.next[name] = lis
+	return nil
+}
+
+// admit begins to accept for p, whose listener is open.
+func (s *Sidecar) admit(p plan) {
+	d := &door{address: p.address, lis: s.next[p.address], log: s.log, slots: make(chan struct{}, s.cfg.MaxConnections)}
+	d.ctx, d.close = context.WithCancel(s.ctx)
+	h := p.make(s)
+	d.serving.Store(newServing(h, engines[p.protocol]))
+	s.doors = append(s.doors, d)
+	s.accepting.Go(d.run)
+	s.log.LogAttrs(s.ctx, slog.LevelInfo, "listening", slog.String("listener", p.address), slog.String("direction", string(h.Direction)),
+		slog.String("protocol", p.protocol), slog.String("destination", h.To), slog.String("spiffe_id", s.id.ID().String()))
+}
+
+// retireAll ends what every door serves.
+func (s *Sidecar) retireAll() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, d := range s.doors {
+		s.retire(d.serving.Load())
+	}
+}
+
+// retire has old end in its own time.
+func (s *Sidecar) retire(old *serving) {
+	drain := s.cfg.DrainTimeout
+	s.retiring.Go(func() { old.retire(drain) })
+}
+
+// Reload takes a changed configuration in. What cannot be changed while it runs, or
+// not be opened, is an error, and then nothing changes. Requests under way finish as
+// they began.
+func (s *Sidecar) Reload(cfg Config) (err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	defer func() {
+		result := "taken"
 		if err != nil {
-			closeDoors(doors)
-			return nil, err
+			result = "refused"
 		}
-		doors = append(doors, d)
+		s.metrics.reloads.WithLabelValues(result).Inc()
+	}()
+	if err := cfg.Validate(); err != nil {
+		return err
 	}
-	return doors, nil
+	cfg = cfg.withDefaults()
+	if err := s.cfg.fixed(&cfg); err != nil {
+		return err
+	}
+	if err := s.access.reopen(); err != nil {
+		return err
+	}
+	var added []plan
+	for _, p := range cfg.plans() {
+		if s.next[p.address] != nil {
+			continue
+		}
+		if err := s.listen(nil, p.address, p.address); err != nil {
+			for _, p := range added {
+				_ = s.next[p.address].Close() // nothing was accepted
+				delete(s.next, p.address)
+			}
+			return err
+		}
+		added = append(added, p)
+	}
+	s.apply(cfg, added)
+	return nil
 }
 
-func closeDoors(doors []*door) {
-	for _, d := range doors {
-		_ = d.lis.Close() // nothing was accepted
+// apply replaces what is served by what cfg says; the listeners of added are open.
+func (s *Sidecar) apply(cfg Config, added []plan) {
+	s.cfg = cfg
+	wanted := make(map[string]plan)
+	for _, p := range cfg.plans() {
+		wanted[p.address] = p
 	}
+	var kept []*door
+	for _, d := range s.doors {
+		old := d.serving.Load()
+		if p, ok := wanted[d.address]; ok {
+			d.serving.Store(newServing(p.make(s), engines[p.protocol]))
+			kept = append(kept, d)
+		} else {
+			d.close()
+			delete(s.next, d.address)
+		}
+		s.retire(old)
+	}
+	s.doors = kept
+	for _, p := range added {
+		s.admit(p)
+	}
+	s.log.LogAttrs(s.ctx, slog.LevelInfo, "configuration reloaded", slog.Int("listeners", len(s.doors)))
 }
 
-func (s *Sidecar) door(ctx context.Context, h *hop.Hop, protocol, address string) (*door, error) {
-	lis, err := listenOn(ctx, address)
-	if err != nil {
-		return nil, fmt.Errorf("listen on %s: %w", address, err)
+// fixed says which setting of next differs that only a restart can change.
+func (c *Config) fixed(next *Config) error {
+	for field, same := range map[string]bool{
+		"agent_socket":      c.AgentSocket == next.AgentSocket,
+		"agent_uid":         c.AgentUID == next.AgentUID,
+		"max_connections":   c.MaxConnections == next.MaxConnections,
+		"health_address":    c.HealthAddress == next.HealthAddress,
+		"admin_socket":      c.AdminSocket == next.AdminSocket,
+		"access_log":        c.AccessLog == next.AccessLog,
+		"metrics_by_source": c.MetricsBySource == next.MetricsBySource,
+		"log_level":         c.LogLevel == next.LogLevel,
+		"log_format":        c.LogFormat == next.LogFormat,
+	} {
+		if !same {
+			return &InvalidError{Field: field, Reason: "cannot change while the sidecar runs", Hint: "start the new one beside it: with the same admin_socket it takes the sockets over"}
+		}
 	}
-	return newDoor(h, engines[protocol], lis, s.cfg.MaxConnections, s.log), nil
-}
-
-// inbound is the hop from callers to the app.
-func (s *Sidecar) inbound(in Inbound) *hop.Hop {
-	h := s.hop(in.Listen, hop.Inbound, in.Protocol)
-	h.To = s.id.ID().String()
-	network, address := "tcp", in.App
-	if path, ok := strings.CutPrefix(in.App, "unix://"); ok {
-		network, address = "unix", path
-	}
-	h.Upstreams = hop.NewUpstreams(&hop.Upstream{Address: in.App, Dial: func(ctx context.Context) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, network, address)
-	}})
-	return h
-}
-
-// outbound is the hop from the app to a service.
-func (s *Sidecar) outbound(out Outbound) *hop.Hop {
-	h := s.hop(out.Listen, hop.Outbound, out.Protocol)
-	h.To = out.To
-	dial := s.id.DialTLS(out.target(), engines[out.Protocol].alpn...)
-	var all []*hop.Upstream
-	for _, address := range out.Upstreams {
-		all = append(all, &hop.Upstream{Address: address, Dial: func(ctx context.Context) (net.Conn, error) { return dial(ctx, "tcp", address) }})
-	}
-	h.Upstreams = hop.NewUpstreams(all...)
-	return h
-}
-
-func (s *Sidecar) hop(name string, direction hop.Direction, protocol string) *hop.Hop {
-	h := &hop.Hop{
-		Name: name, Direction: direction, Protocol: engines[protocol].asks, Identity: s.id, Limits: s.cfg.limits(),
-		Strip: func(name string) bool {
-			return policy.ClaimsIdentity(name) || slices.Contains(s.cfg.StripHeaders, name)
-		},
-	}
-	h.Record = func(e *hop.Entry) { s.access.write(h, e) }
-	return h
-}
-
-func (s *Sidecar) listenHealth(ctx context.Context) (net.Listener, error) {
-	if s.cfg.HealthAddress == off {
-		return nil, nil
-	}
-	var cfg net.ListenConfig
-	lis, err := cfg.Listen(ctx, "tcp", s.cfg.HealthAddress)
-	if err != nil {
-		return nil, fmt.Errorf("listen on health_address %s: %w", s.cfg.HealthAddress, err)
-	}
-	return lis, nil
+	return nil
 }

@@ -71,7 +71,10 @@ func (a *rawApp) seen() []string {
 // asWeb opens a raw connection to the inbound listener as workload web.
 func asWeb(t testing.TB, p *pair) net.Conn {
 	t.Helper()
-	conn, err := p.td.Workload("web").DialTLS(sdk.Service("orders"), "http/1.1")(t.Context(), "tcp", p.inbound.addrs[0])
+	if p.web == nil {
+		p.web = p.td.Workload("web")
+	}
+	conn, err := p.web.DialTLS(sdk.Service("orders"), "http/1.1")(t.Context(), "tcp", p.inbound.addrs[0])
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -28,6 +27,8 @@ func main1() int {
 	if len(os.Args) > 1 && os.Args[1] == "capture" {
 		return capture(ctx, os.Args[2:])
 	}
+	hangups := make(chan os.Signal, 1)
+	signal.Notify(hangups, syscall.SIGHUP)
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
@@ -36,12 +37,14 @@ func main1() int {
 		return 0
 	}
 	if err != nil {
-		complain(err)
-		return 2
+		return complain(err, 2)
 	}
-	if err := run(ctx, cl, os.Stdout); err != nil {
-		complain(err)
-		return 1
+	err = cl.Run(ctx, os.Stdout, hangups)
+	if exit, ok := errors.AsType[*sidecar.ExitError](err); ok {
+		return complain(err, exit.Code)
+	}
+	if err != nil {
+		return complain(err, 1)
 	}
 	return 0
 }
@@ -52,31 +55,19 @@ func capture(ctx context.Context, args []string) int {
 	if err == nil || errors.Is(err, flag.ErrHelp) {
 		return 0
 	}
-	complain(err)
 	switch {
 	case sidecar.IsUsage(err):
-		return 2
+		return complain(err, 2)
 	case errors.Is(err, sidecar.ErrNotInForce):
-		return 3
+		return complain(err, 3)
 	}
-	return 1
+	return complain(err, 1)
 }
 
-func run(ctx context.Context, cl *sidecar.CommandLine, out io.Writer) error {
-	if cl.ValidateOnly {
-		_, err := fmt.Fprintln(out, "the settings are valid")
-		return err
-	}
-	s, err := sidecar.New(cl.Config)
-	if err != nil {
-		return err
-	}
-	return s.Run(ctx)
-}
-
-func complain(err error) {
+func complain(err error, code int) int {
 	fmt.Fprintln(os.Stderr, "merlon-sidecar: error:", err)
 	if hint := sidecar.Hint(err); hint != "" {
 		fmt.Fprintln(os.Stderr, "hint:", hint)
 	}
+	return code
 }

@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"sync"
 	"time"
@@ -50,7 +49,8 @@ func (e *engine) Close() {
 // session is one connection of a caller.
 type session struct {
 	*engine
-	ctx    context.Context // of the work for it, which outlives the order to drain
+	ending context.Context // when it ends, so does the connection, after the request under way
+	ctx    context.Context // of the work for it, which goes on then
 	near   net.Conn
 	caller hop.Caller
 	// identity are the header lines that tell the app who calls.
@@ -65,12 +65,17 @@ type session struct {
 
 	mu       sync.Mutex // guards the rest
 	idle     bool       // between two requests
+	served   bool       // one request at least
 	draining bool
 }
 
+// firstRequest is how long a connection that was just accepted may take to make its
+// first request when the sidecar ends: whoever opens one means to.
+const firstRequest = time.Second
+
 // Serve implements hop.Engine.
 func (e *engine) Serve(ctx context.Context, conn net.Conn) {
-	s := &session{engine: e, ctx: context.WithoutCancel(ctx), near: conn, caller: e.hop.CallerOf(conn)}
+	s := &session{engine: e, ending: ctx, ctx: context.WithoutCancel(ctx), near: conn, caller: e.hop.CallerOf(conn)}
 	if s.caller.ID != "" {
 		s.identity = []byte(hop.IDField + ": " + s.caller.ID + "\r\n" + hop.CertField + ": " + s.caller.Cert + "\r\n")
 	}
@@ -88,15 +93,20 @@ func (s *session) drain() {
 	defer s.mu.Unlock()
 	s.draining = true
 	if s.idle {
-		_ = s.near.SetReadDeadline(time.Unix(1, 0)) // it may be closed already
+		_ = s.near.SetReadDeadline(s.lastMoment()) // it may be closed already
 	}
 }
 
-func (s *session) isDraining() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.draining
+// lastMoment is until when a connection may still make a request when the sidecar
+// ends. s.mu is held.
+func (s *session) lastMoment() time.Time {
+	if s.served {
+		return time.Unix(1, 0)
+	}
+	return time.Now().Add(firstRequest)
 }
+
+func (s *session) isDraining() bool { return s.ending.Err() != nil }
 
 // await waits for the first byte of a request, without holding much.
 func (s *session) await() error {
@@ -105,19 +115,20 @@ func (s *session) await() error {
 		return nil // it came with the one before
 	}
 	s.mu.Lock()
-	if s.draining {
-		s.mu.Unlock()
-		return io.EOF
-	}
 	s.idle = true
-	err := s.clock.tick(s.near, true, s.hop.Limits.IdleTimeout)
+	var err error
+	if s.draining {
+		err = s.near.SetReadDeadline(s.lastMoment())
+	} else {
+		err = s.clock.tick(s.near, true, s.hop.Limits.IdleTimeout)
+	}
 	s.mu.Unlock()
 	if err == nil {
 		err = s.in.fill(s.near, s.hop.Limits.HeadBytes)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.idle = false
+	s.idle, s.served = false, true
 	if s.draining && err == nil {
 		s.clock.read = time.Time{} // drain has moved the deadline
 	}

@@ -1,0 +1,71 @@
+// The hops that a configuration describes.
+
+package sidecar
+
+import (
+	"context"
+	"net"
+	"slices"
+	"strings"
+
+	"merlon.dev/policy"
+	"merlon.dev/sdk/sidecar/internal/hop"
+)
+
+// plan is what is to be served at one address.
+type plan struct {
+	address  string
+	protocol string
+	make     func(s *Sidecar) *hop.Hop
+}
+
+// plans are all of a configuration: inbound ones first.
+func (c Config) plans() (all []plan) {
+	for _, in := range c.Inbound {
+		all = append(all, plan{in.Listen, in.Protocol, func(s *Sidecar) *hop.Hop { return s.inbound(&c, in) }})
+	}
+	for _, out := range c.Outbound {
+		all = append(all, plan{out.Listen, out.Protocol, func(s *Sidecar) *hop.Hop { return s.outbound(&c, out) }})
+	}
+	return all
+}
+
+// inbound is the hop from callers to the app.
+func (s *Sidecar) inbound(c *Config, in Inbound) *hop.Hop {
+	network, address := "tcp", in.App
+	if path, ok := strings.CutPrefix(in.App, "unix://"); ok {
+		network, address = "unix", path
+	}
+	h := s.hop(c, in.Listen, hop.Inbound, in.Protocol, s.id.ID().String())
+	h.Upstreams = hop.NewUpstreams(&hop.Upstream{Address: in.App, Dial: func(ctx context.Context) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, network, address)
+	}})
+	return h
+}
+
+// outbound is the hop from the app to a service.
+func (s *Sidecar) outbound(c *Config, out Outbound) *hop.Hop {
+	h := s.hop(c, out.Listen, hop.Outbound, out.Protocol, out.To)
+	dial := s.id.DialTLS(out.target(), engines[out.Protocol].alpn...)
+	var all []*hop.Upstream
+	for _, address := range out.Upstreams {
+		all = append(all, &hop.Upstream{Address: address, Dial: func(ctx context.Context) (net.Conn, error) { return dial(ctx, "tcp", address) }})
+	}
+	h.Upstreams = hop.NewUpstreams(all...)
+	return h
+}
+
+func (s *Sidecar) hop(c *Config, name string, direction hop.Direction, protocol, to string) *hop.Hop {
+	h := &hop.Hop{
+		Name: name, Direction: direction, Protocol: engines[protocol].asks, Identity: s.id, To: to, Limits: c.limits(),
+		Strip: func(name string) bool { return policy.ClaimsIdentity(name) || slices.Contains(c.StripHeaders, name) },
+	}
+	counted := s.metrics.of(h)
+	h.Record = func(e *hop.Entry) {
+		counted.observe(e)
+		s.recent.add(h, e)
+		s.access.write(h, e)
+	}
+	return h
+}
