@@ -6,6 +6,7 @@ package ca
 import (
 	"fmt"
 	"path/filepath"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -28,7 +29,7 @@ func (c Config) checkDecisionLog() error {
 func (p *parts) openReports(c Config) (err error) {
 	p.health.Registry().MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "merlon_ca_reporting_instances", Help: "Instances of OPA whose status is known to this replica.",
-	}, func() float64 { return float64(len(p.statuses.Instances())) }))
+	}, func() float64 { return float64(len(p.statuses.Instances(time.Now()))) }))
 	p.decisions, err = report.OpenLog(report.LogOptions{
 		File:   decisionlog.FileOptions{Path: c.DecisionLogFile, MaxBytes: int64(c.DecisionLogMaxMiB) << 20, Keep: c.DecisionLogKeep},
 		Logger: c.Logger, Metrics: p.health.Registry(),

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -84,6 +85,96 @@ func TestDecisionLogsAreScoped(t *testing.T) {
 	}
 }
 
+// sendStatus has an OPA say which generation is active.
+func sendStatus(t *testing.T, c *testCA, token http.Header, id string, generation uint64) {
+	t.Helper()
+	client := httpClient(t, nil, nil)
+	body := fmt.Appendf(nil, `{"labels":{"id":%q,"region":"east"},"bundles":{"main":{"active_revision":"%d"}}}`, id, generation)
+	if code, _, said := do(t, client, "POST", c.url("/v1/status"), token, body); code != 200 {
+		t.Fatalf("%s: %d %s", body, code, said)
+	}
+}
+
+// A stock OPA is a place where policy decides, by its own word, below who proved to
+// have sent it.
+func TestStockOPAsAreInTheStatusOfPolicy(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	who := identities(t, c)
+	first := pushPolicy(t, c)
+	token, other := readerToken(t, c, "main", 0), readerToken(t, c, "other", 0)
+	send := func(client string, header http.Header, body string) {
+		t.Helper()
+		if code, _, said := do(t, who[client], "POST", c.url("/v1/status"), header, []byte(body)); code != 200 {
+			t.Fatalf("%s: %d %s", body, code, said)
+		}
+	}
+	status := func(id, name, revision, more string) string {
+		return fmt.Sprintf(`{"labels":{"id":%q,"version":"1.22.2"},"bundles":{%q:{"active_revision":%q%s}}}`, id, name, revision, more)
+	}
+	send("anonymous", token, status("current", "main", "1", ""))
+	send("anonymous", token, status("renamed", "authz", "1", ""))
+	send("anonymous", token, status("empty", "main", "", `,"code":"bundle_error","message":"no signature"`))
+	send("anonymous", token, status("alien", "main", "v7", ""))
+	send("anonymous", other, status("elsewhere", "main", "1", ""))
+	send("workload", nil, status("own", "main", "1", ""))
+	send("workload", nil, status("unnamed", "authz", "1", "")) // of whichever bundle
+	want := func(what string, generation uint64, lines ...string) {
+		t.Helper()
+		st := c.policyStatus()
+		var got []string
+		for _, p := range st.GetPoints() {
+			if p.GetKind() != "opa" {
+				continue
+			}
+			uploader, _, _ := strings.Cut(strings.TrimPrefix(p.GetUploader(), "token:"), ":")
+			got = append(got, strings.TrimSpace(fmt.Sprint(uploader, " ", p.GetInstance(), " ", p.GetGeneration(), " ", p.GetFault())))
+			if (p.GetLaggingSince() != nil) != (p.GetGeneration() < generation) || !p.GetConnected() || p.GetHeardAt() == nil || p.GetLabels()["version"] != "1.22.2" ||
+				p.GetLabels()["id"] != "" || (p.GetSpiffeId() != "") != (p.GetInstance() == "own") {
+				t.Errorf("%s: %v", what, p)
+			}
+		}
+		if !slices.Equal(got, lines) || st.GetOpasLeftOut() != 0 {
+			t.Errorf("%s:\n%s\nwant\n%s", what, strings.Join(got, "\n"), strings.Join(lines, "\n"))
+		}
+	}
+	want("at the first generation", first,
+		`main alien 0 its bundle "main" is of revision "v7", which is no generation;`,
+		"main empty 0 bundle_error: no signature", "spiffe own 1", "main current 1", "main renamed 1")
+	second := pushPolicy(t, c)
+	send("anonymous", token, status("renamed", "authz", "2", ""))
+	want("at the second", second,
+		"spiffe own 1", `main alien 0 its bundle "main" is of revision "v7", which is no generation;`,
+		"main current 1", "main empty 0 bundle_error: no signature", "main renamed 2")
+	if m := metricsOf(t, c); !strings.Contains(m, "merlon_policy_lagging_opas 4\n") || !strings.Contains(m, "merlon_ca_reporting_instances 7\n") {
+		t.Error("/metrics does not count them")
+	}
+}
+
+// One token can make up any number of OPAs; an answer stays small.
+func TestOPAsOfAnAnswerAreBounded(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	who := identities(t, c)
+	pushPolicy(t, c)
+	token := readerToken(t, c, "main", 0)
+	for i := range 1003 {
+		if code, _, said := do(t, who["anonymous"], "POST", c.url("/v1/status"), token, fmt.Appendf(nil, `{"labels":{"id":"i%d"},"bundles":{"main":{"active_revision":"1"}}}`, i)); code != 200 {
+			t.Fatalf("%d %s", code, said)
+		}
+	}
+	st := c.policyStatus()
+	opas := slices.DeleteFunc(slices.Clone(st.GetPoints()), func(p *capb.PolicyPoint) bool { return p.GetKind() != "opa" })
+	if len(opas) != 1000 || st.GetOpasLeftOut() != 3 {
+		t.Errorf("%d OPAs, %d left out", len(opas), st.GetOpasLeftOut())
+	}
+}
+
+func metricsOf(t *testing.T, c *testCA) string {
+	t.Helper()
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	_, _, metrics := do(t, client, "GET", "http://"+c.srv.HealthAddress().String()+"/metrics", nil, nil)
+	return metrics
+}
+
 // Without a file what is uploaded is counted, and not refused: an OPA would send it
 // for ever.
 func TestDecisionLogsWithoutAFileAreCounted(t *testing.T) {
@@ -93,9 +184,7 @@ func TestDecisionLogsWithoutAFileAreCounted(t *testing.T) {
 	if code, _, said := do(t, who["agent"], "POST", c.url("/v1/logs"), nil, []byte(body)); code != 200 {
 		t.Errorf("%d %s; want 200", code, said)
 	}
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	_, _, metrics := do(t, client, "GET", "http://"+c.srv.HealthAddress().String()+"/metrics", nil, nil)
-	if !strings.Contains(metrics, `merlon_ca_decision_log_events_total{outcome="dropped"} 1`) {
+	if !strings.Contains(metricsOf(t, c), `merlon_ca_decision_log_events_total{outcome="dropped"} 1`) {
 		t.Error("/metrics does not count it as dropped")
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/x509"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -258,19 +259,20 @@ func TestStatusNamesWhoLags(t *testing.T) {
 	eventually(t, "the agent follows", func() bool { p := find(a.id); return p.GetLaggingSince() == nil && p.GetGeneration() == first+1 })
 }
 
-// A policy-publisher sees what its candidate would change, and no agents.
+// A policy-publisher sees what its candidate would change, and neither agents nor OPAs.
 func TestPublisherSeesCountsAndNoAgents(t *testing.T) {
 	c := startCA(t, tempDir(t))
 	a := c.agent("n1")
 	publisher := c.admins(a, "publisher", capb.Role_ROLE_POLICY_PUBLISHER, "")
 	pushPolicy(t, c)
 	pushCandidate(t, c)
+	sendStatus(t, c, readerToken(t, c, "main", 0), "i1", 1)
 	resp, err := publisher.admin.GetPolicyStatus(t.Context(), &capb.GetPolicyStatusRequest{Name: "main"})
 	if err != nil || len(resp.GetStatuses()) != 1 || resp.GetStatuses()[0].GetCounts() == nil || len(resp.GetStatuses()[0].GetPoints()) != 0 {
 		t.Errorf("%v, %v", resp, err)
 	}
-	if n := len(c.policyStatus().GetPoints()); n != 1 {
-		t.Errorf("an operator sees %d agents; want 1", n)
+	if n := len(c.policyStatus().GetPoints()); n != 2 {
+		t.Errorf("an operator sees %d agents and OPAs; want one of each", n)
 	}
 }
 
@@ -352,6 +354,15 @@ func TestReplicasShareARollout(t *testing.T) {
 			}
 			n := st.GetCounts().GetComparisons()
 			return len(n) == 1 && n[0].GetWouldDeny() == 10 && fmt.Sprint(points) == fmt.Sprintf("map[%s:ca %s:ca-2]", n1.id, n2.id)
+		})
+	}
+	// What an OPA says to one, the other knows.
+	sendStatus(t, b, readerToken(t, a, "main", 0), "i1", 1)
+	for _, c := range replicas {
+		eventually(t, "both know the OPA", func() bool {
+			return slices.ContainsFunc(c.policyStatus().GetPoints(), func(p *capb.PolicyPoint) bool {
+				return p.GetKind() == "opa" && p.GetInstance() == "i1" && p.GetGeneration() == 1 && p.GetLabels()["region"] == "east"
+			})
 		})
 	}
 	half(n2)

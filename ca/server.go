@@ -278,7 +278,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 		Authorities: p.authorities, Domain: p.domain, Rotation: s.cfg.rotation(), JWTKeyTTL: s.cfg.JWTKeyTTL,
 		Log: s.log, Metrics: p.health.Registry(), UIDs: uids, Tokens: tokens, Attestors: attestors,
 		X509SVIDTTL: s.cfg.X509SVIDTTL, JWTSVIDTTL: s.cfg.JWTSVIDTTL, AgentSVIDTTL: s.cfg.AgentSVIDTTL, AgentRecovery: s.cfg.AgentRecovery,
-		JWTIssuer: s.cfg.JWTIssuer, JWTMaxAudiences: s.cfg.JWTMaxAudiences, IssueRate: s.cfg.AgentIssueRate, Realm: p.realm, Canary: s.cfg.canaryLimits(),
+		JWTIssuer: s.cfg.JWTIssuer, JWTMaxAudiences: s.cfg.JWTMaxAudiences, IssueRate: s.cfg.AgentIssueRate, Realm: p.realm, Canary: s.cfg.canaryLimits(), Statuses: &p.statuses,
 	}
 	if p.keys.HoldsRoot() && !p.keys.HasUpstream() {
 		options.Root = p.keys

@@ -95,6 +95,24 @@ func TestStockOPAReportsStatusAndDecisions(t *testing.T) {
 		}
 		return nil
 	})
+	opaIs := func(what string, generation uint64, lags bool) {
+		t.Helper()
+		stage.Eventually(t, what, func() error {
+			for _, p := range rolloutStatus(t, d).Points {
+				if p.Kind == "opa" && p.Generation == generation && (p.LaggingSince != nil) == lags && p.Connected && p.Fault == "" &&
+					strings.HasPrefix(p.Uploader, "token:main:") && p.Labels["region"] == "east" && p.Labels["version"] != "" {
+					return nil
+				}
+			}
+			return fmt.Errorf("%+v", rolloutStatus(t, d).Points)
+		})
+	}
+	opaIs("the stock OPA is in the status of policy", 1, false)
+	d.Merlon("policy", "push", policyFolder(t, d, "GET"))
+	opaIs("it has the next generation", 2, false)
+	if table := d.Merlon("policy", "status"); !strings.Contains(table, "opa ") || !strings.Contains(table, "token:main:") {
+		t.Errorf("the table has no OPA:\n%s", table)
+	}
 	data, err := os.ReadFile(log)
 	if err != nil {
 		t.Fatal(err)
@@ -102,6 +120,12 @@ func TestStockOPAReportsStatusAndDecisions(t *testing.T) {
 	stage.OPAEvents(t, data)
 	if said := answers.log.String(); strings.Contains(said, "upload failed") || strings.Contains(said, "tatus update failed") {
 		t.Error("the stock OPA complains")
+	}
+	answers.stop() // it gets no further generation
+	d.Merlon("policy", "push", policyFolder(t, d, "POST"))
+	opaIs("it lags", 2, true)
+	if _, stderr, err := d.Try("policy", "status", "--lag-bound", "0s"); err == nil || !strings.Contains(stderr, "lag for longer than 0s") {
+		t.Errorf("exit %v: %s", err, stderr)
 	}
 }
 
@@ -126,6 +150,7 @@ func reportingConfig(t *testing.T, d *stage.Domain) string {
 	at(config, "bundles", "main").(map[string]any)["resource"] = "policy/bundles/main"
 	delay := map[string]any{"min_delay_seconds": 1, "max_delay_seconds": 1}
 	maps.Copy(config, map[string]any{
+		"labels": map[string]any{"region": "east"},
 		"status": map[string]any{"service": "merlon"}, "decision_logs": map[string]any{"service": "merlon", "reporting": delay},
 	})
 	if text, err = json.Marshal(config); err == nil {

@@ -22,6 +22,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 
 	"merlon.dev/integration/stage"
@@ -124,8 +125,9 @@ func opaConfig(t *testing.T, d *stage.Domain, server, ca string) string {
 
 // opaServer is a running stock OPA.
 type opaServer struct {
-	url string
-	log *stage.Buffer
+	url  string
+	log  *stage.Buffer
+	stop func()
 }
 
 func runOPA(t *testing.T, opa, config string) *opaServer {
@@ -137,14 +139,17 @@ func runOPA(t *testing.T, opa, config string) *opaServer {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
+	stop := sync.OnceFunc(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
+	})
+	t.Cleanup(func() {
+		stop()
 		if t.Failed() {
 			t.Logf("log of opa:\n%s", log)
 		}
 	})
-	return &opaServer{url: "http://" + addr, log: log}
+	return &opaServer{url: "http://" + addr, log: log, stop: stop}
 }
 
 // expect asks for web's call of orders.

@@ -58,6 +58,8 @@ type statusOf struct {
 		Candidate    uint64     `json:"candidate_generation"`
 		LaggingSince *time.Time `json:"lagging_since"`
 		Fault        string     `json:"fault"`
+		Uploader     string     `json:"uploader"`
+		Labels       map[string]string
 	} `json:"points"`
 }
 

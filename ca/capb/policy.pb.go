@@ -1743,7 +1743,9 @@ type PolicyStatus struct {
 	// Every agent that should have it, and the processes below it. Agents of another
 	// replica are as that wrote them down last. None for a caller that may not list
 	// agents.
-	Points        []*PolicyPoint `protobuf:"bytes,4,rep,name=points,proto3" json:"points,omitempty"`
+	Points []*PolicyPoint `protobuf:"bytes,4,rep,name=points,proto3" json:"points,omitempty"`
+	// How many further OPAs have said something of late; laggards are listed first.
+	OpasLeftOut   uint32 `protobuf:"varint,5,opt,name=opas_left_out,json=opasLeftOut,proto3" json:"opas_left_out,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1806,11 +1808,20 @@ func (x *PolicyStatus) GetPoints() []*PolicyPoint {
 	return nil
 }
 
+func (x *PolicyStatus) GetOpasLeftOut() uint32 {
+	if x != nil {
+		return x.OpasLeftOut
+	}
+	return 0
+}
+
 // PolicyPoint is a place where policy decides.
 type PolicyPoint struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// "agent" or "process"
-	Kind     string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// "agent", "process", or "opa": a stock OPA that has sent its status in the last
+	// ten minutes. Of that, all but uploader and heard_at is its own word.
+	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// Of an OPA only where it proved to be one by an X509-SVID.
 	SpiffeId string `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
 	// Of a process.
 	AgentId string `protobuf:"bytes,3,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
@@ -1823,8 +1834,15 @@ type PolicyPoint struct {
 	// The candidate that is tried there; 0: none.
 	CandidateGeneration uint64 `protobuf:"varint,8,opt,name=candidate_generation,json=candidateGeneration,proto3" json:"candidate_generation,omitempty"`
 	// Since when it should have a newer one; unset: it does not lag.
-	LaggingSince  *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=lagging_since,json=laggingSince,proto3" json:"lagging_since,omitempty"`
-	Fault         string                 `protobuf:"bytes,10,opt,name=fault,proto3" json:"fault,omitempty"`
+	LaggingSince *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=lagging_since,json=laggingSince,proto3" json:"lagging_since,omitempty"`
+	Fault        string                 `protobuf:"bytes,10,opt,name=fault,proto3" json:"fault,omitempty"`
+	// Of an OPA: who sent its status, a SPIFFE ID or "token:", policy bundle and ID of a
+	// bundle-reader token; its label "id", and its other labels as far as there is room;
+	// and when it was heard last.
+	Uploader      string                 `protobuf:"bytes,11,opt,name=uploader,proto3" json:"uploader,omitempty"`
+	Instance      string                 `protobuf:"bytes,12,opt,name=instance,proto3" json:"instance,omitempty"`
+	Labels        map[string]string      `protobuf:"bytes,13,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	HeardAt       *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=heard_at,json=heardAt,proto3" json:"heard_at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1927,6 +1945,34 @@ func (x *PolicyPoint) GetFault() string {
 		return x.Fault
 	}
 	return ""
+}
+
+func (x *PolicyPoint) GetUploader() string {
+	if x != nil {
+		return x.Uploader
+	}
+	return ""
+}
+
+func (x *PolicyPoint) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *PolicyPoint) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *PolicyPoint) GetHeardAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.HeardAt
+	}
+	return nil
 }
 
 var File_ca_capb_policy_proto protoreflect.FileDescriptor
@@ -2060,12 +2106,13 @@ const file_ca_capb_policy_proto_rawDesc = "" +
 	"\x16GetPolicyStatusRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"Q\n" +
 	"\x17GetPolicyStatusResponse\x126\n" +
-	"\bstatuses\x18\x01 \x03(\v2\x1a.merlon.ca.v1.PolicyStatusR\bstatuses\"\xef\x01\n" +
+	"\bstatuses\x18\x01 \x03(\v2\x1a.merlon.ca.v1.PolicyStatusR\bstatuses\"\x93\x02\n" +
 	"\fPolicyStatus\x12?\n" +
 	"\rpolicy_bundle\x18\x01 \x01(\v2\x1a.merlon.ca.v1.PolicyBundleR\fpolicyBundle\x127\n" +
 	"\tissued_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\bissuedAt\x122\n" +
 	"\x06counts\x18\x03 \x01(\v2\x1a.merlon.ca.v1.PolicyCountsR\x06counts\x121\n" +
-	"\x06points\x18\x04 \x03(\v2\x19.merlon.ca.v1.PolicyPointR\x06points\"\xcd\x02\n" +
+	"\x06points\x18\x04 \x03(\v2\x19.merlon.ca.v1.PolicyPointR\x06points\x12\"\n" +
+	"\ropas_left_out\x18\x05 \x01(\rR\vopasLeftOut\"\xb6\x04\n" +
 	"\vPolicyPoint\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x19\n" +
@@ -2079,7 +2126,14 @@ const file_ca_capb_policy_proto_rawDesc = "" +
 	"\x14candidate_generation\x18\b \x01(\x04R\x13candidateGeneration\x12?\n" +
 	"\rlagging_since\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\flaggingSince\x12\x14\n" +
 	"\x05fault\x18\n" +
-	" \x01(\tR\x05fault*]\n" +
+	" \x01(\tR\x05fault\x12\x1a\n" +
+	"\buploader\x18\v \x01(\tR\buploader\x12\x1a\n" +
+	"\binstance\x18\f \x01(\tR\binstance\x12=\n" +
+	"\x06labels\x18\r \x03(\v2%.merlon.ca.v1.PolicyPoint.LabelsEntryR\x06labels\x125\n" +
+	"\bheard_at\x18\x0e \x01(\v2\x1a.google.protobuf.TimestampR\aheardAt\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01*]\n" +
 	"\vPolicyStage\x12\x1c\n" +
 	"\x18POLICY_STAGE_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13POLICY_STAGE_SHADOW\x10\x01\x12\x17\n" +
@@ -2098,7 +2152,7 @@ func file_ca_capb_policy_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_policy_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_ca_capb_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_ca_capb_policy_proto_goTypes = []any{
 	(PolicyStage)(0),                      // 0: merlon.ca.v1.PolicyStage
 	(*PolicyBundle)(nil),                  // 1: merlon.ca.v1.PolicyBundle
@@ -2130,19 +2184,20 @@ var file_ca_capb_policy_proto_goTypes = []any{
 	(*GetPolicyStatusResponse)(nil),       // 27: merlon.ca.v1.GetPolicyStatusResponse
 	(*PolicyStatus)(nil),                  // 28: merlon.ca.v1.PolicyStatus
 	(*PolicyPoint)(nil),                   // 29: merlon.ca.v1.PolicyPoint
-	(*timestamppb.Timestamp)(nil),         // 30: google.protobuf.Timestamp
+	nil,                                   // 30: merlon.ca.v1.PolicyPoint.LabelsEntry
+	(*timestamppb.Timestamp)(nil),         // 31: google.protobuf.Timestamp
 }
 var file_ca_capb_policy_proto_depIdxs = []int32{
 	2,  // 0: merlon.ca.v1.PolicyBundle.keys:type_name -> merlon.ca.v1.PolicyKey
 	3,  // 1: merlon.ca.v1.PolicyBundle.candidate:type_name -> merlon.ca.v1.PolicyCandidate
 	0,  // 2: merlon.ca.v1.PolicyCandidate.stage:type_name -> merlon.ca.v1.PolicyStage
 	4,  // 3: merlon.ca.v1.PolicyCandidate.canary:type_name -> merlon.ca.v1.PolicyCanary
-	30, // 4: merlon.ca.v1.PolicyCandidate.since:type_name -> google.protobuf.Timestamp
+	31, // 4: merlon.ca.v1.PolicyCandidate.since:type_name -> google.protobuf.Timestamp
 	5,  // 5: merlon.ca.v1.PolicyCandidate.alarm:type_name -> merlon.ca.v1.PolicyAlarm
-	30, // 6: merlon.ca.v1.PolicyAlarm.at:type_name -> google.protobuf.Timestamp
+	31, // 6: merlon.ca.v1.PolicyAlarm.at:type_name -> google.protobuf.Timestamp
 	7,  // 7: merlon.ca.v1.PolicyReport.processes:type_name -> merlon.ca.v1.PolicyProcess
 	8,  // 8: merlon.ca.v1.PolicyReport.counts:type_name -> merlon.ca.v1.PolicyCounts
-	30, // 9: merlon.ca.v1.PolicyProcess.lagging_since:type_name -> google.protobuf.Timestamp
+	31, // 9: merlon.ca.v1.PolicyProcess.lagging_since:type_name -> google.protobuf.Timestamp
 	9,  // 10: merlon.ca.v1.PolicyCounts.comparisons:type_name -> merlon.ca.v1.PolicyComparison
 	10, // 11: merlon.ca.v1.PolicyCounts.differences:type_name -> merlon.ca.v1.PolicyDifference
 	1,  // 12: merlon.ca.v1.GetPolicyResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
@@ -2152,18 +2207,20 @@ var file_ca_capb_policy_proto_depIdxs = []int32{
 	1,  // 16: merlon.ca.v1.AbortCandidateResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
 	1,  // 17: merlon.ca.v1.RollBackPolicyResponse.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
 	25, // 18: merlon.ca.v1.ListPolicyGenerationsResponse.generations:type_name -> merlon.ca.v1.PolicyGeneration
-	30, // 19: merlon.ca.v1.PolicyGeneration.issued_at:type_name -> google.protobuf.Timestamp
+	31, // 19: merlon.ca.v1.PolicyGeneration.issued_at:type_name -> google.protobuf.Timestamp
 	28, // 20: merlon.ca.v1.GetPolicyStatusResponse.statuses:type_name -> merlon.ca.v1.PolicyStatus
 	1,  // 21: merlon.ca.v1.PolicyStatus.policy_bundle:type_name -> merlon.ca.v1.PolicyBundle
-	30, // 22: merlon.ca.v1.PolicyStatus.issued_at:type_name -> google.protobuf.Timestamp
+	31, // 22: merlon.ca.v1.PolicyStatus.issued_at:type_name -> google.protobuf.Timestamp
 	8,  // 23: merlon.ca.v1.PolicyStatus.counts:type_name -> merlon.ca.v1.PolicyCounts
 	29, // 24: merlon.ca.v1.PolicyStatus.points:type_name -> merlon.ca.v1.PolicyPoint
-	30, // 25: merlon.ca.v1.PolicyPoint.lagging_since:type_name -> google.protobuf.Timestamp
-	26, // [26:26] is the sub-list for method output_type
-	26, // [26:26] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	31, // 25: merlon.ca.v1.PolicyPoint.lagging_since:type_name -> google.protobuf.Timestamp
+	30, // 26: merlon.ca.v1.PolicyPoint.labels:type_name -> merlon.ca.v1.PolicyPoint.LabelsEntry
+	31, // 27: merlon.ca.v1.PolicyPoint.heard_at:type_name -> google.protobuf.Timestamp
+	28, // [28:28] is the sub-list for method output_type
+	28, // [28:28] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_policy_proto_init() }
@@ -2177,7 +2234,7 @@ func file_ca_capb_policy_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_policy_proto_rawDesc), len(file_ca_capb_policy_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   29,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

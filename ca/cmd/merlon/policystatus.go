@@ -29,6 +29,7 @@ type statusJSON struct {
 	Differences []differenceJSON `json:"differences"`
 	Dropped     uint64           `json:"differences_dropped,omitempty"`
 	Points      []pointJSON      `json:"points"`
+	OPAsLeftOut uint32           `json:"opas_left_out,omitempty"`
 }
 
 // comparisonJSON counts calls to one destination.
@@ -65,6 +66,11 @@ type pointJSON struct {
 	Candidate    uint64     `json:"candidate_generation,omitempty"`
 	LaggingSince *time.Time `json:"lagging_since,omitempty"`
 	Fault        string     `json:"fault,omitempty"`
+	// Of a stock OPA, by its own word but for who uploaded it.
+	Uploader string            `json:"uploader,omitempty"`
+	Instance string            `json:"instance,omitempty"`
+	Labels   map[string]string `json:"labels,omitempty"`
+	HeardAt  *time.Time        `json:"heard_at,omitempty"`
 }
 
 func policyStatus(o *options) *cobra.Command {
@@ -75,12 +81,13 @@ func policyStatus(o *options) *cobra.Command {
 		Short: "Show which policy decides where, who lags, and what a candidate would change",
 		Long: `Show the generation in force of each policy bundle, and at every agent, and every
 process below it that decides by itself, which one decides there and since when it
-lags; of a candidate its stage, and how many calls it would have allowed or denied
-otherwise, by source, destination and rule.
+lags; likewise at every stock OPA that sends its status to the CA and was heard in the
+last ten minutes. Of a candidate its stage, and how many calls it would have allowed or
+denied otherwise, by source, destination and rule.
 
 The exit status is 3 where something has lagged for longer than --lag-bound; an agent
-that is not connected counts until its X509-SVID ends. Agents of other replicas of the
-CA are as those wrote them down last.`,
+that is not connected counts until its X509-SVID ends. Agents and OPAs of other replicas of
+the CA are as those wrote them down last.`,
 		Example: `  merlon policy status
   merlon policy status --lag-bound 10s -o json`,
 		Args: cobra.NoArgs,
@@ -113,7 +120,7 @@ func newStatusJSON(s *capb.PolicyStatus) statusJSON {
 	b := s.GetPolicyBundle()
 	j := statusJSON{
 		Name: b.GetName(), Generation: b.GetGeneration(), IssuedAt: timeOf(s.GetIssuedAt()), Candidate: newCandidateJSON(b.GetCandidate()),
-		Comparisons: []comparisonJSON{}, Differences: []differenceJSON{}, Points: []pointJSON{}, Dropped: s.GetCounts().GetDifferencesDropped(),
+		Comparisons: []comparisonJSON{}, Differences: []differenceJSON{}, Points: []pointJSON{}, Dropped: s.GetCounts().GetDifferencesDropped(), OPAsLeftOut: s.GetOpasLeftOut(),
 	}
 	for _, c := range s.GetCounts().GetComparisons() {
 		by := "active"
@@ -134,7 +141,7 @@ func newStatusJSON(s *capb.PolicyStatus) statusJSON {
 	for _, p := range s.GetPoints() {
 		j.Points = append(j.Points, pointJSON{
 			p.GetKind(), p.GetSpiffeId(), p.GetAgentId(), p.GetPid(), p.GetConnected(), p.GetReplica(), p.GetGeneration(), p.GetCandidateGeneration(),
-			timeOf(p.GetLaggingSince()), p.GetFault(),
+			timeOf(p.GetLaggingSince()), p.GetFault(), p.GetUploader(), p.GetInstance(), p.GetLabels(), timeOf(p.GetHeardAt()),
 		})
 	}
 	return j
@@ -182,17 +189,20 @@ func (s *statusJSON) print(w io.Writer) error {
 	}
 	var rows [][]string
 	for _, p := range s.Points {
-		lagging, pid := "", ""
+		lagging, instance := "", printable(p.Instance)
 		if p.LaggingSince != nil {
 			lagging = p.LaggingSince.Format(time.RFC3339)
 		}
 		if p.PID != 0 {
-			pid = strconv.Itoa(int(p.PID))
+			instance = strconv.Itoa(int(p.PID))
 		}
-		rows = append(rows, []string{p.Kind, p.SPIFFEID, pid, strconv.FormatBool(p.Connected), number(p.Generation), number(p.Candidate), lagging, printable(p.Fault)})
+		rows = append(rows, []string{p.Kind, cmp.Or(p.SPIFFEID, p.Uploader), instance, strconv.FormatBool(p.Connected), number(p.Generation), number(p.Candidate), lagging, printable(p.Fault)})
+	}
+	if s.OPAsLeftOut > 0 {
+		rows = append(rows, []string{"opa", fmt.Sprintf("and %d more", s.OPAsLeftOut), "", "", "", "", "", ""})
 	}
 	fmt.Fprintln(w)
-	return printTable(w, []string{"KIND", "SPIFFE_ID", "PID", "CONNECTED", "GENERATION", "CANDIDATE", "LAGGING_SINCE", "FAULT"}, rows)
+	return printTable(w, []string{"KIND", "SPIFFE_ID", "INSTANCE", "CONNECTED", "GENERATION", "CANDIDATE", "LAGGING_SINCE", "FAULT"}, rows)
 }
 
 // compared sums the counts up in words.
@@ -204,7 +214,8 @@ func (s *statusJSON) compared() string {
 	return fmt.Sprintf("%d calls: it would allow %d more, and deny %d more", calls, allow, deny)
 }
 
-// printable is s on one line, without what steers a terminal: agents have said it.
+// printable is s on one line, without what steers a terminal: agents and OPAs have said
+// it.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) {

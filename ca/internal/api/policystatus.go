@@ -115,6 +115,7 @@ func (s *Service) shareRollout(ctx context.Context, h *release.Head) error {
 	}
 	trial := rollout.TrialOf(h)
 	share := rollout.NewShare(h.Name, s.opts.ReplicaName, h.Generation, trial, s.rollout.Counts(h.Name, trial, own, nil), s.ownPoints(h.Name, time.Now()))
+	share.Hear(s.ownOPAs(h, time.Now()))
 	put, err := share.Put()
 	if err != nil {
 		return err
@@ -222,6 +223,8 @@ func (s *Service) policyStatus(head *release.Head, withAgents bool, now time.Tim
 			st.Points = append(st.Points, pointsToProto(head, p, replica)...)
 		}
 	}
+	opas, leftOut := s.opasToProto(head, others, now)
+	st.Points, st.OpasLeftOut = append(st.Points, opas...), uint32(leftOut)
 	return st
 }
 
@@ -325,6 +328,18 @@ func (s *Service) policyMetrics(to prometheus.Registerer) {
 				for _, h := range s.registry.PolicyHeads() {
 					for _, p := range s.ownPoints(h.Name, time.Now()) {
 						if p.Active < h.Generation {
+							n++
+						}
+					}
+				}
+				return float64(n)
+			}),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "merlon_policy_lagging_opas", Help: "Stock OPAs whose status this replica has, and that do not decide by the policy in force yet."},
+			func() float64 {
+				n := 0
+				for _, h := range s.registry.PolicyHeads() {
+					for _, o := range s.ownOPAs(h, time.Now()) {
+						if o.Active < h.Generation {
 							n++
 						}
 					}

@@ -32,6 +32,7 @@ import (
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/replica"
+	"merlon.dev/ca/internal/report"
 	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/rollout"
 	"merlon.dev/ca/internal/rotation"
@@ -95,6 +96,8 @@ type Options struct {
 	Releases *release.Publisher
 	// Canary says when a canary is paused.
 	Canary rollout.Limits
+	// Statuses are what stock OPAs say of themselves; nil: none is taken.
+	Statuses *report.Statuses
 	// ReplicaName is the name of this replica.
 	ReplicaName string
 	// Root is nil on a replica that does not hold the root key.

@@ -67,7 +67,7 @@ func TestStatusesAreBounded(t *testing.T) {
 	for n := range maxPerUploader + 5 {
 		put("a", n, now.Add(time.Duration(n)))
 	}
-	if all := s.Instances(); len(all) != maxPerUploader {
+	if all := s.Instances(now); len(all) != maxPerUploader {
 		t.Errorf("one uploader has %d instances; want %d", len(all), maxPerUploader)
 	}
 	if has := s.has("a", "4"); has {
@@ -83,18 +83,43 @@ func TestStatusesAreBounded(t *testing.T) {
 	if !put("a", 5, now) {
 		t.Error("who is known already has no room")
 	}
-	if !put("z", 1, now.Add(forgetAfter+time.Minute)) || len(s.Instances()) != 1 {
-		t.Errorf("%d instances a day later; want the one that spoke", len(s.Instances()))
+	later := now.Add(ForgetAfter + time.Minute)
+	if n := len(s.Instances(later)); n != 0 {
+		t.Errorf("%d instances that have been silent for long; want none", n)
+	}
+	if !put("z", 1, later) || len(s.Instances(later)) != 1 || len(s.by) != 1 {
+		t.Errorf("%d instances later; want the one that spoke", len(s.by))
 	}
 }
 
 func (s *Statuses) has(uploader, id string) bool {
-	for _, in := range s.Instances() {
-		if in.Uploader == uploader && in.ID == id {
-			return true
+	_, ok := s.by[instanceKey{uploader, id}]
+	return ok
+}
+
+// What an instance calls a bundle is its own affair; what its token is for is not.
+func TestWhichBundleAStatusIsAbout(t *testing.T) {
+	for name, tt := range map[string]struct {
+		of    string // the token
+		names []string
+		want  string // about "main"
+	}{
+		"by a token, by name":     {"main", []string{"main", "other"}, "main"},
+		"by a token, the only":    {"main", []string{"authz"}, "authz"},
+		"by a token, neither":     {"main", []string{"authz", "other"}, ""},
+		"by another's token":      {"other", []string{"main"}, ""},
+		"by an SVID, by name":     {"", []string{"authz", "main"}, "main"},
+		"by an SVID, not by name": {"", []string{"authz"}, ""},
+		"without a bundle":        {"main", nil, ""},
+	} {
+		in := Instance{PolicyBundle: tt.of}
+		for _, n := range tt.names {
+			in.Bundles = append(in.Bundles, BundleStatus{Name: n})
+		}
+		if got, ok := in.Of("main"); got.Name != tt.want || ok != (tt.want != "") {
+			t.Errorf("%s: %q, %v; want %q", name, got.Name, ok, tt.want)
 		}
 	}
-	return false
 }
 
 func request(body []byte, encoding string) *http.Request {

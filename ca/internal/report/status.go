@@ -20,9 +20,10 @@ const (
 	maxMessage     = 512
 	maxPerUploader = 1024
 	maxInstances   = 4096
-	// forgetAfter is how long an instance is remembered that says nothing more. An
-	// OPA says something with each poll for its bundles.
-	forgetAfter = 24 * time.Hour
+	// ForgetAfter is how long an instance is known that says nothing more. An OPA says
+	// something with each poll for its bundles, every 2 minutes at the latest unless
+	// configured otherwise. One that is gone must not lag for long.
+	ForgetAfter = 10 * time.Minute
 )
 
 // Instance is one enforcement point, as it said itself.
@@ -30,6 +31,8 @@ type Instance struct {
 	// Uploader is who proved to be: a SPIFFE ID, or the holder of a bundle-reader
 	// token. All else is the uploader's word.
 	Uploader string
+	// PolicyBundle is the one that the uploader's token is for; empty for an SVID.
+	PolicyBundle string
 	// ID is the instance's own, its label "id".
 	ID       string
 	Labels   map[string]string
@@ -108,6 +111,20 @@ func checkLabels(labels map[string]string) error {
 	return nil
 }
 
+// Of is the instance's status of the policy bundle called name: what it calls so, or,
+// where its token is for that bundle, the only one that it has. False where it has none.
+func (in *Instance) Of(name string) (BundleStatus, bool) {
+	if in.PolicyBundle != "" && in.PolicyBundle != name {
+		return BundleStatus{}, false
+	}
+	for _, b := range in.Bundles {
+		if b.Name == name || in.PolicyBundle == name && len(in.Bundles) == 1 {
+			return b, true
+		}
+	}
+	return BundleStatus{}, false
+}
+
 // Statuses has the last status of each instance. The zero value is empty and
 // ready; it is safe for concurrent use.
 type Statuses struct {
@@ -141,7 +158,7 @@ func (s *Statuses) makeRoom(in Instance) bool {
 	own, oldest := 0, instanceKey{}
 	for key, other := range s.by {
 		switch {
-		case in.Received.Sub(other.Received) > forgetAfter:
+		case in.Received.Sub(other.Received) > ForgetAfter:
 			delete(s.by, key)
 		case key.uploader == in.Uploader:
 			if own++; own == 1 || other.Received.Before(s.by[oldest].Received) {
@@ -155,14 +172,16 @@ func (s *Statuses) makeRoom(in Instance) bool {
 	return len(s.by) < maxInstances
 }
 
-// Instances are all that have said something of late, by uploader and ID. They are
-// the caller's to sort, and not to write to.
-func (s *Statuses) Instances() []Instance {
+// Instances are all that have said something of late at now, by uploader and ID. They
+// are the caller's to sort, and not to write to.
+func (s *Statuses) Instances(now time.Time) []Instance {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	all := make([]Instance, 0, len(s.by))
 	for _, in := range s.by {
-		all = append(all, in)
+		if now.Sub(in.Received) <= ForgetAfter {
+			all = append(all, in)
+		}
 	}
 	slices.SortFunc(all, func(a, b Instance) int {
 		return cmp.Or(cmp.Compare(a.Uploader, b.Uploader), cmp.Compare(a.ID, b.ID))

@@ -39,6 +39,8 @@ type Share struct {
 	// Points are its agents, laggards first; Unnamed is how many there are beside.
 	Points  []Point `json:"points,omitempty"`
 	Unnamed int     `json:"unnamed,omitempty"`
+	// OPAs are those that it has heard of late, laggards first.
+	OPAs []OPA `json:"opas,omitempty"`
 }
 
 type site struct {

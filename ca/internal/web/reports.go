@@ -38,8 +38,9 @@ const (
 
 // reporter is who uploads, and about which destinations it may.
 type reporter struct {
-	name  string
-	scope report.Scope
+	name   string
+	scope  report.Scope
+	bundle string // that its token is for; empty for an SVID
 }
 
 // isReport says whether path is that of a sink. A partition is a name of the
@@ -99,11 +100,12 @@ func (s *Server) takeStatus(ctx context.Context, from reporter, body []byte) err
 	if err != nil {
 		return err
 	}
-	in.Uploader, in.Received = from.name, time.Now()
+	in.Uploader, in.PolicyBundle, in.Received = from.name, from.bundle, time.Now()
 	if !s.opts.Statuses.Put(in) {
 		s.opts.Log.LogAttrs(ctx, slog.LevelWarn, "status not kept: there are too many instances", slog.String("uploader", from.name))
 		return errors.New("there is no room for the status of another instance")
 	}
+	s.opts.Service.HeardOPA()
 	return nil
 }
 
@@ -127,12 +129,12 @@ func (s *Server) reporterOf(r *http.Request, c *api.Caller) (from reporter, code
 	case c.Fault != "" || c.Unsure != "":
 	case c.Is(capb.Caller_CALLER_AGENT):
 		agent := c.Peer.ID
-		return reporter{c.Name, func(destination string) bool {
+		return reporter{name: c.Name, scope: func(destination string) bool {
 			id, err := spiffeid.FromString(destination)
 			return err == nil && s.opts.Registry.Holds(agent, id, time.Now())
 		}}, 0, ""
 	case c.Peer != nil && !entry.Reserved(c.Peer.ID):
-		return reporter{c.Name, func(destination string) bool { return destination == c.Name }}, 0, ""
+		return reporter{name: c.Name, scope: func(destination string) bool { return destination == c.Name }}, 0, ""
 	case c.Peer == nil && c.Name == api.Anonymous().Name:
 		if token, ok := api.BearerToken(r.Header.Get("Authorization")); ok {
 			return s.tokenReporter(r.Context(), token)
@@ -154,7 +156,7 @@ func (s *Server) tokenReporter(ctx context.Context, token string) (reporter, int
 		return reporter{}, http.StatusServiceUnavailable, "the token cannot be checked now"
 	}
 	td := s.opts.Service.TrustDomain()
-	return reporter{"token:" + found.PolicyBundle + ":" + found.ID, func(destination string) bool {
+	return reporter{name: "token:" + found.PolicyBundle + ":" + found.ID, bundle: found.PolicyBundle, scope: func(destination string) bool {
 		id, err := spiffeid.FromString(destination)
 		return err == nil && id.MemberOf(td)
 	}}, 0, ""

@@ -277,8 +277,8 @@ func TestStatusIsForThoseWhoProveWhoTheyAre(t *testing.T) {
 			t.Errorf("%s: %d %s; want %d, without the token", name, w.Code, w.Body, tt.want)
 		}
 	}
-	all := s.opts.Statuses.Instances()
-	if len(all) != 1 || !strings.HasPrefix(all[0].Uploader, "token:main:") || all[0].Bundles[0].Revision != "7" || strings.Contains(all[0].Uploader, token) {
+	all := s.opts.Statuses.Instances(time.Now())
+	if len(all) != 1 || !strings.HasPrefix(all[0].Uploader, "token:main:") || all[0].PolicyBundle != "main" || all[0].Bundles[0].Revision != "7" || strings.Contains(all[0].Uploader, token) {
 		t.Errorf("kept: %+v; want the one with a token", all)
 	}
 }
