@@ -98,6 +98,7 @@ func (w *world) want(from *machine, uid int, host string, port int, want string)
 func forBackends(t *testing.T, test func(*testing.T, string)) {
 	for backend, tools := range backends {
 		t.Run(backend, func(t *testing.T) {
+			t.Parallel() // each in a process of its own
 			if inside(t, tools...) {
 				test(t, backend)
 			}
@@ -335,7 +336,7 @@ func TestNothingGoesPastWhileRulesAreReplaced(t *testing.T) {
 		w.install(rules())
 		replaced := make(chan error, 1)
 		go func() {
-			for i := range 20 {
+			for i := range 10 {
 				r := rules()
 				r.ExcludeUIDs = []uint32{agentUser, uint32(5000 + i)}
 				if _, err := Install(t.Context(), backend, r); err != nil {
