@@ -6,14 +6,18 @@
 package stage
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const inNamespace = "MERLON_TEST_NETNS"
@@ -198,6 +202,70 @@ func (s *Namespace) command(name string, args ...string) *exec.Cmd {
 		return exec.Command(name, args...)
 	}
 	return exec.Command("nsenter", append([]string{fmt.Sprintf("--net=/proc/%d/ns/net", s.pid), "--", name}, args...)...)
+}
+
+// Start starts a program on the machine, as a user of it; it ends with the test. A
+// program that ends before that has its output in the log of a test that failed.
+func (s *Namespace) Start(tb testing.TB, uid int, env []string, name string, args ...string) (stop func()) {
+	tb.Helper()
+	cmd := s.command("setpriv", append([]string{fmt.Sprintf("--reuid=%d", uid), "--clear-groups", "--", name}, args...)...)
+	cmd.Env = append(os.Environ(), env...)
+	var out Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		tb.Fatal(err)
+	}
+	stop = sync.OnceFunc(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if tb.Failed() {
+			tb.Logf("%s on %s printed:\n%s", name, s.Name, out.String())
+		}
+	})
+	tb.Cleanup(stop)
+	return stop
+}
+
+// Run runs a program on the machine, as root, and fails the test if it fails.
+func (s *Namespace) Run(tb testing.TB, name string, args ...string) {
+	tb.Helper()
+	if out, err := s.command(name, args...).CombinedOutput(); err != nil {
+		tb.Fatalf("%s %s on %s: %v: %s", name, strings.Join(args, " "), s.Name, err, out)
+	}
+}
+
+// Do does something on the machine, as a user: sockets that it opens are there.
+func (s *Namespace) Do(tb testing.TB, uid int, do func() error) error {
+	tb.Helper()
+	pid := s.pid
+	if pid == 0 {
+		pid = os.Getpid()
+	}
+	var ns [2]int // the machine's, and that of the thread
+	for i, path := range []string{fmt.Sprintf("/proc/%d/ns/net", pid), "/proc/self/ns/net"} {
+		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			tb.Fatalf("open %s: %v", path, err)
+		}
+		defer unix.Close(fd)
+		ns[i] = fd
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := unix.Setns(ns[0], unix.CLONE_NEWNET); err != nil {
+		tb.Fatal(err)
+	}
+	// The thread must not end: what it has started would.
+	defer func() {
+		if err := errors.Join(unix.Setfsuid(0), unix.Setns(ns[1], unix.CLONE_NEWNET)); err != nil {
+			panic(fmt.Sprintf("stage: a thread stays on another machine: %v", err))
+		}
+	}()
+	if err := unix.Setfsuid(uid); err != nil {
+		tb.Fatal(err)
+	}
+	return do()
 }
 
 // ip configures a machine's network.

@@ -28,6 +28,10 @@ type Config struct {
 	// Outbound is where the app reaches others.
 	Outbound []Outbound `yaml:"outbound"`
 
+	// CapturedPort is where merlon-sidecar capture install -outbound-port brings what
+	// the app connects to, on 127.0.0.1 and ::1. Zero means that nothing is captured.
+	CapturedPort int `yaml:"captured_port"`
+
 	// AgentSocket is the agent's socket, unix:///path. Empty means
 	// SPIFFE_ENDPOINT_SOCKET, and without that unix:///run/merlon/agent/public/api.sock.
 	AgentSocket string `yaml:"agent_socket"`
@@ -116,8 +120,13 @@ type Inbound struct {
 
 // Outbound is a listener for the app, and the service behind it.
 type Outbound struct {
-	// Listen is host:port on loopback, or unix:///path.
+	// Listen is host:port on loopback, or unix:///path. It may be empty where there are
+	// Captures.
 	Listen string `yaml:"listen"`
+	// Captures are where the app thinks that the service is: addresses or networks with
+	// a port, such as 10.0.0.7:80 or [fd00::/64]:80. Captured connections meant for
+	// there are this outbound's.
+	Captures []string `yaml:"captures"`
 	// To is the one peer that is accepted: a SPIFFE ID, or the name of a service in
 	// the own trust domain, such as orders or ns/shop/orders.
 	To string `yaml:"to"`
@@ -218,6 +227,9 @@ func (c Config) Validate() error {
 	if err := c.checkDistinct(); err != nil {
 		return err
 	}
+	if err := c.checkCaptured(); err != nil {
+		return err
+	}
 	if err := c.checkBounds(); err != nil {
 		return err
 	}
@@ -235,8 +247,10 @@ func (in *Inbound) check(field string) error {
 }
 
 func (out *Outbound) check(field string) error {
-	if err := checkLocal(field+".listen", out.Listen, "whoever connects there calls in this process's name"); err != nil {
-		return err
+	if out.Listen != "" || len(out.Captures) == 0 {
+		if err := checkLocal(field+".listen", out.Listen, "whoever connects there calls in this process's name"); err != nil {
+			return err
+		}
 	}
 	if err := checkTo(field+".to", out.To); err != nil {
 		return err
@@ -320,6 +334,9 @@ func (c Config) checkDistinct() error {
 		return &InvalidError{Field: "inbound", Reason: "two listeners have the same address"}
 	}
 	for i := range c.Outbound {
+		if c.Outbound[i].Listen == "" {
+			continue
+		}
 		if other := seen[c.Outbound[i].Listen]; other != "" {
 			return &InvalidError{Field: fmt.Sprintf("outbound[%d].listen", i), Reason: fmt.Sprintf("%s is the address of %s", c.Outbound[i].Listen, other)}
 		}

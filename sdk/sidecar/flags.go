@@ -34,6 +34,7 @@ type setting struct {
 var settings = []setting{
 	{key: "inbound", usage: "`listen,app,protocol`, such as :8443,127.0.0.1:8080,http: where callers reach the app; more than one separated by spaces", set: setInbound},
 	{key: "outbound", usage: "`listen,service,protocol,upstream…`, such as 127.0.0.1:9001,orders,http,orders-1:8443: where the app reaches a service; more than one separated by spaces", set: setOutbound},
+	{key: "captured_port", usage: "`port` on 127.0.0.1 and ::1 for captured connections, whose outbounds are in the file, by their captures (default: none)", set: number(func(c *Config) *int { return &c.CapturedPort })},
 	{key: "agent_socket", usage: "the agent's socket, `unix:///path` (default $SPIFFE_ENDPOINT_SOCKET)", set: text(func(c *Config) *string { return &c.AgentSocket })},
 	{key: "agent_uid", usage: "`uid` whose agent is trusted beside root's and the own (default: none)", set: setAgentUID},
 	{key: "strip_headers", usage: "comma-separated `names` of header fields that no caller brings to the app, beside those that claim an identity", set: list(func(c *Config) *[]string { return &c.StripHeaders })},

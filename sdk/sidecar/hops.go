@@ -16,16 +16,21 @@ import (
 type plan struct {
 	address  string
 	protocol string
-	make     func(s *Sidecar) *hop.Hop
+	make     func(s *Sidecar) (*hop.Hop, engine)
 }
 
 // plans are all of a configuration: inbound ones first.
 func (c Config) plans() (all []plan) {
 	for _, in := range c.Inbound {
-		all = append(all, plan{in.Listen, in.Protocol, func(s *Sidecar) *hop.Hop { return s.inbound(&c, in) }})
+		all = append(all, plan{in.Listen, in.Protocol, func(s *Sidecar) (*hop.Hop, engine) { return s.inbound(&c, in), engines[in.Protocol] }})
 	}
 	for _, out := range c.Outbound {
-		all = append(all, plan{out.Listen, out.Protocol, func(s *Sidecar) *hop.Hop { return s.outbound(&c, out) }})
+		if out.Listen != "" { // else its connections are captured
+			all = append(all, plan{out.Listen, out.Protocol, func(s *Sidecar) (*hop.Hop, engine) { return s.outbound(&c, out), engines[out.Protocol] }})
+		}
+	}
+	for _, address := range c.capturedAddresses() {
+		all = append(all, plan{address, captured, func(s *Sidecar) (*hop.Hop, engine) { return s.captured(&c, address) }})
 	}
 	return all
 }

@@ -211,8 +211,8 @@ func (s *Sidecar) listen(before *predecessor, name, address string) (err error) 
 func (s *Sidecar) admit(p plan) {
 	d := &door{address: p.address, lis: s.next[p.address], log: s.log, slots: make(chan struct{}, s.cfg.MaxConnections)}
 	d.ctx, d.close = context.WithCancel(s.ctx)
-	h := p.make(s)
-	d.serving.Store(newServing(h, engines[p.protocol]))
+	h, e := p.make(s)
+	d.serving.Store(newServing(h, e))
 	s.doors = append(s.doors, d)
 	s.accepting.Go(d.run)
 	s.log.LogAttrs(s.ctx, slog.LevelInfo, "listening", slog.String("listener", p.address), slog.String("direction", string(h.Direction)),
@@ -286,7 +286,7 @@ func (s *Sidecar) apply(cfg Config, added []plan) {
 	for _, d := range s.doors {
 		old := d.serving.Load()
 		if p, ok := wanted[d.address]; ok {
-			d.serving.Store(newServing(p.make(s), engines[p.protocol]))
+			d.serving.Store(newServing(p.make(s)))
 			kept = append(kept, d)
 		} else {
 			d.close()

@@ -4,12 +4,14 @@
 package capture
 
 import (
+	"context"
 	"errors"
 	"net"
 	"net/netip"
 	"os/exec"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -334,29 +336,27 @@ func TestNothingGoesPastWhileRulesAreReplaced(t *testing.T) {
 	forBackends(t, func(t *testing.T, backend string) {
 		w := newWorld(t, backend)
 		w.install(rules())
+		ctx, cancel := context.WithCancel(t.Context())
 		replaced := make(chan error, 1)
+		var times atomic.Uint32
 		go func() {
-			for i := range 10 {
+			for ctx.Err() == nil {
 				r := rules()
-				r.ExcludeUIDs = []uint32{agentUser, uint32(5000 + i)}
-				if _, err := Install(t.Context(), backend, r); err != nil {
+				r.ExcludeUIDs = []uint32{agentUser, 5000 + times.Add(1)}
+				if _, err := Install(context.WithoutCancel(ctx), backend, r); err != nil {
 					replaced <- err
 					return
 				}
 			}
 			replaced <- nil
 		}()
-		for calls := 0; ; calls++ {
+		for calls := 0; (calls < 20 || times.Load() < 4) && !t.Failed(); calls++ {
 			w.want(w.here, appUser, w.there.v4, farPort, "sidecar for 10.99.0.2:80")
 			w.want(w.there, 0, w.here.v6, appPort, "callers of [fd99::1]:8080")
-			select {
-			case err := <-replaced:
-				if err != nil || calls == 0 {
-					t.Errorf("%v, after %d calls", err, calls)
-				}
-				return
-			default:
-			}
+		}
+		cancel()
+		if err := <-replaced; err != nil {
+			t.Error(err)
 		}
 	})
 }

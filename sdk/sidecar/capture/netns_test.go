@@ -53,7 +53,8 @@ func inside(t *testing.T, tools ...string) bool {
 type machine struct {
 	t      *testing.T
 	v4, v6 string
-	ns     int // descriptor
+	// ns is its namespace, home that of the test.
+	ns, home int
 }
 
 // machines makes the test's own, where everything is captured, and another.
@@ -69,8 +70,9 @@ func machines(t *testing.T) (here, there *machine) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { stdin.Close(); hold.Wait() })
-	here = &machine{t: t, v4: "10.99.0.1", v6: "fd99::1", ns: namespace(t, "/proc/self/ns/net")}
-	there = &machine{t: t, v4: "10.99.0.2", v6: "fd99::2", ns: namespace(t, fmt.Sprintf("/proc/%d/ns/net", hold.Process.Pid))}
+	home := namespace(t, "/proc/self/ns/net")
+	here = &machine{t: t, v4: "10.99.0.1", v6: "fd99::1", ns: home, home: home}
+	there = &machine{t: t, v4: "10.99.0.2", v6: "fd99::2", home: home, ns: namespace(t, fmt.Sprintf("/proc/%d/ns/net", hold.Process.Pid))}
 	ip(t, "link", "add", "veth0", "type", "veth", "peer", "name", "veth1")
 	ip(t, "link", "set", "veth1", "netns", fmt.Sprint(hold.Process.Pid))
 	here.up("veth0")
@@ -103,21 +105,24 @@ func namespace(t *testing.T, path string) int {
 	return fd
 }
 
-// as does something on the machine as a user, by a thread of its own that ends with it.
-func (m *machine) as(uid int, do func() error) (err error) {
+// as does something on the machine as a user: sockets that it opens are there.
+func (m *machine) as(uid int, do func() error) error {
 	m.t.Helper()
-	var done sync.WaitGroup
-	done.Go(func() {
-		runtime.LockOSThread() // and never unlocked
-		if err = unix.Setns(m.ns, unix.CLONE_NEWNET); err != nil {
-			return
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := unix.Setns(m.ns, unix.CLONE_NEWNET); err != nil {
+		m.t.Fatal(err)
+	}
+	// The thread must not end: what it has started would.
+	defer func() {
+		if err := errors.Join(unix.Setfsuid(0), unix.Setns(m.home, unix.CLONE_NEWNET)); err != nil {
+			panic(fmt.Sprintf("a thread stays on another machine: %v", err))
 		}
-		if err = unix.Setfsuid(uid); err == nil {
-			err = do()
-		}
-	})
-	done.Wait()
-	return err
+	}()
+	if err := unix.Setfsuid(uid); err != nil {
+		m.t.Fatal(err)
+	}
+	return do()
 }
 
 // serve answers each connection to the machine's port, by IPv4 and IPv6, with what says
