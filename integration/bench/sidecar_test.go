@@ -1,379 +1,182 @@
-// P9 and P10: what a pair of sidecars costs, beside a pair made of
-// httputil.ReverseProxy and, where it is installed, a pair of HAProxy. Each pair is
-// two processes; the figures are CPU of both per request, in turn with the others,
-// and the time that the caller waits.
+// What the sidecar costs beside what one would write in an afternoon: a pair of
+// httputil.ReverseProxy.
 
 package bench_test
 
 import (
-	"bufio"
-	"bytes"
-	"errors"
+	"context"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"net"
-	"os"
-	"os/exec"
-	"path/filepath"
-	"strconv"
+	"net/http"
+	"net/http/httputil"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"merlon.dev/ca/capb"
-	"merlon.dev/integration/stage"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	testgrpc "google.golang.org/grpc/interop/grpc_testing"
+
 	"merlon.dev/sdk"
+	"merlon.dev/sdk/sdktest"
+	"merlon.dev/sdk/sidecar"
 )
 
-// proxied is a pair of processes between the caller and the app.
-type proxied struct {
-	name  string
-	entry string // where the caller connects
-	inner string // where the process behind that does
-	pids  []int
+// BenchmarkSidecarCall is P10 over gRPC: unary calls through a pair with mutual TLS
+// between, a decision for each at the sidecars and none at the others. CPU is that of
+// both ends and both proxies.
+func BenchmarkSidecarCall(b *testing.B) {
+	for _, size := range []int{16, 1 << 20} {
+		for _, at := range []int{1, 16, 64} {
+			b.Run(fmt.Sprintf("%d-bytes/%d-at-once", size, at), func(b *testing.B) {
+				td := sdktest.New(b)
+				td.Allow("web", "orders")
+				td.CompilePolicy()
+				app := unaryApp(b)
+				inTurn(b, []variant{
+					{"reverseproxy", unaryCalls(b, reverseProxies(b, td, app), size, at)},
+					{"plain", unaryCalls(b, app, size, at)},
+					{"sidecar", unaryCalls(b, sidecars(b, td, "grpc", app), size, at)},
+				})
+			})
+		}
+	}
 }
 
-// pairs starts the pairs around an app, and waits until each serves.
-func pairs(b *testing.B, d *stage.Domain, app, protocol string) []proxied {
-	b.Helper()
-	admin := capb.NewAdminClient(dial(b, d.Admin))
-	rule := "http: {methods: [GET, POST], paths: [/orders/*]}"
-	if protocol == "tcp" {
-		rule = "tcp: {}"
-	}
-	sidecar, baseline := "merlon-sidecar", stage.Build(b, "reverseproxy", "integration/reverseproxy", "")
-	for _, name := range []string{sidecar, baseline} {
-		d.Merlon("entry", "create", "--spiffe-id", d.ID("/me"), "--selector", "unix:path:"+stage.Bin(b, name))
-	}
-	push(b, admin, built(b, d, rule, ""))
-	env := []string{"SPIFFE_ENDPOINT_SOCKET=" + d.WorkloadAPI}
-	port := func() string { return fmt.Sprintf("127.0.0.1:%d", stage.FreePort(b)) }
-	in, out := port(), port()
-	all := []proxied{{"sidecar", out, in, []int{
-		stage.Start(b, sidecar, env, "-health-address", "off", "-inbound", in+","+app+","+protocol).PID(),
-		stage.Start(b, sidecar, env, "-health-address", "off", "-outbound", out+",me,"+protocol+","+in).PID(),
-	}}}
-	if protocol == "http" {
-		in, out := port(), port()
-		all = append(all, proxied{"reverseproxy", out, in, []int{
-			stage.Start(b, baseline, env, "inbound", in, app).PID(),
-			stage.Start(b, baseline, env, "outbound", out, "me", in).PID(),
-		}})
-	}
-	if path, err := exec.LookPath("haproxy"); err == nil {
-		all = append(all, haproxy(b, path, app, protocol, port(), port()))
-	} else {
-		b.Log("HAProxy is not measured: apt-get install haproxy")
-	}
-	return all
+type echoes struct {
+	testgrpc.UnimplementedTestServiceServer
 }
 
-// haproxy is mutual TLS 1.3 between two HAProxys of one thread per processor.
-func haproxy(b *testing.B, path, app, protocol, in, out string) proxied {
-	b.Helper()
-	dir := b.TempDir()
-	files := stage.Certify(b, dir, "127.0.0.1")
-	var both []byte
-	for _, f := range []string{files.Cert, files.Key} {
-		text, err := os.ReadFile(f)
-		if err != nil {
-			b.Fatal(err)
-		}
-		both = append(both, text...)
-	}
-	pem := filepath.Join(dir, "both.pem")
-	if err := os.WriteFile(pem, both, 0o600); err != nil {
-		b.Fatal(err)
-	}
-	config := func(name, bind, server string) int {
-		text := fmt.Sprintf("global\n  ssl-default-bind-options ssl-min-ver TLSv1.3\n  tune.ssl.default-dh-param 2048\ndefaults\n  mode %s\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n  http-reuse always\nlisten l\n  bind %s\n  server s %s\n", protocol, bind, server)
-		file := filepath.Join(dir, name)
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			b.Fatal(err)
-		}
-		cmd := exec.Command(path, "-db", "-f", file)
-		if err := cmd.Start(); err != nil {
-			b.Fatal(err)
-		}
-		b.Cleanup(func() {
-			cmd.Process.Kill()
-			cmd.Wait()
-		})
-		return cmd.Process.Pid
-	}
-	tls := "crt " + pem + " ca-file " + files.CA + " verify required"
-	return proxied{"haproxy", out, in, []int{
-		config("in.cfg", in+" ssl "+tls, app),
-		config("out.cfg", out, in+" ssl "+tls),
-	}}
+func (echoes) UnaryCall(_ context.Context, req *testgrpc.SimpleRequest) (*testgrpc.SimpleResponse, error) {
+	return &testgrpc.SimpleResponse{Payload: req.GetPayload()}, nil
 }
 
-// plainApp answers each request of HTTP/1.1 with size bytes; it reads bodies.
-func plainApp(b *testing.B, size int) string {
-	b.Helper()
+// unaryApp is a gRPC server without TLS.
+func unaryApp(b *testing.B) (address string) {
+	lis := listenLocal(b)
+	srv := grpc.NewServer()
+	testgrpc.RegisterTestServiceServer(srv, echoes{})
+	go srv.Serve(lis)
+	b.Cleanup(srv.Stop)
+	return lis.Addr().String()
+}
+
+func listenLocal(b *testing.B) net.Listener {
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { lis.Close() })
-	answer := append([]byte(fmt.Sprintf("HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: %d\r\n\r\n", size)), make([]byte, size)...)
-	go func() {
-		for {
-			conn, err := lis.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer conn.Close()
-				for r := bufio.NewReaderSize(conn, 64<<10); ; {
-					if skipMessage(r) != nil {
-						return
-					}
-					if _, err := conn.Write(answer); err != nil {
+	return lis
+}
+
+// unaryCalls makes a function that does 20 calls, or one large one, at times over.
+func unaryCalls(b *testing.B, address string, size, at int) func() error {
+	conn, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { conn.Close() })
+	c := testgrpc.NewTestServiceClient(conn)
+	req := &testgrpc.SimpleRequest{Payload: &testgrpc.Payload{Body: []byte(strings.Repeat("x", size))}}
+	n := 20
+	if size > 1<<10 {
+		n = 1
+	}
+	return func() error {
+		var wg sync.WaitGroup
+		errs := make([]error, at)
+		for i := range errs {
+			wg.Go(func() {
+				for range n {
+					if _, errs[i] = c.UnaryCall(context.Background(), req); errs[i] != nil {
 						return
 					}
 				}
-			}()
+			})
 		}
-	}()
-	return lis.Addr().String()
-}
-
-// skipMessage reads a head and the body that its Content-Length announces.
-func skipMessage(r *bufio.Reader) error {
-	length := 0
-	for {
-		line, err := r.ReadSlice('\n')
-		if err != nil {
-			return err
+		wg.Wait()
+		if i := slices.IndexFunc(errs, func(err error) bool { return err != nil }); i >= 0 {
+			return errs[i]
 		}
-		if len(line) == 2 {
-			_, err := r.Discard(length)
-			return err
-		}
-		if name, value, ok := bytes.Cut(line, []byte(": ")); ok && strings.EqualFold(string(name), "content-length") {
-			if length, err = strconv.Atoi(string(bytes.TrimSpace(value))); err != nil {
-				return err
-			}
-		}
+		return nil
 	}
 }
 
-// caller keeps one connection and makes requests over it.
-type caller struct {
-	conn net.Conn
-	r    *bufio.Reader
-}
-
-func newCaller(address string) (*caller, error) {
-	conn, err := net.Dial("tcp", address)
-	if err != nil {
-		return nil, err
-	}
-	return &caller{conn, bufio.NewReaderSize(conn, 64<<10)}, nil
-}
-
-func (c *caller) call(request []byte) error {
-	if _, err := c.conn.Write(request); err != nil {
-		return err
-	}
-	status, err := c.r.Peek(len("HTTP/1.1 200"))
-	if err != nil {
-		return err
-	}
-	if string(status) != "HTTP/1.1 200" {
-		rest, _ := io.ReadAll(io.LimitReader(c.r, 1<<10))
-		return fmt.Errorf("answer: %s", rest)
-	}
-	return skipMessage(c.r)
-}
-
-// ticks is the CPU time of the processes, in the kernel's ticks of 10 ms.
-func ticks(b *testing.B, pids []int) (n int) {
+// sidecars runs a pair before app and gives the address for callers.
+func sidecars(b *testing.B, td *sdktest.TD, protocol, app string) (address string) {
 	b.Helper()
-	for _, pid := range pids {
-		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	free := func() string {
+		lis := listenLocal(b)
+		defer lis.Close()
+		return lis.Addr().String()
+	}
+	between, address := free(), free()
+	for name, cfg := range map[string]sidecar.Config{
+		"orders": {Inbound: []sidecar.Inbound{{Listen: between, App: app, Protocol: protocol}}},
+		"web":    {Outbound: []sidecar.Outbound{{Listen: address, To: "orders", Upstreams: []string{between}, Protocol: protocol}}},
+	} {
+		cfg.AgentSocket, cfg.HealthAddress, cfg.Logger = td.Address(name), "off", slog.New(slog.DiscardHandler)
+		s, err := sidecar.New(cfg)
 		if err != nil {
 			b.Fatal(err)
 		}
-		fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
-		for _, f := range fields[11:13] {
-			t, err := strconv.Atoi(f)
-			if err != nil {
-				b.Fatal(err)
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan error, 1)
+		go func() { done <- s.Run(ctx) }()
+		b.Cleanup(func() { cancel(); <-done })
+	}
+	for _, a := range []string{between, address} {
+		for {
+			conn, err := net.Dial("tcp", a)
+			if err == nil {
+				conn.Close()
+				break
 			}
-			n += t
+			time.Sleep(time.Millisecond)
 		}
 	}
-	return n
+	return address
 }
 
-// measured are the figures of a pair.
-type measured struct {
-	ticks, requests int
-	took            []time.Duration
-}
-
-// run makes n requests over each caller at the same time.
-func (m *measured) run(b *testing.B, p proxied, callers []*caller, request []byte, n int) {
-	b.Helper()
-	before := ticks(b, p.pids)
-	took := make([][]time.Duration, len(callers))
-	errs := make([]error, len(callers))
-	var all sync.WaitGroup
-	for i, c := range callers {
-		all.Go(func() {
-			for range n {
-				begun := time.Now()
-				if errs[i] = c.call(request); errs[i] != nil {
-					return
-				}
-				took[i] = append(took[i], time.Since(begun))
+// reverseProxies is the pair of net/http.
+func reverseProxies(b *testing.B, td *sdktest.TD, app string) (address string) {
+	var plain http.Protocols
+	plain.SetUnencryptedHTTP2(true)
+	serve := func(lis net.Listener, srv *http.Server) {
+		srv.ErrorLog = log.New(io.Discard, "", 0)
+		go func() {
+			if srv.TLSConfig != nil {
+				_ = srv.ServeTLS(lis, "", "")
+				return
 			}
-		})
+			_ = srv.Serve(lis)
+		}()
+		b.Cleanup(func() { srv.Close() })
 	}
-	all.Wait()
-	if err := errors.Join(errs...); err != nil {
-		b.Fatal(p.name, err)
-	}
-	m.ticks += ticks(b, p.pids) - before
-	m.requests += n * len(callers)
-	for _, t := range took {
-		m.took = append(m.took, t...)
-	}
-}
-
-func benchPairs(b *testing.B, all []proxied, concurrent int, request []byte) {
-	callers := make([][]*caller, len(all))
-	for i, p := range all {
-		stage.Eventually(b, p.name+" serves", func() error {
-			c, err := newCaller(p.entry)
-			if err != nil {
-				return err
-			}
-			defer c.conn.Close()
-			return c.call(request)
-		})
-		for range concurrent {
-			c, err := newCaller(p.entry)
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer c.conn.Close()
-			callers[i] = append(callers[i], c)
+	proxy := func(to string, transport *http.Transport) *httputil.ReverseProxy {
+		b.Cleanup(transport.CloseIdleConnections)
+		return &httputil.ReverseProxy{
+			Transport: transport, FlushInterval: -1, ErrorLog: log.New(io.Discard, "", 0),
+			Rewrite: func(r *httputil.ProxyRequest) {
+				scheme, host, _ := strings.Cut(to, "://")
+				r.Out.URL.Scheme, r.Out.URL.Host = scheme, host
+			},
 		}
 	}
-	figures := make([]measured, len(all))
-	n := max(2000/concurrent, 20)
-	if len(request) > 64<<10 {
-		n = max(n/20, 4)
-	}
-	rounds := 0
-	for b.Loop() {
-		for i := range all {
-			at := (i + rounds) % len(all)
-			figures[at].run(b, all[at], callers[at], request, n)
-		}
-		rounds++
-	}
-	b.ReportMetric(0, "ns/op")
-	for i, p := range all {
-		b.ReportMetric(float64(figures[i].ticks)*10_000/float64(figures[i].requests), p.name+"-cpu-µs")
-		report(b, p.name, figures[i].took)
-		if i > 0 && figures[i].ticks > 0 {
-			b.ReportMetric(float64(figures[0].ticks)/float64(figures[0].requests)/(float64(figures[i].ticks)/float64(figures[i].requests)), "ratio-to-"+p.name)
-		}
-	}
-}
-
-func BenchmarkSidecarPair(b *testing.B) {
-	slog.SetDefault(slog.New(slog.DiscardHandler))
-	head := "%s /orders/17 HTTP/1.1\r\nHost: orders\r\nUser-Agent: bench\r\nAccept: */*\r\nX-Request-Id: 0123456789abcdef\r\n"
-	get := []byte(fmt.Sprintf(head, "GET") + "\r\n")
-	post := append([]byte(fmt.Sprintf(head, "POST")+"Content-Length: 1048576\r\n\r\n"), make([]byte, 1<<20)...)
-	for _, protocol := range []string{"http", "tcp"} {
-		b.Run(protocol, func(b *testing.B) {
-			all := pairs(b, stage.Dev(b), plainApp(b, 100), protocol)
-			for _, concurrent := range []int{1, 16, 64} {
-				b.Run(fmt.Sprintf("GET/concurrent=%d", concurrent), func(b *testing.B) { benchPairs(b, all, concurrent, get) })
-			}
-			b.Run("POST-1MiB/concurrent=4", func(b *testing.B) { benchPairs(b, all, 4, post) })
-		})
-	}
-}
-
-// BenchmarkSidecarMemory is what each side holds idle, and for each of 1 000
-// connections that have made a request and are kept.
-func BenchmarkSidecarMemory(b *testing.B) {
-	const many = 1000
-	d := stage.Dev(b)
-	d.Entry("/me")
-	p := pairs(b, d, plainApp(b, 100), "http")[0]
-	id, err := sdk.Open(b.Context(), sdk.WithAgentAddress(d.WorkloadAPI), sdk.WithLogger(slog.New(slog.DiscardHandler)))
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer id.Close()
-	request := []byte("GET /orders/17 HTTP/1.1\r\nHost: orders\r\n\r\n")
-	dials := []func() (net.Conn, error){
-		func() (net.Conn, error) {
-			return id.DialTLS(sdk.Service("me"), "http/1.1")(b.Context(), "tcp", p.inner)
-		},
-		func() (net.Conn, error) { return net.Dial("tcp", p.entry) },
-	}
-	for b.Loop() {
-		for i, name := range []string{"inbound", "outbound"} {
-			var first *caller
-			stage.Eventually(b, "the sidecars serve", func() error {
-				var err error
-				first, err = call(dials[i], request)
-				return err
-			})
-			idle := resident(b, p.pids[i])
-			callers := []*caller{first}
-			for range many {
-				c, err := call(dials[i], request)
-				if err != nil {
-					b.Fatal(err)
-				}
-				callers = append(callers, c)
-			}
-			b.ReportMetric(float64(idle)/1024, name+"-MiB")
-			b.ReportMetric(float64(resident(b, p.pids[i])-idle)/many, name+"-KiB/conn")
-			for _, c := range callers {
-				c.conn.Close()
-			}
-		}
-	}
-}
-
-// call makes a request over a connection of its own, which stays.
-func call(dial func() (net.Conn, error), request []byte) (*caller, error) {
-	conn, err := dial()
-	if err != nil {
-		return nil, err
-	}
-	c := &caller{conn, bufio.NewReaderSize(conn, 4<<10)}
-	if err := c.call(request); err != nil {
-		conn.Close()
-		return nil, err
-	}
-	return c, nil
-}
-
-// resident is the memory of a process in KiB.
-func resident(b *testing.B, pid int) int {
-	b.Helper()
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		b.Fatal(err)
-	}
-	_, after, _ := strings.Cut(string(text), "VmRSS:")
-	n, err := strconv.Atoi(strings.Fields(after)[0])
-	if err != nil {
-		b.Fatal(err)
-	}
-	return n
+	in, out := listenLocal(b), listenLocal(b)
+	serve(in, &http.Server{
+		ReadHeaderTimeout: time.Minute, TLSConfig: td.Workload("orders").ServerTLS(),
+		Handler: proxy("http://"+app, &http.Transport{Protocols: &plain}),
+	})
+	serve(out, &http.Server{
+		ReadHeaderTimeout: time.Minute, Protocols: &plain,
+		Handler: proxy("https://"+in.Addr().String(), &http.Transport{ForceAttemptHTTP2: true, DialTLSContext: td.Workload("web").DialTLS(sdk.Service("orders"), "h2")}),
+	})
+	return out.Addr().String()
 }
