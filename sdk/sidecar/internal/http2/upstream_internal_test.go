@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	codec "golang.org/x/net/http2"
 
@@ -338,4 +339,61 @@ func TestGoClient(t *testing.T) {
 	}
 	all.Wait()
 	r.recorded(32)
+}
+
+// Answers that do not begin and streams that stand still end; silent gRPC calls go on.
+func TestRequestsThatTakeTooLong(t *testing.T) {
+	second := func(l *hop.Limits) { l.ResponseTimeout, l.StallTimeout = time.Second, time.Second }
+	for name, tt := range map[string]struct {
+		protocol policy.Protocol
+		do       func(c *raw, id uint32)
+		want     string
+	}{
+		"no answer":                   {policy.HTTP, func(*raw, uint32) {}, "504"},
+		"an answer that stands still": {policy.HTTP, func(c *raw, id uint32) { c.headers(id, false, ":status", "200") }, "INTERNAL_ERROR"},
+		"a message that is not read": {policy.GRPC, func(c *raw, id uint32) {
+			c.headers(id, false, ":status", "200")
+			c.fr.WriteData(id, false, make([]byte, 2000))
+		}, "4"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			up := script(t, nil, func(_ int, c *raw, f codec.Frame) {
+				if h, isHeaders := f.(*codec.HeadersFrame); isHeaders {
+					tt.do(c, h.StreamID)
+				}
+			})
+			r := newRig(t, hop.Inbound, tt.protocol, second, up)
+			c := r.client(codec.Setting{ID: codec.SettingInitialWindowSize, Val: 1000})
+			c.headers(1, true, append(with(":method", "POST", ":path", "/shop.Orders/Get"), "content-type", "application/grpc")...)
+			got := c.await(1)
+			said := got.fields[":status"]
+			if got.isReset {
+				said = got.reset.String()
+			} else if tt.protocol == policy.GRPC {
+				said = got.fields["grpc-status"]
+			}
+			if said != tt.want {
+				t.Errorf("%+v; want %s", got, tt.want)
+			}
+			if e := r.recorded(1)[0]; !e.Failed {
+				t.Errorf("record %+v", e)
+			}
+		})
+	}
+	t.Run("a silent stream", func(t *testing.T) {
+		t.Parallel()
+		release := make(chan struct{})
+		a := newApp(t, func(http.ResponseWriter, *http.Request) { <-release })
+		r := newRig(t, hop.Inbound, policy.GRPC, second, a.addr)
+		c := r.client()
+		c.headers(1, true, append(with(":method", "POST", ":path", "/shop.Orders/Watch"), "content-type", "application/grpc")...)
+		begun := r.engine.clock.Load()
+		await(t, "three rounds of the keeper", func() bool { return r.engine.clock.Load() > begun+3 })
+		r.recorded(0)
+		close(release)
+		if got := c.await(1); got.fields[":status"] != "200" {
+			t.Errorf("%+v", got)
+		}
+	})
 }
