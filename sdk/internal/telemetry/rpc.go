@@ -108,6 +108,7 @@ func aboutRPC(method string) (name string, attrs []attribute.KeyValue) {
 // addressOf is where a target, "dns:///host:port" or "unix:/path", leads.
 func addressOf(target string) []attribute.KeyValue {
 	scheme, rest, _ := strings.Cut(target, ":")
+	rest = strings.TrimPrefix(rest, "//")
 	if scheme != "unix" && scheme != "unix-abstract" {
 		rest = rest[strings.LastIndexByte(rest, '/')+1:]
 	}

@@ -7,7 +7,9 @@ import (
 	"context"
 	"errors"
 	"testing"
+	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/metric"
 	metricnoop "go.opentelemetry.io/otel/metric/noop"
@@ -93,6 +95,61 @@ func decisions(t *testing.T, reader *sdkmetric.ManualReader) (n int64) {
 		}
 	}
 	return n
+}
+
+// Several identities in one process are told as one: the least time left, the greatest
+// age, and all that is open. One that has none of it says nothing.
+func TestSeveralIdentitiesAreToldAsOne(t *testing.T) {
+	quiet(t)
+	reader := sdkmetric.NewManualReader()
+	otel.SetMeterProvider(sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader)))
+	telemetry.Current()
+	if got := gauges(t, reader); len(got) != 0 {
+		t.Errorf("without an identity: %v", got)
+	}
+	states := []telemetry.State{
+		{HasSVID: true, SVIDTimeLeft: time.Hour, HasPolicy: true, PolicyAge: time.Second, HasRevocations: true, RevocationsAge: 3 * time.Second, Connections: 1, Calls: 2},
+		{HasSVID: true, SVIDTimeLeft: time.Minute, HasPolicy: true, PolicyAge: 2 * time.Second, HasRevocations: true, RevocationsAge: time.Second, Connections: 10, Calls: 20},
+		{Connections: 100, Calls: 200},
+	}
+	var stops []func()
+	for _, s := range states {
+		stops = append(stops, telemetry.Watch(func() telemetry.State { return s }))
+	}
+	want := map[string]float64{
+		"merlon.x509_svid.time_left": 60, "merlon.policy.age": 2, "merlon.revocations.age": 3, "merlon.connections": 111, "merlon.calls": 222,
+	}
+	if diff := cmp.Diff(gauges(t, reader), want); diff != "" {
+		t.Errorf("of three identities (-got +want):\n%s", diff)
+	}
+	for _, stop := range stops[:2] {
+		stop()
+	}
+	if diff := cmp.Diff(gauges(t, reader), map[string]float64{"merlon.connections": 100, "merlon.calls": 200}); diff != "" {
+		t.Errorf("of the last (-got +want):\n%s", diff)
+	}
+	stops[2]()
+}
+
+// gauges are the values that have no attributes.
+func gauges(t *testing.T, reader *sdkmetric.ManualReader) map[string]float64 {
+	t.Helper()
+	var all metricdata.ResourceMetrics
+	if err := reader.Collect(t.Context(), &all); err != nil {
+		t.Fatal(err)
+	}
+	found := make(map[string]float64)
+	for _, s := range all.ScopeMetrics {
+		for _, m := range s.Metrics {
+			switch data := m.Data.(type) {
+			case metricdata.Gauge[float64]:
+				found[m.Name] = data.DataPoints[0].Value
+			case metricdata.Sum[int64]:
+				found[m.Name] = float64(data.DataPoints[0].Value)
+			}
+		}
+	}
+	return found
 }
 
 // odd is a provider that cannot be compared.
