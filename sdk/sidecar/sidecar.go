@@ -90,12 +90,15 @@ func (s *Sidecar) Run(ctx context.Context) error {
 func (s *Sidecar) serve() error {
 	var all sync.WaitGroup
 	errs := make(chan error, 2)
-	if lis := s.next[healthSocket]; lis != nil {
-		all.Go(func() { errs <- s.health.Serve(s.ctx, lis) })
+	s.mu.Lock() // a reload may come already
+	healthLis, admin, handover := s.next[healthSocket], s.next[adminSocket], s.next[handoverSocket]
+	s.mu.Unlock()
+	if healthLis != nil {
+		all.Go(func() { errs <- s.health.Serve(s.ctx, healthLis) })
 	}
-	if lis := s.next[adminSocket]; lis != nil {
-		all.Go(func() { s.serveAdmin(lis) })
-		all.Go(func() { s.serveSuccessor(s.next[handoverSocket]) })
+	if admin != nil {
+		all.Go(func() { s.serveAdmin(admin) })
+		all.Go(func() { s.serveSuccessor(handover) })
 	}
 	command := s.startCommand()
 	<-s.ctx.Done()
