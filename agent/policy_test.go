@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	healthgrpc "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 
 	"merlon.dev/agent"
 	"merlon.dev/agent/agentpb"
@@ -160,6 +161,24 @@ func TestAuthorize(t *testing.T) {
 	why, err := debug.ExplainDecision(ctx, &agentpb.ExplainDecisionRequest{DecisionId: denied.GetDecisionId()})
 	if err != nil || why.GetDecision().GetReason() != "METHOD" || len(why.GetDetails()) == 0 || why.GetInput().GetMethod() != "POST" {
 		t.Errorf("ExplainDecision() = %v, %v; want the denial in words", why, err)
+	}
+	// A service in audit mode lets through what the policy denies, and nothing else.
+	for name, tt := range map[string]struct {
+		req    *agentpb.AuthorizeRequest
+		reason string
+		let    bool
+	}{
+		"audited": {post, "METHOD", true}, "audited, allowed": {named, "ALLOWED", false}, "audited, ambiguous": {odd, "BAD_REQUEST", false},
+	} {
+		req := proto.CloneOf(tt.req)
+		req.AuditMode = true
+		d := want(name, req, tt.reason)
+		if why, err := debug.ExplainDecision(ctx, &agentpb.ExplainDecisionRequest{DecisionId: d.GetDecisionId()}); err != nil || why.GetDecision().GetLetThrough() != tt.let {
+			t.Errorf("%s: ExplainDecision() = %v, %v; want let through: %v", name, why, err, tt.let)
+		}
+	}
+	if why.GetDecision().GetLetThrough() {
+		t.Error("let through without audit mode")
 	}
 	for id, want := range map[string]codes.Code{policy.NewDecisionID().String(): codes.NotFound, "gone": codes.InvalidArgument} {
 		if _, err := debug.ExplainDecision(ctx, &agentpb.ExplainDecisionRequest{DecisionId: id}); status.Code(err) != want {

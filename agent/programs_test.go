@@ -82,7 +82,7 @@ func TestReportedDecisionsAreExplained(t *testing.T) {
 	n.policyIs(t, 1)
 	record := func(change func(*agentpb.DecisionRecord)) *agentpb.DecisionRecord {
 		rec := &agentpb.DecisionRecord{
-			Decision:  &agentpb.Decision{Reason: "METHOD", DecisionId: policy.NewDecisionID().String(), PolicyGeneration: 1},
+			Decision:  &agentpb.Decision{Reason: "METHOD", LetThrough: true, DecisionId: policy.NewDecisionID().String(), PolicyGeneration: 1},
 			Input:     &agentpb.AuthorizeRequest{Destination: "spiffe://" + td + "/orders", Source: "spiffe://" + td + "/web", Protocol: "http", Method: "POST", Path: "/orders"},
 			DecidedAt: timestamppb.Now(),
 		}
@@ -130,6 +130,9 @@ func TestReportedDecisionsAreExplained(t *testing.T) {
 	m, err := debug.ExplainDecision(adminCtx, &agentpb.ExplainDecisionRequest{DecisionId: good.GetDecision().GetDecisionId()})
 	if err != nil || m.GetInput().GetPath() != "/orders" {
 		t.Errorf("after a forgery: %v, %v", m, err)
+	}
+	if d := m.GetDecision(); d.GetAllow() || !d.GetLetThrough() {
+		t.Errorf("%v; want a denial that was let through", d)
 	}
 	for name, tt := range map[string]struct {
 		m    *agentpb.ReportRequest

@@ -73,10 +73,24 @@ func Reasons() []Reason {
 	}
 }
 
+// Auditable says whether audit mode lets a call through that is denied for r: what a
+// policy says, or cannot say, of a caller that has proved who it is. Revoked and expired
+// callers and ambiguous requests are none of that.
+func (r Reason) Auditable() bool {
+	switch r {
+	case DenyRule, NoGrant, MethodNotGranted, PathNotGranted, NoBundle, StalePolicy, AgentUnavailable, Error:
+		return true
+	}
+	return false
+}
+
 // Decision is the result of one evaluation. The zero value denies.
 type Decision struct {
-	Allow  bool
-	Reason Reason
+	Allow bool
+	// LetThrough says of a denial that the called service is in audit mode and lets
+	// the call through in spite of it. It is recorded, and decides nothing.
+	LetThrough bool
+	Reason     Reason
 	// RuleID is the grant (or "rego:allow", "rego:deny") that decided; empty
 	// when nothing matched.
 	RuleID string

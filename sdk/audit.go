@@ -66,11 +66,8 @@ func (a *audit) set(o *options, now time.Time) error {
 // cannot say, of a caller that has proved who it is. Revoked and expired callers
 // and ambiguous requests are none of that.
 func (a *audit) lets(r policy.Reason, now time.Time) bool {
-	return now.Before(a.until) && (ofPolicy(r) || slices.Contains(noPolicy, r))
+	return r.Auditable() && now.Before(a.until)
 }
-
-// noPolicy are the reasons of denials for want of a policy that decides.
-var noPolicy = []policy.Reason{policy.NoBundle, policy.StalePolicy, policy.AgentUnavailable, policy.Error}
 
 // letsPlaintext says whether callers without TLS are let through at now.
 func (a *audit) letsPlaintext(now time.Time) bool { return now.Before(a.plaintext) }

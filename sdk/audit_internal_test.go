@@ -15,7 +15,7 @@ func TestAuditModeLetsThroughWhatAPolicyDeniesAndNothingElse(t *testing.T) {
 	now := time.Now()
 	a := &audit{until: now.Add(time.Hour)}
 	want := map[policy.Reason]bool{
-		policy.Allowed: true, policy.DenyRule: true, policy.NoGrant: true, policy.MethodNotGranted: true, policy.PathNotGranted: true,
+		policy.Allowed: false, policy.DenyRule: true, policy.NoGrant: true, policy.MethodNotGranted: true, policy.PathNotGranted: true,
 		policy.NoBundle: true, policy.StalePolicy: true, policy.AgentUnavailable: true, policy.Error: true,
 		policy.NoIdentity: false, policy.Revoked: false, policy.Expired: false, policy.StaleRevocations: false, policy.BadRequest: false,
 	}
@@ -112,13 +112,19 @@ func TestAuditModeEndsByTheClock(t *testing.T) {
 		if len(ended) != 0 {
 			t.Fatalf("it ended before audit mode: %+v", <-ended)
 		}
-		if m := id.report.message(); len(m.GetRecords()) != 1 || m.GetRecords()[0].GetDecision().GetAllow() {
-			t.Errorf("reported: %v; want one denial, as it was decided", m)
+		if m := id.report.message(); len(m.GetRecords()) != 1 || m.GetRecords()[0].GetDecision().GetAllow() || !m.GetRecords()[0].GetDecision().GetLetThrough() {
+			t.Errorf("reported: %v; want one denial, as it was decided, that was let through", m)
 		}
+		id.report.sent()
 		time.Sleep(time.Second)
 		synctest.Wait()
 		if len(ended) != 1 || id.Authorize(t.Context(), in).Allow {
 			t.Error("audit mode goes on after its end")
+		}
+		for _, rec := range id.report.message().GetRecords() {
+			if rec.GetDecision().GetLetThrough() {
+				t.Errorf("reported as let through after the end: %v", rec)
+			}
 		}
 	})
 }
@@ -131,6 +137,10 @@ func TestPlaintextPathsAreChecked(t *testing.T) {
 		ctx, d := id.Decide(t.Context(), nil, &policy.Input{Source: "spiffe://sdktest.test/web", Protocol: policy.HTTP, Method: "GET", Path: path})
 		if d.Reason != want || d.Allow != (want == policy.NoIdentity) {
 			t.Errorf("%s: %+v", path, d)
+		}
+		rec := id.report.message().GetRecords()[0].GetDecision()
+		if id.report.sent(); rec.GetAllow() || rec.GetLetThrough() != d.Allow {
+			t.Errorf("%s: reported as %v", path, rec)
 		}
 		if peer, ok := PeerFromContext(ctx); ok {
 			t.Errorf("%s: the caller is %s", path, peer.ID)

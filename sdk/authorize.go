@@ -83,7 +83,9 @@ func (id *Identity) authorize(ctx context.Context, in *policy.Input) policy.Deci
 func (id *Identity) askAgent(ctx context.Context, in *policy.Input) policy.Decision {
 	bounded, cancel := context.WithTimeout(ctx, authorizeTimeout)
 	defer cancel()
-	res, err := id.agent.local.Authorize(bounded, authorizeRequest(in, id.current.Load()))
+	req := authorizeRequest(in, id.current.Load())
+	req.AuditMode = time.Now().Before(id.audit.until)
+	res, err := id.agent.local.Authorize(bounded, req)
 	if err != nil {
 		if ctx.Err() == nil { // else the caller has gone, and the agent may be fine
 			id.decisions.trouble(ctx, id.log, "decisions not available", err)
@@ -250,7 +252,10 @@ func (id *Identity) decidePlaintext(ctx context.Context, in *policy.Input) polic
 		}
 	}
 	id.audit.sawPlaintext(in.SourceAddress, true, time.Now())
-	return id.letThrough(ctx, in, id.refused(in, policy.NoIdentity))
+	d := policy.Deny(policy.NoIdentity)
+	d.LetThrough = true
+	id.note(in, &d, time.Now())
+	return id.letThrough(ctx, in, d)
 }
 
 // DecidesHere says whether the policy of calls to this process is compiled, so that

@@ -57,13 +57,15 @@ func (r *report) poke() {
 	}
 }
 
-// note takes in a decision that the agent does not know. It never blocks.
+// note takes in a decision that the agent does not know, and that audit mode lets it
+// through if so. It never blocks.
 func (id *Identity) note(in *policy.Input, d *policy.Decision, now time.Time) {
 	if own := id.current.Load(); in.Destination == "" && own.svid != nil {
 		named := *in
 		named.Destination = own.svid.ID.String()
 		in = &named
 	}
+	d.LetThrough = d.LetThrough || !d.Allow && id.audit.lets(d.Reason, now)
 	id.report.Record(in, d, now)
 }
 
@@ -113,7 +115,7 @@ func recordOf(rec *decisionlog.Record) *agentpb.DecisionRecord {
 	return &agentpb.DecisionRecord{
 		Decision: &agentpb.Decision{
 			Allow: d.Allow, Reason: string(d.Reason), RuleId: text(d.RuleID), DecisionId: d.DecisionID.String(),
-			PolicyGeneration: d.Revision, DryRun: d.DryRun,
+			PolicyGeneration: d.Revision, DryRun: d.DryRun, LetThrough: d.LetThrough,
 		},
 		Input: authorizeRequest(rec.Input(), &current{}), DecidedAt: timestamppb.New(rec.At()),
 		StandsFor: rec.StandsFor(), Incomplete: rec.Incomplete().Names(),

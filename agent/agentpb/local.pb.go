@@ -48,7 +48,10 @@ type AuthorizeRequest struct {
 	SourceAddress      string `protobuf:"bytes,9,opt,name=source_address,json=sourceAddress,proto3" json:"source_address,omitempty"`
 	DestinationAddress string `protobuf:"bytes,10,opt,name=destination_address,json=destinationAddress,proto3" json:"destination_address,omitempty"`
 	// Serial number of the peer's X509-SVID, lower-case hex; for the record.
-	SourceSerial  string `protobuf:"bytes,11,opt,name=source_serial,json=sourceSerial,proto3" json:"source_serial,omitempty"`
+	SourceSerial string `protobuf:"bytes,11,opt,name=source_serial,json=sourceSerial,proto3" json:"source_serial,omitempty"`
+	// The called service is in audit mode: what the policy denies is let through, and the
+	// record of a denial says so. It changes no decision.
+	AuditMode     bool `protobuf:"varint,12,opt,name=audit_mode,json=auditMode,proto3" json:"audit_mode,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -160,6 +163,13 @@ func (x *AuthorizeRequest) GetSourceSerial() string {
 	return ""
 }
 
+func (x *AuthorizeRequest) GetAuditMode() bool {
+	if x != nil {
+		return x.AuditMode
+	}
+	return false
+}
+
 type HeaderValues struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Values        []string               `protobuf:"bytes,1,rep,name=values,proto3" json:"values,omitempty"`
@@ -261,7 +271,10 @@ type Decision struct {
 	// What the policy wants sent with it; unset for nothing, and in records.
 	Response *Response `protobuf:"bytes,6,opt,name=response,proto3" json:"response,omitempty"`
 	// The dry-run grants that would have decided otherwise.
-	DryRun        []string `protobuf:"bytes,7,rep,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	DryRun []string `protobuf:"bytes,7,rep,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	// In records, of a denial: the called service was in audit mode and let the call
+	// through.
+	LetThrough    bool `protobuf:"varint,8,opt,name=let_through,json=letThrough,proto3" json:"let_through,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -343,6 +356,13 @@ func (x *Decision) GetDryRun() []string {
 		return x.DryRun
 	}
 	return nil
+}
+
+func (x *Decision) GetLetThrough() bool {
+	if x != nil {
+		return x.LetThrough
+	}
+	return false
 }
 
 // Response is what goes with a decision; see package policy.
@@ -2601,7 +2621,7 @@ var File_agent_agentpb_local_proto protoreflect.FileDescriptor
 
 const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\n" +
-	"\x19agent/agentpb/local.proto\x12\x0fmerlon.agent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe0\x03\n" +
+	"\x19agent/agentpb/local.proto\x12\x0fmerlon.agent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xff\x03\n" +
 	"\x10AuthorizeRequest\x12 \n" +
 	"\vdestination\x18\x01 \x01(\tR\vdestination\x12\x16\n" +
 	"\x06source\x18\x02 \x01(\tR\x06source\x12\x1a\n" +
@@ -2614,14 +2634,16 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\x0esource_address\x18\t \x01(\tR\rsourceAddress\x12/\n" +
 	"\x13destination_address\x18\n" +
 	" \x01(\tR\x12destinationAddress\x12#\n" +
-	"\rsource_serial\x18\v \x01(\tR\fsourceSerial\x1aY\n" +
+	"\rsource_serial\x18\v \x01(\tR\fsourceSerial\x12\x1d\n" +
+	"\n" +
+	"audit_mode\x18\f \x01(\bR\tauditMode\x1aY\n" +
 	"\fHeadersEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x123\n" +
 	"\x05value\x18\x02 \x01(\v2\x1d.merlon.agent.v1.HeaderValuesR\x05value:\x028\x01\"&\n" +
 	"\fHeaderValues\x12\x16\n" +
 	"\x06values\x18\x01 \x03(\tR\x06values\"J\n" +
 	"\x11AuthorizeResponse\x125\n" +
-	"\bdecision\x18\x01 \x01(\v2\x19.merlon.agent.v1.DecisionR\bdecision\"\xef\x01\n" +
+	"\bdecision\x18\x01 \x01(\v2\x19.merlon.agent.v1.DecisionR\bdecision\"\x90\x02\n" +
 	"\bDecision\x12\x14\n" +
 	"\x05allow\x18\x01 \x01(\bR\x05allow\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x17\n" +
@@ -2630,7 +2652,9 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"decisionId\x12+\n" +
 	"\x11policy_generation\x18\x05 \x01(\x04R\x10policyGeneration\x125\n" +
 	"\bresponse\x18\x06 \x01(\v2\x19.merlon.agent.v1.ResponseR\bresponse\x12\x17\n" +
-	"\adry_run\x18\a \x03(\tR\x06dryRun\"\xde\x01\n" +
+	"\adry_run\x18\a \x03(\tR\x06dryRun\x12\x1f\n" +
+	"\vlet_through\x18\b \x01(\bR\n" +
+	"letThrough\"\xde\x01\n" +
 	"\bResponse\x12\x16\n" +
 	"\x06status\x18\x01 \x01(\rR\x06status\x12\x12\n" +
 	"\x04body\x18\x02 \x01(\tR\x04body\x126\n" +

@@ -303,7 +303,8 @@ func TestRecordsHoldACall(t *testing.T) {
 			Headers: rapid.MapOfN(text(20), rapid.SliceOfN(text(60), 1, 3), 0, 5).Draw(t, "headers"),
 		}
 		d := policy.Decision{
-			Reason: policy.NoGrant, RuleID: text(long).Draw(t, "rule"), Revision: rapid.Uint64().Draw(t, "revision"), DecisionID: policy.NewDecisionID(),
+			LetThrough: rapid.Bool().Draw(t, "let through"),
+			Reason:     policy.NoGrant, RuleID: text(long).Draw(t, "rule"), Revision: rapid.Uint64().Draw(t, "revision"), DecisionID: policy.NewDecisionID(),
 			DryRun: rapid.SliceOfN(rapid.StringMatching(`[a-z]{1,60}`), 0, 4).Draw(t, "dry run"),
 		}
 		r := NewRecorder(Options{Rows: rapid.SampledFrom([]int{1, 10}).Draw(t, "rows"), Records: 2})

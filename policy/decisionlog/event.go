@@ -108,6 +108,9 @@ type merlon struct {
 	// for Allowed of them, itself included, so the rate is 1/Allowed.
 	SampleRate float64 `json:"sample_rate,omitempty"`
 	Allowed    uint64  `json:"allowed,omitempty"`
+	// LetThrough says that the service was in audit mode and served a call that was
+	// denied.
+	LetThrough bool `json:"let_through,omitempty"`
 	// WouldDiffer are the dry-run grants that would have decided otherwise.
 	WouldDiffer []string `json:"would_differ,omitempty"`
 	// Incomplete are the parts of the call that are not here as a whole.
@@ -136,7 +139,7 @@ func (f *Format) Line(rec *Record, dropped uint64) []byte {
 			Destination: peer{in.Destination, addressOf(in.DestinationAddress)},
 		}},
 		Custom: custom{merlon{
-			WouldDiffer: d.DryRun, Incomplete: rec.Incomplete().Names(), Dropped: dropped, SourceSerial: in.SourceSerial,
+			LetThrough: d.LetThrough, WouldDiffer: d.DryRun, Incomplete: rec.Incomplete().Names(), Dropped: dropped, SourceSerial: in.SourceSerial,
 		}},
 	}
 	if d.Revision > 0 {

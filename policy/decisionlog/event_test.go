@@ -53,6 +53,7 @@ func TestGoldenEvents(t *testing.T) {
 		f.one(t, &rpc, policy.Decision{Allow: true, Reason: policy.Allowed, RuleID: "web-reads", DecisionID: id, Revision: 7}, 40, 0),
 		f.one(t, &tcp, policy.Decision{Allow: true, Reason: policy.Allowed, RuleID: "rego:allow", DecisionID: id, Revision: 7, DryRun: []string{"a", "b"}}, 1, 0),
 		f.one(t, &nobody, policy.Decision{Reason: policy.NoIdentity, DecisionID: id}, 1, 0),
+		f.one(t, &tcp, policy.Decision{LetThrough: true, Reason: policy.NoGrant, DecisionID: id, Revision: 7}, 1, 0),
 	}
 	got := append(bytes.Join(lines, []byte("\n")), '\n')
 	if *update {

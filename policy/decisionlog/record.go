@@ -87,6 +87,7 @@ type Record struct {
 	row        *Row
 	id         policy.DecisionID
 	allow      bool
+	letThrough bool
 	protocol   policy.Protocol // one of three constants, so nothing is kept alive
 	revision   uint64
 	at         int64
@@ -100,7 +101,7 @@ type Record struct {
 // set fills rec, whatever it held.
 func (rec *Record) set(row *Row, in *policy.Input, d *policy.Decision, at int64, standsFor uint64, incomplete Fields) {
 	rec.row, rec.id, rec.allow, rec.revision, rec.at = row, d.DecisionID, d.Allow, d.Revision, at
-	rec.standsFor, rec.incomplete, rec.protocol = standsFor, incomplete, known(in.Protocol)
+	rec.standsFor, rec.incomplete, rec.protocol, rec.letThrough = standsFor, incomplete, known(in.Protocol), d.LetThrough
 	if in.JWT != nil {
 		rec.incomplete |= JWT
 	}
@@ -235,7 +236,7 @@ func (rec *Record) getSized(n int) (string, int) {
 // Decision is what was decided, in a copy of its own.
 func (rec *Record) Decision() policy.Decision {
 	d := policy.Decision{
-		Allow: rec.allow, Reason: policy.Reason(rec.row.Reason), RuleID: rec.row.RuleID, DecisionID: rec.id, Revision: rec.revision,
+		Allow: rec.allow, LetThrough: rec.letThrough, Reason: policy.Reason(rec.row.Reason), RuleID: rec.row.RuleID, DecisionID: rec.id, Revision: rec.revision,
 	}
 	if rec.row.other {
 		d.RuleID = rec.get(2)

@@ -46,7 +46,7 @@ func inputToPB(in *policy.Input) *agentpb.AuthorizeRequest {
 func decisionToPB(d policy.Decision) *agentpb.Decision {
 	return &agentpb.Decision{
 		Allow: d.Allow, Reason: string(d.Reason), RuleId: d.RuleID,
-		DecisionId: d.DecisionID.String(), PolicyGeneration: d.Revision, DryRun: d.DryRun, Response: responseToPB(d.Response),
+		DecisionId: d.DecisionID.String(), PolicyGeneration: d.Revision, DryRun: d.DryRun, LetThrough: d.LetThrough, Response: responseToPB(d.Response),
 	}
 }
 

@@ -121,7 +121,10 @@ func (s *Server) Authorize(ctx context.Context, req *agentpb.AuthorizeRequest) (
 	if !ok {
 		return nil, s.o.Callers.NotAmong("the caller is not entitled to the destination that it names")
 	}
-	d := s.Decide(ctx, inputOf(req, destination), entries)
+	in := inputOf(req, destination)
+	d := s.decide(ctx, in, entries)
+	d.LetThrough = req.GetAuditMode() && !d.Allow && d.Reason.Auditable()
+	s.record(in, d)
 	if err := s.o.Callers.Alive(ctx); err != nil {
 		return nil, err
 	}

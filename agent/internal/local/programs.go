@@ -212,7 +212,7 @@ func decisionOf(pb *agentpb.Decision) (policy.Decision, error) {
 	id, err := policy.ParseDecisionID(pb.GetDecisionId())
 	return policy.Decision{
 		Allow: pb.GetAllow(), Reason: policy.Reason(pb.GetReason()), RuleID: pb.GetRuleId(),
-		DecisionID: id, Revision: pb.GetPolicyGeneration(), DryRun: pb.GetDryRun(),
+		DecisionID: id, Revision: pb.GetPolicyGeneration(), DryRun: pb.GetDryRun(), LetThrough: pb.GetLetThrough() && !pb.GetAllow(),
 	}, err
 }
 

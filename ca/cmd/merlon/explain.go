@@ -148,6 +148,7 @@ type decisionJSON struct {
 	DecisionID       string     `json:"decision_id"`
 	DecidedAt        *time.Time `json:"decided_at"`
 	Allow            bool       `json:"allow"`
+	LetThrough       bool       `json:"let_through,omitempty"`
 	Reason           string     `json:"reason"`
 	RuleID           string     `json:"rule_id,omitempty"`
 	PolicyGeneration uint64     `json:"policy_generation"`
@@ -201,14 +202,17 @@ func printDecision(w io.Writer, o *options, resp *agentpb.ExplainDecisionRespons
 			details = []string{}
 		}
 		return printJSON(w, decisionJSON{
-			d.GetDecisionId(), timeOf(resp.GetDecidedAt()), d.GetAllow(), d.GetReason(), d.GetRuleId(), d.GetPolicyGeneration(),
+			d.GetDecisionId(), timeOf(resp.GetDecidedAt()), d.GetAllow(), d.GetLetThrough(), d.GetReason(), d.GetRuleId(), d.GetPolicyGeneration(),
 			in.GetSource(), in.GetDestination(), in.GetProtocol(), in.GetMethod(), in.GetPath(),
 			resp.GetEngine(), details, resp.GetHint(), resp.GetTrace(),
 		})
 	}
 	verdict := "denied"
-	if d.GetAllow() {
+	switch {
+	case d.GetAllow():
 		verdict = "allowed"
+	case d.GetLetThrough():
+		verdict = "denied, and let through by audit mode"
 	}
 	rule := ""
 	if d.GetRuleId() != "" {
