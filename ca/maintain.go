@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	"merlon.dev/ca/internal/api"
@@ -151,6 +152,11 @@ func (p *parts) lead(ctx context.Context) error {
 func (p *parts) leadUntilLost(ctx context.Context, l store.Leadership) {
 	upkeep := time.NewTicker(upkeepInterval)
 	defer upkeep.Stop()
+	leading, stop := context.WithCancel(ctx)
+	var follower sync.WaitGroup
+	follower.Go(func() { p.service.FollowFederations(leading) })
+	defer follower.Wait()
+	defer stop()
 	for now := time.Now(); p.service.Standing() == nil && p.holds(ctx, l.Fence()); {
 		p.chores(ctx, now, l)
 		select {

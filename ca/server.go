@@ -386,6 +386,7 @@ func (s *Server) serve(ctx context.Context, p *parts, l *listeners) error {
 	base.Go(func() error { p.decisions.Run(inner); return nil })
 	base.Go(func() error { return p.lead(inner) })
 	base.Go(func() error { return p.tendRollouts(inner) })
+	base.Go(func() error { p.service.KeepReaders(inner); return nil })
 	if s.cfg.Store == storeEtcd { // Badger's is locked
 		base.Go(func() error { return p.holdName(inner, store.CampaignTTL) })
 		base.Go(func() error { return p.beHeard(inner, heardTTL(s.cfg.AgentSVIDTTL)) })
@@ -423,7 +424,7 @@ func (s *Server) startServers(ctx context.Context, g *errgroup.Group, p *parts, 
 	})
 	g.Go(func() error { return pages.Serve(ctx, l.https, s.tlsConfig(p, "h2", "http/1.1")) })
 	if l.public != nil {
-		public := &web.Public{Registry: p.registry, Issuer: s.cfg.JWTIssuer, Standing: p.service.Standing, Log: s.log}
+		public := &web.Public{Registry: p.registry, Issuer: s.cfg.JWTIssuer, Service: p.service, Log: s.log}
 		g.Go(func() error { return public.Serve(ctx, l.public, p.publicTLS) })
 	}
 	g.Go(func() error { return p.health.Serve(ctx, l.health) })

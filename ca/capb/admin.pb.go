@@ -1331,7 +1331,11 @@ type FederatedBundle struct {
 	JwtKeyIds  []string               `protobuf:"bytes,3,rep,name=jwt_key_ids,json=jwtKeyIds,proto3" json:"jwt_key_ids,omitempty"`
 	SetAt      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=set_at,json=setAt,proto3" json:"set_at,omitempty"`
 	// When the last of its X.509 authorities ends; unset where there is none.
-	NotAfter      *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	NotAfter *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	// Where it is fetched; unset where it was handed over.
+	Source *FederationSource `protobuf:"bytes,6,opt,name=source,proto3" json:"source,omitempty"`
+	// What the other side has fetched of ours; unset where it was not invited.
+	Reader        *FederationReader `protobuf:"bytes,7,opt,name=reader,proto3" json:"reader,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1401,6 +1405,596 @@ func (x *FederatedBundle) GetNotAfter() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *FederatedBundle) GetSource() *FederationSource {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *FederatedBundle) GetReader() *FederationReader {
+	if x != nil {
+		return x.Reader
+	}
+	return nil
+}
+
+// FederationSource is where a trust bundle is to be had (SPIFFE Federation §5).
+type FederationSource struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Url   string                 `protobuf:"bytes,1,opt,name=url,proto3" json:"url,omitempty"`
+	// https_web or https_spiffe.
+	Profile string `protobuf:"bytes,2,opt,name=profile,proto3" json:"profile,omitempty"`
+	// Of a https_spiffe server.
+	EndpointSpiffeId string `protobuf:"bytes,3,opt,name=endpoint_spiffe_id,json=endpointSpiffeId,proto3" json:"endpoint_spiffe_id,omitempty"`
+	// Of a https_web server: the authorities of its certificate, in PEM; empty: those
+	// of the CA's system.
+	WebAuthorities string `protobuf:"bytes,4,opt,name=web_authorities,json=webAuthorities,proto3" json:"web_authorities,omitempty"`
+	// Output only: the last try, the last that succeeded, and why they differ, since
+	// when.
+	TriedAt       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=tried_at,json=triedAt,proto3" json:"tried_at,omitempty"`
+	FetchedAt     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=fetched_at,json=fetchedAt,proto3" json:"fetched_at,omitempty"`
+	Failure       string                 `protobuf:"bytes,7,opt,name=failure,proto3" json:"failure,omitempty"`
+	FailingSince  *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=failing_since,json=failingSince,proto3" json:"failing_since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FederationSource) Reset() {
+	*x = FederationSource{}
+	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FederationSource) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FederationSource) ProtoMessage() {}
+
+func (x *FederationSource) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FederationSource.ProtoReflect.Descriptor instead.
+func (*FederationSource) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *FederationSource) GetUrl() string {
+	if x != nil {
+		return x.Url
+	}
+	return ""
+}
+
+func (x *FederationSource) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
+func (x *FederationSource) GetEndpointSpiffeId() string {
+	if x != nil {
+		return x.EndpointSpiffeId
+	}
+	return ""
+}
+
+func (x *FederationSource) GetWebAuthorities() string {
+	if x != nil {
+		return x.WebAuthorities
+	}
+	return ""
+}
+
+func (x *FederationSource) GetTriedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.TriedAt
+	}
+	return nil
+}
+
+func (x *FederationSource) GetFetchedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.FetchedAt
+	}
+	return nil
+}
+
+func (x *FederationSource) GetFailure() string {
+	if x != nil {
+		return x.Failure
+	}
+	return ""
+}
+
+func (x *FederationSource) GetFailingSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.FailingSince
+	}
+	return nil
+}
+
+// FederationReader is another CA that was invited to follow our trust bundle.
+type FederationReader struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	InvitedAt *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=invited_at,json=invitedAt,proto3" json:"invited_at,omitempty"`
+	// When it last came by, and which sequence it was given.
+	FetchedAt     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=fetched_at,json=fetchedAt,proto3" json:"fetched_at,omitempty"`
+	Sequence      uint64                 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FederationReader) Reset() {
+	*x = FederationReader{}
+	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FederationReader) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FederationReader) ProtoMessage() {}
+
+func (x *FederationReader) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FederationReader.ProtoReflect.Descriptor instead.
+func (*FederationReader) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *FederationReader) GetInvitedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.InvitedAt
+	}
+	return nil
+}
+
+func (x *FederationReader) GetFetchedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.FetchedAt
+	}
+	return nil
+}
+
+func (x *FederationReader) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+type SetFederationSourceRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	Source      *FederationSource      `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	// The trust bundle to begin with, as SetFederatedBundle takes it. A https_spiffe
+	// server is verified by it, so without it there has to be one already.
+	Document      []byte `protobuf:"bytes,3,opt,name=document,proto3" json:"document,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetFederationSourceRequest) Reset() {
+	*x = SetFederationSourceRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetFederationSourceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetFederationSourceRequest) ProtoMessage() {}
+
+func (x *SetFederationSourceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetFederationSourceRequest.ProtoReflect.Descriptor instead.
+func (*SetFederationSourceRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *SetFederationSourceRequest) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *SetFederationSourceRequest) GetSource() *FederationSource {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *SetFederationSourceRequest) GetDocument() []byte {
+	if x != nil {
+		return x.Document
+	}
+	return nil
+}
+
+type SetFederationSourceResponse struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	FederatedBundle *FederatedBundle       `protobuf:"bytes,1,opt,name=federated_bundle,json=federatedBundle,proto3" json:"federated_bundle,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *SetFederationSourceResponse) Reset() {
+	*x = SetFederationSourceResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetFederationSourceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetFederationSourceResponse) ProtoMessage() {}
+
+func (x *SetFederationSourceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetFederationSourceResponse.ProtoReflect.Descriptor instead.
+func (*SetFederationSourceResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *SetFederationSourceResponse) GetFederatedBundle() *FederatedBundle {
+	if x != nil {
+		return x.FederatedBundle
+	}
+	return nil
+}
+
+type CreateFederationInviteRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Who is invited, and can accept.
+	TrustDomain string `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	// Where the other side reaches this CA's trust bundle, such as
+	// https://ca.shop.test:8444/v1/trust/bundle, and how it knows it.
+	Url            string `protobuf:"bytes,2,opt,name=url,proto3" json:"url,omitempty"`
+	Profile        string `protobuf:"bytes,3,opt,name=profile,proto3" json:"profile,omitempty"`
+	WebAuthorities string `protobuf:"bytes,4,opt,name=web_authorities,json=webAuthorities,proto3" json:"web_authorities,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *CreateFederationInviteRequest) Reset() {
+	*x = CreateFederationInviteRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateFederationInviteRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateFederationInviteRequest) ProtoMessage() {}
+
+func (x *CreateFederationInviteRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateFederationInviteRequest.ProtoReflect.Descriptor instead.
+func (*CreateFederationInviteRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *CreateFederationInviteRequest) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *CreateFederationInviteRequest) GetUrl() string {
+	if x != nil {
+		return x.Url
+	}
+	return ""
+}
+
+func (x *CreateFederationInviteRequest) GetProfile() string {
+	if x != nil {
+		return x.Profile
+	}
+	return ""
+}
+
+func (x *CreateFederationInviteRequest) GetWebAuthorities() string {
+	if x != nil {
+		return x.WebAuthorities
+	}
+	return ""
+}
+
+type CreateFederationInviteResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// It holds nothing secret; whoever can change it on its way says whom the other
+	// side trusts.
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	ExpiresAt     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateFederationInviteResponse) Reset() {
+	*x = CreateFederationInviteResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateFederationInviteResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateFederationInviteResponse) ProtoMessage() {}
+
+func (x *CreateFederationInviteResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateFederationInviteResponse.ProtoReflect.Descriptor instead.
+func (*CreateFederationInviteResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *CreateFederationInviteResponse) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *CreateFederationInviteResponse) GetExpiresAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return nil
+}
+
+type AcceptFederationInviteRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptFederationInviteRequest) Reset() {
+	*x = AcceptFederationInviteRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptFederationInviteRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptFederationInviteRequest) ProtoMessage() {}
+
+func (x *AcceptFederationInviteRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptFederationInviteRequest.ProtoReflect.Descriptor instead.
+func (*AcceptFederationInviteRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *AcceptFederationInviteRequest) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+type AcceptFederationInviteResponse struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	FederatedBundle *FederatedBundle       `protobuf:"bytes,1,opt,name=federated_bundle,json=federatedBundle,proto3" json:"federated_bundle,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *AcceptFederationInviteResponse) Reset() {
+	*x = AcceptFederationInviteResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptFederationInviteResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptFederationInviteResponse) ProtoMessage() {}
+
+func (x *AcceptFederationInviteResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptFederationInviteResponse.ProtoReflect.Descriptor instead.
+func (*AcceptFederationInviteResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *AcceptFederationInviteResponse) GetFederatedBundle() *FederatedBundle {
+	if x != nil {
+		return x.FederatedBundle
+	}
+	return nil
+}
+
+type RefreshFederatedBundleRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RefreshFederatedBundleRequest) Reset() {
+	*x = RefreshFederatedBundleRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RefreshFederatedBundleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RefreshFederatedBundleRequest) ProtoMessage() {}
+
+func (x *RefreshFederatedBundleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RefreshFederatedBundleRequest.ProtoReflect.Descriptor instead.
+func (*RefreshFederatedBundleRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *RefreshFederatedBundleRequest) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+type RefreshFederatedBundleResponse struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	FederatedBundle *FederatedBundle       `protobuf:"bytes,1,opt,name=federated_bundle,json=federatedBundle,proto3" json:"federated_bundle,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *RefreshFederatedBundleResponse) Reset() {
+	*x = RefreshFederatedBundleResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RefreshFederatedBundleResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RefreshFederatedBundleResponse) ProtoMessage() {}
+
+func (x *RefreshFederatedBundleResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RefreshFederatedBundleResponse.ProtoReflect.Descriptor instead.
+func (*RefreshFederatedBundleResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *RefreshFederatedBundleResponse) GetFederatedBundle() *FederatedBundle {
+	if x != nil {
+		return x.FederatedBundle
+	}
+	return nil
+}
+
 type SetFederatedBundleRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Its name, such as "partner.test". What the document says of it is compared
@@ -1417,7 +2011,7 @@ type SetFederatedBundleRequest struct {
 
 func (x *SetFederatedBundleRequest) Reset() {
 	*x = SetFederatedBundleRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	mi := &file_ca_capb_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1429,7 +2023,7 @@ func (x *SetFederatedBundleRequest) String() string {
 func (*SetFederatedBundleRequest) ProtoMessage() {}
 
 func (x *SetFederatedBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	mi := &file_ca_capb_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1442,7 +2036,7 @@ func (x *SetFederatedBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetFederatedBundleRequest.ProtoReflect.Descriptor instead.
 func (*SetFederatedBundleRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{24}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SetFederatedBundleRequest) GetTrustDomain() string {
@@ -1477,7 +2071,7 @@ type SetFederatedBundleResponse struct {
 
 func (x *SetFederatedBundleResponse) Reset() {
 	*x = SetFederatedBundleResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	mi := &file_ca_capb_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1489,7 +2083,7 @@ func (x *SetFederatedBundleResponse) String() string {
 func (*SetFederatedBundleResponse) ProtoMessage() {}
 
 func (x *SetFederatedBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	mi := &file_ca_capb_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1502,7 +2096,7 @@ func (x *SetFederatedBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetFederatedBundleResponse.ProtoReflect.Descriptor instead.
 func (*SetFederatedBundleResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{25}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *SetFederatedBundleResponse) GetFederatedBundle() *FederatedBundle {
@@ -1527,7 +2121,7 @@ type ListFederatedBundlesRequest struct {
 
 func (x *ListFederatedBundlesRequest) Reset() {
 	*x = ListFederatedBundlesRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	mi := &file_ca_capb_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1539,7 +2133,7 @@ func (x *ListFederatedBundlesRequest) String() string {
 func (*ListFederatedBundlesRequest) ProtoMessage() {}
 
 func (x *ListFederatedBundlesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	mi := &file_ca_capb_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1552,7 +2146,7 @@ func (x *ListFederatedBundlesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFederatedBundlesRequest.ProtoReflect.Descriptor instead.
 func (*ListFederatedBundlesRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{26}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{36}
 }
 
 type ListFederatedBundlesResponse struct {
@@ -1565,7 +2159,7 @@ type ListFederatedBundlesResponse struct {
 
 func (x *ListFederatedBundlesResponse) Reset() {
 	*x = ListFederatedBundlesResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	mi := &file_ca_capb_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1577,7 +2171,7 @@ func (x *ListFederatedBundlesResponse) String() string {
 func (*ListFederatedBundlesResponse) ProtoMessage() {}
 
 func (x *ListFederatedBundlesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	mi := &file_ca_capb_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1590,7 +2184,7 @@ func (x *ListFederatedBundlesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFederatedBundlesResponse.ProtoReflect.Descriptor instead.
 func (*ListFederatedBundlesResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{27}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListFederatedBundlesResponse) GetFederatedBundles() []*FederatedBundle {
@@ -1609,7 +2203,7 @@ type GetFederatedBundleRequest struct {
 
 func (x *GetFederatedBundleRequest) Reset() {
 	*x = GetFederatedBundleRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	mi := &file_ca_capb_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1621,7 +2215,7 @@ func (x *GetFederatedBundleRequest) String() string {
 func (*GetFederatedBundleRequest) ProtoMessage() {}
 
 func (x *GetFederatedBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	mi := &file_ca_capb_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1634,7 +2228,7 @@ func (x *GetFederatedBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFederatedBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetFederatedBundleRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{28}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *GetFederatedBundleRequest) GetTrustDomain() string {
@@ -1653,7 +2247,7 @@ type GetFederatedBundleResponse struct {
 
 func (x *GetFederatedBundleResponse) Reset() {
 	*x = GetFederatedBundleResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	mi := &file_ca_capb_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1665,7 +2259,7 @@ func (x *GetFederatedBundleResponse) String() string {
 func (*GetFederatedBundleResponse) ProtoMessage() {}
 
 func (x *GetFederatedBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	mi := &file_ca_capb_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1678,7 +2272,7 @@ func (x *GetFederatedBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFederatedBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetFederatedBundleResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{29}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetFederatedBundleResponse) GetFederatedBundle() *FederatedBundle {
@@ -1697,7 +2291,7 @@ type RemoveFederatedBundleRequest struct {
 
 func (x *RemoveFederatedBundleRequest) Reset() {
 	*x = RemoveFederatedBundleRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[30]
+	mi := &file_ca_capb_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1709,7 +2303,7 @@ func (x *RemoveFederatedBundleRequest) String() string {
 func (*RemoveFederatedBundleRequest) ProtoMessage() {}
 
 func (x *RemoveFederatedBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[30]
+	mi := &file_ca_capb_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1722,7 +2316,7 @@ func (x *RemoveFederatedBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveFederatedBundleRequest.ProtoReflect.Descriptor instead.
 func (*RemoveFederatedBundleRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{30}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RemoveFederatedBundleRequest) GetTrustDomain() string {
@@ -1742,7 +2336,7 @@ type RemoveFederatedBundleResponse struct {
 
 func (x *RemoveFederatedBundleResponse) Reset() {
 	*x = RemoveFederatedBundleResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[31]
+	mi := &file_ca_capb_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1754,7 +2348,7 @@ func (x *RemoveFederatedBundleResponse) String() string {
 func (*RemoveFederatedBundleResponse) ProtoMessage() {}
 
 func (x *RemoveFederatedBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[31]
+	mi := &file_ca_capb_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1767,7 +2361,7 @@ func (x *RemoveFederatedBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveFederatedBundleResponse.ProtoReflect.Descriptor instead.
 func (*RemoveFederatedBundleResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{31}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RemoveFederatedBundleResponse) GetFederatedBundle() *FederatedBundle {
@@ -1793,7 +2387,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[32]
+	mi := &file_ca_capb_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1805,7 +2399,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[32]
+	mi := &file_ca_capb_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1818,7 +2412,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{32}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RevokeRequest) GetSubject() isRevokeRequest_Subject {
@@ -1911,7 +2505,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[33]
+	mi := &file_ca_capb_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1923,7 +2517,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[33]
+	mi := &file_ca_capb_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1936,7 +2530,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{33}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RevokeResponse) GetRevocation() *Revocation {
@@ -1961,7 +2555,7 @@ type ListRevocationsRequest struct {
 
 func (x *ListRevocationsRequest) Reset() {
 	*x = ListRevocationsRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[34]
+	mi := &file_ca_capb_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1973,7 +2567,7 @@ func (x *ListRevocationsRequest) String() string {
 func (*ListRevocationsRequest) ProtoMessage() {}
 
 func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[34]
+	mi := &file_ca_capb_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1986,7 +2580,7 @@ func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRevocationsRequest.ProtoReflect.Descriptor instead.
 func (*ListRevocationsRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{34}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{44}
 }
 
 type ListRevocationsResponse struct {
@@ -1998,7 +2592,7 @@ type ListRevocationsResponse struct {
 
 func (x *ListRevocationsResponse) Reset() {
 	*x = ListRevocationsResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[35]
+	mi := &file_ca_capb_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2010,7 +2604,7 @@ func (x *ListRevocationsResponse) String() string {
 func (*ListRevocationsResponse) ProtoMessage() {}
 
 func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[35]
+	mi := &file_ca_capb_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2023,7 +2617,7 @@ func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRevocationsResponse.ProtoReflect.Descriptor instead.
 func (*ListRevocationsResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{35}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListRevocationsResponse) GetRevocations() []*Revocation {
@@ -2043,7 +2637,7 @@ type ProveIssuancesRequest struct {
 
 func (x *ProveIssuancesRequest) Reset() {
 	*x = ProveIssuancesRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[36]
+	mi := &file_ca_capb_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2055,7 +2649,7 @@ func (x *ProveIssuancesRequest) String() string {
 func (*ProveIssuancesRequest) ProtoMessage() {}
 
 func (x *ProveIssuancesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[36]
+	mi := &file_ca_capb_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2068,7 +2662,7 @@ func (x *ProveIssuancesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveIssuancesRequest.ProtoReflect.Descriptor instead.
 func (*ProveIssuancesRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{36}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ProveIssuancesRequest) GetSerials() []string {
@@ -2100,7 +2694,7 @@ type ProveIssuancesResponse struct {
 
 func (x *ProveIssuancesResponse) Reset() {
 	*x = ProveIssuancesResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[37]
+	mi := &file_ca_capb_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2112,7 +2706,7 @@ func (x *ProveIssuancesResponse) String() string {
 func (*ProveIssuancesResponse) ProtoMessage() {}
 
 func (x *ProveIssuancesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[37]
+	mi := &file_ca_capb_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2125,7 +2719,7 @@ func (x *ProveIssuancesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveIssuancesResponse.ProtoReflect.Descriptor instead.
 func (*ProveIssuancesResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{37}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ProveIssuancesResponse) GetProofs() []*IssuanceProof {
@@ -2191,7 +2785,7 @@ type IssuanceProof struct {
 
 func (x *IssuanceProof) Reset() {
 	*x = IssuanceProof{}
-	mi := &file_ca_capb_admin_proto_msgTypes[38]
+	mi := &file_ca_capb_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2203,7 +2797,7 @@ func (x *IssuanceProof) String() string {
 func (*IssuanceProof) ProtoMessage() {}
 
 func (x *IssuanceProof) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[38]
+	mi := &file_ca_capb_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2216,7 +2810,7 @@ func (x *IssuanceProof) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuanceProof.ProtoReflect.Descriptor instead.
 func (*IssuanceProof) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{38}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *IssuanceProof) GetSerial() string {
@@ -2258,7 +2852,7 @@ type Issuer struct {
 
 func (x *Issuer) Reset() {
 	*x = Issuer{}
-	mi := &file_ca_capb_admin_proto_msgTypes[39]
+	mi := &file_ca_capb_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2270,7 +2864,7 @@ func (x *Issuer) String() string {
 func (*Issuer) ProtoMessage() {}
 
 func (x *Issuer) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[39]
+	mi := &file_ca_capb_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2283,7 +2877,7 @@ func (x *Issuer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Issuer.ProtoReflect.Descriptor instead.
 func (*Issuer) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{39}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Issuer) GetAuthorityId() string {
@@ -2308,7 +2902,7 @@ type ListReplicasRequest struct {
 
 func (x *ListReplicasRequest) Reset() {
 	*x = ListReplicasRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[40]
+	mi := &file_ca_capb_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2320,7 +2914,7 @@ func (x *ListReplicasRequest) String() string {
 func (*ListReplicasRequest) ProtoMessage() {}
 
 func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[40]
+	mi := &file_ca_capb_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2333,7 +2927,7 @@ func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasRequest.ProtoReflect.Descriptor instead.
 func (*ListReplicasRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{40}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{50}
 }
 
 type ListReplicasResponse struct {
@@ -2345,7 +2939,7 @@ type ListReplicasResponse struct {
 
 func (x *ListReplicasResponse) Reset() {
 	*x = ListReplicasResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[41]
+	mi := &file_ca_capb_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2357,7 +2951,7 @@ func (x *ListReplicasResponse) String() string {
 func (*ListReplicasResponse) ProtoMessage() {}
 
 func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[41]
+	mi := &file_ca_capb_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2370,7 +2964,7 @@ func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasResponse.ProtoReflect.Descriptor instead.
 func (*ListReplicasResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{41}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ListReplicasResponse) GetReplicas() []*CAReplica {
@@ -2403,7 +2997,7 @@ type CAReplica struct {
 
 func (x *CAReplica) Reset() {
 	*x = CAReplica{}
-	mi := &file_ca_capb_admin_proto_msgTypes[42]
+	mi := &file_ca_capb_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2415,7 +3009,7 @@ func (x *CAReplica) String() string {
 func (*CAReplica) ProtoMessage() {}
 
 func (x *CAReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[42]
+	mi := &file_ca_capb_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2428,7 +3022,7 @@ func (x *CAReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CAReplica.ProtoReflect.Descriptor instead.
 func (*CAReplica) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{42}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *CAReplica) GetName() string {
@@ -2503,7 +3097,7 @@ type EvictReplicaRequest struct {
 
 func (x *EvictReplicaRequest) Reset() {
 	*x = EvictReplicaRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[43]
+	mi := &file_ca_capb_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2515,7 +3109,7 @@ func (x *EvictReplicaRequest) String() string {
 func (*EvictReplicaRequest) ProtoMessage() {}
 
 func (x *EvictReplicaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[43]
+	mi := &file_ca_capb_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2528,7 +3122,7 @@ func (x *EvictReplicaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReplicaRequest.ProtoReflect.Descriptor instead.
 func (*EvictReplicaRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{43}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *EvictReplicaRequest) GetName() string {
@@ -2548,7 +3142,7 @@ type EvictReplicaResponse struct {
 
 func (x *EvictReplicaResponse) Reset() {
 	*x = EvictReplicaResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[44]
+	mi := &file_ca_capb_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2560,7 +3154,7 @@ func (x *EvictReplicaResponse) String() string {
 func (*EvictReplicaResponse) ProtoMessage() {}
 
 func (x *EvictReplicaResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[44]
+	mi := &file_ca_capb_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2573,7 +3167,7 @@ func (x *EvictReplicaResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReplicaResponse.ProtoReflect.Descriptor instead.
 func (*EvictReplicaResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{44}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *EvictReplicaResponse) GetReplica() *CAReplica {
@@ -2598,7 +3192,7 @@ type BackupStoreRequest struct {
 
 func (x *BackupStoreRequest) Reset() {
 	*x = BackupStoreRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[45]
+	mi := &file_ca_capb_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2610,7 +3204,7 @@ func (x *BackupStoreRequest) String() string {
 func (*BackupStoreRequest) ProtoMessage() {}
 
 func (x *BackupStoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[45]
+	mi := &file_ca_capb_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2623,7 +3217,7 @@ func (x *BackupStoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStoreRequest.ProtoReflect.Descriptor instead.
 func (*BackupStoreRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{45}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{55}
 }
 
 type BackupStoreResponse struct {
@@ -2635,7 +3229,7 @@ type BackupStoreResponse struct {
 
 func (x *BackupStoreResponse) Reset() {
 	*x = BackupStoreResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[46]
+	mi := &file_ca_capb_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2647,7 +3241,7 @@ func (x *BackupStoreResponse) String() string {
 func (*BackupStoreResponse) ProtoMessage() {}
 
 func (x *BackupStoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[46]
+	mi := &file_ca_capb_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2660,7 +3254,7 @@ func (x *BackupStoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStoreResponse.ProtoReflect.Descriptor instead.
 func (*BackupStoreResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{46}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *BackupStoreResponse) GetData() []byte {
@@ -2678,7 +3272,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[47]
+	mi := &file_ca_capb_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2690,7 +3284,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[47]
+	mi := &file_ca_capb_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2703,7 +3297,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{47}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{57}
 }
 
 type ListAuthoritiesResponse struct {
@@ -2715,7 +3309,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[48]
+	mi := &file_ca_capb_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2727,7 +3321,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[48]
+	mi := &file_ca_capb_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2740,7 +3334,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{48}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*CAAuthority {
@@ -2778,7 +3372,7 @@ type CAAuthority struct {
 
 func (x *CAAuthority) Reset() {
 	*x = CAAuthority{}
-	mi := &file_ca_capb_admin_proto_msgTypes[49]
+	mi := &file_ca_capb_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2790,7 +3384,7 @@ func (x *CAAuthority) String() string {
 func (*CAAuthority) ProtoMessage() {}
 
 func (x *CAAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[49]
+	mi := &file_ca_capb_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2803,7 +3397,7 @@ func (x *CAAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CAAuthority.ProtoReflect.Descriptor instead.
 func (*CAAuthority) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{49}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *CAAuthority) GetAuthorityId() string {
@@ -2902,7 +3496,7 @@ type PendingStep struct {
 
 func (x *PendingStep) Reset() {
 	*x = PendingStep{}
-	mi := &file_ca_capb_admin_proto_msgTypes[50]
+	mi := &file_ca_capb_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2914,7 +3508,7 @@ func (x *PendingStep) String() string {
 func (*PendingStep) ProtoMessage() {}
 
 func (x *PendingStep) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[50]
+	mi := &file_ca_capb_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2927,7 +3521,7 @@ func (x *PendingStep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingStep.ProtoReflect.Descriptor instead.
 func (*PendingStep) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{50}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *PendingStep) GetStep() string {
@@ -2989,7 +3583,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[51]
+	mi := &file_ca_capb_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3001,7 +3595,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[51]
+	mi := &file_ca_capb_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3014,7 +3608,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{51}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *PrepareAuthorityRequest) GetKind() string {
@@ -3033,7 +3627,7 @@ type PrepareAuthorityResponse struct {
 
 func (x *PrepareAuthorityResponse) Reset() {
 	*x = PrepareAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[52]
+	mi := &file_ca_capb_admin_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3045,7 +3639,7 @@ func (x *PrepareAuthorityResponse) String() string {
 func (*PrepareAuthorityResponse) ProtoMessage() {}
 
 func (x *PrepareAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[52]
+	mi := &file_ca_capb_admin_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3058,7 +3652,7 @@ func (x *PrepareAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{52}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *PrepareAuthorityResponse) GetAuthority() *CAAuthority {
@@ -3079,7 +3673,7 @@ type ActivateAuthorityRequest struct {
 
 func (x *ActivateAuthorityRequest) Reset() {
 	*x = ActivateAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[53]
+	mi := &file_ca_capb_admin_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3091,7 +3685,7 @@ func (x *ActivateAuthorityRequest) String() string {
 func (*ActivateAuthorityRequest) ProtoMessage() {}
 
 func (x *ActivateAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[53]
+	mi := &file_ca_capb_admin_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3104,7 +3698,7 @@ func (x *ActivateAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ActivateAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{53}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ActivateAuthorityRequest) GetAuthorityId() string {
@@ -3130,7 +3724,7 @@ type ActivateAuthorityResponse struct {
 
 func (x *ActivateAuthorityResponse) Reset() {
 	*x = ActivateAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[54]
+	mi := &file_ca_capb_admin_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3142,7 +3736,7 @@ func (x *ActivateAuthorityResponse) String() string {
 func (*ActivateAuthorityResponse) ProtoMessage() {}
 
 func (x *ActivateAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[54]
+	mi := &file_ca_capb_admin_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3155,7 +3749,7 @@ func (x *ActivateAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ActivateAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{54}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ActivateAuthorityResponse) GetAuthority() *CAAuthority {
@@ -3174,7 +3768,7 @@ type TaintAuthorityRequest struct {
 
 func (x *TaintAuthorityRequest) Reset() {
 	*x = TaintAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[55]
+	mi := &file_ca_capb_admin_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3186,7 +3780,7 @@ func (x *TaintAuthorityRequest) String() string {
 func (*TaintAuthorityRequest) ProtoMessage() {}
 
 func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[55]
+	mi := &file_ca_capb_admin_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3199,7 +3793,7 @@ func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*TaintAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{55}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *TaintAuthorityRequest) GetAuthorityId() string {
@@ -3218,7 +3812,7 @@ type TaintAuthorityResponse struct {
 
 func (x *TaintAuthorityResponse) Reset() {
 	*x = TaintAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[56]
+	mi := &file_ca_capb_admin_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3230,7 +3824,7 @@ func (x *TaintAuthorityResponse) String() string {
 func (*TaintAuthorityResponse) ProtoMessage() {}
 
 func (x *TaintAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[56]
+	mi := &file_ca_capb_admin_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3243,7 +3837,7 @@ func (x *TaintAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*TaintAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{56}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *TaintAuthorityResponse) GetAuthority() *CAAuthority {
@@ -3264,7 +3858,7 @@ type RevokeAuthorityRequest struct {
 
 func (x *RevokeAuthorityRequest) Reset() {
 	*x = RevokeAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[57]
+	mi := &file_ca_capb_admin_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3276,7 +3870,7 @@ func (x *RevokeAuthorityRequest) String() string {
 func (*RevokeAuthorityRequest) ProtoMessage() {}
 
 func (x *RevokeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[57]
+	mi := &file_ca_capb_admin_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3289,7 +3883,7 @@ func (x *RevokeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*RevokeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{57}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *RevokeAuthorityRequest) GetAuthorityId() string {
@@ -3315,7 +3909,7 @@ type RevokeAuthorityResponse struct {
 
 func (x *RevokeAuthorityResponse) Reset() {
 	*x = RevokeAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[58]
+	mi := &file_ca_capb_admin_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3327,7 +3921,7 @@ func (x *RevokeAuthorityResponse) String() string {
 func (*RevokeAuthorityResponse) ProtoMessage() {}
 
 func (x *RevokeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[58]
+	mi := &file_ca_capb_admin_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3340,7 +3934,7 @@ func (x *RevokeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*RevokeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{58}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *RevokeAuthorityResponse) GetAuthority() *CAAuthority {
@@ -3363,7 +3957,7 @@ type FetchPolicyRequest struct {
 
 func (x *FetchPolicyRequest) Reset() {
 	*x = FetchPolicyRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[59]
+	mi := &file_ca_capb_admin_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3375,7 +3969,7 @@ func (x *FetchPolicyRequest) String() string {
 func (*FetchPolicyRequest) ProtoMessage() {}
 
 func (x *FetchPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[59]
+	mi := &file_ca_capb_admin_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3388,7 +3982,7 @@ func (x *FetchPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchPolicyRequest.ProtoReflect.Descriptor instead.
 func (*FetchPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{59}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *FetchPolicyRequest) GetName() string {
@@ -3418,7 +4012,7 @@ type FetchPolicyResponse struct {
 
 func (x *FetchPolicyResponse) Reset() {
 	*x = FetchPolicyResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[60]
+	mi := &file_ca_capb_admin_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3430,7 +4024,7 @@ func (x *FetchPolicyResponse) String() string {
 func (*FetchPolicyResponse) ProtoMessage() {}
 
 func (x *FetchPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[60]
+	mi := &file_ca_capb_admin_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3443,7 +4037,7 @@ func (x *FetchPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchPolicyResponse.ProtoReflect.Descriptor instead.
 func (*FetchPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{60}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *FetchPolicyResponse) GetBundle() []byte {
@@ -3557,14 +4151,55 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x16GetTrustBundleResponse\x12<\n" +
 	"\ftrust_bundle\x18\x01 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\x12\x1f\n" +
 	"\vroot_hashes\x18\x02 \x03(\tR\n" +
-	"rootHashes\"\xfc\x01\n" +
+	"rootHashes\"\xec\x02\n" +
 	"\x0fFederatedBundle\x12<\n" +
 	"\ftrust_bundle\x18\x01 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\x12\x1f\n" +
 	"\vroot_hashes\x18\x02 \x03(\tR\n" +
 	"rootHashes\x12\x1e\n" +
 	"\vjwt_key_ids\x18\x03 \x03(\tR\tjwtKeyIds\x121\n" +
 	"\x06set_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05setAt\x127\n" +
-	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\"p\n" +
+	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x126\n" +
+	"\x06source\x18\x06 \x01(\v2\x1e.merlon.ca.v1.FederationSourceR\x06source\x126\n" +
+	"\x06reader\x18\a \x01(\v2\x1e.merlon.ca.v1.FederationReaderR\x06reader\"\xe2\x02\n" +
+	"\x10FederationSource\x12\x10\n" +
+	"\x03url\x18\x01 \x01(\tR\x03url\x12\x18\n" +
+	"\aprofile\x18\x02 \x01(\tR\aprofile\x12,\n" +
+	"\x12endpoint_spiffe_id\x18\x03 \x01(\tR\x10endpointSpiffeId\x12'\n" +
+	"\x0fweb_authorities\x18\x04 \x01(\tR\x0ewebAuthorities\x125\n" +
+	"\btried_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\atriedAt\x129\n" +
+	"\n" +
+	"fetched_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tfetchedAt\x12\x18\n" +
+	"\afailure\x18\a \x01(\tR\afailure\x12?\n" +
+	"\rfailing_since\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\ffailingSince\"\xa4\x01\n" +
+	"\x10FederationReader\x129\n" +
+	"\n" +
+	"invited_at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\tinvitedAt\x129\n" +
+	"\n" +
+	"fetched_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\tfetchedAt\x12\x1a\n" +
+	"\bsequence\x18\x03 \x01(\x04R\bsequence\"\x93\x01\n" +
+	"\x1aSetFederationSourceRequest\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x126\n" +
+	"\x06source\x18\x02 \x01(\v2\x1e.merlon.ca.v1.FederationSourceR\x06source\x12\x1a\n" +
+	"\bdocument\x18\x03 \x01(\fR\bdocument\"g\n" +
+	"\x1bSetFederationSourceResponse\x12H\n" +
+	"\x10federated_bundle\x18\x01 \x01(\v2\x1d.merlon.ca.v1.FederatedBundleR\x0ffederatedBundle\"\x97\x01\n" +
+	"\x1dCreateFederationInviteRequest\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x10\n" +
+	"\x03url\x18\x02 \x01(\tR\x03url\x12\x18\n" +
+	"\aprofile\x18\x03 \x01(\tR\aprofile\x12'\n" +
+	"\x0fweb_authorities\x18\x04 \x01(\tR\x0ewebAuthorities\"q\n" +
+	"\x1eCreateFederationInviteResponse\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x129\n" +
+	"\n" +
+	"expires_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"5\n" +
+	"\x1dAcceptFederationInviteRequest\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\"j\n" +
+	"\x1eAcceptFederationInviteResponse\x12H\n" +
+	"\x10federated_bundle\x18\x01 \x01(\v2\x1d.merlon.ca.v1.FederatedBundleR\x0ffederatedBundle\"B\n" +
+	"\x1dRefreshFederatedBundleRequest\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\"j\n" +
+	"\x1eRefreshFederatedBundleResponse\x12H\n" +
+	"\x10federated_bundle\x18\x01 \x01(\v2\x1d.merlon.ca.v1.FederatedBundleR\x0ffederatedBundle\"p\n" +
 	"\x19SetFederatedBundleRequest\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\bdocument\x18\x02 \x01(\fR\bdocument\x12\x14\n" +
@@ -3703,7 +4338,7 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x0fTOKEN_KIND_JOIN\x10\x01\x12\x1c\n" +
 	"\x18TOKEN_KIND_BUNDLE_READER\x10\x02\x12\x16\n" +
 	"\x12TOKEN_KIND_REPLICA\x10\x03\x12\x18\n" +
-	"\x14TOKEN_KIND_NESTED_CA\x10\x042\xae\x1f\n" +
+	"\x14TOKEN_KIND_NESTED_CA\x10\x042\x92$\n" +
 	"\x05Admin\x12m\n" +
 	"\vCreateEntry\x12 .merlon.ca.v1.CreateEntryRequest\x1a!.merlon.ca.v1.CreateEntryResponse\"\x19\xaa\xed\x18\x15\n" +
 	"\x01\x03\x12\x02\x02\x04\"\fcreate entry\x12b\n" +
@@ -3741,7 +4376,15 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12w\n" +
 	"\x12GetFederatedBundle\x12'.merlon.ca.v1.GetFederatedBundleRequest\x1a(.merlon.ca.v1.GetFederatedBundleResponse\"\x0e\xaa\xed\x18\n" +
 	"\n" +
-	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12\x95\x01\n" +
+	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12\x8d\x01\n" +
+	"\x13SetFederationSource\x12(.merlon.ca.v1.SetFederationSourceRequest\x1a).merlon.ca.v1.SetFederationSourceResponse\"!\xaa\xed\x18\x1d\n" +
+	"\x01\x03\x12\x01\x04\"\x15set federation source\x12\x99\x01\n" +
+	"\x16CreateFederationInvite\x12+.merlon.ca.v1.CreateFederationInviteRequest\x1a,.merlon.ca.v1.CreateFederationInviteResponse\"$\xaa\xed\x18 \n" +
+	"\x01\x03\x12\x01\x04\"\x18create federation invite\x12\x99\x01\n" +
+	"\x16AcceptFederationInvite\x12+.merlon.ca.v1.AcceptFederationInviteRequest\x1a,.merlon.ca.v1.AcceptFederationInviteResponse\"$\xaa\xed\x18 \n" +
+	"\x01\x03\x12\x01\x04\"\x18accept federation invite\x12\x99\x01\n" +
+	"\x16RefreshFederatedBundle\x12+.merlon.ca.v1.RefreshFederatedBundleRequest\x1a,.merlon.ca.v1.RefreshFederatedBundleResponse\"$\xaa\xed\x18 \n" +
+	"\x01\x03\x12\x01\x04\"\x18refresh federated bundle\x12\x95\x01\n" +
 	"\x15RemoveFederatedBundle\x12*.merlon.ca.v1.RemoveFederatedBundleRequest\x1a+.merlon.ca.v1.RemoveFederatedBundleResponse\"#\xaa\xed\x18\x1f\n" +
 	"\x01\x03\x12\x01\x04\"\x17remove federated bundle\x12X\n" +
 	"\x06Revoke\x12\x1b.merlon.ca.v1.RevokeRequest\x1a\x1c.merlon.ca.v1.RevokeResponse\"\x13\xaa\xed\x18\x0f\n" +
@@ -3803,222 +4446,252 @@ func file_ca_capb_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 62)
+var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 72)
 var file_ca_capb_admin_proto_goTypes = []any{
-	(TokenKind)(0),                        // 0: merlon.ca.v1.TokenKind
-	(*CreateEntryRequest)(nil),            // 1: merlon.ca.v1.CreateEntryRequest
-	(*CreateEntryResponse)(nil),           // 2: merlon.ca.v1.CreateEntryResponse
-	(*ListEntriesRequest)(nil),            // 3: merlon.ca.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),           // 4: merlon.ca.v1.ListEntriesResponse
-	(*GetEntryRequest)(nil),               // 5: merlon.ca.v1.GetEntryRequest
-	(*GetEntryResponse)(nil),              // 6: merlon.ca.v1.GetEntryResponse
-	(*DeleteEntryRequest)(nil),            // 7: merlon.ca.v1.DeleteEntryRequest
-	(*DeleteEntryResponse)(nil),           // 8: merlon.ca.v1.DeleteEntryResponse
-	(*CreateTokenRequest)(nil),            // 9: merlon.ca.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),           // 10: merlon.ca.v1.CreateTokenResponse
-	(*ListAgentsRequest)(nil),             // 11: merlon.ca.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),            // 12: merlon.ca.v1.ListAgentsResponse
-	(*Agent)(nil),                         // 13: merlon.ca.v1.Agent
-	(*GetAgentRequest)(nil),               // 14: merlon.ca.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),              // 15: merlon.ca.v1.GetAgentResponse
-	(*EvictAgentRequest)(nil),             // 16: merlon.ca.v1.EvictAgentRequest
-	(*EvictAgentResponse)(nil),            // 17: merlon.ca.v1.EvictAgentResponse
-	(*BanAgentRequest)(nil),               // 18: merlon.ca.v1.BanAgentRequest
-	(*BanAgentResponse)(nil),              // 19: merlon.ca.v1.BanAgentResponse
-	(*UnbanAgentRequest)(nil),             // 20: merlon.ca.v1.UnbanAgentRequest
-	(*UnbanAgentResponse)(nil),            // 21: merlon.ca.v1.UnbanAgentResponse
-	(*GetTrustBundleRequest)(nil),         // 22: merlon.ca.v1.GetTrustBundleRequest
-	(*GetTrustBundleResponse)(nil),        // 23: merlon.ca.v1.GetTrustBundleResponse
-	(*FederatedBundle)(nil),               // 24: merlon.ca.v1.FederatedBundle
-	(*SetFederatedBundleRequest)(nil),     // 25: merlon.ca.v1.SetFederatedBundleRequest
-	(*SetFederatedBundleResponse)(nil),    // 26: merlon.ca.v1.SetFederatedBundleResponse
-	(*ListFederatedBundlesRequest)(nil),   // 27: merlon.ca.v1.ListFederatedBundlesRequest
-	(*ListFederatedBundlesResponse)(nil),  // 28: merlon.ca.v1.ListFederatedBundlesResponse
-	(*GetFederatedBundleRequest)(nil),     // 29: merlon.ca.v1.GetFederatedBundleRequest
-	(*GetFederatedBundleResponse)(nil),    // 30: merlon.ca.v1.GetFederatedBundleResponse
-	(*RemoveFederatedBundleRequest)(nil),  // 31: merlon.ca.v1.RemoveFederatedBundleRequest
-	(*RemoveFederatedBundleResponse)(nil), // 32: merlon.ca.v1.RemoveFederatedBundleResponse
-	(*RevokeRequest)(nil),                 // 33: merlon.ca.v1.RevokeRequest
-	(*RevokeResponse)(nil),                // 34: merlon.ca.v1.RevokeResponse
-	(*ListRevocationsRequest)(nil),        // 35: merlon.ca.v1.ListRevocationsRequest
-	(*ListRevocationsResponse)(nil),       // 36: merlon.ca.v1.ListRevocationsResponse
-	(*ProveIssuancesRequest)(nil),         // 37: merlon.ca.v1.ProveIssuancesRequest
-	(*ProveIssuancesResponse)(nil),        // 38: merlon.ca.v1.ProveIssuancesResponse
-	(*IssuanceProof)(nil),                 // 39: merlon.ca.v1.IssuanceProof
-	(*Issuer)(nil),                        // 40: merlon.ca.v1.Issuer
-	(*ListReplicasRequest)(nil),           // 41: merlon.ca.v1.ListReplicasRequest
-	(*ListReplicasResponse)(nil),          // 42: merlon.ca.v1.ListReplicasResponse
-	(*CAReplica)(nil),                     // 43: merlon.ca.v1.CAReplica
-	(*EvictReplicaRequest)(nil),           // 44: merlon.ca.v1.EvictReplicaRequest
-	(*EvictReplicaResponse)(nil),          // 45: merlon.ca.v1.EvictReplicaResponse
-	(*BackupStoreRequest)(nil),            // 46: merlon.ca.v1.BackupStoreRequest
-	(*BackupStoreResponse)(nil),           // 47: merlon.ca.v1.BackupStoreResponse
-	(*ListAuthoritiesRequest)(nil),        // 48: merlon.ca.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil),       // 49: merlon.ca.v1.ListAuthoritiesResponse
-	(*CAAuthority)(nil),                   // 50: merlon.ca.v1.CAAuthority
-	(*PendingStep)(nil),                   // 51: merlon.ca.v1.PendingStep
-	(*PrepareAuthorityRequest)(nil),       // 52: merlon.ca.v1.PrepareAuthorityRequest
-	(*PrepareAuthorityResponse)(nil),      // 53: merlon.ca.v1.PrepareAuthorityResponse
-	(*ActivateAuthorityRequest)(nil),      // 54: merlon.ca.v1.ActivateAuthorityRequest
-	(*ActivateAuthorityResponse)(nil),     // 55: merlon.ca.v1.ActivateAuthorityResponse
-	(*TaintAuthorityRequest)(nil),         // 56: merlon.ca.v1.TaintAuthorityRequest
-	(*TaintAuthorityResponse)(nil),        // 57: merlon.ca.v1.TaintAuthorityResponse
-	(*RevokeAuthorityRequest)(nil),        // 58: merlon.ca.v1.RevokeAuthorityRequest
-	(*RevokeAuthorityResponse)(nil),       // 59: merlon.ca.v1.RevokeAuthorityResponse
-	(*FetchPolicyRequest)(nil),            // 60: merlon.ca.v1.FetchPolicyRequest
-	(*FetchPolicyResponse)(nil),           // 61: merlon.ca.v1.FetchPolicyResponse
-	nil,                                   // 62: merlon.ca.v1.CAAuthority.SinceEntry
-	(*Entry)(nil),                         // 63: merlon.ca.v1.Entry
-	(*Revocation)(nil),                    // 64: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil),         // 65: google.protobuf.Timestamp
-	(*SyncAck)(nil),                       // 66: merlon.ca.v1.SyncAck
-	(*Selector)(nil),                      // 67: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),                   // 68: merlon.ca.v1.TrustBundle
-	(*PolicyKey)(nil),                     // 69: merlon.ca.v1.PolicyKey
-	(*PushPolicyRequest)(nil),             // 70: merlon.ca.v1.PushPolicyRequest
-	(*GetPolicyRequest)(nil),              // 71: merlon.ca.v1.GetPolicyRequest
-	(*StageCandidateRequest)(nil),         // 72: merlon.ca.v1.StageCandidateRequest
-	(*PromoteCandidateRequest)(nil),       // 73: merlon.ca.v1.PromoteCandidateRequest
-	(*AbortCandidateRequest)(nil),         // 74: merlon.ca.v1.AbortCandidateRequest
-	(*RollBackPolicyRequest)(nil),         // 75: merlon.ca.v1.RollBackPolicyRequest
-	(*ListPolicyGenerationsRequest)(nil),  // 76: merlon.ca.v1.ListPolicyGenerationsRequest
-	(*GetPolicyStatusRequest)(nil),        // 77: merlon.ca.v1.GetPolicyStatusRequest
-	(*PushPolicyResponse)(nil),            // 78: merlon.ca.v1.PushPolicyResponse
-	(*GetPolicyResponse)(nil),             // 79: merlon.ca.v1.GetPolicyResponse
-	(*StageCandidateResponse)(nil),        // 80: merlon.ca.v1.StageCandidateResponse
-	(*PromoteCandidateResponse)(nil),      // 81: merlon.ca.v1.PromoteCandidateResponse
-	(*AbortCandidateResponse)(nil),        // 82: merlon.ca.v1.AbortCandidateResponse
-	(*RollBackPolicyResponse)(nil),        // 83: merlon.ca.v1.RollBackPolicyResponse
-	(*ListPolicyGenerationsResponse)(nil), // 84: merlon.ca.v1.ListPolicyGenerationsResponse
-	(*GetPolicyStatusResponse)(nil),       // 85: merlon.ca.v1.GetPolicyStatusResponse
+	(TokenKind)(0),                         // 0: merlon.ca.v1.TokenKind
+	(*CreateEntryRequest)(nil),             // 1: merlon.ca.v1.CreateEntryRequest
+	(*CreateEntryResponse)(nil),            // 2: merlon.ca.v1.CreateEntryResponse
+	(*ListEntriesRequest)(nil),             // 3: merlon.ca.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),            // 4: merlon.ca.v1.ListEntriesResponse
+	(*GetEntryRequest)(nil),                // 5: merlon.ca.v1.GetEntryRequest
+	(*GetEntryResponse)(nil),               // 6: merlon.ca.v1.GetEntryResponse
+	(*DeleteEntryRequest)(nil),             // 7: merlon.ca.v1.DeleteEntryRequest
+	(*DeleteEntryResponse)(nil),            // 8: merlon.ca.v1.DeleteEntryResponse
+	(*CreateTokenRequest)(nil),             // 9: merlon.ca.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),            // 10: merlon.ca.v1.CreateTokenResponse
+	(*ListAgentsRequest)(nil),              // 11: merlon.ca.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),             // 12: merlon.ca.v1.ListAgentsResponse
+	(*Agent)(nil),                          // 13: merlon.ca.v1.Agent
+	(*GetAgentRequest)(nil),                // 14: merlon.ca.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),               // 15: merlon.ca.v1.GetAgentResponse
+	(*EvictAgentRequest)(nil),              // 16: merlon.ca.v1.EvictAgentRequest
+	(*EvictAgentResponse)(nil),             // 17: merlon.ca.v1.EvictAgentResponse
+	(*BanAgentRequest)(nil),                // 18: merlon.ca.v1.BanAgentRequest
+	(*BanAgentResponse)(nil),               // 19: merlon.ca.v1.BanAgentResponse
+	(*UnbanAgentRequest)(nil),              // 20: merlon.ca.v1.UnbanAgentRequest
+	(*UnbanAgentResponse)(nil),             // 21: merlon.ca.v1.UnbanAgentResponse
+	(*GetTrustBundleRequest)(nil),          // 22: merlon.ca.v1.GetTrustBundleRequest
+	(*GetTrustBundleResponse)(nil),         // 23: merlon.ca.v1.GetTrustBundleResponse
+	(*FederatedBundle)(nil),                // 24: merlon.ca.v1.FederatedBundle
+	(*FederationSource)(nil),               // 25: merlon.ca.v1.FederationSource
+	(*FederationReader)(nil),               // 26: merlon.ca.v1.FederationReader
+	(*SetFederationSourceRequest)(nil),     // 27: merlon.ca.v1.SetFederationSourceRequest
+	(*SetFederationSourceResponse)(nil),    // 28: merlon.ca.v1.SetFederationSourceResponse
+	(*CreateFederationInviteRequest)(nil),  // 29: merlon.ca.v1.CreateFederationInviteRequest
+	(*CreateFederationInviteResponse)(nil), // 30: merlon.ca.v1.CreateFederationInviteResponse
+	(*AcceptFederationInviteRequest)(nil),  // 31: merlon.ca.v1.AcceptFederationInviteRequest
+	(*AcceptFederationInviteResponse)(nil), // 32: merlon.ca.v1.AcceptFederationInviteResponse
+	(*RefreshFederatedBundleRequest)(nil),  // 33: merlon.ca.v1.RefreshFederatedBundleRequest
+	(*RefreshFederatedBundleResponse)(nil), // 34: merlon.ca.v1.RefreshFederatedBundleResponse
+	(*SetFederatedBundleRequest)(nil),      // 35: merlon.ca.v1.SetFederatedBundleRequest
+	(*SetFederatedBundleResponse)(nil),     // 36: merlon.ca.v1.SetFederatedBundleResponse
+	(*ListFederatedBundlesRequest)(nil),    // 37: merlon.ca.v1.ListFederatedBundlesRequest
+	(*ListFederatedBundlesResponse)(nil),   // 38: merlon.ca.v1.ListFederatedBundlesResponse
+	(*GetFederatedBundleRequest)(nil),      // 39: merlon.ca.v1.GetFederatedBundleRequest
+	(*GetFederatedBundleResponse)(nil),     // 40: merlon.ca.v1.GetFederatedBundleResponse
+	(*RemoveFederatedBundleRequest)(nil),   // 41: merlon.ca.v1.RemoveFederatedBundleRequest
+	(*RemoveFederatedBundleResponse)(nil),  // 42: merlon.ca.v1.RemoveFederatedBundleResponse
+	(*RevokeRequest)(nil),                  // 43: merlon.ca.v1.RevokeRequest
+	(*RevokeResponse)(nil),                 // 44: merlon.ca.v1.RevokeResponse
+	(*ListRevocationsRequest)(nil),         // 45: merlon.ca.v1.ListRevocationsRequest
+	(*ListRevocationsResponse)(nil),        // 46: merlon.ca.v1.ListRevocationsResponse
+	(*ProveIssuancesRequest)(nil),          // 47: merlon.ca.v1.ProveIssuancesRequest
+	(*ProveIssuancesResponse)(nil),         // 48: merlon.ca.v1.ProveIssuancesResponse
+	(*IssuanceProof)(nil),                  // 49: merlon.ca.v1.IssuanceProof
+	(*Issuer)(nil),                         // 50: merlon.ca.v1.Issuer
+	(*ListReplicasRequest)(nil),            // 51: merlon.ca.v1.ListReplicasRequest
+	(*ListReplicasResponse)(nil),           // 52: merlon.ca.v1.ListReplicasResponse
+	(*CAReplica)(nil),                      // 53: merlon.ca.v1.CAReplica
+	(*EvictReplicaRequest)(nil),            // 54: merlon.ca.v1.EvictReplicaRequest
+	(*EvictReplicaResponse)(nil),           // 55: merlon.ca.v1.EvictReplicaResponse
+	(*BackupStoreRequest)(nil),             // 56: merlon.ca.v1.BackupStoreRequest
+	(*BackupStoreResponse)(nil),            // 57: merlon.ca.v1.BackupStoreResponse
+	(*ListAuthoritiesRequest)(nil),         // 58: merlon.ca.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),        // 59: merlon.ca.v1.ListAuthoritiesResponse
+	(*CAAuthority)(nil),                    // 60: merlon.ca.v1.CAAuthority
+	(*PendingStep)(nil),                    // 61: merlon.ca.v1.PendingStep
+	(*PrepareAuthorityRequest)(nil),        // 62: merlon.ca.v1.PrepareAuthorityRequest
+	(*PrepareAuthorityResponse)(nil),       // 63: merlon.ca.v1.PrepareAuthorityResponse
+	(*ActivateAuthorityRequest)(nil),       // 64: merlon.ca.v1.ActivateAuthorityRequest
+	(*ActivateAuthorityResponse)(nil),      // 65: merlon.ca.v1.ActivateAuthorityResponse
+	(*TaintAuthorityRequest)(nil),          // 66: merlon.ca.v1.TaintAuthorityRequest
+	(*TaintAuthorityResponse)(nil),         // 67: merlon.ca.v1.TaintAuthorityResponse
+	(*RevokeAuthorityRequest)(nil),         // 68: merlon.ca.v1.RevokeAuthorityRequest
+	(*RevokeAuthorityResponse)(nil),        // 69: merlon.ca.v1.RevokeAuthorityResponse
+	(*FetchPolicyRequest)(nil),             // 70: merlon.ca.v1.FetchPolicyRequest
+	(*FetchPolicyResponse)(nil),            // 71: merlon.ca.v1.FetchPolicyResponse
+	nil,                                    // 72: merlon.ca.v1.CAAuthority.SinceEntry
+	(*Entry)(nil),                          // 73: merlon.ca.v1.Entry
+	(*Revocation)(nil),                     // 74: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil),          // 75: google.protobuf.Timestamp
+	(*SyncAck)(nil),                        // 76: merlon.ca.v1.SyncAck
+	(*Selector)(nil),                       // 77: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),                    // 78: merlon.ca.v1.TrustBundle
+	(*PolicyKey)(nil),                      // 79: merlon.ca.v1.PolicyKey
+	(*PushPolicyRequest)(nil),              // 80: merlon.ca.v1.PushPolicyRequest
+	(*GetPolicyRequest)(nil),               // 81: merlon.ca.v1.GetPolicyRequest
+	(*StageCandidateRequest)(nil),          // 82: merlon.ca.v1.StageCandidateRequest
+	(*PromoteCandidateRequest)(nil),        // 83: merlon.ca.v1.PromoteCandidateRequest
+	(*AbortCandidateRequest)(nil),          // 84: merlon.ca.v1.AbortCandidateRequest
+	(*RollBackPolicyRequest)(nil),          // 85: merlon.ca.v1.RollBackPolicyRequest
+	(*ListPolicyGenerationsRequest)(nil),   // 86: merlon.ca.v1.ListPolicyGenerationsRequest
+	(*GetPolicyStatusRequest)(nil),         // 87: merlon.ca.v1.GetPolicyStatusRequest
+	(*PushPolicyResponse)(nil),             // 88: merlon.ca.v1.PushPolicyResponse
+	(*GetPolicyResponse)(nil),              // 89: merlon.ca.v1.GetPolicyResponse
+	(*StageCandidateResponse)(nil),         // 90: merlon.ca.v1.StageCandidateResponse
+	(*PromoteCandidateResponse)(nil),       // 91: merlon.ca.v1.PromoteCandidateResponse
+	(*AbortCandidateResponse)(nil),         // 92: merlon.ca.v1.AbortCandidateResponse
+	(*RollBackPolicyResponse)(nil),         // 93: merlon.ca.v1.RollBackPolicyResponse
+	(*ListPolicyGenerationsResponse)(nil),  // 94: merlon.ca.v1.ListPolicyGenerationsResponse
+	(*GetPolicyStatusResponse)(nil),        // 95: merlon.ca.v1.GetPolicyStatusResponse
 }
 var file_ca_capb_admin_proto_depIdxs = []int32{
-	63, // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
-	63, // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	63, // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
-	63, // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	63, // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	64, // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
-	0,  // 6: merlon.ca.v1.CreateTokenRequest.kind:type_name -> merlon.ca.v1.TokenKind
-	65, // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	13, // 8: merlon.ca.v1.ListAgentsResponse.agents:type_name -> merlon.ca.v1.Agent
-	65, // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
-	65, // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
-	66, // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
-	65, // 12: merlon.ca.v1.Agent.state_since:type_name -> google.protobuf.Timestamp
-	67, // 13: merlon.ca.v1.Agent.selectors:type_name -> merlon.ca.v1.Selector
-	13, // 14: merlon.ca.v1.GetAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	13, // 15: merlon.ca.v1.EvictAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	64, // 16: merlon.ca.v1.EvictAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
-	13, // 17: merlon.ca.v1.BanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	64, // 18: merlon.ca.v1.BanAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
-	13, // 19: merlon.ca.v1.UnbanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	68, // 20: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	68, // 21: merlon.ca.v1.FederatedBundle.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	65, // 22: merlon.ca.v1.FederatedBundle.set_at:type_name -> google.protobuf.Timestamp
-	65, // 23: merlon.ca.v1.FederatedBundle.not_after:type_name -> google.protobuf.Timestamp
-	24, // 24: merlon.ca.v1.SetFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
-	24, // 25: merlon.ca.v1.ListFederatedBundlesResponse.federated_bundles:type_name -> merlon.ca.v1.FederatedBundle
-	24, // 26: merlon.ca.v1.GetFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
-	24, // 27: merlon.ca.v1.RemoveFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
-	64, // 28: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
-	64, // 29: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	39, // 30: merlon.ca.v1.ProveIssuancesResponse.proofs:type_name -> merlon.ca.v1.IssuanceProof
-	40, // 31: merlon.ca.v1.ProveIssuancesResponse.issuers:type_name -> merlon.ca.v1.Issuer
-	65, // 32: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
-	43, // 33: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
-	65, // 34: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
-	65, // 35: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
-	43, // 36: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
-	64, // 37: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	50, // 38: merlon.ca.v1.ListAuthoritiesResponse.authorities:type_name -> merlon.ca.v1.CAAuthority
-	65, // 39: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
-	65, // 40: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
-	62, // 41: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
-	51, // 42: merlon.ca.v1.CAAuthority.pending:type_name -> merlon.ca.v1.PendingStep
-	65, // 43: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
-	65, // 44: merlon.ca.v1.PendingStep.last_call:type_name -> google.protobuf.Timestamp
-	50, // 45: merlon.ca.v1.PrepareAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	50, // 46: merlon.ca.v1.ActivateAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	50, // 47: merlon.ca.v1.TaintAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	50, // 48: merlon.ca.v1.RevokeAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	69, // 49: merlon.ca.v1.FetchPolicyResponse.keys:type_name -> merlon.ca.v1.PolicyKey
-	65, // 50: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
-	1,  // 51: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
-	3,  // 52: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
-	5,  // 53: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
-	7,  // 54: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
-	9,  // 55: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
-	11, // 56: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
-	14, // 57: merlon.ca.v1.Admin.GetAgent:input_type -> merlon.ca.v1.GetAgentRequest
-	16, // 58: merlon.ca.v1.Admin.EvictAgent:input_type -> merlon.ca.v1.EvictAgentRequest
-	18, // 59: merlon.ca.v1.Admin.BanAgent:input_type -> merlon.ca.v1.BanAgentRequest
-	20, // 60: merlon.ca.v1.Admin.UnbanAgent:input_type -> merlon.ca.v1.UnbanAgentRequest
-	22, // 61: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
-	25, // 62: merlon.ca.v1.Admin.SetFederatedBundle:input_type -> merlon.ca.v1.SetFederatedBundleRequest
-	27, // 63: merlon.ca.v1.Admin.ListFederatedBundles:input_type -> merlon.ca.v1.ListFederatedBundlesRequest
-	29, // 64: merlon.ca.v1.Admin.GetFederatedBundle:input_type -> merlon.ca.v1.GetFederatedBundleRequest
-	31, // 65: merlon.ca.v1.Admin.RemoveFederatedBundle:input_type -> merlon.ca.v1.RemoveFederatedBundleRequest
-	33, // 66: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
-	35, // 67: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
-	70, // 68: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
-	41, // 69: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
-	44, // 70: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
-	48, // 71: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
-	52, // 72: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
-	54, // 73: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
-	56, // 74: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
-	58, // 75: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
-	46, // 76: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
-	71, // 77: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
-	60, // 78: merlon.ca.v1.Admin.FetchPolicy:input_type -> merlon.ca.v1.FetchPolicyRequest
-	72, // 79: merlon.ca.v1.Admin.StageCandidate:input_type -> merlon.ca.v1.StageCandidateRequest
-	73, // 80: merlon.ca.v1.Admin.PromoteCandidate:input_type -> merlon.ca.v1.PromoteCandidateRequest
-	74, // 81: merlon.ca.v1.Admin.AbortCandidate:input_type -> merlon.ca.v1.AbortCandidateRequest
-	75, // 82: merlon.ca.v1.Admin.RollBackPolicy:input_type -> merlon.ca.v1.RollBackPolicyRequest
-	76, // 83: merlon.ca.v1.Admin.ListPolicyGenerations:input_type -> merlon.ca.v1.ListPolicyGenerationsRequest
-	77, // 84: merlon.ca.v1.Admin.GetPolicyStatus:input_type -> merlon.ca.v1.GetPolicyStatusRequest
-	37, // 85: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
-	2,  // 86: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
-	4,  // 87: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
-	6,  // 88: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
-	8,  // 89: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
-	10, // 90: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
-	12, // 91: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
-	15, // 92: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
-	17, // 93: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
-	19, // 94: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
-	21, // 95: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
-	23, // 96: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
-	26, // 97: merlon.ca.v1.Admin.SetFederatedBundle:output_type -> merlon.ca.v1.SetFederatedBundleResponse
-	28, // 98: merlon.ca.v1.Admin.ListFederatedBundles:output_type -> merlon.ca.v1.ListFederatedBundlesResponse
-	30, // 99: merlon.ca.v1.Admin.GetFederatedBundle:output_type -> merlon.ca.v1.GetFederatedBundleResponse
-	32, // 100: merlon.ca.v1.Admin.RemoveFederatedBundle:output_type -> merlon.ca.v1.RemoveFederatedBundleResponse
-	34, // 101: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
-	36, // 102: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
-	78, // 103: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
-	42, // 104: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
-	45, // 105: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
-	49, // 106: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
-	53, // 107: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
-	55, // 108: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
-	57, // 109: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
-	59, // 110: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
-	47, // 111: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
-	79, // 112: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
-	61, // 113: merlon.ca.v1.Admin.FetchPolicy:output_type -> merlon.ca.v1.FetchPolicyResponse
-	80, // 114: merlon.ca.v1.Admin.StageCandidate:output_type -> merlon.ca.v1.StageCandidateResponse
-	81, // 115: merlon.ca.v1.Admin.PromoteCandidate:output_type -> merlon.ca.v1.PromoteCandidateResponse
-	82, // 116: merlon.ca.v1.Admin.AbortCandidate:output_type -> merlon.ca.v1.AbortCandidateResponse
-	83, // 117: merlon.ca.v1.Admin.RollBackPolicy:output_type -> merlon.ca.v1.RollBackPolicyResponse
-	84, // 118: merlon.ca.v1.Admin.ListPolicyGenerations:output_type -> merlon.ca.v1.ListPolicyGenerationsResponse
-	85, // 119: merlon.ca.v1.Admin.GetPolicyStatus:output_type -> merlon.ca.v1.GetPolicyStatusResponse
-	38, // 120: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
-	86, // [86:121] is the sub-list for method output_type
-	51, // [51:86] is the sub-list for method input_type
-	51, // [51:51] is the sub-list for extension type_name
-	51, // [51:51] is the sub-list for extension extendee
-	0,  // [0:51] is the sub-list for field type_name
+	73,  // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
+	73,  // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	73,  // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
+	73,  // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	73,  // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	74,  // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	0,   // 6: merlon.ca.v1.CreateTokenRequest.kind:type_name -> merlon.ca.v1.TokenKind
+	75,  // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	13,  // 8: merlon.ca.v1.ListAgentsResponse.agents:type_name -> merlon.ca.v1.Agent
+	75,  // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
+	75,  // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
+	76,  // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
+	75,  // 12: merlon.ca.v1.Agent.state_since:type_name -> google.protobuf.Timestamp
+	77,  // 13: merlon.ca.v1.Agent.selectors:type_name -> merlon.ca.v1.Selector
+	13,  // 14: merlon.ca.v1.GetAgentResponse.agent:type_name -> merlon.ca.v1.Agent
+	13,  // 15: merlon.ca.v1.EvictAgentResponse.agent:type_name -> merlon.ca.v1.Agent
+	74,  // 16: merlon.ca.v1.EvictAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	13,  // 17: merlon.ca.v1.BanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
+	74,  // 18: merlon.ca.v1.BanAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	13,  // 19: merlon.ca.v1.UnbanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
+	78,  // 20: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	78,  // 21: merlon.ca.v1.FederatedBundle.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	75,  // 22: merlon.ca.v1.FederatedBundle.set_at:type_name -> google.protobuf.Timestamp
+	75,  // 23: merlon.ca.v1.FederatedBundle.not_after:type_name -> google.protobuf.Timestamp
+	25,  // 24: merlon.ca.v1.FederatedBundle.source:type_name -> merlon.ca.v1.FederationSource
+	26,  // 25: merlon.ca.v1.FederatedBundle.reader:type_name -> merlon.ca.v1.FederationReader
+	75,  // 26: merlon.ca.v1.FederationSource.tried_at:type_name -> google.protobuf.Timestamp
+	75,  // 27: merlon.ca.v1.FederationSource.fetched_at:type_name -> google.protobuf.Timestamp
+	75,  // 28: merlon.ca.v1.FederationSource.failing_since:type_name -> google.protobuf.Timestamp
+	75,  // 29: merlon.ca.v1.FederationReader.invited_at:type_name -> google.protobuf.Timestamp
+	75,  // 30: merlon.ca.v1.FederationReader.fetched_at:type_name -> google.protobuf.Timestamp
+	25,  // 31: merlon.ca.v1.SetFederationSourceRequest.source:type_name -> merlon.ca.v1.FederationSource
+	24,  // 32: merlon.ca.v1.SetFederationSourceResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	75,  // 33: merlon.ca.v1.CreateFederationInviteResponse.expires_at:type_name -> google.protobuf.Timestamp
+	24,  // 34: merlon.ca.v1.AcceptFederationInviteResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	24,  // 35: merlon.ca.v1.RefreshFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	24,  // 36: merlon.ca.v1.SetFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	24,  // 37: merlon.ca.v1.ListFederatedBundlesResponse.federated_bundles:type_name -> merlon.ca.v1.FederatedBundle
+	24,  // 38: merlon.ca.v1.GetFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	24,  // 39: merlon.ca.v1.RemoveFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	74,  // 40: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	74,  // 41: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	49,  // 42: merlon.ca.v1.ProveIssuancesResponse.proofs:type_name -> merlon.ca.v1.IssuanceProof
+	50,  // 43: merlon.ca.v1.ProveIssuancesResponse.issuers:type_name -> merlon.ca.v1.Issuer
+	75,  // 44: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
+	53,  // 45: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
+	75,  // 46: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
+	75,  // 47: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
+	53,  // 48: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
+	74,  // 49: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	60,  // 50: merlon.ca.v1.ListAuthoritiesResponse.authorities:type_name -> merlon.ca.v1.CAAuthority
+	75,  // 51: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
+	75,  // 52: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
+	72,  // 53: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
+	61,  // 54: merlon.ca.v1.CAAuthority.pending:type_name -> merlon.ca.v1.PendingStep
+	75,  // 55: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
+	75,  // 56: merlon.ca.v1.PendingStep.last_call:type_name -> google.protobuf.Timestamp
+	60,  // 57: merlon.ca.v1.PrepareAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	60,  // 58: merlon.ca.v1.ActivateAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	60,  // 59: merlon.ca.v1.TaintAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	60,  // 60: merlon.ca.v1.RevokeAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	79,  // 61: merlon.ca.v1.FetchPolicyResponse.keys:type_name -> merlon.ca.v1.PolicyKey
+	75,  // 62: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
+	1,   // 63: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
+	3,   // 64: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
+	5,   // 65: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
+	7,   // 66: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
+	9,   // 67: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
+	11,  // 68: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
+	14,  // 69: merlon.ca.v1.Admin.GetAgent:input_type -> merlon.ca.v1.GetAgentRequest
+	16,  // 70: merlon.ca.v1.Admin.EvictAgent:input_type -> merlon.ca.v1.EvictAgentRequest
+	18,  // 71: merlon.ca.v1.Admin.BanAgent:input_type -> merlon.ca.v1.BanAgentRequest
+	20,  // 72: merlon.ca.v1.Admin.UnbanAgent:input_type -> merlon.ca.v1.UnbanAgentRequest
+	22,  // 73: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
+	35,  // 74: merlon.ca.v1.Admin.SetFederatedBundle:input_type -> merlon.ca.v1.SetFederatedBundleRequest
+	37,  // 75: merlon.ca.v1.Admin.ListFederatedBundles:input_type -> merlon.ca.v1.ListFederatedBundlesRequest
+	39,  // 76: merlon.ca.v1.Admin.GetFederatedBundle:input_type -> merlon.ca.v1.GetFederatedBundleRequest
+	27,  // 77: merlon.ca.v1.Admin.SetFederationSource:input_type -> merlon.ca.v1.SetFederationSourceRequest
+	29,  // 78: merlon.ca.v1.Admin.CreateFederationInvite:input_type -> merlon.ca.v1.CreateFederationInviteRequest
+	31,  // 79: merlon.ca.v1.Admin.AcceptFederationInvite:input_type -> merlon.ca.v1.AcceptFederationInviteRequest
+	33,  // 80: merlon.ca.v1.Admin.RefreshFederatedBundle:input_type -> merlon.ca.v1.RefreshFederatedBundleRequest
+	41,  // 81: merlon.ca.v1.Admin.RemoveFederatedBundle:input_type -> merlon.ca.v1.RemoveFederatedBundleRequest
+	43,  // 82: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
+	45,  // 83: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
+	80,  // 84: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
+	51,  // 85: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
+	54,  // 86: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
+	58,  // 87: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
+	62,  // 88: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
+	64,  // 89: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
+	66,  // 90: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
+	68,  // 91: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
+	56,  // 92: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
+	81,  // 93: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
+	70,  // 94: merlon.ca.v1.Admin.FetchPolicy:input_type -> merlon.ca.v1.FetchPolicyRequest
+	82,  // 95: merlon.ca.v1.Admin.StageCandidate:input_type -> merlon.ca.v1.StageCandidateRequest
+	83,  // 96: merlon.ca.v1.Admin.PromoteCandidate:input_type -> merlon.ca.v1.PromoteCandidateRequest
+	84,  // 97: merlon.ca.v1.Admin.AbortCandidate:input_type -> merlon.ca.v1.AbortCandidateRequest
+	85,  // 98: merlon.ca.v1.Admin.RollBackPolicy:input_type -> merlon.ca.v1.RollBackPolicyRequest
+	86,  // 99: merlon.ca.v1.Admin.ListPolicyGenerations:input_type -> merlon.ca.v1.ListPolicyGenerationsRequest
+	87,  // 100: merlon.ca.v1.Admin.GetPolicyStatus:input_type -> merlon.ca.v1.GetPolicyStatusRequest
+	47,  // 101: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
+	2,   // 102: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
+	4,   // 103: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
+	6,   // 104: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
+	8,   // 105: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
+	10,  // 106: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
+	12,  // 107: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
+	15,  // 108: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
+	17,  // 109: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
+	19,  // 110: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
+	21,  // 111: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
+	23,  // 112: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
+	36,  // 113: merlon.ca.v1.Admin.SetFederatedBundle:output_type -> merlon.ca.v1.SetFederatedBundleResponse
+	38,  // 114: merlon.ca.v1.Admin.ListFederatedBundles:output_type -> merlon.ca.v1.ListFederatedBundlesResponse
+	40,  // 115: merlon.ca.v1.Admin.GetFederatedBundle:output_type -> merlon.ca.v1.GetFederatedBundleResponse
+	28,  // 116: merlon.ca.v1.Admin.SetFederationSource:output_type -> merlon.ca.v1.SetFederationSourceResponse
+	30,  // 117: merlon.ca.v1.Admin.CreateFederationInvite:output_type -> merlon.ca.v1.CreateFederationInviteResponse
+	32,  // 118: merlon.ca.v1.Admin.AcceptFederationInvite:output_type -> merlon.ca.v1.AcceptFederationInviteResponse
+	34,  // 119: merlon.ca.v1.Admin.RefreshFederatedBundle:output_type -> merlon.ca.v1.RefreshFederatedBundleResponse
+	42,  // 120: merlon.ca.v1.Admin.RemoveFederatedBundle:output_type -> merlon.ca.v1.RemoveFederatedBundleResponse
+	44,  // 121: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
+	46,  // 122: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
+	88,  // 123: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
+	52,  // 124: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
+	55,  // 125: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
+	59,  // 126: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
+	63,  // 127: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
+	65,  // 128: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
+	67,  // 129: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
+	69,  // 130: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
+	57,  // 131: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
+	89,  // 132: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
+	71,  // 133: merlon.ca.v1.Admin.FetchPolicy:output_type -> merlon.ca.v1.FetchPolicyResponse
+	90,  // 134: merlon.ca.v1.Admin.StageCandidate:output_type -> merlon.ca.v1.StageCandidateResponse
+	91,  // 135: merlon.ca.v1.Admin.PromoteCandidate:output_type -> merlon.ca.v1.PromoteCandidateResponse
+	92,  // 136: merlon.ca.v1.Admin.AbortCandidate:output_type -> merlon.ca.v1.AbortCandidateResponse
+	93,  // 137: merlon.ca.v1.Admin.RollBackPolicy:output_type -> merlon.ca.v1.RollBackPolicyResponse
+	94,  // 138: merlon.ca.v1.Admin.ListPolicyGenerations:output_type -> merlon.ca.v1.ListPolicyGenerationsResponse
+	95,  // 139: merlon.ca.v1.Admin.GetPolicyStatus:output_type -> merlon.ca.v1.GetPolicyStatusResponse
+	48,  // 140: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
+	102, // [102:141] is the sub-list for method output_type
+	63,  // [63:102] is the sub-list for method input_type
+	63,  // [63:63] is the sub-list for extension type_name
+	63,  // [63:63] is the sub-list for extension extendee
+	0,   // [0:63] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_admin_proto_init() }
@@ -4029,7 +4702,7 @@ func file_ca_capb_admin_proto_init() {
 	file_ca_capb_access_proto_init()
 	file_ca_capb_node_proto_init()
 	file_ca_capb_policy_proto_init()
-	file_ca_capb_admin_proto_msgTypes[32].OneofWrappers = []any{
+	file_ca_capb_admin_proto_msgTypes[42].OneofWrappers = []any{
 		(*RevokeRequest_SpiffeId)(nil),
 		(*RevokeRequest_AgentId)(nil),
 		(*RevokeRequest_AuthorityId)(nil),
@@ -4041,7 +4714,7 @@ func file_ca_capb_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_admin_proto_rawDesc), len(file_ca_capb_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   62,
+			NumMessages:   72,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,41 +23,45 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Admin_CreateEntry_FullMethodName           = "/merlon.ca.v1.Admin/CreateEntry"
-	Admin_ListEntries_FullMethodName           = "/merlon.ca.v1.Admin/ListEntries"
-	Admin_GetEntry_FullMethodName              = "/merlon.ca.v1.Admin/GetEntry"
-	Admin_DeleteEntry_FullMethodName           = "/merlon.ca.v1.Admin/DeleteEntry"
-	Admin_CreateToken_FullMethodName           = "/merlon.ca.v1.Admin/CreateToken"
-	Admin_ListAgents_FullMethodName            = "/merlon.ca.v1.Admin/ListAgents"
-	Admin_GetAgent_FullMethodName              = "/merlon.ca.v1.Admin/GetAgent"
-	Admin_EvictAgent_FullMethodName            = "/merlon.ca.v1.Admin/EvictAgent"
-	Admin_BanAgent_FullMethodName              = "/merlon.ca.v1.Admin/BanAgent"
-	Admin_UnbanAgent_FullMethodName            = "/merlon.ca.v1.Admin/UnbanAgent"
-	Admin_GetTrustBundle_FullMethodName        = "/merlon.ca.v1.Admin/GetTrustBundle"
-	Admin_SetFederatedBundle_FullMethodName    = "/merlon.ca.v1.Admin/SetFederatedBundle"
-	Admin_ListFederatedBundles_FullMethodName  = "/merlon.ca.v1.Admin/ListFederatedBundles"
-	Admin_GetFederatedBundle_FullMethodName    = "/merlon.ca.v1.Admin/GetFederatedBundle"
-	Admin_RemoveFederatedBundle_FullMethodName = "/merlon.ca.v1.Admin/RemoveFederatedBundle"
-	Admin_Revoke_FullMethodName                = "/merlon.ca.v1.Admin/Revoke"
-	Admin_ListRevocations_FullMethodName       = "/merlon.ca.v1.Admin/ListRevocations"
-	Admin_PushPolicy_FullMethodName            = "/merlon.ca.v1.Admin/PushPolicy"
-	Admin_ListReplicas_FullMethodName          = "/merlon.ca.v1.Admin/ListReplicas"
-	Admin_EvictReplica_FullMethodName          = "/merlon.ca.v1.Admin/EvictReplica"
-	Admin_ListAuthorities_FullMethodName       = "/merlon.ca.v1.Admin/ListAuthorities"
-	Admin_PrepareAuthority_FullMethodName      = "/merlon.ca.v1.Admin/PrepareAuthority"
-	Admin_ActivateAuthority_FullMethodName     = "/merlon.ca.v1.Admin/ActivateAuthority"
-	Admin_TaintAuthority_FullMethodName        = "/merlon.ca.v1.Admin/TaintAuthority"
-	Admin_RevokeAuthority_FullMethodName       = "/merlon.ca.v1.Admin/RevokeAuthority"
-	Admin_BackupStore_FullMethodName           = "/merlon.ca.v1.Admin/BackupStore"
-	Admin_GetPolicy_FullMethodName             = "/merlon.ca.v1.Admin/GetPolicy"
-	Admin_FetchPolicy_FullMethodName           = "/merlon.ca.v1.Admin/FetchPolicy"
-	Admin_StageCandidate_FullMethodName        = "/merlon.ca.v1.Admin/StageCandidate"
-	Admin_PromoteCandidate_FullMethodName      = "/merlon.ca.v1.Admin/PromoteCandidate"
-	Admin_AbortCandidate_FullMethodName        = "/merlon.ca.v1.Admin/AbortCandidate"
-	Admin_RollBackPolicy_FullMethodName        = "/merlon.ca.v1.Admin/RollBackPolicy"
-	Admin_ListPolicyGenerations_FullMethodName = "/merlon.ca.v1.Admin/ListPolicyGenerations"
-	Admin_GetPolicyStatus_FullMethodName       = "/merlon.ca.v1.Admin/GetPolicyStatus"
-	Admin_ProveIssuances_FullMethodName        = "/merlon.ca.v1.Admin/ProveIssuances"
+	Admin_CreateEntry_FullMethodName            = "/merlon.ca.v1.Admin/CreateEntry"
+	Admin_ListEntries_FullMethodName            = "/merlon.ca.v1.Admin/ListEntries"
+	Admin_GetEntry_FullMethodName               = "/merlon.ca.v1.Admin/GetEntry"
+	Admin_DeleteEntry_FullMethodName            = "/merlon.ca.v1.Admin/DeleteEntry"
+	Admin_CreateToken_FullMethodName            = "/merlon.ca.v1.Admin/CreateToken"
+	Admin_ListAgents_FullMethodName             = "/merlon.ca.v1.Admin/ListAgents"
+	Admin_GetAgent_FullMethodName               = "/merlon.ca.v1.Admin/GetAgent"
+	Admin_EvictAgent_FullMethodName             = "/merlon.ca.v1.Admin/EvictAgent"
+	Admin_BanAgent_FullMethodName               = "/merlon.ca.v1.Admin/BanAgent"
+	Admin_UnbanAgent_FullMethodName             = "/merlon.ca.v1.Admin/UnbanAgent"
+	Admin_GetTrustBundle_FullMethodName         = "/merlon.ca.v1.Admin/GetTrustBundle"
+	Admin_SetFederatedBundle_FullMethodName     = "/merlon.ca.v1.Admin/SetFederatedBundle"
+	Admin_ListFederatedBundles_FullMethodName   = "/merlon.ca.v1.Admin/ListFederatedBundles"
+	Admin_GetFederatedBundle_FullMethodName     = "/merlon.ca.v1.Admin/GetFederatedBundle"
+	Admin_SetFederationSource_FullMethodName    = "/merlon.ca.v1.Admin/SetFederationSource"
+	Admin_CreateFederationInvite_FullMethodName = "/merlon.ca.v1.Admin/CreateFederationInvite"
+	Admin_AcceptFederationInvite_FullMethodName = "/merlon.ca.v1.Admin/AcceptFederationInvite"
+	Admin_RefreshFederatedBundle_FullMethodName = "/merlon.ca.v1.Admin/RefreshFederatedBundle"
+	Admin_RemoveFederatedBundle_FullMethodName  = "/merlon.ca.v1.Admin/RemoveFederatedBundle"
+	Admin_Revoke_FullMethodName                 = "/merlon.ca.v1.Admin/Revoke"
+	Admin_ListRevocations_FullMethodName        = "/merlon.ca.v1.Admin/ListRevocations"
+	Admin_PushPolicy_FullMethodName             = "/merlon.ca.v1.Admin/PushPolicy"
+	Admin_ListReplicas_FullMethodName           = "/merlon.ca.v1.Admin/ListReplicas"
+	Admin_EvictReplica_FullMethodName           = "/merlon.ca.v1.Admin/EvictReplica"
+	Admin_ListAuthorities_FullMethodName        = "/merlon.ca.v1.Admin/ListAuthorities"
+	Admin_PrepareAuthority_FullMethodName       = "/merlon.ca.v1.Admin/PrepareAuthority"
+	Admin_ActivateAuthority_FullMethodName      = "/merlon.ca.v1.Admin/ActivateAuthority"
+	Admin_TaintAuthority_FullMethodName         = "/merlon.ca.v1.Admin/TaintAuthority"
+	Admin_RevokeAuthority_FullMethodName        = "/merlon.ca.v1.Admin/RevokeAuthority"
+	Admin_BackupStore_FullMethodName            = "/merlon.ca.v1.Admin/BackupStore"
+	Admin_GetPolicy_FullMethodName              = "/merlon.ca.v1.Admin/GetPolicy"
+	Admin_FetchPolicy_FullMethodName            = "/merlon.ca.v1.Admin/FetchPolicy"
+	Admin_StageCandidate_FullMethodName         = "/merlon.ca.v1.Admin/StageCandidate"
+	Admin_PromoteCandidate_FullMethodName       = "/merlon.ca.v1.Admin/PromoteCandidate"
+	Admin_AbortCandidate_FullMethodName         = "/merlon.ca.v1.Admin/AbortCandidate"
+	Admin_RollBackPolicy_FullMethodName         = "/merlon.ca.v1.Admin/RollBackPolicy"
+	Admin_ListPolicyGenerations_FullMethodName  = "/merlon.ca.v1.Admin/ListPolicyGenerations"
+	Admin_GetPolicyStatus_FullMethodName        = "/merlon.ca.v1.Admin/GetPolicyStatus"
+	Admin_ProveIssuances_FullMethodName         = "/merlon.ca.v1.Admin/ProveIssuances"
 )
 
 // AdminClient is the client API for Admin service.
@@ -95,6 +99,17 @@ type AdminClient interface {
 	// ListFederatedBundles names the trust domains, without their keys.
 	ListFederatedBundles(ctx context.Context, in *ListFederatedBundlesRequest, opts ...grpc.CallOption) (*ListFederatedBundlesResponse, error)
 	GetFederatedBundle(ctx context.Context, in *GetFederatedBundleRequest, opts ...grpc.CallOption) (*GetFederatedBundleResponse, error)
+	// SetFederationSource says where the trust bundle of another trust domain is to be
+	// had, fetches it, and goes on doing so.
+	SetFederationSource(ctx context.Context, in *SetFederationSourceRequest, opts ...grpc.CallOption) (*SetFederationSourceResponse, error)
+	// CreateFederationInvite makes a token by which the CA of another trust domain
+	// follows the trust bundle of this one.
+	CreateFederationInvite(ctx context.Context, in *CreateFederationInviteRequest, opts ...grpc.CallOption) (*CreateFederationInviteResponse, error)
+	// AcceptFederationInvite takes such a token of another CA: its trust bundle, and
+	// where that is to be had from now on.
+	AcceptFederationInvite(ctx context.Context, in *AcceptFederationInviteRequest, opts ...grpc.CallOption) (*AcceptFederationInviteResponse, error)
+	// RefreshFederatedBundle fetches a trust bundle now, instead of at the next poll.
+	RefreshFederatedBundle(ctx context.Context, in *RefreshFederatedBundleRequest, opts ...grpc.CallOption) (*RefreshFederatedBundleResponse, error)
 	// RemoveFederatedBundle withdraws the trust in a trust domain, also where
 	// connections to its workloads are open. Entries that federate with it wait again.
 	RemoveFederatedBundle(ctx context.Context, in *RemoveFederatedBundleRequest, opts ...grpc.CallOption) (*RemoveFederatedBundleResponse, error)
@@ -293,6 +308,46 @@ func (c *adminClient) GetFederatedBundle(ctx context.Context, in *GetFederatedBu
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(GetFederatedBundleResponse)
 	err := c.cc.Invoke(ctx, Admin_GetFederatedBundle_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) SetFederationSource(ctx context.Context, in *SetFederationSourceRequest, opts ...grpc.CallOption) (*SetFederationSourceResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SetFederationSourceResponse)
+	err := c.cc.Invoke(ctx, Admin_SetFederationSource_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) CreateFederationInvite(ctx context.Context, in *CreateFederationInviteRequest, opts ...grpc.CallOption) (*CreateFederationInviteResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CreateFederationInviteResponse)
+	err := c.cc.Invoke(ctx, Admin_CreateFederationInvite_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) AcceptFederationInvite(ctx context.Context, in *AcceptFederationInviteRequest, opts ...grpc.CallOption) (*AcceptFederationInviteResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AcceptFederationInviteResponse)
+	err := c.cc.Invoke(ctx, Admin_AcceptFederationInvite_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) RefreshFederatedBundle(ctx context.Context, in *RefreshFederatedBundleRequest, opts ...grpc.CallOption) (*RefreshFederatedBundleResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RefreshFederatedBundleResponse)
+	err := c.cc.Invoke(ctx, Admin_RefreshFederatedBundle_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -553,6 +608,17 @@ type AdminServer interface {
 	// ListFederatedBundles names the trust domains, without their keys.
 	ListFederatedBundles(context.Context, *ListFederatedBundlesRequest) (*ListFederatedBundlesResponse, error)
 	GetFederatedBundle(context.Context, *GetFederatedBundleRequest) (*GetFederatedBundleResponse, error)
+	// SetFederationSource says where the trust bundle of another trust domain is to be
+	// had, fetches it, and goes on doing so.
+	SetFederationSource(context.Context, *SetFederationSourceRequest) (*SetFederationSourceResponse, error)
+	// CreateFederationInvite makes a token by which the CA of another trust domain
+	// follows the trust bundle of this one.
+	CreateFederationInvite(context.Context, *CreateFederationInviteRequest) (*CreateFederationInviteResponse, error)
+	// AcceptFederationInvite takes such a token of another CA: its trust bundle, and
+	// where that is to be had from now on.
+	AcceptFederationInvite(context.Context, *AcceptFederationInviteRequest) (*AcceptFederationInviteResponse, error)
+	// RefreshFederatedBundle fetches a trust bundle now, instead of at the next poll.
+	RefreshFederatedBundle(context.Context, *RefreshFederatedBundleRequest) (*RefreshFederatedBundleResponse, error)
 	// RemoveFederatedBundle withdraws the trust in a trust domain, also where
 	// connections to its workloads are open. Entries that federate with it wait again.
 	RemoveFederatedBundle(context.Context, *RemoveFederatedBundleRequest) (*RemoveFederatedBundleResponse, error)
@@ -658,6 +724,18 @@ func (UnimplementedAdminServer) ListFederatedBundles(context.Context, *ListFeder
 }
 func (UnimplementedAdminServer) GetFederatedBundle(context.Context, *GetFederatedBundleRequest) (*GetFederatedBundleResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetFederatedBundle not implemented")
+}
+func (UnimplementedAdminServer) SetFederationSource(context.Context, *SetFederationSourceRequest) (*SetFederationSourceResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SetFederationSource not implemented")
+}
+func (UnimplementedAdminServer) CreateFederationInvite(context.Context, *CreateFederationInviteRequest) (*CreateFederationInviteResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CreateFederationInvite not implemented")
+}
+func (UnimplementedAdminServer) AcceptFederationInvite(context.Context, *AcceptFederationInviteRequest) (*AcceptFederationInviteResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AcceptFederationInvite not implemented")
+}
+func (UnimplementedAdminServer) RefreshFederatedBundle(context.Context, *RefreshFederatedBundleRequest) (*RefreshFederatedBundleResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RefreshFederatedBundle not implemented")
 }
 func (UnimplementedAdminServer) RemoveFederatedBundle(context.Context, *RemoveFederatedBundleRequest) (*RemoveFederatedBundleResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RemoveFederatedBundle not implemented")
@@ -991,6 +1069,78 @@ func _Admin_GetFederatedBundle_Handler(srv interface{}, ctx context.Context, dec
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(AdminServer).GetFederatedBundle(ctx, req.(*GetFederatedBundleRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_SetFederationSource_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SetFederationSourceRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).SetFederationSource(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_SetFederationSource_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).SetFederationSource(ctx, req.(*SetFederationSourceRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_CreateFederationInvite_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CreateFederationInviteRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).CreateFederationInvite(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_CreateFederationInvite_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).CreateFederationInvite(ctx, req.(*CreateFederationInviteRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_AcceptFederationInvite_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AcceptFederationInviteRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).AcceptFederationInvite(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_AcceptFederationInvite_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).AcceptFederationInvite(ctx, req.(*AcceptFederationInviteRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_RefreshFederatedBundle_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RefreshFederatedBundleRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).RefreshFederatedBundle(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_RefreshFederatedBundle_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).RefreshFederatedBundle(ctx, req.(*RefreshFederatedBundleRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -1428,6 +1578,22 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetFederatedBundle",
 			Handler:    _Admin_GetFederatedBundle_Handler,
+		},
+		{
+			MethodName: "SetFederationSource",
+			Handler:    _Admin_SetFederationSource_Handler,
+		},
+		{
+			MethodName: "CreateFederationInvite",
+			Handler:    _Admin_CreateFederationInvite_Handler,
+		},
+		{
+			MethodName: "AcceptFederationInvite",
+			Handler:    _Admin_AcceptFederationInvite_Handler,
+		},
+		{
+			MethodName: "RefreshFederatedBundle",
+			Handler:    _Admin_RefreshFederatedBundle_Handler,
 		},
 		{
 			MethodName: "RemoveFederatedBundle",

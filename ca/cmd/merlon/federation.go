@@ -19,6 +19,7 @@ import (
 
 func federationCommand(o *options) *cobra.Command {
 	return noun("federation", "Other trust domains, whose SVIDs entries with --federates-with can verify",
+		federationInvite(o), federationAccept(o), federationStatus(o), federationFollow(o), federationRefresh(o),
 		federationSet(o), federationList(o), federationShow(o), federationRemove(o))
 }
 
@@ -30,12 +31,16 @@ type federationJSON struct {
 	JWTKeyIDs   []string   `json:"jwt_key_ids"`
 	SetAt       *time.Time `json:"set_at,omitempty"`
 	NotAfter    *time.Time `json:"not_after,omitempty"`
+	// Source is where it is fetched, Reader whether the other side fetches ours.
+	Source *sourceJSON `json:"source,omitempty"`
+	Reader *readerJSON `json:"reader,omitempty"`
 }
 
 func newFederationJSON(b *capb.FederatedBundle) federationJSON {
 	return federationJSON{
 		b.GetTrustBundle().GetTrustDomain(), b.GetTrustBundle().GetSequence(),
 		append([]string{}, b.GetRootHashes()...), append([]string{}, b.GetJwtKeyIds()...), timeOf(b.GetSetAt()), timeOf(b.GetNotAfter()),
+		newSourceJSON(b.GetSource()), newReaderJSON(b.GetReader()),
 	}
 }
 
@@ -43,9 +48,15 @@ func (o *options) printFederation(w io.Writer, done string, b *capb.FederatedBun
 	if o.output == "json" {
 		return printJSON(w, newFederationJSON(b))
 	}
-	return printFields(w, done, b.GetTrustBundle().GetTrustDomain(), "sequence", sequenceText(b),
+	fields := []string{
+		done, b.GetTrustBundle().GetTrustDomain(), "sequence", sequenceText(b),
 		"root_hashes", strings.Join(b.GetRootHashes(), " "), "jwt_key_ids", strings.Join(b.GetJwtKeyIds(), " "),
-		"set_at", formatTime(b.GetSetAt()), "not_after", formatTime(b.GetNotAfter()))
+		"set_at", formatTime(b.GetSetAt()), "not_after", formatTime(b.GetNotAfter()),
+	}
+	if src := b.GetSource(); src != nil {
+		fields = append(fields, "url", src.GetUrl(), "profile", src.GetProfile(), "fetched_at", formatTime(src.GetFetchedAt()), "failure", src.GetFailure())
+	}
+	return printFields(w, fields...)
 }
 
 // sequenceText is empty where the document had none.

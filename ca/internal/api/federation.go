@@ -17,6 +17,7 @@ import (
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/federation"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/sdk/svid"
@@ -37,15 +38,15 @@ func (s *Service) SetFederatedBundle(ctx context.Context, req *capb.SetFederated
 			return nil, err
 		}
 	}
-	if held == nil && len(s.registry.Federated()) >= trust.MaxFederated {
-		return nil, &entry.InvalidError{Field: "trust_domain", Reason: fmt.Sprintf("this CA federates with %d trust domains already, which is the most", trust.MaxFederated)}
+	if err := s.checkRoom(ctx, b.TrustDomain); err != nil {
+		return nil, err
 	}
 	op, err := b.Put()
 	if err != nil {
 		return nil, err
 	}
 	detail := fmt.Sprintf("set federated bundle of %s: sequence %d, sha256 %s", b.TrustDomain, b.Sequence, b.Digest())
-	if err := s.commitFederated(ctx, cmp, op, detail); err != nil {
+	if err := s.commitFederated(ctx, cmp, detail, op); err != nil {
 		return nil, err
 	}
 	return &capb.SetFederatedBundleResponse{FederatedBundle: federatedToProto(b), Ignored: b.Ignored}, nil
@@ -110,11 +111,15 @@ func (s *Service) heldFederated(ctx context.Context, td spiffeid.TrustDomain) (*
 }
 
 // commitFederated writes, unless somebody else did meanwhile, and returns when
-// every stream of this replica is about to hear of it.
-func (s *Service) commitFederated(ctx context.Context, cmp store.Cmp, op store.Op, detail string) error {
-	res, err := s.opts.Store.Txn(ctx, []store.Cmp{cmp}, []store.Op{op}, nil)
+// every stream of this replica is about to hear of it. The zero cmp holds always.
+func (s *Service) commitFederated(ctx context.Context, cmp store.Cmp, detail string, ops ...store.Op) error {
+	var cmps []store.Cmp
+	if cmp != (store.Cmp{}) {
+		cmps = append(cmps, cmp)
+	}
+	res, err := s.opts.Store.Txn(ctx, cmps, ops, nil)
 	if err != nil {
-		return fmt.Errorf("write %s: %w", cmp.Key, err)
+		return fmt.Errorf("write %s: %w", ops[0].Key, err)
 	}
 	if !res.Succeeded {
 		return status.Error(codes.Aborted, "somebody else changed the trust bundle meanwhile: look at it, and try again")
@@ -126,10 +131,14 @@ func (s *Service) commitFederated(ctx context.Context, cmp store.Cmp, op store.O
 }
 
 // ListFederatedBundles implements capb.AdminServer.
-func (s *Service) ListFederatedBundles(context.Context, *capb.ListFederatedBundlesRequest) (*capb.ListFederatedBundlesResponse, error) {
+func (s *Service) ListFederatedBundles(ctx context.Context, _ *capb.ListFederatedBundlesRequest) (*capb.ListFederatedBundlesResponse, error) {
+	all, err := s.federations(ctx)
+	if err != nil {
+		return nil, err
+	}
 	resp := &capb.ListFederatedBundlesResponse{}
-	for _, b := range s.registry.Federated() {
-		p := federatedToProto(b)
+	for _, td := range slices.SortedFunc(maps.Keys(all), spiffeid.TrustDomain.Compare) {
+		p := all[td].proto(td)
 		p.TrustBundle.Jwks = nil
 		resp.FederatedBundles = append(resp.FederatedBundles, p)
 	}
@@ -137,36 +146,43 @@ func (s *Service) ListFederatedBundles(context.Context, *capb.ListFederatedBundl
 }
 
 // GetFederatedBundle implements capb.AdminServer.
-func (s *Service) GetFederatedBundle(_ context.Context, req *capb.GetFederatedBundleRequest) (*capb.GetFederatedBundleResponse, error) {
+func (s *Service) GetFederatedBundle(ctx context.Context, req *capb.GetFederatedBundleRequest) (*capb.GetFederatedBundleResponse, error) {
 	td, err := entry.ParseTrustDomain("trust_domain", req.GetTrustDomain())
 	if err != nil {
 		return nil, err
 	}
-	b, ok := s.registry.FederatedBundle(td.Name())
-	if !ok {
-		return nil, trust.ErrNoFederated
+	b, err := s.describeFederated(ctx, td)
+	if err != nil {
+		return nil, err
 	}
-	return &capb.GetFederatedBundleResponse{FederatedBundle: federatedToProto(b)}, nil
+	return &capb.GetFederatedBundleResponse{FederatedBundle: b}, nil
 }
 
-// RemoveFederatedBundle implements capb.AdminServer.
+// RemoveFederatedBundle implements capb.AdminServer. What is known of the trust domain
+// goes with its trust bundle: where it was fetched, and its invite.
 func (s *Service) RemoveFederatedBundle(ctx context.Context, req *capb.RemoveFederatedBundleRequest) (*capb.RemoveFederatedBundleResponse, error) {
 	td, err := entry.ParseTrustDomain("trust_domain", req.GetTrustDomain())
 	if err != nil {
 		return nil, err
 	}
-	held, cmp, err := s.heldFederated(ctx, td)
+	was, err := s.describeFederated(ctx, td)
+	if err != nil && !errors.Is(err, trust.ErrNoFederated) {
+		return nil, err
+	}
+	_, cmp, held := s.heldFederated(ctx, td)
+	if was == nil && held != nil { // not even one that cannot be read
+		return nil, held
+	}
+	if was == nil {
+		was = known{}.proto(td)
+	}
+	detail := fmt.Sprintf("remove federated bundle of %s", td)
+	err = s.commitFederated(ctx, cmp, detail,
+		store.Delete(trust.FederatedPrefix+td.Name()), store.Delete(federation.SourcePrefix+td.Name()), store.Delete(federation.InvitePrefix+td.Name()))
 	if err != nil {
 		return nil, err
 	}
-	detail := fmt.Sprintf("remove federated bundle of %s", td)
-	if err := s.commitFederated(ctx, cmp, store.Delete(cmp.Key), detail); err != nil {
-		return nil, err
-	}
-	if held == nil { // it could not be read
-		held = &trust.Federated{TrustDomain: td, Document: &trust.Document{}}
-	}
-	return &capb.RemoveFederatedBundleResponse{FederatedBundle: federatedToProto(held)}, nil
+	return &capb.RemoveFederatedBundleResponse{FederatedBundle: was}, nil
 }
 
 // waiting are those of the entry's trust domains of which there is no trust bundle.

@@ -19,6 +19,7 @@ type metrics struct {
 	pushed      prometheus.Counter
 	cloned      prometheus.Counter
 	quota       prometheus.Counter
+	fetched     *prometheus.CounterVec // federated_trust_domain, result
 	// canaryAlarms are the canaries that this replica paused.
 	canaryAlarms prometheus.Counter
 }
@@ -57,6 +58,10 @@ func newMetrics(to prometheus.Registerer, reg *registry.Registry, keys *authorit
 		quota: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "merlon_agent_issue_quota_refusals_total", Help: "Calls of agents that were refused because the agent had had its share of SVIDs.",
 		}),
+		fetched: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "merlon_ca_federation_fetches_total",
+			Help: "Fetches of other trust domains' trust bundles, by trust domain and result (ok, unreachable, untrusted, redirect, status, too_large, refused, error).",
+		}, []string{"federated_trust_domain", "result"}),
 		canaryAlarms: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "merlon_policy_canary_alarms_total", Help: "Canaries that this replica took back to shadow because they denied too much.",
 		}),
@@ -64,7 +69,7 @@ func newMetrics(to prometheus.Registerer, reg *registry.Registry, keys *authorit
 			Name: "merlon_sync_pushed_entries_total", Help: "Registration entries sent to agents, and removals of entries.",
 		}),
 	}
-	to.MustRegister(m.issued, m.attestation, m.refused, m.unrecorded, m.rollback, m.listings, m.pushed, m.cloned, m.quota, m.canaryAlarms)
+	to.MustRegister(m.issued, m.attestation, m.refused, m.unrecorded, m.rollback, m.listings, m.pushed, m.cloned, m.quota, m.fetched, m.canaryAlarms)
 	to.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
 		Name: "merlon_ca_forgotten_keys_total", Help: "Public keys that were forgotten before their SVIDs ended, for want of room: their use by another identity would not be noticed.",
 	}, func() float64 { return float64(keys.Forgotten()) }))

@@ -148,6 +148,8 @@ type Service struct {
 	log      *slog.Logger
 	metrics  *metrics
 	calls    calls
+	// readers came by for the trust bundle.
+	readers readers
 	// shares bounds whose refusals are written down.
 	shares *shares
 	// quota bounds what is issued to whom.

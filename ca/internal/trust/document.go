@@ -15,7 +15,9 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -34,6 +36,7 @@ const (
 	maxKeysOfAKind   = 64
 	maxKeysNamed     = 1024 // usable or not
 	maxKeyIDBytes    = 256
+	maxHintSeconds   = 24 * 60 * 60 // a longer one says nothing that should be followed
 )
 
 // The uses of keys (SPIFFE Trust Domain and Bundle §4.2.2). They are compared by
@@ -47,8 +50,11 @@ const (
 type Document struct {
 	// Sequence is 0 where the document has none.
 	Sequence uint64
-	X509     []*x509.Certificate // each once, in the document's order
-	JWT      map[string]crypto.PublicKey
+	// RefreshHint is how often whoever polls should; 0 where the document does not
+	// say. It is not kept.
+	RefreshHint time.Duration
+	X509        []*x509.Certificate // each once, in the document's order
+	JWT         map[string]crypto.PublicKey
 	// Ignored says of each key that the standard has us ignore, why.
 	Ignored []string
 }
@@ -80,6 +86,7 @@ func ParseDocument(td spiffeid.TrustDomain, text []byte) (*Document, error) {
 // jwks has the parameters that mean something here; others may be there (§4.1, B1).
 type jwks struct {
 	Sequence *uint64            `json:"spiffe_sequence"`
+	Hint     json.RawMessage    `json:"spiffe_refresh_hint"`
 	Keys     *[]json.RawMessage `json:"keys"`
 }
 
@@ -106,6 +113,10 @@ func (d *Document) parseJWKS(td spiffeid.TrustDomain, text []byte) error {
 	}
 	if doc.Sequence != nil {
 		d.Sequence = *doc.Sequence
+	}
+	// A hint that makes no sense hints at nothing.
+	if seconds, err := strconv.ParseUint(string(doc.Hint), 10, 32); err == nil && seconds <= maxHintSeconds {
+		d.RefreshHint = time.Duration(seconds) * time.Second
 	}
 	for i, raw := range *doc.Keys {
 		if err := d.addJWK(td, i, raw); err != nil {

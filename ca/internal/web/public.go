@@ -20,7 +20,9 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 
+	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/authority"
+	"merlon.dev/ca/internal/federation"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/trust"
 )
@@ -37,9 +39,9 @@ type Public struct {
 	Registry *registry.Registry
 	// Issuer is what JWT-SVIDs say in iss, https://…; empty: there is no discovery.
 	Issuer string
-	// Standing says why this CA must not answer.
-	Standing func() error
-	Log      *slog.Logger
+	// Service says why this CA must not answer, and is told who came by.
+	Service *api.Service
+	Log     *slog.Logger
 }
 
 // Serve answers on lis until ctx ends. It closes lis.
@@ -53,8 +55,11 @@ func (p *Public) Handler() http.Handler {
 		w.Header().Set("X-Content-Type-Options", "nosniff")
 		path := r.URL.EscapedPath()
 		switch {
-		case path == TrustBundlePath:
-			p.answer(w, r, func(b *trust.Bundle) ([]byte, error) { return b.JWKS, nil })
+		case isTrustBundle(path):
+			p.answer(w, r, func(b *trust.Bundle) ([]byte, error) {
+				noteReader(p.Service, path, b)
+				return b.JWKS, nil
+			})
 		case path == p.issuerPath()+discoveryPath && p.Issuer != "":
 			p.answer(w, r, p.discovery)
 		case path == p.issuerPath()+keysPath && p.Issuer != "":
@@ -63,6 +68,20 @@ func (p *Public) Handler() http.Handler {
 			problem(w, http.StatusNotFound, "nothing is served at this path")
 		}
 	})
+}
+
+// isTrustBundle says whether path is the trust bundle's: for everybody, or for a reader
+// that was invited.
+func isTrustBundle(path string) bool {
+	rest, ok := strings.CutPrefix(path, TrustBundlePath)
+	return ok && (rest == "" || rest[0] == '/' && federation.IsReader(rest[1:]))
+}
+
+// noteReader tells the service of a reader that was invited.
+func noteReader(s *api.Service, path string, b *trust.Bundle) {
+	if reader := strings.TrimPrefix(strings.TrimPrefix(path, TrustBundlePath), "/"); reader != "" {
+		s.NoteReader(reader, b.Sequence)
+	}
 }
 
 // issuerPath is the path of the issuer's URL, under which its documents are (OpenID
@@ -81,7 +100,7 @@ func (p *Public) answer(w http.ResponseWriter, r *http.Request, document func(*t
 	if !allow(w, r, http.MethodGet, http.MethodHead) {
 		return
 	}
-	if err := p.Standing(); err != nil {
+	if err := p.Service.Standing(); err != nil {
 		problem(w, http.StatusServiceUnavailable, "this CA cannot answer now")
 		return
 	}

@@ -121,7 +121,7 @@ func (s *Server) Handler() http.Handler {
 		name, isBundle := strings.CutPrefix(path, bundlesPath)
 		candidate, isCandidate := strings.CutPrefix(path, candidatesPath)
 		switch {
-		case path == TrustBundlePath:
+		case isTrustBundle(path):
 			s.trustBundle(w, r)
 		case isBundle && release.CheckName(name) == nil:
 			s.policyBundle(w, r, name, http.MethodGet, http.MethodHead, http.MethodPut)
@@ -149,6 +149,7 @@ func (s *Server) trustBundle(w http.ResponseWriter, r *http.Request) {
 		problem(w, http.StatusServiceUnavailable, "no trust bundle is published yet")
 		return
 	}
+	noteReader(s.opts.Service, r.URL.EscapedPath(), b)
 	writeDocument(w, r, b, b.JWKS)
 }
 

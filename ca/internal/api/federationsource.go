@@ -1,0 +1,274 @@
+// Admin: where trust bundles of other trust domains are to be had, and invites.
+
+package api
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/federation"
+	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/trust"
+)
+
+// SetFederationSource implements capb.AdminServer.
+func (s *Service) SetFederationSource(ctx context.Context, req *capb.SetFederationSourceRequest) (*capb.SetFederationSourceResponse, error) {
+	td, err := entry.ParseTrustDomain("trust_domain", req.GetTrustDomain())
+	if err != nil {
+		return nil, err
+	}
+	src, err := sourceOf(td, req.GetSource())
+	if err != nil {
+		return nil, err
+	}
+	b, err := s.follow(ctx, src, req.GetDocument())
+	if err != nil {
+		return nil, err
+	}
+	return &capb.SetFederationSourceResponse{FederatedBundle: b}, nil
+}
+
+func sourceOf(td spiffeid.TrustDomain, p *capb.FederationSource) (*federation.Source, error) {
+	src := &federation.Source{
+		TrustDomain: td, URL: p.GetUrl(), Profile: federation.Profile(p.GetProfile()), Authorities: p.GetWebAuthorities(), SetAt: time.Now().UTC(),
+	}
+	if text := p.GetEndpointSpiffeId(); text != "" {
+		id, err := spiffeid.FromString(text)
+		if err != nil {
+			return nil, &entry.InvalidError{Field: "endpoint_spiffe_id", Reason: err.Error()}
+		}
+		src.EndpointID = id
+	}
+	if err := src.Check(); err != nil {
+		return nil, &entry.InvalidError{Field: "source", Reason: err.Error()}
+	}
+	return src, nil
+}
+
+// AcceptFederationInvite implements capb.AdminServer.
+func (s *Service) AcceptFederationInvite(ctx context.Context, req *capb.AcceptFederationInviteRequest) (*capb.AcceptFederationInviteResponse, error) {
+	now := time.Now()
+	token, err := federation.ParseToken(req.GetToken(), now)
+	if err != nil {
+		return nil, &entry.InvalidError{Field: "token", Reason: err.Error()}
+	}
+	src, err := token.Source(s.opts.TrustDomain, now)
+	if err != nil {
+		return nil, &entry.InvalidError{Field: "token", Reason: err.Error()}
+	}
+	b, err := s.follow(ctx, src, token.Bundle)
+	if err != nil {
+		return nil, err
+	}
+	return &capb.AcceptFederationInviteResponse{FederatedBundle: b}, nil
+}
+
+// follow keeps src, with the trust bundle to begin with where one comes, and fetches for
+// the first time. That this fails is not an error: what was kept is tried again, and
+// the answer says why.
+func (s *Service) follow(ctx context.Context, src *federation.Source, document []byte) (*capb.FederatedBundle, error) {
+	td := src.TrustDomain
+	if td == s.opts.TrustDomain {
+		return nil, &entry.InvalidError{Field: "trust_domain", Reason: fmt.Sprintf("%s is this CA's own: its trust bundle is made here and nowhere else", td)}
+	}
+	held, cmp, err := s.heldFederated(ctx, td)
+	if err != nil && !errors.Is(err, trust.ErrNoFederated) {
+		return nil, err
+	}
+	put, err := src.Put()
+	if err != nil {
+		return nil, err
+	}
+	ops := []store.Op{put}
+	switch {
+	case len(document) > 0:
+		b, err := s.newFederated(&capb.SetFederatedBundleRequest{TrustDomain: td.Name(), Document: document})
+		if err != nil {
+			return nil, err
+		}
+		if err := b.CheckFollows(held); err != nil {
+			return nil, err
+		}
+		op, err := b.Put()
+		if err != nil {
+			return nil, err
+		}
+		ops = append(ops, op)
+	case src.Profile == federation.SPIFFE && src.EndpointID.TrustDomain() == td && held == nil:
+		return nil, &entry.InvalidError{Field: "document", Reason: fmt.Sprintf("is missing: the first trust bundle of %s has to be handed over, since by it %s is verified", td, src.EndpointID)}
+	}
+	if err := s.checkRoom(ctx, td); err != nil {
+		return nil, err
+	}
+	detail := fmt.Sprintf("follow the trust bundle of %s at %s (%s)", td, src.URL, src.Profile)
+	if err := s.commitFederated(ctx, cmp, detail, ops...); err != nil {
+		return nil, err
+	}
+	if err := s.fetch(ctx, td); err != nil && ctx.Err() != nil {
+		return nil, err
+	}
+	return s.describeFederated(ctx, td)
+}
+
+// checkRoom refuses one trust domain too many.
+func (s *Service) checkRoom(ctx context.Context, td spiffeid.TrustDomain) error {
+	known, err := s.federations(ctx)
+	if err != nil {
+		return err
+	}
+	if _, ok := known[td]; !ok && len(known) >= trust.MaxFederated {
+		return &entry.InvalidError{Field: "trust_domain", Reason: fmt.Sprintf("this CA federates with %d trust domains already, which is the most", trust.MaxFederated)}
+	}
+	return nil
+}
+
+// CreateFederationInvite implements capb.AdminServer.
+func (s *Service) CreateFederationInvite(ctx context.Context, req *capb.CreateFederationInviteRequest) (*capb.CreateFederationInviteResponse, error) {
+	td, err := entry.ParseTrustDomain("trust_domain", req.GetTrustDomain())
+	if err != nil {
+		return nil, err
+	}
+	if td == s.opts.TrustDomain {
+		return nil, &entry.InvalidError{Field: "trust_domain", Reason: "is this CA's own; name the other side's"}
+	}
+	own := s.registry.Trust()
+	if own == nil {
+		return nil, status.Error(codes.Unavailable, "this CA has published no trust bundle yet")
+	}
+	now := time.Now()
+	invite := federation.NewInvite(td, now)
+	token := federation.Token{
+		For: td.Name(), TrustDomain: own.TrustDomain.Name(), URL: req.GetUrl() + "/" + invite.Reader, Profile: federation.Profile(req.GetProfile()),
+		Authorities: req.GetWebAuthorities(), Bundle: own.JWKS, Expires: now.Add(federation.InviteTTL).UTC().Truncate(time.Second),
+	}
+	if token.Profile == federation.SPIFFE {
+		token.EndpointID = entry.CAID(s.opts.TrustDomain).String()
+	}
+	if _, err := token.Source(td, now); err != nil { // as the other side will read it
+		return nil, &entry.InvalidError{Field: "url", Reason: err.Error()}
+	}
+	if err := s.checkRoom(ctx, td); err != nil {
+		return nil, err
+	}
+	put, err := invite.Put()
+	if err != nil {
+		return nil, err
+	}
+	text, err := token.String()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.commitFederated(ctx, store.Cmp{}, fmt.Sprintf("invite %s to follow this trust bundle at %s (%s)", td, req.GetUrl(), token.Profile), put); err != nil {
+		return nil, err
+	}
+	return &capb.CreateFederationInviteResponse{Token: text, ExpiresAt: timestamp(token.Expires)}, nil
+}
+
+// RefreshFederatedBundle implements capb.AdminServer.
+func (s *Service) RefreshFederatedBundle(ctx context.Context, req *capb.RefreshFederatedBundleRequest) (*capb.RefreshFederatedBundleResponse, error) {
+	td, err := entry.ParseTrustDomain("trust_domain", req.GetTrustDomain())
+	if err != nil {
+		return nil, err
+	}
+	if err := s.fetch(ctx, td); err != nil {
+		if errors.Is(err, errNoSource) {
+			return nil, status.Errorf(codes.NotFound, "%s: %v", td, err)
+		}
+		return nil, status.Errorf(codes.FailedPrecondition, "the trust bundle of %s was not fetched: %v; what was known stays", td, err)
+	}
+	b, err := s.describeFederated(ctx, td)
+	if err != nil {
+		return nil, err
+	}
+	return &capb.RefreshFederatedBundleResponse{FederatedBundle: b}, nil
+}
+
+// known is what there is about one trust domain; each part may be missing.
+type known struct {
+	bundle *trust.Federated
+	source *federation.Source
+	invite *federation.Invite
+}
+
+// federations reads all that there is. A record that cannot be read is left out: it
+// can be set anew.
+func (s *Service) federations(ctx context.Context) (map[spiffeid.TrustDomain]known, error) {
+	all := make(map[spiffeid.TrustDomain]known)
+	for _, b := range s.registry.Federated() {
+		all[b.TrustDomain] = known{bundle: b}
+	}
+	sources, err := s.listUnder(ctx, federation.SourcePrefix)
+	if err != nil {
+		return nil, err
+	}
+	for _, kv := range sources {
+		if src, err := federation.DecodeSource(kv); err == nil {
+			k := all[src.TrustDomain]
+			k.source = src
+			all[src.TrustDomain] = k
+		}
+	}
+	invites, err := s.listUnder(ctx, federation.InvitePrefix)
+	if err != nil {
+		return nil, err
+	}
+	for _, kv := range invites {
+		if invite, err := federation.DecodeInvite(kv); err == nil {
+			k := all[invite.TrustDomain]
+			k.invite = invite
+			all[invite.TrustDomain] = k
+		}
+	}
+	return all, nil
+}
+
+// listUnder reads the records below prefix, of which there are few.
+func (s *Service) listUnder(ctx context.Context, prefix string) ([]store.KV, error) {
+	kvs, _, _, err := s.opts.Store.List(ctx, prefix, "", 2*trust.MaxFederated, 0)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", prefix, err)
+	}
+	return kvs, nil
+}
+
+// describeFederated is all that there is about td.
+func (s *Service) describeFederated(ctx context.Context, td spiffeid.TrustDomain) (*capb.FederatedBundle, error) {
+	all, err := s.federations(ctx)
+	if err != nil {
+		return nil, err
+	}
+	k, ok := all[td]
+	if !ok {
+		return nil, trust.ErrNoFederated
+	}
+	return k.proto(td), nil
+}
+
+// proto is k for administrators.
+func (k known) proto(td spiffeid.TrustDomain) *capb.FederatedBundle {
+	p := &capb.FederatedBundle{TrustBundle: &capb.TrustBundle{TrustDomain: td.Name()}}
+	if k.bundle != nil {
+		p = federatedToProto(k.bundle)
+	}
+	if src := k.source; src != nil {
+		p.Source = &capb.FederationSource{
+			Url: src.URL, Profile: string(src.Profile), WebAuthorities: src.Authorities,
+			TriedAt: timestamp(src.TriedAt), FetchedAt: timestamp(src.FetchedAt), Failure: src.Failure, FailingSince: timestamp(src.FailingSince),
+		}
+		if !src.EndpointID.IsZero() {
+			p.Source.EndpointSpiffeId = src.EndpointID.String()
+		}
+	}
+	if k.invite != nil {
+		p.Reader = &capb.FederationReader{InvitedAt: timestamp(k.invite.InvitedAt), FetchedAt: timestamp(k.invite.FetchedAt), Sequence: k.invite.Sequence}
+	}
+	return p
+}
