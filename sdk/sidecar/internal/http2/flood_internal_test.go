@@ -70,6 +70,7 @@ func TestFloodsEndWithTheConnection(t *testing.T) {
 				tt.begin(c)
 			}
 			over := make(chan answer, 1)
+			c.silent = true
 			go func() { over <- c.await(1 << 20) }()
 			var got *answer
 			for n := 0; got == nil && n < forever; n++ {
@@ -106,6 +107,7 @@ func TestDribbleEndsWithTheConnection(t *testing.T) {
 	c := r.client(codec.Setting{ID: codec.SettingInitialWindowSize, Val: 0})
 	c.headers(1, true, good...)
 	over := make(chan answer, 1)
+	c.silent = true
 	go func() { over <- c.await(1 << 20) }()
 	for range forever {
 		if c.fr.WriteWindowUpdate(1, 1) != nil {
