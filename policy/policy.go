@@ -135,6 +135,8 @@ func (d Decision) Hint() string {
 		return "no policy is active: merlon policy push FOLDER"
 	case AgentUnavailable:
 		return "the Merlon agent of the called service does not answer: look at its log"
+	case StalePolicy, StaleRevocations:
+		return "the Merlon agent of the called service has not heard from the CA for too long: look at its log and /ready"
 	case BadRequest:
 		return "the path is ambiguous or the request malformed: send it without encoded or empty segments"
 	case Expired, Revoked, NoIdentity:

@@ -143,6 +143,20 @@ func TestEachCallOnOneConnectionIsDecided(t *testing.T) {
 	}
 }
 
+// Also one of an agent that is newer than the service.
+func TestEveryReasonReachesTheCaller(t *testing.T) {
+	td := sdktest.New(t)
+	c := connect(t, td.Workload("web"), sdk.Service("orders"), start(t, td.Workload("orders"), &service{}))
+	for _, reason := range append(policy.Reasons(), "SOMETHING_NEW") {
+		if reason == policy.Allowed {
+			continue
+		}
+		td.Decide(func(*policy.Input) policy.Decision { return policy.Decision{Reason: reason} })
+		_, err := c.UnaryCall(limited(t), &testgrpc.SimpleRequest{})
+		wantDenied(t, err, reason)
+	}
+}
+
 func wantDenied(t *testing.T, err error, reason policy.Reason) {
 	t.Helper()
 	var denied *sdk.DeniedError

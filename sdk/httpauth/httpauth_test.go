@@ -134,6 +134,24 @@ func TestDenialExplainsItself(t *testing.T) {
 	}
 }
 
+// Also one of an agent that is newer than the service.
+func TestEveryReasonReachesTheCaller(t *testing.T) {
+	td := sdktest.New(t)
+	url := start(t, td.Workload("orders"), whoami)
+	c := client(t, td.Workload("web"), sdk.Service("orders"))
+	for _, reason := range append(policy.Reasons(), "SOMETHING_NEW") {
+		if reason == policy.Allowed {
+			continue
+		}
+		td.Decide(func(*policy.Input) policy.Decision { return policy.Decision{Reason: reason} })
+		_, _, err := get(c, url+"/")
+		var denied *sdk.DeniedError
+		if !errors.As(err, &denied) || denied.Reason != reason {
+			t.Errorf("%s: GET = %v", reason, err)
+		}
+	}
+}
+
 // T19: a connection is not a permission.
 func TestEachRequestOnOneConnectionIsDecided(t *testing.T) {
 	for _, protocol := range []string{"h2", "http/1.1"} {

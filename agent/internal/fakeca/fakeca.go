@@ -56,6 +56,7 @@ type CA struct {
 	refusal       error  // of Sync
 	cutOff        bool   // from the store; then
 	frozen        uint64 // is the revision that it knows
+	upstreamAge   time.Duration
 	server        *grpc.Server
 	https         *http.Server
 	fetches       int

@@ -4,6 +4,7 @@ package fakeca
 
 import (
 	"fmt"
+	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -30,6 +31,14 @@ func (ca *CA) CutOff(cut bool) {
 			ch <- m
 		}
 	}
+}
+
+// Nest makes the replica a nested CA's that heard the one above this long ago, in what
+// it says when a stream begins.
+func (ca *CA) Nest(upstreamAge time.Duration) {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	ca.upstreamAge = upstreamAge
 }
 
 // Beat says on all streams of the replica that it is there.

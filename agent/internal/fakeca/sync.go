@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"merlon.dev/ca/capb"
@@ -114,7 +115,7 @@ func (ca *CA) messages(resume, revision uint64) []*capb.SyncResponse {
 			out = append(out, &capb.SyncResponse{Entries: []*capb.Entry{e}, Stale: ca.cutOff})
 		}
 	}
-	last := &capb.SyncResponse{Revision: revision, Synced: true, SentAt: timestamppb.Now(), Stale: ca.cutOff}
+	last := &capb.SyncResponse{Revision: revision, Synced: true, SentAt: timestamppb.Now(), Stale: ca.cutOff, UpstreamAge: durationpb.New(ca.upstreamAge)}
 	for _, r := range ca.revocations {
 		if r.BeforeRevision > resume && r.BeforeRevision <= revision {
 			last.Revocations = append(last.Revocations, r)
