@@ -88,8 +88,23 @@ func (a *app) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	a.mu.Lock()
 	a.last = r.Header.Clone()
 	a.mu.Unlock()
+	if r.Header.Get("Upgrade") == "websocket" {
+		a.upgrade(w)
+		return
+	}
 	w.Header().Set("X-Own", "app")
 	fmt.Fprintf(w, "%s %s for %s", r.Method, r.RequestURI, r.Header.Get("X-Spiffe-Id"))
+}
+
+// upgrade takes the connection, and sends back what it gets.
+func (a *app) upgrade(w http.ResponseWriter) {
+	conn, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+	io.Copy(conn, buffered)
 }
 
 // rpc answers every call with nothing.
@@ -243,6 +258,43 @@ func (p *pair) do(method, path string, fields ...string) (answered, error) {
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
 	return answered{resp.StatusCode, resp.Header, string(body)}, err
+}
+
+// A WebSocket is a request like any other: the policy decides about the upgrade.
+func TestEnvoyAsksAboutWebSockets(t *testing.T) {
+	t.Parallel()
+	p := startPair(t)
+	upgrade := func(path string) (status int, echoed string) {
+		t.Helper()
+		conn, err := net.DialTimeout("tcp", p.web.inbound, 10*time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conn.SetDeadline(time.Now().Add(20 * time.Second))
+		fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: orders\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", path)
+		r := bufio.NewReader(conn)
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp.StatusCode != http.StatusSwitchingProtocols {
+			return resp.StatusCode, ""
+		}
+		io.WriteString(conn, "hello\n")
+		echoed, err = r.ReadString('\n')
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode, echoed
+	}
+	if status, echoed := upgrade("/orders/live"); status != http.StatusSwitchingProtocols || echoed != "hello\n" {
+		t.Errorf("an allowed WebSocket: %d, %q", status, echoed)
+	}
+	calls := p.app.calls.Load()
+	if status, _ := upgrade("/admin/live"); status != http.StatusForbidden || p.app.calls.Load() != calls {
+		t.Errorf("a denied WebSocket: %d, and the app saw %d of it", status, p.app.calls.Load()-calls)
+	}
 }
 
 // decisions are how many the agent has counted.
