@@ -30,6 +30,7 @@ test: ## unit, property, script and integration tests with the race detector
 	@command -v softhsm2-util >/dev/null || echo 'tests of PKCS #11 tokens are skipped without SoftHSM: apt-get install softhsm2'
 	@command -v h2load >/dev/null || echo 'the sidecar is not put under load by h2load without it: apt-get install nghttp2-client'
 	@command -v systemd-analyze >/dev/null || echo 'the unit files are not checked without systemd-analyze: apt-get install systemd'
+	@command -v nginx >/dev/null || echo 'the sidecar is not tested before nginx without it: apt-get install nginx-light'
 	@test -e $(MERLON_INTEROP)/installed || echo 'tests with a real Envoy and with clients in Python and JavaScript are skipped without them: make interop'
 	go test -race ./...
 	go test -C examples/databases -race .
