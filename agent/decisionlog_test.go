@@ -141,7 +141,7 @@ func TestDecisionsAreWrittenDown(t *testing.T) {
 		if e.Labels["id"] != "spiffe://"+td+"/agent/n1" || want.standFor > 0 && m.SampleRate != 1/float64(want.standFor) {
 			t.Errorf("event %s: labels %v, rate %v", id, e.Labels, m.SampleRate)
 		}
-		if in, err := policy.ParseInput(e.Input); err != nil || in.Query != "page=1" || len(in.Headers) != 1 || in.Headers["x-shown"][0] != "shown" {
+		if in, err := policy.ParseInput(e.Input); err != nil || in.Query != "page=1" || len(in.HeaderMap()) != 1 || in.HeaderMap()["x-shown"][0] != "shown" {
 			t.Errorf("event %s: input %s, %v", id, e.Input, err)
 		}
 	}

@@ -170,7 +170,7 @@ func TestServicesKeepWhatTheAgentDecided(t *testing.T) {
 	call := func(path, debug string) *policy.Input {
 		return &policy.Input{
 			Source: "spiffe://" + td + "/web", Protocol: policy.HTTP, Method: "GET", Path: path,
-			SourceAddress: "127.0.0.1:2", Headers: map[string][]string{"x-debug": {debug}, "x-request-id": {fmt.Sprint(time.Now().UnixNano())}},
+			SourceAddress: "127.0.0.1:2", Headers: policy.HeaderMap{"x-debug": {debug}, "x-request-id": {fmt.Sprint(time.Now().UnixNano())}},
 		}
 	}
 	want := func(what string, in *policy.Input, reason policy.Reason) {

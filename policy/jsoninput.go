@@ -160,7 +160,7 @@ func parseShort(data []byte) (*Input, error) {
 	if err := decodeOne(data, &s, true); err != nil {
 		return nil, err
 	}
-	in := &Input{Source: s.Source, Destination: s.Destination, Protocol: s.Protocol, Method: s.Method, Headers: lowerNames(s.Headers), JWT: s.JWT}
+	in := &Input{Source: s.Source, Destination: s.Destination, Protocol: s.Protocol, Method: s.Method, Headers: headersOf(lowerNames(s.Headers)), JWT: s.JWT}
 	in.Path, in.Query, _ = strings.Cut(s.Path, "?")
 	return in, nil
 }
@@ -178,14 +178,15 @@ func parseEnvoy(data []byte) (*Input, error) {
 	if http != nil {
 		in.Protocol, in.Method, in.Host = HTTP, http.Method, http.Host
 		in.Path, in.Query, _ = strings.Cut(http.Path, "?")
-		in.Headers = lowerNames(http.HeadersAll)
+		headers := lowerNames(http.HeadersAll)
 		if http.HeadersAll == nil && http.Headers != nil {
-			in.Headers = make(map[string][]string, len(http.Headers))
+			headers = make(HeaderMap, len(http.Headers))
 			for name, value := range http.Headers {
 				name = strings.ToLower(name)
-				in.Headers[name] = append(in.Headers[name], value)
+				headers[name] = append(headers[name], value)
 			}
 		}
+		in.Headers = headersOf(headers)
 	}
 	if e.Protocol != nil {
 		in.Protocol = *e.Protocol
@@ -201,11 +202,19 @@ func (p envoyPeer) address() string {
 	return net.JoinHostPort(s.Address, s.PortValue.String())
 }
 
-func lowerNames(h map[string][]string) map[string][]string {
+// headersOf is no interface that holds nothing.
+func headersOf(h HeaderMap) Headers {
 	if h == nil {
 		return nil
 	}
-	lower := make(map[string][]string, len(h))
+	return h
+}
+
+func lowerNames(h map[string][]string) HeaderMap {
+	if h == nil {
+		return nil
+	}
+	lower := make(HeaderMap, len(h))
 	for name, values := range h {
 		name = strings.ToLower(name)
 		lower[name] = append(lower[name], values...)
@@ -265,7 +274,7 @@ func (in *Input) MarshalJSON() ([]byte, error) {
 	}
 	return json.Marshal(shortInput{
 		Source: in.Source, Destination: in.Destination, Protocol: in.Protocol,
-		Method: in.Method, Path: path, Headers: in.Headers, JWT: in.JWT,
+		Method: in.Method, Path: path, Headers: in.HeaderMap(), JWT: in.JWT,
 	})
 }
 

@@ -20,7 +20,7 @@ func TestParseInputReadsBothForms(t *testing.T) {
 	}{
 		"short": {
 			`{"source":"spiffe://shop.test/web","destination":"spiffe://shop.test/orders","protocol":"http","method":"GET","path":"/orders/1","headers":{"X-A":["1","2"]}}`,
-			Input{Source: "spiffe://shop.test/web", Destination: "spiffe://shop.test/orders", Protocol: HTTP, Method: "GET", Path: "/orders/1", Headers: map[string][]string{"x-a": {"1", "2"}}},
+			Input{Source: "spiffe://shop.test/web", Destination: "spiffe://shop.test/orders", Protocol: HTTP, Method: "GET", Path: "/orders/1", Headers: HeaderMap{"x-a": {"1", "2"}}},
 		},
 		"short, query": {`{"source":"","protocol":"http","path":"/a?b=/../c"}`, Input{Protocol: HTTP, Path: "/a", Query: "b=/../c"}},
 		"short, tcp":   {`{"source":"spiffe://shop.test/web","destination":"spiffe://shop.test/db","protocol":"tcp"}`, Input{Source: "spiffe://shop.test/web", Destination: "spiffe://shop.test/db", Protocol: TCP}},
@@ -30,7 +30,7 @@ func TestParseInputReadsBothForms(t *testing.T) {
 			"parsed_path":["orders"],"version":{"ext_authz":"v3"}}`,
 			Input{
 				Source: "spiffe://shop.test/web", Destination: "spiffe://shop.test/orders", Protocol: HTTP, Method: "GET", Path: "/orders", Query: "x=1",
-				Host: "orders", SourceAddress: "10.0.0.1:4711", Headers: map[string][]string{"content-type": {"application/grpc"}},
+				Host: "orders", SourceAddress: "10.0.0.1:4711", Headers: HeaderMap{"content-type": {"application/grpc"}},
 			},
 		},
 		"envoy, protocol set": {

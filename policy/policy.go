@@ -31,8 +31,8 @@ type Input struct {
 	// Query is the raw query, without "?".
 	Query string
 	Host  string
-	// Headers has names in lower case and every value.
-	Headers map[string][]string
+	// Headers are the header fields; nil for none. See Header and HeaderMap.
+	Headers Headers
 	// JWT are the claims of a JWT-SVID that came with the call, verified for the
 	// destination; nil for none. Who verifies it: see engine.ReadsJWT.
 	JWT map[string]any

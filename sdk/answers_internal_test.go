@@ -76,12 +76,12 @@ func TestAnswersAreKept(t *testing.T) {
 		t.Errorf("reported are %v; want the decision that the agent did not make", rows)
 	}
 	in := web("/")
-	in.Headers = map[string][]string{"b": {"c"}}
+	in.Headers = policy.HeaderMap{"b": {"c"}}
 	id.Authorize(t.Context(), in)
 	if agent.asked != 1 {
 		t.Error("asked about a header that the policy does not read")
 	}
-	in.Headers = map[string][]string{"a": {"c"}}
+	in.Headers = policy.HeaderMap{"a": {"c"}}
 	id.Authorize(t.Context(), in)
 	if agent.asked != 2 {
 		t.Error("not asked about a header that the policy reads")

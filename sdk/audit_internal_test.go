@@ -77,7 +77,7 @@ func TestCallsUnderWayEndWithAuditMode(t *testing.T) {
 			id := bare()
 			id.audit.until, id.audit.plaintext = time.Now().Add(test.audit), time.Now().Add(test.plaintext)
 			ended := false
-			c := &liveCall{in: &policy.Input{Source: test.source}, end: func(policy.Decision) { ended = true }}
+			c := &Call{id: id, in: &policy.Input{Source: test.source}, ended: func(policy.Decision) { ended = true }}
 			id.calls.add(c)
 			if test.source == "" {
 				id.redecide(context.Background(), false)

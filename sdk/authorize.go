@@ -4,6 +4,7 @@
 package sdk
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"log/slog"
@@ -36,7 +37,7 @@ func (id *Identity) Authorize(ctx context.Context, in *policy.Input) policy.Deci
 	if in == nil {
 		return policy.Deny(policy.BadRequest)
 	}
-	d := id.enforce(ctx, in, id.authorize(ctx, in))
+	d := id.enforce(ctx, in, id.authorize(ctx, in, time.Now()))
 	id.tell(ctx, in, d)
 	return d
 }
@@ -57,7 +58,7 @@ func (id *Identity) logDenied(ctx context.Context, in *policy.Input, d policy.De
 	id.denials.log(ctx, id.log, "call denied", attrs...)
 }
 
-func (id *Identity) authorize(ctx context.Context, in *policy.Input) policy.Decision {
+func (id *Identity) authorize(ctx context.Context, in *policy.Input, now time.Time) policy.Decision {
 	if in.Source == "" {
 		return id.refused(in, policy.NoIdentity)
 	}
@@ -69,7 +70,6 @@ func (id *Identity) authorize(ctx context.Context, in *policy.Input) policy.Deci
 		named.Destination = own.svid.ID.String()
 		in = &named
 	}
-	now := time.Now()
 	if p := id.program(in.Destination, now); p != nil {
 		return id.decideHere(p, in, now)
 	}
@@ -162,35 +162,24 @@ func authorizeRequest(in *policy.Input, own *current) *agentpb.AuthorizeRequest 
 	if req.Destination == "" && own.svid != nil {
 		req.Destination = own.svid.ID.String()
 	}
-	if len(in.Headers) > 0 {
-		req.Headers = make(map[string]*agentpb.HeaderValues, len(in.Headers))
-		for name, values := range in.Headers {
+	if headers := in.HeaderMap(); len(headers) > 0 {
+		req.Headers = make(map[string]*agentpb.HeaderValues, len(headers))
+		for name, values := range headers {
 			req.Headers[name] = &agentpb.HeaderValues{Values: values}
 		}
 	}
 	return req
 }
 
-// transportable says whether every string is UTF-8. Others cannot be put to
-// the agent as they are, and a policy must not see anything else than the
-// handler does.
+// transportable says whether every string is UTF-8. Others cannot be put to the
+// agent as they are, and what a policy decides must not depend on who runs it.
 func transportable(in *policy.Input) bool {
-	for _, s := range []string{in.Destination, in.Source, in.Method, in.Path, in.Query, in.Host} {
+	for _, s := range [...]string{in.Destination, in.Source, in.Method, in.Path, in.Query, in.Host} {
 		if !utf8.ValidString(s) {
 			return false
 		}
 	}
-	for name, values := range in.Headers {
-		if !utf8.ValidString(name) {
-			return false
-		}
-		for _, v := range values {
-			if !utf8.ValidString(v) {
-				return false
-			}
-		}
-	}
-	return true
+	return in.Headers == nil || in.Headers.UTF8()
 }
 
 // Decide decides one call that has arrived on the connection with TLS state
@@ -198,34 +187,44 @@ func transportable(in *policy.Input) bool {
 // not been cut, whose X509-SVID has neither expired nor been revoked since,
 // and then the policy is asked. cs is nil for a call that came without TLS; it is
 // denied but where [WithPlaintextUntil] says otherwise. Decide fills in.Source, in.Destination and
-// in.SourceSerial from the connection, whatever they held. The context that
-// it returns has the peer and the decision.
+// in.SourceSerial from the connection, whatever they held, and the addresses where
+// they are empty. The context that it returns has the peer and the decision.
+//
+// [Identity.Begin] also watches over the call, and [Identity.Ask] makes no context;
+// both cost less.
 func (id *Identity) Decide(ctx context.Context, cs *tls.ConnectionState, in *policy.Input) (context.Context, policy.Decision) {
 	var call callInfo
-	if conn, ok := id.conns.find(cs); ok {
-		call.peer = conn.peer
-	}
-	if cs == nil && in != nil && id.audit.letsPlaintext(time.Now()) && !id.closed.Load() {
-		call.decision = id.decidePlaintext(ctx, in)
-	} else {
-		call.decision = id.decide(ctx, call.peer, in)
-	}
-	id.tell(ctx, in, call.decision)
+	call.peer, call.decision = id.Ask(ctx, cs, in)
 	return context.WithValue(ctx, callKey{}, &call), call.decision
 }
 
-func (id *Identity) decide(ctx context.Context, peer *svid.Peer, in *policy.Input) policy.Decision {
+// decideOn decides a call that came on conn, which is that of cs, or nil for none.
+func (id *Identity) decideOn(ctx context.Context, cs *tls.ConnectionState, conn *liveConn, in *policy.Input) (peer *svid.Peer, d policy.Decision) {
+	if conn != nil {
+		peer = conn.peer
+	}
+	if cs == nil && in != nil && id.audit.letsPlaintext(time.Now()) && !id.closed.Load() {
+		d = id.decidePlaintext(ctx, in)
+	} else {
+		d = id.decide(ctx, conn, in)
+	}
+	id.tell(ctx, in, d)
+	return peer, d
+}
+
+func (id *Identity) decide(ctx context.Context, conn *liveConn, in *policy.Input) policy.Decision {
 	if in == nil {
 		return policy.Deny(policy.BadRequest)
 	}
-	id.fill(in, peer)
+	id.fill(in, conn)
+	now := time.Now()
 	reason, err := policy.Allowed, error(nil)
 	switch {
-	case peer == nil:
+	case conn == nil:
 		reason = policy.NoIdentity
-	case !time.Now().Before(peer.NotAfter):
+	case !now.Before(conn.peer.NotAfter):
 		reason = policy.Expired
-	case id.isRevoked(peer):
+	case id.isRevoked(conn.peer):
 		reason = policy.Revoked
 	case in.Protocol != policy.TCP:
 		// Enforcement points have checked it; one that forgets fails here.
@@ -234,7 +233,7 @@ func (id *Identity) decide(ctx context.Context, peer *svid.Peer, in *policy.Inpu
 		}
 	}
 	if reason == policy.Allowed {
-		return id.enforce(ctx, in, id.authorize(ctx, in))
+		return id.enforce(ctx, in, id.authorize(ctx, in, now))
 	}
 	d := id.refused(in, reason)
 	id.logDenied(ctx, in, d, err)
@@ -266,11 +265,12 @@ func (id *Identity) DecidesHere() bool {
 	return own == nil || id.program(own.ID.String(), time.Now()) != nil
 }
 
-// fill takes both ends of the call from the connection.
-func (id *Identity) fill(in *policy.Input, peer *svid.Peer) {
+// fill takes both ends of the call from the connection; nil for none.
+func (id *Identity) fill(in *policy.Input, conn *liveConn) {
 	in.Source, in.Destination, in.SourceSerial = "", "", ""
-	if peer != nil {
-		in.Source, in.SourceSerial = peer.ID.String(), peer.SerialHex
+	if conn != nil {
+		in.Source, in.SourceSerial = conn.peer.ID.String(), conn.peer.SerialHex
+		in.SourceAddress, in.DestinationAddress = cmp.Or(in.SourceAddress, conn.remote), cmp.Or(in.DestinationAddress, conn.local)
 	}
 	if own := id.current.Load(); own.svid != nil {
 		in.Destination = own.svid.ID.String()
@@ -285,8 +285,8 @@ func (id *Identity) isRevoked(peer *svid.Peer) bool {
 // Refuse is the denial, for BAD_REQUEST, of a call that is too malformed to be
 // put to a policy. why is logged.
 func (id *Identity) Refuse(ctx context.Context, cs *tls.ConnectionState, in *policy.Input, why error) policy.Decision {
-	peer, _ := id.Peer(cs)
-	id.fill(in, peer)
+	conn, _ := id.conns.find(cs)
+	id.fill(in, conn)
 	d := id.refused(in, policy.BadRequest)
 	id.logDenied(ctx, in, d, why)
 	id.tell(ctx, in, d)

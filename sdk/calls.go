@@ -6,7 +6,8 @@ package sdk
 
 import (
 	"context"
-	"sync"
+	"math/rand/v2"
+	"sync/atomic"
 	"time"
 
 	"merlon.dev/policy"
@@ -17,49 +18,85 @@ import (
 // grants and policies end by the clock.
 const redecideEvery = time.Second
 
-// liveCalls is the table of calls under way. It is safe for concurrent use.
+// liveCalls is the table of calls under way: rows of places, each empty or with one
+// call. A place is taken and left by compare-and-swap, so that no call waits for
+// another; a row is added when those there are nearly full, and stays. It is safe
+// for concurrent use.
 type liveCalls struct {
-	mu    sync.Mutex
-	calls map[*liveCall]struct{} // guarded by mu
-	poke  chan struct{}
+	rows atomic.Pointer[row] // the newest, which is the largest
+	poke chan struct{}
 }
 
-type liveCall struct {
-	in  *policy.Input
-	end func(policy.Decision)
+type row struct {
+	places []atomic.Pointer[Call] // a power of two of them
+	older  *row
 }
+
+const (
+	// firstRow is how many calls at a time an Identity is made for, about twice.
+	firstRow = 256
+	// tries is how many places of a row a call looks at. Of a row that is half full
+	// one call in 256 finds none.
+	tries = 8
+)
 
 func newLiveCalls() *liveCalls {
-	return &liveCalls{calls: make(map[*liveCall]struct{}), poke: make(chan struct{}, 1)}
+	l := &liveCalls{poke: make(chan struct{}, 1)}
+	l.rows.Store(&row{places: make([]atomic.Pointer[Call], firstRow)})
+	return l
 }
 
-func (l *liveCalls) add(c *liveCall) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.calls[c] = struct{}{}
+func (l *liveCalls) add(c *Call) {
+	for {
+		newest := l.rows.Load()
+		for r := newest; r != nil; r = r.older {
+			if r.take(c) {
+				return
+			}
+		}
+		l.rows.CompareAndSwap(newest, &row{make([]atomic.Pointer[Call], 2*len(newest.places)), newest})
+	}
+}
+
+// take looks for a place from one that no two processors are likely to share.
+func (r *row) take(c *Call) bool {
+	at := int(rand.Uint32()) //nolint:gosec // a place in a table
+	for i := range tries {
+		place := &r.places[(at+i)&(len(r.places)-1)]
+		if place.Load() != nil {
+			continue
+		}
+		c.place = place // which nobody reads before the call is in it
+		if place.CompareAndSwap(nil, c) {
+			return true
+		}
+	}
+	return false
 }
 
 // remove says whether c was still there.
-func (l *liveCalls) remove(c *liveCall) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	_, ok := l.calls[c]
-	delete(l.calls, c)
-	return ok
+func (l *liveCalls) remove(c *Call) bool {
+	return c.place != nil && c.place.CompareAndSwap(c, nil)
 }
 
-func (l *liveCalls) len() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return len(l.calls)
+func (l *liveCalls) len() (n int) {
+	for r := l.rows.Load(); r != nil; r = r.older {
+		for i := range r.places {
+			if r.places[i].Load() != nil {
+				n++
+			}
+		}
+	}
+	return n
 }
 
-func (l *liveCalls) all() []*liveCall {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	all := make([]*liveCall, 0, len(l.calls))
-	for c := range l.calls {
-		all = append(all, c)
+func (l *liveCalls) all() (all []*Call) {
+	for r := l.rows.Load(); r != nil; r = r.older {
+		for i := range r.places {
+			if c := r.places[i].Load(); c != nil {
+				all = append(all, c)
+			}
+		}
 	}
 	return all
 }
@@ -75,18 +112,26 @@ func (l *liveCalls) changed() {
 // Follow watches over a call that d has allowed until stop is called: when the
 // policy does not allow it any more, end is called once, with the denial. in is
 // kept, and must not change. end must not block. Enforcement points use it for
-// calls that can last; httpauth and grpcauth do so by themselves.
+// calls that can last; [Identity.Begin] decides and follows in one.
 func (id *Identity) Follow(in *policy.Input, d policy.Decision, end func(policy.Decision)) (stop func()) {
-	c := &liveCall{in: in, end: end}
+	c := &Call{id: id, in: in, ended: end}
+	c.info.decision = d
+	id.follow(c)
+	return func() { id.calls.remove(c) }
+}
+
+// follow enters a call, and then looks whether the policy that decided it is still
+// the one in use: whoever changes it decides again what is in the table by then.
+func (id *Identity) follow(c *Call) {
 	id.calls.add(c)
-	stands := d.Revision == id.generation.Load() || d.Revision == id.candidate.Load()
-	if p := id.program(in.Destination, time.Now()); p != nil {
-		stands = d.Revision == p.Generation()
+	revision := c.info.decision.Revision
+	stands := revision == id.generation.Load() || revision == id.candidate.Load()
+	if p := id.program(c.in.Destination, time.Now()); p != nil {
+		stands = revision == p.Generation()
 	}
-	if in.Source != "" && !stands { // it changed between the decision and now
+	if c.in.Source != "" && !stands { // it changed between the decision and now
 		id.calls.changed()
 	}
-	return func() { id.calls.remove(c) }
 }
 
 // followCalls decides live calls again until ctx ends.
@@ -136,11 +181,11 @@ func (id *Identity) redecide(ctx context.Context, ask bool) {
 }
 
 // endCall ends c if d denies it and it is still under way.
-func (id *Identity) endCall(ctx context.Context, c *liveCall, d policy.Decision) {
+func (id *Identity) endCall(ctx context.Context, c *Call, d policy.Decision) {
 	if d.Allow || id.audit.lets(d.Reason, time.Now()) || !id.calls.remove(c) {
 		return
 	}
 	id.logDenied(ctx, c.in, d, nil)
 	id.tell(ctx, c.in, d)
-	c.end(d)
+	c.deny(d)
 }

@@ -39,12 +39,14 @@ type connKey = **x509.Certificate
 
 // liveConn is one connection whose peer was verified.
 type liveConn struct {
-	raw   net.Conn // below TLS; nil: cannot be cut from here
-	peer  *svid.Peer
-	end   time.Time // when it is cut at the latest, by the wall clock
-	last  time.Time // the same by the clock that only runs, which nobody sets back
-	drain time.Time // from when on the peer is asked to come back anew
-	cut   atomic.Bool
+	raw  net.Conn // below TLS; nil: cannot be cut from here
+	peer *svid.Peer
+	// remote and local are the addresses of both ends, as calls tell them.
+	remote, local string
+	end           time.Time // when it is cut at the latest, by the wall clock
+	last          time.Time // the same by the clock that only runs, which nobody sets back
+	drain         time.Time // from when on the peer is asked to come back anew
+	cut           atomic.Bool
 }
 
 // connTable is safe for concurrent use. Looking up takes no lock.
@@ -89,17 +91,26 @@ func (t *connTable) remove(key connKey) {
 	}
 }
 
-// find gives the live connection that a TLS state belongs to.
-func (t *connTable) find(cs *tls.ConnectionState) (*liveConn, bool) {
+// find gives the live connection that a TLS state belongs to, nil for none.
+func (t *connTable) find(cs *tls.ConnectionState) (c *liveConn, key connKey) {
 	if cs == nil || !cs.HandshakeComplete || len(cs.PeerCertificates) == 0 {
-		return nil, false
+		return nil, nil
 	}
-	v, ok := t.conns.Load(&cs.PeerCertificates[0])
+	key = &cs.PeerCertificates[0]
+	return t.at(key), key
+}
+
+// at gives the live connection of this key; nil for none.
+func (t *connTable) at(key connKey) *liveConn {
+	v, ok := t.conns.Load(key)
 	if !ok {
-		return nil, false
+		return nil
 	}
 	c := v.(*liveConn)
-	return c, !c.cut.Load()
+	if c.cut.Load() {
+		return nil
+	}
+	return c
 }
 
 // cutWhere cuts every connection for which why gives a reason, and returns

@@ -241,7 +241,7 @@ func TestAuthorizeNeverAllowsByAccident(t *testing.T) {
 	}{
 		"nil":               {nil, policy.BadRequest},
 		"no source":         {&policy.Input{Protocol: policy.HTTP, Path: "/"}, policy.NoIdentity},
-		"not UTF-8":         {&policy.Input{Source: web, Protocol: policy.HTTP, Path: "/", Headers: map[string][]string{"x": {"\xff"}}}, policy.BadRequest},
+		"not UTF-8":         {&policy.Input{Source: web, Protocol: policy.HTTP, Path: "/", Headers: policy.HeaderMap{"x": {"\xff"}}}, policy.BadRequest},
 		"other destination": {&policy.Input{Source: web, Destination: "spiffe://sdktest.test/refunds", Protocol: policy.HTTP, Path: "/"}, policy.Error},
 		"no grant":          {&policy.Input{Source: "spiffe://sdktest.test/x", Protocol: policy.HTTP, Path: "/"}, policy.NoGrant},
 	} {

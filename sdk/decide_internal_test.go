@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"log/slog"
+	"net"
 	"testing"
 	"time"
 
@@ -30,6 +31,14 @@ func bare() *Identity {
 		roots:    map[spiffeid.TrustDomain]map[string]bool{own.TrustDomain(): {"aa": true}},
 	})
 	return id
+}
+
+// pipe is one end of a connection.
+func pipe(t *testing.T) net.Conn {
+	t.Helper()
+	here, there := net.Pipe()
+	t.Cleanup(func() { here.Close(); there.Close() })
+	return here
 }
 
 func peerUnder(authorities ...string) *svid.Peer {
@@ -73,7 +82,7 @@ func TestPushDuringAHandshakeIsNotMissed(t *testing.T) {
 			if err := id.admit(peer); err != nil {
 				t.Fatal(err)
 			}
-			conn := &trackedConn{table: id.conns}
+			conn := &trackedConn{Conn: pipe(t), table: id.conns}
 			own := id.current.Load()
 			tc.push(id, conn) // between the first look and the entry
 			err := id.enter(new(*x509.Certificate), conn, peer, own, time.Now())
@@ -99,7 +108,7 @@ func TestConnectionEndsWithWhatItHasShown(t *testing.T) {
 	if got, err := shown.GetX509SVID(); err != nil || got != shown.svid {
 		t.Errorf("shows %v, %v", got, err)
 	}
-	conn := &trackedConn{table: id.conns}
+	conn := &trackedConn{Conn: pipe(t), table: id.conns}
 	if err := id.enter(key, conn, peer, shown.current, time.Now()); err != nil {
 		t.Fatal(err)
 	}
@@ -130,7 +139,11 @@ func TestEachCallLooksAtThePeerAgain(t *testing.T) {
 		if tc.revoked {
 			id.revocations.Store(svid.NewRevocations([]svid.Revocation{{SPIFFEID: tc.peer.ID.String()}}))
 		}
-		d := id.decide(t.Context(), tc.peer, tc.in)
+		var conn *liveConn
+		if tc.peer != nil {
+			conn = &liveConn{peer: tc.peer}
+		}
+		d := id.decide(t.Context(), conn, tc.in)
 		if d.Allow || d.Reason != tc.want || d.DecisionID.IsZero() {
 			t.Errorf("%s: %+v; want a denial for %s", name, d, tc.want)
 		}

@@ -54,7 +54,7 @@ func TestProgramDecidesWithoutTheAgent(t *testing.T) {
 		t.Error("the caller's input was changed")
 	}
 	in = web("/a")
-	in.Headers = map[string][]string{"x": {"\xff"}}
+	in.Headers = policy.HeaderMap{"x": {"\xff"}}
 	if d := id.Authorize(t.Context(), in); d.Reason != policy.BadRequest {
 		t.Errorf("bytes that the agent refuses: %+v", d)
 	}
@@ -222,7 +222,7 @@ func TestReportsAreBounded(t *testing.T) {
 func TestDenialsBeforeAnyPolicyAreReported(t *testing.T) {
 	id := withProgram(t, 7)
 	bad := web("/\xff")
-	bad.Headers = map[string][]string{"x": {"\xff"}}
+	bad.Headers = policy.HeaderMap{"x": {"\xff"}}
 	for _, in := range []*policy.Input{{Protocol: policy.HTTP, Path: "/"}, bad, nil} {
 		if d := id.Authorize(t.Context(), in); d.Allow {
 			t.Fatalf("%+v", d)

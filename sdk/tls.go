@@ -179,7 +179,7 @@ func (id *Identity) enter(key connKey, raw net.Conn, peer *svid.Peer, own *curre
 	if isTracked {
 		tracked.key.Store(key)
 	}
-	id.conns.add(key, &liveConn{raw: raw, peer: peer, end: end}, now)
+	id.conns.add(key, &liveConn{raw: raw, peer: peer, remote: addrString(raw.RemoteAddr()), local: addrString(raw.LocalAddr()), end: end}, now)
 	err, latest := id.admit(peer), id.current.Load()
 	switch {
 	case err != nil:
@@ -272,8 +272,8 @@ func (id *Identity) Dialer() func(ctx context.Context, network, address string) 
 // let in. It is false for any other connection, and once the connection was
 // cut: a certificate in cs alone proves nothing.
 func (id *Identity) Peer(cs *tls.ConnectionState) (*svid.Peer, bool) {
-	c, ok := id.conns.find(cs)
-	if !ok {
+	c, _ := id.conns.find(cs)
+	if c == nil {
 		return nil, false
 	}
 	return c.peer, true
@@ -281,8 +281,8 @@ func (id *Identity) Peer(cs *tls.ConnectionState) (*svid.Peer, bool) {
 
 // Cut ends the connection with TLS state cs at once, for a reason that is logged.
 func (id *Identity) Cut(cs *tls.ConnectionState, reason string) {
-	if c, ok := id.conns.find(cs); ok {
-		id.conns.cut(&cs.PeerCertificates[0], c, reason)
+	if c, key := id.conns.find(cs); c != nil {
+		id.conns.cut(key, c, reason)
 	}
 }
 
@@ -292,8 +292,8 @@ func (id *Identity) Draining(cs *tls.ConnectionState) bool {
 	if cs == nil && id.audit.letsPlaintext(time.Now()) {
 		return false
 	}
-	c, ok := id.conns.find(cs)
-	return !ok || time.Now().After(c.drain)
+	c, _ := id.conns.find(cs)
+	return c == nil || time.Now().After(c.drain)
 }
 
 func (id *Identity) logRefused(ctx context.Context, raw net.Conn, err error) {

@@ -87,9 +87,10 @@ func BenchmarkRecordBeyondTheRows(b *testing.B) {
 func BenchmarkRecordDeniedWithHeaders(b *testing.B) {
 	all := calls(512)
 	for _, in := range all {
-		in.Headers = map[string][]string{}
+		headers := policy.HeaderMap{}
+		in.Headers = headers
 		for i := range 10 {
-			in.Headers[fmt.Sprintf("x-header-%d", i)] = []string{"some value of a header"}
+			headers[fmt.Sprintf("x-header-%d", i)] = []string{"some value of a header"}
 		}
 	}
 	run(b, all, denied)

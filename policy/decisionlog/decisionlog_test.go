@@ -300,7 +300,7 @@ func TestRecordsHoldACall(t *testing.T) {
 			Source: text(long).Draw(t, "source"), Destination: text(long).Draw(t, "destination"), Protocol: rapid.SampledFrom([]policy.Protocol{policy.HTTP, policy.GRPC, policy.TCP}).Draw(t, "protocol"),
 			Method: text(40).Draw(t, "method"), Path: text(long).Draw(t, "path"), Query: text(long).Draw(t, "query"), Host: text(long).Draw(t, "host"),
 			SourceAddress: "10.0.0.1:1", DestinationAddress: "[::1]:2", SourceSerial: "ab12",
-			Headers: rapid.MapOfN(text(20), rapid.SliceOfN(text(60), 1, 3), 0, 5).Draw(t, "headers"),
+			Headers: policy.HeaderMap(rapid.MapOfN(text(20), rapid.SliceOfN(text(60), 1, 3), 0, 5).Draw(t, "headers")),
 		}
 		d := policy.Decision{
 			LetThrough: rapid.Bool().Draw(t, "let through"),
@@ -329,7 +329,7 @@ func TestRecordsHoldACall(t *testing.T) {
 					t.Fatalf("%v: %q of %q, named as incomplete: %v", f.bit.Names(), f.got, f.want, cut)
 				}
 			}
-			if len(in.Headers) == 0 {
+			if len(in.HeaderMap()) == 0 {
 				in.Headers = nil
 			}
 			if lost&Headers == 0 {
@@ -337,9 +337,9 @@ func TestRecordsHoldACall(t *testing.T) {
 					t.Fatal(diff)
 				}
 			}
-			for name, values := range got.Headers {
-				if !reflect.DeepEqual(values, in.Headers[name]) {
-					t.Fatalf("header %q has %q of %q", name, values, in.Headers[name])
+			for name, values := range got.HeaderMap() {
+				if !reflect.DeepEqual(values, in.HeaderMap()[name]) {
+					t.Fatalf("header %q has %q of %q", name, values, in.HeaderMap()[name])
 				}
 			}
 			if lost&DryRun == 0 && strings.Join(gotD.DryRun, " ") != strings.Join(d.DryRun, " ") {
@@ -365,14 +365,14 @@ var secretHeaders = []string{"authorization", "proxy-authorization", "cookie", "
 
 func TestSecretHeadersAreNotKept(t *testing.T) {
 	in, d := deny(1)
-	in.Headers = map[string][]string{"accept": {"x"}}
+	in.Headers = policy.HeaderMap{"accept": {"x"}}
 	for _, name := range secretHeaders {
-		in.Headers[name] = []string{"canary"}
+		in.HeaderMap()[name] = []string{"canary"}
 	}
 	r := NewRecorder(Options{})
 	r.Record(in, d, instant)
 	r.Take(1, func(rec *Record) {
-		if strings.Contains(string(rec.text[:]), "canary") || rec.Incomplete() != Headers || len(rec.Input().Headers) != 1+len(secretHeaders) || rec.Input().Headers["cookie"][0] != "(masked)" {
+		if strings.Contains(string(rec.text[:]), "canary") || rec.Incomplete() != Headers || len(rec.Input().HeaderMap()) != 1+len(secretHeaders) || rec.Input().HeaderMap()["cookie"][0] != "(masked)" {
 			t.Errorf("%v, without %v", rec.Input().Headers, rec.Incomplete().Names())
 		}
 	})
@@ -384,7 +384,7 @@ func TestRecordingDoesNotAllocate(t *testing.T) {
 	differs := policy.Decision{Allow: true, Reason: policy.Allowed, RuleID: "web", DryRun: []string{"dry", "drier"}}
 	for _, d := range []*policy.Decision{&allowed, &denied, &differs} {
 		for _, in := range all {
-			in.Headers = map[string][]string{"accept": {"text/html", "text/plain"}, "x-request-id": {"1"}}
+			in.Headers = policy.HeaderMap{"accept": {"text/html", "text/plain"}, "x-request-id": {"1"}}
 			r.Record(in, d, now)
 		}
 		i := 0

@@ -175,17 +175,17 @@ func (f *Format) request(in *policy.Input) (r *request, erased []string) {
 	if !whole {
 		erased = append(erased, erasedQuery)
 	}
-	kept := 0
-	for _, name := range slices.Sorted(maps.Keys(in.Headers)) {
+	headers, kept := in.HeaderMap(), 0
+	for _, name := range slices.Sorted(maps.Keys(headers)) {
 		if !slices.Contains(f.Mask.Headers, name) {
 			continue
 		}
 		if kept++; kept == 1 {
 			r.HTTP.Headers, r.HTTP.HeadersAll = map[string]string{}, map[string][]string{}
 		}
-		r.HTTP.Headers[name], r.HTTP.HeadersAll[name] = strings.Join(in.Headers[name], ","), in.Headers[name]
+		r.HTTP.Headers[name], r.HTTP.HeadersAll[name] = strings.Join(headers[name], ","), headers[name]
 	}
-	if kept < len(in.Headers) {
+	if kept < len(headers) {
 		erased = append(erased, erasedHeaders)
 	}
 	return r, erased

@@ -43,7 +43,7 @@ func TestGoldenEvents(t *testing.T) {
 	call := policy.Input{
 		Source: "spiffe://shop.test/web", Destination: "spiffe://shop.test/orders", Protocol: policy.HTTP, Method: "POST", Path: "/orders/1",
 		Query: "page=2&token=canary", Host: "orders:8443", SourceAddress: "10.0.0.1:4711", DestinationAddress: "[::1]:8443", SourceSerial: "ab12",
-		Headers: map[string][]string{"x-request-id": {"r1", "r2"}, "x-secret": {"canary"}},
+		Headers: policy.HeaderMap{"x-request-id": {"r1", "r2"}, "x-secret": {"canary"}},
 	}
 	rpc, nobody := call, policy.Input{Destination: call.Destination, Protocol: policy.HTTP, Path: strings.Repeat("/x", 600)}
 	rpc.Protocol, rpc.Path, rpc.Query, rpc.Headers = policy.GRPC, "/shop.Orders/Get", "", nil
@@ -75,7 +75,7 @@ func TestGoldenEvents(t *testing.T) {
 func TestEventsAreReadAgain(t *testing.T) {
 	in := &policy.Input{
 		Source: "spiffe://shop.test/web", Destination: "spiffe://shop.test/orders", Protocol: policy.GRPC, Method: "POST", Path: "/shop.Orders/Get",
-		Host: "orders:8443", SourceAddress: "10.0.0.1:4711", DestinationAddress: "10.0.0.2:8443", Headers: map[string][]string{"x-a": {"1", "2"}},
+		Host: "orders:8443", SourceAddress: "10.0.0.1:4711", DestinationAddress: "10.0.0.2:8443", Headers: policy.HeaderMap{"x-a": {"1", "2"}},
 	}
 	f := Format{Mask: Mask{Headers: []string{"x-a"}}}
 	var e struct {
@@ -96,9 +96,9 @@ func TestMaskedPartsNeverAppear(t *testing.T) {
 	secret := append([]string{"x-session", "x-internal", "forwarded"}, secretHeaders...)
 	rapid.Check(t, func(t *rapid.T) {
 		in := &policy.Input{Source: "spiffe://a.test/web", Destination: "spiffe://a.test/orders", Protocol: policy.HTTP, Method: "GET", Path: "/"}
-		in.Headers = map[string][]string{"x-shown": {"shown"}}
+		in.Headers = policy.HeaderMap{"x-shown": {"shown"}}
 		for _, name := range rapid.SliceOf(rapid.SampledFrom(secret)).Draw(t, "headers") {
-			in.Headers[name] = []string{"canary-value"}
+			in.HeaderMap()[name] = []string{"canary-value"}
 		}
 		var parts []string
 		for _, name := range rapid.SliceOfN(rapid.SampledFrom([]string{"token", "page", "to%6ben", "page%00", "Page", "%zz"}), 1, 6).Draw(t, "query") {
@@ -125,7 +125,7 @@ func TestMaskedPartsNeverAppear(t *testing.T) {
 				t.Fatalf("%+v is written as %s", in, line)
 			}
 			told := slices.Contains(said.Erased, erasedHeaders) || slices.Contains(said.Custom.Merlon.Incomplete, "headers")
-			if told != (len(in.Headers) > 1) {
+			if told != (len(in.HeaderMap()) > 1) {
 				t.Fatalf("%s does not say that there were other headers", line)
 			}
 			if strings.Contains(in.Query, "canary") != strings.Contains(line, erasedQuery) {
@@ -145,7 +145,7 @@ func TestOneEventIsOneLine(t *testing.T) {
 		in := &policy.Input{
 			Source: text.Draw(t, "source"), Destination: text.Draw(t, "destination"), Protocol: policy.HTTP, Method: text.Draw(t, "method"), Path: text.Draw(t, "path"),
 			Query: text.Draw(t, "query"), Host: text.Draw(t, "host"), SourceAddress: text.Draw(t, "address"), SourceSerial: text.Draw(t, "serial"),
-			Headers: map[string][]string{"x": {text.Draw(t, "value")}},
+			Headers: policy.HeaderMap{"x": {text.Draw(t, "value")}},
 		}
 		r := NewRecorder(Options{Records: 2})
 		r.Record(in, &policy.Decision{Reason: policy.NoGrant, RuleID: text.Draw(t, "rule")}, instant)

@@ -121,7 +121,7 @@ func (rec *Record) set(row *Row, in *policy.Input, d *policy.Decision, at int64,
 	n = rec.put(8, n, in.Host)
 	n = rec.put(9, n, in.Path)
 	n = rec.put(10, n, in.Query)
-	rec.headers = uint16(rec.putHeaders(n, in.Headers))
+	rec.headers = uint16(rec.putHeaders(n, in.HeaderMap()))
 }
 
 // known is p as a constant of this package's, so that no text of a caller stays.
@@ -216,14 +216,16 @@ func (rec *Record) Input() *policy.Input {
 	if rec.row.other {
 		in.Source, in.Destination = rec.get(0), rec.get(1)
 	}
+	var headers policy.HeaderMap
 	for n := int(rec.ends[texts-1]); n < int(rec.headers); {
 		var name, value string
 		name, n = rec.getSized(n)
 		value, n = rec.getSized(n)
-		if in.Headers == nil {
-			in.Headers = map[string][]string{}
+		if headers == nil {
+			headers = policy.HeaderMap{}
+			in.Headers = headers
 		}
-		in.Headers[name] = append(in.Headers[name], value)
+		headers[name] = append(headers[name], value)
 	}
 	return in
 }

@@ -276,13 +276,14 @@ func (w *writer) call() *policy.Input {
 		Query: w.one(callQueries...), Host: w.one(callHosts...),
 	}
 	if w.IntN(3) > 0 {
-		in.Headers = map[string][]string{}
+		headers := policy.HeaderMap{}
+		in.Headers = headers
 		for _, name := range []string{"x-a", "accept", "b"} {
 			if w.IntN(2) == 0 {
 				continue
 			}
 			for range w.IntN(3) {
-				in.Headers[name] = append(in.Headers[name], w.one(callValues...))
+				headers[name] = append(headers[name], w.one(callValues...))
 			}
 		}
 	}

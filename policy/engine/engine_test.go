@@ -196,8 +196,8 @@ allow := {"allowed": true, "http_status": 200} if input.attributes.request.http.
 `}
 	e := load(t, parseGrants(t, webReadsOrders), modules)
 	team, debug, envoy, rpc := get("/x"), get("/orders"), get("/envoy"), get("/shop.Admin/Get")
-	team.Headers, team.Query = map[string][]string{"x-team": {"shop"}}, "page=1"
-	debug.Headers = map[string][]string{"x-debug": {"off", "on"}}
+	team.Headers, team.Query = policy.HeaderMap{"x-team": {"shop"}}, "page=1"
+	debug.Headers = policy.HeaderMap{"x-debug": {"off", "on"}}
 	envoy.Query = "x=1"
 	rpc.Protocol = policy.GRPC
 	for name, tt := range map[string]struct {
@@ -367,7 +367,7 @@ func BenchmarkAuthorize(b *testing.B) {
 func BenchmarkAuthorizeOwnRego(b *testing.B) {
 	e := load(b, parseGrants(b, webReadsOrders), map[string]string{"a.rego": "package authz\n\ndeny if input.attributes.request.http.headers[\"x-debug\"] == \"on\"\n"})
 	in := get("/orders/1")
-	in.Headers = map[string][]string{"user-agent": {"go"}, "accept": {"*/*"}, "x-request-id": {"1"}}
+	in.Headers = policy.HeaderMap{"user-agent": {"go"}, "accept": {"*/*"}, "x-request-id": {"1"}}
 	p, err := e.Program(b.Context(), in.Destination)
 	if err != nil {
 		b.Fatal(err)

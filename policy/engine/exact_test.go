@@ -83,7 +83,7 @@ func TestWhatHasNoCompiledForm(t *testing.T) {
 // Each of these decides by a program, as OPA does, in calls that tell.
 func TestWhatHasACompiledForm(t *testing.T) {
 	header := func(value string) func(*policy.Input) {
-		return func(in *policy.Input) { in.Headers = map[string][]string{"user": {value}} }
+		return func(in *policy.Input) { in.Headers = policy.HeaderMap{"user": {value}} }
 	}
 	none := func(*policy.Input) {}
 	tests := map[string]struct {
@@ -340,7 +340,7 @@ func TestComparisonsWithWhatACallLacks(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for name, headers := range map[string]map[string][]string{"none": nil, "another": {"b": {"c"}}, "empty": {"accept": {""}}, "one": {"accept": {"x"}}, "no value": {"accept": {}}} {
+			for name, headers := range map[string]policy.HeaderMap{"none": nil, "another": {"b": {"c"}}, "empty": {"accept": {""}}, "one": {"accept": {"x"}}, "no value": {"accept": {}}} {
 				in := get("/orders/1")
 				in.Headers = headers
 				want := e.AuthorizeByOPA(t.Context(), in)

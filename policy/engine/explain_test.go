@@ -47,7 +47,7 @@ func TestExplainNamesTheLinesThatDoNotHold(t *testing.T) {
 	e := load(t, parseGrants(t, webReadsOrders), map[string]string{"shop/authz.rego": ownRules})
 	post, blocked, open, del, held := get("/admin"), get("/admin"), get("/open"), get("/orders"), get("/public/a")
 	post.Method, post.Source = "POST", "spiffe://shop.test/cart"
-	blocked.Headers = map[string][]string{"x-blocked": {"1"}}
+	blocked.Headers = policy.HeaderMap{"x-blocked": {"1"}}
 	open.Source = "spiffe://shop.test/cart"
 	del.Method = "DELETE"
 	tests := map[string]struct {

@@ -205,7 +205,7 @@ allow if {
 }
 `})
 	in := get("/")
-	in.Headers = map[string][]string{"id": {"123e4567-e89b-12d3-a456-426614174000"}, "long": {strings.Repeat("a", 60_000)}}
+	in.Headers = policy.HeaderMap{"id": {"123e4567-e89b-12d3-a456-426614174000"}, "long": {strings.Repeat("a", 60_000)}}
 	if d, a := e.decideByOPA(t.Context(), in); !d.Allow {
 		t.Errorf("%+v, %v", d, a.err)
 	}
@@ -219,7 +219,7 @@ func TestT31LongTextsFailWhoeverMatchesThem(t *testing.T) {
 	}
 	for n, want := range map[int]policy.Reason{100: policy.Allowed, 100_000: policy.Error} {
 		in := get("/orders/1") // which a grant allows
-		in.Headers = map[string][]string{"long": {strings.Repeat("a", n)}}
+		in.Headers = policy.HeaderMap{"long": {strings.Repeat("a", n)}}
 		if d := byAll(t, e, in); d.Reason != want {
 			t.Errorf("%d bytes: %+v", n, d)
 		}

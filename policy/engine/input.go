@@ -157,15 +157,16 @@ func request(in *policy.Input, read *parts) *ast.Term {
 	if read[requestHost] {
 		fields = append(fields, field{"host", text(in.Host)})
 	}
-	return object(headers(fields, in.Headers, read)...)
+	return object(headers(fields, in, read)...)
 }
 
 // headers gives single values as strings, as opa-envoy-plugin does, joining
 // several with "," as Envoy does, and under headers_all every value (T16).
-func headers(to []field, h map[string][]string, read *parts) []field {
+func headers(to []field, in *policy.Input, read *parts) []field {
 	if !read[requestHeaders] && !read[requestHeadersAll] {
 		return to
 	}
+	h := in.HeaderMap()
 	var single, lists []field
 	for _, name := range slices.Sorted(maps.Keys(h)) {
 		if read[requestHeaders] {

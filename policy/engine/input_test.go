@@ -13,7 +13,7 @@ import (
 func TestOnlyWhatThePolicyReadsIsBuilt(t *testing.T) {
 	in := get("/orders/1")
 	in.Query, in.Host, in.SourceAddress, in.DestinationAddress = "a=b", "orders", "10.0.0.1:1", "10.0.0.2:2"
-	in.Headers = map[string][]string{"accept": {"x", "y"}}
+	in.Headers = policy.HeaderMap{"accept": {"x", "y"}}
 	tests := map[string][]part{
 		"input.protocol == \"http\"":                                                                           nil,
 		"input.parsed_path[0] == \"orders\"":                                                                   {parsedPath},

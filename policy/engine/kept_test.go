@@ -34,23 +34,23 @@ func TestDecisionsAreKeptForWhatThePolicyReads(t *testing.T) {
 			[]func(*policy.Input){
 				func(in *policy.Input) { in.Source += "x" }, func(in *policy.Input) { in.Destination += "x" }, func(in *policy.Input) { in.Method = "PUT" },
 				func(in *policy.Input) { in.Path = "/orders/2" }, func(in *policy.Input) { in.Protocol = policy.GRPC },
-				func(in *policy.Input) { in.SourceAddress = "10.0.0.1:1" }, func(in *policy.Input) { in.Headers = map[string][]string{"debug": {"on"}} },
-				func(in *policy.Input) { in.Headers = map[string][]string{"debug": {}} }, func(in *policy.Input) { in.Headers = map[string][]string{"debug": {""}} },
-				func(in *policy.Input) { in.Headers = map[string][]string{"debug": {"", ""}} },
+				func(in *policy.Input) { in.SourceAddress = "10.0.0.1:1" }, func(in *policy.Input) { in.Headers = policy.HeaderMap{"debug": {"on"}} },
+				func(in *policy.Input) { in.Headers = policy.HeaderMap{"debug": {}} }, func(in *policy.Input) { in.Headers = policy.HeaderMap{"debug": {""}} },
+				func(in *policy.Input) { in.Headers = policy.HeaderMap{"debug": {"", ""}} },
 			},
 			[]func(*policy.Input){
-				func(in *policy.Input) { in.Headers = map[string][]string{"accept": {"on"}} }, func(in *policy.Input) { in.Query = "a=b" },
+				func(in *policy.Input) { in.Headers = policy.HeaderMap{"accept": {"on"}} }, func(in *policy.Input) { in.Query = "a=b" },
 				func(in *policy.Input) { in.Host = "x" }, func(in *policy.Input) { in.DestinationAddress = "10.0.0.2:1" }, func(in *policy.Input) { in.SourceSerial = "1" },
 			},
 		},
 		"all headers": {
 			byPort + "deny if {\n\tsome name, _ in input.attributes.request.http.headers\n\tstartswith(name, \"x-\")\n}\n",
-			[]func(*policy.Input){func(in *policy.Input) { in.Headers = map[string][]string{"a": {"b"}} }, func(in *policy.Input) { in.Headers = map[string][]string{"x-a": {"b"}} }},
-			[]func(*policy.Input){func(in *policy.Input) { in.Headers = map[string][]string{} }, func(in *policy.Input) { in.Host = "x" }},
+			[]func(*policy.Input){func(in *policy.Input) { in.Headers = policy.HeaderMap{"a": {"b"}} }, func(in *policy.Input) { in.Headers = policy.HeaderMap{"x-a": {"b"}} }},
+			[]func(*policy.Input){func(in *policy.Input) { in.Headers = policy.HeaderMap{} }, func(in *policy.Input) { in.Host = "x" }},
 		},
 		"the request": {
 			byPort + "deny if count(input.attributes.request.http) > 9\n",
-			[]func(*policy.Input){func(in *policy.Input) { in.Headers = map[string][]string{"a": {"b"}} }, func(in *policy.Input) { in.Query = "a" }, func(in *policy.Input) { in.Host = "x" }},
+			[]func(*policy.Input){func(in *policy.Input) { in.Headers = policy.HeaderMap{"a": {"b"}} }, func(in *policy.Input) { in.Query = "a" }, func(in *policy.Input) { in.Host = "x" }},
 			[]func(*policy.Input){func(in *policy.Input) { in.DestinationAddress = "10.0.0.2:1" }},
 		},
 		"the input": {
@@ -60,7 +60,7 @@ func TestDecisionsAreKeptForWhatThePolicyReads(t *testing.T) {
 		},
 		"through a function and with": {
 			"deny if f(input) with input.protocol as input.attributes.request.http.host\n\nf(x) if x.attributes.request.http.headers.a == x.protocol\n",
-			[]func(*policy.Input){func(in *policy.Input) { in.Host = "x" }, func(in *policy.Input) { in.Headers = map[string][]string{"a": {"b"}} }},
+			[]func(*policy.Input){func(in *policy.Input) { in.Host = "x" }, func(in *policy.Input) { in.Headers = policy.HeaderMap{"a": {"b"}} }},
 			nil,
 		},
 	}

@@ -105,7 +105,7 @@ func answersOtherwise(t testing.TB, e *Engine, in *policy.Input) (differs bool) 
 	} else {
 		// A call that grants cannot tell from it, so that its decision may be kept for in.
 		other := *in
-		other.Query, other.Host, other.Headers = "a=b", "other", map[string][]string{"accept": {"b"}}
+		other.Query, other.Host, other.Headers = "a=b", "other", policy.HeaderMap{"accept": {"b"}}
 		e.decideKept(context.Background(), &other)
 		d, b := e.decideKept(context.Background(), in)
 		same("kept", d, b.dryRun)

@@ -216,7 +216,7 @@ func TestModuleKnowsAmbiguousPaths(t *testing.T) {
 func TestDocumentHasTheShapeOfOPAEnvoyPlugin(t *testing.T) {
 	in := get("/orders/caf%C3%A9")
 	in.Query, in.Host, in.SourceAddress = "a=1&a=2", "orders", "10.0.0.1:4711"
-	in.Headers = map[string][]string{"accept": {"*/*"}, "x": {"1", "2"}}
+	in.Headers = policy.HeaderMap{"accept": {"*/*"}, "x": {"1", "2"}}
 	got, err := ast.JSON(document(in))
 	if err != nil {
 		t.Fatal(err)

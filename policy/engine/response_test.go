@@ -66,7 +66,7 @@ func TestObjectsGoWithDecisionsThatTheyAgreeWith(t *testing.T) {
 			return in
 		}
 		denied := call("GET", "/")
-		denied.Headers = map[string][]string{"debug": {"on"}}
+		denied.Headers = policy.HeaderMap{"debug": {"on"}}
 		allowed := &policy.Response{
 			Headers:         []policy.HeaderField{{Name: "x-role", Value: "reader"}, {Name: "x-team", Value: "a"}, {Name: "x-team", Value: "b"}},
 			ResponseHeaders: []policy.HeaderField{{Name: "x-policy", Value: "seen"}},

@@ -137,11 +137,13 @@ func (w *words) calls(destinations []string, n int, seed1, seed2 uint64) []*poli
 	for i := range all {
 		in := &policy.Input{
 			Source: one(w.source), Destination: destinations[i%len(destinations)], Protocol: []policy.Protocol{policy.HTTP, policy.HTTP, policy.GRPC, policy.TCP}[r.IntN(4)],
-			Method: one(w.method), Path: one(w.path), Host: one(append(w.other, "sample")), Headers: map[string][]string{},
+			Method: one(w.method), Path: one(w.path), Host: one(append(w.other, "sample")),
 		}
+		headers := policy.HeaderMap{}
+		in.Headers = headers
 		for _, name := range w.headers {
 			for range r.IntN(3) {
-				in.Headers[name] = append(in.Headers[name], one(append(w.other, "sample")))
+				headers[name] = append(headers[name], one(append(w.other, "sample")))
 			}
 		}
 		for _, key := range w.queries {

@@ -340,16 +340,16 @@ func (w *writer) anyCall() *policy.Input {
 	case 3:
 		in.Method = ""
 	case 4:
-		in.Headers = map[string][]string{"accept": {w.one("\xff", "ß", "İ", "true", "null", "1", "-0", "1.0")}, "b": {}, "": {"a"}, "X-A": {"a"}}
+		in.Headers = policy.HeaderMap{"accept": {w.one("\xff", "ß", "İ", "true", "null", "1", "-0", "1.0")}, "b": {}, "": {"a"}, "X-A": {"a"}}
 	case 5:
 		in.SourceAddress = w.one("x", "10.0.0.1", "10.0.0.1:x", ":1")
 	case 6:
 		in.Query = w.one("a=", "A=a", "&&", "%61=b", "a[]=a", "a=a;b")
 	case 7, 8, 9, 10:
-		in.Path, in.Headers = w.one("/a/a", "/web/web", "/a/b", "/orders/a"), map[string][]string{}
+		in.Path, in.Headers = w.one("/a/a", "/web/web", "/a/b", "/orders/a"), policy.HeaderMap{}
 		for _, name := range []string{"accept", "b", "x-a"} {
 			if w.IntN(2) == 0 {
-				in.Headers[name] = []string{w.one("a", "b", "web", "orders", "GET")}
+				in.HeaderMap()[name] = []string{w.one("a", "b", "web", "orders", "GET")}
 			}
 		}
 	}

@@ -126,7 +126,7 @@ func TestKeysTellCallsApart(t *testing.T) {
 				Source: word.Draw(t, label+"source"), Destination: word.Draw(t, label+"destination"), Protocol: policy.Protocol(word.Draw(t, label+"protocol")),
 				Method: word.Draw(t, label+"method"), Path: word.Draw(t, label+"path"), Query: word.Draw(t, label+"query"), Host: word.Draw(t, label+"host"),
 				SourceAddress: word.Draw(t, label+"from"), DestinationAddress: word.Draw(t, label+"to"),
-				Headers: rapid.MapOfN(rapid.SampledFrom([]string{"a", "b"}), rapid.SliceOfN(word, 0, 2), 0, 2).Draw(t, label+"headers"),
+				Headers: policy.HeaderMap(rapid.MapOfN(rapid.SampledFrom([]string{"a", "b"}), rapid.SliceOfN(word, 0, 2), 0, 2).Draw(t, label+"headers")),
 			}
 		}
 		x, y := one("x"), one("y")
@@ -148,14 +148,14 @@ func agree(r *Reads, x, y *policy.Input) bool {
 	}
 	if r.AllHeaders {
 		for _, in := range []*policy.Input{x, y} {
-			for n := range in.Headers {
+			for n := range in.HeaderMap() {
 				names[n] = true
 			}
 		}
 	}
 	for n := range names {
-		v, ok1 := x.Headers[n]
-		w, ok2 := y.Headers[n]
+		v, ok1 := x.Header(n)
+		w, ok2 := y.Header(n)
 		if ok1 != ok2 || fmt.Sprintf("%q", v) != fmt.Sprintf("%q", w) {
 			return false
 		}
@@ -186,7 +186,7 @@ func TestConcurrentUse(t *testing.T) {
 func TestFindAllocatesNothing(t *testing.T) {
 	c := New(Reads{Query: true, Headers: []string{"a"}}, nil)
 	in := call("/orders/1")
-	in.Headers = map[string][]string{"a": {"b"}}
+	in.Headers = policy.HeaderMap{"a": {"b"}}
 	c.Put(in, allowed("r"), 0, 0)
 	if n := testing.AllocsPerRun(100, func() {
 		if _, ok := c.Find(in, 0); !ok {

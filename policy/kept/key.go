@@ -31,10 +31,11 @@ func (c *Cache) key(b []byte, in *policy.Input) []byte {
 		b = text(b, in.DestinationAddress)
 	}
 	if r.AllHeaders {
-		return allHeaders(b, in.Headers)
+		return allHeaders(b, in.HeaderMap())
 	}
 	for _, name := range r.Headers {
-		b = header(b, in.Headers, name)
+		values, present := in.Header(name)
+		b = header(b, values, present)
 	}
 	return b
 }
@@ -43,7 +44,7 @@ func text(b []byte, s string) []byte {
 	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
 }
 
-func allHeaders(b []byte, headers map[string][]string) []byte {
+func allHeaders(b []byte, headers policy.HeaderMap) []byte {
 	names := make([]string, 0, len(headers))
 	for name := range headers {
 		names = append(names, name)
@@ -51,14 +52,13 @@ func allHeaders(b []byte, headers map[string][]string) []byte {
 	slices.Sort(names)
 	b = binary.AppendUvarint(b, uint64(len(names)))
 	for _, name := range names {
-		b = header(text(b, name), headers, name)
+		b = header(text(b, name), headers[name], true)
 	}
 	return b
 }
 
 // header appends the values of one; none is something else than an empty list.
-func header(b []byte, headers map[string][]string, name string) []byte {
-	values, present := headers[name]
+func header(b []byte, values []string, present bool) []byte {
 	if !present {
 		return binary.AppendUvarint(b, 0)
 	}

@@ -175,7 +175,7 @@ func TestDecodeReadsWhatEncodeWrites(t *testing.T) {
 		}
 		in := &policy.Input{
 			Source: "spiffe://a.test/web", Destination: want.Destination, Protocol: policy.HTTP, Method: "GET", Path: "/a", Query: "a=a&x-a=a",
-			Headers: map[string][]string{"x-a": {"a", "b"}, "a": {}},
+			Headers: policy.HeaderMap{"x-a": {"a", "b"}, "a": {}},
 		}
 		if diff := cmp.Diff(q.Decide(in, instant), p.Decide(in, instant)); diff != "" {
 			t.Fatal(diff)

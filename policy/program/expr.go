@@ -355,7 +355,7 @@ func (o *Operand) ofRequest(in *policy.Input) (string, bool) {
 	case Host:
 		return in.Host, true
 	case Header:
-		values, ok := in.Headers[o.Text]
+		values, ok := in.Header(o.Text)
 		if len(values) == 1 {
 			return values[0], ok
 		}

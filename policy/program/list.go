@@ -22,7 +22,7 @@ func (l *List) walk(in *policy.Input, at *elements) (w walker, ok bool) {
 	case Segments:
 		return walker{kind: Split, rest: strings.TrimLeft(policy.DecodePath(in.Path), "/"), separator: "/", more: true}, true
 	case HeaderValues:
-		values, ok := in.Headers[l.Key]
+		values, ok := in.Header(l.Key)
 		return walker{kind: HeaderValues, values: values}, ok
 	case QueryValues:
 		w := walker{kind: QueryValues, rest: in.Query, name: l.Key}

@@ -68,7 +68,7 @@ func TestOrderOfReasons(t *testing.T) {
 	}{
 		"allowed":                {func(*policy.Input) {}, 0, policy.Allowed, "a"},
 		"denied by a grant":      {func(in *policy.Input) { in.Path = "/a/denied" }, 0, policy.DenyRule, "b"},
-		"denied by Rego":         {func(in *policy.Input) { in.Headers = map[string][]string{"x-debug": {"on"}} }, 0, policy.DenyRule, "rego:deny"},
+		"denied by Rego":         {func(in *policy.Input) { in.Headers = policy.HeaderMap{"x-debug": {"on"}} }, 0, policy.DenyRule, "rego:deny"},
 		"allowed by Rego":        {func(in *policy.Input) { in.Path = "/public/x" }, 0, policy.Allowed, "rego:allow"},
 		"another method":         {func(in *policy.Input) { in.Method = "POST" }, 0, policy.MethodNotGranted, ""},
 		"another path":           {func(in *policy.Input) { in.Path = "/b" }, 0, policy.PathNotGranted, ""},
@@ -197,7 +197,7 @@ func TestDecideAllocatesNothing(t *testing.T) {
 		}},
 	})
 	in := get("/x/y")
-	in.Headers = map[string][]string{"role": {"admin"}}
+	in.Headers = policy.HeaderMap{"role": {"admin"}}
 	if v := p.Decide(in, instant); v.RuleID != "rego:allow" {
 		t.Fatalf("%+v", v)
 	}

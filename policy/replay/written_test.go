@@ -20,7 +20,7 @@ func TestOwnDecisionLogIsReplayed(t *testing.T) {
 		t.Helper()
 		in := policy.Input{
 			Source: "spiffe://x.test/web", Destination: "spiffe://x.test/orders", Protocol: policy.HTTP, Method: "GET", Path: "/orders/1", Query: "a=1",
-			Headers: map[string][]string{"x-team": {"shop"}, "user-agent": {"curl"}}, SourceAddress: "10.0.0.1:4000",
+			Headers: policy.HeaderMap{"x-team": {"shop"}, "user-agent": {"curl"}}, SourceAddress: "10.0.0.1:4000",
 		}
 		change(&in)
 		d.DecisionID, d.Revision = policy.NewDecisionID(), 3
@@ -31,7 +31,7 @@ func TestOwnDecisionLogIsReplayed(t *testing.T) {
 	add(no, 1, same)
 	add(yes, 40, func(in *policy.Input) { in.Method = "POST" })
 	add(policy.Decision{Reason: policy.BadRequest}, 1, func(in *policy.Input) { in.Path = "/\xff" })
-	add(no, 1, func(in *policy.Input) { in.Headers["user-agent"] = []string{"caf\xe9"} })
+	add(no, 1, func(in *policy.Input) { in.HeaderMap()["user-agent"] = []string{"caf\xe9"} })
 	add(no, 1, func(in *policy.Input) {
 		in.Protocol, in.Method, in.Path, in.Headers, in.Query = policy.TCP, "", "", nil, ""
 	})

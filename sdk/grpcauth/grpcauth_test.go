@@ -210,12 +210,12 @@ func TestPolicySeesMetadataAndHandlersNoForgedIdentity(t *testing.T) {
 	}
 	got := <-seen
 	for _, name := range []string{"content-type", "user-agent", "grpc-accept-encoding"} {
-		delete(got.Headers, name)
+		delete(got.HeaderMap(), name)
 	}
 	want := &policy.Input{
 		Source: "spiffe://sdktest.test/web", Destination: "spiffe://sdktest.test/orders",
 		Protocol: policy.GRPC, Method: "POST", Path: "/grpc.testing.TestService/UnaryCall", Host: address,
-		Headers:            map[string][]string{"x-role": {"a", "b"}, "x-bin": {"/wA"}},
+		Headers:            policy.HeaderMap{"x-role": {"a", "b"}, "x-bin": {"/wA"}},
 		SourceAddress:      got.SourceAddress,
 		DestinationAddress: address,
 		SourceSerial:       got.SourceSerial,

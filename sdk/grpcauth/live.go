@@ -1,4 +1,4 @@
-// Calls under way: they end when the policy does not allow them any more.
+// Streams under way: they end when the policy does not allow them any more.
 
 package grpcauth
 
@@ -11,49 +11,26 @@ import (
 
 	"google.golang.org/grpc"
 
-	"merlon.dev/policy"
-	"merlon.dev/sdk/internal/telemetry"
+	"merlon.dev/sdk"
 )
 
-// liveCall is a call that the policy may end.
-type liveCall struct {
-	stop func() // stops watching
-	cut  func() // ends the connection
-	over chan struct{}
-
-	mu  sync.Mutex
-	err error // guarded by mu: why it was ended; closes over
-
-	sending sync.RWMutex // held for reading while something is sent
+// liveStream is a stream that the policy may end.
+type liveStream struct {
+	call    *sdk.Call
+	over    chan struct{} // closes when the policy has ended the call
+	sending sync.RWMutex  // held for reading while something is sent
 }
 
-// follow watches over a call. The context that it returns ends when the call is
-// denied, with the denial as its cause.
-func (s *server) follow(ctx context.Context, call decided) (context.Context, *liveCall) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	live := &liveCall{over: make(chan struct{}), cut: func() { s.id.Cut(call.state, "the policy has ended a call that could not be ended alone") }}
-	unfollow := s.id.Follow(call.in, call.decision, func(d policy.Decision) {
-		err := denial(d)
-		telemetry.OnSpan(ctx, d)
-		live.mu.Lock()
-		live.err = err
-		live.mu.Unlock()
-		close(live.over)
-		cancel(err)
-	})
-	live.stop = func() {
-		unfollow()
-		cancel(nil)
+// denied is the error that ended the stream; nil while it may go on.
+func (l *liveStream) denied() error {
+	if d, ended := l.call.Denied(); ended {
+		return denial(d)
 	}
-	return ctx, live
+	return nil
 }
 
-// denied is the error that ended the call; nil while it may go on.
-func (l *liveCall) denied() error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.err
-}
+// cut ends the connection.
+func (l *liveStream) cut() { l.call.Cut("the policy has ended a call that could not be ended alone") }
 
 // sendTime is how long a message that is being sent when the call ends may take
 // before the connection is cut: its peer does not read.
@@ -61,7 +38,7 @@ const sendTime = 500 * time.Millisecond
 
 // run serves a stream in a goroutine of its own, because only the return from here
 // ends a stream: one that waits for its peer would else stay open.
-func (l *liveCall) run(stream grpc.ServerStream, serve func(grpc.ServerStream) error) error {
+func (l *liveStream) run(stream grpc.ServerStream, serve func(grpc.ServerStream) error) error {
 	type result struct {
 		err      error
 		panicked any
@@ -101,7 +78,7 @@ func (l *liveCall) run(stream grpc.ServerStream, serve func(grpc.ServerStream) e
 type decidedStream struct {
 	grpc.ServerStream
 	ctx  context.Context
-	live *liveCall
+	live *liveStream
 }
 
 // Context implements grpc.ServerStream.

@@ -5,10 +5,9 @@ package grpcauth
 
 import (
 	"context"
-	"crypto/tls"
-	"encoding/base64"
 	"errors"
 	"maps"
+	"net"
 	"strings"
 	"time"
 
@@ -59,15 +58,14 @@ func (s *server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 }
 
 func (s *server) serveUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
-	ctx, call, err := s.decide(ctx, info.FullMethod)
+	call, err := s.begin(ctx, info.FullMethod, nil)
 	if err != nil {
 		return nil, err
 	}
-	ctx, live := s.follow(ctx, call)
-	defer live.stop()
-	reply, err := next(ctx, req)
-	if denied := live.denied(); denied != nil {
-		return nil, denied
+	defer call.End()
+	reply, err := next(asDecided(call), req)
+	if d, ended := call.Denied(); ended {
+		return nil, denial(d)
 	}
 	return reply, err
 }
@@ -80,54 +78,52 @@ func (s *server) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServ
 }
 
 func (s *server) serveStream(ctx context.Context, srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-	ctx, call, err := s.decide(ctx, info.FullMethod)
+	over := make(chan struct{})
+	call, err := s.begin(ctx, info.FullMethod, func(policy.Decision) { close(over) })
 	if err != nil {
 		return err
 	}
-	ctx, live := s.follow(ctx, call)
-	defer live.stop()
-	return live.run(&decidedStream{ServerStream: stream, ctx: ctx, live: live}, func(ds grpc.ServerStream) error { return next(srv, ds) })
+	defer call.End()
+	live := &liveStream{call: call, over: over}
+	return live.run(&decidedStream{ServerStream: stream, ctx: asDecided(call), live: live}, func(ds grpc.ServerStream) error { return next(srv, ds) })
 }
 
-// decided is a call that the policy allows.
-type decided struct {
-	in       *policy.Input
-	decision policy.Decision
-	state    *tls.ConnectionState
-}
-
-// unknown is the connection of nobody that we know. It is never written to.
-var unknown tls.ConnectionState
-
-// decide puts one call to the policy. A denial is the error to answer with.
-func (s *server) decide(ctx context.Context, served string) (context.Context, decided, error) {
+// begin puts one call to the policy. A denial is the error to answer with; else the
+// call is under way, and ended, unless nil, is told when the policy ends it.
+func (s *server) begin(ctx context.Context, served string, ended func(policy.Decision)) (*sdk.Call, error) {
 	in := &policy.Input{Protocol: policy.GRPC, Method: "POST"}
-	state := &unknown
-	if p, ok := peer.FromContext(ctx); ok {
-		switch info := p.AuthInfo.(type) {
+	var info credentials.TLSInfo // the zero value is the connection of nobody that we know
+	state := &info.State
+	if from, ok := peer.FromContext(ctx); ok {
+		switch auth := from.AuthInfo.(type) {
 		case credentials.TLSInfo:
-			state = &info.State
+			info = auth
 		case plaintextInfo:
 			state = nil
 		}
-		if p.Addr != nil {
-			in.SourceAddress = p.Addr.String()
-		}
-		if p.LocalAddr != nil {
-			in.DestinationAddress = p.LocalAddr.String()
+		if _, known := s.id.Peer(state); !known { // else the connection tells the addresses
+			in.SourceAddress, in.DestinationAddress = text(from.Addr), text(from.LocalAddr)
 		}
 	}
-	ctx = s.headers(ctx, in)
+	ctx = headers(ctx, in)
 	sent, err := exactMethod(ctx, served)
 	in.Path = sent
 	if err != nil {
-		return nil, decided{}, denial(s.id.Refuse(ctx, state, in, err))
+		return nil, denial(s.id.Refuse(ctx, state, in, err))
 	}
-	ctx, decision := s.id.Decide(ctx, state, in)
-	if !decision.Allow {
-		return nil, decided{}, withFields(ctx, decision)
+	call := s.id.Begin(ctx, state, in, ended)
+	if d := call.Decision(); !d.Allow {
+		call.End()
+		return nil, withFields(ctx, d)
 	}
-	return asDecided(ctx, decision.Response), decided{in, decision, state}, nil
+	return call, nil
+}
+
+func text(a net.Addr) string {
+	if a == nil {
+		return ""
+	}
+	return a.String()
 }
 
 // withFields is the error of a denied call, before anything was answered: the fields
@@ -141,16 +137,17 @@ func withFields(ctx context.Context, d policy.Decision) error {
 
 // asDecided gives the context that a handler is to see: with the policy's metadata in
 // the place of the caller's of the same names, and without what it takes away.
-func asDecided(ctx context.Context, send *policy.Response) context.Context {
+func asDecided(call *sdk.Call) context.Context {
+	send := call.Decision().Response
 	if send == nil {
-		return ctx
+		return call
 	}
 	if len(send.ResponseHeaders) > 0 {
-		_ = grpc.SetHeader(ctx, metadataOf(send.ResponseHeaders)) // likewise
+		_ = grpc.SetHeader(call, metadataOf(send.ResponseHeaders)) // likewise
 	}
-	md, _ := metadata.FromIncomingContext(ctx) // a copy
+	md, _ := metadata.FromIncomingContext(call) // a copy
 	maps.DeleteFunc(md, func(name string, _ []string) bool { return send.Replaces(name) })
-	return metadata.NewIncomingContext(ctx, metadata.Join(md, metadataOf(send.Headers)))
+	return metadata.NewIncomingContext(call, metadata.Join(md, metadataOf(send.Headers)))
 }
 
 func metadataOf(fields []policy.HeaderField) metadata.MD {
@@ -182,47 +179,4 @@ func exactMethod(ctx context.Context, served string) (string, error) {
 		return sent, errors.New("the path names another method than the one that would be served")
 	}
 	return sent, nil
-}
-
-// headers puts the metadata into in, and takes out of ctx what claims an
-// identity; only TLS says who the caller is (T13).
-func (s *server) headers(ctx context.Context, in *policy.Input) context.Context {
-	md, ok := metadata.FromIncomingContext(ctx) // a copy, with names in lower case
-	if !ok {
-		return ctx
-	}
-	stripped := false
-	for name := range md {
-		if policy.ClaimsIdentity(name) {
-			delete(md, name)
-			stripped = true
-		}
-	}
-	if stripped {
-		ctx = metadata.NewIncomingContext(ctx, md.Copy())
-	}
-	in.Headers = make(map[string][]string, len(md))
-	for name, values := range md {
-		switch {
-		case name == ":authority":
-			if len(values) > 0 {
-				in.Host = values[0]
-			}
-		case strings.HasPrefix(name, ":"):
-		case strings.HasSuffix(name, "-bin"):
-			in.Headers[name] = onTheWire(values)
-		default:
-			in.Headers[name] = values
-		}
-	}
-	return ctx
-}
-
-// onTheWire encodes binary metadata again, as it travels.
-func onTheWire(values []string) []string {
-	out := make([]string, len(values))
-	for i, v := range values {
-		out[i] = base64.RawStdEncoding.EncodeToString([]byte(v))
-	}
-	return out
 }

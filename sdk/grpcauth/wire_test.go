@@ -242,28 +242,28 @@ deny if {
 	role := func(value string) hpack.HeaderField { return hpack.HeaderField{Name: "x-role", Value: value} }
 	for name, tt := range map[string]struct {
 		fields []hpack.HeaderField
-		seen   map[string][]string
+		seen   policy.HeaderMap
 		denied bool
 	}{
-		"one":                      {[]hpack.HeaderField{role("user")}, map[string][]string{"x-role": {"user"}}, false},
-		"twice the same":           {[]hpack.HeaderField{role("user"), role("user")}, map[string][]string{"x-role": {"user", "user"}}, false},
-		"the second counts":        {[]hpack.HeaderField{role("user"), role("admin")}, map[string][]string{"x-role": {"user", "admin"}}, true},
-		"the first counts":         {[]hpack.HeaderField{role("admin"), role("user")}, map[string][]string{"x-role": {"admin", "user"}}, true},
-		"others between":           {[]hpack.HeaderField{role("user"), {Name: "x-a", Value: "1"}, role("admin")}, map[string][]string{"x-role": {"user", "admin"}, "x-a": {"1"}}, true},
-		"joined by a comma":        {[]hpack.HeaderField{role("user, admin")}, map[string][]string{"x-role": {"user, admin"}}, true},
-		"joined, and once more":    {[]hpack.HeaderField{role("user,guest"), role("admin")}, map[string][]string{"x-role": {"user,guest", "admin"}}, true},
-		"empty and not":            {[]hpack.HeaderField{role(""), role("admin")}, map[string][]string{"x-role": {"", "admin"}}, true},
-		"a tab within":             {[]hpack.HeaderField{role("user\tadmin")}, map[string][]string{"x-role": {"user\tadmin"}}, true},
-		"an underscore is another": {[]hpack.HeaderField{role("user"), {Name: "x_role", Value: "admin"}}, map[string][]string{"x-role": {"user"}, "x_role": {"admin"}}, false},
-		"binary, twice":            {[]hpack.HeaderField{{Name: "x-bin", Value: "YQ"}, {Name: "x-bin", Value: "Yg=="}}, map[string][]string{"x-bin": {"YQ", "Yg"}}, false},
+		"one":                      {[]hpack.HeaderField{role("user")}, policy.HeaderMap{"x-role": {"user"}}, false},
+		"twice the same":           {[]hpack.HeaderField{role("user"), role("user")}, policy.HeaderMap{"x-role": {"user", "user"}}, false},
+		"the second counts":        {[]hpack.HeaderField{role("user"), role("admin")}, policy.HeaderMap{"x-role": {"user", "admin"}}, true},
+		"the first counts":         {[]hpack.HeaderField{role("admin"), role("user")}, policy.HeaderMap{"x-role": {"admin", "user"}}, true},
+		"others between":           {[]hpack.HeaderField{role("user"), {Name: "x-a", Value: "1"}, role("admin")}, policy.HeaderMap{"x-role": {"user", "admin"}, "x-a": {"1"}}, true},
+		"joined by a comma":        {[]hpack.HeaderField{role("user, admin")}, policy.HeaderMap{"x-role": {"user, admin"}}, true},
+		"joined, and once more":    {[]hpack.HeaderField{role("user,guest"), role("admin")}, policy.HeaderMap{"x-role": {"user,guest", "admin"}}, true},
+		"empty and not":            {[]hpack.HeaderField{role(""), role("admin")}, policy.HeaderMap{"x-role": {"", "admin"}}, true},
+		"a tab within":             {[]hpack.HeaderField{role("user\tadmin")}, policy.HeaderMap{"x-role": {"user\tadmin"}}, true},
+		"an underscore is another": {[]hpack.HeaderField{role("user"), {Name: "x_role", Value: "admin"}}, policy.HeaderMap{"x-role": {"user"}, "x_role": {"admin"}}, false},
+		"binary, twice":            {[]hpack.HeaderField{{Name: "x-bin", Value: "YQ"}, {Name: "x-bin", Value: "Yg=="}}, policy.HeaderMap{"x-bin": {"YQ", "Yg"}}, false},
 	} {
 		got := rawCall(t, address, td, unaryCall, tt.fields...)
 		in := <-asked
 		for _, always := range []string{"content-type", "user-agent", "te"} {
-			delete(in.Headers, always)
+			delete(in.HeaderMap(), always)
 		}
-		if !cmp.Equal(in.Headers, tt.seen) {
-			t.Errorf("%s: the policy saw (-got +want):\n%s", name, cmp.Diff(in.Headers, tt.seen))
+		if !cmp.Equal(in.HeaderMap(), tt.seen) {
+			t.Errorf("%s: the policy saw (-got +want):\n%s", name, cmp.Diff(in.HeaderMap(), tt.seen))
 		}
 		if tt.denied {
 			if got.how != "PermissionDenied" || got.reason != string(policy.DenyRule) {

@@ -5,7 +5,6 @@ package httpauth
 
 import (
 	"errors"
-	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -68,11 +67,13 @@ func (h *handler) serve(w http.ResponseWriter, r *http.Request) {
 		Method:        r.Method,
 		Query:         r.URL.RawQuery,
 		Host:          r.Host,
-		Headers:       lowerCase(r.Header),
+		Headers:       sent(r.Header),
 		SourceAddress: r.RemoteAddr,
 	}
-	if local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
-		in.DestinationAddress = local.String()
+	if _, known := h.id.Peer(r.TLS); !known { // else the connection tells it
+		if local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
+			in.DestinationAddress = local.String()
+		}
 	}
 	path, err := exactPath(r)
 	in.Path = path
@@ -84,15 +85,7 @@ func (h *handler) serve(w http.ResponseWriter, r *http.Request) {
 		// HTTP/1.1 closes after this answer; HTTP/2 sends GOAWAY and drains.
 		w.Header().Set("Connection", "close")
 	}
-	ctx, decision := h.id.Decide(r.Context(), r.TLS, in)
-	if !decision.Allow {
-		refuse(w, r, decision)
-		return
-	}
-	if decision.Response != nil {
-		addFields(w.Header(), decision.Response.ResponseHeaders)
-	}
-	h.serveLive(w, asDecided(r.WithContext(ctx), decision.Response), in, decision)
+	h.serveLive(w, r, in)
 }
 
 // exactPath gives the bytes of the path as they came over the wire, unless
@@ -125,38 +118,4 @@ func exactPath(r *http.Request) (string, error) {
 		return path, errors.New("the Host field and :authority differ")
 	}
 	return path, nil
-}
-
-// withoutForgedIdentity gives r without header or trailer fields that claim an
-// identity. It copies only what it changes.
-func withoutForgedIdentity(r *http.Request) *http.Request {
-	isForged := func(name string, _ []string) bool { return policy.ClaimsIdentity(strings.ToLower(name)) }
-	for name := range r.Header {
-		if policy.ClaimsIdentity(strings.ToLower(name)) {
-			clean := maps.Clone(r.Header)
-			maps.DeleteFunc(clean, isForged)
-			copied := *r
-			copied.Header = clean
-			r = &copied
-			break
-		}
-	}
-	if len(r.Trailer) > 0 {
-		// Their values come after the body, into this very map.
-		maps.DeleteFunc(r.Trailer, isForged)
-		copied := *r
-		copied.Body = &trailerFilter{ReadCloser: r.Body, trailer: r.Trailer, drop: isForged}
-		r = &copied
-	}
-	return r
-}
-
-// lowerCase gives the fields as policies see them.
-func lowerCase(header http.Header) map[string][]string {
-	out := make(map[string][]string, len(header))
-	for name, values := range header {
-		lower := strings.ToLower(name)
-		out[lower] = append(out[lower], values...)
-	}
-	return out
 }

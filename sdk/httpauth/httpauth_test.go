@@ -346,7 +346,7 @@ func TestPolicySeesTheExactBytes(t *testing.T) {
 	want := &policy.Input{
 		Source: "spiffe://sdktest.test/web", Destination: "spiffe://sdktest.test/orders",
 		Protocol: policy.HTTP, Method: "get", Path: "/a%20b/%C3%A9/c,d", Query: "x=%2f&y", Host: "orders:1",
-		Headers:            map[string][]string{"x-role": {"a", "b, c"}, "x_role": {"d"}},
+		Headers:            policy.HeaderMap{"x-role": {"a", "b, c"}, "x_role": {"d"}},
 		SourceAddress:      got.SourceAddress,
 		DestinationAddress: strings.TrimPrefix(url, "https://"),
 		SourceSerial:       got.SourceSerial,

@@ -4,7 +4,6 @@ package httpauth
 
 import (
 	"bufio"
-	"context"
 	"io"
 	"net"
 	"net/http"
@@ -13,28 +12,30 @@ import (
 
 	"merlon.dev/policy"
 	"merlon.dev/sdk"
-	"merlon.dev/sdk/internal/telemetry"
 )
 
-// serveLive serves a request that d has allowed. When the policy denies it while
-// it is under way, its context ends with the denial as cause and its body and its
-// answer cannot be read or written any more; the peer gets the denial, or a broken
-// answer where one has begun.
-func (h *handler) serveLive(w http.ResponseWriter, r *http.Request, in *policy.Input, d policy.Decision) {
-	ctx, cancel := context.WithCancelCause(r.Context())
-	defer cancel(nil)
-	live := &liveWriter{ResponseWriter: w, hangUp: func() { h.id.Cut(r.TLS, "the policy has ended a connection that a handler took over") }}
-	stop := h.id.Follow(in, d, func(d policy.Decision) {
-		live.deny(d)
-		cancel(sdk.DeniedBy(d))
-	})
+// serveLive puts a request to the policy, and serves it if that allows it. When the
+// policy denies it while it is under way, its context ends with the denial as cause
+// and its body and its answer cannot be read or written any more; the peer gets the
+// denial, or a broken answer where one has begun.
+func (h *handler) serveLive(w http.ResponseWriter, r *http.Request, in *policy.Input) {
+	live := &liveWriter{ResponseWriter: w}
+	call := h.id.Begin(r.Context(), r.TLS, in, live.deny)
 	defer live.finish()
-	defer stop()
-	served := r.WithContext(ctx)
+	defer call.End()
+	d := call.Decision()
+	if !d.Allow {
+		refuse(w, r, d)
+		return
+	}
+	if d.Response != nil {
+		addFields(w.Header(), d.Response.ResponseHeaders)
+	}
+	live.call = call
+	served := asDecided(r.WithContext(call), d.Response)
 	h.next.ServeHTTP(live, served)
 	servedBy(w, served.Pattern)
 	if denied, begun := live.finish(); denied != nil {
-		telemetry.OnSpan(ctx, *denied)
 		if begun {
 			panic(http.ErrAbortHandler) // what was sent must not pass for a whole answer
 		}
@@ -46,7 +47,7 @@ func (h *handler) serveLive(w http.ResponseWriter, r *http.Request, in *policy.I
 // liveWriter is the http.ResponseWriter of a request that the policy may end.
 type liveWriter struct {
 	http.ResponseWriter
-	hangUp func() // ends the connection
+	call *sdk.Call // set before the handler runs
 
 	mu sync.Mutex
 	// guarded by mu
@@ -72,7 +73,7 @@ func (w *liveWriter) deny(d policy.Decision) {
 	}
 	w.denied = &d
 	if w.hijacked {
-		w.hangUp()
+		w.call.Cut("the policy has ended a connection that a handler took over")
 		return
 	}
 	c := http.NewResponseController(w.ResponseWriter)

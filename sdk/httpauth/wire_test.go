@@ -60,21 +60,21 @@ func TestT16PolicySeesEveryValueOfAField(t *testing.T) {
 	url := start(t, td.Workload("orders"), http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { served <- r.Header }))
 	for name, tt := range map[string]struct {
 		fields string
-		seen   map[string][]string
+		seen   policy.HeaderMap
 		denied bool
 	}{
-		"one":                      {"X-Role: user\r\n", map[string][]string{"x-role": {"user"}}, false},
-		"the second counts":        {"X-Role: user\r\nX-Role: admin\r\n", map[string][]string{"x-role": {"user", "admin"}}, true},
-		"the first counts":         {"X-Role: admin\r\nX-Role: user\r\n", map[string][]string{"x-role": {"admin", "user"}}, true},
-		"others between":           {"X-Role: user\r\nX-A: 1\r\nX-Role: admin\r\n", map[string][]string{"x-role": {"user", "admin"}, "x-a": {"1"}}, true},
-		"in any case":              {"x-role: user\r\nX-ROLE: guest\r\nX-rOlE: admin\r\n", map[string][]string{"x-role": {"user", "guest", "admin"}}, true},
-		"joined by a comma":        {"X-Role: user, admin\r\n", map[string][]string{"x-role": {"user, admin"}}, true},
-		"joined, and once more":    {"X-Role: user,guest\r\nX-Role: guest\r\n", map[string][]string{"x-role": {"user,guest", "guest"}}, false},
-		"empty and not":            {"X-Role:\r\nX-Role: admin\r\n", map[string][]string{"x-role": {"", "admin"}}, true},
-		"tabs around":              {"X-Role:\t user \t\r\n", map[string][]string{"x-role": {"user"}}, false},
-		"a tab within":             {"X-Role: user\tadmin\r\n", map[string][]string{"x-role": {"user\tadmin"}}, true},
-		"folded":                   {"X-Role: user\r\n\tadmin\r\n", map[string][]string{"x-role": {"user admin"}}, true},
-		"an underscore is another": {"X-Role: user\r\nX_Role: admin\r\n", map[string][]string{"x-role": {"user"}, "x_role": {"admin"}}, false},
+		"one":                      {"X-Role: user\r\n", policy.HeaderMap{"x-role": {"user"}}, false},
+		"the second counts":        {"X-Role: user\r\nX-Role: admin\r\n", policy.HeaderMap{"x-role": {"user", "admin"}}, true},
+		"the first counts":         {"X-Role: admin\r\nX-Role: user\r\n", policy.HeaderMap{"x-role": {"admin", "user"}}, true},
+		"others between":           {"X-Role: user\r\nX-A: 1\r\nX-Role: admin\r\n", policy.HeaderMap{"x-role": {"user", "admin"}, "x-a": {"1"}}, true},
+		"in any case":              {"x-role: user\r\nX-ROLE: guest\r\nX-rOlE: admin\r\n", policy.HeaderMap{"x-role": {"user", "guest", "admin"}}, true},
+		"joined by a comma":        {"X-Role: user, admin\r\n", policy.HeaderMap{"x-role": {"user, admin"}}, true},
+		"joined, and once more":    {"X-Role: user,guest\r\nX-Role: guest\r\n", policy.HeaderMap{"x-role": {"user,guest", "guest"}}, false},
+		"empty and not":            {"X-Role:\r\nX-Role: admin\r\n", policy.HeaderMap{"x-role": {"", "admin"}}, true},
+		"tabs around":              {"X-Role:\t user \t\r\n", policy.HeaderMap{"x-role": {"user"}}, false},
+		"a tab within":             {"X-Role: user\tadmin\r\n", policy.HeaderMap{"x-role": {"user\tadmin"}}, true},
+		"folded":                   {"X-Role: user\r\n\tadmin\r\n", policy.HeaderMap{"x-role": {"user admin"}}, true},
+		"an underscore is another": {"X-Role: user\r\nX_Role: admin\r\n", policy.HeaderMap{"x-role": {"user"}, "x_role": {"admin"}}, false},
 	} {
 		res := roundTrip(t, dial(t, url, td, "http/1.1"), "GET /orders HTTP/1.1\r\nHost: orders\r\n"+tt.fields+"\r\n")
 		if in := <-asked; !cmp.Equal(in.Headers, tt.seen) {
@@ -153,7 +153,7 @@ func TestT16PolicySeesEveryValueOverHTTP2(t *testing.T) {
 		if got := frames(t, dial(t, url, td, "h2"), fields); got != want {
 			t.Errorf("%v = %s; want %s", values, got, want)
 		}
-		seen := map[string][]string{"x-role": values, "x_role": {"admin", "admin"}}
+		seen := policy.HeaderMap{"x-role": values, "x_role": {"admin", "admin"}}
 		if in := <-asked; !cmp.Equal(in.Headers, seen) {
 			t.Errorf("%v: the policy saw (-got +want):\n%s", values, cmp.Diff(in.Headers, seen))
 		}

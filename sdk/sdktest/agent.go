@@ -230,10 +230,11 @@ func (a *agent) Authorize(_ context.Context, req *agentpb.AuthorizeRequest) (*ag
 		SourceSerial:       req.GetSourceSerial(),
 	}
 	if len(req.GetHeaders()) > 0 {
-		in.Headers = make(map[string][]string, len(req.GetHeaders()))
+		headers := make(policy.HeaderMap, len(req.GetHeaders()))
 		for name, values := range req.GetHeaders() {
-			in.Headers[name] = values.GetValues()
+			headers[name] = values.GetValues()
 		}
+		in.Headers = headers
 	}
 	d := a.td.authorize(in)
 	return &agentpb.AuthorizeResponse{Decision: &agentpb.Decision{

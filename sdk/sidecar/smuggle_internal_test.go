@@ -277,7 +277,7 @@ func TestThePolicySeesWhatGoesOn(t *testing.T) {
 	if in.Path != "/a%20b" || in.Query != "q=%2e" || in.Host != "A:80" || in.Method != "GET" || in.Protocol != policy.HTTP || in.Source != p.td.ID("web").String() {
 		t.Errorf("the policy saw %+v", in)
 	}
-	if len(in.Headers) != 1 || fmt.Sprint(in.Headers["x-a"]) != "[1 2,3]" {
+	if len(in.HeaderMap()) != 1 || fmt.Sprint(in.HeaderMap()["x-a"]) != "[1 2,3]" {
 		t.Errorf("the policy saw the fields %v", in.Headers)
 	}
 }

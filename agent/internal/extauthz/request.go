@@ -139,9 +139,10 @@ func (c *call) headers(http *authv3.AttributeContext_HttpRequest) *fault {
 		return misconfigured("the request has its header fields twice")
 	}
 	pseudo := make(map[string]string, 4)
-	c.in.Headers = make(map[string][]string, len(plain)+len(raw))
+	fields := make(policy.HeaderMap, len(plain)+len(raw))
+	c.in.Headers = fields
 	for name, value := range plain {
-		if err := c.header(pseudo, name, value); err != nil {
+		if err := c.header(pseudo, fields, name, value); err != nil {
 			return ambiguous(err)
 		}
 	}
@@ -150,7 +151,7 @@ func (c *call) headers(http *authv3.AttributeContext_HttpRequest) *fault {
 		if len(h.GetRawValue()) > 0 {
 			value = string(h.GetRawValue())
 		}
-		if err := c.header(pseudo, h.GetKey(), value); err != nil {
+		if err := c.header(pseudo, fields, h.GetKey(), value); err != nil {
 			return ambiguous(err)
 		}
 	}
@@ -160,7 +161,7 @@ func (c *call) headers(http *authv3.AttributeContext_HttpRequest) *fault {
 	return nil
 }
 
-func (c *call) header(pseudo map[string]string, name, value string) error {
+func (c *call) header(pseudo map[string]string, fields policy.HeaderMap, name, value string) error {
 	if !utf8.ValidString(value) || !utf8.ValidString(name) {
 		// The policy must not see anything else than the server behind does.
 		return fmt.Errorf("header field %.100q is not UTF-8", name)
@@ -175,7 +176,7 @@ func (c *call) header(pseudo map[string]string, name, value string) error {
 		return nil
 	}
 	c.names = append(c.names, name)
-	c.in.Headers[name] = append(c.in.Headers[name], value)
+	fields[name] = append(fields[name], value)
 	return nil
 }
 

@@ -67,7 +67,7 @@ func TestRead(t *testing.T) {
 	fields := []string{"accept", "a", "Accept", "b", "x-spiffe-id", "spiffe://shop.test/admin", "X_Forwarded_Client_Cert", "URI=x"}
 	want := &policy.Input{
 		Protocol: policy.HTTP, Method: "GET", Path: "/orders/1", Query: "full=1", Host: "orders",
-		Headers: map[string][]string{"accept": {"a", "b"}}, SourceAddress: "192.0.2.7:4000", DestinationAddress: "[2001:db8::1]:8443",
+		Headers: policy.HeaderMap{"accept": {"a", "b"}}, SourceAddress: "192.0.2.7:4000", DestinationAddress: "[2001:db8::1]:8443",
 	}
 	c := read(asked("GET", "/orders/1?full=1", fields...))
 	if diff := cmp.Diff(want, c.in); diff != "" || c.fault != nil {
@@ -76,7 +76,7 @@ func TestRead(t *testing.T) {
 	if diff := cmp.Diff([]string{"x-spiffe-id", "x_forwarded_client_cert"}, c.forged); diff != "" {
 		t.Errorf("forged (-want +got):\n%s", diff)
 	}
-	want.Headers = map[string][]string{"accept": {"a,b"}}
+	want.Headers = policy.HeaderMap{"accept": {"a,b"}}
 	if c := read(merged(asked("GET", "/orders/1?full=1", "accept", "a", "accept", "b"))); c.fault != nil || !cmp.Equal(want, c.in) {
 		t.Errorf("merged: fault %v (-want +got):\n%s", c.fault, cmp.Diff(want, c.in))
 	}
@@ -171,7 +171,7 @@ func TestHeadersReachThePolicy(t *testing.T) {
 			}
 		}
 		c := read(asked("GET", "/", fields...))
-		if diff := cmp.Diff(want, c.in.Headers); diff != "" || c.fault != nil {
+		if diff := cmp.Diff(want, map[string][]string(c.in.HeaderMap())); diff != "" || c.fault != nil {
 			t.Fatalf("fault %v (-want +got):\n%s", c.fault, diff)
 		}
 	})
@@ -211,7 +211,7 @@ func FuzzRead(f *testing.F) {
 				t.Errorf("%s %s is taken for a gRPC call", c.in.Method, c.in.Path)
 			}
 		}
-		for name := range c.in.Headers {
+		for name := range c.in.HeaderMap() {
 			if policy.ClaimsIdentity(name) || strings.HasPrefix(name, ":") || name != strings.ToLower(name) {
 				t.Errorf("the policy sees header field %q", name)
 			}

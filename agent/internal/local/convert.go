@@ -19,10 +19,11 @@ func inputOf(req *agentpb.AuthorizeRequest, destination string) *policy.Input {
 		SourceSerial: req.GetSourceSerial(),
 	}
 	if n := len(req.GetHeaders()); n > 0 {
-		in.Headers = make(map[string][]string, n)
+		headers := make(policy.HeaderMap, n)
 		for name, values := range req.GetHeaders() {
-			in.Headers[name] = values.GetValues()
+			headers[name] = values.GetValues()
 		}
+		in.Headers = headers
 	}
 	return in
 }
@@ -34,9 +35,9 @@ func inputToPB(in *policy.Input) *agentpb.AuthorizeRequest {
 		SourceAddress: in.SourceAddress, DestinationAddress: in.DestinationAddress,
 		SourceSerial: in.SourceSerial,
 	}
-	if len(in.Headers) > 0 {
-		req.Headers = make(map[string]*agentpb.HeaderValues, len(in.Headers))
-		for name, values := range in.Headers {
+	if headers := in.HeaderMap(); len(headers) > 0 {
+		req.Headers = make(map[string]*agentpb.HeaderValues, len(headers))
+		for name, values := range headers {
 			req.Headers[name] = &agentpb.HeaderValues{Values: values}
 		}
 	}

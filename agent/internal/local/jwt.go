@@ -19,7 +19,7 @@ import (
 // service federates with, for the SPIFFE ID that is called, neither ended nor
 // revoked. Nil otherwise: to the policy there is none.
 func (s *Server) claimsOf(ctx context.Context, in *policy.Input, called []*cache.Entry) map[string]any {
-	values := in.Headers["authorization"]
+	values, _ := in.Header("authorization")
 	if len(values) != 1 {
 		return nil
 	}

@@ -153,7 +153,7 @@ func TestHeadersAreKeptByAllowList(t *testing.T) {
 	d := newDecisions([]string{"Accept", "big"})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	kept := func(number int, headers map[string][]string) record {
+	kept := func(number int, headers policy.HeaderMap) record {
 		t.Helper()
 		d.add(&policy.Input{Headers: headers}, policy.Decision{DecisionID: decisionNumber(number)}, time.Time{}, false)
 		rec, ok := d.await(ctx, decisionNumber(number))
@@ -164,14 +164,14 @@ func TestHeadersAreKeptByAllowList(t *testing.T) {
 	}
 	headers := map[string][]string{"accept": {"x", "y"}, "x-session": {"canary", "canary"}, "cookie": {"canary"}}
 	rec := kept(1, headers)
-	if got, want := fmt.Sprint(rec.input.Headers), "map[accept:[x y] cookie:[(masked)] x-session:[(masked)]]"; got != want || fmt.Sprint(d.masked(&rec)) != "[cookie x-session]" || rec.shortened {
+	if got, want := fmt.Sprint(rec.input.HeaderMap()), "map[accept:[x y] cookie:[(masked)] x-session:[(masked)]]"; got != want || fmt.Sprint(d.masked(&rec)) != "[cookie x-session]" || rec.shortened {
 		t.Errorf("kept %s, masked %v; want %s", got, d.masked(&rec), want)
 	}
 	if headers["cookie"][0] != "canary" {
 		t.Error("the call itself was changed")
 	}
-	if rec := kept(2, map[string][]string{"big": {string(make([]byte, maxHeaderBytes))}}); len(rec.input.Headers) != 0 || !rec.shortened {
-		t.Errorf("kept %d headers of too many bytes, shortened: %v", len(rec.input.Headers), rec.shortened)
+	if rec := kept(2, map[string][]string{"big": {string(make([]byte, maxHeaderBytes))}}); len(rec.input.HeaderMap()) != 0 || !rec.shortened {
+		t.Errorf("kept %d headers of too many bytes, shortened: %v", len(rec.input.HeaderMap()), rec.shortened)
 	}
 }
 
@@ -202,7 +202,7 @@ func TestLongStringsAreCut(t *testing.T) {
 
 func BenchmarkKeepDenial(b *testing.B) {
 	d := newDecisions([]string{"accept"})
-	in := &policy.Input{Source: "spiffe://example.test/web", Headers: map[string][]string{"accept": {"x"}, "cookie": {"y"}}}
+	in := &policy.Input{Source: "spiffe://example.test/web", Headers: policy.HeaderMap{"accept": {"x"}, "cookie": {"y"}}}
 	b.ReportAllocs()
 	for i := range b.N {
 		d.add(in, policy.Decision{DecisionID: policy.DecisionID{byte(i >> 24), byte(i >> 16), byte(i >> 8), byte(i)}}, time.Time{}, false)

@@ -64,7 +64,7 @@ func (d *decisions) add(in *policy.Input, decision policy.Decision, now time.Tim
 		return // nobody replaces the record of another's decision
 	}
 	rec := record{decision: decision, input: *in, decidedAt: now, shortened: shortened}
-	rec.keepHeaders(in.Headers, d.keep)
+	rec.keepHeaders(in.HeaderMap(), d.keep)
 	rec.keepStrings()
 	if in.JWT != nil {
 		rec.input.JWT, rec.claims = nil, true
@@ -178,12 +178,12 @@ var maskedValues = []string{masked}
 
 // keepHeaders copies headers as far as there is room, and only the values of those
 // to be kept.
-func (rec *record) keepHeaders(headers map[string][]string, keep map[string]bool) {
+func (rec *record) keepHeaders(headers policy.HeaderMap, keep map[string]bool) {
 	rec.input.Headers = nil
 	if len(headers) == 0 {
 		return
 	}
-	room, kept := maxHeaderBytes, make(map[string][]string, len(headers))
+	room, kept := maxHeaderBytes, make(policy.HeaderMap, len(headers))
 	for name, values := range headers {
 		if !keep[name] {
 			values = maskedValues
@@ -203,7 +203,7 @@ func (rec *record) keepHeaders(headers map[string][]string, keep map[string]bool
 
 // masked are the names of the headers of rec whose values are not kept, sorted.
 func (d *decisions) masked(rec *record) (names []string) {
-	for name := range rec.input.Headers {
+	for name := range rec.input.HeaderMap() {
 		if !d.keep[name] {
 			names = append(names, name)
 		}

@@ -39,7 +39,8 @@ func (s *session) describe(c *call) {
 // that it will not.
 func (s *session) describeFields(c *call, text string) {
 	s.names = s.names[:0]
-	c.in.Headers = make(map[string][]string, len(s.req.fields))
+	headers := make(policy.HeaderMap, len(s.req.fields))
+	c.in.Headers = headers
 	values := make([]string, len(s.req.fields))
 	for i := range s.req.fields {
 		f := &s.req.fields[i]
@@ -49,10 +50,10 @@ func (s *session) describeFields(c *call, text string) {
 			continue
 		}
 		values[i] = text[f.value:f.valueEnd]
-		if had := c.in.Headers[name]; had != nil {
-			c.in.Headers[name] = append(had, values[i])
+		if had := headers[name]; had != nil {
+			headers[name] = append(had, values[i])
 		} else {
-			c.in.Headers[name] = values[i : i+1 : i+1]
+			headers[name] = values[i : i+1 : i+1]
 		}
 	}
 }

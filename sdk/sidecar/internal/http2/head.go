@@ -246,18 +246,19 @@ func isBlank(c byte) bool { return c == ' ' || c == '\t' }
 // input is the request as the policy sees it.
 func (h *head) input(protocol policy.Protocol) *policy.Input {
 	in := &policy.Input{Protocol: protocol, Method: h.method, Path: h.path, Query: h.query, Host: h.authority}
-	in.Headers = make(map[string][]string, len(h.fields))
+	headers := make(policy.HeaderMap, len(h.fields))
+	in.Headers = headers
 	values := make([]string, len(h.fields)) // one allocation for most
 	for i, f := range h.fields {
-		have := in.Headers[f.Name]
+		have := headers[f.Name]
 		switch {
 		case have == nil:
 			values[i] = f.Value
-			in.Headers[f.Name] = values[i : i+1 : i+1]
+			headers[f.Name] = values[i : i+1 : i+1]
 		case f.Name == "cookie": // which HTTP/2 lets be cut (RFC 9113 section 8.2.3)
 			have[0] += "; " + f.Value
 		default:
-			in.Headers[f.Name] = append(have, f.Value)
+			headers[f.Name] = append(have, f.Value)
 		}
 	}
 	return in
