@@ -46,7 +46,8 @@ type TD struct {
 	workloads map[string]*agent
 	rules     []rule
 	decide    func(*policy.Input) policy.Decision
-	compiled  bool // rules are sent to the workloads
+	compiled  bool          // rules are sent to the workloads
+	maxAge    time.Duration // of the policy; 0: any
 	revoked   []svid.Revocation
 	changed   chan struct{} // closed at the next change
 	partners  []*TD         // whose trust bundles the workloads have
@@ -313,6 +314,11 @@ func (td *TD) SetTTL(ttl time.Duration) {
 	defer td.mu.Unlock()
 	td.ttl = ttl
 }
+
+// SetPolicyMaxAge is how old the policy of a workload may be, when its agent is away,
+// before its calls are denied with STALE_POLICY: the agent's policy_max_age with
+// policy_on_stale: deny. 0, as at first, is for ever.
+func (td *TD) SetPolicyMaxAge(age time.Duration) { td.change(func() { td.maxAge = age }) }
 
 // StopAgent stops the agent of the workload, as if it had crashed. StartAgent
 // starts it again.
