@@ -6,6 +6,7 @@ package diff
 import (
 	"context"
 	"slices"
+	"time"
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/engine"
@@ -15,6 +16,8 @@ const (
 	// perDestination and maxCalls are how many calls are made.
 	perDestination = 400
 	maxCalls       = 20_000
+	// maxTime is how long the policies may take for them; hostile ones take 50 ms a call.
+	maxTime = 20 * time.Second
 )
 
 // Elsewhere stands for the services that neither policy names.
@@ -23,7 +26,8 @@ const Elsewhere = "spiffe://any.other.invalid/service"
 // Sample is what two policies say of sampled calls. It shows differences; that it shows
 // none proves nothing, but for the destinations in Unchanged.
 type Sample struct {
-	// Calls is how many calls were made, to so many Destinations.
+	// Calls is how many calls were made, to so many Destinations: fewer where the
+	// policies took long.
 	Calls        int `json:"calls"`
 	Destinations int `json:"destinations"`
 	// Unchanged are the destinations whose compiled policies are the same, so that
@@ -66,12 +70,24 @@ func Policies(ctx context.Context, a, b *engine.Engine) (*Sample, error) {
 		return s, nil
 	}
 	s.Destinations = len(changed)
-	s.Calls = min(perDestination*len(changed), max(maxCalls, len(changed)))
-	found := map[Finding]*Finding{}
-	for _, in := range engine.SampleCalls(changed, s.Calls, a, b) {
+	n := min(perDestination*len(changed), max(maxCalls, len(changed)))
+	if err := s.compare(ctx, a, b, engine.SampleCalls(changed, n, a, b), maxTime); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// compare asks a and b about calls, as many as there is time for.
+func (s *Sample) compare(ctx context.Context, a, b *engine.Engine, calls []*policy.Input, limit time.Duration) error {
+	found, begun := map[Finding]*Finding{}, time.Now()
+	for _, in := range calls {
 		if ctx.Err() != nil {
-			return nil, ctx.Err()
+			return ctx.Err()
 		}
+		if time.Since(begun) > limit {
+			break
+		}
+		s.Calls++
 		before, after := a.Authorize(ctx, in), b.Authorize(ctx, in)
 		if before.Allow == after.Allow {
 			continue
@@ -93,7 +109,7 @@ func Policies(ctx context.Context, a, b *engine.Engine) (*Sample, error) {
 	}
 	slices.SortFunc(s.Added, byPlace)
 	slices.SortFunc(s.Removed, byPlace)
-	return s, nil
+	return nil
 }
 
 func byPlace(a, b Finding) int {

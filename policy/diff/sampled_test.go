@@ -5,6 +5,7 @@ package diff
 
 import (
 	"testing"
+	"time"
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/engine"
@@ -62,5 +63,21 @@ func TestPoliciesAreSampledByTheirWords(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Policies that take long are asked as much as there is time for, and it is said how
+// much that was.
+func TestSamplesEnd(t *testing.T) {
+	a, b := load(t, "allow if input.protocol == \"http\"\n", 1), load(t, "allow if time.now_ns() < 0\n", 2)
+	calls := engine.SampleCalls([]string{Elsewhere}, 100, a, b)
+	for limit, least := range map[time.Duration]int{time.Hour: 100, 0: 0} {
+		s := &Sample{}
+		if err := s.compare(t.Context(), a, b, calls, limit); err != nil {
+			t.Fatal(err)
+		}
+		if s.Calls < least || s.Calls > max(least, 1) {
+			t.Errorf("in %v: %d calls", limit, s.Calls)
+		}
 	}
 }
