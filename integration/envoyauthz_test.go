@@ -184,13 +184,13 @@ func startPair(t *testing.T, edits ...string) *pair {
 	return p
 }
 
-// entry registers an Envoy, whose SVIDs live for seconds.
+// entry registers an Envoy, whose SVIDs live for a minute.
 func (p *pair) entry(path string, e *envoy) (entryID string) {
 	p.t.Helper()
 	var entry struct {
 		EntryID string `json:"entry_id"`
 	}
-	stage.Decode(p.t, p.d.Merlon("entry", "create", "-o", "json", "--parent", p.d.AgentID(), "--ttl", "20s",
+	stage.Decode(p.t, p.d.Merlon("entry", "create", "-o", "json", "--parent", p.d.AgentID(), "--ttl", "1m",
 		"--spiffe-id", p.d.ID(path), "--selector", "unix:path:"+e.binary), &entry)
 	return entry.EntryID
 }
