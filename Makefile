@@ -32,7 +32,7 @@ test: ## unit, property, script and integration tests with the race detector
 	@command -v systemd-analyze >/dev/null || echo 'the unit files are not checked without systemd-analyze: apt-get install systemd'
 	@command -v nginx >/dev/null || echo 'the sidecar is not tested before nginx without it: apt-get install nginx-light'
 	@test -e $(MERLON_INTEROP)/installed || echo 'tests with a real Envoy and with clients in Python and JavaScript are skipped without them: make interop'
-	go test -race ./...
+	go test -race -timeout 25m ./...
 	go test -C examples/databases -race .
 	go test -race -tags pkcs11 -run PKCS11 ./ca/internal/upstream
 

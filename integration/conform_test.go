@@ -86,6 +86,7 @@ func (c conformer) run(t *testing.T, args ...string) (map[string]conformResult, 
 
 // Every MUST that was checked is kept, and much was checked.
 func TestMerlonConforms(t *testing.T) {
+	t.Parallel()
 	d := stage.Dev(t)
 	c := newConformer(t, d)
 	id, err := sdk.Open(t.Context(), sdk.WithAgentAddress(d.WorkloadAPI), sdk.WithLogger(slog.New(slog.DiscardHandler)))
@@ -162,6 +163,7 @@ func callOften(t *testing.T, client *http.Client, url string) {
 
 // What go-spiffe's validator accepts is found, so the tool finds such things.
 func TestConformFindsWhatGoSPIFFEAccepts(t *testing.T) {
+	t.Parallel()
 	d := stage.Dev(t)
 	c := newConformer(t, d)
 	source, err := workloadapi.NewX509Source(t.Context(), workloadapi.WithClientOptions(workloadapi.WithAddr(d.WorkloadAPI)))

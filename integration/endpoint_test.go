@@ -63,6 +63,7 @@ func rootsOf(t *testing.T, file string) *x509.CertPool {
 // go-spiffe fetches the trust bundle by https_web and by https_spiffe, and it is that
 // of the command line.
 func TestGoSPIFFEFetchesTheTrustBundle(t *testing.T) {
+	t.Parallel()
 	e := withEndpoint(t)
 	td := spiffeid.RequireTrustDomainFromString(e.TrustDomain)
 	shown, err := spiffebundle.Parse(td, []byte(e.Merlon("trust", "show", "-o", "jwks")))
@@ -89,6 +90,7 @@ func TestGoSPIFFEFetchesTheTrustBundle(t *testing.T) {
 
 // What spiffe-conform says of the endpoint, by each profile.
 func TestBundleEndpointConforms(t *testing.T) {
+	t.Parallel()
 	e := withEndpoint(t)
 	bin := filepath.Join(stage.Dir(t), "spiffe-conform")
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, "./conform").CombinedOutput(); err != nil {
@@ -125,6 +127,7 @@ func TestBundleEndpointConforms(t *testing.T) {
 // A party built on a stock OpenID Connect library takes a JWT-SVID for an ID token, with
 // ES256 and with RS256, and no token for another audience.
 func TestAStockRelyingPartyTakesJWTSVIDs(t *testing.T) {
+	t.Parallel()
 	party := stage.Bin(t, stage.Build(t, "relyingparty", "integration/relyingparty", ""))
 	for _, algorithm := range []string{"ES256", "RS256"} {
 		t.Run(algorithm, func(t *testing.T) {
@@ -171,6 +174,7 @@ func jwtSVID(t *testing.T, d *stage.Domain, audience string) string {
 
 // What is public says for how long it may be kept, and nothing else is there.
 func TestBundleEndpointServesNothingElse(t *testing.T) {
+	t.Parallel()
 	e := withEndpoint(t)
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: rootsOf(t, e.files.CA)}}}
 	defer client.CloseIdleConnections()
@@ -204,6 +208,7 @@ func TestBundleEndpointServesNothingElse(t *testing.T) {
 // A certificate by ACME, from a real ACME server, which validates the endpoint itself;
 // after a restart the one at hand is used, and no other is asked for.
 func TestCertificateByACME(t *testing.T) {
+	t.Parallel()
 	pebble := stage.Bin(t, stage.Build(t, "pebble", "integration/pebble", ""))
 	own := stage.Certify(t, t.TempDir(), "127.0.0.1")
 	acme, port := fmt.Sprintf("127.0.0.1:%d", stage.FreePort(t)), stage.FreePort(t)

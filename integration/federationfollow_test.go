@@ -69,6 +69,7 @@ func invites(t *testing.T, by, to *stage.Domain) {
 // under calls, the one that the token brought included, and each side sees whether its
 // trust bundle arrives at the other.
 func TestOneTokenEachWay(t *testing.T) {
+	t.Parallel()
 	const often = "trust_refresh_hint: 10s"
 	shop, partner := stage.Separate(t, often), stage.SeparateOf(t, "partner.test", often)
 	shop.Entry("/me", "--federates-with", partner.TrustDomain)
@@ -178,6 +179,7 @@ func waitLong(t *testing.T, what string, check func() error) {
 
 // Tokens that are damaged, for somebody else, or for this CA itself change nothing.
 func TestTokensThatAreNotAccepted(t *testing.T) {
+	t.Parallel()
 	shop, partner := stage.CAAlone(t, "", nil), stage.SeparateOf(t, "partner.test")
 	token := strings.TrimSpace(partner.Merlon("federation", "invite", "other.test", "--profile", "https_spiffe", "--url", partner.HTTPS+"/v1/trust/bundle"))
 	for what, tt := range map[string]struct {
@@ -256,6 +258,7 @@ func (s *spire) write(t *testing.T) (file string) {
 // Another implementation's endpoint is followed by both profiles; what it publishes
 // counts, what no bundle endpoint may say does not, and an empty bundle empties trust.
 func TestAnotherImplementationIsFollowed(t *testing.T) {
+	t.Parallel()
 	shop, s := stage.Separate(t), startSPIRE(t)
 	shop.Entry("/me", "--federates-with", "spire.test")
 	shop.Merlon("federation", "follow", "spire.test", "--profile", "https_web", "--url", s.web, "--web-ca", s.files.CA)
@@ -361,6 +364,7 @@ func roots(t *testing.T, n int) http.HandlerFunc {
 
 // go-spiffe's watcher follows our endpoint, also over a new root.
 func TestGoSPIFFEWatchesUs(t *testing.T) {
+	t.Parallel()
 	d := stage.CAAlone(t, "", nil, "trust_refresh_hint: 10s")
 	td := spiffeid.RequireTrustDomainFromString(d.TrustDomain)
 	first, err := spiffebundle.Parse(td, []byte(d.Merlon("trust", "show", "-o", "jwks")))
