@@ -206,12 +206,24 @@ func (w *world) expect(t *testing.T, when, in, keptIn, out, keptOut string) {
 	t.Logf("%s: %v", when, got)
 }
 
+// notServed has web call orders, whose clock says that both X509-SVIDs have ended, at
+// once, on the connection that is open.
+func (w *world) notServed(t *testing.T) {
+	t.Helper()
+	got := w.web.ask(t, "kept orders %s", w.orders.address)
+	t.Logf("at once: %s", got)
+	if got != "denied EXPIRED" && got != shut { // shut: the table was swept in between
+		t.Errorf("%s, at once after X509-SVIDs have ended", got)
+	}
+}
+
 const okay, shut, over = "served", "refused", "denied EXPIRED|refused"
 
 func TestClockJumpsForward(t *testing.T) {
 	w := newWorld(t)
 	w.expect(t, "before", okay, okay, okay, okay)
 	w.orders.ask(t, "jump 3600")
+	w.notServed(t)
 	w.expect(t, "an hour ahead", shut, over, shut, over)
 	w.Rotate("web")
 	w.Rotate("orders")
@@ -232,6 +244,7 @@ func TestClockJumpsForwardAndBack(t *testing.T) {
 	w := newWorld(t)
 	w.expect(t, "before", okay, okay, okay, okay)
 	w.orders.ask(t, "jump 3600")
+	w.notServed(t)
 	w.expect(t, "an hour ahead", shut, over, shut, over)
 	w.orders.ask(t, "jump 0")
 	w.expect(t, "right again", okay, okay, okay, okay) // with the same X509-SVIDs
