@@ -86,7 +86,7 @@ SVID or an OIDC token; "merlon dev" starts both in one process.`,
 	root.AddCommand(
 		entryCommand(&o), tokenCommand(&o), agentCommand(&o), trustCommand(&o), federationCommand(&o),
 		revokeCommand(&o), revocationCommand(&o), policyNoun(&o), explainCommand(&o), doctorCommand(&o),
-		storeCommand(&o), logCommand(&o), keyCommand(&o), replicaCommand(&o), authorityCommand(&o), devCommand(&o),
+		storeCommand(&o), logCommand(&o), keyCommand(&o), replicaCommand(&o), authorityCommand(&o), migrateCommand(&o), devCommand(&o),
 	)
 	checkArgs(root)
 	return root
