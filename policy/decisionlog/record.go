@@ -121,7 +121,7 @@ func (rec *Record) set(row *Row, in *policy.Input, d *policy.Decision, at int64,
 	n = rec.put(8, n, in.Host)
 	n = rec.put(9, n, in.Path)
 	n = rec.put(10, n, in.Query)
-	rec.headers = uint16(rec.putHeaders(n, in.HeaderMap()))
+	rec.headers = uint16(rec.putHeaders(n, in.Headers))
 }
 
 // known is p as a constant of this package's, so that no text of a caller stays.
@@ -168,23 +168,42 @@ func (rec *Record) putList(i, n int, list []string) int {
 
 // putHeaders copies headers, whole ones only: each name and value with its length in
 // two bytes in front.
-func (rec *Record) putHeaders(n int, headers map[string][]string) int {
-	for name, values := range headers {
-		if SecretHeader(name) {
-			values = masked
-			rec.incomplete |= Headers
+func (rec *Record) putHeaders(n int, headers policy.Headers) int {
+	switch h := headers.(type) {
+	case nil:
+	case policy.HeaderMap: // without an iterator, which allocates
+		for name, values := range h {
+			n = rec.putHeader(n, name, values)
 		}
-		size := 0
-		for _, v := range values {
-			size += 4 + len(name) + len(v)
-		}
-		if n+size > textBytes {
-			rec.incomplete |= Headers
-			continue
-		}
-		for _, v := range values {
-			n = putSized(&rec.text, putSized(&rec.text, n, name), v)
-		}
+	default:
+		return rec.putFields(n, h)
+	}
+	return n
+}
+
+// putFields is apart, so that only records of headers that are no map allocate.
+func (rec *Record) putFields(n int, headers policy.Headers) int {
+	for name, values := range headers.All() {
+		n = rec.putHeader(n, name, values)
+	}
+	return n
+}
+
+func (rec *Record) putHeader(n int, name string, values []string) int {
+	if SecretHeader(name) {
+		values = masked
+		rec.incomplete |= Headers
+	}
+	size := 0
+	for _, v := range values {
+		size += 4 + len(name) + len(v)
+	}
+	if n+size > textBytes {
+		rec.incomplete |= Headers
+		return n
+	}
+	for _, v := range values {
+		n = putSized(&rec.text, putSized(&rec.text, n, name), v)
 	}
 	return n
 }

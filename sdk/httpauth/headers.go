@@ -102,10 +102,58 @@ func (f *fields) UTF8() bool {
 
 // All implements policy.Headers.
 func (f *fields) All() iter.Seq2[string, []string] {
-	all := make(map[string][]string, len(*f))
-	for _, field := range *f {
-		name := strings.ToLower(field.name)
-		all[name] = append(all[name], field.values...)
+	if !f.canonical() { // some may differ in case alone
+		all := make(map[string][]string, len(*f))
+		for _, field := range *f {
+			name := strings.ToLower(field.name)
+			all[name] = append(all[name], field.values...)
+		}
+		return maps.All(all)
 	}
-	return maps.All(all)
+	return func(yield func(string, []string) bool) {
+		names := f.lower()
+		for _, field := range *f {
+			name := names[:len(field.name)]
+			names = names[len(field.name):]
+			if !yield(name, field.values) {
+				return
+			}
+		}
+	}
+}
+
+// canonical says whether all names are as net/http writes those of a request: ASCII,
+// with upper case where a word begins and nowhere else.
+func (f *fields) canonical() bool {
+	for _, field := range *f {
+		begins := true
+		for i := range len(field.name) {
+			c := field.name[i]
+			if c >= utf8.RuneSelf || begins && 'a' <= c && c <= 'z' || !begins && 'A' <= c && c <= 'Z' {
+				return false
+			}
+			begins = c == '-'
+		}
+	}
+	return true
+}
+
+// lower is all names in lower case, one after the other: one piece of memory for all.
+func (f *fields) lower() string {
+	size := 0
+	for _, field := range *f {
+		size += len(field.name)
+	}
+	var b strings.Builder
+	b.Grow(size)
+	for _, field := range *f {
+		for i := range len(field.name) {
+			c := field.name[i]
+			if 'A' <= c && c <= 'Z' {
+				c += 'a' - 'A'
+			}
+			b.WriteByte(c)
+		}
+	}
+	return b.String()
 }
