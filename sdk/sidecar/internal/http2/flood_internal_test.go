@@ -151,27 +151,23 @@ func TestMoreStreamsThanAllowed(t *testing.T) {
 
 func TestDeadlines(t *testing.T) {
 	a := newApp(t, nil)
-	second := func(l *hop.Limits) { l.HeadTimeout, l.IdleTimeout = time.Second, time.Second }
-	r := newRig(t, hop.Inbound, policy.HTTP, second, a.addr)
-	for name, tt := range map[string]struct {
-		connect func() *raw
-		goAway  bool
-	}{
-		"nothing":              {r.connect, false},
-		"preface, no settings": {func() *raw { c := r.connect(); io.WriteString(c.conn, codec.ClientPreface); return c }, false},
-		"half a preface":       {func() *raw { c := r.connect(); io.WriteString(c.conn, codec.ClientPreface[:10]); return c }, false},
-		"idle from the start":  {func() *raw { return r.client() }, true},
-		"idle after a request": {func() *raw { c := r.client(); c.isServed(1); return c }, true},
-		"half a list of fields": {func() *raw {
-			c := r.client()
+	heads := newRig(t, hop.Inbound, policy.HTTP, func(l *hop.Limits) { l.HeadTimeout, l.IdleTimeout = time.Second, time.Hour }, a.addr)
+	idle := newRig(t, hop.Inbound, policy.HTTP, func(l *hop.Limits) { l.HeadTimeout, l.IdleTimeout = time.Hour, time.Second }, a.addr)
+	for name, connect := range map[string]func() *raw{
+		"nothing":              heads.connect,
+		"preface, no settings": func() *raw { c := heads.connect(); io.WriteString(c.conn, codec.ClientPreface); return c },
+		"half a preface":       func() *raw { c := heads.connect(); io.WriteString(c.conn, codec.ClientPreface[:10]); return c },
+		"half a list of fields": func() *raw {
+			c := heads.client()
 			c.fr.WriteHeaders(codec.HeadersFrameParam{StreamID: 1, EndStream: true, BlockFragment: c.block(good...)})
 			return c
-		}, false},
+		},
+		"idle from the start":  func() *raw { return idle.client() },
+		"idle after a request": func() *raw { c := idle.client(); c.isServed(1); return c },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			got := tt.connect().await(1 << 20) // the test's own deadline is 30 s
-			if !got.isOver {
+			if got := connect().await(1 << 20); !got.isOver {
 				t.Errorf("%+v", got)
 			}
 		})
@@ -295,6 +291,14 @@ func TestWindowsAreHeldTo(t *testing.T) {
 				c.fr.WriteData(1, false, make([]byte, 16<<10))
 			}
 		}, answer{isReset: true, reset: codec.ErrCodeFlowControl}},
+		"more than the connection's window": {func(c *raw) {
+			for id := uint32(3); id < 2*60; id += 2 { // the app's server takes 1 MiB
+				c.headers(id, false, with(":method", "POST")...)
+				for n := firstWindow; n > 0; n -= min(n, 16<<10) {
+					c.fr.WriteData(id, false, make([]byte, min(n, 16<<10)))
+				}
+			}
+		}, answer{isOver: true, goAway: codec.ErrCodeFlowControl}},
 		"a stream's window that overflows": {func(c *raw) { c.fr.WriteWindowUpdate(1, 1<<31-1) }, answer{isReset: true, reset: codec.ErrCodeFlowControl}},
 		"no increment":                     {func(c *raw) { c.fr.WriteWindowUpdate(1, 0) }, answer{isReset: true, reset: codec.ErrCodeProtocol}},
 		"the connection's overflows":       {func(c *raw) { c.fr.WriteWindowUpdate(0, 1<<31-1) }, answer{isOver: true, goAway: codec.ErrCodeFlowControl}},
@@ -346,6 +350,13 @@ func TestBodiesAreAsLongAsTheySay(t *testing.T) {
 				t.Errorf("%+v", got)
 			}
 		})
+	}
+	c := r.client()
+	c.headers(1, false, with(":method", "POST", "content-length", "4")...)
+	c.fr.WriteData(1, false, []byte("123"))
+	c.headers(1, true, "x-sum", "3")
+	if got := c.await(1); !got.isReset || got.reset != codec.ErrCodeProtocol {
+		t.Errorf("shorter, with trailers: %+v", got)
 	}
 	for _, s := range a.requests() {
 		if s.body != "1234" && s.body != "" {

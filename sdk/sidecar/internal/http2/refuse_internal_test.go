@@ -242,6 +242,66 @@ func TestIdentityComesFromTLSAlone(t *testing.T) {
 	}
 }
 
+// Who waits for the agent's decision holds up nobody else, and keeps his body.
+func TestTheAgentsDecisionsHoldUpNobody(t *testing.T) {
+	a := newApp(t, nil)
+	r := newRig(t, hop.Inbound, policy.HTTP, nil, a.addr)
+	release := make(chan struct{})
+	r.td.Decide(func(in *policy.Input) policy.Decision {
+		if in.Path == "/slow" {
+			<-release
+		}
+		return policy.Decision{Allow: in.Path != "/denied", Reason: map[bool]policy.Reason{true: policy.Allowed, false: policy.DenyRule}[in.Path != "/denied"]}
+	})
+	await(t, "the agent to decide", func() bool { return !r.hop.Identity.DecidesHere() })
+	c := r.client()
+	c.headers(1, false, with(":method", "POST", ":path", "/slow")...)
+	c.fr.WriteData(1, false, []byte("bo"))
+	c.fr.WriteData(1, true, []byte("dy"))
+	c.headers(3, true, with(":path", "/slow")...)
+	c.fr.WriteRSTStream(3, codec.ErrCodeCancel)
+	c.isServed(5)
+	c.headers(7, true, with(":path", "/denied")...)
+	if got := c.await(7); got.fields[":status"] != "403" {
+		t.Errorf("%+v", got)
+	}
+	close(release)
+	if got := c.await(1); got.fields[":status"] != "200" {
+		t.Errorf("%+v", got)
+	}
+	r.recorded(4)
+	for _, s := range a.requests() {
+		if s.uri == "/slow" && s.body != "body" || s.uri == "/denied" {
+			t.Errorf("the app saw %v", s)
+		}
+	}
+}
+
+func TestTrailersAreHeldToTheSameRules(t *testing.T) {
+	a := newApp(t, nil)
+	r := newRig(t, hop.Inbound, policy.HTTP, nil, a.addr)
+	c := r.client()
+	id := uint32(1)
+	for _, fields := range [][]string{{":path", "/admin"}, {"connection", "x"}, {"X-A", "1"}, {"x-a", "1\r\nx-b: 2"}, {"x-a", strings.Repeat("a", 17<<10)}} {
+		c.headers(id, false, append(with(":method", "POST"), "trailer", "x-a")...)
+		c.headers(id, true, fields...)
+		if got := c.await(id); !got.isReset || got.reset != codec.ErrCodeProtocol {
+			t.Errorf("%.40q: %+v", fields, got)
+		}
+		id += 2
+	}
+	c.headers(id, false, with(":method", "POST")...)
+	c.headers(id, false, "x-a", "1") // and no end
+	if got := c.await(id); !got.isReset || got.reset != codec.ErrCodeProtocol {
+		t.Errorf("%+v", got)
+	}
+	for _, s := range a.requests() {
+		if len(s.trailer["X-A"]) > 0 {
+			t.Errorf("the app saw the trailers %v", s.trailer)
+		}
+	}
+}
+
 // The policy sees what is forwarded, byte for byte, and every value.
 func TestPolicySeesWhatIsForwarded(t *testing.T) {
 	a := newApp(t, nil)
