@@ -135,7 +135,7 @@ func (k *call) refuse(err error, b *batch) (ok bool) {
 // decide asks the policy, and answers for it where it says no.
 func (k *call) decide(b *batch) (allowed bool) {
 	id := k.eng.hop.Identity
-	_, k.decision = id.Decide(k.eng.life, k.down.conn.caller.State, k.in)
+	_, k.decision = id.Ask(k.eng.life, k.down.conn.caller.State, k.in)
 	d := k.decision
 	k.note(func(e *hop.Entry) { e.Reason, e.DecisionID, e.Denied = d.Reason, d.DecisionID, !d.Allow })
 	if !d.Allow {

@@ -5,8 +5,10 @@ package http2
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -115,9 +117,20 @@ func FuzzHead(f *testing.F) {
 			t.Errorf("let through: %+v", h)
 		}
 		in := h.input(policy.HTTP)
+		seen := in.HeaderMap()
+		for name, values := range seen {
+			if got, ok := in.Header(name); !ok || !slices.Equal(got, values) {
+				t.Errorf("%s is %q read alone, and %q among all", name, got, values)
+			}
+		}
+		h.asDecided(&policy.Response{RemoveHeaders: []string{"cookie"}}, &hop.Caller{ID: "spiffe://td/web"})
+		if fmt.Sprint(in.HeaderMap()) != fmt.Sprint(seen) {
+			t.Errorf("the policy sees %v after it has seen %v", in.HeaderMap(), seen)
+		}
+		h.fields = h.sent
 		values := 0
 		for _, f := range h.fields {
-			if f.Name != strings.ToLower(f.Name) || strings.ContainsAny(f.Name+f.Value, "\r\n\x00") || f.IsPseudo() || f.Name == "host" || in.HeaderMap()[f.Name] == nil {
+			if f.Name != strings.ToLower(f.Name) || strings.ContainsAny(f.Name+f.Value, "\r\n\x00") || f.IsPseudo() || f.Name == "host" || seen[f.Name] == nil {
 				t.Errorf("let through: %q", f)
 			}
 			if f.Name == "content-length" {

@@ -24,6 +24,7 @@ type head struct {
 	target                    string
 	length                    int64               // content-length; -1: not said
 	fields                    []hpack.HeaderField // the regular ones, without host
+	sent                      sent                // those of them that the policy sees
 }
 
 // malformedError says why a list is no request at all (RFC 9113 section 8.1.1). What
@@ -243,25 +244,10 @@ func isValue(s string) bool {
 
 func isBlank(c byte) bool { return c == ' ' || c == '\t' }
 
-// input is the request as the policy sees it.
+// input is the request as the policy sees it, also when others change what is forwarded.
 func (h *head) input(protocol policy.Protocol) *policy.Input {
-	in := &policy.Input{Protocol: protocol, Method: h.method, Path: h.path, Query: h.query, Host: h.authority}
-	headers := make(policy.HeaderMap, len(h.fields))
-	in.Headers = headers
-	values := make([]string, len(h.fields)) // one allocation for most
-	for i, f := range h.fields {
-		have := headers[f.Name]
-		switch {
-		case have == nil:
-			values[i] = f.Value
-			headers[f.Name] = values[i : i+1 : i+1]
-		case f.Name == "cookie": // which HTTP/2 lets be cut (RFC 9113 section 8.2.3)
-			have[0] += "; " + f.Value
-		default:
-			headers[f.Name] = append(have, f.Value)
-		}
-	}
-	return in
+	h.sent = sent(h.fields)
+	return &policy.Input{Protocol: protocol, Method: h.method, Path: h.path, Query: h.query, Host: h.authority, Headers: &h.sent}
 }
 
 // strip takes out what claims an identity.
@@ -273,7 +259,7 @@ func (h *head) strip(claims func(name string) bool) {
 // caller is.
 func (h *head) asDecided(send *policy.Response, caller *hop.Caller) {
 	if send != nil {
-		h.fields = slices.DeleteFunc(h.fields, func(f hpack.HeaderField) bool { return send.Replaces(f.Name) })
+		h.fields = slices.DeleteFunc(slices.Clone(h.fields), func(f hpack.HeaderField) bool { return send.Replaces(f.Name) })
 		h.fields = append(h.fields, fieldsOf(send.Headers)...)
 	}
 	if caller.ID != "" {
