@@ -8,7 +8,7 @@ BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 export MERLON_INTEROP ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/merlon/interop
 
 .DEFAULT_GOAL := help
-.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas pidreuse clocks leaks taint reconnect posture
+.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect posture
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -110,6 +110,10 @@ rotate-replicas: ## the same on two replicas and etcd; each replica is killed in
 	ROTATIONS=$(ROTATIONS) HANDSHAKES=$(HANDSHAKES) WORKLOADS=$(WORKLOADS) go test -count 1 -timeout 2h -v ./integration -run TestRootOfTwoReplicasRotates
 
 REUSES ?= 10000
+STREAMS ?= 10000
+cutoff: ## revoke the peer of STREAMS live streams (default 10000) and say when the last bytes came; about a minute
+	MERLON_STREAMS=$(STREAMS) go test -count 1 -timeout 30m -v ./sdk -run TestRevocationEndsEveryStream
+
 pidreuse: ## give the number of a connected process to another one REUSES times (default 10000); needs root; about a minute
 	REUSES=$(REUSES) go test -count 1 -timeout 1h -v ./integration -run TestReusedProcessIDGetsNoForeignSVID
 

@@ -21,7 +21,7 @@ import (
 )
 
 // roles are what this program is instead of a test when a test has started it.
-var roles = []func() (itIs bool){runCrowd}
+var roles = []func() (itIs bool){runCrowd, runReadingEnds}
 
 func TestMain(m *testing.M) {
 	for _, run := range roles {
