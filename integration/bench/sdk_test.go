@@ -28,6 +28,8 @@ import (
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/grpcauth"
 	"merlon.dev/sdk/sdktest"
+	"merlon.dev/sdk/svid"
+	"merlon.dev/sdk/svid/forge"
 )
 
 // variant is one way to do the same operation.
@@ -118,6 +120,44 @@ func BenchmarkHandshake(b *testing.B) {
 			})
 		})
 	}
+}
+
+// BenchmarkNewHandshake is P8 for chains that were not seen before, at either end, with
+// the trust bundle of the real CA and with 99 roots of other names beside its own. The
+// verdict is the SDK's (sdk/svid), made to forget what it has verified.
+func BenchmarkNewHandshake(b *testing.B) {
+	_, _, id := me(b)
+	own, err := id.GetX509BundleForTrustDomain(id.ID().TrustDomain())
+	if err != nil {
+		b.Fatal(err)
+	}
+	many := own.Clone()
+	for range 99 {
+		many.AddX509Authority(forge.New(b, "example.org").Cert)
+	}
+	variants := func(name string, bundle *x509bundle.Bundle) []variant {
+		server := tlsconfig.MTLSServerConfig(id, bundle, tlsconfig.AuthorizeID(id.ID()))
+		dialer := tlsconfig.MTLSClientConfig(id, bundle, tlsconfig.AuthorizeID(id.ID()))
+		trust := svid.NewTrust(x509bundle.NewSet(bundle))
+		ours := svid.TLS{SVIDs: id, Bundles: bundle}
+		ourServer, ourDialer := ours.Server(), ours.Client()
+		for _, cfg := range []*tls.Config{server, dialer, ourServer, ourDialer} {
+			cfg.MinVersion, cfg.SessionTicketsDisabled = tls.VersionTLS13, true
+			cfg.CurvePreferences = []tls.CurveID{tls.X25519}
+		}
+		for _, cfg := range []*tls.Config{ourServer, ourDialer} {
+			cfg.VerifyConnection = func(cs tls.ConnectionState) error {
+				trust.Forget()
+				_, err := trust.VerifyChain(cs.PeerCertificates, time.Now())
+				return err
+			}
+		}
+		return []variant{
+			{"gospiffe" + name, handshakes(b, func(raw net.Conn) *tls.Conn { return tls.Server(raw, server) }, dialer)},
+			{"sdk" + name, handshakes(b, func(raw net.Conn) *tls.Conn { return tls.Server(raw, ourServer) }, ourDialer)},
+		}
+	}
+	inTurn(b, append(variants("", own), variants("-100-roots", many)...))
 }
 
 // handshakes makes a function that does one, over a connection of its own.
