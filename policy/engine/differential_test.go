@@ -324,7 +324,7 @@ const calls = 80
 
 // pairs is how many pairs are compared.
 func pairs(t testing.TB) int {
-	n := 5_000
+	n := 3_500
 	if text := os.Getenv("DIFFERENTIAL"); text != "" {
 		var err error
 		if n, err = strconv.Atoi(text); err != nil {

@@ -57,7 +57,7 @@ const nastyGrants = `grants:
 func TestNastyPolicies(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
-	calls := max(30, pairs(t)/1000)
+	calls := max(20, pairs(t)/1000)
 	for name, modules := range nasty(t) {
 		w := &writer{Rand: rand.New(rand.NewPCG(seed, uint64(len(name))))}
 		e, err := New(t.Context(), Source{Modules: modules, Grants: parseGrants(t, w.one("", nastyGrants))})
