@@ -113,7 +113,7 @@ func usage(t *testing.T) time.Duration {
 // beats sends bytes until the connection ends, no two streams at the same moment.
 func beats(conn net.Conn) {
 	defer conn.Close()
-	time.Sleep(rand.N(beat)) //nolint:gosec // a moment
+	time.Sleep(rand.N(beat))
 	for {
 		if _, err := conn.Write([]byte("x")); err != nil {
 			return
