@@ -110,6 +110,7 @@ var malformed = map[string]string{
 	"a first line that is folded":     "GET / HTTP/1.1\r\n Host: a\r\n\r\n",
 	"bare LF":                         "GET / HTTP/1.1\nHost: a\n\n",
 	"bare LF after a field":           "GET / HTTP/1.1\r\nHost: a\nX: b\r\n\r\n",
+	"bare LF after a value":           "GET / HTTP/1.1\r\nHost: a\r\nX: bc\nY: d\r\n\r\n",
 	"bare CR in a value":              "GET / HTTP/1.1\r\nHost: a\r\nX: b\rY: c\r\n\r\n",
 	"bare CR at the end":              "GET / HTTP/1.1\r\nHost: a\r\nX: b\r\r\n\r\n",
 	"NUL in a value":                  "GET / HTTP/1.1\r\nHost: a\r\nX: b\x00c\r\n\r\n",
