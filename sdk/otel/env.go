@@ -47,9 +47,6 @@ func read(log *slog.Logger) settings {
 		return settings{}
 	}
 	s := settings{traces: traceSignal.wanted(log), metrics: metricSignal.wanted(log)}
-	if s.traces || s.metrics {
-		warnOfNumbers(log)
-	}
 	s.propagator = propagatorOf(log, variable("OTEL_PROPAGATORS"))
 	return s
 }
@@ -109,20 +106,39 @@ func goodEndpoint(s string) bool {
 	return (u.Scheme == "http" || u.Scheme == "https") && u.Hostname() != "" || u.Scheme == "unix" && u.Path != ""
 }
 
-// numbers are the variables that are whole numbers. The exporters take their
-// defaults for others, and say nothing.
-var numbers = []string{
-	"OTEL_BSP_SCHEDULE_DELAY", "OTEL_BSP_EXPORT_TIMEOUT", "OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
-	"OTEL_METRIC_EXPORT_INTERVAL", "OTEL_METRIC_EXPORT_TIMEOUT",
-	"OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "OTEL_EXPORTER_OTLP_METRICS_TIMEOUT",
+const (
+	maxSpans        = 1 << 20             // that wait, or are sent at once: memory for them is set aside at the start
+	maxMilliseconds = 24 * 60 * 60 * 1000 // far below where a time.Duration overflows
+)
+
+// numbers are the variables that are whole numbers above 0, with the greatest that
+// make sense. OpenTelemetry's packages read them themselves: they say nothing of those
+// that are none, and with others they panic, or never rest.
+var numbers = map[string]int{
+	"OTEL_BSP_MAX_QUEUE_SIZE": maxSpans, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": maxSpans,
+	"OTEL_BSP_SCHEDULE_DELAY": maxMilliseconds, "OTEL_BSP_EXPORT_TIMEOUT": maxMilliseconds,
+	"OTEL_METRIC_EXPORT_INTERVAL": maxMilliseconds, "OTEL_METRIC_EXPORT_TIMEOUT": maxMilliseconds,
+	"OTEL_EXPORTER_OTLP_TIMEOUT": maxMilliseconds, "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": maxMilliseconds, "OTEL_EXPORTER_OTLP_METRICS_TIMEOUT": maxMilliseconds,
 }
 
-func warnOfNumbers(log *slog.Logger) {
-	for _, name := range numbers {
-		if v := variable(name); v != "" {
-			if n, err := strconv.Atoi(v); err != nil || n <= 0 {
-				warn(log, name, "a whole number above 0", "the default is used")
-			}
+// withoutNonsense takes the numbers out of the environment that make no sense, so that
+// whoever reads them takes the default, and says so in log. restore puts them back.
+func withoutNonsense(log *slog.Logger) (restore func()) {
+	aside := make(map[string]string)
+	for name, greatest := range numbers {
+		v := variable(name)
+		if v == "" {
+			continue
+		}
+		if n, err := strconv.Atoi(v); err != nil || n <= 0 || n > greatest {
+			warn(log, name, fmt.Sprintf("a whole number from 1 to %d", greatest), "the default is used")
+			aside[name] = os.Getenv(name)
+			_ = os.Unsetenv(name) // a name without "=" or NUL can be
+		}
+	}
+	return func() {
+		for name, v := range aside {
+			_ = os.Setenv(name, v) // likewise
 		}
 	}
 }

@@ -53,6 +53,7 @@ func Start(log *slog.Logger, more ...prometheus.Gatherer) (stop func()) {
 	if !traces && !metrics {
 		return func() {}
 	}
+	defer withoutNonsense(log)() // what reads them does so before Start returns
 	complaints := &complaints{log: log}
 	otel.SetErrorHandler(complaints)
 	otel.SetLogger(logr.FromSlogHandler(internal{log.Handler()}))

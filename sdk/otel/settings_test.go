@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -106,6 +107,11 @@ func TestVariablesThatMakeNoSense(t *testing.T) {
 		"no scheme":       {[]string{"OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317"}, []string{"OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317", "http://HOST:PORT"}},
 		"no URL":          {[]string{"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://[::1"}, []string{"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "traces are not exported"}},
 		"a number":        {[]string{"OTEL_EXPORTER_OTLP_ENDPOINT", nobody, "OTEL_BSP_MAX_QUEUE_SIZE", "many"}, []string{"OTEL_BSP_MAX_QUEUE_SIZE", "many", "the default is used"}},
+		"no room":         {[]string{"OTEL_EXPORTER_OTLP_ENDPOINT", nobody, "OTEL_BSP_MAX_QUEUE_SIZE", "-1"}, []string{"OTEL_BSP_MAX_QUEUE_SIZE", "the default is used"}},
+		"too much room":   {[]string{"OTEL_EXPORTER_OTLP_ENDPOINT", nobody, "OTEL_BSP_MAX_QUEUE_SIZE", "9223372036854775807"}, []string{"OTEL_BSP_MAX_QUEUE_SIZE", "the default is used"}},
+		"no batch":        {[]string{"OTEL_EXPORTER_OTLP_ENDPOINT", nobody, "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "-1"}, []string{"OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "the default is used"}},
+		"no delay":        {[]string{"OTEL_EXPORTER_OTLP_ENDPOINT", nobody, "OTEL_BSP_SCHEDULE_DELAY", "-1"}, []string{"OTEL_BSP_SCHEDULE_DELAY", "the default is used"}},
+		"overflow":        {[]string{"OTEL_EXPORTER_OTLP_ENDPOINT", nobody, "OTEL_METRIC_EXPORT_INTERVAL", "9223372036854776"}, []string{"OTEL_METRIC_EXPORT_INTERVAL", "the default is used"}},
 		"a sampler":       {[]string{"OTEL_EXPORTER_OTLP_ENDPOINT", nobody, "OTEL_TRACES_SAMPLER", "sometimes"}, []string{"unsupported sampler", "sometimes"}},
 		"a propagator":    {[]string{"OTEL_EXPORTER_OTLP_ENDPOINT", nobody, "OTEL_PROPAGATORS", "tracecontext,owl"}, []string{"OTEL_PROPAGATORS", "owl"}},
 		"a header":        {[]string{"OTEL_EXPORTER_OTLP_ENDPOINT", nobody, "OTEL_EXPORTER_OTLP_HEADERS", "secret-without-name"}, []string{"parse headers"}},
@@ -119,6 +125,11 @@ func TestVariablesThatMakeNoSense(t *testing.T) {
 			log := new(lines)
 			w := open(t, log.option())
 			w.calls(t)
+			for i := 0; i < len(tt.env); i += 2 {
+				if got := os.Getenv(tt.env[i]); got != tt.env[i+1] {
+					t.Errorf("the program's own %s is %q now", tt.env[i], got)
+				}
+			}
 			for _, word := range tt.says {
 				if !strings.Contains(log.String(), word) {
 					t.Errorf("the log does not say %q:\n%s", word, log)
