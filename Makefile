@@ -103,7 +103,7 @@ differential: ## compare compiled policies with OPA on DIFFERENTIAL pairs of a p
 ROTATIONS ?= 20
 HANDSHAKES ?= 500
 WORKLOADS ?= 200
-rotate: ## replace the root ROTATIONS times under HANDSHAKES a second, with kills of the CA; about 3 minutes
+rotate: ## replace the root ROTATIONS times under HANDSHAKES and as many requests a second, with kills of the CA; about 3 minutes
 	ROTATIONS=$(ROTATIONS) HANDSHAKES=$(HANDSHAKES) WORKLOADS=$(WORKLOADS) go test -count 1 -timeout 2h -v ./integration -run TestRootRotatesUnderHandshakes
 
 rotate-replicas: ## the same on two replicas and etcd; each replica is killed in turn

@@ -8,8 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"slices"
 	"strconv"
@@ -22,6 +24,7 @@ import (
 
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
+	"merlon.dev/sdk/httpauth"
 )
 
 // sizeOf is a setting of `make rotate`, or its small value.
@@ -163,6 +166,42 @@ func handshake(ctx context.Context, id *sdk.Identity, address string) error {
 	return err
 }
 
+// answering serves HTTP by the policy.
+func answering(t *testing.T, id *sdk.Identity) string {
+	t.Helper()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &http.Server{
+		Handler:   httpauth.Handler(id, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})),
+		TLSConfig: id.ServerTLS(), ReadHeaderTimeout: 10 * time.Second, ErrorLog: log.New(io.Discard, "", 0),
+	}
+	done := make(chan struct{})
+	go func() { defer close(done); srv.ServeTLS(lis, "", "") }()
+	t.Cleanup(func() { srv.Close(); <-done })
+	return "https://" + lis.Addr().String()
+}
+
+// request makes one over a pooled connection.
+func request(ctx context.Context, client *http.Client, url string) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, nil) // which net/http does not send twice
+	if err != nil {
+		return err
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		return errors.New(res.Status)
+	}
+	return nil
+}
+
 // P13. `make rotate` runs it 20 times under 500 handshakes a second, with 200
 // workloads.
 func TestRootRotatesUnderHandshakes(t *testing.T) {
@@ -189,7 +228,9 @@ func rotateUnderHandshakes(t *testing.T, d *stage.Domain, rounds int, cas func()
 	perSecond, workloads := sizeOf(t, "HANDSHAKES", 50), sizeOf(t, "WORKLOADS", 4)
 	d.Entry("/me")
 	var ids []*sdk.Identity
-	var addresses []string
+	var addresses, urls []string
+	var clients []*http.Client
+	grants(t, d, "http: {}")
 	for range workloads {
 		id, err := sdk.Open(t.Context(), sdk.WithAgentAddress(d.WorkloadAPI), sdk.WithLogger(slog.New(slog.DiscardHandler)))
 		if err != nil {
@@ -198,9 +239,12 @@ func rotateUnderHandshakes(t *testing.T, d *stage.Domain, rounds int, cas func()
 		t.Cleanup(id.Close)
 		ids = append(ids, id)
 		addresses = append(addresses, echo(t, id))
+		urls = append(urls, answering(t, id))
+		clients = append(clients, httpauth.Client(id, sdk.Service("me")))
+		t.Cleanup(clients[len(clients)-1].CloseIdleConnections)
 	}
 	ctx, stop := context.WithCancel(t.Context())
-	var made, failed atomic.Int64
+	var made, requests, failed atomic.Int64
 	var running sync.WaitGroup
 	running.Go(func() {
 		pace := time.NewTicker(time.Second / time.Duration(perSecond))
@@ -215,6 +259,12 @@ func rotateUnderHandshakes(t *testing.T, d *stage.Domain, rounds int, cas func()
 				made.Add(1)
 				if err := handshake(context.WithoutCancel(ctx), ids[n%workloads], addresses[(n/workloads)%workloads]); err != nil && failed.Add(1) <= 5 {
 					t.Errorf("handshake %d: %v", n, err)
+				}
+			})
+			running.Go(func() { // over connections that outlive rotations, and new ones
+				requests.Add(1)
+				if err := request(context.WithoutCancel(ctx), clients[n%workloads], urls[(n/workloads)%workloads]); err != nil && failed.Add(1) <= 5 {
+					t.Errorf("request %d: %v", n, err)
 				}
 			})
 		}
@@ -234,8 +284,8 @@ func rotateUnderHandshakes(t *testing.T, d *stage.Domain, rounds int, cas func()
 	took := time.Since(begun)
 	stop()
 	running.Wait()
-	t.Logf("%d rotations in %s, %d kills of a CA, %d handshakes (%.0f a second), %d failed",
-		rounds, took.Round(time.Second), kills, made.Load(), float64(made.Load())/took.Seconds(), failed.Load())
+	t.Logf("%d rotations in %s, %d kills of a CA, %d handshakes (%.0f a second) and as many requests (%d) by the policy, %d failed",
+		rounds, took.Round(time.Second), kills, made.Load(), float64(made.Load())/took.Seconds(), requests.Load(), failed.Load())
 	if n := failed.Load(); n > 0 {
 		t.Errorf("%d of %d handshakes failed; want none", n, made.Load())
 	}
