@@ -14,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/spire"
@@ -25,25 +26,28 @@ func migrateCommand(o *options) *cobra.Command {
 
 // spireFiles are SPIRE's, as named on the command line.
 type spireFiles struct {
-	entries string
-	parents []string
-	apply   bool
+	entries, server, agent string
+	parents                []string
+	apply                  bool
 }
 
 // moved is all of it, translated; what was not named is empty.
 type moved struct {
-	entries []spire.Entry
-	remarks []spire.Remark
+	entries           []spire.Entry
+	caYAML, agentYAML string
+	follow            []spire.Follow
+	remarks           []spire.Remark
 }
 
 func migrateSPIRE(o *options) *cobra.Command {
 	var f spireFiles
 	cmd := &cobra.Command{
-		Use:   "spire --entries FILE",
-		Short: "Print or apply what SPIRE's registration entries are here",
-		Long: `Read what spire-server entry show -output json prints, and print the commands that
-make the same here; with --apply, have the CA make it. What is there already is not
-made twice, so it can be done again.
+		Use:   "spire",
+		Short: "Print or apply what SPIRE's registration entries and configuration are here",
+		Long: `Read what spire-server entry show -output json prints, server.conf and agent.conf,
+and print what makes the same here: commands, ca.yaml and agent.yaml. With --apply
+have the CA make the entries, and follow the trust bundles that server.conf names;
+what is there already is not made twice, so it can be done again.
 
 Whatever has no equivalent is named on stderr, with its line, and the exit code is 1
 then; notes about what is not quite the same leave it 0. An entry of which one selector
@@ -54,7 +58,9 @@ Agents of SPIRE whose names do not say which node they are have to be named:
 --parent spiffe://shop.test/spire/agent/x509pop/ab12…=spiffe://shop.test/agent/db1.`,
 		Example: `  spire-server entry show -output json > entries.json
   merlon migrate spire --entries entries.json
-  merlon migrate spire --entries entries.json --apply`,
+  merlon migrate spire --entries entries.json --apply
+  merlon migrate spire --server server.conf > ca.yaml
+  merlon migrate spire --agent agent.conf > agent.yaml`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			m, err := f.read(cmd.InOrStdin(), time.Now())
@@ -69,6 +75,8 @@ Agents of SPIRE whose names do not say which node they are have to be named:
 	}
 	fl := cmd.Flags()
 	fl.StringVar(&f.entries, "entries", "", "`file` with what spire-server entry show -output json prints (- for stdin)")
+	fl.StringVar(&f.server, "server", "", "server.conf of SPIRE, in HCL or JSON: a `file`")
+	fl.StringVar(&f.agent, "agent", "", "agent.conf of SPIRE, in HCL or JSON: a `file`")
 	fl.StringArrayVar(&f.parents, "parent", nil, "what an agent of SPIRE is here: `SPIRE_ID=MERLON_ID` (repeatable)")
 	fl.BoolVar(&f.apply, "apply", false, "have the CA make it, instead of printing commands")
 	return cmd
@@ -76,22 +84,63 @@ Agents of SPIRE whose names do not say which node they are have to be named:
 
 // read translates the files.
 func (f *spireFiles) read(stdin io.Reader, now time.Time) (*moved, error) {
-	if f.entries == "" {
-		return nil, usageError{"--entries is missing: there is nothing to read", "spire-server entry show -output json > entries.json; merlon migrate spire --entries entries.json"}
+	switch {
+	case f.entries+f.server+f.agent == "":
+		return nil, usageError{"--entries, --server and --agent are missing: there is nothing to read", "spire-server entry show -output json > entries.json; merlon migrate spire --entries entries.json"}
+	case f.apply && f.agent != "":
+		return nil, usageError{"--agent is a file for the nodes, which --apply cannot bring there", "merlon migrate spire --agent agent.conf > agent.yaml, without --apply"}
 	}
+	m := new(moved)
 	known, err := f.knownParents()
 	if err != nil {
 		return nil, err
 	}
-	data, err := readForeign(stdin, f.entries)
-	if err != nil {
-		return nil, err
-	}
-	m := new(moved)
-	if m.entries, m.remarks, err = spire.Entries(f.entries, data, known, now); err != nil {
-		return nil, hintError{err, "give what spire-server entry show -output json prints, of SPIRE 1.4 or later"}
+	for _, part := range []struct {
+		file string
+		read func(data []byte) ([]spire.Remark, error)
+	}{
+		{f.server, func(data []byte) (r []spire.Remark, err error) {
+			m.caYAML, m.follow, r, err = spire.Server(f.server, data)
+			return append(r, incomplete(m.caYAML, err)...), err
+		}},
+		{f.agent, func(data []byte) (r []spire.Remark, err error) {
+			m.agentYAML, r, err = spire.Agent(f.agent, data)
+			return r, err
+		}},
+		{f.entries, func(data []byte) (r []spire.Remark, err error) {
+			m.entries, r, err = spire.Entries(f.entries, data, known, now)
+			return r, err
+		}},
+	} {
+		if part.file == "" {
+			continue
+		}
+		data, err := readForeign(stdin, part.file)
+		if err != nil {
+			return nil, err
+		}
+		r, err := part.read(data)
+		if err != nil {
+			return nil, hintError{err, "--entries takes what spire-server entry show -output json prints (SPIRE 1.4 or later), --server and --agent its configuration files"}
+		}
+		m.remarks = append(m.remarks, r...)
 	}
 	return m, nil
+}
+
+// incomplete says what merlon-ca would refuse of the ca.yaml that was made.
+func incomplete(yaml string, err error) []spire.Remark {
+	if err != nil {
+		return nil
+	}
+	cfg, err := ca.ParseConfig("ca.yaml", []byte(yaml))
+	if err == nil {
+		err = cfg.Validate()
+	}
+	if err == nil {
+		return nil
+	}
+	return []spire.Remark{{File: "ca.yaml", Of: "merlon-ca refuses it as it is", Text: err.Error(), Missing: true}}
 }
 
 // readForeign reads a file, or stdin for -, up to what is taken.
@@ -142,10 +191,30 @@ type plannedJSON struct {
 	Entry   entryJSON `json:"entry"`
 }
 
+// followJSON is a trust bundle of another trust domain as scripts see it.
+type followJSON struct {
+	spire.Follow
+	State   string `json:"state"` // as of entries
+	Reason  string `json:"reason,omitempty"`
+	Command string `json:"command"`
+}
+
 // movedJSON is all of it.
 type movedJSON struct {
-	Entries []plannedJSON  `json:"entries"`
-	Remarks []spire.Remark `json:"remarks"`
+	Entries   []plannedJSON  `json:"entries"`
+	Follow    []followJSON   `json:"follow"`
+	CAYAML    string         `json:"ca_yaml,omitempty"`
+	AgentYAML string         `json:"agent_yaml,omitempty"`
+	Remarks   []spire.Remark `json:"remarks"`
+}
+
+// followLine is the command that follows it.
+func followLine(f spire.Follow) string {
+	args := []string{f.TrustDomain, "--profile", f.Profile, "--url", f.URL}
+	if f.Profile == "https_spiffe" {
+		args = append(args, "--endpoint-id", f.EndpointID, "--bundle", "FILE")
+	}
+	return shellLine("merlon federation follow", args)
 }
 
 // print writes commands to stdout and remarks to stderr.
@@ -156,18 +225,38 @@ func (m *moved) print(cmd *cobra.Command, o *options) error {
 			SPIREID: m.entries[i].Was, State: "planned", Command: createLine(&m.entries[i].Entry), Entry: newEntryJSON(protoOf(&m.entries[i].Entry)),
 		})
 	}
-	if o.output == "json" {
-		if err := printJSON(cmd.OutOrStdout(), movedJSON{out, m.allRemarks()}); err != nil {
-			return err
-		}
-	} else {
-		for _, p := range out {
-			if _, err := fmt.Fprintln(cmd.OutOrStdout(), p.Command); err != nil {
-				return err
-			}
-		}
+	follow := make([]followJSON, 0, len(m.follow))
+	for _, f := range m.follow {
+		follow = append(follow, followJSON{f, "planned", "", followLine(f)})
 	}
-	return m.conclude(cmd.ErrOrStderr(), o, fmt.Sprintf("%s to make", count(len(out), "entry", "entries")))
+	var err error
+	if o.output == "json" {
+		err = printJSON(cmd.OutOrStdout(), movedJSON{out, follow, m.caYAML, m.agentYAML, m.allRemarks()})
+	} else {
+		_, err = io.WriteString(cmd.OutOrStdout(), m.text(out, follow))
+	}
+	if err != nil {
+		return err
+	}
+	return m.conclude(cmd.ErrOrStderr(), o, fmt.Sprintf("%s to make, %s to follow", count(len(out), "entry", "entries"), count(len(follow), "trust bundle", "trust bundles")))
+}
+
+// text is files and commands. Beside YAML commands are comments.
+func (m *moved) text(entries []plannedJSON, follow []followJSON) string {
+	var b strings.Builder
+	if m.caYAML != "" {
+		b.WriteString("# ca.yaml\n" + m.caYAML)
+	}
+	for _, f := range follow {
+		b.WriteString("# " + f.Command + "\n")
+	}
+	if m.agentYAML != "" {
+		b.WriteString("# agent.yaml\n" + m.agentYAML)
+	}
+	for _, p := range entries {
+		b.WriteString(p.Command + "\n")
+	}
+	return b.String()
 }
 
 func (m *moved) allRemarks() []spire.Remark {

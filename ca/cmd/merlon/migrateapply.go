@@ -1,5 +1,6 @@
 // merlon migrate spire --apply: the CA makes what is not there yet. An entry is there
-// when one has its SPIFFE ID, parent and selectors.
+// when one has its SPIFFE ID, parent and selectors; a trust bundle is followed already
+// when anything says where it comes from.
 
 package main
 
@@ -25,12 +26,16 @@ func (m *moved) apply(cmd *cobra.Command, o *options, ca capb.AdminClient) error
 	if err != nil {
 		return err
 	}
+	follow, err := m.applyFollow(cmd.Context(), ca)
+	if err != nil {
+		return err
+	}
 	out := make([]plannedJSON, 0, len(m.entries))
 	states := make(map[string]int)
 	for i := range m.entries {
 		p, err := applyEntry(cmd.Context(), ca, there, &m.entries[i])
 		if err != nil { // nobody answers, or we may not
-			return cmp.Or(printApplied(cmd, o, out, m.allRemarks()), err)
+			return cmp.Or(printApplied(cmd, o, movedJSON{Entries: out, Follow: follow, Remarks: m.allRemarks()}), err)
 		}
 		if p.Reason != "" {
 			m.remarks = append(m.remarks, spire.Remark{
@@ -40,22 +45,72 @@ func (m *moved) apply(cmd *cobra.Command, o *options, ca capb.AdminClient) error
 		states[p.State]++
 		out = append(out, p)
 	}
-	if err := printApplied(cmd, o, out, m.allRemarks()); err != nil {
+	if err := printApplied(cmd, o, movedJSON{Entries: out, Follow: follow, Remarks: m.allRemarks()}); err != nil {
 		return err
 	}
 	return m.conclude(cmd.ErrOrStderr(), o, fmt.Sprintf("%s: %d created, %d there already, %d there and not quite the same, %d refused",
 		count(len(out), "entry", "entries"), states["created"], states["exists"], states["differs"], states["refused"]))
 }
 
-func printApplied(cmd *cobra.Command, o *options, out []plannedJSON, remarks []spire.Remark) error {
+func printApplied(cmd *cobra.Command, o *options, done movedJSON) error {
 	if o.output == "json" {
-		return printJSON(cmd.OutOrStdout(), movedJSON{out, remarks})
+		return printJSON(cmd.OutOrStdout(), done)
 	}
-	rows := make([][]string, 0, len(out))
-	for _, p := range out {
+	rows := make([][]string, 0, len(done.Entries)+len(done.Follow))
+	for _, f := range done.Follow {
+		rows = append(rows, []string{f.State, "-", "spiffe://" + f.TrustDomain, "-"})
+	}
+	for _, p := range done.Entries {
 		rows = append(rows, []string{p.State, cmp.Or(p.Entry.EntryID, "-"), p.Entry.SPIFFEID, p.Entry.ParentID})
 	}
 	return printTable(cmd.OutOrStdout(), []string{"STATE", "ENTRY_ID", "SPIFFE_ID", "PARENT_ID"}, rows)
+}
+
+// applyFollow has the CA follow the trust bundles that it does not follow yet.
+func (m *moved) applyFollow(ctx context.Context, ca capb.AdminClient) ([]followJSON, error) {
+	out := make([]followJSON, 0, len(m.follow))
+	if len(m.follow) == 0 {
+		return out, nil
+	}
+	resp, err := ca.ListFederatedBundles(ctx, &capb.ListFederatedBundlesRequest{})
+	if err != nil {
+		return nil, err
+	}
+	there := make(map[string]*capb.FederationSource)
+	for _, b := range resp.GetFederatedBundles() {
+		there[b.GetTrustBundle().GetTrustDomain()] = b.GetSource()
+	}
+	for _, f := range m.follow {
+		done := followJSON{Follow: f, Command: followLine(f)}
+		if done.State, done.Reason, err = followOne(ctx, ca, there[f.TrustDomain], f); err != nil {
+			return nil, err
+		}
+		if done.Reason != "" {
+			m.remarks = append(m.remarks, spire.Remark{File: "the CA", Of: "trust bundle of " + f.TrustDomain, Text: done.Reason, Missing: done.State == "refused"})
+		}
+		out = append(out, done)
+	}
+	return out, nil
+}
+
+// followOne begins one, where have, which may be nil, is not it.
+func followOne(ctx context.Context, ca capb.AdminClient, have *capb.FederationSource, f spire.Follow) (state, reason string, err error) {
+	want := &capb.FederationSource{Url: f.URL, Profile: f.Profile, EndpointSpiffeId: f.EndpointID}
+	switch {
+	case have == nil:
+	case have.GetUrl() == want.GetUrl() && have.GetProfile() == want.GetProfile() && have.GetEndpointSpiffeId() == want.GetEndpointSpiffeId():
+		return "exists", "", nil
+	default:
+		return "differs", "it is fetched from " + have.GetUrl() + " by " + have.GetProfile() + ", and was left as it is", nil
+	}
+	_, err = ca.SetFederationSource(ctx, &capb.SetFederationSourceRequest{TrustDomain: f.TrustDomain, Source: want})
+	switch status.Code(err) {
+	case codes.OK:
+		return "created", "", nil
+	case codes.InvalidArgument, codes.AlreadyExists, codes.FailedPrecondition:
+		return "refused", status.Convert(err).Message(), nil
+	}
+	return "", "", err
 }
 
 // entriesByKey are those that the CA has.
