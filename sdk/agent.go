@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -241,14 +242,27 @@ func (r *readiness) lastErr() error {
 	}
 }
 
-// waitReady blocks until there is an identity or it is clear that there will
-// be none.
+// Ready waits until this process has had its first identity and revocations, as Open
+// does without [WithoutWaiting]. Where ctx ends before, the error is a *[NotReadyError]
+// that names the cause. [Identity.GetX509SVID] says whether there still is an identity.
+func (id *Identity) Ready(ctx context.Context) error {
+	return id.waitReady(ctx, math.MaxInt64)
+}
+
+// waitReady blocks until there is an identity, for as long as timeout and ctx allow.
 func (id *Identity) waitReady(ctx context.Context, timeout time.Duration) error {
 	waiting, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	for _, feed := range []chan struct{}{id.ready.identity, id.ready.revocations} {
 		select {
 		case <-feed:
+			continue // whatever ctx is
+		default:
+		}
+		select {
+		case <-feed:
+		case <-id.life.Done():
+			return errClosed
 		case <-waiting.Done():
 			e := id.notReady()
 			if ctx.Err() != nil {

@@ -23,6 +23,8 @@ import (
 func bare() *Identity {
 	log := slog.New(slog.DiscardHandler)
 	id := &Identity{log: log, conns: newConnTable(log), report: newReport(), calls: newLiveCalls()}
+	id.ready.init()
+	id.ready.haveRevocations()
 	own := spiffeid.RequireFromString("spiffe://sdktest.test/orders")
 	id.current.Store(&current{
 		svid:     &x509svid.SVID{ID: own},

@@ -297,3 +297,36 @@ func TestForgetfulAgentDoesNotLiftRevocations(t *testing.T) {
 	s.watch <- &agentpb.WatchResponse{Reset_: true, RevocationsAsOf: timestamppb.Now()}
 	eventually(t, "a complete list lifts it", func() bool { return dial() == nil })
 }
+
+// Whom an identity lets in before it knows who is revoked could be one of these.
+func TestNobodyIsLetInBeforeRevocationsAreKnown(t *testing.T) {
+	td := sdktest.New(t)
+	td.Allow("web", "orders")
+	server := listen(t, td.Workload("orders"))
+	s, address := newScript(t)
+	known := <-s.watch // it is not sent yet
+	s.svids <- message(t, td, td.SVID("web"))
+	id, err := sdk.Open(t.Context(), address, quiet, sdk.WithoutWaiting())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(id.Close)
+	dial := func() error {
+		conn, err := id.DialTLS(sdk.Service("orders"))(t.Context(), "tcp", server)
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	}
+	eventually(t, "an identity", func() bool { _, err := id.GetX509SVID(); return err == nil })
+	if err := dial(); err == nil || !strings.Contains(err.Error(), "revoked") {
+		t.Errorf("dial = %v; want that nobody has said who is revoked", err)
+	}
+	s.watch <- known
+	if err := id.Ready(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := dial(); err != nil {
+		t.Error(err)
+	}
+}

@@ -3,6 +3,7 @@
 package sdk
 
 import (
+	"cmp"
 	"log/slog"
 	"slices"
 	"time"
@@ -35,11 +36,19 @@ func WithStartupTimeout(d time.Duration) Option {
 	return func(o *options) { o.StartupTimeout = d }
 }
 
+// WithoutWaiting has Open return at once, before there is an identity, for programs
+// that start in any order with their agent, or have other things to do meanwhile. Until
+// the identity has come every handshake fails, at either end, and so every call;
+// [Identity.Ready] waits for it and says what is in the way.
+func WithoutWaiting() Option {
+	return func(o *options) { o.WithoutWaiting = true }
+}
+
 // WithLogger is where the SDK reports: the loss and return of the agent,
-// rotations, denials, cut connections. Without it slog's default handler is
-// used.
+// rotations, denials, cut connections. Without it, or where it is nil, slog's
+// default handler is used.
 func WithLogger(logger *slog.Logger) Option {
-	return func(o *options) { o.Log = logger }
+	return func(o *options) { o.Log = cmp.Or(logger, slog.Default()) }
 }
 
 // WithAuditUntil is for the adoption of a policy by a service that is in use

@@ -89,7 +89,8 @@ func (c *current) trusts(peer *svid.Peer) bool {
 // Open connects to the node's agent and returns once this process has an
 // identity and trust bundles. Where it gets none in time (10 s, or
 // [WithStartupTimeout]) or ctx ends, the error is a *[NotReadyError] that
-// names the cause. Close the Identity after the servers that use it.
+// names the cause. With [WithoutWaiting] it returns at once, and [Identity.Ready]
+// does the waiting. Close the Identity after the servers that use it.
 //
 // From then on the Identity keeps itself current. While the agent is away it
 // keeps the last SVID until that expires, and decides by the last policy until
@@ -124,6 +125,9 @@ func Open(ctx context.Context, opts ...Option) (*Identity, error) {
 	id.ready.init()
 	id.current.Store(&current{err: errors.New("the agent has not given an identity yet"), bundles: x509bundle.NewSet(), trust: new(svid.Trust)})
 	id.start(context.WithoutCancel(ctx))
+	if o.WithoutWaiting {
+		return id, nil
+	}
 	if err := id.waitReady(ctx, o.StartupTimeout); err != nil {
 		id.Close()
 		return nil, err
@@ -174,11 +178,13 @@ func (id *Identity) GetX509SVID() (*x509svid.SVID, error) {
 	return id.present(id.current.Load())
 }
 
+var errClosed = errors.New("the identity is closed")
+
 // present gives the X509-SVID of now, if it may still be shown.
 func (id *Identity) present(now *current) (*x509svid.SVID, error) {
 	switch {
 	case id.closed.Load():
-		return nil, errors.New("the identity is closed")
+		return nil, errClosed
 	case now.svid == nil:
 		return nil, now.err
 	}

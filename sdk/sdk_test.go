@@ -6,6 +6,8 @@ package sdk_test
 import (
 	"context"
 	"errors"
+	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,6 +19,7 @@ import (
 	"go.uber.org/goleak"
 
 	"merlon.dev/sdk"
+	"merlon.dev/sdk/httpauth"
 	"merlon.dev/sdk/sdktest"
 )
 
@@ -277,5 +280,65 @@ func TestDeniedErrorCannotForgeLogLines(t *testing.T) {
 	back, ok := sdk.DeniedFromStatus(err.GRPCStatus().Err())
 	if !ok || !cmp.Equal(back, err) {
 		t.Errorf("through a gRPC status: %v, %v; want %v", back, ok, err)
+	}
+}
+
+// A program that does not wait for its agent learns why there is no identity, lets
+// nobody in until then, and serves without being started again.
+func TestOpenWithoutWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		td := sdktest.NewInMemory(t)
+		td.Allow("web", "orders")
+		as := td.As("orders")
+		td.StopAgent("orders")
+		begun := time.Now()
+		id, err := sdk.Open(t.Context(), as, quiet, sdk.WithoutWaiting())
+		if took := time.Since(begun); err != nil || took > 0 {
+			t.Fatalf("Open = %v after %v; want nil at once", err, took)
+		}
+		defer id.Close()
+		srv := &http.Server{
+			ReadHeaderTimeout: time.Minute, TLSConfig: id.ServerTLS(), ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0),
+			Handler: httpauth.Handler(id, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})),
+		}
+		go srv.ServeTLS(td.Listen("orders:443"), "", "")
+		t.Cleanup(func() { srv.Close() })
+		web := httpauth.Client(td.Workload("web"), sdk.Service("orders"))
+
+		ready := func(within time.Duration) error {
+			ctx, cancel := context.WithTimeout(t.Context(), within)
+			defer cancel()
+			return id.Ready(ctx)
+		}
+		err = ready(time.Minute)
+		if notReady, ok := errors.AsType[*sdk.NotReadyError](err); !ok || notReady.Reason != sdk.SocketDead || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Ready = %v; want SOCKET_DEAD, and that the time is over", err)
+		}
+		if err := get(t.Context(), web, "orders:443"); err == nil {
+			t.Error("a call was served without an identity")
+		}
+		td.StartAgent("orders")
+		if err := ready(time.Second); err != nil {
+			t.Fatalf("Ready = %v; want nil within a second of the agent", err)
+		}
+		if err := get(t.Context(), web, "orders:443"); err != nil {
+			t.Errorf("with an identity: %v", err)
+		}
+		if err := ready(0); err != nil {
+			t.Errorf("Ready = %v once it was", err)
+		}
+	})
+}
+
+func TestCloseEndsReady(t *testing.T) {
+	id, err := sdk.Open(t.Context(), sdk.WithAgentAddress("unix:///nonexistent/api.sock"), sdk.WithoutWaiting(), sdk.WithLogger(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	waited := make(chan error, 1)
+	go func() { waited <- id.Ready(t.Context()) }()
+	id.Close()
+	if err := <-waited; err == nil {
+		t.Error("Ready = nil of an identity that was closed before it came")
 	}
 }

@@ -146,7 +146,10 @@ func (id *Identity) verify(ctx context.Context, raw net.Conn, own *snapshot, als
 // admit says why a verified peer may not connect, or stay connected.
 func (id *Identity) admit(peer *svid.Peer) error {
 	if id.closed.Load() {
-		return errors.New("the identity is closed")
+		return errClosed
+	}
+	if !id.ready.isReady() {
+		return errors.New("the agent has not said yet who is revoked")
 	}
 	if rev, ok := id.revocations.Load().Concerning(peer); ok {
 		return &revokedError{peer: peer, rev: rev}

@@ -25,27 +25,29 @@ import (
 // ServerOptions are the options with which a grpc.Server accepts only mutual
 // TLS and asks the policy about every call. Handlers find peer and decision by
 // sdk.PeerFromContext and sdk.DecisionFromContext. Connections are asked to
-// come back on a new one after a quarter of the X509-SVID's life; put your own
-// keepalive parameters behind these options to change that.
+// come back on a new one after a quarter of the X509-SVID's life, or of an hour if
+// there is none yet; put your own keepalive parameters behind these options to change that.
 //
 // A call that is under way when the policy stops allowing it ends with
 // PermissionDenied, as one that is new; its handler's context ends with it.
 //
-// Interceptors of your own that you pass behind these options run after the
-// decision.
+// Interceptors of your own that you pass behind these options, by
+// grpc.ChainUnaryInterceptor and grpc.ChainStreamInterceptor, run after the decision.
+// One of grpc.UnaryInterceptor or grpc.StreamInterceptor runs before it, wherever it
+// stands, for everybody whose handshake is good, and without peer and decision.
 func ServerOptions(id *sdk.Identity) []grpc.ServerOption {
 	s := &server{id: id}
-	opts := []grpc.ServerOption{
+	life := time.Hour // an X509-SVID's where nothing else is said
+	if svid, err := id.GetX509SVID(); err == nil {
+		leaf := svid.Certificates[0]
+		life = leaf.NotAfter.Sub(leaf.NotBefore)
+	}
+	return []grpc.ServerOption{
 		grpc.Creds(&creds{id: id}),
 		grpc.ChainUnaryInterceptor(s.unary),
 		grpc.ChainStreamInterceptor(s.stream),
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionAge: max(life/4, time.Second)}),
 	}
-	if svid, err := id.GetX509SVID(); err == nil {
-		leaf := svid.Certificates[0]
-		age := max(leaf.NotAfter.Sub(leaf.NotBefore)/4, time.Second)
-		opts = append(opts, grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionAge: age}))
-	}
-	return opts
 }
 
 type server struct{ id *sdk.Identity }

@@ -14,6 +14,7 @@ type Set struct {
 	Address        string
 	UIDs           []uint32
 	StartupTimeout time.Duration
+	WithoutWaiting bool // StartupTimeout does not matter
 	Log            *slog.Logger
 	AuditUntil     *time.Time
 	PlaintextUntil *time.Time
