@@ -299,7 +299,8 @@ func TestGRPCDeadlineAndCancellation(t *testing.T) {
 func TestGRPCSlowReader(t *testing.T) {
 	app := newGRPCApp(t)
 	p := startPair(t, "grpc", app.addr)
-	slow := grpcClient(t, p.outbound.addrs[0])
+	// Else gRPC makes the window as large as what it measures, up to 16 MB for a stream.
+	slow := grpcClient(t, p.outbound.addrs[0], grpc.WithStaticStreamWindowSize(64<<10), grpc.WithStaticConnWindowSize(64<<10))
 	var streams []testgrpc.TestService_StreamingOutputCallClient
 	for range 20 { // more than a connection's window is held back
 		s, err := slow.StreamingOutputCall(within(t), &testgrpc.StreamingOutputCallRequest{ResponseParameters: parameters(100, 20_000)})
