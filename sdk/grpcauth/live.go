@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"merlon.dev/sdk"
 )
@@ -46,7 +48,9 @@ func (l *liveStream) run(stream grpc.ServerStream, serve func(grpc.ServerStream)
 	}
 	served := make(chan result, 1)
 	go func() {
-		var r result
+		// What the client is told if the handler ends its goroutine: runtime.Goexit is
+		// not the end of a whole answer.
+		r := result{err: status.Error(codes.Internal, "the handler ended without returning")}
 		defer func() {
 			if r.panicked = recover(); r.panicked != nil {
 				r.stack = debug.Stack()

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"runtime"
 	"testing"
 	"time"
 
@@ -171,6 +172,29 @@ type panics struct {
 }
 
 func (*panics) FullDuplexCall(testgrpc.TestService_FullDuplexCallServer) error { panic("boom") }
+
+// A handler that ends its goroutine, as tests in it do that fail, has not answered.
+func TestGoexitIsNoWholeAnswer(t *testing.T) {
+	td := sdktest.New(t)
+	td.Allow("web", "orders")
+	address := startService(t, td.Workload("orders"), &exits{})
+	stream, err := connect(t, td.Workload("web"), sdk.Service("orders"), address).FullDuplexCall(limited(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); status.Code(err) != codes.Internal {
+		t.Errorf("Recv = %v; want Internal", err)
+	}
+}
+
+type exits struct {
+	testgrpc.UnimplementedTestServiceServer
+}
+
+func (*exits) FullDuplexCall(testgrpc.TestService_FullDuplexCallServer) error {
+	runtime.Goexit()
+	return nil
+}
 
 // recovering turns a panic into an error, and keeps what it was.
 func recovering(caught chan<- any) grpc.ServerOption {
