@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -25,8 +26,10 @@ const (
 	// sweepInterval is how often entries of connections that somebody else
 	// closed are removed.
 	sweepInterval = 10 * time.Second
-	// A connection drains during the last tenth of its life, at most maxDrain.
-	maxDrain = 30 * time.Second
+	// A connection drains from a quarter of its life on, as gRPC's do: peers come back
+	// anew while there is time, and not all of them at once (jitter, either way).
+	drainAfter  = 0.25
+	drainJitter = 0.1
 )
 
 // closedByOwner is the reason of the cuts that Close makes.
@@ -46,6 +49,7 @@ type liveConn struct {
 	end           time.Time // when it is cut at the latest, by the wall clock
 	last          time.Time // the same by the clock that only runs, which nobody sets back
 	drain         time.Time // from when on the peer is asked to come back anew
+	trust         uint64    // the generation of trust bundles by which the peer was verified
 	cut           atomic.Bool
 }
 
@@ -66,7 +70,8 @@ func newConnTable(log *slog.Logger) *connTable {
 // add enters a connection that ends at end.
 func (t *connTable) add(key connKey, c *liveConn, now time.Time) {
 	c.last = now.Add(c.end.Sub(now))
-	c.drain = c.end.Add(-min(c.end.Sub(now)/10, maxDrain))
+	share := drainAfter * (1 + drainJitter*(2*rand.Float64()-1)) //nolint:gosec // no secret
+	c.drain = now.Add(time.Duration(share * float64(c.end.Sub(now))))
 	if _, loaded := t.conns.Swap(key, c); !loaded {
 		t.size.Add(1)
 	}

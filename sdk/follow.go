@@ -174,10 +174,11 @@ func (c *current) setBundles(td spiffeid.TrustDomain, own []byte, federated map[
 
 // adopt makes next current, and cuts the connections whose ground it removes.
 func (id *Identity) adopt(ctx context.Context, next *current) {
-	if known := id.current.Load().trust; known.Same(next.bundles) {
-		next.trust = known // with the chains that it has verified
+	last := id.current.Load()
+	if last.trust.Same(next.bundles) {
+		next.trust, next.changes = last.trust, last.changes // with the chains that it has verified
 	} else {
-		next.trust = svid.NewTrust(next.bundles)
+		next.trust, next.changes = svid.NewTrust(next.bundles), last.changes+1
 	}
 	before := id.current.Swap(next)
 	renamed := before.svid != nil && next.svid != nil && before.svid.ID != next.svid.ID

@@ -73,6 +73,7 @@ type current struct {
 	err     error
 	bundles *x509bundle.Set
 	trust   *svid.Trust                              // of bundles
+	changes uint64                                   // generation of bundles: how often they changed in this process
 	roots   map[spiffeid.TrustDomain]map[string]bool // subject key IDs, hex
 	ignored error                                    // federated bundles that were malformed
 

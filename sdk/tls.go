@@ -182,7 +182,7 @@ func (id *Identity) enter(key connKey, raw net.Conn, peer *svid.Peer, own *curre
 	if isTracked {
 		tracked.key.Store(key)
 	}
-	id.conns.add(key, &liveConn{raw: raw, peer: peer, remote: addrString(raw.RemoteAddr()), local: addrString(raw.LocalAddr()), end: end}, now)
+	id.conns.add(key, &liveConn{raw: raw, peer: peer, remote: addrString(raw.RemoteAddr()), local: addrString(raw.LocalAddr()), end: end, trust: own.changes}, now)
 	err, latest := id.admit(peer), id.current.Load()
 	switch {
 	case err != nil:

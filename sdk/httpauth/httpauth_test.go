@@ -606,7 +606,7 @@ func TestConnectionsAreDrainedBeforeTheyExpire(t *testing.T) {
 	conn := dial(t, url, td, "http/1.1")
 	td.SetTTL(time.Hour)
 	reader := bufio.NewReader(conn)
-	// The last tenth begins after about 9 s, and the cut comes after 10 s.
+	// It drains after about 2.5 s, and the cut comes after 10 s.
 	for start := time.Now(); ; time.Sleep(50 * time.Millisecond) {
 		if _, err := io.WriteString(conn, "GET / HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
 			t.Fatal(err)
