@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -291,9 +292,12 @@ func TestAnotherImplementationIsFollowed(t *testing.T) {
 		"other keys":      {document(t, older, 1), "same sequence number"},
 		"another's roots": {document(t, foreign, 9), "no trust bundle of spire.test"},
 		"100 MB":          {func(w http.ResponseWriter, _ *http.Request) { w.Header().Set("Content-Length", "100000000") }, "bytes"},
-		"rubbish":         {func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "<html>") }, "no trust bundle"},
-		"keys twice":      {func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `{"keys":[],"keys":[]}`) }, "no trust bundle"},
-		"status 500":      {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusInternalServerError) }, "500"},
+		"PEM": {func(w http.ResponseWriter, _ *http.Request) {
+			_ = pem.Encode(w, &pem.Block{Type: "CERTIFICATE", Bytes: s.Cert.Raw})
+		}, "no JWKS"},
+		"rubbish":    {func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "<html>") }, "no JWKS"},
+		"keys twice": {func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `{"keys":[],"keys":[]}`) }, "no trust bundle"},
+		"status 500": {func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusInternalServerError) }, "500"},
 		"to loopback": {func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "https://127.0.0.1:1/", http.StatusFound)
 		}, "not of the internet"},

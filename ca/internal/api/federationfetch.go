@@ -5,6 +5,7 @@
 package api
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -50,9 +51,16 @@ func (s *Service) FollowFederations(ctx context.Context) {
 	look := time.NewTicker(pollLook)
 	defer look.Stop()
 	due := make(polling)
+	said := ""
 	for {
-		if err := s.pollDue(ctx, due, time.Now()); err != nil && ctx.Err() == nil && !errors.Is(err, store.ErrReadOnly) && !errors.Is(err, store.ErrUnavailable) {
-			s.opts.Log.LogAttrs(ctx, slog.LevelError, "federated trust bundles not looked after", slog.Any("err", err))
+		err := s.pollDue(ctx, due, time.Now())
+		switch {
+		case err == nil:
+			said = ""
+		case ctx.Err() != nil || errors.Is(err, store.ErrReadOnly) || errors.Is(err, store.ErrUnavailable) || err.Error() == said: // /ready says so, or the log did
+		default:
+			said = err.Error()
+			s.opts.Log.LogAttrs(ctx, slog.LevelError, "federated trust bundles not all looked after", slog.Any("err", err))
 		}
 		select {
 		case <-ctx.Done():
@@ -69,11 +77,13 @@ func (s *Service) pollDue(ctx context.Context, due polling, now time.Time) error
 		return err
 	}
 	var sources []*federation.Source
+	var unreadable error
 	known := make(map[spiffeid.TrustDomain]bool)
 	for _, kv := range kvs {
 		src, err := federation.DecodeSource(kv)
-		if err != nil {
-			return err
+		if err != nil { // the others are looked after all the same
+			unreadable = errors.Join(unreadable, err)
+			continue
 		}
 		known[src.TrustDomain] = true
 		next, ok := due[src.TrustDomain]
@@ -101,7 +111,7 @@ func (s *Service) pollDue(ctx context.Context, due polling, now time.Time) error
 		jittered := time.Duration(float64(intervals[i]) * (0.9 + 0.2*rand.Float64())) //nolint:gosec // no secret
 		due[src.TrustDomain] = poll{time.Now().Add(jittered), src.SetAt}
 	}
-	return nil
+	return unreadable
 }
 
 // poll fetches once, and says how long to wait for the next time: after a failure as
@@ -153,6 +163,9 @@ func (s *Service) fetchOnce(ctx context.Context, src *federation.Source) (change
 		return false, 0, err
 	}
 	refused := func(err error) error { return &federation.Error{Reason: federation.Refused, Err: err} }
+	if !bytes.HasPrefix(bytes.TrimSpace(document), []byte("{")) { // PEM is for what is handed over
+		return false, 0, refused(fmt.Errorf("what %s serves is no JWKS document, which alone a bundle endpoint has", src.URL))
+	}
 	b, err := trust.NewFederated(s.opts.TrustDomain, src.TrustDomain, document, time.Now())
 	if err != nil {
 		return false, 0, refused(fmt.Errorf("what %s serves is no trust bundle of %s: %w", src.URL, src.TrustDomain, err))

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -196,35 +197,36 @@ type known struct {
 	bundle *trust.Federated
 	source *federation.Source
 	invite *federation.Invite
+	// unreadable is why a record of it counts for nothing: of a later Merlon, or
+	// damaged.
+	unreadable error
 }
 
-// federations reads all that there is. A record that cannot be read is left out: it
-// can be set anew.
+// federations reads all that there is. A record that cannot be read is said so, and can
+// be set anew or removed.
 func (s *Service) federations(ctx context.Context) (map[spiffeid.TrustDomain]known, error) {
 	all := make(map[spiffeid.TrustDomain]known)
 	for _, b := range s.registry.Federated() {
 		all[b.TrustDomain] = known{bundle: b}
 	}
-	sources, err := s.listUnder(ctx, federation.SourcePrefix)
-	if err != nil {
-		return nil, err
-	}
-	for _, kv := range sources {
-		if src, err := federation.DecodeSource(kv); err == nil {
-			k := all[src.TrustDomain]
-			k.source = src
-			all[src.TrustDomain] = k
+	for prefix, read := range map[string]func(*known, store.KV) error{
+		federation.SourcePrefix: func(k *known, kv store.KV) (err error) { k.source, err = federation.DecodeSource(kv); return err },
+		federation.InvitePrefix: func(k *known, kv store.KV) (err error) { k.invite, err = federation.DecodeInvite(kv); return err },
+	} {
+		kvs, err := s.listUnder(ctx, prefix)
+		if err != nil {
+			return nil, err
 		}
-	}
-	invites, err := s.listUnder(ctx, federation.InvitePrefix)
-	if err != nil {
-		return nil, err
-	}
-	for _, kv := range invites {
-		if invite, err := federation.DecodeInvite(kv); err == nil {
-			k := all[invite.TrustDomain]
-			k.invite = invite
-			all[invite.TrustDomain] = k
+		for _, kv := range kvs {
+			td, err := spiffeid.TrustDomainFromString(strings.TrimPrefix(kv.Key, prefix))
+			if err != nil {
+				continue // nobody can name it
+			}
+			k := all[td]
+			if err := read(&k, kv); err != nil {
+				k.unreadable = err
+			}
+			all[td] = k
 		}
 	}
 	return all, nil
@@ -266,6 +268,9 @@ func (k known) proto(td spiffeid.TrustDomain) *capb.FederatedBundle {
 		if !src.EndpointID.IsZero() {
 			p.Source.EndpointSpiffeId = src.EndpointID.String()
 		}
+	}
+	if k.unreadable != nil {
+		p.Source = &capb.FederationSource{Failure: "what was kept of it cannot be read: " + k.unreadable.Error()}
 	}
 	if k.invite != nil {
 		p.Reader = &capb.FederationReader{InvitedAt: timestamp(k.invite.InvitedAt), FetchedAt: timestamp(k.invite.FetchedAt), Sequence: k.invite.Sequence}

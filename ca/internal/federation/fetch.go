@@ -15,8 +15,10 @@ import (
 	"net/netip"
 	"net/url"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
+	"unicode"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 
@@ -38,8 +40,16 @@ type Error struct {
 	Err    error
 }
 
-// Error implements error.
-func (e *Error) Error() string { return e.Err.Error() }
+// Error implements error. Much of it the other side has written, so what could forge a
+// line or move a cursor is quoted (SECURITY.md T36).
+func (e *Error) Error() string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, e.Err.Error())
+}
 
 // Unwrap gives the cause.
 func (e *Error) Unwrap() error { return e.Err }
@@ -93,7 +103,7 @@ func Fetch(ctx context.Context, s *Source, verifiers x509bundle.Source) ([]byte,
 // get makes one request. target is where it redirects to. guarded: the address must be
 // one of the internet, since the other side, and not an operator, has named it.
 func get(ctx context.Context, u *url.URL, config *tls.Config, guarded bool) (body []byte, target *url.URL, err error) {
-	dialer := &net.Dialer{Timeout: dialTimeout}
+	dialer := &net.Dialer{Timeout: dialTimeout, Control: notLinkLocal}
 	if guarded {
 		dialer.Control = publicOnly
 	}
@@ -126,7 +136,7 @@ func get(ctx context.Context, u *url.URL, config *tls.Config, guarded bool) (bod
 	case http.StatusMovedPermanently, http.StatusPermanentRedirect:
 		return nil, nil, failure(Redirected, "%s has moved for good, to %.200q: that is not followed; ask the other side, and set the new URL", u.Host, res.Header.Get("Location"))
 	}
-	return nil, nil, failure(BadStatus, "%s answers %s, not 200", u.Host, res.Status)
+	return nil, nil, failure(BadStatus, "%s answers %d, not 200", u.Host, res.StatusCode)
 }
 
 // read takes a body of at most trust.MaxDocumentBytes, as it is.
@@ -166,7 +176,7 @@ func classify(u *url.URL, err error) error {
 
 var (
 	errOtherServer = errors.New("it has another SPIFFE ID")
-	errNotPublic   = errors.New("a redirect to an address that is not of the internet is not followed")
+	errNotPublic   = errors.New("an address that is not of the internet is not gone to")
 )
 
 // tls verifies the server as the profile says.
@@ -197,6 +207,20 @@ var notPublic = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("192.0.0.0/24"), netip.MustParsePrefix("192.0.2.0/24"),
 	netip.MustParsePrefix("198.18.0.0/15"), netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("240.0.0.0/4"),
 	netip.MustParsePrefix("64:ff9b::/96"), netip.MustParsePrefix("64:ff9b:1::/48"), netip.MustParsePrefix("2001:db8::/32"), netip.MustParsePrefix("2002::/16"),
+}
+
+// notLinkLocal implements net.Dialer.Control for the URL that an operator has set, or
+// taken over with an invite: it may be of a private network, and is never that of a
+// cloud's metadata service.
+func notLinkLocal(_, address string, _ syscall.RawConn) error {
+	addr, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return err
+	}
+	if ip := addr.Addr().Unmap(); ip.IsLinkLocalUnicast() || ip.IsMulticast() || ip.IsUnspecified() {
+		return fmt.Errorf("%w: %s is no address of a bundle endpoint", errNotPublic, ip)
+	}
+	return nil
 }
 
 // publicOnly implements net.Dialer.Control: it sees the address that is connected to,

@@ -243,6 +243,37 @@ func TestPublicOnly(t *testing.T) {
 	}
 }
 
+// The metadata service of a cloud is asked nothing, whoever names it.
+func TestLinkLocalAddressesAreNotAsked(t *testing.T) {
+	for address, ok := range map[string]bool{
+		"127.0.0.1:443": true, "10.1.2.3:443": true, "169.254.169.254:443": false, "[fe80::1]:443": false, "[::ffff:169.254.169.254]:443": false, "0.0.0.0:443": false, "224.0.0.1:443": false,
+	} {
+		if err := notLinkLocal("tcp", address, syscall.RawConn(nil)); (err == nil) != ok {
+			t.Errorf("%s: %v; want asked = %t", address, err, ok)
+		}
+	}
+}
+
+// What the other side writes moves no cursor (T36).
+func TestErrorsArePrintable(t *testing.T) {
+	err := failure(Refused, "what it says: %s", "\x1b[2K\nforged\u2028line")
+	if got := err.Error(); strings.ContainsAny(got, "\x1b\n\u2028") || !strings.Contains(got, "forged") {
+		t.Errorf("%q", got)
+	}
+	_, src := web(t, func(w http.ResponseWriter, _ *http.Request) {
+		conn, _, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer conn.Close()
+		fmt.Fprint(conn, "HTTP/1.1 500 \x1b]0;owned\a\r\nContent-Length: 0\r\n\r\n")
+	})
+	if _, err := Fetch(t.Context(), src, none()); err == nil || strings.Contains(err.Error(), "\x1b") || strings.Contains(err.Error(), "owned") {
+		t.Errorf("%q", err)
+	}
+}
+
 func TestSourcesThatMakeNoSense(t *testing.T) {
 	id := spiffeid.RequireFromString("spiffe://partner.test/ca")
 	for want, s := range map[string]Source{

@@ -95,6 +95,14 @@ func (r *rig) record(e *hop.Entry) {
 	r.entries = append(r.entries, *e)
 }
 
+// decide has f asked about each call, from now on: what was compiled is in force a
+// moment longer.
+func (r *rig) decide(f func(*policy.Input) policy.Decision) {
+	r.t.Helper()
+	r.td.Decide(f)
+	await(r.t, "the compiled policy to go", func() bool { return !r.hop.Identity.DecidesHere() })
+}
+
 // recorded waits for n entries.
 func (r *rig) recorded(n int) []hop.Entry {
 	r.t.Helper()
