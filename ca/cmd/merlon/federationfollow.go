@@ -52,12 +52,18 @@ func newReaderJSON(r *capb.FederationReader) *readerJSON {
 	return &readerJSON{timeOf(r.GetInvitedAt()), timeOf(r.GetFetchedAt()), r.GetSequence()}
 }
 
-// webAuthorities is the flag --web-ca, read.
-func webAuthorities(file string) (string, error) {
-	if file == "" {
+// reach is where a trust bundle is to be had, and how its server is known.
+type reach struct{ url, profile, webCA string }
+
+// authorities checks the flags and reads --web-ca.
+func (r reach) authorities() (string, error) {
+	if err := r.check(); err != nil {
+		return "", err
+	}
+	if r.webCA == "" {
 		return "", nil
 	}
-	text, err := os.ReadFile(file)
+	text, err := os.ReadFile(r.webCA)
 	if err != nil {
 		return "", notThere(err, "give the file with the authorities of the web server's certificate, in PEM")
 	}
@@ -65,7 +71,7 @@ func webAuthorities(file string) (string, error) {
 }
 
 func federationInvite(o *options) *cobra.Command {
-	var url, profile, webCA string
+	var at reach
 	cmd := &cobra.Command{
 		Use:   "invite TRUST_DOMAIN",
 		Short: "Make a token by which another trust domain follows this one's trust bundle",
@@ -83,16 +89,13 @@ https_spiffe; or bundle_endpoint, and https_web. Nothing of it is inferred.`,
   merlon federation invite partner.test --profile https_web --url https://trust.shop.test/v1/trust/bundle`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := checkReach(url, profile); err != nil {
-				return err
-			}
-			authorities, err := webAuthorities(webCA)
+			authorities, err := at.authorities()
 			if err != nil {
 				return err
 			}
 			return o.withCA(cmd.Context(), func(ca capb.AdminClient) error {
 				resp, err := ca.CreateFederationInvite(cmd.Context(), &capb.CreateFederationInviteRequest{
-					TrustDomain: args[0], Url: strings.TrimSuffix(url, "/"), Profile: profile, WebAuthorities: authorities,
+					TrustDomain: args[0], Url: strings.TrimSuffix(at.url, "/"), Profile: at.profile, WebAuthorities: authorities,
 				})
 				if err != nil {
 					return err
@@ -106,19 +109,19 @@ https_spiffe; or bundle_endpoint, and https_web. Nothing of it is inferred.`,
 			})
 		},
 	}
-	cmd.Flags().StringVar(&url, "url", "", "where the other side reaches this CA's trust bundle (required)")
-	cmd.Flags().StringVar(&profile, "profile", "", "how the other side knows that server: https_spiffe or https_web (required)")
-	cmd.Flags().StringVar(&webCA, "web-ca", "", "https_web: `file` with the authorities of the server's certificate, where others would not know them")
+	cmd.Flags().StringVar(&at.url, "url", "", "where the other side reaches this CA's trust bundle (required)")
+	cmd.Flags().StringVar(&at.profile, "profile", "", "how the other side knows that server: https_spiffe or https_web (required)")
+	cmd.Flags().StringVar(&at.webCA, "web-ca", "", "https_web: `file` with the authorities of the server's certificate, where others would not know them")
 	return cmd
 }
 
-// checkReach refuses what says neither where nor how: nothing of it is inferred.
-func checkReach(url, profile string) error {
+// check refuses what says neither where nor how: nothing of it is inferred.
+func (r reach) check() error {
 	switch {
-	case url == "":
+	case r.url == "":
 		return usageError{"--url is missing: where the trust bundle is to be had is not inferred", "for example --url https://ca.shop.test:8444/v1/trust/bundle"}
-	case profile != "https_web" && profile != "https_spiffe":
-		return usageError{fmt.Sprintf("--profile %q: how the server is known is not inferred", profile), "use --profile https_spiffe (its X509-SVID) or https_web (a certificate of the web)"}
+	case r.profile != "https_web" && r.profile != "https_spiffe":
+		return usageError{fmt.Sprintf("--profile %q: how the server is known is not inferred", r.profile), "use --profile https_spiffe (its X509-SVID) or https_web (a certificate of the web)"}
 	}
 	return nil
 }
@@ -162,7 +165,8 @@ has accepted a token of this side's.`,
 }
 
 func federationFollow(o *options) *cobra.Command {
-	var url, profile, endpointID, webCA, bundle string
+	var at reach
+	var endpointID, bundle string
 	cmd := &cobra.Command{
 		Use:   "follow TRUST_DOMAIN",
 		Short: "Fetch the trust bundle of another trust domain from its endpoint from now on",
@@ -178,10 +182,7 @@ has to be handed over: --bundle FILE.`,
       --endpoint-id spiffe://partner.test/spire/server --bundle partner.json`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := checkReach(url, profile); err != nil {
-				return err
-			}
-			authorities, err := webAuthorities(webCA)
+			authorities, err := at.authorities()
 			if err != nil {
 				return err
 			}
@@ -194,7 +195,7 @@ has to be handed over: --bundle FILE.`,
 			return o.withCA(cmd.Context(), func(ca capb.AdminClient) error {
 				resp, err := ca.SetFederationSource(cmd.Context(), &capb.SetFederationSourceRequest{
 					TrustDomain: args[0], Document: document,
-					Source: &capb.FederationSource{Url: url, Profile: profile, EndpointSpiffeId: endpointID, WebAuthorities: authorities},
+					Source: &capb.FederationSource{Url: at.url, Profile: at.profile, EndpointSpiffeId: endpointID, WebAuthorities: authorities},
 				})
 				if err != nil {
 					return orderHint(err)
@@ -203,10 +204,10 @@ has to be handed over: --bundle FILE.`,
 			})
 		},
 	}
-	cmd.Flags().StringVar(&url, "url", "", "the bundle endpoint, https://… (required)")
-	cmd.Flags().StringVar(&profile, "profile", "", "https_web or https_spiffe (required)")
+	cmd.Flags().StringVar(&at.url, "url", "", "the bundle endpoint, https://… (required)")
+	cmd.Flags().StringVar(&at.profile, "profile", "", "https_web or https_spiffe (required)")
 	cmd.Flags().StringVar(&endpointID, "endpoint-id", "", "https_spiffe: SPIFFE ID of the server")
-	cmd.Flags().StringVar(&webCA, "web-ca", "", "https_web: `file` with the authorities of the server's certificate; without it the system's")
+	cmd.Flags().StringVar(&at.webCA, "web-ca", "", "https_web: `file` with the authorities of the server's certificate; without it the system's")
 	cmd.Flags().StringVar(&bundle, "bundle", "", "`file` with the trust bundle to begin with (- for stdin)")
 	return cmd
 }
