@@ -14,7 +14,6 @@ import (
 	"math/big"
 	"net/url"
 	"runtime"
-	"syscall"
 	"testing"
 	"time"
 
@@ -22,40 +21,10 @@ import (
 
 	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
+	"merlon.dev/integration/measure"
 )
 
 const batchSize = 100
-
-// cpuTime is what this process has used, in user and kernel mode.
-func cpuTime(b *testing.B) time.Duration {
-	b.Helper()
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
-
-// interleaved runs raw and full in turn, count operations each, and reports the
-// CPU of one of each and their ratio. What else the machine does meets both.
-func interleaved(b *testing.B, count int, raw, full func()) {
-	b.Helper()
-	raw()
-	full()
-	var rawTime, fullTime time.Duration
-	runtime.GC()
-	for b.Loop() {
-		begin := cpuTime(b)
-		raw()
-		middle := cpuTime(b)
-		full()
-		rawTime, fullTime = rawTime+middle-begin, fullTime+cpuTime(b)-middle
-	}
-	n := float64(b.N * count)
-	b.ReportMetric(float64(rawTime)/n, "raw-cpu-ns")
-	b.ReportMetric(float64(fullTime)/n, "cpu-ns")
-	b.ReportMetric(float64(fullTime)/float64(rawTime), "x-raw")
-}
 
 // BenchmarkSign: a gRPC batch of 100 with registry check, lint, audit, client
 // and sync, against the check of as many CSRs and crypto/x509's certificates.
@@ -68,21 +37,20 @@ func BenchmarkSign(b *testing.B) {
 		req.Items = append(req.Items, &capb.SignItem{EntryId: c.entry("n1", fmt.Sprintf("w%d", i)).GetEntryId(), Csr: csr})
 	}
 	raw := rawSigner(b)
-	interleaved(b, batchSize, func() {
+	measure.Interleaved(b, 1, measure.Variant{Name: "raw", Ops: batchSize, Run: func() error {
 		for _, item := range req.GetItems() {
 			raw(item.GetCsr())
 		}
-	}, func() {
+		return nil
+	}}, measure.Variant{Name: "ca", Ops: batchSize, Run: func() error {
 		resp, err := a.node.Sign(b.Context(), req)
-		if err != nil {
-			b.Fatal(err)
-		}
 		for _, r := range resp.GetResults() {
 			if r.GetCode() != 0 {
-				b.Fatal(r.GetMessage())
+				return errors.New(r.GetMessage())
 			}
 		}
-	})
+		return err
+	}})
 }
 
 // rawSigner checks a CSR and signs a certificate of the same shape.
@@ -140,22 +108,21 @@ func benchmarkSignJWT(b *testing.B, calls, items int) {
 		b.Fatal(err)
 	}
 	message := make([]byte, 300)
-	interleaved(b, calls*items, func() {
+	measure.Interleaved(b, 1, measure.Variant{Name: "raw", Ops: calls * items, Run: func() error {
 		for range calls * items {
 			digest := sha256.Sum256(message)
 			if _, err := ecdsa.SignASN1(rand.Reader, key, digest[:]); err != nil {
-				b.Fatal(err)
+				return err
 			}
 		}
-	}, func() {
+		return nil
+	}}, measure.Variant{Name: "ca", Ops: calls * items, Run: func() error {
 		var all errgroup.Group
 		for range calls {
 			all.Go(func() error { return signJWTs(b, a, req) })
 		}
-		if err := all.Wait(); err != nil {
-			b.Fatal(err)
-		}
-	})
+		return all.Wait()
+	}})
 }
 
 func signJWTs(b *testing.B, a *testClient, req *capb.SignJWTRequest) error {
@@ -175,7 +142,7 @@ func BenchmarkCreateEntry(b *testing.B) {
 	c := startCA(b, tempDir(b), unbounded)
 	const callers = 64
 	runtime.GC()
-	begin := cpuTime(b)
+	begin := measure.CPU()
 	for b.Loop() {
 		var all errgroup.Group
 		for i := range callers {
@@ -189,6 +156,6 @@ func BenchmarkCreateEntry(b *testing.B) {
 		}
 	}
 	n := float64(b.N * callers)
-	b.ReportMetric(float64(cpuTime(b)-begin)/n, "cpu-ns")
+	b.ReportMetric(float64(measure.CPU()-begin)/n, "cpu-ns")
 	b.ReportMetric(n/b.Elapsed().Seconds(), "entries/s")
 }

@@ -4,7 +4,6 @@
 package ca_test
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
@@ -25,6 +24,7 @@ import (
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
 	"merlon.dev/ca/internal/store/etcd"
+	"merlon.dev/integration/measure"
 	"merlon.dev/integration/stage"
 )
 
@@ -52,7 +52,7 @@ func BenchmarkReady(b *testing.B) {
 			})
 		}, onEtcd(e))
 		for _, m := range e.Members {
-			b.ReportMetric(residentMiB(b, m.PID()), "MiB-"+m.Name)
+			b.ReportMetric(mebibytes(b, m.PID()), "MiB-"+m.Name)
 		}
 	})
 }
@@ -67,12 +67,12 @@ func benchReady(b *testing.B, dir string, n int, open func() (store.Store, error
 	loaded := time.Since(loading)
 	for b.Loop() {
 		debug.FreeOSMemory()
-		began, used := time.Now(), cpuTime(b)
+		began, used := time.Now(), measure.CPU()
 		c := startCA(b, dir, changes...)
 		b.ReportMetric(time.Since(began).Seconds(), "s-ready")
-		b.ReportMetric((cpuTime(b) - used).Seconds(), "cpu-s-ready")
+		b.ReportMetric((measure.CPU() - used).Seconds(), "cpu-s-ready")
 		debug.FreeOSMemory()
-		b.ReportMetric(residentMiB(b, os.Getpid()), "MiB-ca")
+		b.ReportMetric(mebibytes(b, os.Getpid()), "MiB-ca")
 		if _, err := c.admin.GetEntry(b.Context(), &capb.GetEntryRequest{EntryId: last}); err != nil {
 			b.Fatal(err)
 		}
@@ -132,16 +132,9 @@ func benchEntry(i int) *entry.Entry {
 	}
 }
 
-// residentMiB is how much memory a process has in use.
-func residentMiB(b *testing.B, pid int) float64 {
+// mebibytes is how much memory a process has in use.
+func mebibytes(b *testing.B, pid int) float64 {
 	b.Helper()
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
-	if err != nil {
-		b.Fatal(err)
-	}
-	pages, err := strconv.ParseFloat(string(bytes.Fields(text)[1]), 64)
-	if err != nil {
-		b.Fatal(err)
-	}
-	return pages * float64(os.Getpagesize()) / (1 << 20)
+	now, _ := measure.MemoryOf(b, pid)
+	return float64(now) / (1 << 20)
 }

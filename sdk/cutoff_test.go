@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"merlon.dev/integration/measure"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/sdktest"
 )
@@ -77,12 +78,12 @@ func TestRevocationEndsEveryStream(t *testing.T) {
 	if live := orders.LiveConns(); live != int64(n)+1 {
 		t.Fatalf("%d connections; want %d", live, n+1)
 	}
-	pushed, before := time.Now(), usage(t)
+	pushed, before := time.Now(), measure.CPU()
 	td.Revoke("web")
 	for orders.LiveConns() > 1 && time.Since(pushed) < time.Minute {
 		time.Sleep(time.Millisecond)
 	}
-	cut, spent := time.Since(pushed), usage(t)-before
+	cut, spent := time.Since(pushed), measure.CPU()-before
 	last, ended := ends()
 	if len(last) != n {
 		t.Errorf("%d streams have ended; want %d", len(last), n)
@@ -98,16 +99,6 @@ func TestRevocationEndsEveryStream(t *testing.T) {
 	}
 	t.Logf("%d streams: all cut %v after the push, with %v of CPU here; last byte p50 %v, p99 %v, max %v; end seen p50 %v, p99 %v, max %v", n, cut, spent,
 		p(last, 0.5), p(last, 0.99), p(last, 1), p(ended, 0.5), p(ended, 0.99), p(ended, 1))
-}
-
-// usage is the CPU that this process has used.
-func usage(t *testing.T) time.Duration {
-	t.Helper()
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		t.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // beats sends bytes until the connection ends, no two streams at the same moment.

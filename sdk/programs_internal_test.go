@@ -5,7 +5,6 @@ package sdk
 import (
 	"fmt"
 	"strings"
-	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"merlon.dev/agent/agentpb"
+	"merlon.dev/integration/measure"
 	"merlon.dev/policy"
 	"merlon.dev/policy/decisionlog"
 	"merlon.dev/policy/program"
@@ -288,7 +288,7 @@ func BenchmarkDecideHere(b *testing.B) {
 			decide() // the first call of a row allocates it
 			b.ReportAllocs()
 			b.ResetTimer()
-			used := cpu(b)
+			used := measure.PerOp(b)
 			for n := 0; b.Loop(); n++ {
 				decide()
 				if n%(maxPending/2) == 0 {
@@ -301,19 +301,4 @@ func BenchmarkDecideHere(b *testing.B) {
 			}
 		})
 	}
-}
-
-// cpu reports the CPU that one operation of b takes, all threads: on a machine
-// that others use too, time says little.
-func cpu(b *testing.B) func() {
-	b.Helper()
-	used := func() time.Duration {
-		var u syscall.Rusage
-		if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-			b.Fatal(err)
-		}
-		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-	}
-	before := used()
-	return func() { b.ReportMetric(float64(used()-before)/float64(b.N), "cpu-ns/op") }
 }

@@ -16,6 +16,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/integration/measure"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk/svid/forge"
 )
@@ -87,7 +88,7 @@ const atOnce, callsEach = 16, 100
 // cpuOfCalls is what a round of calls costs the agent.
 func cpuOfCalls(b *testing.B, d *stage.Domain, call func(context.Context) bool) time.Duration {
 	b.Helper()
-	before := cpuOf(b, d.Agent.PID())
+	before := measure.CPUOf(b, d.Agent.PID())
 	var all sync.WaitGroup
 	for range atOnce {
 		all.Go(func() {
@@ -99,5 +100,5 @@ func cpuOfCalls(b *testing.B, d *stage.Domain, call func(context.Context) bool) 
 		})
 	}
 	all.Wait()
-	return cpuOf(b, d.Agent.PID()) - before
+	return measure.CPUOf(b, d.Agent.PID()) - before
 }

@@ -20,11 +20,11 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	testgrpc "google.golang.org/grpc/interop/grpc_testing"
 
+	"merlon.dev/integration/measure"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/grpcauth"
 	"merlon.dev/sdk/sdktest"
@@ -32,58 +32,8 @@ import (
 	"merlon.dev/sdk/svid/forge"
 )
 
-// variant is one way to do the same operation.
-type variant struct {
-	name string
-	run  func() error
-}
-
-// inTurn runs the variants in turn, 20 of each and again, and reports the CPU per
-// operation of each, and its ratio to the first.
-func inTurn(b *testing.B, variants []variant) {
-	b.Helper()
-	const each = 20
-	spent := make([]time.Duration, len(variants))
-	for _, v := range variants { // connections, caches, code
-		for range each {
-			if err := v.run(); err != nil {
-				b.Fatal(v.name, err)
-			}
-		}
-	}
-	rounds := 0
-	for b.Loop() {
-		for i := range variants {
-			// Whoever goes first is another one each time.
-			at := (i + rounds) % len(variants)
-			begun := cpuTime(b)
-			for range each {
-				if err := variants[at].run(); err != nil {
-					b.Fatal(variants[at].name, err)
-				}
-			}
-			spent[at] += cpuTime(b) - begun
-		}
-		rounds++
-	}
-	b.ReportMetric(0, "ns/op")
-	for i, v := range variants {
-		b.ReportMetric(float64(spent[i].Microseconds())/float64(rounds*each), v.name+"-cpu-µs")
-		if i > 0 {
-			b.ReportMetric(float64(spent[i])/float64(spent[0]), v.name+"-ratio")
-		}
-	}
-}
-
-// cpuTime is what this process has used.
-func cpuTime(b *testing.B) time.Duration {
-	b.Helper()
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
+// turns is how often a variant does its operation before the next.
+const turns = 20
 
 // goSPIFFE is a workload as go-spiffe alone has it. SVIDs and trust bundles are at
 // hand, as in its X509Source.
@@ -114,10 +64,10 @@ func BenchmarkHandshake(b *testing.B) {
 				cfg.MinVersion, cfg.SessionTicketsDisabled = tls.VersionTLS13, true // as ours: a full handshake each time
 			}
 			dialer.CurvePreferences, own.CurvePreferences = []tls.CurveID{curve}, []tls.CurveID{curve}
-			inTurn(b, []variant{
-				{"gospiffe", handshakes(b, func(raw net.Conn) *tls.Conn { return tls.Server(raw, server) }, dialer)},
-				{"sdk", handshakes(b, func(raw net.Conn) *tls.Conn { return tls.Server(raw, id.ServerTLS()) }, own)},
-			})
+			measure.Interleaved(b, turns,
+				measure.Variant{Name: "gospiffe", Run: handshakes(b, func(raw net.Conn) *tls.Conn { return tls.Server(raw, server) }, dialer)},
+				measure.Variant{Name: "sdk", Run: handshakes(b, func(raw net.Conn) *tls.Conn { return tls.Server(raw, id.ServerTLS()) }, own)},
+			)
 		})
 	}
 }
@@ -135,7 +85,7 @@ func BenchmarkNewHandshake(b *testing.B) {
 	for range 99 {
 		many.AddX509Authority(forge.New(b, "example.org").Cert)
 	}
-	variants := func(name string, bundle *x509bundle.Bundle) []variant {
+	variants := func(name string, bundle *x509bundle.Bundle) []measure.Variant {
 		server := tlsconfig.MTLSServerConfig(id, bundle, tlsconfig.AuthorizeID(id.ID()))
 		dialer := tlsconfig.MTLSClientConfig(id, bundle, tlsconfig.AuthorizeID(id.ID()))
 		trust := svid.NewTrust(x509bundle.NewSet(bundle))
@@ -152,12 +102,12 @@ func BenchmarkNewHandshake(b *testing.B) {
 				return err
 			}
 		}
-		return []variant{
-			{"gospiffe" + name, handshakes(b, func(raw net.Conn) *tls.Conn { return tls.Server(raw, server) }, dialer)},
-			{"sdk" + name, handshakes(b, func(raw net.Conn) *tls.Conn { return tls.Server(raw, ourServer) }, ourDialer)},
+		return []measure.Variant{
+			{Name: "gospiffe" + name, Run: handshakes(b, func(raw net.Conn) *tls.Conn { return tls.Server(raw, server) }, dialer)},
+			{Name: "sdk" + name, Run: handshakes(b, func(raw net.Conn) *tls.Conn { return tls.Server(raw, ourServer) }, ourDialer)},
 		}
 	}
-	inTurn(b, append(variants("", own), variants("-100-roots", many)...))
+	measure.Interleaved(b, turns, append(variants("", own), variants("-100-roots", many)...)...)
 }
 
 // handshakes makes a function that does one, over a connection of its own.
@@ -206,16 +156,19 @@ func BenchmarkUnaryCall(b *testing.B) {
 	td.Allow("web", "orders")
 	td.CompilePolicy()
 	theirs, client := withGoSPIFFE(td, "orders"), withGoSPIFFE(td, "web")
-	inTurn(b, []variant{
-		{"gospiffe", calls(b,
+	measure.Interleaved(b, turns,
+		measure.Variant{Name: "gospiffe", Ops: callsATurn, Run: calls(b,
 			[]grpc.ServerOption{grpc.Creds(grpccredentials.MTLSServerCredentials(theirs, theirs.bundle, tlsconfig.AuthorizeMemberOf(td.ID("web").TrustDomain())))},
 			[]grpc.DialOption{grpc.WithTransportCredentials(grpccredentials.MTLSClientCredentials(client, client.bundle, tlsconfig.AuthorizeID(td.ID("orders"))))})},
-		{"plain", calls(b, nil, []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())})},
-		{"sdk", calls(b, grpcauth.ServerOptions(td.Workload("orders")), grpcauth.DialOptions(td.Workload("web"), sdk.Service("orders")))},
-	})
+		measure.Variant{Name: "plain", Ops: callsATurn, Run: calls(b, nil, []grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())})},
+		measure.Variant{Name: "sdk", Ops: callsATurn, Run: calls(b, grpcauth.ServerOptions(td.Workload("orders")), grpcauth.DialOptions(td.Workload("web"), sdk.Service("orders")))},
+	)
 }
 
-// calls makes a function that does 16 calls at a time, 20 times over.
+// callsATurn are 20 calls by each of 16 callers at a time.
+const callsATurn = 16 * 20
+
+// calls makes a function that does those.
 func calls(b *testing.B, server []grpc.ServerOption, client []grpc.DialOption) func() error {
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	testgrpc "google.golang.org/grpc/interop/grpc_testing"
 
+	"merlon.dev/integration/measure"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/sdktest"
 	"merlon.dev/sdk/sidecar"
@@ -38,11 +39,11 @@ func BenchmarkSidecarCall(b *testing.B) {
 				td.Allow("web", "orders")
 				td.CompilePolicy()
 				app := unaryApp(b)
-				inTurn(b, []variant{
-					{"reverseproxy", unaryCalls(b, reverseProxies(b, td, app), size, at)},
-					{"plain", unaryCalls(b, app, size, at)},
-					{"sidecar", unaryCalls(b, sidecars(b, td, "grpc", app), size, at)},
-				})
+				measure.Interleaved(b, turns,
+					measure.Variant{Name: "reverseproxy", Run: unaryCalls(b, reverseProxies(b, td, app), size, at)},
+					measure.Variant{Name: "plain", Run: unaryCalls(b, app, size, at)},
+					measure.Variant{Name: "sidecar", Run: unaryCalls(b, sidecars(b, td, "grpc", app), size, at)},
+				)
 			})
 		}
 	}

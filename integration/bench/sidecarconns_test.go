@@ -15,6 +15,7 @@ import (
 	codec "golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
+	"merlon.dev/integration/measure"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/sdktest"
@@ -57,15 +58,15 @@ func BenchmarkSidecarConnections(b *testing.B) {
 				return err
 			})
 			for b.Loop() {
-				idle, _ := residentMiB(b, cmd.Process.Pid)
-				b.ReportMetric(idle, "MiB-idle")
+				idle, _ := measure.MemoryOf(b, cmd.Process.Pid)
+				b.ReportMetric(float64(idle)/(1<<20), "MiB-idle")
 				for range conns {
 					call(b, dial, address)
 				}
 				time.Sleep(3 * time.Minute) // Go collects at least every two
-				now, peak := residentMiB(b, cmd.Process.Pid)
-				b.ReportMetric((now-idle)*1024/conns, "KiB/conn")
-				b.ReportMetric((peak-idle)*1024/conns, "KiB/conn-at-most")
+				now, peak := measure.MemoryOf(b, cmd.Process.Pid)
+				b.ReportMetric(float64(now-idle)/(1<<10)/conns, "KiB/conn")
+				b.ReportMetric(float64(peak-idle)/(1<<10)/conns, "KiB/conn-at-most")
 			}
 		})
 	}

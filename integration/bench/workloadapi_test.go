@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -21,49 +20,14 @@ import (
 	"time"
 
 	workload "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/integration/measure"
 	"merlon.dev/integration/stage"
 )
-
-// cpuOf is the CPU time that a process has used.
-func cpuOf(b *testing.B, pid int) time.Duration {
-	b.Helper()
-	const scheduled = 2 // of the whole process, by the scheduler (clock_getcpuclockid(3))
-	var ts unix.Timespec
-	if err := unix.ClockGettime(int32(^pid<<3|scheduled), &ts); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(ts.Nano())
-}
-
-// residentMiB is the memory of a process, now and at most.
-func residentMiB(b *testing.B, pid int) (now, peak float64) {
-	b.Helper()
-	content, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		b.Fatal(err)
-	}
-	for line := range strings.Lines(string(content)) {
-		var kib float64
-		switch fields := strings.Fields(line); {
-		case len(fields) == 3 && fields[0] == "VmRSS:":
-			kib, err = strconv.ParseFloat(fields[1], 64)
-			now = kib / 1024
-		case len(fields) == 3 && fields[0] == "VmHWM:":
-			kib, err = strconv.ParseFloat(fields[1], 64)
-			peak = kib / 1024
-		}
-		if err != nil {
-			b.Fatal(err)
-		}
-	}
-	return now, peak
-}
 
 const callers = 32
 
@@ -117,10 +81,10 @@ func BenchmarkFirstAnswer(b *testing.B) {
 // cpuOfRound is what one round costs the agent, and both ends together.
 func cpuOfRound(b *testing.B, d *stage.Domain, clients []*grpc.ClientConn, call func(context.Context, *grpc.ClientConn) error) (agent, both time.Duration) {
 	b.Helper()
-	agentBefore, mine := cpuOf(b, d.Agent.PID()), cpuOf(b, os.Getpid())
+	agentBefore, mine := measure.CPUOf(b, d.Agent.PID()), measure.CPU()
 	ask(b, clients, call)
-	agent = cpuOf(b, d.Agent.PID()) - agentBefore
-	return agent, agent + cpuOf(b, os.Getpid()) - mine
+	agent = measure.CPUOf(b, d.Agent.PID()) - agentBefore
+	return agent, agent + measure.CPU() - mine
 }
 
 // asked is how often a caller asks in a round.
@@ -172,13 +136,13 @@ func BenchmarkAgentAtRest(b *testing.B) {
 			for b.Loop() {
 				time.Sleep(5 * time.Second) // what the start left is done
 				const rest = 30 * time.Second
-				began := cpuOf(b, d.Agent.PID())
+				began := measure.CPUOf(b, d.Agent.PID())
 				time.Sleep(rest)
-				used := cpuOf(b, d.Agent.PID()) - began
+				used := measure.CPUOf(b, d.Agent.PID()) - began
 				b.ReportMetric(100*used.Seconds()/rest.Seconds(), "%core")
-				now, peak := residentMiB(b, d.Agent.PID())
-				b.ReportMetric(now, "MiB")
-				b.ReportMetric(peak, "MiB-at-most")
+				now, peak := measure.MemoryOf(b, d.Agent.PID())
+				b.ReportMetric(float64(now)/(1<<20), "MiB")
+				b.ReportMetric(float64(peak)/(1<<20), "MiB-at-most")
 			}
 		})
 	}

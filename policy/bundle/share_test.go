@@ -8,9 +8,9 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
+	"merlon.dev/integration/measure"
 	"merlon.dev/policy"
 	"merlon.dev/policy/engine"
 	"merlon.dev/policy/grant"
@@ -137,7 +137,7 @@ func BenchmarkShare(b *testing.B) {
 				mine = append(mine, fmt.Sprintf("spiffe://shop.test/orders-%d", i))
 			}
 			b.ReportAllocs()
-			defer cpu(b)()
+			defer measure.PerOp(b)()
 			for b.Loop() {
 				raw, err := shares.Of(mine)
 				if err != nil {
@@ -149,19 +149,4 @@ func BenchmarkShare(b *testing.B) {
 			}
 		})
 	}
-}
-
-// cpu reports the CPU that one operation of b takes, all threads: on a machine that
-// others use too, time says little.
-func cpu(b *testing.B) func() {
-	b.Helper()
-	used := func() time.Duration {
-		var u unix.Rusage
-		if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-			b.Fatal(err)
-		}
-		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-	}
-	before := used()
-	return func() { b.ReportMetric(float64(used()-before)/float64(b.N), "cpu-ns/op") }
 }

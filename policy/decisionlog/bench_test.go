@@ -4,10 +4,10 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
+	"merlon.dev/integration/measure"
 	"merlon.dev/policy"
 )
 
@@ -46,7 +46,7 @@ func run(b *testing.B, all []*policy.Input, d policy.Decision) {
 	var taking sync.Mutex
 	b.ReportAllocs()
 	b.ResetTimer()
-	used := cpu(b)
+	used := measure.PerOp(b)
 	b.RunParallel(func(pb *testing.PB) {
 		own := d
 		for i := turn.Add(1) * 7919; pb.Next(); i++ {
@@ -61,21 +61,6 @@ func run(b *testing.B, all []*policy.Input, d policy.Decision) {
 	b.StopTimer()
 	used()
 	b.ReportMetric(float64(r.Dropped()-before)/float64(b.N), "dropped/op")
-}
-
-// cpu reports the CPU that one operation of b takes, all threads: on a machine
-// that others use too, time says little.
-func cpu(b *testing.B) func() {
-	b.Helper()
-	used := func() time.Duration {
-		var u syscall.Rusage
-		if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-			b.Fatal(err)
-		}
-		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-	}
-	before := used()
-	return func() { b.ReportMetric(float64(used()-before)/float64(b.N), "cpu-ns/op") }
 }
 
 func BenchmarkRecordAllowed(b *testing.B) { run(b, calls(512), allowed) }

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"merlon.dev/integration/measure"
 	"merlon.dev/policy"
 	"merlon.dev/policy/grant"
 	"merlon.dev/policy/program"
@@ -346,7 +347,7 @@ func BenchmarkAuthorize(b *testing.B) {
 			run := func(by string, decide func(i int) bool) {
 				b.Run(fmt.Sprintf("grants=%d/%s/%s", n, name, by), func(b *testing.B) {
 					b.ReportAllocs()
-					defer cpu(b)()
+					defer measure.PerOp(b)()
 					i := 0
 					for b.Loop() {
 						if decide(i%len(inputs)) != (method == "GET") {
@@ -380,7 +381,7 @@ func BenchmarkAuthorizeOwnRego(b *testing.B) {
 	} {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
-			defer cpu(b)()
+			defer measure.PerOp(b)()
 			for b.Loop() {
 				if !allows() {
 					b.Fatal("denied")
@@ -399,7 +400,7 @@ func BenchmarkProgram(b *testing.B) {
 			e := load(b, benchmarkGrants(n), modules)
 			b.Run(fmt.Sprintf("%s/grants=%d", name, n), func(b *testing.B) {
 				b.ReportAllocs()
-				defer cpu(b)()
+				defer measure.PerOp(b)()
 				for b.Loop() {
 					src, err := e.programSource(b.Context(), "spiffe://shop.test/orders-1")
 					if err != nil {

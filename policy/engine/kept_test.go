@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"merlon.dev/integration/measure"
 	"merlon.dev/policy"
 )
 
@@ -179,7 +180,7 @@ func BenchmarkKept(b *testing.B) {
 		e.decideKept(b.Context(), in)
 	}
 	b.ReportAllocs()
-	defer cpu(b)()
+	defer measure.PerOp(b)()
 	i := 0
 	for b.Loop() {
 		if d, _ := e.decideKept(b.Context(), inputs[i%len(inputs)]); !d.Allow {

@@ -9,9 +9,10 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
+
+	"merlon.dev/integration/measure"
 )
 
 func TestLinesAreFoundByTheirNumber(t *testing.T) {
@@ -89,24 +90,15 @@ func BenchmarkLeaf(b *testing.B) {
 	} {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
-			before := cpuTime(b)
+			before := measure.CPU()
 			for b.Loop() {
 				if err := append(); err != nil {
 					b.Fatal(err)
 				}
 			}
-			b.ReportMetric(float64(cpuTime(b)-before)/float64(b.N*group), "cpu-ns/leaf")
+			b.ReportMetric(float64(measure.CPU()-before)/float64(b.N*group), "cpu-ns/leaf")
 		})
 	}
-}
-
-func cpuTime(b *testing.B) time.Duration {
-	b.Helper()
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // TestRecordOnItsWayIsNotProven: it is in the file, and its SVID has not left.

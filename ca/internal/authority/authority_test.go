@@ -18,7 +18,6 @@ import (
 	"io"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -28,6 +27,7 @@ import (
 	"pgregory.net/rapid"
 
 	"merlon.dev/ca/internal/authority"
+	"merlon.dev/integration/measure"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/svid/forge"
 )
@@ -456,34 +456,13 @@ func BenchmarkIssueJWT(b *testing.B) {
 	a, req := jwtAuthority(forge.New(b, "example.org")), jwtRequest()
 	key, message := mustKey(), make([]byte, 300)
 	const count = 100
-	var raw, full time.Duration
 	b.ReportAllocs()
-	for b.Loop() {
-		begin := cpuTime(b)
-		for range count {
-			digest := sha256.Sum256(message)
-			if _, err := ecdsa.SignASN1(rand.Reader, key, digest[:]); err != nil {
-				b.Fatal(err)
-			}
-		}
-		middle := cpuTime(b)
-		for range count {
-			if _, _, err := a.Issue(req); err != nil {
-				b.Fatal(err)
-			}
-		}
-		raw, full = raw+middle-begin, full+cpuTime(b)-middle
-	}
-	b.ReportMetric(float64(full)/float64(b.N*count), "cpu-ns")
-	b.ReportMetric(float64(full)/float64(raw), "x-raw")
-}
-
-// cpuTime is what this process has used.
-func cpuTime(b *testing.B) time.Duration {
-	b.Helper()
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	measure.Interleaved(b, count, measure.Variant{Name: "raw", Run: func() error {
+		digest := sha256.Sum256(message)
+		_, err := ecdsa.SignASN1(rand.Reader, key, digest[:])
+		return err
+	}}, measure.Variant{Name: "authority", Run: func() error {
+		_, _, err := a.Issue(req)
+		return err
+	}})
 }

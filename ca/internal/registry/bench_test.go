@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"os"
 	"runtime"
-	"syscall"
 	"testing"
 	"time"
 
@@ -22,6 +21,7 @@ import (
 	"merlon.dev/ca/internal/role"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
+	"merlon.dev/integration/measure"
 )
 
 const (
@@ -65,16 +65,6 @@ func filled(tb testing.TB, n int) (r *Registry, some []store.KV) {
 	return newRegistry(nil, slog.New(slog.DiscardHandler), pic), some
 }
 
-// cpu is the processor time that this process has used.
-func cpu(tb testing.TB) time.Duration {
-	tb.Helper()
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		tb.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
-
 // The cost of one change must not depend on how many entries there are: within
 // 2 ×. An operation is one new entry and one that goes.
 func BenchmarkChange(b *testing.B) {
@@ -96,13 +86,13 @@ func BenchmarkChange(b *testing.B) {
 			runtime.GC()
 			b.ReportAllocs()
 			b.ResetTimer()
-			before := cpu(b)
+			before := measure.CPU()
 			for i := 0; b.Loop(); i++ {
 				kv := fresh[i%len(fresh)]
 				change(store.Event{KV: kv})
 				change(store.Event{KV: store.KV{Key: kv.Key}, Delete: true})
 			}
-			b.ReportMetric(float64(cpu(b)-before)/float64(b.N), "cpu-ns/op")
+			b.ReportMetric(float64(measure.CPU()-before)/float64(b.N), "cpu-ns/op")
 		})
 	}
 }
@@ -188,13 +178,13 @@ func BenchmarkOpen(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		begin, before := time.Now(), cpu(b)
+		begin, before := time.Now(), measure.CPU()
 		r, err := Open(b.Context(), st, slog.New(slog.DiscardHandler))
 		if err != nil {
 			b.Fatal(err)
 		}
 		b.ReportMetric(time.Since(begin).Seconds(), "s/open")
-		b.ReportMetric((cpu(b) - before).Seconds(), "cpu-s/open")
+		b.ReportMetric((measure.CPU() - before).Seconds(), "cpu-s/open")
 		if n, _, _, _ := r.Counts(); n != large {
 			b.Fatalf("%d entries", n)
 		}

@@ -22,6 +22,7 @@ import (
 
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
+	"merlon.dev/integration/measure"
 )
 
 // large is the number of entries; without it the benchmark is skipped.
@@ -179,10 +180,10 @@ func benchmarkChange(b *testing.B, stores []*badger.Store, sizes []int, writers 
 	var turns int
 	for b.Loop() {
 		for i, s := range stores {
-			began, used := time.Now(), cpuTime(b)
+			began, used := time.Now(), measure.CPU()
 			spreadN(b, writers, turn, func() error { return change(s, entryKey(rand.IntN(sizes[i]))) })
 			wall[i] += time.Since(began)
-			cpu[i] += cpuTime(b) - used
+			cpu[i] += measure.CPU() - used
 		}
 		turns++
 	}
@@ -233,14 +234,6 @@ func spreadN(b *testing.B, writers, n int, do func() error) {
 			b.Fatal(err)
 		}
 	}
-}
-
-func cpuTime(b *testing.B) time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		b.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 func heap() uint64 {
