@@ -18,9 +18,6 @@ type config struct {
 	yaml strings.Builder
 }
 
-// nothing says, by the beginning of a setting's path, why nothing is made of it.
-type nothing []struct{ path, why string }
-
 // put writes a line of YAML; an empty value is left to the default.
 func (c *config) put(key, value string) {
 	if value != "" {
@@ -48,13 +45,14 @@ func quoted(s string) string {
 // finish names what nobody took.
 func (c *config) finish(known nothing) {
 	c.root.leftover("", func(path string, s *setting) {
-		for _, k := range known {
-			if path == k.path || strings.HasPrefix(path, k.path+".") {
-				c.missing(s.line, path, "%s", k.why)
-				return
-			}
+		why := known.about(path)
+		switch {
+		case s.saysNothing(path):
+		case why != "":
+			c.missing(s.line, path, "%s", why)
+		default:
+			c.missing(s.line, path, "unknown key: nothing is made of it")
 		}
-		c.missing(s.line, path, "unknown key: nothing is made of it")
 	})
 }
 
@@ -111,7 +109,8 @@ func (c *config) health() {
 	}
 }
 
-// plugins takes out those that are switched off.
+// plugins takes out those that are switched off, and names what comes from elsewhere:
+// a plugin of one's own, or settings in another file.
 func (c *config) plugins() {
 	all := c.root.at("plugins")
 	if all == nil {
@@ -120,9 +119,17 @@ func (c *config) plugins() {
 	for _, kind := range all.below {
 		on := kind.below[:0:0]
 		for _, p := range kind.below {
+			of := "plugins." + kind.key + "." + p.key
 			if p.take("enabled") == "false" {
-				c.note(p.line, "plugins."+kind.key+"."+p.key, "it is not enabled, and left out")
+				c.note(p.line, of, "it is not enabled, and left out")
 				continue
+			}
+			if file := p.take("plugin_data_file"); file != "" {
+				c.missing(p.line, of+".plugin_data_file", "what is in %s is not read: write it as plugin_data, and translate again", file)
+			}
+			if cmd := p.take("plugin_cmd"); cmd != "" {
+				c.missing(p.line, of+".plugin_cmd", "a plugin of one's own cannot be loaded here")
+				p.at("plugin_checksum").takeWhole()
 			}
 			on = append(on, p)
 		}

@@ -153,6 +153,9 @@ func (s *setting) takeAll(keys ...string) []string {
 
 // takeWhole takes all that is below.
 func (s *setting) takeWhole() {
+	if s == nil {
+		return
+	}
 	s.taken = true
 	for _, c := range s.below {
 		c.takeWhole()

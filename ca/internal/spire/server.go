@@ -3,11 +3,16 @@
 package spire
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"net"
 	"strings"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/federation"
 )
 
 // Follow is another trust domain whose trust bundle is fetched.
@@ -16,36 +21,6 @@ type Follow struct {
 	URL         string `json:"url"`
 	Profile     string `json:"profile"`
 	EndpointID  string `json:"endpoint_spiffe_id,omitempty"`
-}
-
-// noServer is what server.conf says that has no equivalent here.
-var noServer = nothing{
-	{"server.ca_subject", "authorities have subjects of their own, one for each generation"},
-	{"server.ca_key_type", "X.509 authorities sign with ECDSA P-256"},
-	{"server.jwt_key_type", "JWT keys are ES256 or RS256 (jwt_algorithm)"},
-	{"server.admin_ids", "give the entry of the workload a role (merlon entry create --role operator), or a token (oidc)"},
-	{"server.socket_path", "administrators use admin_socket, /run/merlon/ca/admin.sock"},
-	{"server.registration_uds_path", "administrators use admin_socket, /run/merlon/ca/admin.sock"},
-	{"server.audit_log_enabled", "the audit log is always written"},
-	{"server.ratelimit", "limits are agent_issue_rate, for each agent"},
-	{"server.log_file", "the log goes to standard error"},
-	{"server.federation.bundle_endpoint.profile.https_spiffe", "https_address serves the trust bundle by https_spiffe, at /v1/trust/bundle"},
-	{"telemetry", "metrics are served at health_address, /metrics, and go by OTLP as OTEL_* say"},
-	{"health_checks", "/live and /ready are at health_address"},
-	{"plugins.DataStore", "registrations are in Badger, in data_dir, or for several replicas in etcd (store: etcd)"},
-	{"plugins.KeyManager", "keys are sealed files, or in a token or KMS: ca/README.md, Keys"},
-	{"plugins.NodeAttestor.aws_iid", "name accounts and the certificates of their regions: node_attestors.aws"},
-	{"plugins.NodeAttestor.azure_msi", "name one tenant, an audience of your own and its subscriptions: node_attestors.azure"},
-	{"plugins.NodeAttestor.x509pop.plugin_data.agent_path_template", "nodes are named by node_attestors.x509pop.name: public_key, common_name or dns_name"},
-	{"plugins.NodeAttestor.x509pop", "this of it is nothing here: ca/README.md, Nodes"},
-	{"plugins.NodeAttestor.gcp_iit", "this of it is nothing here: ca/README.md, Nodes"},
-	{"plugins.NodeAttestor.k8s_psat", "this of it is nothing here: ca/README.md, Nodes"},
-	{"plugins.NodeAttestor", "nothing here takes this as proof of a node: ca/README.md, Nodes"},
-	{"plugins.UpstreamAuthority.spire", "below another CA of Merlon a CA is nested: upstream: merlon, and merlon token create --kind nested-ca"},
-	{"plugins.UpstreamAuthority", "ca/README.md, Upstream authorities, lists who may sign: disk, stepcas, vaultcas, cloudcas"},
-	{"plugins.Notifier", "nothing is pushed; the trust bundle is served at https_address and bundle_endpoint"},
-	{"plugins.BundlePublisher", "nothing is pushed; the trust bundle is served at https_address and bundle_endpoint"},
-	{"plugins.CredentialComposer", "what SVIDs look like is fixed"},
 }
 
 // Server translates server.conf: the text of ca.yaml, and whom to follow.
@@ -112,18 +87,21 @@ func (c *config) endpoint() {
 		web = e // as it was written before SPIRE 1.0
 	}
 	acme, files := web.at("acme"), web.at("serving_cert_file")
-	if acme != nil || files != nil {
-		host, port := e.take("address"), e.take("port")
-		if port == "" {
-			port = "443"
-		}
+	switch {
+	case acme != nil || files != nil:
 		fmt.Fprintf(&c.yaml, "bundle_endpoint:\n")
-		c.put("  address", net.JoinHostPort(host, port))
+		c.put("  address", e.listens())
 		c.put("  cert_file", files.take("cert_file_path"))
 		c.put("  key_file", files.take("key_file_path"))
+		if interval := files.at("file_sync_interval"); interval != nil {
+			interval.taken = true
+			c.note(interval.line, "server.federation.bundle_endpoint", "its files are read again when they change: file_sync_interval is left out")
+		}
 		if acme != nil {
 			c.acme(acme)
 		}
+	case e.at("profile", "https_spiffe") != nil:
+		c.endpointBySPIFFE(e)
 	}
 	if issuer := c.root.take("server", "jwt_issuer"); issuer != "" {
 		if acme == nil && files == nil || !strings.HasPrefix(issuer, "https://") {
@@ -132,6 +110,19 @@ func (c *config) endpoint() {
 		}
 		c.put("jwt_issuer", strings.TrimSuffix(issuer, "/"))
 	}
+}
+
+// listens is where a bundle endpoint of SPIRE's is.
+func (s *setting) listens() string {
+	return net.JoinHostPort(s.take("address"), cmp.Or(s.take("port"), "443"))
+}
+
+// endpointBySPIFFE takes bundle_endpoint of https_spiffe, which is https_address here.
+func (c *config) endpointBySPIFFE(e *setting) {
+	profile := e.at("profile", "https_spiffe")
+	profile.takeWhole()
+	c.put("https_address", e.listens())
+	c.note(profile.line, "server.federation.bundle_endpoint", "it is https_address here: whoever follows it has to know the path /v1/trust/bundle and the SPIFFE ID of the CA, whose path is /ca; agents find it by ca_https_address")
 }
 
 func (c *config) acme(acme *setting) {
@@ -173,7 +164,11 @@ func (c *config) serverPlugins() {
 }
 
 func (c *config) nodeAttestors(p *setting) {
-	pop, gcp, k8s := p.at("x509pop", "plugin_data", "ca_bundle_path"), p.at("gcp_iit", "plugin_data", "projectid_allow_list"), p.at("k8s_psat", "plugin_data", "clusters")
+	pop := p.at("x509pop", "plugin_data", "ca_bundle_path")
+	if many := p.at("x509pop", "plugin_data", "ca_bundle_paths"); pop == nil && many != nil && len(many.values) == 1 {
+		pop = many
+	}
+	gcp, k8s := p.at("gcp_iit", "plugin_data", "projectid_allow_list"), p.at("k8s_psat", "plugin_data", "clusters")
 	if pop == nil && gcp == nil && k8s == nil {
 		return
 	}
@@ -222,20 +217,37 @@ func (c *config) follow() []Follow {
 			f.Profile = "https_web"
 		}
 		of := "server.federation.federates_with." + td.key
+		profile.takeWhole()
 		if f.URL == "" || f.Profile == "" {
 			c.missing(td.line, of, "it has no bundle_endpoint_url, or no bundle_endpoint_profile: nothing of it is inferred")
 			continue
 		}
-		// They become words of a command.
-		if _, err := entry.ParseTrustDomain("trust_domain", f.TrustDomain); err != nil || printable(f.URL+f.EndpointID) != f.URL+f.EndpointID {
-			c.missing(td.line, of, "its name, URL or SPIFFE ID holds what none can")
+		if err := f.check(); err != nil {
+			c.missing(td.line, of, "it is not followed: %v", err)
 			continue
 		}
-		profile.takeWhole()
 		if f.Profile == "https_spiffe" {
 			c.note(td.line, of, "its server is verified by the trust bundle that is known: hand the first over (--bundle FILE)")
 		}
 		out = append(out, f)
 	}
 	return out
+}
+
+// check says why f is none that the CA, or a shell, would take.
+func (f Follow) check() error {
+	if _, err := entry.ParseTrustDomain("trust_domain", f.TrustDomain); err != nil {
+		return err
+	}
+	if printable(f.URL+f.EndpointID) != f.URL+f.EndpointID {
+		return errors.New("its URL or SPIFFE ID holds what none can")
+	}
+	src := federation.Source{URL: f.URL, Profile: federation.Profile(f.Profile)}
+	if f.EndpointID != "" {
+		var err error
+		if src.EndpointID, err = spiffeid.FromString(f.EndpointID); err != nil {
+			return fmt.Errorf("endpoint_spiffe_id: %v", err)
+		}
+	}
+	return src.Check()
 }
