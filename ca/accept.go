@@ -6,19 +6,18 @@ package ca
 
 import (
 	"context"
-	"errors"
+	"crypto/rand"
 	"fmt"
 	"log/slog"
-	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
 
+	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/config"
+	"merlon.dev/ca/internal/opening"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/store"
-	"merlon.dev/ca/internal/store/etcd"
 )
 
 // settleEpoch refuses a store of an earlier epoch than this data_dir remembers,
@@ -29,12 +28,12 @@ func (p *parts) settleEpoch(ctx context.Context, cfg Config) error {
 	if err != nil {
 		return fmt.Errorf("read the store's revision: %w", err)
 	}
-	last, err := lastEpoch(cfg)
+	last, err := opening.LastEpoch(cfg)
 	if err != nil {
 		return err
 	}
 	if err := store.CheckEpoch(revision, last); err != nil {
-		return fmt.Errorf("%s: %w", filepath.Join(cfg.DataDir, epochFile), err)
+		return fmt.Errorf("%s: %w", filepath.Join(cfg.DataDir, opening.EpochFile), err)
 	}
 	if last != 0 && cfg.AcceptOlderStore == 0 && store.Epoch(revision) > store.Epoch(last) {
 		// Accepted, begun anew or restored, on another machine or by a start that
@@ -66,56 +65,50 @@ func (p *parts) settleEpoch(ctx context.Context, cfg Config) error {
 			return err
 		}
 	}
-	return rememberEpoch(cfg, revision)
+	return opening.RememberEpoch(cfg, revision)
 }
 
 // skipRealms is what a store without some of its past needs, lest nested CAs get
 // realms that others had.
 func (p *parts) skipRealms(ctx context.Context, cfg Config) error {
-	if cfg.nested() {
+	if cfg.Nested() {
 		return nil
 	}
-	return replica.SkipRealms(ctx, p.store, realmsGiven(cfg))
+	return replica.SkipRealms(ctx, p.store, api.RealmsGiven(cfg.AuditPath()))
 }
 
-// epochFile remembers, outside of the store, the highest epoch that this
-// data_dir has seen: to restore one backup twice takes two epochs.
-const epochFile = "epoch"
-
-// lastEpoch is a revision of that epoch; 0 where there is none.
-func lastEpoch(cfg Config) (uint64, error) {
-	path := filepath.Join(cfg.DataDir, epochFile)
-	b, err := os.ReadFile(path)
-	if errors.Is(err, os.ErrNotExist) {
-		return 0, nil
+// noteStore leaves the proof that there is something in the store, and writes
+// down that it was begun by force.
+func (p *parts) noteStore(ctx context.Context, cfg Config) error {
+	if !opening.Noted(cfg) {
+		revision, err := p.store.Revision(ctx)
+		if err != nil {
+			return fmt.Errorf("read the store's revision: %w", err)
+		}
+		if err := opening.NoteEpoch(cfg, revision); err != nil {
+			return err
+		}
 	}
-	if err != nil {
-		return 0, fmt.Errorf("read the last epoch: %w", err)
+	if !cfg.NewStore {
+		return nil
 	}
-	revision, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
-	if err != nil {
-		return 0, fmt.Errorf("read the last epoch: %s: %w", path, err)
-	}
-	return revision, nil
-}
-
-// seenEpoch is lastEpoch, or what etcd remembers beside the prefix if that is
-// higher: a data_dir belongs to one machine, and a restore may run on another.
-func seenEpoch(ctx context.Context, cfg Config) (uint64, error) {
-	last, err := lastEpoch(cfg)
-	if err != nil || cfg.Store != storeEtcd {
-		return last, err
-	}
-	seen, err := etcd.LastEpoch(ctx, cfg.etcd())
-	return max(last, seen), err
-}
-
-// rememberEpoch notes that the store is at revision, where its epoch is a new
-// one.
-func rememberEpoch(cfg Config, revision uint64) error {
-	last, err := lastEpoch(cfg)
-	if err != nil || store.Epoch(revision) <= store.Epoch(last) {
+	if err := p.skipRealms(ctx, cfg); err != nil {
 		return err
 	}
-	return writeEpoch(cfg, revision)
+	return p.audit.Append(ctx, audit.Record{
+		Time: time.Now(), Type: audit.Admin, Actor: "ca", Detail: "begin a new store, as -new-store says, without what was in the one before",
+	})
+}
+
+// openingOf says how a store was found that was just opened. One in etcd others
+// may have open, too.
+func openingOf(ctx context.Context, cfg Config, st store.Store) (api.Opening, error) {
+	if cfg.Store == config.Etcd {
+		return api.Opening{}, nil
+	}
+	revision, err := st.Revision(ctx)
+	if err != nil {
+		return api.Opening{}, fmt.Errorf("read the store's revision: %w", err)
+	}
+	return api.Opening{ID: rand.Text(), Revision: revision}, nil
 }

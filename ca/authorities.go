@@ -31,8 +31,6 @@ import (
 )
 
 const (
-	// keepRevoked is how long a revoked authority stays on the list.
-	keepRevoked = 7 * 24 * time.Hour
 	// revocationLife outlives every SVID that an authority can have signed.
 	revocationLife = entry.MaxSVIDTTL + time.Minute
 	// followRetry is when to try again what a step asks for, such as a certificate

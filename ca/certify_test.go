@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca/internal/attest"
+	"merlon.dev/ca/internal/config"
 	"merlon.dev/ca/internal/revocation"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk/svid"
@@ -27,7 +28,7 @@ func onStage(t *testing.T, e *stage.Etcd) Config {
 	return Config{
 		TrustDomain: "shop.test", DataDir: filepath.Join(dir, "data"), AdminSocket: filepath.Join(dir, "a.sock"),
 		Address: "127.0.0.1:0", HTTPSAddress: "127.0.0.1:0", HealthAddress: "127.0.0.1:0", Logger: slog.New(slog.DiscardHandler),
-		Store: storeEtcd, EtcdEndpoints: e.Endpoints(), EtcdCAFile: e.Files.CA, EtcdCertFile: e.Files.Cert, EtcdKeyFile: e.Files.Key,
+		Store: config.Etcd, EtcdEndpoints: e.Endpoints(), EtcdCAFile: e.Files.CA, EtcdCertFile: e.Files.Cert, EtcdKeyFile: e.Files.Key,
 	}
 }
 

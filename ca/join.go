@@ -60,7 +60,7 @@ type rootHolder struct {
 
 // Join implements upstream.RootHolder.
 func (h *rootHolder) Join(ctx context.Context, keys upstream.KeyRequests) (*upstream.Certificates, error) {
-	token, err := h.cfg.joinToken()
+	token, err := h.cfg.ReadJoinToken()
 	switch {
 	case err != nil:
 		return nil, err
@@ -127,7 +127,7 @@ func (h *rootHolder) checkStore() error {
 }
 
 func (h *rootHolder) address() string {
-	_, address := h.cfg.rootHolder()
+	_, address := h.cfg.RootHolder()
 	return address
 }
 

@@ -108,12 +108,13 @@ func TestTokenGoesToTheCAAlone(t *testing.T) {
 // The root of an answer is one that the connection was verified with.
 func TestAnswerHoldsARootThatWasShown(t *testing.T) {
 	p, _ := openParts(t)
-	ca := p.keys.X509()
+	other, _ := openParts(t)
+	ca, someRoot := p.keys.X509(), other.keys.X509().Root
 	answer := &capb.ReplicaCertificates{Intermediate: [][]byte{ca.Chain[0].Raw}, PolicyCertificate: p.keys.PolicyCertificate(), Root: ca.Root.Raw}
-	if got, err := certificates(answer, []*x509.Certificate{someRoot(t), ca.Root}); err != nil || !got.Root.Equal(ca.Root) || !got.Intermediate.Equal(ca.Chain[0]) {
+	if got, err := certificates(answer, []*x509.Certificate{someRoot, ca.Root}); err != nil || !got.Root.Equal(ca.Root) || !got.Intermediate.Equal(ca.Chain[0]) {
 		t.Errorf("certificates = %+v, %v", got, err)
 	}
-	for name, roots := range map[string][]*x509.Certificate{"none": nil, "another": {someRoot(t)}} {
+	for name, roots := range map[string][]*x509.Certificate{"none": nil, "another": {someRoot}} {
 		if _, err := certificates(answer, roots); err == nil {
 			t.Errorf("with the shown roots %s: taken", name)
 		}

@@ -25,6 +25,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca"
+	"merlon.dev/ca/internal/offline"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
 	"merlon.dev/ca/internal/upstream"
@@ -135,7 +136,7 @@ func TestPrivateKeysNeverEnterTheStore(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer backup.Close()
-	if _, err := ca.BackupStore(t.Context(), cfg, backup); err != nil {
+	if _, err := offline.Backup(t.Context(), cfg, backup); err != nil {
 		t.Fatal(err)
 	}
 	for name, secret := range secrets {
@@ -241,11 +242,11 @@ func TestKeysThatDoNotOpenAreExplained(t *testing.T) {
 	}
 	c := startCA(t, dir)
 	cfg := ca.Config{TrustDomain: "shop.test", DataDir: filepath.Join(dir, "data")}
-	if _, err := ca.ResealKeys(t.Context(), cfg, ca.Config{TrustDomain: "shop.test", DataDir: cfg.DataDir, KeyFile: other}); err == nil || !strings.Contains(ca.Hint(err), "stop the merlon-ca") {
+	if _, err := offline.ResealKeys(t.Context(), cfg, ca.Config{TrustDomain: "shop.test", DataDir: cfg.DataDir, KeyFile: other}); err == nil || !strings.Contains(ca.Hint(err), "stop the merlon-ca") {
 		t.Errorf("reseal under a running CA: %v, hint %q", err, ca.Hint(err))
 	}
 	c.stop()
-	if done, err := ca.ResealKeys(t.Context(), cfg, ca.Config{TrustDomain: "shop.test", DataDir: cfg.DataDir, KeyFile: other}); err != nil || done.Sealed != 5 {
+	if done, err := offline.ResealKeys(t.Context(), cfg, ca.Config{TrustDomain: "shop.test", DataDir: cfg.DataDir, KeyFile: other}); err != nil || done.Sealed != 5 {
 		t.Fatalf("ResealKeys = %+v, %v", done, err)
 	}
 	startCA(t, dir, func(cfg *ca.Config) { cfg.KeyFile = other }).stop()

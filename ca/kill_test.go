@@ -20,6 +20,7 @@ import (
 	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/config"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk/unixsock"
 )
@@ -40,7 +41,7 @@ func TestMain(m *testing.M) {
 
 // runCA is main of merlon-ca in short.
 func runCA() int {
-	cl, err := ca.ParseCommandLine(os.Args[1:], os.Getenv, os.Stderr)
+	cl, err := config.ParseCommandLine(os.Args[1:], os.Getenv, os.Stderr)
 	if err != nil {
 		return 2
 	}

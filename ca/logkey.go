@@ -15,6 +15,7 @@ import (
 
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/authority"
+	"merlon.dev/ca/internal/opening"
 	"merlon.dev/ca/internal/upstream"
 	"merlon.dev/sdk/checkpoint"
 )
@@ -71,4 +72,15 @@ func (k *logKey) certificates() ([][]byte, error) {
 	}
 	k.by, k.chain = ca, append(chain, ca.Root.Raw)
 	return k.chain, nil
+}
+
+// openAudit opens the log, and sees whether it is a new one.
+func (p *parts) openAudit(cfg Config) error {
+	first, err := opening.BeginOfLog(cfg)
+	if err != nil {
+		return err
+	}
+	p.newLog = first == 0
+	p.audit, err = audit.Open(cfg.AuditPath(), cfg.AuditOptions())
+	return err
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/offline"
 	"merlon.dev/sdk/checkpoint"
 )
 
@@ -73,24 +74,24 @@ func countRecords(t *testing.T, path, detail string) (n int) {
 func TestVerifyNamesWhatIsThere(t *testing.T) {
 	p, path := openParts(t)
 	cfg := Config{DataDir: filepath.Dir(path)}
-	r, err := VerifyAuditLog(cfg)
+	r, err := offline.VerifyAuditLog(cfg)
 	if err != nil || r.Problem != "" || r.Last < 3 || r.Size < 1 || uint64(r.Size) >= r.Last || r.RootHash == "" {
 		t.Errorf("with the checkpoint of the start: %+v, %v", r, err)
 	}
 	if err := p.audit.Close(); err != nil {
 		t.Fatal(err)
 	}
-	r, err = VerifyAuditLog(cfg)
+	r, err = offline.VerifyAuditLog(cfg)
 	if err != nil || r.Problem != "" || r.Size != int64(r.Last) || r.Origin == "" || r.VerifierKey == "" || len(r.RootHash) != 64 {
 		t.Errorf("with the last checkpoint: %+v, %v", r, err)
 	}
 	if err := os.Remove(filepath.Join(cfg.DataDir, "audit.tree", "checkpoint")); err != nil {
 		t.Fatal(err)
 	}
-	if r, err = VerifyAuditLog(cfg); err != nil || !strings.Contains(r.Problem, "it was taken away") {
+	if r, err = offline.VerifyAuditLog(cfg); err != nil || !strings.Contains(r.Problem, "it was taken away") {
 		t.Errorf("without it: %+v, %v", r, err)
 	}
-	if _, err := VerifyAuditLog(Config{DataDir: t.TempDir()}); err == nil {
+	if _, err := offline.VerifyAuditLog(Config{DataDir: t.TempDir()}); err == nil {
 		t.Error("a log that is not there is verified")
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"io"
 	"syscall"
 
+	"merlon.dev/ca/internal/config"
 	"merlon.dev/sdk/systemd"
 )
 
@@ -17,7 +18,7 @@ import (
 // until ctx ends. It returns the exit status: 0 after a clean stop, 1 after a
 // failure, 2 for settings that make no sense.
 func Main(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
-	cl, err := ParseCommandLine(args, getenv, stderr)
+	cl, err := config.ParseCommandLine(args, getenv, stderr)
 	if errors.Is(err, flag.ErrHelp) {
 		return 0
 	}
@@ -25,14 +26,14 @@ func Main(ctx context.Context, args []string, getenv func(string) string, stdout
 		complain(stderr, err)
 		return 2
 	}
-	if err := cl.run(ctx, stdout, stderr); err != nil {
+	if err := run(ctx, cl, stdout, stderr); err != nil {
 		complain(stderr, err)
 		return 1
 	}
 	return 0
 }
 
-func (cl *CommandLine) run(ctx context.Context, stdout, stderr io.Writer) error {
+func run(ctx context.Context, cl *config.CommandLine, stdout, stderr io.Writer) error {
 	if cl.ValidateOnly {
 		_, err := fmt.Fprintln(stdout, "the settings are valid")
 		return err

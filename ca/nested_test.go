@@ -24,6 +24,7 @@ import (
 
 	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/offline"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk/svid"
 )
@@ -427,7 +428,7 @@ func TestRestoredNestedCAStays(t *testing.T) {
 	}
 	cfg := ca.Config{TrustDomain: "shop.test", DataDir: filepath.Join(eu.dir, "data")}
 	below(&cfg)
-	if _, err := ca.RestoreStore(t.Context(), cfg, file, ca.RestoreOptions{AcceptLoss: true}); err != nil {
+	if _, err := offline.Restore(t.Context(), cfg, file, offline.RestoreOptions{AcceptLoss: true}); err != nil {
 		t.Fatal(err)
 	}
 	eu = startCA(t, eu.dir, below)

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"merlon.dev/ca/internal/config"
 	"merlon.dev/ca/internal/upstream"
 )
 
@@ -20,7 +21,7 @@ import (
 func TestEachReasonIsLoggedOnce(t *testing.T) {
 	var log bytes.Buffer
 	s, err := New(Config{
-		TrustDomain: "shop.test", DataDir: t.TempDir(), Development: true, Upstream: upstreamMerlon, UpstreamAddress: "127.0.0.1:1",
+		TrustDomain: "shop.test", DataDir: t.TempDir(), Development: true, Upstream: config.UpstreamMerlon, UpstreamAddress: "127.0.0.1:1",
 		Logger: slog.New(slog.NewTextHandler(&log, nil)),
 	})
 	if err != nil {

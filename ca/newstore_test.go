@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"merlon.dev/ca"
+	"merlon.dev/ca/internal/offline"
+	"merlon.dev/ca/internal/opening"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
 	"merlon.dev/integration/stage"
@@ -58,7 +60,7 @@ func TestCAThatHadAStoreBeginsNoOther(t *testing.T) {
 				test.prove(t, data)
 			}
 			err := refusedCA(t, dir)
-			lost, ok := errors.AsType[*ca.LostStoreError](err)
+			lost, ok := errors.AsType[*opening.LostStoreError](err)
 			if !ok || filepath.Base(lost.Proof) != test.proof || lost.Place != filepath.Join(data, "store") {
 				t.Fatalf("the CA ended with %v; want a LostStoreError by %s", err, test.proof)
 			}
@@ -80,7 +82,7 @@ func TestEmptyStoreIsNotTakenForTheOneThatWas(t *testing.T) {
 	startCA(t, dir).stop()
 	away(t, dir, "store")
 	emptyStore(t, dir)
-	if _, ok := errors.AsType[*ca.LostStoreError](refusedCA(t, dir)); !ok {
+	if _, ok := errors.AsType[*opening.LostStoreError](refusedCA(t, dir)); !ok {
 		t.Error("the CA serves an empty store")
 	}
 	c := startCA(t, dir, newStore)
@@ -194,7 +196,7 @@ func TestCAThatHadALogBeginsNoOther(t *testing.T) {
 			away(t, dir, "audit*")
 			test.prepare(t, dir)
 			err := refusedCA(t, dir)
-			lost, ok := errors.AsType[*ca.LostLogError](err)
+			lost, ok := errors.AsType[*opening.LostLogError](err)
 			if !ok || filepath.Base(lost.Proof) != test.proof || lost.Path != filepath.Join(dir, "data", "audit.jsonl") {
 				t.Fatalf("the CA ended with %v; want a LostLogError by %s", err, test.proof)
 			}
@@ -234,22 +236,22 @@ func TestRestoreBeginsNoLogInPlaceOfOneThatIsLost(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := ca.BackupStore(t.Context(), cfg, f); err != nil {
+	if _, err := offline.Backup(t.Context(), cfg, f); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
 	away(t, dir, "store", "audit*")
-	_, err = ca.RestoreStore(t.Context(), cfg, backup, ca.RestoreOptions{AcceptLoss: true})
-	if _, ok := errors.AsType[*ca.LostLogError](err); !ok || !strings.Contains(ca.Hint(err), "keys/log-1") {
+	_, err = offline.Restore(t.Context(), cfg, backup, offline.RestoreOptions{AcceptLoss: true})
+	if _, ok := errors.AsType[*opening.LostLogError](err); !ok || !strings.Contains(ca.Hint(err), "keys/log-1") {
 		t.Fatalf("restored: %v", err)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "data", "store")); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the restore that refuses made a store: %v", err)
 	}
 	away(t, dir, "keys/log-1")
-	if _, err := ca.RestoreStore(t.Context(), cfg, backup, ca.RestoreOptions{AcceptLoss: true}); err != nil {
+	if _, err := offline.Restore(t.Context(), cfg, backup, offline.RestoreOptions{AcceptLoss: true}); err != nil {
 		t.Fatal(err)
 	}
 	startCA(t, dir)
@@ -264,7 +266,7 @@ func TestCAOnEtcdBeginsNoOtherStore(t *testing.T) {
 	c.entry("n1", "web")
 	c.stop()
 	elsewhere := func(cfg *ca.Config) { cfg.EtcdPrefix = "/elsewhere/" }
-	if _, ok := errors.AsType[*ca.LostStoreError](refusedCA(t, dir, onEtcd(e), elsewhere)); !ok {
+	if _, ok := errors.AsType[*opening.LostStoreError](refusedCA(t, dir, onEtcd(e), elsewhere)); !ok {
 		t.Error("the CA serves an empty prefix")
 	}
 	if n := e.Remove("/elsewhere"); n != 0 {
@@ -273,7 +275,7 @@ func TestCAOnEtcdBeginsNoOtherStore(t *testing.T) {
 	if n := e.Remove("/merlon/"); n == 0 {
 		t.Fatal("there was nothing under /merlon/")
 	}
-	if _, ok := errors.AsType[*ca.LostStoreError](refusedCA(t, dir, onEtcd(e))); !ok {
+	if _, ok := errors.AsType[*opening.LostStoreError](refusedCA(t, dir, onEtcd(e))); !ok {
 		t.Error("the CA begins another store in place of one that was removed")
 	}
 	c = startCA(t, dir, onEtcd(e), newStore)

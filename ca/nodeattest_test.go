@@ -27,6 +27,7 @@ import (
 
 	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/config"
 	"merlon.dev/sdk/possession"
 )
 
@@ -283,7 +284,7 @@ func TestNodeAttestorSettings(t *testing.T) {
 		"node_attestors:\n  x509pop: {ca_file: /x}":                 "",
 		"node_attestors:\n  x509pop: {ca_file: /x, name: dns_name}": "",
 	} {
-		cfg, err := ca.ParseConfig("ca.yaml", []byte("trust_domain: shop.test\n"+text))
+		cfg, err := config.Parse("ca.yaml", []byte("trust_domain: shop.test\n"+text))
 		if err == nil {
 			err = cfg.Validate()
 		}

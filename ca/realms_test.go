@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"merlon.dev/ca"
+	"merlon.dev/ca/internal/offline"
 )
 
 // The audit log knows which were given; where it is lost too, some are left out.
@@ -61,11 +62,11 @@ func restoreLosing(t *testing.T, up *testCA, backup string) []func(*ca.Config) {
 	t.Helper()
 	away(t, up.dir, "store")
 	cfg := ca.Config{TrustDomain: "shop.test", DataDir: filepath.Join(up.dir, "data"), AdminSocket: filepath.Join(up.dir, "s", "a.sock")}
-	_, err := ca.RestoreStore(t.Context(), cfg, backup, ca.RestoreOptions{})
-	if _, lossy := errors.AsType[*ca.LossError](err); !lossy {
+	_, err := offline.Restore(t.Context(), cfg, backup, offline.RestoreOptions{})
+	if _, lossy := errors.AsType[*offline.LossError](err); !lossy {
 		t.Fatalf("restore: %v; want a loss", err)
 	}
-	if _, err := ca.RestoreStore(t.Context(), cfg, backup, ca.RestoreOptions{AcceptLoss: true}); err != nil {
+	if _, err := offline.Restore(t.Context(), cfg, backup, offline.RestoreOptions{AcceptLoss: true}); err != nil {
 		t.Fatal(err)
 	}
 	return nil

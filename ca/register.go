@@ -43,7 +43,7 @@ func (s *Server) openKeys(ctx context.Context, p *parts) error {
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return err
 	}
-	cfg, err := s.cfg.upstream()
+	cfg, err := s.cfg.Authorities()
 	if err != nil {
 		return err
 	}
@@ -64,18 +64,18 @@ func (s *Server) openKeys(ctx context.Context, p *parts) error {
 		return err
 	}
 	holder := &rootHolder{cfg: s.cfg, td: s.td, log: s.log, published: published, own: p.ownIdentity}
-	if s.cfg.nested() {
+	if s.cfg.Nested() {
 		p.mirror = &nested.Mirror{Store: p.store, TrustDomain: s.td}
 		holder.mirror = p.mirror
 	}
-	if s.cfg.JoinAddress != "" || s.cfg.nested() {
+	if s.cfg.JoinAddress != "" || s.cfg.Nested() {
 		cfg.RootHolder = holder
 	}
 	if p.keys, err = upstream.Open(ctx, cfg); err != nil {
 		return err
 	}
 	p.authorities = &authorities{
-		domain: p.domain, policy: s.cfg.rotation(), keys: p.keys, audit: p.audit, log: s.log, registered: p.register,
+		domain: p.domain, policy: s.cfg.Rotation(), keys: p.keys, audit: p.audit, log: s.log, registered: p.register,
 		viewer: registry.Viewer{Replica: p.keys.Name(), X509SVID: s.cfg.X509SVIDTTL, JWTSVID: s.cfg.JWTSVIDTTL}, jwtKeyTTL: s.cfg.JWTKeyTTL,
 	}
 	if !p.keys.HoldsRoot() {

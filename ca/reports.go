@@ -5,7 +5,6 @@ package ca
 
 import (
 	"fmt"
-	"path/filepath"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -13,18 +12,6 @@ import (
 	"merlon.dev/ca/internal/report"
 	"merlon.dev/policy/decisionlog"
 )
-
-func (c Config) checkDecisionLog() error {
-	switch {
-	case c.DecisionLogFile != "" && !filepath.IsAbs(c.DecisionLogFile):
-		return fmt.Errorf("decision_log_file: %q is not an absolute path", c.DecisionLogFile)
-	case c.DecisionLogMaxMiB < 1:
-		return fmt.Errorf("decision_log_max_mib: %d is less than 1", c.DecisionLogMaxMiB)
-	case c.DecisionLogKeep < 1:
-		return fmt.Errorf("decision_log_keep: %d is less than 1", c.DecisionLogKeep)
-	}
-	return nil
-}
 
 func (p *parts) openReports(c Config) (err error) {
 	p.health.Registry().MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{

@@ -12,6 +12,7 @@ import (
 
 	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/offline"
 	"merlon.dev/integration/stage"
 )
 
@@ -43,13 +44,13 @@ func TestReplicasDoNotComeBackWithALossyRestore(t *testing.T) {
 	from := cfg
 	onEtcd(e)(&from)
 	from.EtcdPrefix = ""
-	if _, err := ca.BackupStore(t.Context(), from, f); err != nil {
+	if _, err := offline.Backup(t.Context(), from, f); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := ca.RestoreStore(t.Context(), cfg, file, ca.RestoreOptions{AcceptLoss: true}); err != nil {
+	if _, err := offline.Restore(t.Context(), cfg, file, offline.RestoreOptions{AcceptLoss: true}); err != nil {
 		t.Fatal(err)
 	}
 

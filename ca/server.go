@@ -24,7 +24,9 @@ import (
 
 	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/config"
 	"merlon.dev/ca/internal/nested"
+	"merlon.dev/ca/internal/opening"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/report"
@@ -72,7 +74,7 @@ func New(cfg Config) (*Server, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("configuration: %w", err)
 	}
-	cfg = cfg.withDefaults()
+	cfg = cfg.WithDefaults()
 	td, err := spiffeid.TrustDomainFromString(cfg.TrustDomain)
 	if err != nil {
 		return nil, fmt.Errorf("configuration: trust_domain: %w", err)
@@ -179,7 +181,7 @@ func (s *Server) open(ctx context.Context) (_ *parts, err error) {
 	if err := openDataDir(s.cfg.DataDir); err != nil {
 		return nil, err
 	}
-	if err := s.cfg.checkOwners(); err != nil {
+	if err := opening.CheckOwners(s.cfg); err != nil {
 		return nil, err
 	}
 	if p.store, err = s.openStore(ctx); err != nil {
@@ -239,7 +241,7 @@ func (s *Server) openStore(ctx context.Context) (store.Store, error) {
 	deadline := time.Now().Add(storePatience)
 	for {
 		attempt, cancel := context.WithTimeout(ctx, storeAttempt)
-		st, err := s.openServed(attempt)
+		st, err := opening.Served(attempt, s.cfg)
 		cancel()
 		if !unreachable(err) || ctx.Err() != nil {
 			return st, err
@@ -260,25 +262,25 @@ func (s *Server) openStore(ctx context.Context) (store.Store, error) {
 // assemble makes what serves.
 func (s *Server) assemble(ctx context.Context, p *parts) error {
 	p.health = health.New(s.log)
-	uids, err := s.cfg.uidRoles()
+	uids, err := s.cfg.UIDRoles()
 	if err != nil {
 		return err
 	}
-	tokens, err := s.cfg.tokens(s.log)
+	tokens, err := s.cfg.AdminTokens(s.log)
 	if err != nil {
 		return err
 	}
-	attestors, err := s.cfg.NodeAttestors.open(s.td, s.log)
+	attestors, err := s.cfg.NodeAttestors.Open(s.td, s.log)
 	if err != nil {
 		return err
 	}
 	options := api.Options{
 		TrustDomain: s.td, Store: p.store, StoreKind: s.cfg.Store, Opening: p.opening, Registry: p.registry, Keys: p.keys, Releases: p.releases, Audit: p.audit,
 		ReplicaName: p.keys.Name(), Reseal: p.reseal,
-		Authorities: p.authorities, Domain: p.domain, Rotation: s.cfg.rotation(), JWTKeyTTL: s.cfg.JWTKeyTTL,
+		Authorities: p.authorities, Domain: p.domain, Rotation: s.cfg.Rotation(), JWTKeyTTL: s.cfg.JWTKeyTTL,
 		Log: s.log, Metrics: p.health.Registry(), UIDs: uids, Tokens: tokens, Attestors: attestors,
 		X509SVIDTTL: s.cfg.X509SVIDTTL, JWTSVIDTTL: s.cfg.JWTSVIDTTL, AgentSVIDTTL: s.cfg.AgentSVIDTTL, AgentRecovery: s.cfg.AgentRecovery,
-		JWTIssuer: s.cfg.JWTIssuer, JWTMaxAudiences: s.cfg.JWTMaxAudiences, IssueRate: s.cfg.AgentIssueRate, Realm: p.realm, Canary: s.cfg.canaryLimits(), Statuses: &p.statuses,
+		JWTIssuer: s.cfg.JWTIssuer, JWTMaxAudiences: s.cfg.JWTMaxAudiences, IssueRate: s.cfg.AgentIssueRate, Realm: p.realm, Canary: s.cfg.CanaryLimits(), Statuses: &p.statuses,
 	}
 	if p.keys.HoldsRoot() && !p.keys.HasUpstream() {
 		options.Root = p.keys
@@ -301,7 +303,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 		p.above.watch(p.health)
 	}
 	if s.cfg.BundleEndpoint.Address != "" {
-		if p.publicTLS, err = s.cfg.endpointTLS(s.log); err != nil {
+		if p.publicTLS, err = s.cfg.EndpointTLS(s.log); err != nil {
 			return err
 		}
 	}
@@ -343,7 +345,7 @@ func (s *Server) listen() (l *listeners, err error) {
 	if err := s.listenPublic(l); err != nil {
 		return l, err
 	}
-	if l.admin, err = unixsock.Listen(s.cfg.AdminSocket, s.cfg.adminAccess()); err != nil {
+	if l.admin, err = unixsock.Listen(s.cfg.AdminSocket, s.cfg.AdminAccess()); err != nil {
 		return l, fmt.Errorf("admin_socket: %w", err)
 	}
 	s.address, s.httpsAddress, s.healthAddress = l.grpc.Addr(), l.https.Addr(), l.health.Addr()
@@ -387,7 +389,7 @@ func (s *Server) serve(ctx context.Context, p *parts, l *listeners) error {
 	base.Go(func() error { return p.lead(inner) })
 	base.Go(func() error { return p.tendRollouts(inner) })
 	base.Go(func() error { p.service.KeepReaders(inner); return nil })
-	if s.cfg.Store == storeEtcd { // Badger's is locked
+	if s.cfg.Store == config.Etcd { // Badger's is locked
 		base.Go(func() error { return p.holdName(inner, store.CampaignTTL) })
 		base.Go(func() error { return p.beHeard(inner, heardTTL(s.cfg.AgentSVIDTTL)) })
 	}
@@ -458,13 +460,4 @@ func serveGRPC(ctx context.Context, g *errgroup.Group, p *parts, srv *grpc.Serve
 		srv.GracefulStop()
 		return nil
 	})
-}
-
-// adminAccess lets other users reach the admin socket only where some of them
-// are administrators; the server then asks each who it is.
-func (c Config) adminAccess() unixsock.Access {
-	if len(c.AdminUIDs)+len(c.Admins) > 0 {
-		return unixsock.Shared
-	}
-	return unixsock.Private
 }

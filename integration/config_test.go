@@ -18,7 +18,7 @@ import (
 
 func TestExampleConfigsAreCompleteAndValid(t *testing.T) {
 	for _, tc := range []struct{ binary, example, source string }{
-		{"merlon-ca", "../examples/config/ca.yaml", "../ca/config.go"},
+		{"merlon-ca", "../examples/config/ca.yaml", "../ca/internal/config/config.go"},
 		{"merlon-agent", "../examples/config/agent.yaml", "../agent/config.go"},
 		{"merlon-sidecar", "../examples/config/sidecar.yaml", "../sdk/sidecar/config.go"},
 	} {

@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"merlon.dev/ca"
+	"merlon.dev/ca/internal/config"
 )
 
 // storeFlags say which CA a command works on.
@@ -33,8 +34,8 @@ func (f *storeFlags) read() (ca.Config, error) {
 	return readStoreConfig(f.config, f.dataDir)
 }
 
-func readStoreConfig(config, dataDir string) (ca.Config, error) {
-	cfg, err := ca.ReadStoreConfig(config, dataDir, os.Getenv)
+func readStoreConfig(file, dataDir string) (ca.Config, error) {
+	cfg, err := config.ForStore(file, dataDir, os.Getenv)
 	if err != nil {
 		return cfg, usageError{err.Error(), "name the file that merlon-ca is started with, such as /etc/merlon/ca.yaml"}
 	}

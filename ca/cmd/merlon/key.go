@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"merlon.dev/ca"
+	"merlon.dev/ca/internal/offline"
 )
 
 func keyCommand(o *options) *cobra.Command {
@@ -41,8 +42,8 @@ key-encryption keys are there.`,
 			if err != nil {
 				return err
 			}
-			done, err := ca.ResealKeys(cmd.Context(), source, target)
-			if e, ok := errors.AsType[*ca.MismatchError](err); ok {
+			done, err := offline.ResealKeys(cmd.Context(), source, target)
+			if e, ok := errors.AsType[*offline.MismatchError](err); ok {
 				return usageError{e.Error(), e.Hint}
 			}
 			if errors.Is(err, fs.ErrNotExist) {

@@ -19,8 +19,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/offline"
 	"merlon.dev/sdk/checkpoint"
 )
 
@@ -85,7 +85,7 @@ in them, or is at them now; look whether they were done.`,
 			if err != nil {
 				return err
 			}
-			r, err := ca.VerifyAuditLog(cfg)
+			r, err := offline.VerifyAuditLog(cfg)
 			if err != nil {
 				return hintError{err, "name the folder that merlon-ca has as its data_dir, as a user who may read it"}
 			}
@@ -98,7 +98,7 @@ in them, or is at them now; look whether they were done.`,
 	return cmd
 }
 
-func printLog(cmd *cobra.Command, output string, r ca.LogReport, pinned string) error {
+func printLog(cmd *cobra.Command, output string, r offline.LogReport, pinned string) error {
 	if r.Problem == "" && pinned != "" && !strings.EqualFold(pinned, r.RootHash) {
 		r.Problem = fmt.Sprintf("another root vouches for it than the one with hash %s", pinned)
 	}

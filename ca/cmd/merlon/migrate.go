@@ -14,8 +14,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/config"
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/spire"
 )
@@ -133,7 +133,7 @@ func incomplete(yaml string, err error) []spire.Remark {
 	if err != nil {
 		return nil
 	}
-	cfg, err := ca.ParseConfig("ca.yaml", []byte(yaml))
+	cfg, err := config.Parse("ca.yaml", []byte(yaml))
 	if err == nil {
 		err = cfg.Validate()
 	}

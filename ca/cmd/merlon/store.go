@@ -16,8 +16,9 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"merlon.dev/ca"
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/offline"
+	"merlon.dev/ca/internal/opening"
 )
 
 func storeCommand(o *options) *cobra.Command {
@@ -27,10 +28,10 @@ func storeCommand(o *options) *cobra.Command {
 
 // storeHint adds what to do next, where the CA's package knows it.
 func storeHint(err error) error {
-	if e, ok := errors.AsType[*ca.MismatchError](err); ok {
+	if e, ok := errors.AsType[*offline.MismatchError](err); ok {
 		return usageError{e.Error(), e.Hint}
 	}
-	if e, ok := errors.AsType[*ca.StoreError](err); ok {
+	if e, ok := errors.AsType[*opening.StoreError](err); ok {
 		return hintError{err, e.Hint}
 	}
 	return err
@@ -46,7 +47,7 @@ type backupJSON struct {
 	SHA256    string    `json:"sha256"`
 }
 
-func newBackupJSON(r ca.StoreReport) backupJSON {
+func newBackupJSON(r offline.StoreReport) backupJSON {
 	return backupJSON{r.Place, r.Revision, r.CreatedAt, r.Keys, r.Bytes, r.SHA256}
 }
 
@@ -105,7 +106,7 @@ func (o *options) backupTo(ctx context.Context, w *os.File, from *storeFlags) er
 		if err != nil {
 			return err
 		}
-		_, err = ca.BackupStore(ctx, cfg, w)
+		_, err = offline.Backup(ctx, cfg, w)
 		return err
 	}
 	return o.withCA(ctx, func(c capb.AdminClient) error {
@@ -192,28 +193,28 @@ good revision and the missing ones are named. Nothing is changed.`,
 	return cmd
 }
 
-func (f *storeFlags) verify(ctx context.Context, args []string) (ca.StoreReport, error) {
+func (f *storeFlags) verify(ctx context.Context, args []string) (offline.StoreReport, error) {
 	if (len(args) == 1) == f.given() {
-		return ca.StoreReport{}, usageError{"say what to verify: a backup, a folder, or a CA's store", "for example merlon store verify --config /etc/merlon/ca.yaml"}
+		return offline.StoreReport{}, usageError{"say what to verify: a backup, a folder, or a CA's store", "for example merlon store verify --config /etc/merlon/ca.yaml"}
 	}
 	if len(args) == 0 {
 		cfg, err := f.read()
 		if err != nil {
-			return ca.StoreReport{}, err
+			return offline.StoreReport{}, err
 		}
-		return ca.VerifyStore(ctx, cfg)
+		return offline.VerifyStore(ctx, cfg)
 	}
 	fi, err := os.Stat(args[0])
 	if err != nil {
-		return ca.StoreReport{}, notThere(err, "name a backup, or the folder of a Badger store; merlon store verify --config FILE finds a CA's")
+		return offline.StoreReport{}, notThere(err, "name a backup, or the folder of a Badger store; merlon store verify --config FILE finds a CA's")
 	}
 	if fi.IsDir() {
-		return ca.VerifyStoreDir(args[0])
+		return offline.VerifyStoreDir(args[0])
 	}
-	return ca.VerifyBackup(args[0])
+	return offline.VerifyBackup(args[0])
 }
 
-func damagedHint(r ca.StoreReport) string {
+func damagedHint(r offline.StoreReport) string {
 	switch {
 	case r.Kind == "backup":
 		return "use another backup"
@@ -224,7 +225,7 @@ func damagedHint(r ca.StoreReport) string {
 	}
 }
 
-func printVerified(w io.Writer, output string, r ca.StoreReport) error {
+func printVerified(w io.Writer, output string, r offline.StoreReport) error {
 	out := verifiedJSON{
 		Kind: r.Kind, Place: r.Place, Whole: r.Problem == "", Problem: r.Problem, Revision: r.Revision,
 		MissingFirst: r.MissingFirst, MissingLast: r.MissingLast, Keys: r.Keys, Bytes: r.Bytes, SHA256: r.SHA256,
@@ -247,7 +248,7 @@ func printVerified(w io.Writer, output string, r ca.StoreReport) error {
 }
 
 // missing names the revisions that a store should have.
-func missing(r ca.StoreReport) string {
+func missing(r offline.StoreReport) string {
 	switch {
 	case r.MissingFirst == 0 && r.MissingLast == 0:
 		return ""

@@ -11,7 +11,7 @@ import (
 	"path/filepath"
 	"syscall"
 
-	"merlon.dev/ca"
+	"merlon.dev/ca/internal/offline"
 	"merlon.dev/sdk/durable"
 )
 
@@ -68,32 +68,32 @@ func removeUnfinished(path string) {
 // writeFile writes a backup beside the file that path names, reads it again, and
 // gives it its name once it is on the disk. Without force it does not touch a
 // file that exists.
-func writeFile(path string, force bool, write func(*os.File) error) (ca.StoreReport, error) {
+func writeFile(path string, force bool, write func(*os.File) error) (offline.StoreReport, error) {
 	to, err := target(path, force)
 	if err != nil {
-		return ca.StoreReport{}, err
+		return offline.StoreReport{}, err
 	}
 	removeUnfinished(to)
 	if err := checkFolder(filepath.Dir(to), "make it, or name a file in a folder that is there"); err != nil {
-		return ca.StoreReport{}, err
+		return offline.StoreReport{}, err
 	}
 	f, err := os.CreateTemp(filepath.Dir(to), "."+filepath.Base(to)+unfinished+"*") // mode 0600
 	if err != nil {
-		return ca.StoreReport{}, fmt.Errorf("write the backup: %w", err)
+		return offline.StoreReport{}, fmt.Errorf("write the backup: %w", err)
 	}
 	defer f.Close()           // with its lock
 	defer os.Remove(f.Name()) // gone already where all went well
 	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		return ca.StoreReport{}, fmt.Errorf("write the backup: lock it: %w", err)
+		return offline.StoreReport{}, fmt.Errorf("write the backup: lock it: %w", err)
 	}
 	if err = write(f); err == nil {
 		err = f.Sync()
 	}
 	if err != nil {
-		return ca.StoreReport{}, err
+		return offline.StoreReport{}, err
 	}
 	// What is read back is what a restore will read.
-	report, err := ca.VerifyBackup(f.Name())
+	report, err := offline.VerifyBackup(f.Name())
 	if err != nil {
 		return report, err
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"merlon.dev/ca"
+	"merlon.dev/ca/internal/offline"
 )
 
 // restoredJSON is `merlon store restore -o json`.
@@ -36,7 +37,7 @@ type actJSON struct {
 	Who   string    `json:"who,omitempty"`
 }
 
-func actsJSON(acts []ca.Act) []actJSON {
+func actsJSON(acts []offline.Act) []actJSON {
 	out := make([]actJSON, 0, len(acts))
 	for _, a := range acts {
 		out = append(out, actJSON{a.Time, a.Actor, a.What, a.Who})
@@ -46,7 +47,7 @@ func actsJSON(acts []ca.Act) []actJSON {
 
 func storeRestore(o *options) *cobra.Command {
 	var config string
-	var opts ca.RestoreOptions
+	var opts offline.RestoreOptions
 	cmd := &cobra.Command{
 		Use:   "restore FILE --config FILE [--replaces FOLDER | --accept-loss]",
 		Short: "Fill the empty store of a CA that is stopped from a backup",
@@ -74,8 +75,8 @@ numbers trust bundle and policies anew when it starts.`,
 			if err != nil {
 				return err
 			}
-			done, err := ca.RestoreStore(cmd.Context(), cfg, args[0], opts)
-			if loss, ok := errors.AsType[*ca.LossError](err); ok {
+			done, err := offline.Restore(cmd.Context(), cfg, args[0], opts)
+			if loss, ok := errors.AsType[*offline.LossError](err); ok {
 				printActs(cmd.ErrOrStderr(), "since the backup, says the audit log:", loss.Since)
 				return hintError{err, "use a newer backup; or name the store that it replaces with --replaces; or add --accept-loss. Nothing was changed"}
 			}
@@ -92,7 +93,7 @@ numbers trust bundle and policies anew when it starts.`,
 	return cmd
 }
 
-func (o *options) printRestored(cmd *cobra.Command, r ca.Restored) error {
+func (o *options) printRestored(cmd *cobra.Command, r offline.Restored) error {
 	if o.output == "json" {
 		replicas := r.Replicas
 		if replicas == nil {
@@ -127,7 +128,7 @@ func (o *options) printRestored(cmd *cobra.Command, r ca.Restored) error {
 // shownActs is how many acts people are shown; JSON has them all.
 const shownActs = 20
 
-func printActs(w io.Writer, heading string, acts []ca.Act) {
+func printActs(w io.Writer, heading string, acts []offline.Act) {
 	if len(acts) == 0 {
 		return
 	}
@@ -167,7 +168,7 @@ Every CA is stopped meanwhile. Nothing is lost: agents do not notice. Without
 			if err != nil {
 				return err
 			}
-			done, err := ca.MigrateStore(cmd.Context(), source, target, !yes)
+			done, err := offline.Migrate(cmd.Context(), source, target, !yes)
 			if err != nil {
 				return storeHint(err)
 			}
@@ -179,7 +180,7 @@ Every CA is stopped meanwhile. Nothing is lost: agents do not notice. Without
 	return cmd
 }
 
-func (o *options) printMigrated(cmd *cobra.Command, m ca.Migrated, from, to ca.Config, file string) error {
+func (o *options) printMigrated(cmd *cobra.Command, m offline.Migrated, from, to ca.Config, file string) error {
 	var err error
 	if o.output == "json" {
 		err = printJSON(cmd.OutOrStdout(), migratedJSON{m.From, m.To, m.Keys, m.Revision, m.Done})

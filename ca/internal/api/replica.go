@@ -5,12 +5,14 @@
 package api
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/x509"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -175,6 +177,22 @@ func JoinedRealm(r audit.Record) uint32 {
 		return 0
 	}
 	return uint32(n)
+}
+
+// RealmsGiven is the highest realm of which the audit log there says that a nested CA got
+// it, 0 for none.
+func RealmsGiven(auditPath string) (last uint32) {
+	first, err := audit.Begin(auditPath)
+	if err != nil {
+		return 0
+	}
+	for line, err := range audit.Lines(auditPath, first) {
+		var r audit.Record
+		if err == nil && bytes.Contains(line.Text, []byte("realm")) && json.Unmarshal(line.Text, &r) == nil {
+			last = max(last, JoinedRealm(r))
+		}
+	}
+	return last
 }
 
 func (s *Service) newReplica(name string, keys replicaKeys, now time.Time) (*replica.Record, *x509.Certificate, error) {

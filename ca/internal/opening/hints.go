@@ -1,7 +1,7 @@
 // What to do next about a store that cannot be opened: one answer for merlon-ca
 // and merlon store.
 
-package ca
+package opening
 
 import (
 	"errors"
@@ -25,27 +25,23 @@ func (e *StoreError) Error() string { return e.Err.Error() }
 // Unwrap returns the reason.
 func (e *StoreError) Unwrap() error { return e.Err }
 
-// MismatchError says why two configurations are no pair that something can be moved
-// between.
-type MismatchError struct{ Reason, Hint string }
+// WithHint is err with what to do about it.
+func WithHint(err error, hint string) error { return &StoreError{err, hint} }
 
-// Error implements error.
-func (e *MismatchError) Error() string { return e.Reason }
-
-// hinted adds what to do about err, where that is known and not said yet.
-func hinted(err error) error {
+// Hinted adds what to do about err, where that is known and not said yet.
+func Hinted(err error) error {
 	if _, done := errors.AsType[*StoreError](err); err == nil || done {
 		return err
 	}
-	if hint := storeHint(err); hint != "" {
+	if hint := Hint(err); hint != "" {
 		return &StoreError{err, hint}
 	}
 	return err
 }
 
-// storeHint says what to do about an error of the store; empty if that is not
+// Hint says what to do about an error of the store; empty if that is not
 // known.
-func storeHint(err error) string {
+func Hint(err error) string {
 	if e, ok := errors.AsType[*StoreError](err); ok {
 		return e.Hint
 	}
@@ -56,7 +52,7 @@ func storeHint(err error) string {
 		return "one of three: set data_dir, or etcd_endpoints and etcd_prefix, to where the store is (is its disk mounted?); or restore a backup: merlon store restore -h; or, if " + lost.Place + " is lost for good, begin a new one: start once with -new-store"
 	}
 	if lost, ok := errors.AsType[*LostLogError](err); ok {
-		return "one of two: put the newest copy of audit*.jsonl and audit.tree back into " + filepath.Dir(lost.Path) + " (is its disk mounted?); or, if they are lost for good, move what is left of them and keys/" + logKeyFolder + " away: the CA begins another log under another key, and every agent says so once"
+		return "one of two: put the newest copy of audit*.jsonl and audit.tree back into " + filepath.Dir(lost.Path) + " (is its disk mounted?); or, if they are lost for good, move what is left of them and keys/" + LogKeyFolder + " away: the CA begins another log under another key, and every agent says so once"
 	}
 	switch {
 	case errors.Is(err, store.ErrUnfinished):

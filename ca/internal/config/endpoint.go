@@ -1,6 +1,6 @@
 // The settings of the public endpoint: where it is, and how its certificate comes.
 
-package ca
+package config
 
 import (
 	"crypto/tls"
@@ -109,7 +109,7 @@ func (a *ACME) validate() error {
 	return nil
 }
 
-// source opens the endpoint's certificate.
+// endpointCertificate opens the endpoint's certificate.
 func (c Config) endpointCertificate(log *slog.Logger) (webcert.Source, error) {
 	e := c.BundleEndpoint
 	if e.ACME == nil {
@@ -123,7 +123,7 @@ func (c Config) endpointCertificate(log *slog.Logger) (webcert.Source, error) {
 	if err != nil {
 		return nil, fmt.Errorf("bundle_endpoint.acme.ca_file: %w", err)
 	}
-	kek, err := c.readKEK()
+	kek, err := c.ReadKEK()
 	if err != nil {
 		return nil, fmt.Errorf("bundle_endpoint.acme: %w", err)
 	}
@@ -133,10 +133,10 @@ func (c Config) endpointCertificate(log *slog.Logger) (webcert.Source, error) {
 	}), nil
 }
 
-// readKEK reads the key-encryption key; the one that no setting names is made where all
+// ReadKEK reads the key-encryption key; the one that no setting names is made where all
 // keys of this CA lie in an HSM.
-func (c Config) readKEK() (*seal.Key, error) {
-	source, err := c.kek()
+func (c Config) ReadKEK() (*seal.Key, error) {
+	source, err := c.KEK()
 	if err != nil {
 		return nil, err
 	}
@@ -150,8 +150,8 @@ func (c Config) readKEK() (*seal.Key, error) {
 	return kek, err
 }
 
-// endpointTLS is the configuration of the public endpoint.
-func (c Config) endpointTLS(log *slog.Logger) (*tls.Config, error) {
+// EndpointTLS is the configuration of the public endpoint.
+func (c Config) EndpointTLS(log *slog.Logger) (*tls.Config, error) {
 	source, err := c.endpointCertificate(log)
 	if err != nil {
 		return nil, err

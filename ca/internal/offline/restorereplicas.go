@@ -3,22 +3,18 @@
 // withdrawn for good, as if each were evicted; their records are kept aside
 // until the policy bundles that they signed are signed anew.
 
-package ca
+package offline
 
 import (
-	"bytes"
 	"cmp"
-	"context"
 	"encoding/json"
-	"errors"
-	"fmt"
 	"iter"
-	"log/slog"
 	"slices"
 	"time"
 
 	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/config"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/revocation"
 	"merlon.dev/ca/internal/store"
@@ -28,9 +24,9 @@ import (
 
 // dropReplica leaves out the replica of a record, unless it holds the root, or the
 // store is that of the nested CA itself: the CA above knows whether it was evicted.
-func (r *Restored) dropReplica(cfg Config, kv store.KV) error {
+func (r *Restored) dropReplica(cfg config.Config, kv store.KV) error {
 	rec, err := replica.Decode(kv)
-	if err != nil || rec.RootHolder || cfg.nested() {
+	if err != nil || rec.RootHolder || cfg.Nested() {
 		return err
 	}
 	former, err := rec.PutFormer()
@@ -66,31 +62,15 @@ func (r *Restored) dropJWTKeys(authorities store.KV) error {
 
 // skipRealms leaves out those that can have been given to nested CAs since: which,
 // the audit log says as far as the root holder's is here, and has not been put back.
-func (r *Restored) skipRealms(cfg Config, last store.KV) error {
-	if cfg.nested() { // gives out none
+func (r *Restored) skipRealms(cfg config.Config, last store.KV) error {
+	if cfg.Nested() { // gives out none
 		return nil
 	}
-	put, err := replica.PutSkipped(last, realmsGiven(cfg))
+	put, err := replica.PutSkipped(last, api.RealmsGiven(cfg.AuditPath()))
 	if err == nil {
 		r.write(put)
 	}
 	return err
-}
-
-// realmsGiven is the highest realm of which the audit log says that a nested CA got
-// it, 0 for none.
-func realmsGiven(cfg Config) (last uint32) {
-	first, err := audit.Begin(cfg.auditPath())
-	if err != nil {
-		return 0
-	}
-	for line, err := range audit.Lines(cfg.auditPath(), first) {
-		var r audit.Record
-		if err == nil && bytes.Contains(line.Text, []byte("realm")) && json.Unmarshal(line.Text, &r) == nil {
-			last = max(last, api.JoinedRealm(r))
-		}
-	}
-	return last
 }
 
 func (r *Restored) withdraw(revocations []svid.Revocation) error {
@@ -113,12 +93,12 @@ func (r *Restored) write(op store.Op) {
 // certifiedSince withdraws the authorities that replicas got after t, as far as
 // the root holder's audit log is here to name them: the backup knows nothing of
 // them.
-func certifiedSince(cfg Config, t, now time.Time) (revocations []svid.Revocation) {
-	first, err := audit.Begin(cfg.auditPath())
+func certifiedSince(cfg config.Config, t, now time.Time) (revocations []svid.Revocation) {
+	first, err := audit.Begin(cfg.AuditPath())
 	if err != nil {
 		return nil
 	}
-	for line, err := range audit.Lines(cfg.auditPath(), first) {
+	for line, err := range audit.Lines(cfg.AuditPath(), first) {
 		if err != nil {
 			return revocations
 		}
@@ -158,31 +138,4 @@ func (r *Restored) withInstead(pairs iter.Seq2[store.KV, error]) iter.Seq2[store
 			}
 		}
 	}
-}
-
-// resealFormer signs again what replicas signed that a restore left out, and
-// forgets them. A bundle for which that does not work is no reason not to serve;
-// the next start tries it once more.
-func (p *parts) resealFormer(ctx context.Context, now time.Time) {
-	former, err := replica.Former(ctx, p.store)
-	errs := []error{err}
-	for _, rec := range former {
-		errs = append(errs, p.resealOne(ctx, rec, now))
-	}
-	if err := errors.Join(errs...); err != nil {
-		p.log.LogAttrs(ctx, slog.LevelError, "policy bundles of replicas that a restore left out not signed again: merlon policy push each that is named", slog.Any("err", err))
-	}
-}
-
-func (p *parts) resealOne(ctx context.Context, rec *replica.Record, now time.Time) error {
-	// A key that the root does not vouch for has signed nothing that counts.
-	if key, err := rec.PolicyKey(p.keys.Anchors(), now); err == nil {
-		renewed, err := p.reseal(ctx, key)
-		if err := p.recordRenewed(ctx, now, renewed, err); err != nil {
-			return fmt.Errorf("sign the policy bundles of former replica %s again: %w", rec.Name, err)
-		}
-	}
-	cmp, forget := rec.Forget()
-	_, err := p.store.Txn(ctx, []store.Cmp{cmp}, []store.Op{forget}, nil)
-	return err
 }

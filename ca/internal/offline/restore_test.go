@@ -1,6 +1,6 @@
 // What of a backup is brought back when something is lost, and what is not.
 
-package ca
+package offline
 
 import (
 	"crypto/ecdsa"
@@ -25,6 +25,8 @@ import (
 	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/config"
+	"merlon.dev/ca/internal/opening"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/revocation"
 	"merlon.dev/ca/internal/rotation"
@@ -38,10 +40,10 @@ var restoreTD = spiffeid.RequireTrustDomainFromString("shop.test")
 
 // haStore fills a store as a CA of three replicas does, and returns its
 // configuration.
-func haStore(t *testing.T) Config {
+func haStore(t *testing.T) config.Config {
 	t.Helper()
-	cfg := Config{TrustDomain: "shop.test", DataDir: filepath.Join(t.TempDir(), "a"), AdminSocket: filepath.Join(t.TempDir(), "none.sock")}.withDefaults()
-	st, err := badger.Open(cfg.storeDir(), badger.Options{})
+	cfg := config.Config{TrustDomain: "shop.test", DataDir: filepath.Join(t.TempDir(), "a"), AdminSocket: filepath.Join(t.TempDir(), "none.sock")}.WithDefaults()
+	st, err := badger.Open(cfg.StoreDir(), badger.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,12 +130,12 @@ func someRoot(t *testing.T) *x509.Certificate {
 	return root
 }
 
-func writeAudit(t *testing.T, cfg Config, records ...audit.Record) {
+func writeAudit(t *testing.T, cfg config.Config, records ...audit.Record) {
 	t.Helper()
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	log, err := audit.Open(cfg.auditPath(), cfg.auditOptions())
+	log, err := audit.Open(cfg.AuditPath(), cfg.AuditOptions())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -147,14 +149,14 @@ func writeAudit(t *testing.T, cfg Config, records ...audit.Record) {
 	}
 }
 
-func backupFile(t *testing.T, cfg Config) string {
+func backupFile(t *testing.T, cfg config.Config) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "backup")
 	f, err := os.Create(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := BackupStore(t.Context(), cfg, f); err != nil {
+	if _, err := Backup(t.Context(), cfg, f); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.Close(); err != nil {
@@ -164,9 +166,9 @@ func backupFile(t *testing.T, cfg Config) string {
 }
 
 // stored lists the kinds of keys in a store, and its trust bundle.
-func stored(t *testing.T, cfg Config) (keys []string, published *trust.Bundle) {
+func stored(t *testing.T, cfg config.Config) (keys []string, published *trust.Bundle) {
 	t.Helper()
-	st, err := badger.Open(cfg.storeDir(), badger.Options{})
+	st, err := badger.Open(cfg.StoreDir(), badger.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -196,7 +198,7 @@ func stored(t *testing.T, cfg Config) (keys []string, published *trust.Bundle) {
 
 // An act is one story, and one without an end may have been done.
 func TestActsSinceABackupAreToldOnce(t *testing.T) {
-	cfg := Config{DataDir: t.TempDir(), IssuanceLog: issuanceStrict}
+	cfg := config.Config{DataDir: t.TempDir(), IssuanceLog: config.DefaultIssuanceLog}
 	begin := time.Now().Add(-time.Minute)
 	act := func(id, detail string, pending bool) audit.Record {
 		return audit.Record{Type: audit.Admin, Actor: "uid:0", Act: id, Detail: detail, Pending: pending}
@@ -241,11 +243,11 @@ func TestRestoreWithALossLeavesOutWhatIsDangerous(t *testing.T) {
 		audit.Record{Type: audit.Renew, Detail: "intermediate", AuthorityID: "id-own", NotAfter: time.Now().Add(time.Hour)},
 		audit.Record{Time: time.Now().Add(-time.Hour), Type: audit.Renew, Detail: "intermediate of replica long-gone", AuthorityID: "id-before", NotAfter: time.Now().Add(time.Hour)},
 	)
-	_, err := RestoreStore(t.Context(), to, file, RestoreOptions{})
+	_, err := Restore(t.Context(), to, file, RestoreOptions{})
 	if _, ok := errors.AsType[*LossError](err); !ok {
 		t.Fatalf("without AcceptLoss: %v; want a LossError", err)
 	}
-	r, err := RestoreStore(t.Context(), to, file, RestoreOptions{AcceptLoss: true})
+	r, err := Restore(t.Context(), to, file, RestoreOptions{AcceptLoss: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -277,7 +279,7 @@ func TestRestoreWithoutALossBringsEverythingBack(t *testing.T) {
 	before, _ := stored(t, from)
 	to := from
 	to.DataDir = filepath.Join(t.TempDir(), "b")
-	r, err := RestoreStore(t.Context(), to, file, RestoreOptions{Replaces: from.storeDir()})
+	r, err := Restore(t.Context(), to, file, RestoreOptions{Replaces: from.StoreDir()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -290,10 +292,10 @@ func TestRestoreWithoutALossBringsEverythingBack(t *testing.T) {
 func TestOlderStoreDoesNotShowThatNothingIsLost(t *testing.T) {
 	from := haStore(t)
 	older := filepath.Join(t.TempDir(), "older")
-	if err := os.CopyFS(older, os.DirFS(from.storeDir())); err != nil {
+	if err := os.CopyFS(older, os.DirFS(from.StoreDir())); err != nil {
 		t.Fatal(err)
 	}
-	st, err := badger.Open(from.storeDir(), badger.Options{})
+	st, err := badger.Open(from.StoreDir(), badger.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -306,9 +308,9 @@ func TestOlderStoreDoesNotShowThatNothingIsLost(t *testing.T) {
 	file := backupFile(t, from)
 	to := from
 	to.DataDir = filepath.Join(t.TempDir(), "b")
-	_, err = RestoreStore(t.Context(), to, file, RestoreOptions{Replaces: older})
+	_, err = Restore(t.Context(), to, file, RestoreOptions{Replaces: older})
 	if loss, ok := errors.AsType[*LossError](err); !ok || loss.Head == 0 || loss.Head >= loss.Backup.Revision {
-		t.Errorf("RestoreStore = %v; want a LossError", err)
+		t.Errorf("Restore = %v; want a LossError", err)
 	}
 }
 
@@ -319,11 +321,11 @@ func TestEveryRestoreTakesAnEpochOfItsOwn(t *testing.T) {
 	to := from
 	to.DataDir = filepath.Join(t.TempDir(), "b")
 	for i := range uint64(3) {
-		r, err := RestoreStore(t.Context(), to, file, RestoreOptions{AcceptLoss: true})
+		r, err := Restore(t.Context(), to, file, RestoreOptions{AcceptLoss: true})
 		if err != nil || store.Epoch(r.Revision) != i+1 {
 			t.Fatalf("restore %d: revision %d, %v; want epoch %d", i, r.Revision, err, i+1)
 		}
-		if err := os.RemoveAll(to.storeDir()); err != nil {
+		if err := os.RemoveAll(to.StoreDir()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -337,20 +339,20 @@ func TestRestoreGoesOnWhereOneWasBrokenOff(t *testing.T) {
 	for _, state := range []string{"incoming-partial", "incoming"} {
 		to := from
 		to.DataDir = filepath.Join(t.TempDir(), "b")
-		if err := badger.Import(filepath.Join(to.storeDir(), state), badger.Options{}, 1, nothing); err != nil {
+		if err := badger.Import(filepath.Join(to.StoreDir(), state), badger.Options{}, 1, func(func(store.KV, error) bool) {}); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.Mkdir(filepath.Join(to.storeDir(), "lost+found"), 0o700); err != nil { // a disk of its own
+		if err := os.Mkdir(filepath.Join(to.StoreDir(), "lost+found"), 0o700); err != nil { // a disk of its own
 			t.Fatal(err)
 		}
-		_, err := BackupStore(t.Context(), to, io.Discard)
-		if !errors.Is(err, store.ErrUnfinished) || !strings.Contains(storeHint(err), "run that command again") {
+		_, err := Backup(t.Context(), to, io.Discard)
+		if !errors.Is(err, store.ErrUnfinished) || !strings.Contains(opening.Hint(err), "run that command again") {
 			t.Errorf("%s: a backup of it: %v", state, err)
 		}
 		if _, err := VerifyStore(t.Context(), to); !errors.Is(err, store.ErrUnfinished) {
 			t.Errorf("%s: verify: %v", state, err)
 		}
-		if r, err := RestoreStore(t.Context(), to, file, RestoreOptions{AcceptLoss: true}); err != nil || r.Keys == 0 {
+		if r, err := Restore(t.Context(), to, file, RestoreOptions{AcceptLoss: true}); err != nil || r.Keys == 0 {
 			t.Errorf("%s: restore again: %+v, %v", state, r, err)
 		}
 	}
@@ -363,16 +365,16 @@ func TestAnotherStoreOfTheSameRevisionShowsNothing(t *testing.T) {
 	file := backupFile(t, from)
 	to := from
 	to.DataDir = filepath.Join(t.TempDir(), "b")
-	_, err := RestoreStore(t.Context(), to, file, RestoreOptions{Replaces: other.storeDir()})
+	_, err := Restore(t.Context(), to, file, RestoreOptions{Replaces: other.StoreDir()})
 	if loss, ok := errors.AsType[*LossError](err); !ok || loss.Head != loss.Backup.Revision || !strings.Contains(err.Error(), "held something else") {
-		t.Errorf("RestoreStore = %v; want a LossError that says that it is another store", err)
+		t.Errorf("Restore = %v; want a LossError that says that it is another store", err)
 	}
 }
 
 // A store that is beyond repair still says what it held, campaigns included.
 func TestDamagedStoreShowsThatNothingIsLost(t *testing.T) {
 	from := haStore(t)
-	st, err := badger.Open(from.storeDir(), badger.Options{})
+	st, err := badger.Open(from.StoreDir(), badger.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -383,12 +385,12 @@ func TestDamagedStoreShowsThatNothingIsLost(t *testing.T) {
 		t.Fatal(err)
 	}
 	file := backupFile(t, from)
-	if err := os.Remove(filepath.Join(from.storeDir(), "MANIFEST")); err != nil {
+	if err := os.Remove(filepath.Join(from.StoreDir(), "MANIFEST")); err != nil {
 		t.Fatal(err)
 	}
 	to := from
 	to.DataDir = filepath.Join(t.TempDir(), "b")
-	if r, err := RestoreStore(t.Context(), to, file, RestoreOptions{Replaces: from.storeDir()}); err != nil || !r.Lossless {
-		t.Errorf("RestoreStore = %+v, %v; want nothing lost", r, err)
+	if r, err := Restore(t.Context(), to, file, RestoreOptions{Replaces: from.StoreDir()}); err != nil || !r.Lossless {
+		t.Errorf("Restore = %+v, %v; want nothing lost", r, err)
 	}
 }

@@ -1,13 +1,15 @@
 // Moving a store from one kind to the other. Nothing is lost on the way: keys,
 // values and revisions stay, so that no agent notices.
 
-package ca
+package offline
 
 import (
 	"context"
 	"errors"
 	"fmt"
 
+	"merlon.dev/ca/internal/config"
+	"merlon.dev/ca/internal/opening"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/snapshot"
 )
@@ -21,12 +23,12 @@ type Migrated struct {
 	Done bool
 }
 
-// MigrateStore copies the store of from, which nobody may use, into the empty
+// Migrate copies the store of from, which nobody may use, into the empty
 // one of to, and compares the two. from is left as it is. With plan it only
 // looks whether it could.
-func MigrateStore(ctx context.Context, from, to Config, plan bool) (m Migrated, err error) {
-	defer func() { err = hinted(err) }()
-	m = Migrated{From: from.place(), To: to.place()}
+func Migrate(ctx context.Context, from, to config.Config, plan bool) (m Migrated, err error) {
+	defer func() { err = opening.Hinted(err) }()
+	m = Migrated{From: from.StorePlace(), To: to.StorePlace()}
 	if m.From == m.To {
 		return m, &MismatchError{"both configurations name " + m.From, "name the one that is in use with --from, and the one that is to be with --to"}
 	}
@@ -41,7 +43,7 @@ func MigrateStore(ctx context.Context, from, to Config, plan bool) (m Migrated, 
 	return m, errors.Join(err, source.Close())
 }
 
-func (m *Migrated) run(ctx context.Context, source store.Store, to Config, plan bool) error {
+func (m *Migrated) run(ctx context.Context, source store.Store, to config.Config, plan bool) error {
 	pages := snapshot.NewPages(source)
 	for _, err := range sameTrustDomain(to, pages.All(ctx)) {
 		if err != nil {
@@ -53,15 +55,15 @@ func (m *Migrated) run(ctx context.Context, source store.Store, to Config, plan 
 	if plan {
 		return nil
 	}
-	if err := importStore(ctx, to, m.Revision, 0, snapshot.NewPages(source).All(ctx)); err != nil {
+	if err := opening.Import(ctx, to, m.Revision, 0, snapshot.NewPages(source).All(ctx)); err != nil {
 		return fmt.Errorf("copy %s: %w", m.From, err)
 	}
-	target, err := openExisting(ctx, to)
+	target, err := opening.Existing(ctx, to)
 	if err != nil {
 		return fmt.Errorf("look at the copy: %w", err)
 	}
 	if err := errors.Join(m.compare(ctx, source, target), target.Close()); err != nil {
-		return &StoreError{fmt.Errorf("the copy is not the store: %w", err), "remove the copy, " + m.To + ", and migrate again"}
+		return opening.WithHint(fmt.Errorf("the copy is not the store: %w", err), "remove the copy, "+m.To+", and migrate again")
 	}
 	m.Done = true
 	return nil

@@ -1,7 +1,7 @@
 // How settings are read: from the file, and one by one from the command line and the
 // environment.
 
-package ca
+package config
 
 import (
 	"errors"
@@ -13,17 +13,17 @@ import (
 	"merlon.dev/policy/strictyaml"
 )
 
-// ReadConfig reads a YAML file. Unknown keys are errors.
-func ReadConfig(path string) (Config, error) {
+// ReadFile reads a YAML file. Unknown keys are errors.
+func ReadFile(path string) (Config, error) {
 	data, err := strictyaml.ReadFile(path)
 	if err != nil {
 		return Config{}, fmt.Errorf("read the configuration: %w", err)
 	}
-	return ParseConfig(path, data)
+	return Parse(path, data)
 }
 
-// ParseConfig reads YAML; name is for errors, which name the line.
-func ParseConfig(name string, data []byte) (Config, error) {
+// Parse reads YAML; name is for errors, which name the line.
+func Parse(name string, data []byte) (Config, error) {
 	var c Config
 	if err := strictyaml.Decode(name, data, &c); err != nil {
 		return Config{}, fmt.Errorf("read the configuration: %w", err)

@@ -4,7 +4,7 @@
 // leaves behind. One that was killed at its first start, between its keys and
 // the first write, has left none of it, and begins again.
 
-package ca
+package opening
 
 import (
 	"context"
@@ -14,14 +14,11 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"time"
 
 	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/config"
 	"merlon.dev/ca/internal/store"
-	"merlon.dev/ca/internal/store/badger"
-	"merlon.dev/ca/internal/store/etcd"
 	"merlon.dev/ca/internal/trust"
-	"merlon.dev/sdk/durable"
 )
 
 // LostStoreError is returned by a CA whose store is empty or not there, and that
@@ -38,90 +35,58 @@ func (e *LostStoreError) Error() string {
 
 // proofOfStore names what shows that this CA has written its store; empty: it
 // never has, as far as data_dir tells. What it looks for is in turn: the file
-// that noteStore makes after the first write, a record of the audit log, of
+// that NoteEpoch makes after the first write, a record of the audit log, of
 // which each comes after that write, and keys that have followed others, which
 // tell even where they were brought here alone.
-func (c Config) proofOfStore() (string, error) {
-	path := filepath.Join(c.DataDir, epochFile)
+func proofOfStore(c config.Config) (string, error) {
+	path := filepath.Join(c.DataDir, EpochFile)
 	if _, err := os.Stat(path); err == nil {
 		return path, nil
 	} else if !errors.Is(err, os.ErrNotExist) {
 		return "", fmt.Errorf("look for the last epoch: %w", err)
 	}
-	first, err := audit.Begin(c.auditPath())
+	first, err := audit.Begin(c.AuditPath())
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return "", fmt.Errorf("look for records of this CA: %w", err)
 	}
 	if first > 0 {
-		return c.auditPath(), nil
+		return c.AuditPath(), nil
 	}
-	return c.laterKeys(), nil
+	return laterKeys(c), nil
 }
 
 // laterKeys is a folder of keys that have followed others; empty: there is none.
-func (c Config) laterKeys() string {
+func laterKeys(c config.Config) string {
 	for _, second := range []string{"intermediate-2", "jwt-2", "root-2"} {
-		if path := filepath.Join(c.keysDir(), second); exists(path) {
+		if path := filepath.Join(c.KeysDir(), second); fileExists(path) {
 			return path
 		}
 	}
 	return ""
 }
 
-func exists(path string) bool {
+func fileExists(path string) bool {
 	_, err := os.Lstat(path)
 	return err == nil
 }
 
-// noteStore leaves the proof that there is something in the store, and writes
-// down that it was begun by force.
-func (p *parts) noteStore(ctx context.Context, cfg Config) error {
-	if !exists(filepath.Join(cfg.DataDir, epochFile)) {
-		revision, err := p.store.Revision(ctx)
-		if err != nil {
-			return fmt.Errorf("read the store's revision: %w", err)
-		}
-		if err := writeEpoch(cfg, revision); err != nil {
-			return err
-		}
-	}
-	if !cfg.NewStore {
-		return nil
-	}
-	if err := p.skipRealms(ctx, cfg); err != nil {
-		return err
-	}
-	return p.audit.Append(ctx, audit.Record{
-		Time: time.Now(), Type: audit.Admin, Actor: "ca", Detail: "begin a new store, as -new-store says, without what was in the one before",
-	})
-}
-
-// writeEpoch writes the file that lastEpoch reads.
-func writeEpoch(cfg Config, revision uint64) error {
-	if err := durable.WriteFile(cfg.DataDir, epochFile, fmt.Appendf(nil, "%d\n", revision)); err != nil {
-		return fmt.Errorf("remember the epoch: %w", err)
-	}
-	return nil
-}
-
-// openServed opens the store of a CA that is about to serve: a new one only if
+// Served opens the store of a CA that is about to serve: a new one only if
 // this CA never had one, or was told to begin one.
-func (s *Server) openServed(ctx context.Context) (_ store.Store, err error) {
-	cfg := s.cfg
+func Served(ctx context.Context, cfg config.Config) (_ store.Store, err error) {
 	if cfg.NewStore {
 		if cfg.AcceptOlderStore, err = beginStore(ctx, cfg); err != nil {
 			return nil, fmt.Errorf("-new-store: %w", err)
 		}
-		return openStore(ctx, cfg)
+		return Store(ctx, cfg)
 	}
-	proof, err := cfg.proofOfStore()
+	proof, err := proofOfStore(cfg)
 	if err != nil {
 		return nil, err
 	}
 	if proof == "" && cfg.JoinAddress == "" {
-		return openStore(ctx, cfg)
+		return Store(ctx, cfg)
 	}
-	st, err := openExisting(ctx, cfg)
+	st, err := Existing(ctx, cfg)
 	if err == nil {
 		if err = checkWritten(ctx, st); err != nil {
 			err = errors.Join(err, st.Close())
@@ -133,7 +98,7 @@ func (s *Server) openServed(ctx context.Context) (_ store.Store, err error) {
 	case proof == "":
 		return nil, fmt.Errorf("join the CA: %w: it is empty", trust.ErrOtherRoot)
 	default:
-		return nil, &LostStoreError{cfg.place(), proof}
+		return nil, &LostStoreError{cfg.StorePlace(), proof}
 	}
 }
 
@@ -151,21 +116,21 @@ func checkWritten(ctx context.Context, st store.Store) error {
 // remember the numbers of the lost one. One that is there and empty, as the
 // start before left it when it was killed, is to go on in the next epoch from
 // the revision that is returned.
-func beginStore(ctx context.Context, cfg Config) (accept uint64, err error) {
-	there, err := storeExists(ctx, cfg)
+func beginStore(ctx context.Context, cfg config.Config) (accept uint64, err error) {
+	there, err := Exists(ctx, cfg)
 	if err != nil {
 		return 0, err
 	}
 	if !there {
-		last, err := seenEpoch(ctx, cfg)
+		last, err := SeenEpoch(ctx, cfg)
 		if err != nil {
 			return 0, err
 		}
 		cfg.Logger.LogAttrs(ctx, slog.LevelWarn, "new store, as it was told to: entries, agents and revocations of the one before are gone; start without -new-store from now on",
-			slog.String("place", cfg.place()))
-		return 0, importStore(ctx, cfg, store.NextEpoch(last), 0, nothing)
+			slog.String("place", cfg.StorePlace()))
+		return 0, Import(ctx, cfg, store.NextEpoch(last), 0, nothing)
 	}
-	st, err := openExisting(ctx, cfg)
+	st, err := Existing(ctx, cfg)
 	if err != nil {
 		return 0, err
 	}
@@ -180,20 +145,7 @@ func beginStore(ctx context.Context, cfg Config) (accept uint64, err error) {
 	case written != nil:
 		return 0, written
 	}
-	return 0, fmt.Errorf("there is a store already, %s, at revision %d; nothing was changed: start without -new-store", cfg.place(), revision)
+	return 0, fmt.Errorf("there is a store already, %s, at revision %d; nothing was changed: start without -new-store", cfg.StorePlace(), revision)
 }
 
 var nothing iter.Seq2[store.KV, error] = func(func(store.KV, error) bool) {}
-
-// storeExists says whether there is a store to open; what a restore has left
-// unfinished is none.
-func storeExists(ctx context.Context, cfg Config) (bool, error) {
-	if cfg.Store == storeEtcd {
-		return etcd.Exists(ctx, cfg.etcd())
-	}
-	there, err := badger.Exists(cfg.storeDir())
-	if errors.Is(err, store.ErrUnfinished) {
-		return false, nil
-	}
-	return there, err
-}

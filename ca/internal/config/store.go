@@ -1,18 +1,26 @@
 // The settings of the store and of replicas: which of them go together.
 
-package ca
+package config
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/store/etcd"
+)
+
+// The kinds of stores.
+const (
+	Badger = "badger"
+	Etcd   = "etcd"
 )
 
 // maxTokenFile bounds what is read of join_token_file.
@@ -26,12 +34,12 @@ func (c Config) checkStore() error {
 		return errors.New("-new-store: a replica that joins, or a store that is accepted, needs one that is there")
 	}
 	switch c.Store {
-	case storeBadger:
+	case Badger:
 		if len(c.EtcdEndpoints) > 0 {
 			return errors.New("etcd_endpoints: are given, but store is badger")
 		}
 		return nil
-	case storeEtcd:
+	case Etcd:
 		return c.checkEtcd()
 	default:
 		return fmt.Errorf("store: %q is neither badger nor etcd", c.Store)
@@ -39,7 +47,7 @@ func (c Config) checkStore() error {
 }
 
 func (c Config) checkEtcd() error {
-	err := c.etcd().Validate()
+	err := c.EtcdStore().Validate()
 	if bad, ok := errors.AsType[*etcd.InvalidError](err); ok {
 		return fmt.Errorf("etcd_%s: %s", bad.Field, bad.Reason)
 	}
@@ -53,16 +61,16 @@ func (c Config) checkJoin() error {
 		}
 	}
 	token := c.JoinToken != "" || c.JoinTokenFile != ""
-	if c.JoinAddress == "" && !c.nested() {
+	if c.JoinAddress == "" && !c.Nested() {
 		if token {
 			return errors.New("join_address: is missing, and there is a join token")
 		}
 		return nil
 	}
-	if !c.nested() && c.Store != storeEtcd {
+	if !c.Nested() && c.Store != Etcd {
 		return errors.New("join_address: replicas share a store, so store must be etcd; a CA with a store of its own is nested: upstream: merlon")
 	}
-	key, address := c.rootHolder()
+	key, address := c.RootHolder()
 	if host, _, err := net.SplitHostPort(address); err != nil || host == "" || checkAddress(address) != nil {
 		return fmt.Errorf("%s: %q: want host:port", key, address)
 	}
@@ -80,20 +88,20 @@ func (c Config) checkJoin() error {
 	return nil
 }
 
-// nested says whether this CA has a store of its own below another CA of Merlon.
-func (c Config) nested() bool { return c.Upstream == upstreamMerlon }
+// Nested says whether this CA has a store of its own below another CA of Merlon.
+func (c Config) Nested() bool { return c.Upstream == UpstreamMerlon }
 
-// rootHolder is the address of the CA that holds the root key, with its setting.
-func (c Config) rootHolder() (key, address string) {
-	if c.nested() {
+// RootHolder is the address of the CA that holds the root key, with its setting.
+func (c Config) RootHolder() (key, address string) {
+	if c.Nested() {
 		return "upstream_address", c.UpstreamAddress
 	}
 	return "join_address", c.JoinAddress
 }
 
-// joinToken is the token by which this replica joins; empty where none is
+// ReadJoinToken is the token by which this replica joins; empty where none is
 // configured. The file is read when the token is needed.
-func (c Config) joinToken() (string, error) {
+func (c Config) ReadJoinToken() (string, error) {
 	if c.JoinTokenFile == "" {
 		return c.JoinToken, nil
 	}
@@ -105,4 +113,29 @@ func (c Config) joinToken() (string, error) {
 		return "", fmt.Errorf("read the join token: %s has more than %d bytes", c.JoinTokenFile, maxTokenFile)
 	}
 	return strings.TrimSpace(string(data)), nil
+}
+
+// DiskReserve is disk_reserve_mib in bytes.
+func (c Config) DiskReserve() uint64 { return uint64(max(c.DiskReserveMiB, 0)) << 20 }
+
+// StoreDir is the folder of a Badger store.
+func (c Config) StoreDir() string { return filepath.Join(c.DataDir, "store") }
+
+// EtcdStore is the store in etcd.
+func (c Config) EtcdStore() etcd.Config {
+	return etcd.Config{
+		Endpoints: c.EtcdEndpoints, CAFile: c.EtcdCAFile, CertFile: c.EtcdCertFile, KeyFile: c.EtcdKeyFile,
+		Prefix: c.EtcdPrefix, Logger: c.Logger,
+	}
+}
+
+// EtcdKeys begins all keys in etcd.
+func (c Config) EtcdKeys() string { return cmp.Or(c.EtcdPrefix, etcd.DefaultPrefix) }
+
+// StorePlace names where the store is.
+func (c Config) StorePlace() string {
+	if c.Store == Etcd {
+		return c.EtcdKeys() + " in etcd at " + strings.Join(c.EtcdEndpoints, ", ")
+	}
+	return c.StoreDir()
 }

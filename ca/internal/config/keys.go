@@ -1,12 +1,10 @@
 // The settings of the CA's keys: under what they are sealed.
 
-package ca
+package config
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 
@@ -32,17 +30,17 @@ func (c Config) checkKeys() error {
 	if strings.Contains(c.KeyCredential, "/") {
 		return fmt.Errorf("key_credential: %q is not the name of a credential; for a path use key_file", c.KeyCredential)
 	}
-	if dir := c.keysDir() + "/"; strings.HasPrefix(filepath.Clean(c.KeyFile), dir) || strings.HasPrefix(filepath.Clean(c.KeyPassphraseFile), dir) {
+	if dir := c.KeysDir() + "/"; strings.HasPrefix(filepath.Clean(c.KeyFile), dir) || strings.HasPrefix(filepath.Clean(c.KeyPassphraseFile), dir) {
 		return fmt.Errorf("key_file: is inside %s, beside what it seals: keep it elsewhere", dir)
 	}
 	return c.kms().Validate()
 }
 
-// upstreamMerlon is the upstream of a nested CA, which follows it, and needs no CAS.
-const upstreamMerlon = "merlon"
+// UpstreamMerlon is the upstream of a nested CA, which follows it, and needs no CAS.
+const UpstreamMerlon = "merlon"
 
 func (c Config) authority() upstream.AuthorityConfig {
-	if c.nested() {
+	if c.Nested() {
 		return upstream.AuthorityConfig{}
 	}
 	return upstream.AuthorityConfig{
@@ -53,10 +51,10 @@ func (c Config) authority() upstream.AuthorityConfig {
 }
 
 func (c Config) checkUpstream() error {
-	if c.nested() {
+	if c.Nested() {
 		return c.checkNested()
 	}
-	if c.Upstream != "" && c.Store != storeBadger {
+	if c.Upstream != "" && c.Store != Badger {
 		return fmt.Errorf("upstream: %s signs for a CA of one replica, so store must be badger", c.Upstream)
 	}
 	return c.authority().Validate()
@@ -77,7 +75,7 @@ func (c Config) checkNested() error {
 		}
 	}
 	switch {
-	case c.Store != storeBadger:
+	case c.Store != Badger:
 		return errors.New("upstream: a nested CA is one process with a store of its own, so store must be badger; more processes on one etcd are replicas (join_address)")
 	case c.JoinAddress != "":
 		return errors.New("join_address: is for replicas, which share a store; a nested CA has upstream_address")
@@ -89,15 +87,16 @@ func (c Config) checkNested() error {
 
 func (c Config) kms() upstream.KMSConfig { return upstream.KMSConfig{URI: c.KMS, Keys: c.KMSKeys} }
 
-func (c Config) keysDir() string { return filepath.Join(c.DataDir, "keys") }
+// KeysDir is where the keys lie.
+func (c Config) KeysDir() string { return filepath.Join(c.DataDir, "keys") }
 
-// kek is where the key-encryption key is.
-func (c Config) kek() (seal.Source, error) {
+// KEK is where the key-encryption key is.
+func (c Config) KEK() (seal.Source, error) {
 	return seal.FromSettings(c.KeyFile, c.KeyCredential, c.KeyPassphraseFile)
 }
 
-// sealedUnder names that place for people.
-func (c Config) sealedUnder() string {
+// SealedUnder names that place for people.
+func (c Config) SealedUnder() string {
 	switch {
 	case c.KeyFile != "":
 		return "key_file " + c.KeyFile
@@ -110,9 +109,9 @@ func (c Config) sealedUnder() string {
 	}
 }
 
-// upstream is what the settings say about keys and authorities.
-func (c Config) upstream() (upstream.Config, error) {
-	kek, err := c.kek()
+// Authorities are what the settings say about keys and authorities.
+func (c Config) Authorities() (upstream.Config, error) {
+	kek, err := c.KEK()
 	if err != nil {
 		return upstream.Config{}, err
 	}
@@ -121,52 +120,11 @@ func (c Config) upstream() (upstream.Config, error) {
 		return upstream.Config{}, fmt.Errorf("trust_domain: %w", err)
 	}
 	cfg := upstream.Config{
-		TrustDomain: td, Dir: c.keysDir(), Development: c.Development, Name: c.ReplicaName, KEK: kek, KMS: c.kms(), Upstream: c.authority(), Logger: c.Logger,
+		TrustDomain: td, Dir: c.KeysDir(), Development: c.Development, Name: c.ReplicaName, KEK: kek, KMS: c.kms(), Upstream: c.authority(), Logger: c.Logger,
 		JWTAlgorithm: c.JWTAlgorithm, RootTTL: c.RootTTL, IntermediateTTL: c.IntermediateTTL, NewRoot: c.NewRoot,
 	}
 	if c.Upstream != "" {
 		cfg.RootTTL = 0 // of our own root, which is in no trust bundle then, and is not replaced
 	}
 	return cfg, nil
-}
-
-// Resealed says what ResealKeys did.
-type Resealed struct {
-	Dir string
-	// Sealed keys were sealed anew; Already are those that were under the new
-	// key-encryption key.
-	Sealed, Already int
-}
-
-// ResealKeys seals the keys of from, which no CA may use, under what to says.
-func ResealKeys(ctx context.Context, from, to Config) (Resealed, error) {
-	if from.keysDir() != to.keysDir() || from.TrustDomain != to.TrustDomain {
-		return Resealed{}, &MismatchError{
-			fmt.Sprintf("both configurations must be of one CA: they are of %s in %s, and of %s in %s", from.TrustDomain, from.DataDir, to.TrustDomain, to.DataDir),
-			"copy the one in use, and change nothing in it but key_file, key_credential or key_passphrase_file",
-		}
-	}
-	if from.KeyFile == to.KeyFile && from.KeyCredential == to.KeyCredential && from.KeyPassphraseFile == to.KeyPassphraseFile {
-		return Resealed{}, &MismatchError{
-			"both configurations seal the keys under the same: " + from.sealedUnder(),
-			"name another one with key_file, key_credential or key_passphrase_file in the configuration for --to",
-		}
-	}
-	cfg, err := from.upstream()
-	if err != nil {
-		return Resealed{}, err
-	}
-	source, err := to.kek()
-	if err != nil {
-		return Resealed{}, err
-	}
-	if _, err := os.Stat(cfg.Dir); err != nil {
-		return Resealed{}, fmt.Errorf("reseal the keys: %w", err) // nor make it to lock it
-	}
-	lock, err := upstream.Lock(cfg.Dir)
-	if err != nil {
-		return Resealed{}, err
-	}
-	done, err := upstream.Reseal(ctx, cfg, source)
-	return Resealed{Dir: cfg.Dir, Sealed: done.Sealed, Already: done.Already}, errors.Join(err, lock.Close())
 }

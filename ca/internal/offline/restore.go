@@ -3,7 +3,7 @@
 // (store.NextEpoch), above every number that others can have seen, and without
 // the records that would be dangerous to bring back.
 
-package ca
+package offline
 
 import (
 	"context"
@@ -19,10 +19,11 @@ import (
 	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
+	"merlon.dev/ca/internal/config"
+	"merlon.dev/ca/internal/opening"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
-	"merlon.dev/ca/internal/store/etcd"
 	"merlon.dev/ca/internal/store/snapshot"
 	"merlon.dev/ca/internal/trust"
 )
@@ -90,23 +91,23 @@ func (e *LossError) Error() string {
 	return b.String()
 }
 
-// RestoreStore fills the empty store of cfg, whose CA must not run, from a
+// Restore fills the empty store of cfg, whose CA must not run, from a
 // backup file. Without AcceptLoss a *LossError says what would be lost, unless
 // nothing would.
-func RestoreStore(ctx context.Context, cfg Config, path string, o RestoreOptions) (_ Restored, err error) {
-	defer func() { err = hinted(err) }()
+func Restore(ctx context.Context, cfg config.Config, path string, o RestoreOptions) (_ Restored, err error) {
+	defer func() { err = opening.Hinted(err) }()
 	backup, err := VerifyBackup(path)
 	if err != nil {
 		return Restored{}, err
 	}
 	if backup.Problem != "" {
-		return Restored{}, &StoreError{fmt.Errorf("%s: %s", path, backup.Problem), "use another backup; nothing was changed"}
+		return Restored{}, opening.WithHint(fmt.Errorf("%s: %s", path, backup.Problem), "use another backup; nothing was changed")
 	}
-	r := Restored{Backup: backup, Place: cfg.place(), Revision: backup.Revision, Since: actsSince(cfg, backup.CreatedAt)}
+	r := Restored{Backup: backup, Place: cfg.StorePlace(), Revision: backup.Revision, Since: actsSince(cfg, backup.CreatedAt)}
 	if err := checkEmpty(ctx, cfg); err != nil {
 		return r, err
 	}
-	if _, err := cfg.beginOfLog(); err != nil { // record goes on with it
+	if _, err := opening.BeginOfLog(cfg); err != nil { // record goes on with it
 		return r, err
 	}
 	lost, err := lostContent(o.Replaces)
@@ -117,7 +118,7 @@ func RestoreStore(ctx context.Context, cfg Config, path string, o RestoreOptions
 	if err != nil {
 		return r, err
 	}
-	seen, err := seenEpoch(ctx, cfg)
+	seen, err := opening.SeenEpoch(ctx, cfg)
 	if err != nil {
 		return r, err
 	}
@@ -136,32 +137,32 @@ func RestoreStore(ctx context.Context, cfg Config, path string, o RestoreOptions
 		return r, err
 	}
 	// In this order: the next start writes down an epoch that is not remembered.
-	return r, errors.Join(r.record(ctx, cfg), rememberEpoch(cfg, r.Revision))
+	return r, errors.Join(r.record(ctx, cfg), opening.RememberEpoch(cfg, r.Revision))
 }
 
 // checkEmpty refuses a store that is there.
-func checkEmpty(ctx context.Context, cfg Config) error {
+func checkEmpty(ctx context.Context, cfg config.Config) error {
 	if err := checkStopped(cfg); err != nil {
 		return err
 	}
-	there, err := storeExists(ctx, cfg)
+	there, err := opening.Exists(ctx, cfg)
 	if err != nil {
 		return err
 	}
-	if cfg.Store == storeEtcd {
+	if cfg.Store == config.Etcd {
 		if !there {
 			return nil
 		}
-		return &StoreError{
-			fmt.Errorf("there is a store already: %s", cfg.place()),
-			"choose another etcd_prefix, or back it up and remove it: etcdctl del --prefix " + cfg.etcdPrefix(),
-		}
+		return opening.WithHint(
+			fmt.Errorf("there is a store already: %s", cfg.StorePlace()),
+			"choose another etcd_prefix, or back it up and remove it: etcdctl del --prefix "+cfg.EtcdKeys(),
+		)
 	}
 	if there {
-		dir := cfg.storeDir()
-		return &StoreError{fmt.Errorf("there is a store already: %s", dir), fmt.Sprintf("move it away and name it: mv %s %s.old, then --replaces %s.old", dir, dir, dir)}
+		dir := cfg.StoreDir()
+		return opening.WithHint(fmt.Errorf("there is a store already: %s", dir), fmt.Sprintf("move it away and name it: mv %s %s.old, then --replaces %s.old", dir, dir, dir))
 	}
-	return checkOwner(cfg.storeDir())
+	return opening.CheckOwner(cfg.StoreDir())
 }
 
 // lostContent is what the store in dir held at the last revision that it has
@@ -203,13 +204,13 @@ func holdsAll(path string, lost badger.Content) (bool, error) {
 }
 
 // fill imports the backup and compares what is there then with what should be.
-func (r *Restored) fill(ctx context.Context, cfg Config, path string) error {
+func (r *Restored) fill(ctx context.Context, cfg config.Config, path string) error {
 	if err := r.eachPair(cfg, path, func(pairs iter.Seq2[store.KV, error]) error {
-		return importStore(ctx, cfg, r.Revision, uint64(r.Backup.Bytes), pairs)
+		return opening.Import(ctx, cfg, r.Revision, uint64(r.Backup.Bytes), pairs)
 	}); err != nil {
 		return fmt.Errorf("restore: %w", err)
 	}
-	st, err := openExisting(ctx, cfg)
+	st, err := opening.Existing(ctx, cfg)
 	if err != nil {
 		return fmt.Errorf("look at what was restored: %w", err)
 	}
@@ -224,7 +225,7 @@ func (r *Restored) fill(ctx context.Context, cfg Config, path string) error {
 }
 
 // eachPair calls do with what is restored.
-func (r *Restored) eachPair(cfg Config, path string, do func(iter.Seq2[store.KV, error]) error) error {
+func (r *Restored) eachPair(cfg config.Config, path string, do func(iter.Seq2[store.KV, error]) error) error {
 	return r.readBackup(path, func(pairs iter.Seq2[store.KV, error]) error { return do(sameTrustDomain(cfg, r.kept(pairs))) })
 }
 
@@ -245,38 +246,19 @@ func (r *Restored) readBackup(path string, do func(iter.Seq2[store.KV, error]) e
 	return do(backup.All())
 }
 
-// importStore fills the empty store of cfg with about size bytes, 0 if that is
-// not known.
-func importStore(ctx context.Context, cfg Config, at, size uint64, pairs iter.Seq2[store.KV, error]) error {
-	last, err := seenEpoch(ctx, cfg)
-	if err != nil {
-		return err
-	}
-	if err := store.CheckEpoch(at, last); err != nil {
-		return err
-	}
-	if cfg.Store == storeEtcd {
-		return etcd.Import(ctx, cfg.etcd(), at, pairs)
-	}
-	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
-		return fmt.Errorf("make data_dir: %w", err)
-	}
-	return badger.Import(cfg.storeDir(), badger.Options{Logger: cfg.Logger, ReserveBytes: cfg.diskReserve(), ImportBytes: size}, at, pairs)
-}
-
 // sameTrustDomain passes pairs on, and refuses the store of another trust
 // domain.
-func sameTrustDomain(cfg Config, pairs iter.Seq2[store.KV, error]) iter.Seq2[store.KV, error] {
+func sameTrustDomain(cfg config.Config, pairs iter.Seq2[store.KV, error]) iter.Seq2[store.KV, error] {
 	return mapPairs(pairs, func(kv store.KV) (store.KV, bool, error) {
 		if kv.Key != trust.Key || cfg.TrustDomain == "" {
 			return kv, true, nil
 		}
 		b, err := trust.Decode(kv)
 		if err == nil && b.TrustDomain.Name() != cfg.TrustDomain {
-			err = &StoreError{
+			err = opening.WithHint(
 				fmt.Errorf("it is of trust domain %s, and this CA is configured for %s", b.TrustDomain, cfg.TrustDomain),
 				"name a backup or a store of this trust domain, or the configuration of the CA that it is from; there is no store yet",
-			}
+			)
 		}
 		return kv, true, err
 	})
@@ -285,7 +267,7 @@ func sameTrustDomain(cfg Config, pairs iter.Seq2[store.KV, error]) iter.Seq2[sto
 // leaveOut decides what is dangerous to bring back when later records are lost:
 // a token that was used since would work again; a replica that was evicted
 // since would be one again, and its JWT key trusted.
-func (r *Restored) leaveOut(cfg Config, pairs iter.Seq2[store.KV, error]) error {
+func (r *Restored) leaveOut(cfg config.Config, pairs iter.Seq2[store.KV, error]) error {
 	var authorities, realms store.KV
 	for kv, err := range pairs {
 		switch {
@@ -347,8 +329,8 @@ func mapPairs(pairs iter.Seq2[store.KV, error], each func(store.KV) (store.KV, b
 }
 
 // record writes down that the store was replaced.
-func (r *Restored) record(ctx context.Context, cfg Config) error {
-	log, err := audit.Open(cfg.auditPath(), cfg.auditOptions())
+func (r *Restored) record(ctx context.Context, cfg config.Config) error {
+	log, err := audit.Open(cfg.AuditPath(), cfg.AuditOptions())
 	if err != nil {
 		return fmt.Errorf("the store is restored, and that is not recorded: %w", err)
 	}
@@ -364,14 +346,14 @@ const maxActs = 1000
 
 // actsSince reads in the audit log, as far as there is one, what administrators
 // did after t. An act that has no outcome there may have been done.
-func actsSince(cfg Config, t time.Time) (acts []Act) {
+func actsSince(cfg config.Config, t time.Time) (acts []Act) {
 	begun := make(map[string]int) // where in acts each one begins
 	defer func() { acts = slices.DeleteFunc(acts, func(a Act) bool { return a == Act{} }) }()
-	first, err := audit.Begin(cfg.auditPath())
+	first, err := audit.Begin(cfg.AuditPath())
 	if err != nil {
 		return nil
 	}
-	for line, err := range audit.Lines(cfg.auditPath(), first) {
+	for line, err := range audit.Lines(cfg.AuditPath(), first) {
 		if err != nil || len(acts) == maxActs {
 			return acts
 		}

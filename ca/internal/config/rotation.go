@@ -1,7 +1,7 @@
 // The settings of rotation: how long keys live, and how long one waits before it
 // signs.
 
-package ca
+package config
 
 import (
 	"fmt"
@@ -11,6 +11,9 @@ import (
 	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/upstream"
 )
+
+// KeepRevoked is how long a revoked authority stays on the list.
+const KeepRevoked = 7 * 24 * time.Hour
 
 // maxRefreshHint keeps trust bundles from being so old that nothing helps.
 const maxRefreshHint = time.Hour
@@ -32,7 +35,7 @@ func (c Config) checkRotation() error {
 
 // checkLives refuses keys that end before the next one may sign.
 func (c Config) checkLives() error {
-	least := c.rotation().MinLife()
+	least := c.Rotation().MinLife()
 	for _, ttl := range []struct {
 		key   string
 		value time.Duration
@@ -45,10 +48,10 @@ func (c Config) checkLives() error {
 	return nil
 }
 
-// rotation is what the steps of authorities are judged by.
-func (c Config) rotation() rotation.Policy {
+// Rotation is what the steps of authorities are judged by.
+func (c Config) Rotation() rotation.Policy {
 	return rotation.Policy{
-		RefreshHint: c.TrustRefreshHint, MaxJWTTTL: entry.MaxJWTSVIDTTL, Keep: keepRevoked,
+		RefreshHint: c.TrustRefreshHint, MaxJWTTTL: entry.MaxJWTSVIDTTL, Keep: KeepRevoked,
 		LastCall: c.AgentSVIDTTL, // each agent renews once in it
 	}
 }

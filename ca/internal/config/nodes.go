@@ -2,7 +2,7 @@
 // that a machine is a node of this trust domain. What is not configured is
 // refused.
 
-package ca
+package config
 
 import (
 	"bytes"
@@ -310,8 +310,8 @@ func readCertificates(path string) ([]*x509.Certificate, error) {
 	return certs, nil
 }
 
-// open reads the files of what is configured.
-func (n NodeAttestors) open(td spiffeid.TrustDomain, log *slog.Logger) (attest.Attestors, error) {
+// Open reads the files of what is configured.
+func (n NodeAttestors) Open(td spiffeid.TrustDomain, log *slog.Logger) (attest.Attestors, error) {
 	all := attest.Attestors{Clusters: make(map[string]*attest.Cluster)}
 	for i, k := range n.K8s {
 		c, err := k.open(td, log)

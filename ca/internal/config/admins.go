@@ -1,7 +1,7 @@
 // The settings of administrators: which users of this machine and which OIDC
 // tokens have which role. Workloads have theirs by registration entry.
 
-package ca
+package config
 
 import (
 	"crypto/x509"
@@ -12,6 +12,7 @@ import (
 
 	"merlon.dev/ca/internal/oidc"
 	"merlon.dev/ca/internal/role"
+	"merlon.dev/sdk/unixsock"
 )
 
 // maxCAFile bounds what is read of a file with certificates.
@@ -53,7 +54,7 @@ type OIDCRole struct {
 }
 
 func (c Config) checkAdmins() error {
-	if _, err := c.uidRoles(); err != nil {
+	if _, err := c.UIDRoles(); err != nil {
 		return err
 	}
 	seen := make(map[string]bool)
@@ -69,8 +70,8 @@ func (c Config) checkAdmins() error {
 	return nil
 }
 
-// uidRoles are admin_uids and admins together.
-func (c Config) uidRoles() (map[uint32]role.Role, error) {
+// UIDRoles are admin_uids and admins together.
+func (c Config) UIDRoles() (map[uint32]role.Role, error) {
 	roles := make(map[uint32]role.Role)
 	for _, uid := range c.AdminUIDs {
 		roles[uid] = role.Role{Name: role.Operator}
@@ -102,8 +103,8 @@ func (o OIDC) issuer(roots *x509.CertPool) oidc.Issuer {
 	return i
 }
 
-// tokens judges the tokens of the configured providers; nil: there is none.
-func (c Config) tokens(log *slog.Logger) (*oidc.Verifier, error) {
+// AdminTokens judges the tokens of the configured providers; nil: there is none.
+func (c Config) AdminTokens(log *slog.Logger) (*oidc.Verifier, error) {
 	var issuers []oidc.Issuer
 	for n, o := range c.OIDC {
 		roots, err := readRoots(o.CAFile)
@@ -131,4 +132,13 @@ func readRoots(path string) (*x509.CertPool, error) {
 		return nil, errors.New("holds no certificate in PEM, or is too large")
 	}
 	return roots, nil
+}
+
+// AdminAccess lets other users reach the admin socket only where some of them
+// are administrators; the server then asks each who it is.
+func (c Config) AdminAccess() unixsock.Access {
+	if len(c.AdminUIDs)+len(c.Admins) > 0 {
+		return unixsock.Shared
+	}
+	return unixsock.Private
 }

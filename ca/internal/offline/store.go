@@ -2,10 +2,9 @@
 // look whether it is whole. Restoring and moving are in restore.go and
 // migrate.go.
 
-package ca
+package offline
 
 import (
-	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -13,14 +12,14 @@ import (
 	"io"
 	"net"
 	"os"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
 
+	"merlon.dev/ca/internal/config"
+	"merlon.dev/ca/internal/opening"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/store/badger"
-	"merlon.dev/ca/internal/store/etcd"
 	"merlon.dev/ca/internal/store/snapshot"
 )
 
@@ -44,24 +43,10 @@ type StoreReport struct {
 	Bytes     int64
 }
 
-// ReadStoreConfig reads the settings that say where a store is: from the file
-// of merlon-ca and its environment, or, where file is empty, the Badger store
-// in dataDir.
-func ReadStoreConfig(file, dataDir string, getenv func(string) string) (Config, error) {
-	if file == "" {
-		return Config{DataDir: dataDir}.withDefaults(), nil
-	}
-	cl, err := ParseCommandLine([]string{"-config", file}, getenv, io.Discard)
-	if err != nil {
-		return Config{}, err
-	}
-	return cl.Config.withDefaults(), nil
-}
-
-// BackupStore writes a backup of the store of cfg, which no CA may have open,
+// Backup writes a backup of the store of cfg, which no CA may have open,
 // to w.
-func BackupStore(ctx context.Context, cfg Config, w io.Writer) (_ StoreReport, err error) {
-	defer func() { err = hinted(err) }()
+func Backup(ctx context.Context, cfg config.Config, w io.Writer) (_ StoreReport, err error) {
+	defer func() { err = opening.Hinted(err) }()
 	st, err := openIdle(ctx, cfg)
 	if err != nil {
 		return StoreReport{}, err
@@ -97,19 +82,19 @@ func reportOf(s snapshot.Summary, path string) StoreReport {
 
 // VerifyStore looks whether the store of cfg is whole. A Badger store must not
 // be open; of etcd every record is read, while others may go on.
-func VerifyStore(ctx context.Context, cfg Config) (_ StoreReport, err error) {
-	defer func() { err = hinted(err) }()
-	if cfg.Store != storeEtcd {
-		return VerifyStoreDir(cfg.storeDir())
+func VerifyStore(ctx context.Context, cfg config.Config) (_ StoreReport, err error) {
+	defer func() { err = opening.Hinted(err) }()
+	if cfg.Store != config.Etcd {
+		return VerifyStoreDir(cfg.StoreDir())
 	}
-	st, err := openExisting(ctx, cfg)
+	st, err := opening.Existing(ctx, cfg)
 	if errors.Is(err, store.ErrNone) {
 		return StoreReport{}, noStore(cfg)
 	}
 	if err != nil {
 		return StoreReport{}, err
 	}
-	report := StoreReport{Kind: storeEtcd, Place: cfg.place()}
+	report := StoreReport{Kind: config.Etcd, Place: cfg.StorePlace()}
 	pages := snapshot.NewPages(st)
 	for _, err := range pages.All(ctx) {
 		if err != nil {
@@ -124,19 +109,19 @@ func VerifyStore(ctx context.Context, cfg Config) (_ StoreReport, err error) {
 
 // VerifyStoreDir looks whether the Badger store in dir is whole.
 func VerifyStoreDir(dir string) (_ StoreReport, err error) {
-	defer func() { err = hinted(err) }()
+	defer func() { err = opening.Hinted(err) }()
 	r, err := badger.Verify(dir)
 	switch {
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, store.ErrNone):
-		return StoreReport{}, &StoreError{err, "a Badger store is the folder store in the CA's data_dir: merlon store verify --config FILE finds it"}
+		return StoreReport{}, opening.WithHint(err, "a Badger store is the folder store in the CA's data_dir: merlon store verify --config FILE finds it")
 	case errors.Is(err, store.ErrInUse):
-		return StoreReport{}, &StoreError{err, "stop the CA; of one that runs, take a backup, which is a store read whole: merlon store backup FILE"}
+		return StoreReport{}, opening.WithHint(err, "stop the CA; of one that runs, take a backup, which is a store read whole: merlon store backup FILE")
 	case errors.Is(err, syscall.EROFS):
-		return StoreReport{}, &StoreError{err, "its logs are checked in a copy beside it: mount the disk read-write, or copy the folder to one that is and verify the copy"}
+		return StoreReport{}, opening.WithHint(err, "its logs are checked in a copy beside it: mount the disk read-write, or copy the folder to one that is and verify the copy")
 	case err != nil:
 		return StoreReport{}, err
 	}
-	report := StoreReport{Kind: storeBadger, Place: dir, Revision: r.Revision, Keys: r.Keys}
+	report := StoreReport{Kind: config.Badger, Place: dir, Revision: r.Revision, Keys: r.Keys}
 	if r.Damage != nil {
 		report.Problem, report.Revision = r.Damage.Error(), r.Damage.LastGood
 		report.MissingFirst, report.MissingLast = r.Damage.First, r.Damage.Last
@@ -144,25 +129,15 @@ func VerifyStoreDir(dir string) (_ StoreReport, err error) {
 	return report, nil
 }
 
-func (c Config) etcdPrefix() string { return cmp.Or(c.EtcdPrefix, etcd.DefaultPrefix) }
-
-// place names where the store is.
-func (c Config) place() string {
-	if c.Store == storeEtcd {
-		return c.etcdPrefix() + " in etcd at " + strings.Join(c.EtcdEndpoints, ", ")
-	}
-	return c.storeDir()
-}
-
 // openIdle opens a store that is there already and that nobody else uses.
-func openIdle(ctx context.Context, cfg Config) (store.Store, error) {
+func openIdle(ctx context.Context, cfg config.Config) (store.Store, error) {
 	if err := checkStopped(cfg); err != nil {
 		return nil, err
 	}
-	if cfg.Store != storeEtcd {
+	if cfg.Store != config.Etcd {
 		return openIdleBadger(ctx, cfg)
 	}
-	st, err := openExisting(ctx, cfg)
+	st, err := opening.Existing(ctx, cfg)
 	if errors.Is(err, store.ErrNone) {
 		return nil, noStore(cfg)
 	}
@@ -175,71 +150,34 @@ func openIdle(ctx context.Context, cfg Config) (store.Store, error) {
 	return st, nil
 }
 
-func openIdleBadger(ctx context.Context, cfg Config) (store.Store, error) {
-	if there, err := badger.Exists(cfg.storeDir()); err != nil {
+func openIdleBadger(ctx context.Context, cfg config.Config) (store.Store, error) {
+	if there, err := badger.Exists(cfg.StoreDir()); err != nil {
 		return nil, err
 	} else if !there {
 		return nil, noStore(cfg)
 	}
-	if err := checkOwner(cfg.storeDir()); err != nil {
+	if err := opening.CheckOwner(cfg.StoreDir()); err != nil {
 		return nil, err
 	}
-	st, err := openExisting(ctx, cfg)
+	st, err := opening.Existing(ctx, cfg)
 	if errors.Is(err, store.ErrInUse) {
-		return nil, &StoreError{err, "stop the CA; a backup of one that runs is taken through its admin socket: merlon store backup FILE"}
+		return nil, opening.WithHint(err, "stop the CA; a backup of one that runs is taken through its admin socket: merlon store backup FILE")
 	}
 	return st, err
 }
 
-func noStore(cfg Config) error {
-	return &StoreError{fmt.Errorf("there is no store in %s", cfg.place()), "name the CA's configuration with --config, or its data_dir with --data-dir"}
+func noStore(cfg config.Config) error {
+	return opening.WithHint(fmt.Errorf("there is no store in %s", cfg.StorePlace()), "name the CA's configuration with --config, or its data_dir with --data-dir")
 }
 
 // checkStopped refuses while a CA answers on the admin socket of cfg.
-func checkStopped(cfg Config) error {
+func checkStopped(cfg config.Config) error {
 	conn, err := net.DialTimeout("unix", cfg.AdminSocket, time.Second)
 	if err != nil {
 		return nil
 	}
 	defer conn.Close()
-	return &StoreError{fmt.Errorf("a CA runs on %s", cfg.AdminSocket), "stop it first: it must not write while its store is copied or replaced"}
-}
-
-// checkOwners refuses to serve, as root, from what belongs to the CA's own user,
-// who could not read what root writes there any more.
-func (c Config) checkOwners() error {
-	for _, path := range []string{c.DataDir, c.storeDir()} {
-		err := checkOwner(path)
-		if owner, ok := errors.AsType[*StoreError](err); ok {
-			owner.Hint = "run merlon-ca as that user, or give it all of data_dir: chown -R"
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// checkOwner refuses to write as root into what belongs to the CA's own user,
-// who could not read it any more.
-func checkOwner(path string) error {
-	for ; ; path = filepath.Dir(path) {
-		fi, err := os.Stat(path)
-		if errors.Is(err, os.ErrNotExist) && path != filepath.Dir(path) {
-			if os.Geteuid() != 0 {
-				return nil // what it makes belongs to it
-			}
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		owner := fi.Sys().(*syscall.Stat_t).Uid // always so on Unix
-		if int(owner) == os.Geteuid() {
-			return nil
-		}
-		return &StoreError{fmt.Errorf("%s belongs to uid %d, and this is uid %d", path, owner, os.Geteuid()), "run it as the CA's user: sudo -u … merlon store …"}
-	}
+	return opening.WithHint(fmt.Errorf("a CA runs on %s", cfg.AdminSocket), "stop it first: it must not write while its store is copied or replaced")
 }
 
 // Campaigns of live replicas end with their leases; a store that is not used
@@ -247,14 +185,14 @@ func checkOwner(path string) error {
 const idleTime = 2 * time.Second
 
 // checkUnled refuses a store in etcd that replicas use.
-func checkUnled(ctx context.Context, st store.Store, cfg Config) error {
+func checkUnled(ctx context.Context, st store.Store, cfg config.Config) error {
 	kvs, before, _, err := st.List(ctx, store.LeaderPrefix, "", 1, 0)
 	if err != nil {
 		return err
 	}
 	inUse := "stop merlon-ca on every machine, and wait for half a minute where it was killed"
 	if len(kvs) > 0 {
-		return &StoreError{fmt.Errorf("a CA replica uses %s: it leads %s", cfg.place(), strings.TrimPrefix(kvs[0].Key, store.LeaderPrefix)), inUse}
+		return opening.WithHint(fmt.Errorf("a CA replica uses %s: it leads %s", cfg.StorePlace(), strings.TrimPrefix(kvs[0].Key, store.LeaderPrefix)), inUse)
 	}
 	select {
 	case <-ctx.Done():
@@ -266,7 +204,7 @@ func checkUnled(ctx context.Context, st store.Store, cfg Config) error {
 		return err
 	}
 	if after != before {
-		return &StoreError{fmt.Errorf("%s is being written: it went from revision %d to %d", cfg.place(), before, after), inUse}
+		return opening.WithHint(fmt.Errorf("%s is being written: it went from revision %d to %d", cfg.StorePlace(), before, after), inUse)
 	}
 	return nil
 }
