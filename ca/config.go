@@ -6,21 +6,32 @@ package ca
 
 import "merlon.dev/ca/internal/config"
 
-// What a Server is made from: each setting says what it is, and its default, in
-// ca/internal/config.
 type (
-	Config         = config.Config
-	Admin          = config.Admin
-	OIDC           = config.OIDC
-	OIDCRole       = config.OIDCRole
+	// Config is what a Server is made from; ca/internal/config says what each setting
+	// is, and its default.
+	Config = config.Config
+	// Admin is a user of this machine with a role.
+	Admin = config.Admin
+	// OIDC is a provider whose tokens administer the CA, OIDCRole what they may do.
+	OIDC = config.OIDC
+	// OIDCRole gives a role to tokens.
+	OIDCRole = config.OIDCRole
+	// BundleEndpoint is the endpoint for those who know nothing of SPIFFE yet.
 	BundleEndpoint = config.BundleEndpoint
-	ACME           = config.ACME
-	NodeAttestors  = config.NodeAttestors
-	K8sCluster     = config.K8sCluster
-	GCP            = config.GCP
-	Azure          = config.Azure
-	AWS            = config.AWS
-	X509POP        = config.X509POP
+	// ACME says who issues the certificate of that endpoint.
+	ACME = config.ACME
+	// NodeAttestors are the kinds of evidence that prove a node.
+	NodeAttestors = config.NodeAttestors
+	// K8sCluster is a cluster whose tokens prove one.
+	K8sCluster = config.K8sCluster
+	// GCP says whose instances in Google's cloud are nodes.
+	GCP = config.GCP
+	// Azure says it for Microsoft's.
+	Azure = config.Azure
+	// AWS says it for Amazon's.
+	AWS = config.AWS
+	// X509POP says whose certificates prove a node.
+	X509POP = config.X509POP
 )
 
 // ReadConfig reads a YAML file. Unknown keys are errors.

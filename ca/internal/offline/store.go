@@ -1,7 +1,6 @@
-// What `merlon store` does with a store that no CA has open: back it up and
-// look whether it is whole. Restoring and moving are in restore.go and
-// migrate.go.
-
+// Package offline is what can be done with a CA that does not run: back its store up,
+// look whether that is whole, restore it, move it to the other kind of store, seal the
+// keys anew; and verify the audit log, also of one that runs.
 package offline
 
 import (

@@ -13,7 +13,7 @@ import (
 	"merlon.dev/ca/internal/config"
 )
 
-// LogKeyFolder, in keys, is there for as long as there is the log.
+// LogKeyFolder is in keys, and there for as long as there is the log.
 const LogKeyFolder = "log-1"
 
 // LostLogError is returned by a CA whose audit log is not there, and that has had
