@@ -33,6 +33,3 @@ type (
 	// X509POP says whose certificates prove a node.
 	X509POP = config.X509POP
 )
-
-// ReadConfig reads a YAML file. Unknown keys are errors.
-func ReadConfig(path string) (Config, error) { return config.ReadFile(path) }
