@@ -86,9 +86,22 @@ type shownListener struct {
 }
 
 type shownUpstream struct {
-	Address  string `json:"address"`
-	Requests int64  `json:"requests"` // under way
-	Resting  bool   `json:"resting"`  // left alone because it has failed
+	Address  string    `json:"address"`
+	State    hop.State `json:"state"`
+	Requests int64     `json:"requests"` // under way
+	// What checks have found; absent where there are none.
+	ChecksPassed int64     `json:"checks_passed,omitempty"`
+	ChecksFailed int64     `json:"checks_failed,omitempty"`
+	Since        time.Time `json:"since,omitzero"`        // of the last change by checks
+	CheckErr     string    `json:"check_error,omitempty"` // of the last check
+}
+
+func showUpstream(u *hop.Upstream, now time.Time) shownUpstream {
+	c := u.Checked()
+	return shownUpstream{
+		Address: u.Address, State: u.State(now), Requests: u.Active(),
+		ChecksPassed: c.Passed, ChecksFailed: c.Failed, Since: c.Since, CheckErr: c.Err,
+	}
 }
 
 func (s *Sidecar) listeners() []shownListener {
@@ -99,7 +112,7 @@ func (s *Sidecar) listeners() []shownListener {
 		v := d.serving.Load()
 		l := shownListener{Listen: d.address, Direction: v.hop.Direction, Protocol: string(v.hop.Protocol), Destination: v.hop.To, Connections: v.connections()}
 		for _, u := range v.hop.Upstreams.All() {
-			l.Upstreams = append(l.Upstreams, shownUpstream{u.Address, u.Active(), u.Resting(now)})
+			l.Upstreams = append(l.Upstreams, showUpstream(u, now))
 		}
 		all = append(all, l)
 	}

@@ -116,6 +116,8 @@ type Inbound struct {
 	// Protocol is what the app speaks. The listener offers this and nothing else by
 	// ALPN, so nothing is translated; and it is what the policy is asked about.
 	Protocol string `yaml:"protocol"`
+	// HealthCheck is how the app is asked whether it is well.
+	HealthCheck HealthCheck `yaml:"health_check"`
 }
 
 // Outbound is a listener for the app, and the service behind it.
@@ -135,6 +137,8 @@ type Outbound struct {
 	Upstreams []string `yaml:"upstreams"`
 	// Protocol is what the app and the service speak.
 	Protocol string `yaml:"protocol"`
+	// HealthCheck is how each of the upstreams is asked whether it is well.
+	HealthCheck HealthCheck `yaml:"health_check"`
 }
 
 // InvalidError reports a setting that the sidecar refuses.
@@ -243,7 +247,10 @@ func (in *Inbound) check(field string) error {
 	if err := checkLocal(field+".app", in.App, "the way to the app has no TLS, and leaves this machine nowhere"); err != nil {
 		return err
 	}
-	return checkProtocol(field+".protocol", in.Protocol)
+	if err := checkProtocol(field+".protocol", in.Protocol); err != nil {
+		return err
+	}
+	return in.HealthCheck.validate(field+".health_check", in.Protocol)
 }
 
 func (out *Outbound) check(field string) error {
@@ -263,7 +270,10 @@ func (out *Outbound) check(field string) error {
 			return &InvalidError{Field: fmt.Sprintf("%s.upstreams[%d]", field, i), Reason: fmt.Sprintf("%q is not host:port", address)}
 		}
 	}
-	return checkProtocol(field+".protocol", out.Protocol)
+	if err := checkProtocol(field+".protocol", out.Protocol); err != nil {
+		return err
+	}
+	return out.HealthCheck.validate(field+".health_check", out.Protocol)
 }
 
 // target is whom the outbound listener's connections have to reach.

@@ -20,6 +20,7 @@ outbound:
     to: ns/shop/orders
     upstreams: ["orders-1.example.org:8443", "[::1]:8443"]
     protocol: tcp
+    health_check: {kind: http, path: "/healthz?deep=1", host: orders, statuses: [200, 204], interval: 5s, timeout: 1s, healthy_after: 2, unhealthy_after: 3}
 strip_headers: [x-user]
 idle_timeout: 5s
 `
@@ -50,8 +51,24 @@ func TestConfigIsReadStrictly(t *testing.T) {
 		"upstream":                {"orders-1.example.org:8443", "orders-1.example.org", "outbound[0].upstreams[0]"},
 		"listen":                  {":8443\", app", "8443\", app", "inbound[0].listen"},
 		"header name":             {"x-user", "X-User", "strip_headers[0]"},
-		"negative time":           {"5s", "-5s", "idle_timeout: -5s is negative"},
-		"a duration without unit": {"5s", "5", "idle_timeout"},
+		"negative time":           {"idle_timeout: 5s", "idle_timeout: -5s", "idle_timeout: -5s is negative"},
+		"a duration without unit": {"idle_timeout: 5s", "idle_timeout: 5", "idle_timeout"},
+
+		"check, unknown key":     {"unhealthy_after", "unhealthy_aftr", `did you mean "unhealthy_after"?`},
+		"check of no kind":       {"kind: http, ", "", "outbound[0].health_check.kind: is missing"},
+		"check of another kind":  {"kind: http", "kind: ping", `health_check.kind: "ping" is none of tcp, http, grpc`},
+		"check, not that":        {"kind: http", "kind: tcp", "health_check.path: is not for checks of kind tcp"},
+		"check, no service":      {"kind: http", "kind: http, service: x", "health_check.service: is not for checks of kind http"},
+		"check, protocol":        {"protocol: tcp\n    health", "protocol: grpc\n    health", `health_check.kind: "http" is none of tcp, grpc, which protocol grpc allows`},
+		"check, ambiguous path":  {"/healthz", "/a/../healthz", "health_check.path"},
+		"check, path":            {"/healthz", "healthz", "health_check.path"},
+		"check, query":           {"deep=1", "deep=1 HTTP/1.1", "health_check.path"},
+		"check, host":            {"host: orders", "host: or/ders", "health_check.host"},
+		"check, status":          {"[200, 204]", "[200, 100]", "health_check.statuses[1]: 100 is not between 200 and 599"},
+		"check, interval":        {"interval: 5s", "interval: 5ms", "health_check.interval: 5ms is less than 10ms"},
+		"check, timeout":         {"timeout: 1s", "timeout: -1s", "health_check.timeout: -1s is negative"},
+		"check, healthy_after":   {" healthy_after: 2", " healthy_after: -1", "health_check.healthy_after"},
+		"check, unhealthy_after": {"unhealthy_after: 3", "unhealthy_after: 101", "health_check.unhealthy_after"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			text := strings.Replace(validConfig, tc.from, tc.to, 1)

@@ -38,9 +38,15 @@ type grpcApp struct {
 }
 
 func newGRPCApp(t testing.TB, opts ...grpc.ServerOption) *grpcApp {
+	return newGRPCAppWith(t, func(*grpcApp) {}, opts...)
+}
+
+// newGRPCAppWith has register add services.
+func newGRPCAppWith(t testing.TB, register func(*grpcApp), opts ...grpc.ServerOption) *grpcApp {
 	lis := listen(t)
 	a := &grpcApp{server: grpc.NewServer(opts...), addr: lis.Addr().String()}
 	testgrpc.RegisterTestServiceServer(a.server, a)
+	register(a)
 	done := make(chan struct{})
 	go func() { defer close(done); a.server.Serve(lis) }()
 	t.Cleanup(func() { a.server.Stop(); <-done })

@@ -3,10 +3,7 @@
 package sidecar
 
 import (
-	"context"
-	"net"
 	"slices"
-	"strings"
 
 	"merlon.dev/policy"
 	"merlon.dev/sdk/sidecar/internal/hop"
@@ -37,27 +34,15 @@ func (c Config) plans() (all []plan) {
 
 // inbound is the hop from callers to the app.
 func (s *Sidecar) inbound(c *Config, in Inbound) *hop.Hop {
-	network, address := "tcp", in.App
-	if path, ok := strings.CutPrefix(in.App, "unix://"); ok {
-		network, address = "unix", path
-	}
 	h := s.hop(c, in.Listen, hop.Inbound, in.Protocol, s.id.ID().String())
-	h.Upstreams = hop.NewUpstreams(&hop.Upstream{Address: in.App, Dial: func(ctx context.Context) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, network, address)
-	}})
+	h.Upstreams = s.upstreams.inbound(h, in)
 	return h
 }
 
 // outbound is the hop from the app to a service.
 func (s *Sidecar) outbound(c *Config, out Outbound) *hop.Hop {
 	h := s.hop(c, out.Listen, hop.Outbound, out.Protocol, out.To)
-	dial := s.id.DialTLS(out.target(), engines[out.Protocol].alpn...)
-	var all []*hop.Upstream
-	for _, address := range out.Upstreams {
-		all = append(all, &hop.Upstream{Address: address, Dial: func(ctx context.Context) (net.Conn, error) { return dial(ctx, "tcp", address) }})
-	}
-	h.Upstreams = hop.NewUpstreams(all...)
+	h.Upstreams = s.upstreams.outbound(h, out)
 	return h
 }
 

@@ -19,12 +19,13 @@ import (
 
 // Sidecar is one, ready to run. Its methods are safe for concurrent use.
 type Sidecar struct {
-	log     *slog.Logger
-	id      *sdk.Identity
-	health  *health.Server
-	metrics *metrics
-	access  *accessLog
-	recent  recent
+	log       *slog.Logger
+	id        *sdk.Identity
+	health    *health.Server
+	metrics   *metrics
+	access    *accessLog
+	recent    recent
+	upstreams *upstreams
 	// Command is started once identity and policy are there, and Run ends with it;
 	// empty for none.
 	Command []string
@@ -54,6 +55,8 @@ func New(cfg Config) (*Sidecar, error) {
 	}
 	s.health = health.New(s.log)
 	s.metrics = newMetrics(s.health.Registry(), s.cfg.MetricsBySource)
+	s.upstreams = &upstreams{sidecar: s, lists: make(map[string]*upstreamList)}
+	s.health.Registry().MustRegister(s.upstreams)
 	return s, nil
 }
 
@@ -104,6 +107,7 @@ func (s *Sidecar) serve() error {
 	<-s.ctx.Done()
 	s.accepting.Wait()
 	s.retireAll()
+	s.upstreams.close()
 	s.retiring.Wait()
 	err := command.end(s.config().DrainTimeout)
 	all.Wait()
@@ -188,6 +192,7 @@ func (s *Sidecar) open(before *predecessor) (err error) {
 	s.health.Check("identity", func() error { _, err := s.id.GetX509SVID(); return err })
 	if len(s.cfg.Inbound) > 0 {
 		s.health.Check("policy", s.id.PolicyReady)
+		s.health.Check("app", s.upstreams.appReady)
 	}
 	for _, p := range s.cfg.plans() {
 		s.admit(p)
@@ -281,6 +286,7 @@ func (s *Sidecar) Reload(cfg Config) (err error) {
 // apply replaces what is served by what cfg says; the listeners of added are open.
 func (s *Sidecar) apply(cfg Config, added []plan) {
 	s.cfg = cfg
+	s.upstreams.next()
 	wanted := make(map[string]plan)
 	for _, p := range cfg.plans() {
 		wanted[p.address] = p
@@ -301,6 +307,7 @@ func (s *Sidecar) apply(cfg Config, added []plan) {
 	for _, p := range added {
 		s.admit(p)
 	}
+	s.upstreams.prune()
 	s.log.LogAttrs(s.ctx, slog.LevelInfo, "configuration reloaded", slog.Int("listeners", len(s.doors)))
 }
 

@@ -21,16 +21,28 @@ type Upstream struct {
 	// service.
 	Dial func(ctx context.Context) (net.Conn, error)
 
-	active   atomic.Int64 // requests under way
-	failures atomic.Int64 // in a row
-	retryAt  atomic.Int64 // UnixNano; until then others come first
+	active    atomic.Int64 // requests under way
+	condition condition
 }
 
 // Active is the number of requests under way.
 func (u *Upstream) Active() int64 { return u.active.Load() }
 
-// Resting says whether the upstream is left alone because it has failed.
-func (u *Upstream) Resting(now time.Time) bool { return u.retryAt.Load() > now.UnixNano() }
+// State says whether the upstream gets requests.
+func (u *Upstream) State(now time.Time) State { return u.condition.at(now) }
+
+// Check takes in the outcome of a check, nil where it passed, and says whether the
+// upstream has become healthy or unhealthy by it.
+func (u *Upstream) Check(err error, t Thresholds) (changed bool) {
+	return u.condition.check(err, t, time.Now())
+}
+
+// Checked is what its checks have found.
+func (u *Upstream) Checked() Checked {
+	u.condition.mu.Lock()
+	defer u.condition.mu.Unlock()
+	return u.condition.checked
+}
 
 // Upstreams are all of a hop. They are safe for concurrent use.
 type Upstreams struct {
@@ -43,30 +55,36 @@ func NewUpstreams(all ...*Upstream) *Upstreams { return &Upstreams{all} }
 // All gives every upstream; the slice must not be changed.
 func (s *Upstreams) All() []*Upstream { return s.all }
 
+// AllUnhealthy says whether checks have found none that is healthy.
+func (s *Upstreams) AllUnhealthy() bool {
+	return !slices.ContainsFunc(s.all, func(u *Upstream) bool { return !u.condition.unhealthy.Load() })
+}
+
 // errNoUpstream is for a hop without any, which the configuration refuses.
 var errNoUpstream = errors.New("there is no upstream")
 
 // Pick chooses the upstream of a request: the one with fewer requests under way of
-// two that are drawn, of those that are well and not in tried. Where none is left
-// it takes one that is not well rather than none. Done has to follow.
+// two that are drawn, of those that are healthy and not in tried. Where none is left
+// it takes one that rests, and where all are unhealthy, any: an upstream that is
+// really away costs the request no more than being refused here would, and checks that
+// ask for the wrong thing must not end a service that works. Done has to follow.
 func (s *Upstreams) Pick(tried ...*Upstream) (*Upstream, error) {
 	if len(s.all) == 1 && len(tried) == 0 { // an app
 		s.all[0].active.Add(1)
 		return s.all[0], nil
 	}
 	now := time.Now()
-	u := s.draw(func(u *Upstream) bool { return !u.Resting(now) && !slices.Contains(tried, u) })
-	if u == nil {
-		u = s.draw(func(u *Upstream) bool { return !slices.Contains(tried, u) })
+	for worst := range 3 { // Healthy, Resting, Unhealthy
+		u := s.draw(func(u *Upstream) bool { return u.condition.rank(now) <= worst && !slices.Contains(tried, u) })
+		if u != nil {
+			u.active.Add(1)
+			return u, nil
+		}
 	}
-	if u == nil {
-		return nil, errNoUpstream
-	}
-	u.active.Add(1)
-	return u, nil
+	return nil, errNoUpstream
 }
 
-// draw gives the less busy of two; nil where fits is true of none.
+// draw gives the less busy of two, or either; nil where fits is true of none.
 func (s *Upstreams) draw(fits func(*Upstream) bool) *Upstream {
 	var first, second *Upstream
 	n := 0
@@ -88,35 +106,25 @@ func (s *Upstreams) draw(fits func(*Upstream) bool) *Upstream {
 			}
 		}
 	}
-	if second != nil && second.active.Load() < first.active.Load() {
+	if second == nil {
+		return first
+	}
+	switch a, b := first.active.Load(), second.active.Load(); {
+	case a > b, a == b && rand.Uint32()&1 == 0: //nolint:gosec // likewise
 		return second
 	}
 	return first
 }
 
-// How long an upstream rests after a failure: restAfter, doubled with each further
-// one, at most restAtMost.
-const (
-	restAfter  = 250 * time.Millisecond
-	restAtMost = 10 * time.Second
-)
-
 // Done ends what Pick has begun. failed says that the upstream did not answer: it
 // could not be connected to, or broke off before its answer began.
 func (u *Upstream) Done(failed bool) {
 	u.active.Add(-1)
-	if !failed {
-		if u.failures.Load() != 0 {
-			u.failures.Store(0)
-			u.retryAt.Store(0)
-		}
-		return
+	if failed {
+		u.condition.failed(time.Now())
+	} else {
+		u.condition.answered()
 	}
-	rest := restAtMost
-	if n := u.failures.Add(1); n < 7 {
-		rest = min(restAfter<<(n-1), restAtMost)
-	}
-	u.retryAt.Store(time.Now().Add(rest).UnixNano())
 }
 
 // Connect dials within limit.
