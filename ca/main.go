@@ -8,9 +8,9 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"syscall"
 
 	"merlon.dev/ca/internal/config"
+	"merlon.dev/sdk/coredump"
 	"merlon.dev/sdk/systemd"
 )
 
@@ -43,7 +43,7 @@ func run(ctx context.Context, cl *config.CommandLine, stdout, stderr io.Writer) 
 		return err
 	}
 	cl.Config.Logger = log
-	if err := noCoreDumps(); err != nil {
+	if err := coredump.Forbid(); err != nil {
 		return err
 	}
 	s, err := New(cl.Config)
@@ -55,14 +55,6 @@ func run(ctx context.Context, cl *config.CommandLine, stdout, stderr io.Writer) 
 		return err
 	}
 	return s.runUnder(ctx, manager)
-}
-
-// noCoreDumps keeps private keys out of files that a crash would leave.
-func noCoreDumps() error {
-	if err := syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{}); err != nil {
-		return fmt.Errorf("forbid core dumps: %w", err)
-	}
-	return nil
 }
 
 func complain(w io.Writer, err error) {

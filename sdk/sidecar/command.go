@@ -12,6 +12,8 @@ import (
 	"runtime"
 	"syscall"
 	"time"
+
+	"merlon.dev/sdk/coredump"
 )
 
 // ExitError says how the command ended, where it did not end well.
@@ -63,6 +65,9 @@ func (c *command) run(s *Sidecar) error {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start the command: %w", err)
+	}
+	if err := coredump.Restore(cmd.Process.Pid); err != nil {
+		s.log.LogAttrs(s.ctx, slog.LevelWarn, "the command leaves no core dumps", slog.Any("error", err))
 	}
 	s.log.LogAttrs(s.ctx, slog.LevelInfo, "command started", slog.String("command", s.Command[0]), slog.Int("pid", cmd.Process.Pid))
 	c.process <- cmd.Process

@@ -14,6 +14,7 @@ import (
 	"syscall"
 
 	"merlon.dev/agent"
+	"merlon.dev/sdk/coredump"
 )
 
 // gcPercent keeps the agent small: what it holds lives long, it has little to
@@ -46,6 +47,9 @@ func main1() int {
 func run(ctx context.Context, cl *agent.CommandLine, out io.Writer) error {
 	if cl.ValidateOnly {
 		_, err := fmt.Fprintln(out, "the settings are valid")
+		return err
+	}
+	if err := coredump.Forbid(); err != nil {
 		return err
 	}
 	cl.Config.Supervised = true

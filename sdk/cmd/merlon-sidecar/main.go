@@ -12,6 +12,7 @@ import (
 	"runtime/debug"
 	"syscall"
 
+	"merlon.dev/sdk/coredump"
 	"merlon.dev/sdk/sidecar"
 )
 
@@ -38,6 +39,9 @@ func main1() int {
 	}
 	if err != nil {
 		return complain(err, 2)
+	}
+	if err := coredump.Limit(); err != nil {
+		return complain(err, 1)
 	}
 	err = cl.Run(ctx, os.Stdout, hangups)
 	if exit, ok := errors.AsType[*sidecar.ExitError](err); ok {
