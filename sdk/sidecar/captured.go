@@ -18,6 +18,7 @@ import (
 
 	"merlon.dev/sdk/sidecar/capture"
 	"merlon.dev/sdk/sidecar/internal/hop"
+	"merlon.dev/sdk/sidecar/internal/sock"
 )
 
 // destination is where connections can be meant to go.
@@ -172,14 +173,22 @@ func (r *router) Serve(ctx context.Context, conn net.Conn) {
 		r.log.LogAttrs(ctx, slog.LevelWarn, "captured connection refused", slog.Any("err", err),
 			slog.String("hint", "add the destination to the captures of an outbound, or leave it out of capture: merlon-sidecar capture install -exclude-net"))
 	}
-	if tcp, ok := conn.(*net.TCPConn); ok {
+	if tcp, ok := below(conn).(*net.TCPConn); ok {
 		_ = tcp.SetLinger(0) // refused, not ended: the app learns that nobody took it
 	}
 	_ = conn.Close()
 }
 
+// below is conn as it was accepted.
+func below(conn net.Conn) net.Conn {
+	if wrapped, ok := conn.(*sock.Conn); ok {
+		return wrapped.NetConn()
+	}
+	return conn
+}
+
 func meant(conn net.Conn) (netip.AddrPort, error) {
-	tcp, ok := conn.(*net.TCPConn)
+	tcp, ok := below(conn).(*net.TCPConn)
 	if !ok {
 		return netip.AddrPort{}, capture.ErrNotCaptured
 	}

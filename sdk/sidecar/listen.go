@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"merlon.dev/sdk/sidecar/internal/hop"
+	"merlon.dev/sdk/sidecar/internal/sock"
 	"merlon.dev/sdk/unixsock"
 )
 
@@ -59,7 +60,7 @@ func (d *door) run() {
 		conn, err := d.lis.Accept()
 		if err == nil {
 			pause = firstPause
-			d.begin(conn)
+			d.begin(sock.New(conn))
 			continue
 		}
 		<-d.slots

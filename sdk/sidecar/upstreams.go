@@ -45,17 +45,16 @@ func (s *upstreams) inbound(h *hop.Hop, in Inbound) *hop.Upstreams {
 	}
 	in.Listen = ""
 	return s.list(fmt.Sprintf("%+v", in), h, in.Protocol, in.HealthCheck, []*hop.Upstream{{Address: in.App, Dial: func(ctx context.Context) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, network, address)
+		return connect(ctx, network, address)
 	}}})
 }
 
 // outbound is the list of a service's replicas.
 func (s *upstreams) outbound(h *hop.Hop, out Outbound) *hop.Upstreams {
-	dial := h.Identity.DialTLS(out.target(), engines[out.Protocol].alpn...)
+	to, alpn := out.target(), engines[out.Protocol].alpn
 	var all []*hop.Upstream
 	for _, address := range out.Upstreams {
-		all = append(all, &hop.Upstream{Address: address, Dial: func(ctx context.Context) (net.Conn, error) { return dial(ctx, "tcp", address) }})
+		all = append(all, &hop.Upstream{Address: address, Dial: func(ctx context.Context) (net.Conn, error) { return reach(ctx, h.Identity, to, address, alpn) }})
 	}
 	out.Listen, out.Captures = "", nil
 	return s.list(fmt.Sprintf("%+v", out), h, out.Protocol, out.HealthCheck, all)
