@@ -96,6 +96,9 @@ func appendEntry(b []byte, h *hop.Hop, e *hop.Entry) []byte {
 			b = appendField(b, f.key, f.value)
 		}
 	}
+	if e.Failure != nil {
+		b = appendField(b, "failure", e.Failure.Reason)
+	}
 	if !e.DecisionID.IsZero() {
 		b = appendField(b, "decision_id", e.DecisionID.String())
 	}

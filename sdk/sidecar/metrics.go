@@ -26,6 +26,7 @@ type metrics struct {
 	requests *prometheus.CounterVec
 	seconds  *prometheus.HistogramVec
 	bytes    *prometheus.CounterVec
+	failures *prometheus.CounterVec
 	reloads  *prometheus.CounterVec
 }
 
@@ -40,13 +41,16 @@ func newMetrics(to prometheus.Registerer, bySource bool) *metrics {
 			Name: "merlon_sidecar_request_duration_seconds", Help: "How long they took, from the head of the request to the end of the answer.",
 			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 60},
 		}, of),
-		bytes:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "merlon_sidecar_body_bytes_total", Help: "Bytes of bodies, by which way they went: in is from the caller."}, append(of[:3:3], "way")),
+		bytes: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "merlon_sidecar_body_bytes_total", Help: "Bytes of bodies, by which way they went: in is from the caller."}, append(of[:3:3], "way")),
+		failures: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "merlon_sidecar_failures_total", Help: "Requests, or connections, that the sidecar itself has answered or ended for another reason than a denial.",
+		}, append(of[:3:3], "failure")),
 		reloads: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "merlon_sidecar_reloads_total", Help: "Attempts to take a changed configuration in."}, []string{"result"}),
 	}
 	for _, result := range []string{"taken", "refused"} {
 		m.reloads.WithLabelValues(result)
 	}
-	to.MustRegister(m.requests, m.seconds, m.bytes, m.reloads)
+	to.MustRegister(m.requests, m.seconds, m.bytes, m.failures, m.reloads)
 	return m
 }
 
@@ -56,6 +60,8 @@ type series struct {
 	hop     *hop.Hop
 	seconds prometheus.Observer
 	in, out prometheus.Counter
+	// failures has all of hop.Failures.
+	failures map[*hop.Failure]prometheus.Counter
 
 	mu       sync.RWMutex // guards requests
 	requests map[seriesKey]prometheus.Counter
@@ -68,8 +74,12 @@ type seriesKey struct {
 
 func (m *metrics) of(h *hop.Hop) *series {
 	labels := []string{string(h.Direction), h.Name, h.To}
+	failures := make(map[*hop.Failure]prometheus.Counter, len(hop.Failures))
+	for _, f := range hop.Failures {
+		failures[f] = m.failures.WithLabelValues(append(labels[:3:3], f.Reason)...)
+	}
 	return &series{
-		metrics: m, hop: h, requests: make(map[seriesKey]prometheus.Counter),
+		metrics: m, hop: h, failures: failures, requests: make(map[seriesKey]prometheus.Counter),
 		seconds: m.seconds.WithLabelValues(labels...),
 		in:      m.bytes.WithLabelValues(append(labels[:3:3], "in")...),
 		out:     m.bytes.WithLabelValues(append(labels[:3:3], "out")...),
@@ -83,6 +93,9 @@ func (s *series) observe(e *hop.Entry) {
 		key.source = e.Source
 	}
 	s.counter(key).Inc()
+	if e.Failure != nil {
+		s.failures[e.Failure].Inc()
+	}
 	s.seconds.Observe(e.Took.Seconds())
 	s.in.Add(float64(e.BytesIn))
 	s.out.Add(float64(e.BytesOut))

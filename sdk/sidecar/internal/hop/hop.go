@@ -95,6 +95,9 @@ type Entry struct {
 	BytesOut       int64
 	Err            string // why it went wrong; empty where it did not
 	Denied, Failed bool   // refused by a decision; went wrong
+	// Failure is why the sidecar itself has answered; nil where it has not, and after a
+	// denial.
+	Failure *Failure
 }
 
 // Caller is who is at the other end of an inbound connection.

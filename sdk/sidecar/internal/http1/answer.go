@@ -5,7 +5,6 @@ package http1
 
 import (
 	"crypto/tls"
-	"encoding/json"
 	"errors"
 	"net"
 	"net/http"
@@ -47,7 +46,7 @@ func (s *session) refuse(c *call, why error) bool {
 		s.linger()
 		return false
 	}
-	return s.fail(c, http.StatusBadRequest, why)
+	return s.fail(c, hop.Malformed, why)
 }
 
 // deny answers a request that d denies. The next one on the connection may be another
@@ -72,61 +71,36 @@ func (s *session) deny(c *call, d policy.Decision) bool {
 func (s *session) answerDenial(c *call, d policy.Decision, closing bool) error {
 	a := denial.HTTP(d)
 	s.entry.Status = a.Status
-	return s.writeAnswer(c, a.Status, a.Fields, a.Body, closing)
+	return s.writeAnswer(c, a, closing)
 }
-
-// problem is the body of an answer that says what went wrong on the way.
-type problem struct {
-	Type   string `json:"type"`
-	Title  string `json:"title"`
-	Status int    `json:"status"`
-	Detail string `json:"detail,omitempty"`
-}
-
-const problemType = "https://merlon.dev/problems/sidecar"
 
 // fail answers a request that went wrong for another reason than a decision, and ends
-// the connection. Callers from elsewhere are not told about the inside of this
-// machine; the access log is.
-func (s *session) fail(c *call, status int, why error) bool {
-	p := problem{Type: problemType, Title: titles[status], Status: status}
-	if s.hop.Direction == hop.Outbound {
-		p.Detail = why.Error()
-	}
-	s.entry.Status, s.entry.Failed, s.entry.Err = status, true, why.Error()
-	text, err := json.Marshal(p)
-	if err == nil {
-		fields := []policy.HeaderField{{Name: "cache-control", Value: "no-store"}, {Name: "content-type", Value: "application/problem+json"}}
-		_ = s.writeAnswer(c, status, fields, string(text), true) // the connection ends anyway
-	}
+// the connection.
+func (s *session) fail(c *call, f *hop.Failure, why error) bool {
+	a := s.hop.Problem(f, why)
+	s.entry.Status, s.entry.Failed, s.entry.Failure, s.entry.Err = a.Status, true, f, why.Error()
+	_ = s.writeAnswer(c, a, true) // the connection ends anyway
 	s.over(c)
 	s.linger()
 	return false
 }
 
-var titles = map[int]string{
-	http.StatusBadRequest:         "The request is malformed",
-	http.StatusBadGateway:         "The upstream did not answer as it should",
-	http.StatusServiceUnavailable: "No upstream can be reached",
-	http.StatusGatewayTimeout:     "The upstream did not answer in time",
-}
-
 // writeAnswer writes an answer of the sidecar's own.
-func (s *session) writeAnswer(c *call, status int, fields []policy.HeaderField, text string, closing bool) error {
+func (s *session) writeAnswer(c *call, a denial.Answer, closing bool) error {
 	out := takeOut()
 	defer giveOut(out)
 	b := append(out.b[:0], "HTTP/1.1 "...)
-	b = strconv.AppendInt(b, int64(status), 10)
+	b = strconv.AppendInt(b, int64(a.Status), 10)
 	b = append(b, ' ')
-	b = append(b, http.StatusText(status)...)
+	b = append(b, http.StatusText(a.Status)...)
 	b = append(b, "\r\nDate: "...)
 	b = time.Now().UTC().AppendFormat(b, http.TimeFormat)
 	b = append(b, '\r', '\n')
-	b = appendFields(b, fields)
-	bodiless := status == http.StatusNoContent || status == http.StatusNotModified
+	b = appendFields(b, a.Fields)
+	bodiless := a.Status == http.StatusNoContent || a.Status == http.StatusNotModified
 	if !bodiless {
 		b = append(b, "Content-Length: "...)
-		b = strconv.AppendInt(b, int64(len(text)), 10)
+		b = strconv.AppendInt(b, int64(len(a.Body)), 10)
 		b = append(b, '\r', '\n')
 	}
 	if closing {
@@ -134,7 +108,7 @@ func (s *session) writeAnswer(c *call, status int, fields []policy.HeaderField, 
 	}
 	b = append(b, '\r', '\n')
 	if !bodiless && c.in.Method != http.MethodHead {
-		b = append(b, text...)
+		b = append(b, a.Body...)
 	}
 	out.b = b
 	return s.writeNear(b)
@@ -160,24 +134,29 @@ func (s *session) broken(c *call, f *far, up *upload, err error) bool {
 		s.linger()
 		return false
 	case c.begun:
-		s.entry.Failed, s.entry.Err = true, err.Error()
+		s.entry.Failed, s.entry.Failure, s.entry.Err = true, failureOf(err), err.Error()
 		s.over(c)
 		hangUp(s.near) // what was sent must not pass for a whole answer
 		return false
 	case errors.Is(uploadErr, errChunk), errors.Is(uploadErr, errLong):
-		return s.fail(c, http.StatusBadRequest, uploadErr)
+		return s.fail(c, hop.Malformed, uploadErr)
 	case uploadErr != nil && !isWriteError(uploadErr) && !errors.Is(uploadErr, errUnwanted):
 		s.entry.Failed, s.entry.Err = true, "the caller's request broke off: "+uploadErr.Error()
 		s.over(c)
 		return false
 	}
+	return s.fail(c, failureOf(err), err)
+}
+
+// failureOf is what an error of an exchange with an upstream is to the caller.
+func failureOf(err error) *hop.Failure {
 	if _, ok := errors.AsType[*unreachableError](err); ok {
-		return s.fail(c, http.StatusServiceUnavailable, err)
+		return hop.Unreachable
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
-		return s.fail(c, http.StatusGatewayTimeout, err)
+		return hop.Late
 	}
-	return s.fail(c, http.StatusBadGateway, err)
+	return hop.Broken
 }
 
 func isWriteError(err error) bool {

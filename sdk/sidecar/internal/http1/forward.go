@@ -27,7 +27,7 @@ func (s *session) forward(c *call, end int) bool {
 	first := len(out.b)
 	var err error
 	if out.b, c.whole, err = c.body.takeBuffered(out.b); err != nil {
-		return s.fail(c, 400, err) // not reached: check has passed it
+		return s.fail(c, hop.Malformed, err) // not reached: check has passed it
 	}
 	c.bytesIn = int64(len(out.b) - first)
 	f, up, err := s.exchange(c, out.b)

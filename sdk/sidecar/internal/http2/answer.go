@@ -10,25 +10,12 @@ import (
 
 	codec "golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/denial"
 	"merlon.dev/sdk/sidecar/internal/hop"
-)
-
-// failure is what the caller is told where no upstream has answered.
-type failure struct {
-	http int
-	grpc codes.Code
-}
-
-var (
-	unavailable = failure{503, codes.Unavailable}
-	badGateway  = failure{502, codes.Unavailable}
-	lateAnswer  = failure{504, codes.DeadlineExceeded}
 )
 
 // deny answers with the denial d, or ends an answer that has begun.
@@ -42,34 +29,32 @@ func (k *call) deny(d policy.Decision, b *batch) {
 		k.answerGRPC(first, fields, b)
 		return
 	}
-	a := denial.HTTP(d)
-	body := a.Body
-	if k.head.method == "HEAD" || a.Status == 204 || a.Status == 304 {
-		body = ""
-	}
-	k.answerHTTP(a.Status, fieldsOf(a.Fields), body, b)
+	k.answerHTTP(denial.HTTP(d), b)
 }
 
 // fail answers that no upstream took the request, and ends the call.
-func (k *call) fail(f failure, err error, b *batch) {
+func (k *call) fail(f *hop.Failure, err error, b *batch) {
 	k.failed(f, err, b)
 	k.endUp(codec.ErrCodeCancel, b)
 }
 
 // failed answers that the upstream did not.
-func (k *call) failed(f failure, err error, b *batch) {
-	k.note(func(e *hop.Entry) { e.Failed, e.Err = true, err.Error() })
+func (k *call) failed(f *hop.Failure, err error, b *batch) {
+	k.note(func(e *hop.Entry) { e.Failed, e.Failure, e.Err = true, f, err.Error() })
 	if k.isGRPC() {
-		// What went wrong is in the access log; the caller has no business with addresses.
-		k.answerGRPC(nil, grpcFields(status.New(f.grpc, "the sidecar got no answer from the service")), b)
+		k.answerGRPC(nil, grpcFields(k.eng.hop.GRPC(f, err)), b)
 		return
 	}
-	k.answerHTTP(f.http, []hpack.HeaderField{{Name: "content-type", Value: "text/plain; charset=utf-8"}}, "the sidecar got no answer from the service\n", b)
+	k.answerHTTP(k.eng.hop.Problem(f, err), b)
 }
 
 // answerHTTP answers, or resets the stream where the answer has begun: what was sent
 // must not pass for a whole one.
-func (k *call) answerHTTP(status int, fields []hpack.HeaderField, body string, b *batch) {
+func (k *call) answerHTTP(a denial.Answer, b *batch) {
+	body := a.Body
+	if k.head.method == "HEAD" || a.Status == 204 || a.Status == 304 {
+		body = ""
+	}
 	s := &k.down
 	c := s.conn
 	c.mu.Lock()
@@ -83,10 +68,10 @@ func (k *call) answerHTTP(status int, fields []hpack.HeaderField, body string, b
 		return
 	}
 	c.stop(s)
-	k.status.Store(int32(status))
-	c.field(hpack.HeaderField{Name: ":status", Value: strconv.Itoa(status)})
-	for _, f := range fields {
-		c.field(f)
+	k.status.Store(int32(a.Status))
+	c.field(hpack.HeaderField{Name: ":status", Value: strconv.Itoa(a.Status)})
+	for _, f := range a.Fields {
+		c.field(hpack.HeaderField{Name: f.Name, Value: f.Value})
 	}
 	c.endFields(s.id, body == "")
 	if body == "" {

@@ -170,7 +170,7 @@ func (k *call) note(f func(*hop.Entry)) {
 func (k *call) connect(b *batch) {
 	u, err := k.eng.hop.Upstreams.Pick()
 	if err != nil {
-		k.fail(unavailable, err, b)
+		k.fail(hop.Unreachable, err, b)
 		return
 	}
 	if c := k.eng.pools[u].pick(); c != nil && k.open(u, c, b) {
@@ -197,11 +197,11 @@ func (k *call) connectTo(u *hop.Upstream) {
 		full := errors.Is(err, errFull)
 		u.Done(!full)
 		if tried = append(tried, u); full || len(tried) == len(k.eng.hop.Upstreams.All()) {
-			k.fail(unavailable, err, nil)
+			k.fail(hop.Unreachable, err, nil)
 			return
 		}
 		if u, err = k.eng.hop.Upstreams.Pick(tried...); err != nil {
-			k.fail(unavailable, err, nil)
+			k.fail(hop.Unreachable, err, nil)
 			return
 		}
 	}
@@ -404,7 +404,7 @@ func (k *call) upstreamLost(s *stream, why string, b *batch) {
 		k.down.stopAfterEnd(b)
 		return
 	}
-	k.failed(badGateway, errors.New(why), b)
+	k.failed(hop.Broken, errors.New(why), b)
 }
 
 // upstreamReset is after RST_STREAM, or a GOAWAY that says as much.
@@ -413,7 +413,7 @@ func (k *call) upstreamReset(s *stream, code codec.ErrCode, b *batch) {
 	if again {
 		k.background(func() {
 			if u, err := k.eng.hop.Upstreams.Pick(); err != nil {
-				k.fail(unavailable, err, nil)
+				k.fail(hop.Unreachable, err, nil)
 			} else {
 				k.connectTo(u)
 			}
@@ -434,7 +434,9 @@ func (k *call) upstreamReset(s *stream, code codec.ErrCode, b *batch) {
 	default: // about what we did, and none of the caller's business
 		code = codec.ErrCodeInternal
 	}
-	k.note(func(e *hop.Entry) { e.Failed, e.Err = true, "the upstream has reset the stream: "+code.String() })
+	k.note(func(e *hop.Entry) {
+		e.Failed, e.Failure, e.Err = true, hop.Broken, "the upstream has reset the stream: "+code.String()
+	})
 	k.resetDown(code, b)
 }
 

@@ -10,6 +10,7 @@ import (
 	codec "golang.org/x/net/http2"
 
 	"merlon.dev/policy"
+	"merlon.dev/sdk/sidecar/internal/hop"
 )
 
 const (
@@ -80,10 +81,10 @@ func (c *conn) check(now int64) {
 		c.kill()
 	}
 	for _, k := range overdue {
-		k.fail(lateAnswer, errors.New("the upstream's answer did not begin in time"), nil)
+		k.fail(hop.Late, errors.New("the upstream's answer did not begin in time"), nil)
 	}
 	for _, k := range stalled {
-		k.fail(lateAnswer, errors.New("nothing has moved for too long"), nil)
+		k.fail(hop.Late, errors.New("nothing has moved for too long"), nil)
 	}
 }
 

@@ -46,7 +46,7 @@ func (e *engine) Serve(ctx context.Context, conn net.Conn) {
 	}
 	upstream, far, err := e.connect(context.WithoutCancel(ctx))
 	if err != nil {
-		entry.Failed, entry.Err = true, err.Error()
+		entry.Failed, entry.Failure, entry.Err = true, hop.Unreachable, err.Error()
 		return
 	}
 	entry.Upstream = upstream.Address
