@@ -8,7 +8,7 @@ BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 export MERLON_INTEROP ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/merlon/interop
 
 .DEFAULT_GOAL := help
-.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect posture
+.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect scale posture
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -72,6 +72,11 @@ bench-store: ## both stores, and a CA that starts on them, with ENTRIES entries 
 
 reconnect: ## an agent that comes back to a CA with ENTRIES entries (take 100000), 1000 of them its node's
 	MERLON_SYNC_ENTRIES=$(ENTRIES) go test -count 1 -v -run TestReconnectCosts ./ca
+
+AGENTS ?= 10000
+REST ?= 30s
+scale: ## one CA with up to ENTRIES entries (default 1000000) and AGENTS agents (default 10000), into integration/scale/results; half an hour
+	MERLON_SCALE_AGENTS=$(AGENTS) MERLON_SCALE_ENTRIES=$(ENTRIES) MERLON_SCALE_REST=$(REST) go test -count 1 -timeout 6h -v ./integration/scale
 
 FUZZTIME ?= 30s
 # Go makes each input that finds something new as small as it can, for up to 60 s
