@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"merlon.dev/sdk/settings"
 )
 
 func validConfig() Config {
@@ -103,7 +105,7 @@ func TestAddressesAreOneOrAList(t *testing.T) {
 		"both":           {"ca_address: [a:1, b:2]\nca_https_address: [a:3, b:4]", "a:1, b:2", "a:3, b:4"},
 		"HTTPS for both": {"ca_address: [a:1, b:2]\nca_https_address: lb:3", "a:1, b:2", "lb:3"},
 	} {
-		c, err := parseConfig("agent.yaml", []byte("trust_domain: example.test\n"+tt.text))
+		c, err := settings.Parse[Config]("agent.yaml", []byte("trust_domain: example.test\n"+tt.text))
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 			continue
@@ -118,9 +120,9 @@ func TestAddressesAreOneOrAList(t *testing.T) {
 }
 
 func TestUnknownKeyIsRefusedWithLineAndSuggestion(t *testing.T) {
-	_, err := parseConfig("agent.yaml", []byte("trust_domain: example.test\nca_addrss: ca:8443\n"))
+	_, err := settings.Parse[Config]("agent.yaml", []byte("trust_domain: example.test\nca_addrss: ca:8443\n"))
 	if err == nil || !strings.Contains(err.Error(), "agent.yaml:2") || !strings.Contains(err.Error(), "ca_address") {
-		t.Errorf("parseConfig() = %v; want line 2 and the right key", err)
+		t.Errorf("Parse() = %v; want line 2 and the right key", err)
 	}
 }
 
@@ -168,11 +170,17 @@ func TestCommandLineMistakes(t *testing.T) {
 	}
 }
 
+func TestEverySettingHasAFlag(t *testing.T) {
+	if err := program.Check(); err != nil {
+		t.Error(err)
+	}
+}
+
 func FuzzConfig(f *testing.F) {
 	f.Add([]byte("trust_domain: example.test\nca_address: ca:8443\nadmin_uids: [1]\nrevocation_max_age: 5m\n"))
 	f.Add([]byte("a: &a [*a]"))
 	f.Fuzz(func(_ *testing.T, data []byte) {
-		if cfg, err := parseConfig("f", data); err == nil {
+		if cfg, err := settings.Parse[Config]("f", data); err == nil {
 			_ = cfg.Validate()
 		}
 	})

@@ -7,19 +7,19 @@ import (
 	"flag"
 	"strings"
 
-	"merlon.dev/ca/internal/config"
 	"merlon.dev/ca/internal/opening"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/ca/internal/upstream"
 	"merlon.dev/sdk/seal"
+	"merlon.dev/sdk/settings"
 )
 
 // Hint says in a few words what the reader of err can do next, if that is
 // known.
 func Hint(err error) string {
-	if _, ok := errors.AsType[*config.UsageError](err); ok {
-		return "merlon-ca -h shows every flag and an example"
+	if hint := settings.Hint(err); hint != "" {
+		return hint
 	}
 	if hint := opening.Hint(err); hint != "" {
 		return hint
@@ -36,8 +36,6 @@ func Hint(err error) string {
 		return "another process has the port: choose another with -address, -https-address or -health-address"
 	case strings.Contains(text, "another process listens there"):
 		return "another merlon-ca runs here: stop it, or choose another socket with -admin-socket"
-	case strings.HasPrefix(text, "read the configuration: open"):
-		return "name the file with -config, or give the settings as flags: merlon-ca -h"
 	case strings.Contains(text, "permission denied"), strings.Contains(text, "make data_dir"):
 		return "choose folders this user can write: -data-dir and -admin-socket"
 	}

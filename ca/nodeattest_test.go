@@ -29,6 +29,7 @@ import (
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/config"
 	"merlon.dev/sdk/possession"
+	"merlon.dev/sdk/settings"
 )
 
 // site certifies nodes.
@@ -284,7 +285,7 @@ func TestNodeAttestorSettings(t *testing.T) {
 		"node_attestors:\n  x509pop: {ca_file: /x}":                 "",
 		"node_attestors:\n  x509pop: {ca_file: /x, name: dns_name}": "",
 	} {
-		cfg, err := config.Parse("ca.yaml", []byte("trust_domain: shop.test\n"+text))
+		cfg, err := settings.Parse[config.Config]("ca.yaml", []byte("trust_domain: shop.test\n"+text))
 		if err == nil {
 			err = cfg.Validate()
 		}

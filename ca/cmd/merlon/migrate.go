@@ -18,6 +18,7 @@ import (
 	"merlon.dev/ca/internal/config"
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/spire"
+	"merlon.dev/sdk/settings"
 )
 
 func migrateCommand(o *options) *cobra.Command {
@@ -133,7 +134,7 @@ func incomplete(yaml string, err error) []spire.Remark {
 	if err != nil {
 		return nil
 	}
-	cfg, err := config.Parse("ca.yaml", []byte(yaml))
+	cfg, err := settings.Parse[config.Config]("ca.yaml", []byte(yaml))
 	if err == nil {
 		err = cfg.Validate()
 	}

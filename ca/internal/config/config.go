@@ -12,7 +12,6 @@ import (
 	"net"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -21,6 +20,7 @@ import (
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/ca/internal/upstream"
+	"merlon.dev/sdk/settings"
 	"merlon.dev/sdk/unixsock"
 )
 
@@ -364,34 +364,16 @@ func (c Config) Validate() error {
 	if err := c.checkUpstream(); err != nil {
 		return err
 	}
-	if _, err := parseLevel(c.LogLevel); err != nil {
+	if _, err := c.NewLogger(io.Discard); err != nil {
 		return err
 	}
-	if c.LogFormat != "text" && c.LogFormat != "json" {
-		return fmt.Errorf("log_format: %q is neither text nor json", c.LogFormat)
-	}
 	return cmp.Or(c.checkTTLs(), c.checkCanary(), c.checkRotation())
-}
-
-func parseLevel(name string) (level slog.Level, err error) {
-	if err := level.UnmarshalText([]byte(name)); err != nil || strings.ContainsAny(name, "+-") {
-		return 0, fmt.Errorf("log_level: %q is none of debug, info, warn, error", name)
-	}
-	return level, nil
 }
 
 // NewLogger is the log that LogLevel and LogFormat ask for, on w.
 func (c Config) NewLogger(w io.Writer) (*slog.Logger, error) {
 	c = c.WithDefaults()
-	level, err := parseLevel(c.LogLevel)
-	if err != nil {
-		return nil, err
-	}
-	options := &slog.HandlerOptions{Level: level}
-	if c.LogFormat == "json" {
-		return slog.New(slog.NewJSONHandler(w, options)), nil
-	}
-	return slog.New(slog.NewTextHandler(w, options)), nil
+	return settings.NewLogger(w, c.LogLevel, c.LogFormat)
 }
 
 func (c Config) checkTTLs() error {

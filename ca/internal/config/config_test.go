@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"merlon.dev/sdk/settings"
 )
 
 const localEtcd = "etcd_endpoints: ['http://127.0.0.1:2379']\n"
@@ -76,7 +78,7 @@ func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 		"short hash":        {etcdYAML(localEtcd + "join_address: ca:8443\njoin_token: t\nroot_hash: 0a0a\n"), "root_hash: "},
 		"bare TTL":          {"trust_domain: a.test\njwt_svid_ttl: 5\n", "ca.yaml:2:"},
 	} {
-		c, err := Parse("ca.yaml", []byte(test.yaml))
+		c, err := settings.Parse[Config]("ca.yaml", []byte(test.yaml))
 		if err == nil {
 			err = c.Validate()
 		}
@@ -96,7 +98,7 @@ func TestConfigRefusesWhatMakesNoSense(t *testing.T) {
 		"short lives":  "trust_domain: a.test\nroot_ttl: 50m\njwt_key_ttl: 50m\n",
 		"shortest":     "trust_domain: a.test\nroot_ttl: 10s\njwt_key_ttl: 10s\ntrust_refresh_hint: 1s\n",
 	} {
-		if c, err := Parse("ca.yaml", []byte(yaml)); err != nil || c.Validate() != nil {
+		if c, err := settings.Parse[Config]("ca.yaml", []byte(yaml)); err != nil || c.Validate() != nil {
 			t.Errorf("%s: %v, %v", name, err, c.Validate())
 		}
 	}
@@ -145,28 +147,18 @@ func TestCommandLineRefusals(t *testing.T) {
 	}
 }
 
-// Every setting of the file can also be set by flag and environment.
+// Every setting of the file can also be set by flag and environment, but for lists of
+// things.
 func TestEverySettingHasAFlag(t *testing.T) {
-	for _, key := range Keys() {
-		if usage[key] == "" && key != "join_token" { // a secret is no flag
-			t.Errorf("%s has no help", key)
-		}
-		var c Config
-		if err := c.Set(key, map[string]string{
-			"development": "true", "admin_uids": "1", "x509_svid_ttl": "1h", "jwt_svid_ttl": "1m", "agent_svid_ttl": "1h", "disk_reserve_mib": "1",
-			"root_ttl": "1h", "intermediate_ttl": "1h", "jwt_key_ttl": "1h", "trust_refresh_hint": "1m",
-			"audit_max_age": "48h", "audit_max_mib": "100", "decision_log_max_mib": "10", "decision_log_keep": "2", "jwt_max_audiences": "1", "agent_issue_rate": "200", "agent_recovery": "1h",
-			"canary_denied_per_mille": "5", "canary_min_calls": "20",
-		}[key]); err != nil {
-			t.Errorf("Set(%s): %v", key, err)
-		}
+	if err := program.Check("admins", "oidc", "node_attestors", "bundle_endpoint"); err != nil {
+		t.Error(err)
 	}
 }
 
 func TestAdministratorsInTheConfiguration(t *testing.T) {
 	const good = "trust_domain: a.test\nadmin_uids: [7]\nadmins:\n  - {uid: 8, role: registrar, prefix: /ns/a}\noidc:\n" +
 		"  - issuer: https://login.a.test\n    audience: merlon\n    roles:\n      - {claims: {sub: ci}, role: policy-publisher}\n"
-	c, err := Parse("ca.yaml", []byte(good))
+	c, err := settings.Parse[Config]("ca.yaml", []byte(good))
 	if err != nil || c.Validate() != nil {
 		t.Fatal(err, c.Validate())
 	}
@@ -189,7 +181,7 @@ func TestAdministratorsInTheConfiguration(t *testing.T) {
 		"oidc[0].roles[0].claims: e": {"{sub: ci}", "{exp: '1'}"},
 	} {
 		text := strings.Replace(good, change[0], change[1], 1)
-		c, err := Parse("ca.yaml", []byte(text))
+		c, err := settings.Parse[Config]("ca.yaml", []byte(text))
 		if err == nil {
 			err = c.Validate()
 		}
@@ -208,7 +200,7 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte("admin_uids: [1, 2]\nx509_svid_ttl: 1h\n"))
 	f.Add([]byte("trust_domain: a.test\nadmins: [{uid: 1, role: viewer}]\noidc: [{issuer: 'https://a.test', audience: a, roles: [{claims: {sub: a}, role: viewer}]}]\n"))
 	f.Fuzz(func(_ *testing.T, data []byte) {
-		if c, err := Parse("ca.yaml", data); err == nil {
+		if c, err := settings.Parse[Config]("ca.yaml", data); err == nil {
 			_ = c.Validate()
 		}
 	})
