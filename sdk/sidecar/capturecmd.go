@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 
+	"merlon.dev/sdk/settings"
 	"merlon.dev/sdk/sidecar/capture"
 )
 
@@ -59,10 +60,10 @@ func RunCapture(ctx context.Context, args []string, out, usage io.Writer) error 
 	if err := set.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return help()
 	} else if err != nil {
-		return &usageError{err.Error()}
+		return program.Mistake(err)
 	}
 	if set.NArg() > 0 {
-		return &usageError{fmt.Sprintf("unexpected argument %q", set.Arg(0))}
+		return program.Mistake(fmt.Errorf("unexpected argument %q", set.Arg(0)))
 	}
 	switch verb {
 	case "install":
@@ -71,7 +72,7 @@ func RunCapture(ctx context.Context, args []string, out, usage io.Writer) error 
 		return f.check(ctx, out)
 	case "remove":
 		if set.NFlag() > 0 {
-			return &usageError{"remove takes no flags: it removes all that install has made"}
+			return program.Mistake(errors.New("remove takes no flags: it removes all that install has made"))
 		}
 		if err := capture.Remove(ctx); err != nil {
 			return err
@@ -79,7 +80,7 @@ func RunCapture(ctx context.Context, args []string, out, usage io.Writer) error 
 		_, err := fmt.Fprintln(out, "nothing is captured")
 		return err
 	}
-	return &usageError{fmt.Sprintf("capture %q: the verbs are install, check and remove", verb)}
+	return program.Mistake(fmt.Errorf("capture %q: the verbs are install, check and remove", verb))
 }
 
 // IsUsage says whether err is a mistake in the command line itself.
@@ -87,7 +88,7 @@ func IsUsage(err error) bool {
 	if _, ok := errors.AsType[*capture.InvalidError](err); ok {
 		return true
 	}
-	_, ok := errors.AsType[*usageError](err)
+	_, ok := errors.AsType[*settings.UsageError](err)
 	return ok
 }
 
@@ -171,7 +172,7 @@ func portOf(v string) (uint16, error) {
 }
 
 func inboundOf(v string) (all []capture.Inbound, err error) {
-	for _, pair := range splitList(v) {
+	for _, pair := range settings.List(v) {
 		app, sidecar, _ := strings.Cut(pair, ":")
 		var in capture.Inbound
 		if in.App, err = portOf(app); err == nil {
@@ -187,7 +188,7 @@ func inboundOf(v string) (all []capture.Inbound, err error) {
 
 // usersOf are the numbers of users that are named, or given by number.
 func usersOf(v string) (uids []uint32, err error) {
-	for _, name := range splitList(v) {
+	for _, name := range settings.List(v) {
 		text := name
 		if _, err := strconv.ParseUint(name, 10, 32); err != nil {
 			found, err := user.Lookup(name)
@@ -206,7 +207,7 @@ func usersOf(v string) (uids []uint32, err error) {
 }
 
 func netsOf(v string) (nets []netip.Prefix, err error) {
-	for _, text := range splitList(v) {
+	for _, text := range settings.List(v) {
 		prefix, err := netip.ParsePrefix(text)
 		if addr, alone := netip.ParseAddr(text); alone == nil {
 			prefix, err = netip.PrefixFrom(addr, addr.BitLen()), nil

@@ -14,8 +14,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	"merlon.dev/policy/strictyaml"
 	"merlon.dev/sdk"
+	"merlon.dev/sdk/settings"
 	"merlon.dev/sdk/sidecar/internal/hop"
 	"merlon.dev/sdk/unixsock"
 )
@@ -142,36 +142,12 @@ type Outbound struct {
 }
 
 // InvalidError reports a setting that the sidecar refuses.
-type InvalidError struct {
-	Field  string // as spelled in the file
-	Reason string
-	Hint   string // what to do; may be empty
-}
-
-// Error names field and reason.
-func (e *InvalidError) Error() string { return e.Field + ": " + e.Reason }
+type InvalidError = settings.InvalidError
 
 // DefaultHealthAddress is where health and metrics are served.
 const DefaultHealthAddress = "127.0.0.1:9445"
 
 const off = "off"
-
-// ReadConfig reads a YAML file. Unknown keys are errors.
-func ReadConfig(path string) (Config, error) {
-	data, err := strictyaml.ReadFile(path)
-	if err != nil {
-		return Config{}, fmt.Errorf("read config: %w", err)
-	}
-	return parseConfig(path, data)
-}
-
-func parseConfig(name string, data []byte) (Config, error) {
-	var cfg Config
-	if err := strictyaml.Decode(name, data, &cfg); err != nil {
-		return Config{}, fmt.Errorf("read config: %w", err)
-	}
-	return cfg, nil
-}
 
 // withDefaults fills what is empty.
 func (c Config) withDefaults() Config {
@@ -432,16 +408,5 @@ func (c Config) logger() (*slog.Logger, error) {
 	if c.Logger != nil {
 		return c.Logger, nil
 	}
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(c.LogLevel)); err != nil || strings.ContainsAny(c.LogLevel, "+-") {
-		return nil, &InvalidError{Field: "log_level", Reason: fmt.Sprintf("%q is none of debug, info, warn, error", c.LogLevel)}
-	}
-	options := &slog.HandlerOptions{Level: level}
-	switch c.LogFormat {
-	case "text":
-		return slog.New(slog.NewTextHandler(os.Stderr, options)), nil
-	case "json":
-		return slog.New(slog.NewJSONHandler(os.Stderr, options)), nil
-	}
-	return nil, &InvalidError{Field: "log_format", Reason: fmt.Sprintf("%q is neither text nor json", c.LogFormat)}
+	return settings.NewLogger(os.Stderr, c.LogLevel, c.LogFormat)
 }

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"merlon.dev/sdk/settings"
 )
 
 const validConfig = `
@@ -26,7 +28,7 @@ idle_timeout: 5s
 `
 
 func TestConfigIsReadStrictly(t *testing.T) {
-	cfg, err := parseConfig("sidecar.yaml", []byte(validConfig))
+	cfg, err := settings.Parse[Config]("sidecar.yaml", []byte(validConfig))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -75,7 +77,7 @@ func TestConfigIsReadStrictly(t *testing.T) {
 			if text == validConfig {
 				t.Fatalf("%q is not in the valid configuration", tc.from)
 			}
-			cfg, err := parseConfig("sidecar.yaml", []byte(text))
+			cfg, err := settings.Parse[Config]("sidecar.yaml", []byte(text))
 			if err == nil {
 				err = cfg.Validate()
 			}
@@ -116,5 +118,11 @@ func TestFlagsComeBeforeEnvironmentAndThatBeforeTheFile(t *testing.T) {
 		if _, err := ParseCommandLine(args, getenv, io.Discard); err == nil {
 			t.Errorf("ParseCommandLine(%q) took it", args)
 		}
+	}
+}
+
+func TestEverySettingHasAFlag(t *testing.T) {
+	if err := program.Check(); err != nil {
+		t.Error(err)
 	}
 }

@@ -6,93 +6,58 @@ package sidecar
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
 	"os"
-	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
+	"merlon.dev/sdk/settings"
 	"merlon.dev/sdk/sidecar/capture"
 )
 
-// envPrefix begins the environment variable of each setting: access_log is
-// MERLON_SIDECAR_ACCESS_LOG.
-const envPrefix = "MERLON_SIDECAR_"
+const about = `merlon-sidecar gives an unmodified program an identity, mutual TLS and policy.
 
-// setting is one field of Config that flags and environment can set.
-type setting struct {
-	key   string // as in the file
-	usage string
-	set   func(c *Config, value string) error
-}
+Examples:
+  merlon-sidecar -inbound :8443,127.0.0.1:8080,http
+  merlon-sidecar -outbound 127.0.0.1:9001,orders,http,orders-1.example.org:8443
+  merlon-sidecar -config /etc/merlon/sidecar.yaml
+  merlon-sidecar capture -h
+  merlon-sidecar exec -config /etc/merlon/sidecar.yaml -- nginx -g 'daemon off;'
 
-var settings = []setting{
-	{key: "inbound", usage: "`listen,app,protocol`, such as :8443,127.0.0.1:8080,http: where callers reach the app; more than one separated by spaces", set: setInbound},
-	{key: "outbound", usage: "`listen,service,protocol,upstream…`, such as 127.0.0.1:9001,orders,http,orders-1:8443: where the app reaches a service; more than one separated by spaces", set: setOutbound},
-	{key: "captured_port", usage: "`port` on 127.0.0.1 and ::1 for captured connections, whose outbounds are in the file, by their captures (default: none)", set: number(func(c *Config) *int { return &c.CapturedPort })},
-	{key: "agent_socket", usage: "the agent's socket, `unix:///path` (default $SPIFFE_ENDPOINT_SOCKET)", set: text(func(c *Config) *string { return &c.AgentSocket })},
-	{key: "agent_uid", usage: "`uid` whose agent is trusted beside root's and the own (default: none)", set: setAgentUID},
-	{key: "strip_headers", usage: "comma-separated `names` of header fields that no caller brings to the app, beside those that claim an identity", set: list(func(c *Config) *[]string { return &c.StripHeaders })},
-	{key: "max_connections", usage: "connections of a listener at the same time (default 10000)", set: number(func(c *Config) *int { return &c.MaxConnections })},
-	{key: "max_streams", usage: "requests of an HTTP/2 connection at the same time (default 100)", set: number(func(c *Config) *int { return &c.MaxStreams })},
-	{key: "max_head_bytes", usage: "bytes of a request's or an answer's head (default 16384)", set: number(func(c *Config) *int { return &c.MaxHeadBytes })},
-	{key: "max_header_fields", usage: "fields in it (default 100)", set: number(func(c *Config) *int { return &c.MaxHeaderFields })},
-	{key: "connect_timeout", usage: "for connecting to an upstream, TLS included (default 5s)", set: duration(func(c *Config) *time.Duration { return &c.ConnectTimeout })},
-	{key: "head_timeout", usage: "for a whole head, from its first byte (default 10s)", set: duration(func(c *Config) *time.Duration { return &c.HeadTimeout })},
-	{key: "idle_timeout", usage: "after which a connection without a request is closed (default 60s)", set: duration(func(c *Config) *time.Duration { return &c.IdleTimeout })},
-	{key: "stall_timeout", usage: "after which a request is ended of which nothing moves (default 60s)", set: duration(func(c *Config) *time.Duration { return &c.StallTimeout })},
-	{key: "response_timeout", usage: "after which a request is ended whose answer has not begun (default 60s)", set: duration(func(c *Config) *time.Duration { return &c.ResponseTimeout })},
-	{key: "tcp_idle_timeout", usage: "after which a connection of protocol tcp is closed on which nothing moves, or a WebSocket (default 1h)", set: duration(func(c *Config) *time.Duration { return &c.TCPIdleTimeout })},
-	{key: "drain_timeout", usage: "for requests under way at the end of the process (default 10s)", set: duration(func(c *Config) *time.Duration { return &c.DrainTimeout })},
-	{key: "health_address", usage: "`host:port` of health and metrics, or off (default " + DefaultHealthAddress + ")", set: text(func(c *Config) *string { return &c.HealthAddress })},
-	{key: "metrics_by_source", usage: "true: metrics tell callers apart by SPIFFE ID (default false)", set: setMetricsBySource},
-	{key: "admin_socket", usage: "`path` of a Unix socket for operators, and for a successor; off for none (default off)", set: text(func(c *Config) *string { return &c.AdminSocket })},
-	{key: "access_log", usage: "`file` for a line of JSON per request, stdout, or off (default off)", set: text(func(c *Config) *string { return &c.AccessLog })},
-	{key: "log_level", usage: "debug, info, warn or error (default info)", set: text(func(c *Config) *string { return &c.LogLevel })},
-	{key: "log_format", usage: "text or json (default text)", set: text(func(c *Config) *string { return &c.LogFormat })},
-}
+With exec it starts the command once identity and policy are there, and ends with
+it. SIGHUP has the settings read again.
+`
 
-func text(field func(*Config) *string) func(*Config, string) error {
-	return func(c *Config, v string) error { *field(c) = v; return nil }
-}
-
-func number(field func(*Config) *int) func(*Config, string) error {
-	return func(c *Config, v string) (err error) {
-		if *field(c), err = strconv.Atoi(v); err != nil {
-			return fmt.Errorf("%q is not a number", v)
-		}
-		return nil
-	}
-}
-
-func duration(field func(*Config) *time.Duration) func(*Config, string) error {
-	return func(c *Config, v string) (err error) {
-		if *field(c), err = time.ParseDuration(v); err != nil {
-			return fmt.Errorf("%q is not a duration such as 10s", v)
-		}
-		return nil
-	}
-}
-
-func list(field func(*Config) *[]string) func(*Config, string) error {
-	return func(c *Config, v string) error {
-		*field(c) = splitList(v)
-		return nil
-	}
-}
-
-func splitList(v string) (parts []string) {
-	for part := range strings.SplitSeq(v, ",") {
-		if part = strings.TrimSpace(part); part != "" {
-			parts = append(parts, part)
-		}
-	}
-	return parts
+var program = settings.Program[Config]{
+	Name: "merlon-sidecar", Env: "MERLON_SIDECAR_", About: about,
+	Settings: []settings.Setting[Config]{
+		{Key: "inbound", Usage: "`listen,app,protocol`, such as :8443,127.0.0.1:8080,http: where callers reach the app; more than one separated by spaces", Set: setInbound},
+		{Key: "outbound", Usage: "`listen,service,protocol,upstream…`, such as 127.0.0.1:9001,orders,http,orders-1:8443: where the app reaches a service; more than one separated by spaces", Set: setOutbound},
+		{Key: "captured_port", Usage: "`port` on 127.0.0.1 and ::1 for captured connections, whose outbounds are in the file, by their captures (default: none)"},
+		{Key: "agent_socket", Usage: "the agent's socket, `unix:///path` (default $SPIFFE_ENDPOINT_SOCKET)"},
+		{Key: "agent_uid", Usage: "`uid` whose agent is trusted beside root's and the own (default: none)"},
+		{Key: "strip_headers", Usage: "comma-separated `names` of header fields that no caller brings to the app, beside those that claim an identity"},
+		{Key: "max_connections", Usage: "connections of a listener at the same time (default 10000)"},
+		{Key: "max_streams", Usage: "requests of an HTTP/2 connection at the same time (default 100)"},
+		{Key: "max_head_bytes", Usage: "bytes of a request's or an answer's head (default 16384)"},
+		{Key: "max_header_fields", Usage: "fields in it (default 100)"},
+		{Key: "connect_timeout", Usage: "for connecting to an upstream, TLS included (default 5s)"},
+		{Key: "head_timeout", Usage: "for a whole head, from its first byte (default 10s)"},
+		{Key: "idle_timeout", Usage: "after which a connection without a request is closed (default 60s)"},
+		{Key: "stall_timeout", Usage: "after which a request is ended of which nothing moves (default 60s)"},
+		{Key: "response_timeout", Usage: "after which a request is ended whose answer has not begun (default 60s)"},
+		{Key: "tcp_idle_timeout", Usage: "after which a connection of protocol tcp is closed on which nothing moves, or a WebSocket (default 1h)"},
+		{Key: "drain_timeout", Usage: "for requests under way at the end of the process (default 10s)"},
+		{Key: "health_address", Usage: "`host:port` of health and metrics, or off (default " + DefaultHealthAddress + ")"},
+		{Key: "metrics_by_source", Usage: "true: metrics tell callers apart by SPIFFE ID (default false)"},
+		{Key: "admin_socket", Usage: "`path` of a Unix socket for operators, and for a successor; off for none (default off)"},
+		{Key: "access_log", Usage: "`file` for a line of JSON per request, stdout, or off (default off)"},
+		{Key: "log_level", Usage: "debug, info, warn or error (default info)"},
+		{Key: "log_format", Usage: "text or json (default text)"},
+	},
 }
 
 func setInbound(c *Config, v string) error {
@@ -119,22 +84,6 @@ func setOutbound(c *Config, v string) error {
 	return nil
 }
 
-func setMetricsBySource(c *Config, v string) (err error) {
-	if c.MetricsBySource, err = strconv.ParseBool(v); err != nil {
-		return fmt.Errorf("%q is neither true nor false", v)
-	}
-	return nil
-}
-
-func setAgentUID(c *Config, v string) error {
-	uid, err := strconv.ParseUint(v, 10, 32)
-	if err != nil {
-		return fmt.Errorf("%q is not a uid", v)
-	}
-	c.AgentUID = uint32(uid)
-	return nil
-}
-
 // CommandLine is what merlon-sidecar was told.
 type CommandLine struct {
 	Config Config
@@ -156,35 +105,20 @@ func ParseCommandLine(args []string, getenv func(string) string, usage io.Writer
 	if executes {
 		args = args[1:]
 	}
-	set := flag.NewFlagSet("merlon-sidecar", flag.ContinueOnError)
-	set.SetOutput(io.Discard) // the caller reports mistakes, once
-	path := set.String("config", getenv(envPrefix+"CONFIG"), "YAML `file` with the settings")
-	set.BoolVar(&cl.ValidateOnly, "validate", false, "check the settings and exit")
-	given := map[string]string{}
-	for _, s := range settings {
-		set.Func(flagOf(s.key), s.usage, func(v string) error { given[s.key] = v; return nil })
-	}
-	if err := set.Parse(args); errors.Is(err, flag.ErrHelp) {
-		printUsage(usage, set)
+	line, err := program.Read(&cl.Config, args, getenv, usage)
+	if err != nil {
 		return nil, err
-	} else if err != nil {
-		return nil, &usageError{err.Error()}
 	}
+	cl.ValidateOnly = line.ValidateOnly
 	switch {
-	case executes && set.NArg() == 0:
-		return nil, &usageError{"exec without a command: merlon-sidecar exec [FLAGS] -- COMMAND"}
-	case executes:
-		cl.Command = set.Args()
-	case set.NArg() > 0:
-		return nil, &usageError{fmt.Sprintf("unexpected argument %q", set.Arg(0))}
+	case !executes:
+		err = program.Unexpected(line)
+	case len(line.Args) == 0:
+		err = program.Mistake(errors.New("exec without a command: merlon-sidecar exec [FLAGS] -- COMMAND"))
+	default:
+		cl.Command = line.Args
 	}
-	if *path != "" {
-		var err error
-		if cl.Config, err = ReadConfig(*path); err != nil {
-			return nil, err
-		}
-	}
-	if err := cl.apply(given); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	return cl, cl.Config.Validate()
@@ -219,62 +153,14 @@ func (cl *CommandLine) Run(ctx context.Context, out io.Writer, hangups <-chan os
 	}
 }
 
-// apply sets what flags and environment say.
-func (cl *CommandLine) apply(given map[string]string) error {
-	for _, s := range settings {
-		name := envPrefix + strings.ToUpper(s.key)
-		value, source := cl.getenv(name), name
-		if v, ok := given[s.key]; ok {
-			value, source = v, "-"+flagOf(s.key)
-		} else if value == "" {
-			continue
-		}
-		if err := s.set(&cl.Config, value); err != nil {
-			return fmt.Errorf("%s: %w", source, err)
-		}
-	}
-	return nil
-}
-
-func flagOf(key string) string { return strings.ReplaceAll(key, "_", "-") }
-
-func printUsage(w io.Writer, set *flag.FlagSet) {
-	fmt.Fprintf(w, `merlon-sidecar gives an unmodified program an identity, mutual TLS and policy.
-
-Examples:
-  merlon-sidecar -inbound :8443,127.0.0.1:8080,http
-  merlon-sidecar -outbound 127.0.0.1:9001,orders,http,orders-1.example.org:8443
-  merlon-sidecar -config /etc/merlon/sidecar.yaml
-  merlon-sidecar capture -h
-  merlon-sidecar exec -config /etc/merlon/sidecar.yaml -- nginx -g 'daemon off;'
-
-With exec it starts the command once identity and policy are there, and ends with
-it. SIGHUP has the settings read again.
-
-Each setting can also come from %sNAME in the environment.
-
-Flags:
-`, envPrefix)
-	set.SetOutput(w)
-	set.PrintDefaults()
-}
-
-// usageError is a mistake in the command line itself.
-type usageError struct{ reason string }
-
-func (e *usageError) Error() string { return e.reason }
-
 // Hint returns what to do about an error of this package; empty if it says so
 // itself.
 func Hint(err error) string {
-	if e, ok := errors.AsType[*InvalidError](err); ok {
-		return e.Hint
+	if hint := settings.Hint(err); hint != "" {
+		return hint
 	}
 	if e, ok := errors.AsType[*capture.InvalidError](err); ok {
 		return e.Hint
-	}
-	if _, ok := errors.AsType[*usageError](err); ok {
-		return "merlon-sidecar -h, or merlon-sidecar capture -h, shows every flag and an example"
 	}
 	switch {
 	case errors.Is(err, ErrNotInForce):
@@ -285,8 +171,6 @@ func Hint(err error) string {
 		return "run it as root, or with CAP_NET_ADMIN"
 	case errors.Is(err, syscall.EADDRINUSE):
 		return "another process has the address: choose another, or stop it"
-	case strings.HasPrefix(err.Error(), "read config: open"):
-		return "name the file with -config, or give the settings as flags: merlon-sidecar -h"
 	case errors.Is(err, fs.ErrPermission):
 		return "choose ports above 1023 and folders that this user can write"
 	}
