@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"encoding/xml"
 	"errors"
+	"fmt"
 	"io"
 	"log"
 	"log/slog"
@@ -43,10 +44,7 @@ type conformer struct {
 
 func newConformer(t *testing.T, d *stage.Domain) conformer {
 	t.Helper()
-	c := conformer{filepath.Join(stage.Dir(t), "spiffe-conform"), t.TempDir(), d}
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", c.bin, "./conform").CombinedOutput(); err != nil {
-		t.Fatalf("build spiffe-conform: %v\n%s", err, out)
-	}
+	c := conformer{conformBin(t), t.TempDir(), d}
 	if out, err := exec.CommandContext(t.Context(), c.bin, "forge", c.dir).CombinedOutput(); err != nil {
 		t.Fatalf("forge: %v\n%s", err, out)
 	}
@@ -55,6 +53,16 @@ func newConformer(t *testing.T, d *stage.Domain) conformer {
 		d.Merlon("entry", "create", "--spiffe-id", d.ID(path), "--selector", "unix:path:"+exe, "--federates-with", "example.org")
 	}
 	return c
+}
+
+// conformBin is the tool, where no other test's process has its path.
+func conformBin(t *testing.T) string {
+	t.Helper()
+	bin := filepath.Join(stage.Dir(t), "spiffe-conform")
+	if err := os.Link(stage.Bin(t, stage.Build(t, "spiffe-conform", "integration/conform", "")), bin); err != nil {
+		t.Fatal(err)
+	}
+	return bin
 }
 
 func executable(t *testing.T) string {
@@ -69,7 +77,13 @@ func executable(t *testing.T) string {
 // run gives the results by requirement, and the tool's exit code.
 func (c conformer) run(t *testing.T, args ...string) (map[string]conformResult, int) {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), c.bin, append([]string{"run", "-o", "json", "--forge", c.dir}, args...)...)
+	return runConform(t, c.bin, nil, append([]string{"--forge", c.dir}, args...)...)
+}
+
+func runConform(t *testing.T, bin string, env []string, args ...string) (map[string]conformResult, int) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), bin, append([]string{"run", "-o", "json"}, args...)...)
+	cmd.Env = append(os.Environ(), env...)
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -84,11 +98,14 @@ func (c conformer) run(t *testing.T, args ...string) (map[string]conformResult, 
 	return byID, cmd.ProcessState.ExitCode()
 }
 
-// Every MUST that was checked is kept, and much was checked.
+// Every MUST is kept, and checked of each part that there is: of the rest each says why
+// it cannot be.
 func TestMerlonConforms(t *testing.T) {
 	t.Parallel()
 	d := stage.Dev(t)
 	c := newConformer(t, d)
+	long := d.ID("/")
+	d.Merlon("entry", "create", "--spiffe-id", long+strings.Repeat("a", 2048-len(long)), "--selector", "unix:path:"+c.bin)
 	id, err := sdk.Open(t.Context(), sdk.WithAgentAddress(d.WorkloadAPI), sdk.WithLogger(slog.New(slog.DiscardHandler)))
 	if err != nil {
 		t.Fatal(err)
@@ -105,23 +122,22 @@ func TestMerlonConforms(t *testing.T) {
 	serve := reservedAddress(t)
 	go callOften(t, httpauth.Client(id, sdk.ID("spiffe://example.org/a")), "https://"+serve)
 	junit := filepath.Join(t.TempDir(), "junit.xml")
-	results, code := c.run(t, "--socket", d.WorkloadAPI, "--server", lis.Addr().String(), "--serve", serve, "--junit", junit)
-	checked := 0
+	env, consumer := merlonConsumer(t, d)
+	results, code := runConform(t, c.bin, env, append(consumer, "--forge", c.dir, "--socket", d.WorkloadAPI, "--server", lis.Addr().String(), "--serve", serve,
+		"--bundle-url", d.HTTPS+"/v1/trust/bundle", "--bundle-id", d.ID("/ca"), "--junit", junit)...)
 	for _, r := range results {
+		_, open := unchecked[r.ID]
 		switch {
-		case r.Status == "fail":
-			t.Errorf("%s (%s): %q", r.ID, r.Level, r.Findings)
-		case r.Status == "pass":
-			checked++
-		case len(r.Findings) == 0:
-			t.Errorf("%s is skipped without a reason", r.ID)
-		}
-		if len(r.Remarks) > 0 {
+		case r.Status == "skip" && !open, r.Status != "pass" && r.Status != "skip", r.Status == "pass" && open:
+			t.Errorf("%s (%s): %s, %q; open = %t", r.ID, r.Level, r.Status, r.Findings, open)
+		case r.Status == "skip" && !strings.Contains(strings.Join(r.Findings, "\n"), unchecked[r.ID]):
+			t.Errorf("%s is skipped because of %q; want %q", r.ID, r.Findings, unchecked[r.ID])
+		case len(r.Remarks) > 0:
 			t.Errorf("%s: %q", r.ID, r.Remarks)
 		}
 	}
-	if code != 0 || checked < 50 {
-		t.Errorf("exit code %d, %d requirements checked", code, checked)
+	if code != 0 {
+		t.Errorf("exit code %d", code)
 	}
 	text, err := os.ReadFile(junit)
 	if err != nil {
@@ -132,6 +148,46 @@ func TestMerlonConforms(t *testing.T) {
 	}
 	if err := xml.Unmarshal(text, &suite); err != nil || suite.Tests != len(results) {
 		t.Errorf("JUnit: %d tests of %d, %v", suite.Tests, len(results), err)
+	}
+}
+
+// unchecked are the requirements that no run can check of Merlon, and why: other tests
+// do (conform/README.md, Where each requirement is shown).
+var unchecked = func() map[string]string {
+	why := map[string]string{
+		"ID4": "of one trust domain", "J10": "clients of services", "B8": "no target serves a map", "F-1": "rotation", "F-2": "rotation", "F-7": "configured", "F-16": "removes a relationship",
+		"F-17": "about logs", "E4": "deployed", "E5": "clients of the Workload API", "E11": "clients of the Workload API", "E17": "without an entry", "E21": "changes an entry",
+		"F-3": "--polling", "B10": "--polling",
+	}
+	for i := range 14 {
+		why[fmt.Sprintf("W%d", i+1)] = "Incubating"
+	}
+	for i := range 11 {
+		why[fmt.Sprintf("K%d", i+1)] = "Incubating"
+	}
+	why["W13"] = "no WIT authority"
+	return why
+}()
+
+// Without forged documents of half of the requirements nothing is known, and it is said.
+func TestConformSaysWhatIsCheckedInPart(t *testing.T) {
+	t.Parallel()
+	d := stage.Dev(t)
+	bin := conformBin(t)
+	d.Merlon("entry", "create", "--spiffe-id", d.ID("/conform"), "--selector", "unix:path:"+bin)
+	results, code := runConform(t, bin, nil, "--socket", d.WorkloadAPI)
+	for _, id := range []string{"ID1", "J1", "J3", "J6", "J8", "E16"} {
+		if r := results[id]; r.Status != "partial" || !strings.Contains(strings.Join(r.Findings, "\n"), "--forge was not given") {
+			t.Errorf("%s: %s, %q; want partial, for want of --forge", id, r.Status, r.Findings)
+		}
+	}
+	for id, want := range map[string]string{"W15": "pass", "X1": "pass", "X4": "skip", "E19": "skip", "F-14": "skip", "B9": "pass", "X16": "skip"} {
+		if r := results[id]; r.Status != want {
+			t.Errorf("%s: %s, %q; want %s", id, r.Status, r.Findings, want)
+		}
+	}
+	if code != 0 {
+		t.Errorf("exit code %d: what was not checked is no failure", code)
 	}
 }
 
@@ -182,13 +238,17 @@ func TestConformFindsWhatGoSPIFFEAccepts(t *testing.T) {
 	if code != 1 {
 		t.Errorf("exit code %d; want 1", code)
 	}
-	for id, want := range map[string]string{
-		"X4": "uri-names/no-path", "X7": "", "X9": "intermediate-permits-parent", "X10": "key-usage/leaf-has-none", "X11": "key-usage/leaf-key-agreement-only",
-		"X6": "trust-domains/intermediate-with-a-path", "X12": "extended-key-usage/leaf-server-only", "ID1": "uri-names/empty-fragment", "ID6": "uri-names/too-long", "X2": "",
-	} {
-		r := results[id]
-		if found := strings.Contains(strings.Join(r.Findings, "\n"), want); want != "" && (r.Status != "fail" || !found) || want == "" && r.Status != "pass" {
+	for id, r := range results {
+		want := chainDeviations[id]
+		if (r.Status == "fail") != (want != "") || !strings.Contains(strings.Join(r.Findings, "\n"), want) {
 			t.Errorf("%s: %s, %q; want %q among what it accepts", id, r.Status, r.Findings, want)
 		}
 	}
+}
+
+// chainDeviations of go-spiffe v2.9.0, as conform/README.md has them.
+var chainDeviations = map[string]string{
+	"X4": "uri-names/no-path", "X9": "intermediate-permits-parent", "X10": "key-usage/leaf-has-none", "X11": "key-usage/leaf-key-agreement-only",
+	"X6": "trust-domains/intermediate-with-a-path", "X12": "extended-key-usage/leaf-server-only", "ID1": "uri-names/empty-fragment", "ID6": "uri-names/too-long",
+	"X8": "basic-constraints/leaf-trailing-bytes", "X13": "links/intermediate-without-a-name",
 }

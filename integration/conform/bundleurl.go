@@ -12,10 +12,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"mime"
 	"net/http"
 	"net/url"
 	"os"
+	"reflect"
 	"slices"
 	"time"
 	"unicode/utf8"
@@ -57,20 +59,25 @@ func checkBundleURL(ctx context.Context, r *report, s bundleServer) error {
 	}
 	body, res, err := s.fetch(ctx, config)
 	if err != nil {
-		r.note("F-10", fail, fmt.Sprintf("an anonymous GET of %s: %v", s.url, err))
+		r.fail("F-10", endpoint, "an anonymous GET of %s: %v", s.url, err)
 		return nil
 	}
-	r.check("F-10", failIf(res.StatusCode != http.StatusOK, "an anonymous GET answers %s", res.Status))
+	if code := res.StatusCode; code == http.StatusMovedPermanently || code == http.StatusPermanentRedirect {
+		r.fail("F-12", endpoint, "the endpoint redirects with %s", res.Status)
+		return nil
+	}
+	r.ok("F-12", endpoint)
+	r.check("F-10", endpoint, failIf(res.StatusCode != http.StatusOK, "an anonymous GET answers %s", res.Status))
 	if s.id.IsZero() {
-		r.note("F-6", pass, "")
+		r.ok("F-6", endpoint)
 	} else {
-		r.note("F-14", pass, "")
-		r.note("F-6", pass, "")
+		r.ok("F-14", endpoint)
+		r.ok("F-6", endpoint)
 	}
 	s.checkTLS(ctx, r, config)
 	kind, _, err := mime.ParseMediaType(res.Header.Get("Content-Type"))
-	r.check("F-11", failIf(err != nil || kind != "application/json", "Content-Type is %q", res.Header.Get("Content-Type")))
-	r.check("F-11", failIf(!utf8.Valid(body), "the document is not UTF-8"))
+	r.check("F-11", endpoint, failIf(err != nil || kind != "application/json", "Content-Type is %q", res.Header.Get("Content-Type")))
+	r.check("F-11", endpoint, failIf(!utf8.Valid(body), "the document is not UTF-8"))
 	return checkDocument(r, body)
 }
 
@@ -107,8 +114,13 @@ func (s bundleServer) fetch(ctx context.Context, config *tls.Config) ([]byte, *h
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	client := &http.Client{
-		Transport:     &http.Transport{TLSClientConfig: config, DisableKeepAlives: true},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		Transport: &http.Transport{TLSClientConfig: config, DisableKeepAlives: true},
+		CheckRedirect: func(req *http.Request, via []*http.Request) error {
+			if code := req.Response.StatusCode; code == http.StatusMovedPermanently || code == http.StatusPermanentRedirect || req.URL.Scheme != "https" || len(via) > 3 {
+				return http.ErrUseLastResponse
+			}
+			return nil
+		},
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.url, nil)
 	if err != nil {
@@ -132,7 +144,7 @@ func (s bundleServer) checkTLS(ctx context.Context, r *report, config *tls.Confi
 		old := config.Clone()
 		old.MinVersion, old.MaxVersion = version, version
 		_, _, err := s.fetch(ctx, old)
-		r.check("F-6", failIf(err == nil, "the server speaks %s", tls.VersionName(version)))
+		r.check("F-6", endpoint, failIf(err == nil, "the server speaks %s", tls.VersionName(version)))
 	}
 }
 
@@ -142,12 +154,15 @@ func checkDocument(r *report, body []byte) error {
 	if err := json.Unmarshal(body, &doc); err != nil {
 		return fmt.Errorf("the trust bundle: %w", err)
 	}
-	r.check("B4", failIf(doc.Keys == nil, "the document has no keys"))
-	r.check("B2", wholeNumber("spiffe_sequence", doc.Sequence))
-	r.check("B3", wholeNumber("spiffe_refresh_hint", doc.RefreshHint))
-	kids := make(map[string]bool)
+	r.check("B4", endpoint, failIf(doc.Keys == nil, "the document has no keys"))
+	r.check("B2", endpoint, wholeNumber("spiffe_sequence", doc.Sequence))
+	r.check("B3", endpoint, wholeNumber("spiffe_refresh_hint", doc.RefreshHint))
+	kids, uses := make(map[string]bool), make(map[string]string)
 	for _, k := range doc.Keys {
 		checkKey(r, k, kids)
+		key, use := string(k["x"])+string(k["y"])+string(k["n"]), string(k["use"])
+		r.check("B9", endpoint, failIf(key != "" && uses[key] != "" && uses[key] != use, "one key is of use %s and of use %s", uses[key], use))
+		uses[key] = use
 	}
 	return nil
 }
@@ -176,50 +191,68 @@ func checkKey(r *report, k map[string]json.RawMessage, kids map[string]bool) {
 		return s
 	}
 	for name := range k {
-		r.check("B7", failIf(!slices.Contains(defined, name), "a key has the member %s", name))
+		r.check("B7", endpoint, failIf(!slices.Contains(defined, name), "a key has the member %s", name))
 	}
 	kid := text("kid")
 	switch text("use") {
 	case "x509-svid":
 		var chain []string
 		if err := json.Unmarshal(k["x5c"], &chain); err != nil || len(chain) != 1 || k["kid"] != nil {
-			r.note("X15", fail, fmt.Sprintf("an X.509 authority has %d certificates and kid %q", len(chain), kid))
+			r.fail("X15", endpoint, "an X.509 authority has %d certificates and kid %q", len(chain), kid)
 			return
 		}
 		der, err := base64.StdEncoding.DecodeString(chain[0])
 		if err == nil {
 			_, err = x509.ParseCertificate(der)
 		}
-		r.check("X15", err)
+		r.check("X15", endpoint, err)
 	case "jwt-svid":
-		r.check("J11", failIf(kid == "" || kids[kid], "a JWT authority has the kid %q, none or one that is there already", kid))
+		r.check("J11", endpoint, failIf(kid == "" || kids[kid], "a JWT authority has the kid %q, none or one that is there already", kid))
 		kids[kid] = true
 	case "wit-svid":
-		r.check("W13", failIf(kid == "" || kids[kid], "a WIT authority has the kid %q, none or one that is there already", kid))
+		r.check("W13", endpoint, failIf(kid == "" || kids[kid], "a WIT authority has the kid %q, none or one that is there already", kid))
 		kids[kid] = true
 	}
 }
 
-// fetchedAgain notes whether the sequence of two documents falls.
-func fetchedAgain(ctx context.Context, r *report, s bundleServer) {
+// checkSequence fetches the document again: its sequence does not fall, and rises where
+// the keys are others.
+func checkSequence(ctx context.Context, r *report, s bundleServer) {
 	config, err := s.tls()
 	if err != nil {
 		return
 	}
-	var last float64
-	for range 2 {
+	var last *document
+	for i := range 2 {
+		if i > 0 {
+			time.Sleep(time.Second)
+		}
 		body, _, err := s.fetch(ctx, config)
-		if err != nil {
-			return
+		next := new(document)
+		if err != nil || json.Unmarshal(body, next) != nil {
+			return // checkBundleURL has said so
 		}
-		var doc struct {
-			Sequence float64 `json:"spiffe_sequence"`
+		if last != nil {
+			r.check("B2", endpoint, next.follows(last))
 		}
-		if json.Unmarshal(body, &doc) != nil {
-			return
-		}
-		r.check("B2", failIf(doc.Sequence < last, "spiffe_sequence fell from %.0f to %.0f", last, doc.Sequence))
-		last = doc.Sequence
-		time.Sleep(time.Second)
+		last = next
 	}
+}
+
+// follows says what is wrong with the order of two documents. Sequences are compared as
+// the whole numbers that they are, whatever their size.
+func (d *document) follows(earlier *document) error {
+	before, ok := new(big.Int).SetString(string(earlier.Sequence), 10)
+	after, ok2 := new(big.Int).SetString(string(d.Sequence), 10)
+	if !ok || !ok2 {
+		return fmt.Errorf("spiffe_sequence is %s, and then %s", earlier.Sequence, d.Sequence)
+	}
+	same := reflect.DeepEqual(earlier.Keys, d.Keys)
+	switch order := after.Cmp(before); {
+	case order < 0:
+		return fmt.Errorf("spiffe_sequence fell from %s to %s", before, after)
+	case order == 0 && !same:
+		return fmt.Errorf("the keys have changed, and spiffe_sequence is %s as before", after)
+	}
+	return nil
 }

@@ -1,6 +1,7 @@
 // Command spiffe-conform puts the requirements of the SPIFFE standards to an
 // implementation, whichever it is, from outside: its Workload API as a workload, its
-// trust bundle endpoint as another trust domain, its validators with forged SVIDs.
+// trust bundle endpoint as another trust domain, its validators with forged SVIDs, its
+// client of such endpoints with crafted trust bundles.
 //
 //	spiffe-conform forge DIR                  make forged SVIDs, and a trust bundle for them
 //	spiffe-conform run [flags]                check, and print each requirement
@@ -15,6 +16,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/signal"
 	"strings"
@@ -94,6 +96,9 @@ func forgeTo(dir string, stderr io.Writer) error {
 // options are the flags of run.
 type options struct {
 	socket, bundleURL, bundleCA, bundleID, forge, server, serve, output, junit string
+
+	consumer, consumerHost string
+	consumerWait, polling  time.Duration
 }
 
 func (o *options) flags(stderr io.Writer) *flag.FlagSet {
@@ -106,6 +111,10 @@ func (o *options) flags(stderr io.Writer) *flag.FlagSet {
 	fs.StringVar(&o.forge, "forge", "", "`DIR` with forged SVIDs, whose bundle.json the implementation trusts as example.org; for ValidateJWTSVID and --server")
 	fs.StringVar(&o.server, "server", "", "`host:port` of a server with mutual TLS and HTTP/1.1, whose validator gets forged X509-SVIDs")
 	fs.StringVar(&o.serve, "serve", "", "`host:port` to serve forged X509-SVIDs at: a client that connects again and again, expecting spiffe://example.org/a, is the validator")
+	fs.StringVar(&o.consumer, "consumer", "", "`program` that stands for a client of bundle endpoints: it is called with follow, refresh and show (README.md); crafted trust bundles are served to it")
+	fs.StringVar(&o.consumerHost, "consumer-host", "127.0.0.1", "`address` of this machine at which the consumer finds what is served")
+	fs.DurationVar(&o.consumerWait, "consumer-wait", 30*time.Second, "how `long` the consumer may stay away")
+	fs.DurationVar(&o.polling, "polling", 0, "also watch for so `long`, three times, how often the consumer comes by itself")
 	fs.StringVar(&o.output, "o", "text", "`text or json`")
 	fs.StringVar(&o.junit, "junit", "", "also write JUnit's format to `FILE`")
 	return fs
@@ -118,8 +127,14 @@ func (o *options) validate(rest []string) error {
 		return usageError{fmt.Sprintf("%q: run takes flags only", rest[0])}
 	case o.output != "text" && o.output != "json":
 		return usageError{fmt.Sprintf("-o %s: text or json", o.output)}
-	case o.socket == "" && o.bundleURL == "" && o.server == "" && o.serve == "":
-		return usageError{"name something to check: --socket, --bundle-url, --server or --serve"}
+	case o.socket == "" && o.bundleURL == "" && o.server == "" && o.serve == "" && o.consumer == "":
+		return usageError{"name something to check: --socket, --bundle-url, --server, --serve or --consumer"}
+	case net.ParseIP(o.consumerHost) == nil:
+		return usageError{fmt.Sprintf("--consumer-host %s: it is an address, such as 127.0.0.1", o.consumerHost)}
+	case o.polling != 0 && o.consumer == "":
+		return usageError{"--polling watches a consumer: --consumer names one"}
+	case o.polling < 0 || o.consumerWait <= 0:
+		return usageError{"--polling and --consumer-wait are no negative times"}
 	case (o.server != "" || o.serve != "") && o.forge == "":
 		return usageError{"--server and --serve need --forge: spiffe-conform forge DIR makes what is presented"}
 	case o.bundleID != "" && o.socket == "":
@@ -144,7 +159,7 @@ func check(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err := o.checkAll(ctx, r); err != nil {
 		return err
 	}
-	results := r.list(o.missing)
+	results := r.list(o.given, o.missing)
 	if o.junit != "" {
 		if err := writeFile(o.junit, results); err != nil {
 			return err
@@ -198,7 +213,7 @@ func (o *options) checkAll(ctx context.Context, r *report) error {
 		if err := checkBundleURL(ctx, r, server); err != nil {
 			return err
 		}
-		fetchedAgain(ctx, r, server)
+		checkSequence(ctx, r, server)
 	}
 	if o.server != "" {
 		if err := checkServer(ctx, r, o.server, f); err != nil {
@@ -206,7 +221,12 @@ func (o *options) checkAll(ctx context.Context, r *report) error {
 		}
 	}
 	if o.serve != "" {
-		return checkClient(ctx, r, o.serve, f)
+		if err := checkClient(ctx, r, o.serve, f); err != nil {
+			return err
+		}
+	}
+	if o.consumer != "" {
+		return checkConsumer(ctx, r, consumerOptions{driver{o.consumer, o.consumerWait}, o.consumerHost, o.polling})
 	}
 	return nil
 }
@@ -231,21 +251,45 @@ func (o *options) checkSocket(ctx context.Context, r *report, f *forgery) (roots
 	return roots, nil
 }
 
-// missing says which flag a requirement was not checked for.
-func (o *options) missing(id string) string {
-	switch kind := id[:1]; {
-	case kind == "W":
-		return "the WIT profile is not checked: it is Incubating"
-	case kind == "K":
-		return "the broker API is not checked: it is Incubating"
-	case kind == "E" && o.socket == "":
-		return "--socket was not given"
-	case (kind == "B" || kind == "F") && o.bundleURL == "":
-		return "--bundle-url was not given"
-	case kind == "J" && o.forge == "":
-		return "--socket and --forge were not given"
-	case o.server == "" && o.serve == "":
-		return "--server or --serve, and --forge, were not given"
+// given says whether a target was named that has this part. A Workload API validates
+// JWT-SVIDs, so what it makes of forged ones belongs to it.
+func (o *options) given(of part) bool {
+	switch of {
+	case issuer, api, tokens:
+		return o.socket != ""
+	case chains:
+		return o.server != "" || o.serve != ""
+	case endpoint:
+		return o.bundleURL != ""
+	case consumer:
+		return o.consumer != ""
 	}
-	return "no check applied"
+	return false
+}
+
+// missing says by which flag, or by what else, a requirement would be checked of a part.
+func (o *options) missing(id string, of part) string {
+	if !o.given(of) {
+		return map[part]string{
+			issuer: "--socket was not given", api: "--socket was not given", tokens: "--socket and --forge were not given",
+			chains: "--server or --serve, with --forge, was not given", endpoint: "--bundle-url was not given", consumer: "--consumer was not given",
+		}[of]
+	}
+	switch {
+	case of == tokens && o.forge == "":
+		return "--forge was not given"
+	case of == consumer && o.polling == 0 && (id == "F-3" || id == "B10"):
+		return "--polling was not given"
+	case of == endpoint && id == "F-14" && o.bundleID == "":
+		return "--bundle-id was not given: it is about endpoints of profile https_spiffe"
+	case of == endpoint && id == "W13":
+		return "the bundle has no WIT authority"
+	case of == endpoint && id == "J11":
+		return "the bundle has no JWT authority"
+	case of == endpoint && id == "X15":
+		return "the bundle has no X.509 authority"
+	case of == issuer && id == "ID6":
+		return "give this process an entry whose SPIFFE ID has 2048 bytes, too"
+	}
+	return "nothing that was seen is about it"
 }

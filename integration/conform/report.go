@@ -1,15 +1,12 @@
-// What was found, one line for each requirement: as text, JSON or JUnit.
+// What was found: of each requirement, part by part, what was seen, and what became of
+// the whole.
 
 package main
 
 import (
 	"cmp"
-	"encoding/json"
-	"encoding/xml"
 	"fmt"
-	"io"
 	"slices"
-	"strings"
 )
 
 // outcome is what became of a requirement.
@@ -19,10 +16,9 @@ const (
 	pass outcome = "pass"
 	fail outcome = "fail"
 	skip outcome = "skip"
+	// partial: some of the parts that were given keep it, and others were not asked.
+	partial outcome = "partial"
 )
-
-// worse says which of two findings counts: one failure is enough.
-var worse = map[outcome]int{skip: 0, pass: 1, fail: 2}
 
 // result is what was found about one requirement.
 type result struct {
@@ -30,13 +26,27 @@ type result struct {
 	Level  string  `json:"level"` // MUST or SHOULD
 	Title  string  `json:"title"`
 	Status outcome `json:"status"`
-	// Findings say what was seen: of a failure each deviation, of a skipped one why.
+	// Parts are what it is put to, and what became of each.
+	Parts []partResult `json:"parts"`
+	// Findings say what was seen: of a failure each deviation, of what was not checked
+	// why.
 	Findings []string `json:"findings,omitempty"`
 	// Remarks say what a careful implementation does otherwise; the standards leave it
 	// open.
 	Remarks []string `json:"remarks,omitempty"`
+	// LeftOut are cases that could not be presented.
+	LeftOut []string `json:"left_out,omitempty"`
 	// Checks is how many were made.
 	Checks int `json:"checks"`
+}
+
+// partResult is what became of a requirement of one part.
+type partResult struct {
+	Part   part    `json:"part"`
+	Status outcome `json:"status"`
+	Checks int     `json:"checks"`
+	// Why it was not checked.
+	Why string `json:"why,omitempty"`
 }
 
 // report collects findings. It is not safe for concurrent use.
@@ -51,57 +61,107 @@ func newReport() *report {
 		if row.Must {
 			level = "MUST"
 		}
-		r.results[row.ID] = &result{ID: row.ID, Level: level, Title: row.Title, Status: skip}
+		res := &result{ID: row.ID, Level: level, Title: row.Title, Parts: []partResult{}}
+		for _, p := range row.Parts {
+			res.Parts = append(res.Parts, partResult{Part: p, Status: skip})
+		}
+		r.results[row.ID] = res
 	}
 	return r
 }
 
-// note adds a finding about a requirement of the checklist.
-func (r *report) note(id string, s outcome, finding string) {
+func (r *report) of(id string) *result {
 	res, ok := r.results[id]
 	if !ok {
 		panic("spiffe-conform: no requirement " + id)
 	}
-	if s != skip {
-		res.Checks++
+	return res
+}
+
+// check notes what a check of one part has found: err, or that it is as it should be.
+func (r *report) check(id string, of part, err error) {
+	res := r.of(id)
+	i := slices.IndexFunc(res.Parts, func(p partResult) bool { return p.Part == of })
+	if i < 0 {
+		panic(fmt.Sprintf("spiffe-conform: %s is no requirement of the %s", id, of))
 	}
-	if worse[s] > worse[res.Status] {
-		res.Status, res.Findings = s, nil
+	p := &res.Parts[i]
+	p.Checks++
+	res.Checks++
+	if err == nil {
+		if p.Status == skip {
+			p.Status = pass
+		}
+		return
 	}
-	if finding != "" && s == res.Status && s != pass && !slices.Contains(res.Findings, finding) {
-		res.Findings = append(res.Findings, finding)
+	p.Status = fail
+	if !slices.Contains(res.Findings, err.Error()) {
+		res.Findings = append(res.Findings, err.Error())
 	}
 }
 
+// ok is a check that found nothing wrong.
+func (r *report) ok(id string, of part) { r.check(id, of, nil) }
+
+// fail is a check that found what is said.
+func (r *report) fail(id string, of part, format string, args ...any) {
+	r.check(id, of, fmt.Errorf(format, args...))
+}
+
 // remark adds something that is no failure.
-func (r *report) remark(id, what string) {
-	res := r.results[id]
+func (r *report) remark(id, format string, args ...any) {
+	res, what := r.of(id), fmt.Sprintf(format, args...)
 	if !slices.Contains(res.Remarks, what) {
 		res.Remarks = append(res.Remarks, what)
 	}
 }
 
-// check notes a failure if err is one, and else that it passed.
-func (r *report) check(id string, err error) {
-	if err != nil {
-		r.note(id, fail, err.Error())
-		return
+// leaveOut adds a case that could not be presented.
+func (r *report) leaveOut(id, what string) {
+	res := r.of(id)
+	if !slices.Contains(res.LeftOut, what) {
+		res.LeftOut = append(res.LeftOut, what)
 	}
-	r.note(id, pass, "")
 }
 
-// list gives the results in the order of the checklist. A requirement about which
-// nothing was found says why.
-func (r *report) list(missing func(id string) string) []*result {
+// list gives the results in the order of the checklist. given says whether a target was
+// named that has this part, and missing by which flag a part would have been checked.
+func (r *report) list(given func(part) bool, missing func(id string, of part) string) []*result {
 	var out []*result
 	for _, row := range checklist {
 		res := r.results[row.ID]
-		if res.Status == skip && len(res.Findings) == 0 {
-			res.Findings = []string{cmp.Or(cannot[row.ID], missing(row.ID))}
-		}
+		res.conclude(given, missing)
 		out = append(out, res)
 	}
 	return out
+}
+
+// conclude says what became of the whole: a failure of one part is one, and it passes
+// when each part was checked that was given.
+func (res *result) conclude(given func(part) bool, missing func(id string, of part) string) {
+	var failed, passed, open bool
+	var why []string
+	for i := range res.Parts {
+		p := &res.Parts[i]
+		failed, passed = failed || p.Status == fail, passed || p.Status == pass
+		if p.Status == skip {
+			p.Why = missing(res.ID, p.Part)
+			why = append(why, fmt.Sprintf("not checked of the %s: %s", p.Part, p.Why))
+			open = open || given(p.Part)
+		}
+	}
+	switch {
+	case failed:
+		res.Status = fail
+	case passed && !open:
+		res.Status = pass
+	case passed:
+		res.Status, res.Findings = partial, why
+	case len(res.Parts) > 0:
+		res.Status, res.Findings = skip, why
+	default:
+		res.Status, res.Findings = skip, []string{cmp.Or(cannot[res.ID], incubating(res.ID))}
+	}
 }
 
 // mustFailures counts the requirements of level MUST that failed.
@@ -112,93 +172,4 @@ func mustFailures(results []*result) (n int) {
 		}
 	}
 	return n
-}
-
-func writeText(w io.Writer, results []*result) error {
-	count := make(map[outcome]int)
-	for _, res := range results {
-		count[res.Status]++
-		if _, err := fmt.Fprintf(w, "%-5s %-4s %-6s %s\n", res.ID, res.Status, res.Level, res.Title); err != nil {
-			return err
-		}
-		for _, finding := range res.Findings {
-			if _, err := fmt.Fprintf(w, "           %s\n", printable(finding)); err != nil {
-				return err
-			}
-		}
-		for _, remark := range res.Remarks {
-			if _, err := fmt.Fprintf(w, "           note: %s\n", printable(remark)); err != nil {
-				return err
-			}
-		}
-	}
-	_, err := fmt.Fprintf(w, "\n%d passed, %d failed (%d of them MUST), %d skipped\n", count[pass], count[fail], mustFailures(results), count[skip])
-	return err
-}
-
-// printable keeps what the other side said on one line.
-func printable(s string) string {
-	return strings.Map(func(c rune) rune {
-		if c < ' ' || c == 0x7f || c == 0x2028 || c == 0x2029 {
-			return '·'
-		}
-		return c
-	}, s)
-}
-
-func writeJSON(w io.Writer, results []*result) error {
-	enc := json.NewEncoder(w)
-	enc.SetIndent("", "  ")
-	return enc.Encode(results)
-}
-
-// junit is the part of JUnit's format that build servers read.
-type junit struct {
-	XMLName  xml.Name    `xml:"testsuite"`
-	Name     string      `xml:"name,attr"`
-	Tests    int         `xml:"tests,attr"`
-	Failures int         `xml:"failures,attr"`
-	Skipped  int         `xml:"skipped,attr"`
-	Cases    []junitCase `xml:"testcase"`
-}
-
-type junitCase struct {
-	Class   string     `xml:"classname,attr"`
-	Name    string     `xml:"name,attr"`
-	Failure *junitText `xml:"failure,omitempty"`
-	Skipped *junitText `xml:"skipped,omitempty"`
-}
-
-type junitText struct {
-	Message string `xml:"message,attr"`
-	Text    string `xml:",chardata"`
-}
-
-func writeJUnit(w io.Writer, results []*result) error {
-	suite := junit{Name: "spiffe-conform", Tests: len(results)}
-	for _, res := range results {
-		c := junitCase{Class: "spiffe-conform." + res.Level, Name: res.ID + " " + res.Title}
-		text := &junitText{Text: printable(strings.Join(res.Findings, "; "))}
-		switch res.Status {
-		case fail:
-			suite.Failures++
-			text.Message = "does not conform"
-			c.Failure = text
-		case skip:
-			suite.Skipped++
-			text.Message = "not checked"
-			c.Skipped = text
-		}
-		suite.Cases = append(suite.Cases, c)
-	}
-	if _, err := io.WriteString(w, xml.Header); err != nil {
-		return err
-	}
-	enc := xml.NewEncoder(w)
-	enc.Indent("", "  ")
-	if err := enc.Encode(suite); err != nil {
-		return err
-	}
-	_, err := io.WriteString(w, "\n")
-	return err
 }

@@ -5,14 +5,17 @@ package main
 
 import (
 	"context"
+	"crypto"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	workload "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
@@ -34,18 +37,18 @@ const (
 	patience = 5 * time.Second
 )
 
-// endpoint is a Workload API.
-type endpoint struct {
+// workloadAPI is one, as a workload calls it.
+type workloadAPI struct {
 	cc  *grpc.ClientConn
 	api workload.SpiffeWorkloadAPIClient
 }
 
-func dialEndpoint(address string) (*endpoint, error) {
+func dialEndpoint(address string) (*workloadAPI, error) {
 	cc, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		return nil, err
 	}
-	return &endpoint{cc: cc, api: workload.NewSpiffeWorkloadAPIClient(cc)}, nil
+	return &workloadAPI{cc: cc, api: workload.NewSpiffeWorkloadAPIClient(cc)}, nil
 }
 
 // called is a context with the header, that ends after patience.
@@ -65,31 +68,31 @@ func first[M any](ctx context.Context, open func(context.Context) (grpc.ServerSt
 	return stream.Recv()
 }
 
-func (e *endpoint) x509SVIDs(ctx context.Context) (*workload.X509SVIDResponse, error) {
+func (e *workloadAPI) x509SVIDs(ctx context.Context) (*workload.X509SVIDResponse, error) {
 	return first(ctx, func(ctx context.Context) (grpc.ServerStreamingClient[workload.X509SVIDResponse], error) {
 		return e.api.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
 	})
 }
 
-func (e *endpoint) x509Bundles(ctx context.Context) (*workload.X509BundlesResponse, error) {
+func (e *workloadAPI) x509Bundles(ctx context.Context) (*workload.X509BundlesResponse, error) {
 	return first(ctx, func(ctx context.Context) (grpc.ServerStreamingClient[workload.X509BundlesResponse], error) {
 		return e.api.FetchX509Bundles(ctx, &workload.X509BundlesRequest{})
 	})
 }
 
-func (e *endpoint) jwtBundles(ctx context.Context) (*workload.JWTBundlesResponse, error) {
+func (e *workloadAPI) jwtBundles(ctx context.Context) (*workload.JWTBundlesResponse, error) {
 	return first(ctx, func(ctx context.Context) (grpc.ServerStreamingClient[workload.JWTBundlesResponse], error) {
 		return e.api.FetchJWTBundles(ctx, &workload.JWTBundlesRequest{})
 	})
 }
 
-func (e *endpoint) jwtSVIDs(ctx context.Context, req *workload.JWTSVIDRequest) (*workload.JWTSVIDResponse, error) {
+func (e *workloadAPI) jwtSVIDs(ctx context.Context, req *workload.JWTSVIDRequest) (*workload.JWTSVIDResponse, error) {
 	ctx, cancel := called(ctx)
 	defer cancel()
 	return e.api.FetchJWTSVID(ctx, req)
 }
 
-func (e *endpoint) validate(ctx context.Context, audience, token string) (*workload.ValidateJWTSVIDResponse, error) {
+func (e *workloadAPI) validate(ctx context.Context, audience, token string) (*workload.ValidateJWTSVIDResponse, error) {
 	ctx, cancel := called(ctx)
 	defer cancel()
 	return e.api.ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{Audience: audience, Svid: token})
@@ -97,7 +100,7 @@ func (e *endpoint) validate(ctx context.Context, audience, token string) (*workl
 
 // checkEndpoint makes every check of a Workload API, and gives the tool's own SPIFFE
 // ID there.
-func checkEndpoint(ctx context.Context, r *report, address string) (*endpoint, spiffeid.ID, error) {
+func checkEndpoint(ctx context.Context, r *report, address string) (*workloadAPI, spiffeid.ID, error) {
 	e, err := dialEndpoint(address)
 	if err != nil {
 		return nil, spiffeid.ID{}, err
@@ -108,10 +111,10 @@ func checkEndpoint(ctx context.Context, r *report, address string) (*endpoint, s
 		return nil, spiffeid.ID{}, errors.Join(fmt.Errorf("FetchX509SVID at %s: %w; this process needs an identity there", address, err), e.cc.Close())
 	}
 	took := time.Since(began)
-	r.note("E1", pass, "")
-	r.note("E3", pass, "")
-	r.note("E20", pass, "")
-	r.check("E10", within(took, 2*time.Second))
+	r.ok("E1", api)
+	r.ok("E3", api)
+	r.ok("E20", api)
+	r.check("E10", api, within(took, 2*time.Second))
 	own, err := checkX509SVIDs(r, svids)
 	if err != nil {
 		return nil, spiffeid.ID{}, errors.Join(err, e.cc.Close())
@@ -131,7 +134,7 @@ func within(took, limit time.Duration) error {
 }
 
 // checkHeader calls every RPC without the header, and with others.
-func (e *endpoint) checkHeader(ctx context.Context, r *report) {
+func (e *workloadAPI) checkHeader(ctx context.Context, r *report) {
 	rpcs := map[string]func(context.Context) error{
 		"FetchX509SVID": func(ctx context.Context) error { return ends(e.api.FetchX509SVID(ctx, &workload.X509SVIDRequest{})) },
 		"FetchX509Bundles": func(ctx context.Context) error {
@@ -162,7 +165,7 @@ func (e *endpoint) checkHeader(ctx context.Context, r *report) {
 			} else {
 				err = nil
 			}
-			r.check("E2", err)
+			r.check("E2", api, err)
 		}
 	}
 }
@@ -177,19 +180,19 @@ func ends[M any](stream grpc.ServerStreamingClient[M], err error) error {
 
 // checkMethods holds the service against the standard's proto, by reflection, and asks
 // for the WIT profile.
-func (e *endpoint) checkMethods(ctx context.Context, r *report) {
+func (e *workloadAPI) checkMethods(ctx context.Context, r *report) {
 	methods, err := e.reflected(ctx)
 	if err != nil {
-		r.note("E8", fail, err.Error())
+		r.check("E8", api, err)
 	} else {
-		r.note("E8", pass, "")
+		r.ok("E8", api)
 		allowed := []string{"FetchJWTBundles", "FetchJWTSVID", "FetchWITBundles", "FetchWITSVID", "FetchX509Bundles", "FetchX509SVID", "ValidateJWTSVID"}
 		for _, m := range methods {
 			if !slices.Contains(allowed, m) {
-				r.note("E7", fail, "SpiffeWorkloadAPI has a method "+m+", which the standard does not have")
+				r.fail("E7", api, "SpiffeWorkloadAPI has a method %s, which the standard does not have", m)
 			}
 		}
-		r.note("E7", pass, "")
+		r.ok("E7", api)
 	}
 	for _, rpc := range []string{"FetchWITSVID", "FetchWITBundles"} {
 		ctx, cancel := called(ctx)
@@ -202,17 +205,18 @@ func (e *endpoint) checkMethods(ctx context.Context, r *report) {
 		cancel()
 		switch status.Code(err) {
 		case codes.Unimplemented:
-			r.note("W15", pass, "")
+			r.ok("W15", api)
 		case codes.OK:
-			r.note("W15", skip, rpc+" is implemented, and not checked here")
+			r.ok("W15", api)
+			r.remark("W15", "%s is there: the WIT profile is Incubating, and nothing of it is checked here", rpc)
 		default:
-			r.note("W15", fail, fmt.Sprintf("%s: %s, want Unimplemented", rpc, status.Code(err)))
+			r.fail("W15", api, "%s: %s, want Unimplemented", rpc, status.Code(err))
 		}
 	}
 }
 
 // reflected gives the methods of SpiffeWorkloadAPI as gRPC reflection has them.
-func (e *endpoint) reflected(ctx context.Context) ([]string, error) {
+func (e *workloadAPI) reflected(ctx context.Context) ([]string, error) {
 	ctx, cancel := called(ctx)
 	defer cancel()
 	stream, err := reflectionpb.NewServerReflectionClient(e.cc).ServerReflectionInfo(ctx)
@@ -250,30 +254,63 @@ func (e *endpoint) reflected(ctx context.Context) ([]string, error) {
 }
 
 // checkProfiles fetches the bundles of both kinds.
-func (e *endpoint) checkProfiles(ctx context.Context, r *report, own spiffeid.ID) {
+func (e *workloadAPI) checkProfiles(ctx context.Context, r *report, own spiffeid.ID) {
 	td := own.TrustDomain().IDString()
 	x509Bundles, err := e.x509Bundles(ctx)
-	r.check("E9", err)
+	r.check("E9", api, err)
 	if err == nil {
 		roots, err := x509.ParseCertificates(x509Bundles.GetBundles()[td])
 		if err == nil && len(roots) == 0 {
 			err = errors.New("FetchX509Bundles has no bundle of " + td)
 		}
-		r.check("E14", err)
-		r.check("F-8", keyedByTrustDomain(x509Bundles.GetBundles()))
+		r.check("E14", api, err)
+		r.check("F-8", api, keyedByTrustDomain(x509Bundles.GetBundles()))
 		for _, root := range roots {
 			checkSigning(r, root, own.TrustDomain())
 		}
 	}
 	jwtBundles, err := e.jwtBundles(ctx)
-	r.check("E9", err)
+	r.check("E9", api, err)
 	if err == nil {
 		document, ok := jwtBundles.GetBundles()[td]
 		if !ok {
-			r.note("E14", fail, "FetchJWTBundles has no bundle of "+td)
+			r.fail("E14", api, "FetchJWTBundles has no bundle of %s", td)
 		}
-		r.check("F-8", keyedByTrustDomain(jwtBundles.GetBundles()))
-		r.check("E15", jwtKeysOnly(document))
+		r.check("F-8", api, keyedByTrustDomain(jwtBundles.GetBundles()))
+		r.check("E15", api, jwtKeysOnly(document))
+		checkShared(r, x509Bundles.GetBundles(), jwtBundles.GetBundles())
+	}
+}
+
+// checkShared: a key is in the bundle of one trust domain, and for X.509 or for JWT.
+func checkShared(r *report, x509Bundles, jwtBundles map[string][]byte) {
+	of := make(map[string]string)
+	see := func(key crypto.PublicKey, where string) {
+		der, err := x509.MarshalPKIXPublicKey(key)
+		if err != nil {
+			return // others say what is wrong with it
+		}
+		other := of[string(der)]
+		r.check("B9", issuer, failIf(other != "" && other != where, "one key is in %s and in %s", other, where))
+		of[string(der)] = where
+	}
+	for _, td := range slices.Sorted(maps.Keys(x509Bundles)) {
+		certs, err := x509.ParseCertificates(x509Bundles[td])
+		if err != nil {
+			continue
+		}
+		for _, c := range certs {
+			see(c.PublicKey, "the X.509 bundle of "+td)
+		}
+	}
+	for _, td := range slices.Sorted(maps.Keys(jwtBundles)) {
+		var set jose.JSONWebKeySet
+		if json.Unmarshal(jwtBundles[td], &set) != nil {
+			continue
+		}
+		for _, k := range set.Keys {
+			see(k.Key, "the JWT bundle of "+td)
+		}
 	}
 }
 
@@ -307,26 +344,26 @@ func jwtKeysOnly(document []byte) error {
 }
 
 // checkJWTSVIDs fetches and validates JWT-SVIDs.
-func (e *endpoint) checkJWTSVIDs(ctx context.Context, r *report, own spiffeid.ID) {
+func (e *workloadAPI) checkJWTSVIDs(ctx context.Context, r *report, own spiffeid.ID) {
 	for what, req := range map[string]*workload.JWTSVIDRequest{
 		"no audience": {}, "an empty audience": {Audience: []string{""}},
 	} {
 		_, err := e.jwtSVIDs(ctx, req)
-		r.check("E12", wants(err, codes.InvalidArgument, "FetchJWTSVID with "+what))
+		r.check("E12", api, wants(err, codes.InvalidArgument, "FetchJWTSVID with "+what))
 	}
 	somebody := own.TrustDomain().IDString() + "/spiffe-conform/somebody-else"
 	_, err := e.jwtSVIDs(ctx, &workload.JWTSVIDRequest{Audience: []string{jwtcase.Audience}, SpiffeId: somebody})
-	r.check("E15", wants(err, codes.PermissionDenied, "FetchJWTSVID for a SPIFFE ID that is not this process's"))
-	r.check("E6", wants(err, codes.PermissionDenied, "FetchJWTSVID for a SPIFFE ID that is not this process's"))
+	r.check("E15", api, wants(err, codes.PermissionDenied, "FetchJWTSVID for a SPIFFE ID that is not this process's"))
+	r.check("E6", api, wants(err, codes.PermissionDenied, "FetchJWTSVID for a SPIFFE ID that is not this process's"))
 	_, err = e.validate(ctx, jwtcase.Audience, "not a token")
-	r.check("E6", wants(err, codes.InvalidArgument, "ValidateJWTSVID of no token"))
+	r.check("E6", api, wants(err, codes.InvalidArgument, "ValidateJWTSVID of no token"))
 
 	res, err := e.jwtSVIDs(ctx, &workload.JWTSVIDRequest{Audience: []string{jwtcase.Audience}})
 	if err != nil || len(res.GetSvids()) == 0 {
-		r.note("E9", fail, fmt.Sprintf("FetchJWTSVID: %d JWT-SVIDs, %v", len(res.GetSvids()), err))
+		r.fail("E9", api, "FetchJWTSVID: %d JWT-SVIDs, %v", len(res.GetSvids()), err)
 		return
 	}
-	r.note("E9", pass, "")
+	r.ok("E9", api)
 	for _, s := range res.GetSvids() {
 		checkToken(r, s.GetSvid(), s.GetSpiffeId(), time.Now())
 		checked, err := e.validate(ctx, jwtcase.Audience, s.GetSvid())
@@ -336,9 +373,9 @@ func (e *endpoint) checkJWTSVIDs(ctx context.Context, r *report, own spiffeid.ID
 		if err == nil && len(checked.GetClaims().GetFields()) == 0 {
 			err = errors.New("ValidateJWTSVID gives no claims")
 		}
-		r.check("E16", err)
+		r.check("E16", api, err)
 		_, err = e.validate(ctx, jwtcase.Audience+"-other", s.GetSvid())
-		r.check("J6", wants(err, codes.InvalidArgument, "ValidateJWTSVID for another audience"))
+		r.check("E16", api, wants(err, codes.InvalidArgument, "ValidateJWTSVID for another audience"))
 	}
 }
 
@@ -367,26 +404,26 @@ func checkX509SVIDs(r *report, res *workload.X509SVIDResponse) (own spiffeid.ID,
 		if i == 0 {
 			own = id
 		}
-		r.check("E13", checkAnswer(s, chain))
+		r.check("E13", api, checkAnswer(s, chain))
 		if hint := s.GetHint(); hint != "" {
-			r.check("E18", hintFits(hint))
+			r.check("E18", api, hintFits(hint))
 			if hints[hint] {
-				r.note("E13", fail, fmt.Sprintf("two X509-SVIDs have the hint %q", hint))
+				r.fail("E13", api, "two X509-SVIDs have the hint %q", hint)
 			}
 			hints[hint] = true
 		}
 		roots, err := x509.ParseCertificates(s.GetBundle())
 		if err != nil || len(roots) == 0 {
-			r.note("E14", fail, fmt.Sprintf("FetchX509SVID: no trust bundle for %s: %v", id, err))
+			r.fail("E14", api, "FetchX509SVID: no trust bundle for %s: %v", id, err)
 		} else {
-			r.note("E14", pass, "")
+			r.ok("E14", api)
 		}
 		checkLeaf(r, chain[0], id)
 		for _, authority := range chain[1:] {
 			checkSigning(r, authority, id.TrustDomain())
 		}
 	}
-	r.note("E18", pass, "")
+	r.ok("E18", api)
 	return own, nil
 }
 
