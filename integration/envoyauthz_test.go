@@ -298,12 +298,12 @@ func TestEnvoyAsksAboutWebSockets(t *testing.T) {
 }
 
 // decisions are how many the agent has counted.
-func (p *pair) decisions() (sum int) {
-	p.t.Helper()
-	for _, found := range decisionCount.FindAllStringSubmatch(metrics(p.t, p.d.AgentHealth), -1) {
+func decisions(t *testing.T, d *stage.Domain) (sum int) {
+	t.Helper()
+	for _, found := range decisionCount.FindAllStringSubmatch(metrics(t, d.AgentHealth), -1) {
 		n, err := strconv.Atoi(found[1])
 		if err != nil {
-			p.t.Fatal(err)
+			t.Fatal(err)
 		}
 		sum += n
 	}
@@ -323,7 +323,7 @@ func TestEnvoyAsksTheAgent(t *testing.T) {
 		t.Errorf("the app sees x-spiffe-id %q and x-forwarded-client-cert %q; want one and none", ids, certs)
 	}
 
-	calls, decisions, asked := p.app.calls.Load(), p.decisions(), 0
+	calls, before, asked := p.app.calls.Load(), decisions(t, p.d), 0
 	for _, want := range []struct {
 		method, path string
 		status       int
@@ -362,7 +362,7 @@ func TestEnvoyAsksTheAgent(t *testing.T) {
 			t.Errorf("%s %s is explained as %s", want.method, want.path, text)
 		}
 	}
-	if saw, made := p.app.calls.Load()-calls, p.decisions()-decisions; saw != 0 || made != asked {
+	if saw, made := p.app.calls.Load()-calls, decisions(t, p.d)-before; saw != 0 || made != asked {
 		t.Errorf("the app saw %d of %d denied calls, and %d decisions were recorded; want none, and one each", saw, asked, made)
 	}
 }
@@ -389,7 +389,7 @@ func TestEnvoyAsksTheAgentAboutGRPC(t *testing.T) {
 	if ids := p.app.seen("X-Spiffe-Id"); len(ids) != 1 || ids[0] != p.d.ID("/web") {
 		t.Errorf("the app sees x-spiffe-id %q", ids)
 	}
-	calls, decisions := p.app.calls.Load(), p.decisions()
+	calls, before := p.app.calls.Load(), decisions(t, p.d)
 	err := p.rpc("/shop.Orders/Delete")
 	denied, ok := sdk.DeniedFromStatus(err)
 	if !ok || denied.Reason != "METHOD" || status.Code(err) != codes.PermissionDenied {
@@ -402,7 +402,7 @@ func TestEnvoyAsksTheAgentAboutGRPC(t *testing.T) {
 	if err := p.rpc("/shop.Other/List"); status.Code(err) != codes.PermissionDenied {
 		t.Errorf("a call of another service: %v; want PermissionDenied", err)
 	}
-	if saw, made := p.app.calls.Load()-calls, p.decisions()-decisions; saw != 0 || made != 2 {
+	if saw, made := p.app.calls.Load()-calls, decisions(t, p.d)-before; saw != 0 || made != 2 {
 		t.Errorf("the app saw %d of two denied calls, and %d decisions were recorded; want none, and two", saw, made)
 	}
 
