@@ -252,6 +252,19 @@ func (t *connTable) track(conn net.Conn) *trackedConn {
 	return c
 }
 
+// over is the context of every handshake that is done.
+var over = func() *context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return &ctx
+}()
+
+// shaken is after the handshake, whose own context holds more than it is worth.
+func (c *trackedConn) shaken() {
+	c.handshake.Store(over)
+	c.limit.Stop()
+}
+
 // Close implements net.Conn.
 func (c *trackedConn) Close() error {
 	c.closed.Store(true) // before the key is read: see enter

@@ -295,3 +295,46 @@ func TestPeerIsKnownOnlyOnLiveConnectionsOfTheIdentity(t *testing.T) {
 		t.Error("a closed connection has a peer")
 	}
 }
+
+// The state of each connection shows the certificates of its peer, and those of one
+// peer are the same in memory.
+func TestConnectionsShareTheirPeersCertificates(t *testing.T) {
+	td := sdktest.New(t)
+	orders, web := td.Workload("orders"), td.Workload("web")
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lis.Close()
+	var states []tls.ConnectionState
+	for range 2 {
+		go func() {
+			if conn, err := web.DialTLS(sdk.Service("orders"))(t.Context(), "tcp", lis.Addr().String()); err == nil {
+				defer conn.Close()
+				_, _ = conn.Read(make([]byte, 1)) // until the server closes
+			}
+		}()
+		raw, err := lis.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn, err := orders.ServerHandshake(t.Context(), raw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		cs := conn.ConnectionState()
+		if peer, ok := orders.Peer(&cs); !ok || peer.ID != td.ID("web") {
+			t.Errorf("peer %v, %v", peer, ok)
+		}
+		states = append(states, cs)
+	}
+	for i, cert := range states[0].PeerCertificates {
+		if cert != states[1].PeerCertificates[i] {
+			t.Errorf("certificate %d is there twice", i)
+		}
+	}
+	if &states[0].PeerCertificates[0] == &states[1].PeerCertificates[0] {
+		t.Error("two connections have one state")
+	}
+}

@@ -31,6 +31,7 @@ type Identity struct {
 	log   *slog.Logger
 	agent *agent
 	conns *connTable
+	certs peerCerts
 	dial  func(ctx context.Context, network, address string) (net.Conn, error) // nil: as net does
 
 	current     atomic.Pointer[current]

@@ -133,6 +133,10 @@ func (id *Identity) verify(ctx context.Context, raw net.Conn, own *snapshot, als
 		if err == nil && also != nil {
 			err = also(peer)
 		}
+		if err == nil && role == telemetry.Server {
+			// In the state's own array, which is the connection's.
+			id.certs.share(cs.PeerCertificates)
+		}
 		if err == nil && raw != nil {
 			err = id.enter(&cs.PeerCertificates[0], raw, peer, own.current, now)
 		}
@@ -231,6 +235,9 @@ func handshake(ctx context.Context, role telemetry.Role, conn *tls.Conn) (*tls.C
 		_ = conn.Close() // the handshake's error is the one that counts
 		tellFailed(ctx, role, err)
 		return nil, err
+	}
+	if tracked, ok := conn.NetConn().(*trackedConn); ok {
+		tracked.shaken()
 	}
 	return conn, nil
 }

@@ -9,16 +9,11 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
 	"merlon.dev/sdk/coredump"
 	"merlon.dev/sdk/sidecar"
 )
-
-// gcPercent keeps the sidecar small: it shares its node with those it serves. GOGC
-// overrides it.
-const gcPercent = 50
 
 func main() { os.Exit(main1()) }
 
@@ -30,9 +25,7 @@ func main1() int {
 	}
 	hangups := make(chan os.Signal, 1)
 	signal.Notify(hangups, syscall.SIGHUP)
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(gcPercent)
-	}
+	stayingSmall(ctx)
 	cl, err := sidecar.ParseCommandLine(os.Args[1:], os.Getenv, os.Stderr)
 	if errors.Is(err, flag.ErrHelp) {
 		return 0
