@@ -82,6 +82,7 @@ type shownListener struct {
 	Protocol    string          `json:"protocol"`
 	Destination string          `json:"destination"`
 	Connections int             `json:"connections"`
+	Requests    int64           `json:"requests"` // under way
 	Upstreams   []shownUpstream `json:"upstreams"`
 }
 
@@ -89,6 +90,7 @@ type shownUpstream struct {
 	Address  string    `json:"address"`
 	State    hop.State `json:"state"`
 	Requests int64     `json:"requests"` // under way
+	Conns    int64     `json:"connections"`
 	// What checks have found; absent where there are none.
 	ChecksPassed int64     `json:"checks_passed,omitempty"`
 	ChecksFailed int64     `json:"checks_failed,omitempty"`
@@ -99,7 +101,7 @@ type shownUpstream struct {
 func showUpstream(u *hop.Upstream, now time.Time) shownUpstream {
 	c := u.Checked()
 	return shownUpstream{
-		Address: u.Address, State: u.State(now), Requests: u.Active(),
+		Address: u.Address, State: u.State(now), Requests: u.Active(), Conns: u.Connections(),
 		ChecksPassed: c.Passed, ChecksFailed: c.Failed, Since: c.Since, CheckErr: c.Err,
 	}
 }
@@ -110,7 +112,7 @@ func (s *Sidecar) listeners() []shownListener {
 	all, now := []shownListener{}, time.Now()
 	for _, d := range s.doors {
 		v := d.serving.Load()
-		l := shownListener{Listen: d.address, Direction: v.hop.Direction, Protocol: string(v.hop.Protocol), Destination: v.hop.To, Connections: v.connections()}
+		l := shownListener{Listen: d.address, Direction: v.hop.Direction, Protocol: string(v.hop.Protocol), Destination: v.hop.To, Connections: v.connections(), Requests: v.hop.Requests()}
 		for _, u := range v.hop.Upstreams.All() {
 			l.Upstreams = append(l.Upstreams, showUpstream(u, now))
 		}

@@ -44,8 +44,8 @@ type Config struct {
 	// are always the sidecar's own.
 	StripHeaders []string `yaml:"strip_headers"`
 
-	// MaxConnections is how many connections a listener serves at the same time; more
-	// wait in the kernel. Zero means 10000.
+	// MaxConnections is how many connections a listener serves at the same time, where
+	// its own limits do not say; more are reset. Zero means 10000.
 	MaxConnections int `yaml:"max_connections"`
 
 	// MaxStreams is how many requests one HTTP/2 connection makes at the same time.
@@ -118,6 +118,8 @@ type Inbound struct {
 	Protocol string `yaml:"protocol"`
 	// HealthCheck is how the app is asked whether it is well.
 	HealthCheck HealthCheck `yaml:"health_check"`
+	// Limits are of this listener, and of what is behind it.
+	Limits Limits `yaml:"limits"`
 }
 
 // Outbound is a listener for the app, and the service behind it.
@@ -139,6 +141,8 @@ type Outbound struct {
 	Protocol string `yaml:"protocol"`
 	// HealthCheck is how each of the upstreams is asked whether it is well.
 	HealthCheck HealthCheck `yaml:"health_check"`
+	// Limits are of this listener, and of what is behind it.
+	Limits Limits `yaml:"limits"`
 }
 
 // InvalidError reports a setting that the sidecar refuses.
@@ -226,6 +230,9 @@ func (in *Inbound) check(field string) error {
 	if err := checkProtocol(field+".protocol", in.Protocol); err != nil {
 		return err
 	}
+	if err := in.Limits.validate(field+".limits", in.Protocol); err != nil {
+		return err
+	}
 	return in.HealthCheck.validate(field+".health_check", in.Protocol)
 }
 
@@ -247,6 +254,9 @@ func (out *Outbound) check(field string) error {
 		}
 	}
 	if err := checkProtocol(field+".protocol", out.Protocol); err != nil {
+		return err
+	}
+	if err := out.Limits.validate(field+".limits", out.Protocol); err != nil {
 		return err
 	}
 	return out.HealthCheck.validate(field+".health_check", out.Protocol)
@@ -397,7 +407,8 @@ func (c Config) checkPlaces() error {
 // limits are what one connection may cost.
 func (c Config) limits() hop.Limits {
 	return hop.Limits{
-		HeadBytes: c.MaxHeadBytes, HeaderFields: c.MaxHeaderFields, Streams: c.MaxStreams,
+		Connections: c.MaxConnections,
+		HeadBytes:   c.MaxHeadBytes, HeaderFields: c.MaxHeaderFields, Streams: c.MaxStreams,
 		HandshakeTimeout: c.ConnectTimeout, HeadTimeout: c.HeadTimeout, IdleTimeout: c.IdleTimeout,
 		StallTimeout: c.StallTimeout, ResponseTimeout: c.ResponseTimeout, QuietTimeout: c.TCPIdleTimeout,
 	}

@@ -22,6 +22,7 @@ outbound:
     to: ns/shop/orders
     upstreams: ["orders-1.example.org:8443", "[::1]:8443"]
     protocol: tcp
+    limits: {max_connections: 100, max_requests: 0, upstream_connections: 50, upstream_requests: 0}
     health_check: {kind: http, path: "/healthz?deep=1", host: orders, statuses: [200, 204], interval: 5s, timeout: 1s, healthy_after: 2, unhealthy_after: 3}
 strip_headers: [x-user]
 idle_timeout: 5s
@@ -56,12 +57,17 @@ func TestConfigIsReadStrictly(t *testing.T) {
 		"negative time":           {"idle_timeout: 5s", "idle_timeout: -5s", "idle_timeout: -5s is negative"},
 		"a duration without unit": {"idle_timeout: 5s", "idle_timeout: 5", "idle_timeout"},
 
+		"limits, unknown key": {"upstream_connections", "upstream_conections", `did you mean "upstream_connections"?`},
+		"limits, negative":    {"max_connections: 100", "max_connections: -1", "outbound[0].limits.max_connections: -1 is not between"},
+		"limits, too much":    {"max_connections: 100", "max_connections: 2000000", "outbound[0].limits.max_connections"},
+		"limits of no use":    {"max_requests: 0", "max_requests: 1", "outbound[0].limits: protocol tcp knows no requests"},
+
 		"check, unknown key":     {"unhealthy_after", "unhealthy_aftr", `did you mean "unhealthy_after"?`},
 		"check of no kind":       {"kind: http, ", "", "outbound[0].health_check.kind: is missing"},
 		"check of another kind":  {"kind: http", "kind: ping", `health_check.kind: "ping" is none of tcp, http, grpc`},
 		"check, not that":        {"kind: http", "kind: tcp", "health_check.path: is not for checks of kind tcp"},
 		"check, no service":      {"kind: http", "kind: http, service: x", "health_check.service: is not for checks of kind http"},
-		"check, protocol":        {"protocol: tcp\n    health", "protocol: grpc\n    health", `health_check.kind: "http" is none of tcp, grpc, which protocol grpc allows`},
+		"check, protocol":        {"protocol: tcp\n    limits", "protocol: grpc\n    limits", `health_check.kind: "http" is none of tcp, grpc, which protocol grpc allows`},
 		"check, ambiguous path":  {"/healthz", "/a/../healthz", "health_check.path"},
 		"check, path":            {"/healthz", "healthz", "health_check.path"},
 		"check, query":           {"deep=1", "deep=1 HTTP/1.1", "health_check.path"},

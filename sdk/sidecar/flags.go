@@ -40,7 +40,7 @@ var program = settings.Program[Config]{
 		{Key: "agent_socket", Usage: "the agent's socket, `unix:///path` (default $SPIFFE_ENDPOINT_SOCKET)"},
 		{Key: "agent_uid", Usage: "`uid` whose agent is trusted beside root's and the own (default: none)"},
 		{Key: "strip_headers", Usage: "comma-separated `names` of header fields that no caller brings to the app, beside those that claim an identity"},
-		{Key: "max_connections", Usage: "connections of a listener at the same time (default 10000)"},
+		{Key: "max_connections", Usage: "connections of a listener at the same time; more are reset (default 10000)"},
 		{Key: "max_streams", Usage: "requests of an HTTP/2 connection at the same time (default 100)"},
 		{Key: "max_head_bytes", Usage: "bytes of a request's or an answer's head (default 16384)"},
 		{Key: "max_header_fields", Usage: "fields in it (default 100)"},

@@ -343,6 +343,8 @@ func TestGRPCSlowReader(t *testing.T) {
 func TestGRPC1000StreamsAtOnce(t *testing.T) {
 	app := newGRPCApp(t)
 	p := startPairWith(t, "grpc", app.addr, func(c *Config) { c.MaxStreams = 1000 })
+	p.td.CompilePolicy() // a loaded machine's agent does not answer a thousand questions in time
+	await(t, "the compiled policy", p.inbound.sidecar.id.DecidesHere)
 	c := grpcClient(t, p.outbound.addrs[0])
 	ctx := within(t)
 	streams := make([]testgrpc.TestService_FullDuplexCallClient, 1000)

@@ -35,6 +35,7 @@ func (c Config) plans() (all []plan) {
 // inbound is the hop from callers to the app.
 func (s *Sidecar) inbound(c *Config, in Inbound) *hop.Hop {
 	h := s.hop(c, in.Listen, hop.Inbound, in.Protocol, s.id.ID().String())
+	in.Limits.apply(&h.Limits)
 	h.Upstreams = s.upstreams.inbound(h, in)
 	return h
 }
@@ -42,6 +43,7 @@ func (s *Sidecar) inbound(c *Config, in Inbound) *hop.Hop {
 // outbound is the hop from the app to a service.
 func (s *Sidecar) outbound(c *Config, out Outbound) *hop.Hop {
 	h := s.hop(c, out.Listen, hop.Outbound, out.Protocol, out.To)
+	out.Limits.apply(&h.Limits)
 	h.Upstreams = s.upstreams.outbound(h, out)
 	return h
 }
@@ -52,6 +54,7 @@ func (s *Sidecar) hop(c *Config, name string, direction hop.Direction, protocol,
 		Strip: func(name string) bool { return policy.ClaimsIdentity(name) || slices.Contains(c.StripHeaders, name) },
 	}
 	counted := s.metrics.of(h)
+	h.Count = counted.count
 	h.Record = func(e *hop.Entry) {
 		counted.observe(e)
 		s.recent.add(h, e)

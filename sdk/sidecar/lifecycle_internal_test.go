@@ -65,7 +65,7 @@ func TestReloadReplacesWhatIsServed(t *testing.T) {
 	}
 	for name, spoil := range map[string]func(c *Config){
 		"invalid":                     func(c *Config) { c.Inbound[0].App = "10.0.0.1:1" },
-		"what only a restart changes": func(c *Config) { c.MaxConnections = 7 },
+		"what only a restart changes": func(c *Config) { c.MetricsBySource = true },
 		"an address that is taken":    func(c *Config) { c.Inbound[1].Listen = out.addrs[0] },
 		"nothing to serve":            func(c *Config) { c.Inbound = nil },
 	} {

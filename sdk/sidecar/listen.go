@@ -23,7 +23,8 @@ type door struct {
 	address string // as configured
 	lis     net.Listener
 	log     *slog.Logger
-	slots   chan struct{}
+	open    atomic.Int64 // connections
+	lastLog atomic.Int64 // of a refusal, in seconds: whoever connects can cause a line
 	serving atomic.Pointer[serving]
 	ctx     context.Context // ends with close, and with Run
 	close   context.CancelFunc
@@ -52,18 +53,12 @@ func (d *door) run() {
 	defer stop()
 	pause := firstPause
 	for {
-		select {
-		case d.slots <- struct{}{}:
-		case <-ctx.Done():
-			return
-		}
 		conn, err := d.lis.Accept()
 		if err == nil {
 			pause = firstPause
 			d.begin(sock.New(conn))
 			continue
 		}
-		<-d.slots
 		if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
 			return
 		}
@@ -79,9 +74,15 @@ func (d *door) run() {
 
 // begin hands a connection to what serves at the moment; after the end nothing does.
 func (d *door) begin(conn net.Conn) {
-	over := func() { <-d.slots }
+	over := func() { d.open.Add(-1) }
+	n := d.open.Add(1)
 	for {
 		now := d.serving.Load()
+		if n > int64(now.hop.Limits.Connections) {
+			d.refuse(now.hop, conn)
+			over()
+			return
+		}
 		if now.begin(conn, over) {
 			return
 		}
@@ -91,6 +92,26 @@ func (d *door) begin(conn net.Conn) {
 			return
 		}
 	}
+}
+
+// refuse ends a connection too many by a reset, so that the caller learns at once that
+// he has to go elsewhere: any other answer would cost the handshake that there is no
+// room for.
+func (d *door) refuse(h *hop.Hop, conn net.Conn) {
+	h.Count(hop.ListenerFull)
+	if now := time.Now().Unix(); d.lastLog.Swap(now) != now {
+		d.log.LogAttrs(d.ctx, slog.LevelWarn, "connections are refused: there are as many as max_connections",
+			slog.String("listener", d.address), slog.Int("max_connections", h.Limits.Connections))
+	}
+	reset(conn)
+}
+
+// reset ends a connection so that the other end learns that nobody has taken it.
+func reset(conn net.Conn) {
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0) // it is closed all the same
+	}
+	_ = conn.Close()
 }
 
 // serving is a hop and the connections on it.

@@ -94,12 +94,14 @@ func (s *series) observe(e *hop.Entry) {
 	}
 	s.counter(key).Inc()
 	if e.Failure != nil {
-		s.failures[e.Failure].Inc()
+		s.count(e.Failure)
 	}
 	s.seconds.Observe(e.Took.Seconds())
 	s.in.Add(float64(e.BytesIn))
 	s.out.Add(float64(e.BytesOut))
 }
+
+func (s *series) count(f *hop.Failure) { s.failures[f].Inc() }
 
 func (s *series) counter(key seriesKey) prometheus.Counter {
 	s.mu.RLock()

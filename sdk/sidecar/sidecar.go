@@ -217,7 +217,7 @@ func (s *Sidecar) listen(before *predecessor, name, address string) (err error) 
 
 // admit begins to accept for p, whose listener is open.
 func (s *Sidecar) admit(p plan) {
-	d := &door{address: p.address, lis: s.next[p.address], log: s.log, slots: make(chan struct{}, s.cfg.MaxConnections)}
+	d := &door{address: p.address, lis: s.next[p.address], log: s.log}
 	d.ctx, d.close = context.WithCancel(s.ctx)
 	h, e := p.make(s)
 	d.serving.Store(newServing(h, e))
@@ -316,7 +316,6 @@ func (c *Config) fixed(next *Config) error {
 	for field, same := range map[string]bool{
 		"agent_socket":      c.AgentSocket == next.AgentSocket,
 		"agent_uid":         c.AgentUID == next.AgentUID,
-		"max_connections":   c.MaxConnections == next.MaxConnections,
 		"health_address":    c.HealthAddress == next.HealthAddress,
 		"admin_socket":      c.AdminSocket == next.AdminSocket,
 		"access_log":        c.AccessLog == next.AccessLog,

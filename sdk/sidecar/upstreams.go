@@ -43,8 +43,8 @@ func (s *upstreams) inbound(h *hop.Hop, in Inbound) *hop.Upstreams {
 	if path, ok := strings.CutPrefix(in.App, "unix://"); ok {
 		network, address = "unix", path
 	}
-	in.Listen = ""
-	return s.list(fmt.Sprintf("%+v", in), h, in.Protocol, in.HealthCheck, []*hop.Upstream{{Address: in.App, Dial: func(ctx context.Context) (net.Conn, error) {
+	in.Listen, in.Limits = "", in.Limits.ofUpstreams()
+	return s.list(fmt.Sprintf("%+v", in), h, in.Protocol, in.HealthCheck, in.Limits, []*hop.Upstream{{Address: in.App, Dial: func(ctx context.Context) (net.Conn, error) {
 		return connect(ctx, network, address)
 	}}})
 }
@@ -56,19 +56,22 @@ func (s *upstreams) outbound(h *hop.Hop, out Outbound) *hop.Upstreams {
 	for _, address := range out.Upstreams {
 		all = append(all, &hop.Upstream{Address: address, Dial: func(ctx context.Context) (net.Conn, error) { return reach(ctx, h.Identity, to, address, alpn) }})
 	}
-	out.Listen, out.Captures = "", nil
-	return s.list(fmt.Sprintf("%+v", out), h, out.Protocol, out.HealthCheck, all)
+	out.Listen, out.Captures, out.Limits = "", nil, out.Limits.ofUpstreams()
+	return s.list(fmt.Sprintf("%+v", out), h, out.Protocol, out.HealthCheck, out.Limits, all)
 }
 
 // list gives the list of that name, which says all that it is made of, and begins its
 // checks where there is none yet.
-func (s *upstreams) list(name string, h *hop.Hop, protocol string, check HealthCheck, all []*hop.Upstream) *hop.Upstreams {
+func (s *upstreams) list(name string, h *hop.Hop, protocol string, check HealthCheck, limits Limits, all []*hop.Upstream) *hop.Upstreams {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	name = string(h.Direction) + name
 	if l := s.lists[name]; l != nil {
 		l.generation = s.generation
 		return l.Upstreams
+	}
+	for _, u := range all {
+		u.MaxConnections, u.MaxRequests = limits.UpstreamConnections, limits.UpstreamRequests
 	}
 	l := &upstreamList{Upstreams: hop.NewUpstreams(all...), direction: h.Direction, to: h.To, generation: s.generation}
 	var ctx context.Context

@@ -70,9 +70,9 @@ func (c *Check) Run(ctx context.Context, u *hop.Upstream, changed func(error)) {
 func (c *Check) Once(ctx context.Context, u *hop.Upstream) error {
 	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
 	defer cancel()
-	conn, err := u.Connect(ctx, c.Timeout)
+	conn, err := u.Dial(ctx) // and not Connect: one that is full is not ill
 	if err != nil {
-		return err
+		return fmt.Errorf("connect: %w", err)
 	}
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() }) // who waits for it gives up

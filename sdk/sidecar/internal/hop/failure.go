@@ -5,6 +5,7 @@ package hop
 
 import (
 	"encoding/json"
+	"errors"
 	"net/http"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -30,10 +31,28 @@ var (
 	Unreachable = &Failure{"UPSTREAM_UNREACHABLE", "No upstream can be reached", http.StatusServiceUnavailable, codes.Unavailable}
 	Broken      = &Failure{"UPSTREAM_BROKE_OFF", "The upstream did not answer as it should", http.StatusBadGateway, codes.Unavailable}
 	Late        = &Failure{"UPSTREAM_TIMEOUT", "The upstream did not answer in time", http.StatusGatewayTimeout, codes.DeadlineExceeded}
+	// The listener, or every upstream that could be asked, has as much under way as it may.
+	ListenerFull = &Failure{"LISTENER_FULL", "The sidecar has as much under way as it may", http.StatusServiceUnavailable, codes.ResourceExhausted}
+	UpstreamFull = &Failure{"UPSTREAM_FULL", "Every upstream has as much under way as it may", http.StatusServiceUnavailable, codes.ResourceExhausted}
 )
 
 // Failures are all of them.
-var Failures = []*Failure{Malformed, Unreachable, Broken, Late}
+var Failures = []*Failure{Malformed, Unreachable, Broken, Late, ListenerFull, UpstreamFull}
+
+// ErrListenerFull is why a request is turned away when Begin says so.
+var ErrListenerFull = errors.New("the listener has as many requests under way as max_requests")
+
+// ErrUpstreamFull is for a request that no upstream may take at the moment, and for a
+// connection too many.
+var ErrUpstreamFull = errors.New("the upstream has as much under way as it may")
+
+// Unconnected is the failure of a request that no upstream has taken because of err.
+func Unconnected(err error) *Failure {
+	if errors.Is(err, ErrUpstreamFull) {
+		return UpstreamFull
+	}
+	return Unreachable
+}
 
 // problemType is the type of the problem document (RFC 9457) that tells of a failure.
 const problemType = "https://merlon.dev/problems/sidecar"

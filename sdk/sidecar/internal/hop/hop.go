@@ -12,6 +12,7 @@ import (
 	"encoding/hex"
 	"net"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"merlon.dev/policy"
@@ -40,7 +41,8 @@ const (
 	Outbound Direction = "outbound"
 )
 
-// Hop is what an engine needs to know. It does not change.
+// Hop is what an engine needs to know, and counts its requests. Nothing else of it
+// changes.
 type Hop struct {
 	// Name is the hop in logs, metrics and the admin socket: its listener's address.
 	Name      string
@@ -60,11 +62,34 @@ type Hop struct {
 	// Record takes in a request, or for L4 a connection, that is over. The Entry is
 	// not kept.
 	Record func(*Entry)
+	// Count counts the failure of what is no request yet.
+	Count func(*Failure)
+
+	requests atomic.Int64 // under way
 }
 
-// Limits bound what one connection can cost. Zero is no limit for a time, and
-// nowhere else allowed.
+// Begin counts a request that has come, and says whether it may go on: there are not
+// more than may be under way. If so End has to follow.
+func (h *Hop) Begin() bool {
+	n := h.requests.Add(1)
+	if h.Limits.Requests > 0 && n > int64(h.Limits.Requests) {
+		h.requests.Add(-1)
+		return false
+	}
+	return true
+}
+
+// End counts a request that is over.
+func (h *Hop) End() { h.requests.Add(-1) }
+
+// Requests is the number of requests under way.
+func (h *Hop) Requests() int64 { return h.requests.Load() }
+
+// Limits bound what one connection can cost, and a hop as a whole. Zero is no limit for
+// a time and for Requests, and nowhere else allowed.
 type Limits struct {
+	Connections  int // of callers at the same time
+	Requests     int // likewise
 	HeadBytes    int // of request line and header fields, or of an HPACK list
 	HeaderFields int
 	Streams      int // of one HTTP/2 connection at the same time

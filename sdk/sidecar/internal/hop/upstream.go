@@ -20,7 +20,10 @@ type Upstream struct {
 	// Dial connects: plainly to an app, by mutual TLS with the one expected peer to a
 	// service.
 	Dial func(ctx context.Context) (net.Conn, error)
+	// MaxRequests, MaxConnections bound what is under way to it; zero: nothing does.
+	MaxRequests, MaxConnections int
 
+	conns     atomic.Int64
 	active    atomic.Int64 // requests under way
 	condition condition
 }
@@ -70,19 +73,41 @@ var errNoUpstream = errors.New("there is no upstream")
 // ask for the wrong thing must not end a service that works. Done has to follow.
 func (s *Upstreams) Pick(tried ...*Upstream) (*Upstream, error) {
 	if len(s.all) == 1 && len(tried) == 0 { // an app
-		s.all[0].active.Add(1)
-		return s.all[0], nil
+		if u := s.all[0]; u.take() {
+			return u, nil
+		}
+		return nil, ErrUpstreamFull
 	}
 	now := time.Now()
 	for worst := range 3 { // Healthy, Resting, Unhealthy
-		u := s.draw(func(u *Upstream) bool { return u.condition.rank(now) <= worst && !slices.Contains(tried, u) })
-		if u != nil {
-			u.active.Add(1)
-			return u, nil
+		fits := func(u *Upstream) bool { return u.condition.rank(now) <= worst && !slices.Contains(tried, u) }
+		if !slices.ContainsFunc(s.all, fits) {
+			continue
+		}
+		for { // others may be faster
+			u := s.draw(func(u *Upstream) bool { return fits(u) && !u.full() })
+			if u == nil { // what is too much for the healthy is not for the ill
+				return nil, ErrUpstreamFull
+			}
+			if u.take() {
+				return u, nil
+			}
 		}
 	}
 	return nil, errNoUpstream
 }
+
+// take counts a request, unless there are as many as may be.
+func (u *Upstream) take() bool {
+	n := u.active.Add(1)
+	if u.MaxRequests > 0 && n > int64(u.MaxRequests) {
+		u.active.Add(-1)
+		return false
+	}
+	return true
+}
+
+func (u *Upstream) full() bool { return u.MaxRequests > 0 && u.active.Load() >= int64(u.MaxRequests) }
 
 // draw gives the less busy of two, or either; nil where fits is true of none.
 func (s *Upstreams) draw(fits func(*Upstream) bool) *Upstream {
@@ -127,13 +152,24 @@ func (u *Upstream) Done(failed bool) {
 	}
 }
 
-// Connect dials within limit.
+// Connect dials within limit. Disconnected has to follow once the connection is closed.
 func (u *Upstream) Connect(ctx context.Context, limit time.Duration) (net.Conn, error) {
+	if n := u.conns.Add(1); u.MaxConnections > 0 && n > int64(u.MaxConnections) {
+		u.conns.Add(-1)
+		return nil, ErrUpstreamFull
+	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	conn, err := u.Dial(ctx)
 	if err != nil {
+		u.conns.Add(-1)
 		return nil, fmt.Errorf("connect to upstream %s: %w", u.Address, err)
 	}
 	return conn, nil
 }
+
+// Disconnected counts the end of what Connect has given.
+func (u *Upstream) Disconnected() { u.conns.Add(-1) }
+
+// Connections is how many there are.
+func (u *Upstream) Connections() int64 { return u.conns.Load() }

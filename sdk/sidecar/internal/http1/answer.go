@@ -52,14 +52,32 @@ func (s *session) refuse(c *call, why error) bool {
 // deny answers a request that d denies. The next one on the connection may be another
 // matter, if it is clear where it begins.
 func (s *session) deny(c *call, d policy.Decision) bool {
-	closing := d.Reason == policy.BadRequest || s.req.close || !c.whole || s.isDraining() || s.hop.Identity.Draining(s.caller.State)
-	if c.whole {
-		out := takeOut()
-		_, _, err := c.body.takeBuffered(out.b[:0])
-		giveOut(out)
-		closing = closing || err != nil
+	closing := s.passOver(c) || d.Reason == policy.BadRequest
+	return s.answered(c, closing, s.answerDenial(c, d, closing))
+}
+
+// turnAway answers a request that there is no room for. The connection may be of use
+// again when there is.
+func (s *session) turnAway(c *call, f *hop.Failure, why error) bool {
+	closing := s.passOver(c)
+	return s.answered(c, closing, s.answerFailure(c, f, why, closing))
+}
+
+// passOver drops the body of a request that goes nowhere, and says whether the
+// connection has to end.
+func (s *session) passOver(c *call) (closing bool) {
+	if !c.whole {
+		return true
 	}
-	err := s.answerDenial(c, d, closing)
+	out := takeOut()
+	defer giveOut(out)
+	_, _, err := c.body.takeBuffered(out.b[:0])
+	return err != nil || s.req.close || s.isDraining() || s.caller.State != nil && s.hop.Identity.Draining(s.caller.State)
+}
+
+// answered ends a request that the sidecar has answered itself, with err. It says whether
+// another one may follow.
+func (s *session) answered(c *call, closing bool, err error) bool {
 	s.over(c)
 	if closing && err == nil {
 		s.linger()
@@ -77,12 +95,16 @@ func (s *session) answerDenial(c *call, d policy.Decision, closing bool) error {
 // fail answers a request that went wrong for another reason than a decision, and ends
 // the connection.
 func (s *session) fail(c *call, f *hop.Failure, why error) bool {
-	a := s.hop.Problem(f, why)
-	s.entry.Status, s.entry.Failed, s.entry.Failure, s.entry.Err = a.Status, true, f, why.Error()
-	_ = s.writeAnswer(c, a, true) // the connection ends anyway
+	_ = s.answerFailure(c, f, why, true) // the connection ends anyway
 	s.over(c)
 	s.linger()
 	return false
+}
+
+func (s *session) answerFailure(c *call, f *hop.Failure, why error, closing bool) error {
+	a := s.hop.Problem(f, why)
+	s.entry.Status, s.entry.Failed, s.entry.Failure, s.entry.Err = a.Status, true, f, why.Error()
+	return s.writeAnswer(c, a, closing)
 }
 
 // writeAnswer writes an answer of the sidecar's own.
@@ -123,7 +145,7 @@ func (s *session) broken(c *call, f *far, up *upload, err error) bool {
 	uploadErr := s.wait(up)
 	denied := c.finish()
 	if f != nil {
-		f.in.release()
+		f.discard()
 		f.upstream.Done(denied == nil && !c.begun && uploadErr == nil)
 	}
 	switch {
@@ -150,8 +172,8 @@ func (s *session) broken(c *call, f *far, up *upload, err error) bool {
 
 // failureOf is what an error of an exchange with an upstream is to the caller.
 func failureOf(err error) *hop.Failure {
-	if _, ok := errors.AsType[*unreachableError](err); ok {
-		return hop.Unreachable
+	if e, ok := errors.AsType[*unreachableError](err); ok {
+		return hop.Unconnected(e.err)
 	}
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return hop.Late

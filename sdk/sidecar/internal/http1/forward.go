@@ -121,7 +121,7 @@ func (s *session) connect(c *call) (*far, error) {
 	for {
 		u, err := s.hop.Upstreams.Pick(tried...)
 		if err != nil {
-			if last == nil {
+			if last == nil || errors.Is(err, hop.ErrUpstreamFull) {
 				last = err
 			}
 			return nil, &unreachableError{last}
@@ -131,7 +131,7 @@ func (s *session) connect(c *call) (*far, error) {
 			f, err = s.pools[u].dial(s.ctx)
 		}
 		if err != nil {
-			u.Done(true)
+			u.Done(!errors.Is(err, hop.ErrUpstreamFull))
 			last = err
 			if tried = append(tried, u); len(tried) == len(s.hop.Upstreams.All()) {
 				return nil, &unreachableError{last}

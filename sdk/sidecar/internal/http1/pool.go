@@ -143,9 +143,11 @@ func (p *pool) push(f *far) bool {
 	return true
 }
 
+// discard ends f; once.
 func (f *far) discard() {
 	f.in.release()
 	_ = f.Close() // nothing is expected of it any more
+	f.upstream.Disconnected()
 }
 
 // reap closes what has been idle for too long.

@@ -206,6 +206,9 @@ func (s *session) begin() {
 func (s *session) over(c *call) {
 	s.entry.Took = time.Since(s.entry.Begun)
 	s.entry.BytesIn = c.bytesIn
+	if c.counted {
+		s.hop.End()
+	}
 	s.hop.Record(&s.entry)
 }
 
@@ -216,6 +219,11 @@ func (s *session) handle(c *call, end int) bool {
 		return s.refuse(c, err)
 	}
 	c.whole = whole
+	if !s.hop.Begin() { // before anything that costs more
+		s.in.skip(end)
+		return s.turnAway(c, hop.ListenerFull, hop.ErrListenerFull)
+	}
+	c.counted = true
 	if s.hop.Direction == hop.Outbound {
 		return s.forward(c, end)
 	}
@@ -245,6 +253,7 @@ type call struct {
 	decision policy.Decision
 	body     body
 	whole    bool // all of the body had come with the head
+	counted  bool // by hop.Begin
 	bytesIn  int64
 
 	mu sync.Mutex // guards the rest

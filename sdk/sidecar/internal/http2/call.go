@@ -24,7 +24,9 @@ type call struct {
 	eng    *engine
 	head   head
 	noBody bool
-	down   stream // the caller's
+	// tooMany says that hop.Begin has not counted the call.
+	tooMany bool
+	down    stream // the caller's
 	// up is the upstream's; nil until there is one.
 	up    atomic.Pointer[stream]
 	first stream // the first of up, which is nearly always the only one
@@ -54,7 +56,7 @@ type call struct {
 
 // newCall is a request of which the head has come. c.mu is held.
 func newCall(c *conn, id uint32, end bool) *call {
-	k := &call{eng: c.eng, noBody: end}
+	k := &call{eng: c.eng, noBody: end, tooMany: !c.eng.hop.Begin()}
 	k.down = stream{
 		call: k, conn: c, id: id, recvEnd: end,
 		sendWindow: c.peerWindow, recvWindow: firstWindow, window: firstWindow,
@@ -94,6 +96,8 @@ func (k *call) begin(list *fieldList, end bool, b *batch) (ok bool) {
 	switch {
 	case err != nil:
 		return k.refuse(err, b)
+	case k.tooMany: // before anything that costs more
+		k.fail(hop.ListenerFull, hop.ErrListenerFull, b)
 	case !k.isInbound():
 		k.connect(b)
 	case k.eng.hop.Identity.DecidesHere():
@@ -170,7 +174,7 @@ func (k *call) note(f func(*hop.Entry)) {
 func (k *call) connect(b *batch) {
 	u, err := k.eng.hop.Upstreams.Pick()
 	if err != nil {
-		k.fail(hop.Unreachable, err, b)
+		k.fail(hop.Unconnected(err), err, b)
 		return
 	}
 	if c := k.eng.pools[u].pick(); c != nil && k.open(u, c, b) {
@@ -194,14 +198,13 @@ func (k *call) connectTo(u *hop.Upstream) {
 			}
 			err = errFull
 		}
-		full := errors.Is(err, errFull)
-		u.Done(!full)
-		if tried = append(tried, u); full || len(tried) == len(k.eng.hop.Upstreams.All()) {
-			k.fail(hop.Unreachable, err, nil)
+		u.Done(!errors.Is(err, hop.ErrUpstreamFull))
+		if tried = append(tried, u); len(tried) == len(k.eng.hop.Upstreams.All()) {
+			k.fail(hop.Unconnected(err), err, nil)
 			return
 		}
 		if u, err = k.eng.hop.Upstreams.Pick(tried...); err != nil {
-			k.fail(hop.Unreachable, err, nil)
+			k.fail(hop.Unconnected(err), err, nil)
 			return
 		}
 	}
@@ -413,7 +416,7 @@ func (k *call) upstreamReset(s *stream, code codec.ErrCode, b *batch) {
 	if again {
 		k.background(func() {
 			if u, err := k.eng.hop.Upstreams.Pick(); err != nil {
-				k.fail(hop.Unreachable, err, nil)
+				k.fail(hop.Unconnected(err), err, nil)
 			} else {
 				k.connectTo(u)
 			}
@@ -482,6 +485,9 @@ func (k *call) finish() {
 	}
 	if u != nil {
 		u.Done(e.Failed && !k.answering.Load())
+	}
+	if !k.tooMany {
+		k.eng.hop.End()
 	}
 	e.Took = time.Since(e.Begun)
 	e.BytesIn, e.BytesOut, e.Status = k.in64.Load(), k.out64.Load(), int(k.status.Load())

@@ -5,7 +5,6 @@ package http2
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"runtime"
 	"slices"
@@ -23,7 +22,7 @@ const (
 )
 
 // errFull is for a request that no connection has room for.
-var errFull = errors.New("every connection to the upstream is full")
+var errFull = fmt.Errorf("every connection: %w", hop.ErrUpstreamFull)
 
 // pool has the connections to one upstream. It is safe for concurrent use. Its lock is
 // taken before a connection's.
@@ -72,7 +71,7 @@ func (p *pool) get(ctx context.Context) (*conn, error) {
 			p.mu.Unlock()
 			return nil, context.Canceled
 		}
-		if p.all >= maxConns && p.dialing == nil {
+		if p.all >= p.most() && p.dialing == nil {
 			p.mu.Unlock()
 			return nil, errFull
 		}
@@ -92,7 +91,7 @@ func (p *pool) get(ctx context.Context) (*conn, error) {
 
 // dial begins to make a connection, unless that is under way. p.mu is held.
 func (p *pool) dial() {
-	if p.dialing != nil || p.closed || p.all >= maxConns {
+	if p.dialing != nil || p.closed || p.all >= p.most() {
 		return
 	}
 	d := &dialing{done: make(chan struct{})}
@@ -101,17 +100,27 @@ func (p *pool) dial() {
 	p.eng.goroutines.Go(func() { p.make(d) })
 }
 
+// most is how many connections there may be.
+func (p *pool) most() int {
+	if n := p.upstream.MaxConnections; n > 0 {
+		return min(n, maxConns)
+	}
+	return maxConns
+}
+
 // make connects and serves the connection to its end.
 func (p *pool) make(d *dialing) {
 	nc, err := p.upstream.Connect(p.eng.life, p.eng.hop.Limits.HandshakeTimeout)
 	if t, ok := nc.(*tls.Conn); err == nil && ok && t.ConnectionState().NegotiatedProtocol != "h2" {
 		err = fmt.Errorf("upstream %s does not speak HTTP/2 (no ALPN h2)", p.upstream.Address)
 		_ = nc.Close() // the refusal is what counts
+		p.upstream.Disconnected()
 	}
 	if err != nil {
 		p.ready(d, nil, err)
 		return
 	}
+	defer p.upstream.Disconnected()
 	c := p.eng.newConn(nc, p)
 	p.mu.Lock()
 	d.conn = c

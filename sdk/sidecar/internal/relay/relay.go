@@ -4,6 +4,7 @@
 package relay
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -46,11 +47,13 @@ func (e *engine) Serve(ctx context.Context, conn net.Conn) {
 	}
 	upstream, far, err := e.connect(context.WithoutCancel(ctx))
 	if err != nil {
-		entry.Failed, entry.Failure, entry.Err = true, hop.Unreachable, err.Error()
+		entry.Failed, entry.Failure, entry.Err = true, hop.Unconnected(err), err.Error()
+		abort(conn)
 		return
 	}
 	entry.Upstream = upstream.Address
 	defer upstream.Done(false)
+	defer upstream.Disconnected()
 	defer far.Close()
 	if e.hop.Direction == hop.Inbound {
 		stop := e.hop.Identity.Follow(in, decision, func(d policy.Decision) {
@@ -62,18 +65,34 @@ func (e *engine) Serve(ctx context.Context, conn net.Conn) {
 	Splice(conn, far, e.hop.Limits.QuietTimeout, &entry)
 }
 
+// abort ends a connection so that the other end learns that it leads nowhere.
+func abort(conn net.Conn) {
+	for {
+		outer, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
+		conn = outer.NetConn()
+	}
+	if tcp, ok := conn.(interface{ SetLinger(sec int) error }); ok {
+		_ = tcp.SetLinger(0) // it is closed all the same
+	}
+	_ = conn.Close()
+}
+
 // connect tries each upstream once.
 func (e *engine) connect(ctx context.Context) (u *hop.Upstream, far net.Conn, err error) {
 	var tried []*hop.Upstream
 	for range e.hop.Upstreams.All() {
 		next, none := e.hop.Upstreams.Pick(tried...)
 		if none != nil {
+			err = cmp.Or(err, none)
 			break
 		}
 		if far, err = next.Connect(ctx, e.hop.Limits.HandshakeTimeout); err == nil {
 			return next, far, nil
 		}
-		next.Done(true)
+		next.Done(!errors.Is(err, hop.ErrUpstreamFull))
 		tried = append(tried, next)
 	}
 	return nil, nil, err
