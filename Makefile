@@ -8,7 +8,7 @@ BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 export MERLON_INTEROP ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/merlon/interop
 
 .DEFAULT_GOAL := help
-.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect scale posture
+.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect scale posture polling
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -121,6 +121,9 @@ cutoff: ## revoke the peer of STREAMS live streams (default 10000) and say when 
 
 pidreuse: ## give the number of a connected process to another one REUSES times (default 10000); needs root; about a minute
 	REUSES=$(REUSES) go test -count 1 -timeout 1h -v ./integration -run TestReusedProcessIDGetsNoForeignSVID
+
+polling: ## how often the CA fetches trust bundles of others, with and without a hint; 19 minutes, idle
+	MERLON_POLLING=1 go test -count 1 -timeout 40m -run TestMerlonPolls ./integration
 
 posture: ## have testssl.sh look at the TLS of a bundle endpoint; half a minute
 	MERLON_TESTSSL=1 go test -count 1 -v -run TestTestsslFindsNothing ./integration

@@ -42,6 +42,25 @@ func merlonConsumer(t *testing.T, d *stage.Domain) (env, args []string) {
 	return []string{"MERLON_ADMIN=" + d.Admin, "MERLON=" + stage.Bin(t, "merlon")}, []string{"--consumer", script}
 }
 
+// How often the CA comes by itself, watched for longer than it may stay away without a
+// hint.
+func TestMerlonPollsAsTheStandardSays(t *testing.T) {
+	if os.Getenv("MERLON_POLLING") == "" {
+		t.Skip("watches for 19 minutes: make polling")
+	}
+	d := stage.CAAlone(t, "", nil)
+	env, args := merlonConsumer(t, d)
+	results, code := runConform(t, conformBin(t), env, append(args, "--polling", "6m10s")...)
+	for _, id := range []string{"F-3", "B10"} {
+		if r := results[id]; r.Status != "pass" {
+			t.Errorf("%s: %s, %q", id, r.Status, r.Findings)
+		}
+	}
+	if code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
 // watching is a program of go-spiffe's watchers, as spiffe-conform's consumer: what it
 // has is in files.
 type watching struct {
@@ -142,7 +161,7 @@ func (f *follower) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bu
 func TestConformFindsWhatGoSPIFFEsWatcherTakes(t *testing.T) {
 	t.Parallel()
 	w := startWatching(t, 20*time.Millisecond)
-	results, _ := runConform(t, conformBin(t), nil, "--consumer", w.script, "--polling", "1s")
+	results, _ := runConform(t, conformBin(t), nil, "--consumer", w.script, "--polling", "300ms")
 	for id, r := range results {
 		want := watcherDeviations[id]
 		if (r.Status == "fail") != (want != "") || !strings.Contains(strings.Join(r.Findings, "\n"), want) {

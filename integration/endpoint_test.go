@@ -9,6 +9,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -19,6 +20,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/federation"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -39,10 +42,16 @@ func (e endpoint) url(path string) string { return "https://" + e.address + path
 
 func withEndpoint(t *testing.T, settings ...string) endpoint {
 	t.Helper()
+	return withEndpointOf(t, "", settings...)
+}
+
+// withEndpointOf is withEndpoint with an issuer that has a path.
+func withEndpointOf(t *testing.T, path string, settings ...string) endpoint {
+	t.Helper()
 	e := endpoint{files: stage.Certify(t, t.TempDir(), "127.0.0.1"), address: fmt.Sprintf("127.0.0.1:%d", stage.FreePort(t))}
 	e.Domain = stage.Separate(t, append(settings,
 		fmt.Sprintf("bundle_endpoint: {address: '%s', cert_file: '%s', key_file: '%s'}", e.address, e.files.Cert, e.files.Key),
-		"jwt_issuer: "+e.url(""))...)
+		"jwt_issuer: "+e.url(path))...)
 	return e
 }
 
@@ -161,6 +170,73 @@ func jwtSVID(t *testing.T, d *stage.Domain, audience string) string {
 		return err
 	})
 	return token
+}
+
+// The issuer stays while JWT keys are replaced: a stock relying party takes tokens of
+// before and after, also where the issuer is a path on the endpoint's host.
+func TestIssuerOutlivesItsKeys(t *testing.T) {
+	t.Parallel()
+	party := stage.Bin(t, stage.Build(t, "relyingparty", "integration/relyingparty", ""))
+	e := withEndpointOf(t, "/tenants/shop")
+	e.Entry("/me", "--jwt-ttl", "1h")
+	issuer := e.url("/tenants/shop")
+	takes := func(when, token string) {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), party, issuer, e.files.CA, "party")
+		cmd.Stdin = strings.NewReader(token)
+		out, err := cmd.Output()
+		if subject := strings.TrimSpace(string(out)); err != nil || subject != e.ID("/me") {
+			t.Errorf("%s: subject %q, %v: %s; want %s", when, subject, err, stderrOf(err), e.ID("/me"))
+		}
+	}
+	first := jwtSVID(t, e.Domain, "party")
+	takes("before", first)
+	e.Merlon("authority", "prepare", "--kind", "jwt")
+	var next authority
+	stage.Eventually(t, "the new key is published", func() (err error) {
+		next, err = authorityIn(e.Domain, "jwt", "published")
+		return err
+	})
+	takes("published", first)
+	e.Merlon("authority", "activate", next.ID, "--force")
+	var second string
+	stage.Eventually(t, "a token of the new key", func() error {
+		second = jwtSVID(t, e.Domain, "party")
+		if keyOf(t, second) == keyOf(t, first) {
+			return errors.New("it is of the old one")
+		}
+		return nil
+	})
+	takes("a token of the old key", first)
+	takes("a token of the new key", second)
+	for _, token := range []string{first, second} {
+		if got := claimsOf(t, token)["iss"]; got != issuer {
+			t.Errorf("iss is %v; want %s", got, issuer)
+		}
+	}
+}
+
+// keyOf is the kid of a token.
+func keyOf(t *testing.T, token string) string {
+	t.Helper()
+	parsed, err := jwt.ParseSigned(token, []jose.SignatureAlgorithm{jose.ES256})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return parsed.Headers[0].KeyID
+}
+
+func claimsOf(t *testing.T, token string) map[string]any {
+	t.Helper()
+	parsed, err := jwt.ParseSigned(token, []jose.SignatureAlgorithm{jose.ES256})
+	var claims map[string]any
+	if err == nil {
+		err = parsed.UnsafeClaimsWithoutVerification(&claims)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return claims
 }
 
 // What is public says for how long it may be kept, and nothing else is there.

@@ -165,11 +165,18 @@ func TestGoSPIFFECallsAcrossTrustDomains(t *testing.T) {
 	}
 }
 
-// partnerGrants lets /me of the partner, and nobody else, call /me of the shop.
-func partnerGrants(t *testing.T, shop, partner *stage.Domain) {
+// partnerGrants lets the partner's trust domain, and nobody else, call paths of the shop:
+// /me where none are named.
+func partnerGrants(t *testing.T, shop, partner *stage.Domain, paths ...string) {
 	t.Helper()
-	dir := t.TempDir()
-	text := fmt.Sprintf("grants:\n  - id: partner-to-me\n    from: [spiffe://%s]\n    to: [%s]\n    http: {methods: [GET]}\n", partner.TrustDomain, shop.ID("/me"))
+	dir, to := t.TempDir(), []string{shop.ID("/me")}
+	if len(paths) > 0 {
+		to = nil
+		for _, path := range paths {
+			to = append(to, shop.ID(path))
+		}
+	}
+	text := fmt.Sprintf("grants:\n  - id: partner-to-me\n    from: [spiffe://%s]\n    to: [%s]\n    http: {methods: [GET]}\n", partner.TrustDomain, strings.Join(to, ", "))
 	if err := os.WriteFile(filepath.Join(dir, "grants.yaml"), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

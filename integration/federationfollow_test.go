@@ -13,6 +13,7 @@ import (
 	"io"
 	"log"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -66,8 +67,8 @@ func invites(t *testing.T, by, to *stage.Domain) {
 	to.Merlon("federation", "accept", strings.TrimSpace(token))
 }
 
-// One token each way is all that two operators do: calls work, roots are replaced twice
-// under calls, the one that the token brought included, and each side sees whether its
+// One token each way is all that two operators do: calls work, of the SDK and of sidecars,
+// roots are replaced twice under them, the one that the token brought included, and each side sees whether its
 // trust bundle arrives at the other.
 func TestOneTokenEachWay(t *testing.T) {
 	t.Parallel()
@@ -75,29 +76,38 @@ func TestOneTokenEachWay(t *testing.T) {
 	shop, partner := stage.Separate(t, often), stage.SeparateOf(t, "partner.test", often)
 	shop.Entry("/me", "--federates-with", partner.TrustDomain)
 	partner.Entry("/me", "--federates-with", shop.TrustDomain, "--ttl", "6s")
+	for _, d := range []struct{ own, other *stage.Domain }{{shop, partner}, {partner, shop}} {
+		d.own.Merlon("entry", "create", "--parent", d.own.AgentID(), "--spiffe-id", d.own.ID("/app"), "--selector", "unix:path:"+stage.Bin(t, "merlon-sidecar"), "--federates-with", d.other.TrustDomain, "--ttl", "6s")
+	}
 	invites(t, shop, partner)
 	invites(t, partner, shop)
 	ours, theirs := open(t, shop), open(t, partner)
-	partnerGrants(t, shop, partner)
+	partnerGrants(t, shop, partner, "/me", "/app")
 	url := serveHTTP(t, ours, http.HandlerFunc(ok))
 	transport := httpauth.Transport(theirs, sdk.ID(shop.ID("/me")))
 	c := &http.Client{Transport: transport, Timeout: 20 * time.Second}
 	defer c.CloseIdleConnections()
 	want(t, "a grant names the partner's trust domain", c, url, "200 OK")
+	callers := append(sidecarCallers(t, shop, partner, theirs, url), func() string {
+		c.CloseIdleConnections() // each call is a handshake
+		return reasonOf(c, url)
+	})
 
-	// Calls go on while the partner's root is replaced, twice.
+	// Calls go on while the partner's root is replaced, twice: of the SDK and of a
+	// sidecar to both.
 	ctx, stop := context.WithCancel(t.Context())
 	var calls, failed atomic.Int64
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		for ctx.Err() == nil {
-			c.CloseIdleConnections() // each call is a handshake
-			if got := reasonOf(c, url); got != "200 OK" && ctx.Err() == nil {
-				failed.Add(1)
-				t.Logf("a call failed: %s", got)
+			for i, call := range callers {
+				if got := call(); got != "200 OK" && ctx.Err() == nil {
+					failed.Add(1)
+					t.Logf("caller %d: a call failed: %s", i, got)
+				}
+				calls.Add(1)
 			}
-			calls.Add(1)
 			time.Sleep(20 * time.Millisecond)
 		}
 	}()
@@ -164,6 +174,44 @@ func TestOneTokenEachWay(t *testing.T) {
 	if h := healthOf(t, shop, partner.TrustDomain); h.TrustDomain != "" {
 		t.Errorf("something is left: %+v", h)
 	}
+}
+
+// sidecarCallers are calls from the partner's trust domain to the shop's of which one
+// end, or both, is a sidecar; the shop's service that links the SDK is at url.
+func sidecarCallers(t *testing.T, shop, partner *stage.Domain, theirs *sdk.Identity, url string) []func() string {
+	t.Helper()
+	app := httptest.NewServer(http.HandlerFunc(ok))
+	t.Cleanup(app.Close)
+	var free [3]string
+	for i := range free {
+		free[i] = fmt.Sprintf("127.0.0.1:%d", stage.FreePort(t))
+	}
+	inbound, toSidecar, toSDK := free[0], free[1], free[2]
+	stage.Start(t, "merlon-sidecar", []string{"SPIFFE_ENDPOINT_SOCKET=" + shop.WorkloadAPI}, "-health-address", "off", "-inbound", inbound+","+app.Listener.Addr().String()+",http")
+	for _, outbound := range []string{toSidecar + "," + shop.ID("/app") + ",http," + inbound, toSDK + "," + shop.ID("/me") + ",http," + strings.TrimPrefix(url, "https://")} {
+		stage.Start(t, "merlon-sidecar", []string{"SPIFFE_ENDPOINT_SOCKET=" + partner.WorkloadAPI}, "-health-address", "off", "-outbound", outbound)
+	}
+	plain := &http.Client{Timeout: 20 * time.Second}
+	linked := &http.Client{Transport: httpauth.Transport(theirs, sdk.ID(shop.ID("/app"))), Timeout: 20 * time.Second}
+	t.Cleanup(plain.CloseIdleConnections)
+	t.Cleanup(linked.CloseIdleConnections)
+	callers := []func() string{
+		func() string { return reasonOf(plain, "http://"+toSidecar) },
+		func() string { return reasonOf(plain, "http://"+toSDK) },
+		func() string {
+			linked.CloseIdleConnections()
+			return reasonOf(linked, "https://"+inbound)
+		},
+	}
+	for i, call := range callers {
+		stage.Eventually(t, fmt.Sprintf("caller %d is let in", i), func() error {
+			if got := call(); got != "200 OK" {
+				return errors.New(got)
+			}
+			return nil
+		})
+	}
+	return callers
 }
 
 // waitLong is for what takes some polls.
@@ -329,8 +377,18 @@ func TestAnotherImplementationIsFollowed(t *testing.T) {
 		_, err := ours.GetX509BundleForTrustDomain(td)
 		return err
 	})
-	var answer http.HandlerFunc = func(w http.ResponseWriter, _ *http.Request) { // go-spiffe would write null for the list
-		fmt.Fprint(w, `{"keys":[],"spiffe_sequence":2,"spiffe_refresh_hint":10}`)
+	// First the endpoint is out of order. Who polls comes again when it would have come
+	// anyway, and not sooner (F-3): the document before said ten seconds.
+	visits := make(chan time.Time, 100)
+	var failing atomic.Bool
+	failing.Store(true)
+	var answer http.HandlerFunc = func(w http.ResponseWriter, _ *http.Request) {
+		visits <- time.Now()
+		if failing.CompareAndSwap(true, false) {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprint(w, `{"keys":[],"spiffe_sequence":2,"spiffe_refresh_hint":10}`) // go-spiffe would write null for the list
 	}
 	s.spoil.Store(&answer)
 	waitLong(t, "nobody of theirs is trusted", func() error {
@@ -340,6 +398,9 @@ func TestAnotherImplementationIsFollowed(t *testing.T) {
 		}
 		return nil
 	})
+	if first, second := <-visits, <-visits; second.Sub(first) < 7*time.Second {
+		t.Errorf("after a failure it comes again within %s; want at the next poll", second.Sub(first))
+	}
 }
 
 // document answers with a trust bundle of that sequence number.

@@ -4,11 +4,16 @@
 package integration_test
 
 import (
+	"bytes"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -254,7 +259,22 @@ func TestPolicyPushedToOneReplicaIsActiveThroughTheOther(t *testing.T) {
 func TestEvictedReplicaServesNobody(t *testing.T) {
 	c := stage.StartCluster(t, 1, 1)
 	c.Join()
-	second := c.Add(c.Etcd.Endpoints())
+	files, public := stage.Certify(t, t.TempDir(), "127.0.0.1"), fmt.Sprintf("127.0.0.1:%d", stage.FreePort(t))
+	second := c.Add(c.Etcd.Endpoints(), fmt.Sprintf("bundle_endpoint: {address: '%s', cert_file: '%s', key_file: '%s'}", public, files.Cert, files.Key))
+	roots := rootsOf(t, files.CA)
+	if code, text := readBundle(t, public, roots); code != http.StatusOK || sequenceOf(t, text) != sequenceOf(t, []byte(c.Merlon("trust", "show", "-o", "jwks"))) {
+		t.Errorf("the trust bundle at the second replica: %d, %s", code, text)
+	}
+	// A change is there at once at each, whichever it was made at (F-11).
+	c.Merlon("authority", "prepare", "--kind", "jwt")
+	stage.Eventually(t, "the new key is published", func() error { _, err := authorityIn(c.Domain, "jwt", "published"); return err })
+	shown := sequenceOf(t, []byte(c.Merlon("trust", "show", "-o", "jwks")))
+	stage.Eventually(t, "the second replica has it", func() error {
+		if _, text := readBundle(t, public, roots); sequenceOf(t, text) < shown {
+			return fmt.Errorf("sequence %d of %d", sequenceOf(t, text), shown)
+		}
+		return nil
+	})
 	c.Entry("/me", "--ttl", "1h")
 	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, c.Domain); return err })
 	c.Merlon("replica", "evict", second.ID)
@@ -264,10 +284,41 @@ func TestEvictedReplicaServesNobody(t *testing.T) {
 		}
 		return nil
 	})
+	// Nobody is told an old trust bundle by it (F-11).
+	if code, text := readBundle(t, public, roots); code != http.StatusServiceUnavailable || bytes.Contains(text, []byte("keys")) {
+		t.Errorf("the bundle endpoint of an evicted replica: %d, %s", code, text)
+	}
 	if list := c.Merlon("replica", "list"); strings.Contains(list, second.ID) {
 		t.Errorf("replicas after the eviction = %s", list)
 	}
 	if _, err := fetch(t, c.Domain); err != nil {
 		t.Errorf("after the eviction of another replica: %v", err)
 	}
+}
+
+// readBundle reads a bundle endpoint of profile https_web.
+func readBundle(t *testing.T, address string, roots *x509.CertPool) (code int, body []byte) {
+	t.Helper()
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}, Timeout: 10 * time.Second}
+	defer client.CloseIdleConnections()
+	res, err := client.Get("https://" + address + "/v1/trust/bundle")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	if body, err = io.ReadAll(res.Body); err != nil {
+		t.Fatal(err)
+	}
+	return res.StatusCode, body
+}
+
+func sequenceOf(t *testing.T, bundle []byte) uint64 {
+	t.Helper()
+	var doc struct {
+		Sequence uint64 `json:"spiffe_sequence"`
+	}
+	if err := json.Unmarshal(bundle, &doc); err != nil {
+		t.Fatalf("%v: %s", err, bundle)
+	}
+	return doc.Sequence
 }

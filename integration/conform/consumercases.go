@@ -274,7 +274,7 @@ func (s *stand) checkPolling(ctx context.Context, watch time.Duration) {
 	s.has = s.keys.want("root a", "root b")
 	s.r.check("F-3", consumer, failIf(well > most || watch >= 3*hint && well == 0, "%d visits in %s by a hint of %s", well, watch, hint))
 	s.r.check("F-3", consumer, failIf(broken > most, "%d visits in %s while the endpoint fails, by a hint of %s", broken, watch, hint))
-	s.r.check("B10", consumer, failIf(unhinted > 1+int(watch/(4*time.Minute)) || watch > 11*time.Minute && unhinted == 0, "%d visits in %s without a hint", unhinted, watch))
+	s.r.check("B10", consumer, failIf(unhinted > 1+int(watch/(4*time.Minute)) || watch > 6*time.Minute && unhinted == 0, "%d visits in %s without a hint", unhinted, watch))
 }
 
 // count is how often the consumer comes by itself, while a is served.
