@@ -313,7 +313,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 	p.checkReadiness()
 	p.authorities.lastCalls = newLastCalls(p.health.Registry())
 	watchKeys(p.health.Registry(), p.keys)
-	p.health.Registry().MustRegister(pendingSteps{p.authorities}, federatedEnds{p.registry})
+	p.health.Registry().MustRegister(pendingSteps{p.authorities}, federations{p.registry})
 	s.root = p.keys.X509().Root
 	return nil
 }

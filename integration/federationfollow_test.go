@@ -6,6 +6,7 @@ package integration_test
 import (
 	"context"
 	"crypto/tls"
+	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -239,6 +240,8 @@ func TestTokensThatAreNotAccepted(t *testing.T) {
 		"damaged":          {[]string{"accept", token[:len(token)-9]}, "damaged"},
 		"no token":         {[]string{"accept", "hello"}, "merlon federation invite"},
 		"itself":           {[]string{"invite", "shop.test", "--profile", "https_spiffe", "--url", "https://a.test/"}, "own"},
+		"a query":          {[]string{"invite", "other.test", "--profile", "https_spiffe", "--url", "https://a.test/?b=c"}, "query"},
+		"an empty query":   {[]string{"invite", "other.test", "--profile", "https_spiffe", "--url", "https://a.test/b?"}, "query"},
 		"no profile":       {[]string{"invite", "other.test", "--url", "https://a.test/"}, "not inferred"},
 		"no URL":           {[]string{"follow", "other.test", "--profile", "https_web"}, "not inferred"},
 		"http":             {[]string{"follow", "other.test", "--profile", "https_web", "--url", "http://a.test/"}, "https://"},
@@ -518,4 +521,17 @@ func get(t *testing.T, url string) string {
 		t.Fatal(err)
 	}
 	return string(text)
+}
+
+// tokenOf reads what an invite says.
+func tokenOf(t *testing.T, text string) (token struct{ URL string }) {
+	t.Helper()
+	raw, err := base64.RawURLEncoding.DecodeString(strings.TrimPrefix(strings.TrimSpace(text), "merlon-federation-1."))
+	if err == nil {
+		err = json.Unmarshal(raw, &token)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return token
 }

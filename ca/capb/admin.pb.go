@@ -1336,6 +1336,7 @@ type FederatedBundle struct {
 	Source *FederationSource `protobuf:"bytes,6,opt,name=source,proto3" json:"source,omitempty"`
 	// What the other side has fetched of ours; unset where it was not invited.
 	Reader        *FederationReader `protobuf:"bytes,7,opt,name=reader,proto3" json:"reader,omitempty"`
+	Health        *FederationHealth `protobuf:"bytes,8,opt,name=health,proto3" json:"health,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1419,6 +1420,77 @@ func (x *FederatedBundle) GetReader() *FederationReader {
 	return nil
 }
 
+func (x *FederatedBundle) GetHealth() *FederationHealth {
+	if x != nil {
+		return x.Health
+	}
+	return nil
+}
+
+// FederationHealth is how trust bundles go in both directions, judged by the CA's clock.
+type FederationHealth struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How theirs comes here: ok, failing, late, ended, empty, missing, by hand or none.
+	Theirs string `protobuf:"bytes,1,opt,name=theirs,proto3" json:"theirs,omitempty"`
+	// Whether ours is fetched there: ok, late, never, expired or not invited.
+	Ours string `protobuf:"bytes,2,opt,name=ours,proto3" json:"ours,omitempty"`
+	// What somebody has to look at; none: nobody has to.
+	Problems      []string `protobuf:"bytes,3,rep,name=problems,proto3" json:"problems,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FederationHealth) Reset() {
+	*x = FederationHealth{}
+	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FederationHealth) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FederationHealth) ProtoMessage() {}
+
+func (x *FederationHealth) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FederationHealth.ProtoReflect.Descriptor instead.
+func (*FederationHealth) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *FederationHealth) GetTheirs() string {
+	if x != nil {
+		return x.Theirs
+	}
+	return ""
+}
+
+func (x *FederationHealth) GetOurs() string {
+	if x != nil {
+		return x.Ours
+	}
+	return ""
+}
+
+func (x *FederationHealth) GetProblems() []string {
+	if x != nil {
+		return x.Problems
+	}
+	return nil
+}
+
 // FederationSource is where a trust bundle is to be had (SPIFFE Federation §5).
 type FederationSource struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1432,17 +1504,23 @@ type FederationSource struct {
 	WebAuthorities string `protobuf:"bytes,4,opt,name=web_authorities,json=webAuthorities,proto3" json:"web_authorities,omitempty"`
 	// Output only: the last try, the last that succeeded, and why they differ, since
 	// when.
-	TriedAt       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=tried_at,json=triedAt,proto3" json:"tried_at,omitempty"`
-	FetchedAt     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=fetched_at,json=fetchedAt,proto3" json:"fetched_at,omitempty"`
-	Failure       string                 `protobuf:"bytes,7,opt,name=failure,proto3" json:"failure,omitempty"`
-	FailingSince  *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=failing_since,json=failingSince,proto3" json:"failing_since,omitempty"`
+	TriedAt      *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=tried_at,json=triedAt,proto3" json:"tried_at,omitempty"`
+	FetchedAt    *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=fetched_at,json=fetchedAt,proto3" json:"fetched_at,omitempty"`
+	Failure      string                 `protobuf:"bytes,7,opt,name=failure,proto3" json:"failure,omitempty"`
+	FailingSince *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=failing_since,json=failingSince,proto3" json:"failing_since,omitempty"`
+	// The failure in one word: unreachable, untrusted, redirect, status, too_large,
+	// refused or error.
+	Reason string `protobuf:"bytes,9,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Output only: of the keys in the last document that do not count, why; the first
+	// ones, if there are many.
+	Ignored       []string `protobuf:"bytes,10,rep,name=ignored,proto3" json:"ignored,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *FederationSource) Reset() {
 	*x = FederationSource{}
-	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	mi := &file_ca_capb_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1454,7 +1532,7 @@ func (x *FederationSource) String() string {
 func (*FederationSource) ProtoMessage() {}
 
 func (x *FederationSource) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[24]
+	mi := &file_ca_capb_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1467,7 +1545,7 @@ func (x *FederationSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FederationSource.ProtoReflect.Descriptor instead.
 func (*FederationSource) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{24}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *FederationSource) GetUrl() string {
@@ -1526,6 +1604,20 @@ func (x *FederationSource) GetFailingSince() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *FederationSource) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *FederationSource) GetIgnored() []string {
+	if x != nil {
+		return x.Ignored
+	}
+	return nil
+}
+
 // FederationReader is another CA that was invited to follow our trust bundle.
 type FederationReader struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
@@ -1539,7 +1631,7 @@ type FederationReader struct {
 
 func (x *FederationReader) Reset() {
 	*x = FederationReader{}
-	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	mi := &file_ca_capb_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1551,7 +1643,7 @@ func (x *FederationReader) String() string {
 func (*FederationReader) ProtoMessage() {}
 
 func (x *FederationReader) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[25]
+	mi := &file_ca_capb_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1564,7 +1656,7 @@ func (x *FederationReader) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FederationReader.ProtoReflect.Descriptor instead.
 func (*FederationReader) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{25}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *FederationReader) GetInvitedAt() *timestamppb.Timestamp {
@@ -1601,7 +1693,7 @@ type SetFederationSourceRequest struct {
 
 func (x *SetFederationSourceRequest) Reset() {
 	*x = SetFederationSourceRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	mi := &file_ca_capb_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1613,7 +1705,7 @@ func (x *SetFederationSourceRequest) String() string {
 func (*SetFederationSourceRequest) ProtoMessage() {}
 
 func (x *SetFederationSourceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[26]
+	mi := &file_ca_capb_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1626,7 +1718,7 @@ func (x *SetFederationSourceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetFederationSourceRequest.ProtoReflect.Descriptor instead.
 func (*SetFederationSourceRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{26}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SetFederationSourceRequest) GetTrustDomain() string {
@@ -1659,7 +1751,7 @@ type SetFederationSourceResponse struct {
 
 func (x *SetFederationSourceResponse) Reset() {
 	*x = SetFederationSourceResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	mi := &file_ca_capb_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1671,7 +1763,7 @@ func (x *SetFederationSourceResponse) String() string {
 func (*SetFederationSourceResponse) ProtoMessage() {}
 
 func (x *SetFederationSourceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[27]
+	mi := &file_ca_capb_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1684,7 +1776,7 @@ func (x *SetFederationSourceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetFederationSourceResponse.ProtoReflect.Descriptor instead.
 func (*SetFederationSourceResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{27}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SetFederationSourceResponse) GetFederatedBundle() *FederatedBundle {
@@ -1709,7 +1801,7 @@ type CreateFederationInviteRequest struct {
 
 func (x *CreateFederationInviteRequest) Reset() {
 	*x = CreateFederationInviteRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	mi := &file_ca_capb_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1721,7 +1813,7 @@ func (x *CreateFederationInviteRequest) String() string {
 func (*CreateFederationInviteRequest) ProtoMessage() {}
 
 func (x *CreateFederationInviteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[28]
+	mi := &file_ca_capb_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1734,7 +1826,7 @@ func (x *CreateFederationInviteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateFederationInviteRequest.ProtoReflect.Descriptor instead.
 func (*CreateFederationInviteRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{28}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CreateFederationInviteRequest) GetTrustDomain() string {
@@ -1777,7 +1869,7 @@ type CreateFederationInviteResponse struct {
 
 func (x *CreateFederationInviteResponse) Reset() {
 	*x = CreateFederationInviteResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	mi := &file_ca_capb_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1789,7 +1881,7 @@ func (x *CreateFederationInviteResponse) String() string {
 func (*CreateFederationInviteResponse) ProtoMessage() {}
 
 func (x *CreateFederationInviteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[29]
+	mi := &file_ca_capb_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1802,7 +1894,7 @@ func (x *CreateFederationInviteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateFederationInviteResponse.ProtoReflect.Descriptor instead.
 func (*CreateFederationInviteResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{29}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CreateFederationInviteResponse) GetToken() string {
@@ -1828,7 +1920,7 @@ type AcceptFederationInviteRequest struct {
 
 func (x *AcceptFederationInviteRequest) Reset() {
 	*x = AcceptFederationInviteRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[30]
+	mi := &file_ca_capb_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1840,7 +1932,7 @@ func (x *AcceptFederationInviteRequest) String() string {
 func (*AcceptFederationInviteRequest) ProtoMessage() {}
 
 func (x *AcceptFederationInviteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[30]
+	mi := &file_ca_capb_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1853,7 +1945,7 @@ func (x *AcceptFederationInviteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptFederationInviteRequest.ProtoReflect.Descriptor instead.
 func (*AcceptFederationInviteRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{30}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *AcceptFederationInviteRequest) GetToken() string {
@@ -1872,7 +1964,7 @@ type AcceptFederationInviteResponse struct {
 
 func (x *AcceptFederationInviteResponse) Reset() {
 	*x = AcceptFederationInviteResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[31]
+	mi := &file_ca_capb_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1884,7 +1976,7 @@ func (x *AcceptFederationInviteResponse) String() string {
 func (*AcceptFederationInviteResponse) ProtoMessage() {}
 
 func (x *AcceptFederationInviteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[31]
+	mi := &file_ca_capb_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1897,7 +1989,7 @@ func (x *AcceptFederationInviteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptFederationInviteResponse.ProtoReflect.Descriptor instead.
 func (*AcceptFederationInviteResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{31}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AcceptFederationInviteResponse) GetFederatedBundle() *FederatedBundle {
@@ -1916,7 +2008,7 @@ type RefreshFederatedBundleRequest struct {
 
 func (x *RefreshFederatedBundleRequest) Reset() {
 	*x = RefreshFederatedBundleRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[32]
+	mi := &file_ca_capb_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1928,7 +2020,7 @@ func (x *RefreshFederatedBundleRequest) String() string {
 func (*RefreshFederatedBundleRequest) ProtoMessage() {}
 
 func (x *RefreshFederatedBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[32]
+	mi := &file_ca_capb_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1941,7 +2033,7 @@ func (x *RefreshFederatedBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RefreshFederatedBundleRequest.ProtoReflect.Descriptor instead.
 func (*RefreshFederatedBundleRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{32}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RefreshFederatedBundleRequest) GetTrustDomain() string {
@@ -1960,7 +2052,7 @@ type RefreshFederatedBundleResponse struct {
 
 func (x *RefreshFederatedBundleResponse) Reset() {
 	*x = RefreshFederatedBundleResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[33]
+	mi := &file_ca_capb_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1972,7 +2064,7 @@ func (x *RefreshFederatedBundleResponse) String() string {
 func (*RefreshFederatedBundleResponse) ProtoMessage() {}
 
 func (x *RefreshFederatedBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[33]
+	mi := &file_ca_capb_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1985,7 +2077,7 @@ func (x *RefreshFederatedBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RefreshFederatedBundleResponse.ProtoReflect.Descriptor instead.
 func (*RefreshFederatedBundleResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{33}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RefreshFederatedBundleResponse) GetFederatedBundle() *FederatedBundle {
@@ -2003,7 +2095,8 @@ type SetFederatedBundleRequest struct {
 	// A SPIFFE trust bundle document (JWKS), or X.509 authorities in PEM; at most
 	// 256 KiB.
 	Document []byte `protobuf:"bytes,2,opt,name=document,proto3" json:"document,omitempty"`
-	// Take it also where it is not later than what is known.
+	// Take it also where it is not later than what is known, or has a key that is in
+	// the trust bundle of a third trust domain.
 	Force         bool `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2011,7 +2104,7 @@ type SetFederatedBundleRequest struct {
 
 func (x *SetFederatedBundleRequest) Reset() {
 	*x = SetFederatedBundleRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[34]
+	mi := &file_ca_capb_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2023,7 +2116,7 @@ func (x *SetFederatedBundleRequest) String() string {
 func (*SetFederatedBundleRequest) ProtoMessage() {}
 
 func (x *SetFederatedBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[34]
+	mi := &file_ca_capb_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2036,7 +2129,7 @@ func (x *SetFederatedBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetFederatedBundleRequest.ProtoReflect.Descriptor instead.
 func (*SetFederatedBundleRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{34}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *SetFederatedBundleRequest) GetTrustDomain() string {
@@ -2071,7 +2164,7 @@ type SetFederatedBundleResponse struct {
 
 func (x *SetFederatedBundleResponse) Reset() {
 	*x = SetFederatedBundleResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[35]
+	mi := &file_ca_capb_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2083,7 +2176,7 @@ func (x *SetFederatedBundleResponse) String() string {
 func (*SetFederatedBundleResponse) ProtoMessage() {}
 
 func (x *SetFederatedBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[35]
+	mi := &file_ca_capb_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2096,7 +2189,7 @@ func (x *SetFederatedBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetFederatedBundleResponse.ProtoReflect.Descriptor instead.
 func (*SetFederatedBundleResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{35}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *SetFederatedBundleResponse) GetFederatedBundle() *FederatedBundle {
@@ -2121,7 +2214,7 @@ type ListFederatedBundlesRequest struct {
 
 func (x *ListFederatedBundlesRequest) Reset() {
 	*x = ListFederatedBundlesRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[36]
+	mi := &file_ca_capb_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2133,7 +2226,7 @@ func (x *ListFederatedBundlesRequest) String() string {
 func (*ListFederatedBundlesRequest) ProtoMessage() {}
 
 func (x *ListFederatedBundlesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[36]
+	mi := &file_ca_capb_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2146,7 +2239,7 @@ func (x *ListFederatedBundlesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFederatedBundlesRequest.ProtoReflect.Descriptor instead.
 func (*ListFederatedBundlesRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{36}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{37}
 }
 
 type ListFederatedBundlesResponse struct {
@@ -2159,7 +2252,7 @@ type ListFederatedBundlesResponse struct {
 
 func (x *ListFederatedBundlesResponse) Reset() {
 	*x = ListFederatedBundlesResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[37]
+	mi := &file_ca_capb_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2171,7 +2264,7 @@ func (x *ListFederatedBundlesResponse) String() string {
 func (*ListFederatedBundlesResponse) ProtoMessage() {}
 
 func (x *ListFederatedBundlesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[37]
+	mi := &file_ca_capb_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2184,7 +2277,7 @@ func (x *ListFederatedBundlesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFederatedBundlesResponse.ProtoReflect.Descriptor instead.
 func (*ListFederatedBundlesResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{37}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListFederatedBundlesResponse) GetFederatedBundles() []*FederatedBundle {
@@ -2203,7 +2296,7 @@ type GetFederatedBundleRequest struct {
 
 func (x *GetFederatedBundleRequest) Reset() {
 	*x = GetFederatedBundleRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[38]
+	mi := &file_ca_capb_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2215,7 +2308,7 @@ func (x *GetFederatedBundleRequest) String() string {
 func (*GetFederatedBundleRequest) ProtoMessage() {}
 
 func (x *GetFederatedBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[38]
+	mi := &file_ca_capb_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2228,7 +2321,7 @@ func (x *GetFederatedBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFederatedBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetFederatedBundleRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{38}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetFederatedBundleRequest) GetTrustDomain() string {
@@ -2247,7 +2340,7 @@ type GetFederatedBundleResponse struct {
 
 func (x *GetFederatedBundleResponse) Reset() {
 	*x = GetFederatedBundleResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[39]
+	mi := &file_ca_capb_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2259,7 +2352,7 @@ func (x *GetFederatedBundleResponse) String() string {
 func (*GetFederatedBundleResponse) ProtoMessage() {}
 
 func (x *GetFederatedBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[39]
+	mi := &file_ca_capb_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2272,7 +2365,7 @@ func (x *GetFederatedBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFederatedBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetFederatedBundleResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{39}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *GetFederatedBundleResponse) GetFederatedBundle() *FederatedBundle {
@@ -2291,7 +2384,7 @@ type RemoveFederatedBundleRequest struct {
 
 func (x *RemoveFederatedBundleRequest) Reset() {
 	*x = RemoveFederatedBundleRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[40]
+	mi := &file_ca_capb_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2303,7 +2396,7 @@ func (x *RemoveFederatedBundleRequest) String() string {
 func (*RemoveFederatedBundleRequest) ProtoMessage() {}
 
 func (x *RemoveFederatedBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[40]
+	mi := &file_ca_capb_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2316,7 +2409,7 @@ func (x *RemoveFederatedBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveFederatedBundleRequest.ProtoReflect.Descriptor instead.
 func (*RemoveFederatedBundleRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{40}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RemoveFederatedBundleRequest) GetTrustDomain() string {
@@ -2336,7 +2429,7 @@ type RemoveFederatedBundleResponse struct {
 
 func (x *RemoveFederatedBundleResponse) Reset() {
 	*x = RemoveFederatedBundleResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[41]
+	mi := &file_ca_capb_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2348,7 +2441,7 @@ func (x *RemoveFederatedBundleResponse) String() string {
 func (*RemoveFederatedBundleResponse) ProtoMessage() {}
 
 func (x *RemoveFederatedBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[41]
+	mi := &file_ca_capb_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2361,7 +2454,7 @@ func (x *RemoveFederatedBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveFederatedBundleResponse.ProtoReflect.Descriptor instead.
 func (*RemoveFederatedBundleResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{41}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *RemoveFederatedBundleResponse) GetFederatedBundle() *FederatedBundle {
@@ -2387,7 +2480,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[42]
+	mi := &file_ca_capb_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2399,7 +2492,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[42]
+	mi := &file_ca_capb_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2412,7 +2505,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{42}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RevokeRequest) GetSubject() isRevokeRequest_Subject {
@@ -2505,7 +2598,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[43]
+	mi := &file_ca_capb_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2517,7 +2610,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[43]
+	mi := &file_ca_capb_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2530,7 +2623,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{43}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *RevokeResponse) GetRevocation() *Revocation {
@@ -2555,7 +2648,7 @@ type ListRevocationsRequest struct {
 
 func (x *ListRevocationsRequest) Reset() {
 	*x = ListRevocationsRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[44]
+	mi := &file_ca_capb_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2567,7 +2660,7 @@ func (x *ListRevocationsRequest) String() string {
 func (*ListRevocationsRequest) ProtoMessage() {}
 
 func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[44]
+	mi := &file_ca_capb_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2580,7 +2673,7 @@ func (x *ListRevocationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRevocationsRequest.ProtoReflect.Descriptor instead.
 func (*ListRevocationsRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{44}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{45}
 }
 
 type ListRevocationsResponse struct {
@@ -2592,7 +2685,7 @@ type ListRevocationsResponse struct {
 
 func (x *ListRevocationsResponse) Reset() {
 	*x = ListRevocationsResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[45]
+	mi := &file_ca_capb_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2604,7 +2697,7 @@ func (x *ListRevocationsResponse) String() string {
 func (*ListRevocationsResponse) ProtoMessage() {}
 
 func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[45]
+	mi := &file_ca_capb_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2617,7 +2710,7 @@ func (x *ListRevocationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRevocationsResponse.ProtoReflect.Descriptor instead.
 func (*ListRevocationsResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{45}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ListRevocationsResponse) GetRevocations() []*Revocation {
@@ -2637,7 +2730,7 @@ type ProveIssuancesRequest struct {
 
 func (x *ProveIssuancesRequest) Reset() {
 	*x = ProveIssuancesRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[46]
+	mi := &file_ca_capb_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2649,7 +2742,7 @@ func (x *ProveIssuancesRequest) String() string {
 func (*ProveIssuancesRequest) ProtoMessage() {}
 
 func (x *ProveIssuancesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[46]
+	mi := &file_ca_capb_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2662,7 +2755,7 @@ func (x *ProveIssuancesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveIssuancesRequest.ProtoReflect.Descriptor instead.
 func (*ProveIssuancesRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{46}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ProveIssuancesRequest) GetSerials() []string {
@@ -2694,7 +2787,7 @@ type ProveIssuancesResponse struct {
 
 func (x *ProveIssuancesResponse) Reset() {
 	*x = ProveIssuancesResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[47]
+	mi := &file_ca_capb_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2706,7 +2799,7 @@ func (x *ProveIssuancesResponse) String() string {
 func (*ProveIssuancesResponse) ProtoMessage() {}
 
 func (x *ProveIssuancesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[47]
+	mi := &file_ca_capb_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2719,7 +2812,7 @@ func (x *ProveIssuancesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProveIssuancesResponse.ProtoReflect.Descriptor instead.
 func (*ProveIssuancesResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{47}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ProveIssuancesResponse) GetProofs() []*IssuanceProof {
@@ -2785,7 +2878,7 @@ type IssuanceProof struct {
 
 func (x *IssuanceProof) Reset() {
 	*x = IssuanceProof{}
-	mi := &file_ca_capb_admin_proto_msgTypes[48]
+	mi := &file_ca_capb_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2797,7 +2890,7 @@ func (x *IssuanceProof) String() string {
 func (*IssuanceProof) ProtoMessage() {}
 
 func (x *IssuanceProof) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[48]
+	mi := &file_ca_capb_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2810,7 +2903,7 @@ func (x *IssuanceProof) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssuanceProof.ProtoReflect.Descriptor instead.
 func (*IssuanceProof) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{48}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *IssuanceProof) GetSerial() string {
@@ -2852,7 +2945,7 @@ type Issuer struct {
 
 func (x *Issuer) Reset() {
 	*x = Issuer{}
-	mi := &file_ca_capb_admin_proto_msgTypes[49]
+	mi := &file_ca_capb_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2864,7 +2957,7 @@ func (x *Issuer) String() string {
 func (*Issuer) ProtoMessage() {}
 
 func (x *Issuer) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[49]
+	mi := &file_ca_capb_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2877,7 +2970,7 @@ func (x *Issuer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Issuer.ProtoReflect.Descriptor instead.
 func (*Issuer) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{49}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *Issuer) GetAuthorityId() string {
@@ -2902,7 +2995,7 @@ type ListReplicasRequest struct {
 
 func (x *ListReplicasRequest) Reset() {
 	*x = ListReplicasRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[50]
+	mi := &file_ca_capb_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2914,7 +3007,7 @@ func (x *ListReplicasRequest) String() string {
 func (*ListReplicasRequest) ProtoMessage() {}
 
 func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[50]
+	mi := &file_ca_capb_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2927,7 +3020,7 @@ func (x *ListReplicasRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasRequest.ProtoReflect.Descriptor instead.
 func (*ListReplicasRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{50}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{51}
 }
 
 type ListReplicasResponse struct {
@@ -2939,7 +3032,7 @@ type ListReplicasResponse struct {
 
 func (x *ListReplicasResponse) Reset() {
 	*x = ListReplicasResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[51]
+	mi := &file_ca_capb_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2951,7 +3044,7 @@ func (x *ListReplicasResponse) String() string {
 func (*ListReplicasResponse) ProtoMessage() {}
 
 func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[51]
+	mi := &file_ca_capb_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2964,7 +3057,7 @@ func (x *ListReplicasResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReplicasResponse.ProtoReflect.Descriptor instead.
 func (*ListReplicasResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{51}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ListReplicasResponse) GetReplicas() []*CAReplica {
@@ -2997,7 +3090,7 @@ type CAReplica struct {
 
 func (x *CAReplica) Reset() {
 	*x = CAReplica{}
-	mi := &file_ca_capb_admin_proto_msgTypes[52]
+	mi := &file_ca_capb_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3009,7 +3102,7 @@ func (x *CAReplica) String() string {
 func (*CAReplica) ProtoMessage() {}
 
 func (x *CAReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[52]
+	mi := &file_ca_capb_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3022,7 +3115,7 @@ func (x *CAReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CAReplica.ProtoReflect.Descriptor instead.
 func (*CAReplica) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{52}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *CAReplica) GetName() string {
@@ -3097,7 +3190,7 @@ type EvictReplicaRequest struct {
 
 func (x *EvictReplicaRequest) Reset() {
 	*x = EvictReplicaRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[53]
+	mi := &file_ca_capb_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3109,7 +3202,7 @@ func (x *EvictReplicaRequest) String() string {
 func (*EvictReplicaRequest) ProtoMessage() {}
 
 func (x *EvictReplicaRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[53]
+	mi := &file_ca_capb_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3122,7 +3215,7 @@ func (x *EvictReplicaRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReplicaRequest.ProtoReflect.Descriptor instead.
 func (*EvictReplicaRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{53}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *EvictReplicaRequest) GetName() string {
@@ -3142,7 +3235,7 @@ type EvictReplicaResponse struct {
 
 func (x *EvictReplicaResponse) Reset() {
 	*x = EvictReplicaResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[54]
+	mi := &file_ca_capb_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3154,7 +3247,7 @@ func (x *EvictReplicaResponse) String() string {
 func (*EvictReplicaResponse) ProtoMessage() {}
 
 func (x *EvictReplicaResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[54]
+	mi := &file_ca_capb_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3167,7 +3260,7 @@ func (x *EvictReplicaResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictReplicaResponse.ProtoReflect.Descriptor instead.
 func (*EvictReplicaResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{54}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *EvictReplicaResponse) GetReplica() *CAReplica {
@@ -3192,7 +3285,7 @@ type BackupStoreRequest struct {
 
 func (x *BackupStoreRequest) Reset() {
 	*x = BackupStoreRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[55]
+	mi := &file_ca_capb_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3204,7 +3297,7 @@ func (x *BackupStoreRequest) String() string {
 func (*BackupStoreRequest) ProtoMessage() {}
 
 func (x *BackupStoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[55]
+	mi := &file_ca_capb_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3217,7 +3310,7 @@ func (x *BackupStoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStoreRequest.ProtoReflect.Descriptor instead.
 func (*BackupStoreRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{55}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{56}
 }
 
 type BackupStoreResponse struct {
@@ -3229,7 +3322,7 @@ type BackupStoreResponse struct {
 
 func (x *BackupStoreResponse) Reset() {
 	*x = BackupStoreResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[56]
+	mi := &file_ca_capb_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3241,7 +3334,7 @@ func (x *BackupStoreResponse) String() string {
 func (*BackupStoreResponse) ProtoMessage() {}
 
 func (x *BackupStoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[56]
+	mi := &file_ca_capb_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3254,7 +3347,7 @@ func (x *BackupStoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupStoreResponse.ProtoReflect.Descriptor instead.
 func (*BackupStoreResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{56}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *BackupStoreResponse) GetData() []byte {
@@ -3272,7 +3365,7 @@ type ListAuthoritiesRequest struct {
 
 func (x *ListAuthoritiesRequest) Reset() {
 	*x = ListAuthoritiesRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[57]
+	mi := &file_ca_capb_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3284,7 +3377,7 @@ func (x *ListAuthoritiesRequest) String() string {
 func (*ListAuthoritiesRequest) ProtoMessage() {}
 
 func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[57]
+	mi := &file_ca_capb_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3297,7 +3390,7 @@ func (x *ListAuthoritiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesRequest.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{57}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{58}
 }
 
 type ListAuthoritiesResponse struct {
@@ -3309,7 +3402,7 @@ type ListAuthoritiesResponse struct {
 
 func (x *ListAuthoritiesResponse) Reset() {
 	*x = ListAuthoritiesResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[58]
+	mi := &file_ca_capb_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3321,7 +3414,7 @@ func (x *ListAuthoritiesResponse) String() string {
 func (*ListAuthoritiesResponse) ProtoMessage() {}
 
 func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[58]
+	mi := &file_ca_capb_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3334,7 +3427,7 @@ func (x *ListAuthoritiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuthoritiesResponse.ProtoReflect.Descriptor instead.
 func (*ListAuthoritiesResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{58}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ListAuthoritiesResponse) GetAuthorities() []*CAAuthority {
@@ -3372,7 +3465,7 @@ type CAAuthority struct {
 
 func (x *CAAuthority) Reset() {
 	*x = CAAuthority{}
-	mi := &file_ca_capb_admin_proto_msgTypes[59]
+	mi := &file_ca_capb_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3384,7 +3477,7 @@ func (x *CAAuthority) String() string {
 func (*CAAuthority) ProtoMessage() {}
 
 func (x *CAAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[59]
+	mi := &file_ca_capb_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3397,7 +3490,7 @@ func (x *CAAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CAAuthority.ProtoReflect.Descriptor instead.
 func (*CAAuthority) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{59}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *CAAuthority) GetAuthorityId() string {
@@ -3496,7 +3589,7 @@ type PendingStep struct {
 
 func (x *PendingStep) Reset() {
 	*x = PendingStep{}
-	mi := &file_ca_capb_admin_proto_msgTypes[60]
+	mi := &file_ca_capb_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3508,7 +3601,7 @@ func (x *PendingStep) String() string {
 func (*PendingStep) ProtoMessage() {}
 
 func (x *PendingStep) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[60]
+	mi := &file_ca_capb_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3521,7 +3614,7 @@ func (x *PendingStep) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PendingStep.ProtoReflect.Descriptor instead.
 func (*PendingStep) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{60}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *PendingStep) GetStep() string {
@@ -3583,7 +3676,7 @@ type PrepareAuthorityRequest struct {
 
 func (x *PrepareAuthorityRequest) Reset() {
 	*x = PrepareAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[61]
+	mi := &file_ca_capb_admin_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3595,7 +3688,7 @@ func (x *PrepareAuthorityRequest) String() string {
 func (*PrepareAuthorityRequest) ProtoMessage() {}
 
 func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[61]
+	mi := &file_ca_capb_admin_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3608,7 +3701,7 @@ func (x *PrepareAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{61}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *PrepareAuthorityRequest) GetKind() string {
@@ -3627,7 +3720,7 @@ type PrepareAuthorityResponse struct {
 
 func (x *PrepareAuthorityResponse) Reset() {
 	*x = PrepareAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[62]
+	mi := &file_ca_capb_admin_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3639,7 +3732,7 @@ func (x *PrepareAuthorityResponse) String() string {
 func (*PrepareAuthorityResponse) ProtoMessage() {}
 
 func (x *PrepareAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[62]
+	mi := &file_ca_capb_admin_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3652,7 +3745,7 @@ func (x *PrepareAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*PrepareAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{62}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *PrepareAuthorityResponse) GetAuthority() *CAAuthority {
@@ -3673,7 +3766,7 @@ type ActivateAuthorityRequest struct {
 
 func (x *ActivateAuthorityRequest) Reset() {
 	*x = ActivateAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[63]
+	mi := &file_ca_capb_admin_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3685,7 +3778,7 @@ func (x *ActivateAuthorityRequest) String() string {
 func (*ActivateAuthorityRequest) ProtoMessage() {}
 
 func (x *ActivateAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[63]
+	mi := &file_ca_capb_admin_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3698,7 +3791,7 @@ func (x *ActivateAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*ActivateAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{63}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ActivateAuthorityRequest) GetAuthorityId() string {
@@ -3724,7 +3817,7 @@ type ActivateAuthorityResponse struct {
 
 func (x *ActivateAuthorityResponse) Reset() {
 	*x = ActivateAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[64]
+	mi := &file_ca_capb_admin_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3736,7 +3829,7 @@ func (x *ActivateAuthorityResponse) String() string {
 func (*ActivateAuthorityResponse) ProtoMessage() {}
 
 func (x *ActivateAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[64]
+	mi := &file_ca_capb_admin_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3749,7 +3842,7 @@ func (x *ActivateAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActivateAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*ActivateAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{64}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *ActivateAuthorityResponse) GetAuthority() *CAAuthority {
@@ -3768,7 +3861,7 @@ type TaintAuthorityRequest struct {
 
 func (x *TaintAuthorityRequest) Reset() {
 	*x = TaintAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[65]
+	mi := &file_ca_capb_admin_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3780,7 +3873,7 @@ func (x *TaintAuthorityRequest) String() string {
 func (*TaintAuthorityRequest) ProtoMessage() {}
 
 func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[65]
+	mi := &file_ca_capb_admin_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3793,7 +3886,7 @@ func (x *TaintAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*TaintAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{65}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *TaintAuthorityRequest) GetAuthorityId() string {
@@ -3812,7 +3905,7 @@ type TaintAuthorityResponse struct {
 
 func (x *TaintAuthorityResponse) Reset() {
 	*x = TaintAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[66]
+	mi := &file_ca_capb_admin_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3824,7 +3917,7 @@ func (x *TaintAuthorityResponse) String() string {
 func (*TaintAuthorityResponse) ProtoMessage() {}
 
 func (x *TaintAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[66]
+	mi := &file_ca_capb_admin_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3837,7 +3930,7 @@ func (x *TaintAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TaintAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*TaintAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{66}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *TaintAuthorityResponse) GetAuthority() *CAAuthority {
@@ -3858,7 +3951,7 @@ type RevokeAuthorityRequest struct {
 
 func (x *RevokeAuthorityRequest) Reset() {
 	*x = RevokeAuthorityRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[67]
+	mi := &file_ca_capb_admin_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3870,7 +3963,7 @@ func (x *RevokeAuthorityRequest) String() string {
 func (*RevokeAuthorityRequest) ProtoMessage() {}
 
 func (x *RevokeAuthorityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[67]
+	mi := &file_ca_capb_admin_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3883,7 +3976,7 @@ func (x *RevokeAuthorityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthorityRequest.ProtoReflect.Descriptor instead.
 func (*RevokeAuthorityRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{67}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *RevokeAuthorityRequest) GetAuthorityId() string {
@@ -3909,7 +4002,7 @@ type RevokeAuthorityResponse struct {
 
 func (x *RevokeAuthorityResponse) Reset() {
 	*x = RevokeAuthorityResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[68]
+	mi := &file_ca_capb_admin_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3921,7 +4014,7 @@ func (x *RevokeAuthorityResponse) String() string {
 func (*RevokeAuthorityResponse) ProtoMessage() {}
 
 func (x *RevokeAuthorityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[68]
+	mi := &file_ca_capb_admin_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3934,7 +4027,7 @@ func (x *RevokeAuthorityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAuthorityResponse.ProtoReflect.Descriptor instead.
 func (*RevokeAuthorityResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{68}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *RevokeAuthorityResponse) GetAuthority() *CAAuthority {
@@ -3957,7 +4050,7 @@ type FetchPolicyRequest struct {
 
 func (x *FetchPolicyRequest) Reset() {
 	*x = FetchPolicyRequest{}
-	mi := &file_ca_capb_admin_proto_msgTypes[69]
+	mi := &file_ca_capb_admin_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3969,7 +4062,7 @@ func (x *FetchPolicyRequest) String() string {
 func (*FetchPolicyRequest) ProtoMessage() {}
 
 func (x *FetchPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[69]
+	mi := &file_ca_capb_admin_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3982,7 +4075,7 @@ func (x *FetchPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchPolicyRequest.ProtoReflect.Descriptor instead.
 func (*FetchPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{69}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *FetchPolicyRequest) GetName() string {
@@ -4012,7 +4105,7 @@ type FetchPolicyResponse struct {
 
 func (x *FetchPolicyResponse) Reset() {
 	*x = FetchPolicyResponse{}
-	mi := &file_ca_capb_admin_proto_msgTypes[70]
+	mi := &file_ca_capb_admin_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4024,7 +4117,7 @@ func (x *FetchPolicyResponse) String() string {
 func (*FetchPolicyResponse) ProtoMessage() {}
 
 func (x *FetchPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ca_capb_admin_proto_msgTypes[70]
+	mi := &file_ca_capb_admin_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4037,7 +4130,7 @@ func (x *FetchPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchPolicyResponse.ProtoReflect.Descriptor instead.
 func (*FetchPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_ca_capb_admin_proto_rawDescGZIP(), []int{70}
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *FetchPolicyResponse) GetBundle() []byte {
@@ -4151,7 +4244,7 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x16GetTrustBundleResponse\x12<\n" +
 	"\ftrust_bundle\x18\x01 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\x12\x1f\n" +
 	"\vroot_hashes\x18\x02 \x03(\tR\n" +
-	"rootHashes\"\xec\x02\n" +
+	"rootHashes\"\xa4\x03\n" +
 	"\x0fFederatedBundle\x12<\n" +
 	"\ftrust_bundle\x18\x01 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\x12\x1f\n" +
 	"\vroot_hashes\x18\x02 \x03(\tR\n" +
@@ -4160,7 +4253,12 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x06set_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05setAt\x127\n" +
 	"\tnot_after\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x126\n" +
 	"\x06source\x18\x06 \x01(\v2\x1e.merlon.ca.v1.FederationSourceR\x06source\x126\n" +
-	"\x06reader\x18\a \x01(\v2\x1e.merlon.ca.v1.FederationReaderR\x06reader\"\xe2\x02\n" +
+	"\x06reader\x18\a \x01(\v2\x1e.merlon.ca.v1.FederationReaderR\x06reader\x126\n" +
+	"\x06health\x18\b \x01(\v2\x1e.merlon.ca.v1.FederationHealthR\x06health\"Z\n" +
+	"\x10FederationHealth\x12\x16\n" +
+	"\x06theirs\x18\x01 \x01(\tR\x06theirs\x12\x12\n" +
+	"\x04ours\x18\x02 \x01(\tR\x04ours\x12\x1a\n" +
+	"\bproblems\x18\x03 \x03(\tR\bproblems\"\x94\x03\n" +
 	"\x10FederationSource\x12\x10\n" +
 	"\x03url\x18\x01 \x01(\tR\x03url\x12\x18\n" +
 	"\aprofile\x18\x02 \x01(\tR\aprofile\x12,\n" +
@@ -4170,7 +4268,10 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\n" +
 	"fetched_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tfetchedAt\x12\x18\n" +
 	"\afailure\x18\a \x01(\tR\afailure\x12?\n" +
-	"\rfailing_since\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\ffailingSince\"\xa4\x01\n" +
+	"\rfailing_since\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\ffailingSince\x12\x16\n" +
+	"\x06reason\x18\t \x01(\tR\x06reason\x12\x18\n" +
+	"\aignored\x18\n" +
+	" \x03(\tR\aignored\"\xa4\x01\n" +
 	"\x10FederationReader\x129\n" +
 	"\n" +
 	"invited_at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\tinvitedAt\x129\n" +
@@ -4446,7 +4547,7 @@ func file_ca_capb_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 72)
+var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 73)
 var file_ca_capb_admin_proto_goTypes = []any{
 	(TokenKind)(0),                         // 0: merlon.ca.v1.TokenKind
 	(*CreateEntryRequest)(nil),             // 1: merlon.ca.v1.CreateEntryRequest
@@ -4473,225 +4574,227 @@ var file_ca_capb_admin_proto_goTypes = []any{
 	(*GetTrustBundleRequest)(nil),          // 22: merlon.ca.v1.GetTrustBundleRequest
 	(*GetTrustBundleResponse)(nil),         // 23: merlon.ca.v1.GetTrustBundleResponse
 	(*FederatedBundle)(nil),                // 24: merlon.ca.v1.FederatedBundle
-	(*FederationSource)(nil),               // 25: merlon.ca.v1.FederationSource
-	(*FederationReader)(nil),               // 26: merlon.ca.v1.FederationReader
-	(*SetFederationSourceRequest)(nil),     // 27: merlon.ca.v1.SetFederationSourceRequest
-	(*SetFederationSourceResponse)(nil),    // 28: merlon.ca.v1.SetFederationSourceResponse
-	(*CreateFederationInviteRequest)(nil),  // 29: merlon.ca.v1.CreateFederationInviteRequest
-	(*CreateFederationInviteResponse)(nil), // 30: merlon.ca.v1.CreateFederationInviteResponse
-	(*AcceptFederationInviteRequest)(nil),  // 31: merlon.ca.v1.AcceptFederationInviteRequest
-	(*AcceptFederationInviteResponse)(nil), // 32: merlon.ca.v1.AcceptFederationInviteResponse
-	(*RefreshFederatedBundleRequest)(nil),  // 33: merlon.ca.v1.RefreshFederatedBundleRequest
-	(*RefreshFederatedBundleResponse)(nil), // 34: merlon.ca.v1.RefreshFederatedBundleResponse
-	(*SetFederatedBundleRequest)(nil),      // 35: merlon.ca.v1.SetFederatedBundleRequest
-	(*SetFederatedBundleResponse)(nil),     // 36: merlon.ca.v1.SetFederatedBundleResponse
-	(*ListFederatedBundlesRequest)(nil),    // 37: merlon.ca.v1.ListFederatedBundlesRequest
-	(*ListFederatedBundlesResponse)(nil),   // 38: merlon.ca.v1.ListFederatedBundlesResponse
-	(*GetFederatedBundleRequest)(nil),      // 39: merlon.ca.v1.GetFederatedBundleRequest
-	(*GetFederatedBundleResponse)(nil),     // 40: merlon.ca.v1.GetFederatedBundleResponse
-	(*RemoveFederatedBundleRequest)(nil),   // 41: merlon.ca.v1.RemoveFederatedBundleRequest
-	(*RemoveFederatedBundleResponse)(nil),  // 42: merlon.ca.v1.RemoveFederatedBundleResponse
-	(*RevokeRequest)(nil),                  // 43: merlon.ca.v1.RevokeRequest
-	(*RevokeResponse)(nil),                 // 44: merlon.ca.v1.RevokeResponse
-	(*ListRevocationsRequest)(nil),         // 45: merlon.ca.v1.ListRevocationsRequest
-	(*ListRevocationsResponse)(nil),        // 46: merlon.ca.v1.ListRevocationsResponse
-	(*ProveIssuancesRequest)(nil),          // 47: merlon.ca.v1.ProveIssuancesRequest
-	(*ProveIssuancesResponse)(nil),         // 48: merlon.ca.v1.ProveIssuancesResponse
-	(*IssuanceProof)(nil),                  // 49: merlon.ca.v1.IssuanceProof
-	(*Issuer)(nil),                         // 50: merlon.ca.v1.Issuer
-	(*ListReplicasRequest)(nil),            // 51: merlon.ca.v1.ListReplicasRequest
-	(*ListReplicasResponse)(nil),           // 52: merlon.ca.v1.ListReplicasResponse
-	(*CAReplica)(nil),                      // 53: merlon.ca.v1.CAReplica
-	(*EvictReplicaRequest)(nil),            // 54: merlon.ca.v1.EvictReplicaRequest
-	(*EvictReplicaResponse)(nil),           // 55: merlon.ca.v1.EvictReplicaResponse
-	(*BackupStoreRequest)(nil),             // 56: merlon.ca.v1.BackupStoreRequest
-	(*BackupStoreResponse)(nil),            // 57: merlon.ca.v1.BackupStoreResponse
-	(*ListAuthoritiesRequest)(nil),         // 58: merlon.ca.v1.ListAuthoritiesRequest
-	(*ListAuthoritiesResponse)(nil),        // 59: merlon.ca.v1.ListAuthoritiesResponse
-	(*CAAuthority)(nil),                    // 60: merlon.ca.v1.CAAuthority
-	(*PendingStep)(nil),                    // 61: merlon.ca.v1.PendingStep
-	(*PrepareAuthorityRequest)(nil),        // 62: merlon.ca.v1.PrepareAuthorityRequest
-	(*PrepareAuthorityResponse)(nil),       // 63: merlon.ca.v1.PrepareAuthorityResponse
-	(*ActivateAuthorityRequest)(nil),       // 64: merlon.ca.v1.ActivateAuthorityRequest
-	(*ActivateAuthorityResponse)(nil),      // 65: merlon.ca.v1.ActivateAuthorityResponse
-	(*TaintAuthorityRequest)(nil),          // 66: merlon.ca.v1.TaintAuthorityRequest
-	(*TaintAuthorityResponse)(nil),         // 67: merlon.ca.v1.TaintAuthorityResponse
-	(*RevokeAuthorityRequest)(nil),         // 68: merlon.ca.v1.RevokeAuthorityRequest
-	(*RevokeAuthorityResponse)(nil),        // 69: merlon.ca.v1.RevokeAuthorityResponse
-	(*FetchPolicyRequest)(nil),             // 70: merlon.ca.v1.FetchPolicyRequest
-	(*FetchPolicyResponse)(nil),            // 71: merlon.ca.v1.FetchPolicyResponse
-	nil,                                    // 72: merlon.ca.v1.CAAuthority.SinceEntry
-	(*Entry)(nil),                          // 73: merlon.ca.v1.Entry
-	(*Revocation)(nil),                     // 74: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil),          // 75: google.protobuf.Timestamp
-	(*SyncAck)(nil),                        // 76: merlon.ca.v1.SyncAck
-	(*Selector)(nil),                       // 77: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),                    // 78: merlon.ca.v1.TrustBundle
-	(*PolicyKey)(nil),                      // 79: merlon.ca.v1.PolicyKey
-	(*PushPolicyRequest)(nil),              // 80: merlon.ca.v1.PushPolicyRequest
-	(*GetPolicyRequest)(nil),               // 81: merlon.ca.v1.GetPolicyRequest
-	(*StageCandidateRequest)(nil),          // 82: merlon.ca.v1.StageCandidateRequest
-	(*PromoteCandidateRequest)(nil),        // 83: merlon.ca.v1.PromoteCandidateRequest
-	(*AbortCandidateRequest)(nil),          // 84: merlon.ca.v1.AbortCandidateRequest
-	(*RollBackPolicyRequest)(nil),          // 85: merlon.ca.v1.RollBackPolicyRequest
-	(*ListPolicyGenerationsRequest)(nil),   // 86: merlon.ca.v1.ListPolicyGenerationsRequest
-	(*GetPolicyStatusRequest)(nil),         // 87: merlon.ca.v1.GetPolicyStatusRequest
-	(*PushPolicyResponse)(nil),             // 88: merlon.ca.v1.PushPolicyResponse
-	(*GetPolicyResponse)(nil),              // 89: merlon.ca.v1.GetPolicyResponse
-	(*StageCandidateResponse)(nil),         // 90: merlon.ca.v1.StageCandidateResponse
-	(*PromoteCandidateResponse)(nil),       // 91: merlon.ca.v1.PromoteCandidateResponse
-	(*AbortCandidateResponse)(nil),         // 92: merlon.ca.v1.AbortCandidateResponse
-	(*RollBackPolicyResponse)(nil),         // 93: merlon.ca.v1.RollBackPolicyResponse
-	(*ListPolicyGenerationsResponse)(nil),  // 94: merlon.ca.v1.ListPolicyGenerationsResponse
-	(*GetPolicyStatusResponse)(nil),        // 95: merlon.ca.v1.GetPolicyStatusResponse
+	(*FederationHealth)(nil),               // 25: merlon.ca.v1.FederationHealth
+	(*FederationSource)(nil),               // 26: merlon.ca.v1.FederationSource
+	(*FederationReader)(nil),               // 27: merlon.ca.v1.FederationReader
+	(*SetFederationSourceRequest)(nil),     // 28: merlon.ca.v1.SetFederationSourceRequest
+	(*SetFederationSourceResponse)(nil),    // 29: merlon.ca.v1.SetFederationSourceResponse
+	(*CreateFederationInviteRequest)(nil),  // 30: merlon.ca.v1.CreateFederationInviteRequest
+	(*CreateFederationInviteResponse)(nil), // 31: merlon.ca.v1.CreateFederationInviteResponse
+	(*AcceptFederationInviteRequest)(nil),  // 32: merlon.ca.v1.AcceptFederationInviteRequest
+	(*AcceptFederationInviteResponse)(nil), // 33: merlon.ca.v1.AcceptFederationInviteResponse
+	(*RefreshFederatedBundleRequest)(nil),  // 34: merlon.ca.v1.RefreshFederatedBundleRequest
+	(*RefreshFederatedBundleResponse)(nil), // 35: merlon.ca.v1.RefreshFederatedBundleResponse
+	(*SetFederatedBundleRequest)(nil),      // 36: merlon.ca.v1.SetFederatedBundleRequest
+	(*SetFederatedBundleResponse)(nil),     // 37: merlon.ca.v1.SetFederatedBundleResponse
+	(*ListFederatedBundlesRequest)(nil),    // 38: merlon.ca.v1.ListFederatedBundlesRequest
+	(*ListFederatedBundlesResponse)(nil),   // 39: merlon.ca.v1.ListFederatedBundlesResponse
+	(*GetFederatedBundleRequest)(nil),      // 40: merlon.ca.v1.GetFederatedBundleRequest
+	(*GetFederatedBundleResponse)(nil),     // 41: merlon.ca.v1.GetFederatedBundleResponse
+	(*RemoveFederatedBundleRequest)(nil),   // 42: merlon.ca.v1.RemoveFederatedBundleRequest
+	(*RemoveFederatedBundleResponse)(nil),  // 43: merlon.ca.v1.RemoveFederatedBundleResponse
+	(*RevokeRequest)(nil),                  // 44: merlon.ca.v1.RevokeRequest
+	(*RevokeResponse)(nil),                 // 45: merlon.ca.v1.RevokeResponse
+	(*ListRevocationsRequest)(nil),         // 46: merlon.ca.v1.ListRevocationsRequest
+	(*ListRevocationsResponse)(nil),        // 47: merlon.ca.v1.ListRevocationsResponse
+	(*ProveIssuancesRequest)(nil),          // 48: merlon.ca.v1.ProveIssuancesRequest
+	(*ProveIssuancesResponse)(nil),         // 49: merlon.ca.v1.ProveIssuancesResponse
+	(*IssuanceProof)(nil),                  // 50: merlon.ca.v1.IssuanceProof
+	(*Issuer)(nil),                         // 51: merlon.ca.v1.Issuer
+	(*ListReplicasRequest)(nil),            // 52: merlon.ca.v1.ListReplicasRequest
+	(*ListReplicasResponse)(nil),           // 53: merlon.ca.v1.ListReplicasResponse
+	(*CAReplica)(nil),                      // 54: merlon.ca.v1.CAReplica
+	(*EvictReplicaRequest)(nil),            // 55: merlon.ca.v1.EvictReplicaRequest
+	(*EvictReplicaResponse)(nil),           // 56: merlon.ca.v1.EvictReplicaResponse
+	(*BackupStoreRequest)(nil),             // 57: merlon.ca.v1.BackupStoreRequest
+	(*BackupStoreResponse)(nil),            // 58: merlon.ca.v1.BackupStoreResponse
+	(*ListAuthoritiesRequest)(nil),         // 59: merlon.ca.v1.ListAuthoritiesRequest
+	(*ListAuthoritiesResponse)(nil),        // 60: merlon.ca.v1.ListAuthoritiesResponse
+	(*CAAuthority)(nil),                    // 61: merlon.ca.v1.CAAuthority
+	(*PendingStep)(nil),                    // 62: merlon.ca.v1.PendingStep
+	(*PrepareAuthorityRequest)(nil),        // 63: merlon.ca.v1.PrepareAuthorityRequest
+	(*PrepareAuthorityResponse)(nil),       // 64: merlon.ca.v1.PrepareAuthorityResponse
+	(*ActivateAuthorityRequest)(nil),       // 65: merlon.ca.v1.ActivateAuthorityRequest
+	(*ActivateAuthorityResponse)(nil),      // 66: merlon.ca.v1.ActivateAuthorityResponse
+	(*TaintAuthorityRequest)(nil),          // 67: merlon.ca.v1.TaintAuthorityRequest
+	(*TaintAuthorityResponse)(nil),         // 68: merlon.ca.v1.TaintAuthorityResponse
+	(*RevokeAuthorityRequest)(nil),         // 69: merlon.ca.v1.RevokeAuthorityRequest
+	(*RevokeAuthorityResponse)(nil),        // 70: merlon.ca.v1.RevokeAuthorityResponse
+	(*FetchPolicyRequest)(nil),             // 71: merlon.ca.v1.FetchPolicyRequest
+	(*FetchPolicyResponse)(nil),            // 72: merlon.ca.v1.FetchPolicyResponse
+	nil,                                    // 73: merlon.ca.v1.CAAuthority.SinceEntry
+	(*Entry)(nil),                          // 74: merlon.ca.v1.Entry
+	(*Revocation)(nil),                     // 75: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil),          // 76: google.protobuf.Timestamp
+	(*SyncAck)(nil),                        // 77: merlon.ca.v1.SyncAck
+	(*Selector)(nil),                       // 78: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),                    // 79: merlon.ca.v1.TrustBundle
+	(*PolicyKey)(nil),                      // 80: merlon.ca.v1.PolicyKey
+	(*PushPolicyRequest)(nil),              // 81: merlon.ca.v1.PushPolicyRequest
+	(*GetPolicyRequest)(nil),               // 82: merlon.ca.v1.GetPolicyRequest
+	(*StageCandidateRequest)(nil),          // 83: merlon.ca.v1.StageCandidateRequest
+	(*PromoteCandidateRequest)(nil),        // 84: merlon.ca.v1.PromoteCandidateRequest
+	(*AbortCandidateRequest)(nil),          // 85: merlon.ca.v1.AbortCandidateRequest
+	(*RollBackPolicyRequest)(nil),          // 86: merlon.ca.v1.RollBackPolicyRequest
+	(*ListPolicyGenerationsRequest)(nil),   // 87: merlon.ca.v1.ListPolicyGenerationsRequest
+	(*GetPolicyStatusRequest)(nil),         // 88: merlon.ca.v1.GetPolicyStatusRequest
+	(*PushPolicyResponse)(nil),             // 89: merlon.ca.v1.PushPolicyResponse
+	(*GetPolicyResponse)(nil),              // 90: merlon.ca.v1.GetPolicyResponse
+	(*StageCandidateResponse)(nil),         // 91: merlon.ca.v1.StageCandidateResponse
+	(*PromoteCandidateResponse)(nil),       // 92: merlon.ca.v1.PromoteCandidateResponse
+	(*AbortCandidateResponse)(nil),         // 93: merlon.ca.v1.AbortCandidateResponse
+	(*RollBackPolicyResponse)(nil),         // 94: merlon.ca.v1.RollBackPolicyResponse
+	(*ListPolicyGenerationsResponse)(nil),  // 95: merlon.ca.v1.ListPolicyGenerationsResponse
+	(*GetPolicyStatusResponse)(nil),        // 96: merlon.ca.v1.GetPolicyStatusResponse
 }
 var file_ca_capb_admin_proto_depIdxs = []int32{
-	73,  // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
-	73,  // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	73,  // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
-	73,  // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	73,  // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	74,  // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	74,  // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
+	74,  // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	74,  // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
+	74,  // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	74,  // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	75,  // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	0,   // 6: merlon.ca.v1.CreateTokenRequest.kind:type_name -> merlon.ca.v1.TokenKind
-	75,  // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	76,  // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
 	13,  // 8: merlon.ca.v1.ListAgentsResponse.agents:type_name -> merlon.ca.v1.Agent
-	75,  // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
-	75,  // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
-	76,  // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
-	75,  // 12: merlon.ca.v1.Agent.state_since:type_name -> google.protobuf.Timestamp
-	77,  // 13: merlon.ca.v1.Agent.selectors:type_name -> merlon.ca.v1.Selector
+	76,  // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
+	76,  // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
+	77,  // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
+	76,  // 12: merlon.ca.v1.Agent.state_since:type_name -> google.protobuf.Timestamp
+	78,  // 13: merlon.ca.v1.Agent.selectors:type_name -> merlon.ca.v1.Selector
 	13,  // 14: merlon.ca.v1.GetAgentResponse.agent:type_name -> merlon.ca.v1.Agent
 	13,  // 15: merlon.ca.v1.EvictAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	74,  // 16: merlon.ca.v1.EvictAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	75,  // 16: merlon.ca.v1.EvictAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	13,  // 17: merlon.ca.v1.BanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	74,  // 18: merlon.ca.v1.BanAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	75,  // 18: merlon.ca.v1.BanAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	13,  // 19: merlon.ca.v1.UnbanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	78,  // 20: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	78,  // 21: merlon.ca.v1.FederatedBundle.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	75,  // 22: merlon.ca.v1.FederatedBundle.set_at:type_name -> google.protobuf.Timestamp
-	75,  // 23: merlon.ca.v1.FederatedBundle.not_after:type_name -> google.protobuf.Timestamp
-	25,  // 24: merlon.ca.v1.FederatedBundle.source:type_name -> merlon.ca.v1.FederationSource
-	26,  // 25: merlon.ca.v1.FederatedBundle.reader:type_name -> merlon.ca.v1.FederationReader
-	75,  // 26: merlon.ca.v1.FederationSource.tried_at:type_name -> google.protobuf.Timestamp
-	75,  // 27: merlon.ca.v1.FederationSource.fetched_at:type_name -> google.protobuf.Timestamp
-	75,  // 28: merlon.ca.v1.FederationSource.failing_since:type_name -> google.protobuf.Timestamp
-	75,  // 29: merlon.ca.v1.FederationReader.invited_at:type_name -> google.protobuf.Timestamp
-	75,  // 30: merlon.ca.v1.FederationReader.fetched_at:type_name -> google.protobuf.Timestamp
-	25,  // 31: merlon.ca.v1.SetFederationSourceRequest.source:type_name -> merlon.ca.v1.FederationSource
-	24,  // 32: merlon.ca.v1.SetFederationSourceResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
-	75,  // 33: merlon.ca.v1.CreateFederationInviteResponse.expires_at:type_name -> google.protobuf.Timestamp
-	24,  // 34: merlon.ca.v1.AcceptFederationInviteResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
-	24,  // 35: merlon.ca.v1.RefreshFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
-	24,  // 36: merlon.ca.v1.SetFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
-	24,  // 37: merlon.ca.v1.ListFederatedBundlesResponse.federated_bundles:type_name -> merlon.ca.v1.FederatedBundle
-	24,  // 38: merlon.ca.v1.GetFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
-	24,  // 39: merlon.ca.v1.RemoveFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
-	74,  // 40: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
-	74,  // 41: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	49,  // 42: merlon.ca.v1.ProveIssuancesResponse.proofs:type_name -> merlon.ca.v1.IssuanceProof
-	50,  // 43: merlon.ca.v1.ProveIssuancesResponse.issuers:type_name -> merlon.ca.v1.Issuer
-	75,  // 44: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
-	53,  // 45: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
-	75,  // 46: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
-	75,  // 47: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
-	53,  // 48: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
-	74,  // 49: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
-	60,  // 50: merlon.ca.v1.ListAuthoritiesResponse.authorities:type_name -> merlon.ca.v1.CAAuthority
-	75,  // 51: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
-	75,  // 52: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
-	72,  // 53: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
-	61,  // 54: merlon.ca.v1.CAAuthority.pending:type_name -> merlon.ca.v1.PendingStep
-	75,  // 55: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
-	75,  // 56: merlon.ca.v1.PendingStep.last_call:type_name -> google.protobuf.Timestamp
-	60,  // 57: merlon.ca.v1.PrepareAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	60,  // 58: merlon.ca.v1.ActivateAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	60,  // 59: merlon.ca.v1.TaintAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	60,  // 60: merlon.ca.v1.RevokeAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	79,  // 61: merlon.ca.v1.FetchPolicyResponse.keys:type_name -> merlon.ca.v1.PolicyKey
-	75,  // 62: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
-	1,   // 63: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
-	3,   // 64: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
-	5,   // 65: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
-	7,   // 66: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
-	9,   // 67: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
-	11,  // 68: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
-	14,  // 69: merlon.ca.v1.Admin.GetAgent:input_type -> merlon.ca.v1.GetAgentRequest
-	16,  // 70: merlon.ca.v1.Admin.EvictAgent:input_type -> merlon.ca.v1.EvictAgentRequest
-	18,  // 71: merlon.ca.v1.Admin.BanAgent:input_type -> merlon.ca.v1.BanAgentRequest
-	20,  // 72: merlon.ca.v1.Admin.UnbanAgent:input_type -> merlon.ca.v1.UnbanAgentRequest
-	22,  // 73: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
-	35,  // 74: merlon.ca.v1.Admin.SetFederatedBundle:input_type -> merlon.ca.v1.SetFederatedBundleRequest
-	37,  // 75: merlon.ca.v1.Admin.ListFederatedBundles:input_type -> merlon.ca.v1.ListFederatedBundlesRequest
-	39,  // 76: merlon.ca.v1.Admin.GetFederatedBundle:input_type -> merlon.ca.v1.GetFederatedBundleRequest
-	27,  // 77: merlon.ca.v1.Admin.SetFederationSource:input_type -> merlon.ca.v1.SetFederationSourceRequest
-	29,  // 78: merlon.ca.v1.Admin.CreateFederationInvite:input_type -> merlon.ca.v1.CreateFederationInviteRequest
-	31,  // 79: merlon.ca.v1.Admin.AcceptFederationInvite:input_type -> merlon.ca.v1.AcceptFederationInviteRequest
-	33,  // 80: merlon.ca.v1.Admin.RefreshFederatedBundle:input_type -> merlon.ca.v1.RefreshFederatedBundleRequest
-	41,  // 81: merlon.ca.v1.Admin.RemoveFederatedBundle:input_type -> merlon.ca.v1.RemoveFederatedBundleRequest
-	43,  // 82: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
-	45,  // 83: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
-	80,  // 84: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
-	51,  // 85: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
-	54,  // 86: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
-	58,  // 87: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
-	62,  // 88: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
-	64,  // 89: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
-	66,  // 90: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
-	68,  // 91: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
-	56,  // 92: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
-	81,  // 93: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
-	70,  // 94: merlon.ca.v1.Admin.FetchPolicy:input_type -> merlon.ca.v1.FetchPolicyRequest
-	82,  // 95: merlon.ca.v1.Admin.StageCandidate:input_type -> merlon.ca.v1.StageCandidateRequest
-	83,  // 96: merlon.ca.v1.Admin.PromoteCandidate:input_type -> merlon.ca.v1.PromoteCandidateRequest
-	84,  // 97: merlon.ca.v1.Admin.AbortCandidate:input_type -> merlon.ca.v1.AbortCandidateRequest
-	85,  // 98: merlon.ca.v1.Admin.RollBackPolicy:input_type -> merlon.ca.v1.RollBackPolicyRequest
-	86,  // 99: merlon.ca.v1.Admin.ListPolicyGenerations:input_type -> merlon.ca.v1.ListPolicyGenerationsRequest
-	87,  // 100: merlon.ca.v1.Admin.GetPolicyStatus:input_type -> merlon.ca.v1.GetPolicyStatusRequest
-	47,  // 101: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
-	2,   // 102: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
-	4,   // 103: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
-	6,   // 104: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
-	8,   // 105: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
-	10,  // 106: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
-	12,  // 107: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
-	15,  // 108: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
-	17,  // 109: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
-	19,  // 110: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
-	21,  // 111: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
-	23,  // 112: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
-	36,  // 113: merlon.ca.v1.Admin.SetFederatedBundle:output_type -> merlon.ca.v1.SetFederatedBundleResponse
-	38,  // 114: merlon.ca.v1.Admin.ListFederatedBundles:output_type -> merlon.ca.v1.ListFederatedBundlesResponse
-	40,  // 115: merlon.ca.v1.Admin.GetFederatedBundle:output_type -> merlon.ca.v1.GetFederatedBundleResponse
-	28,  // 116: merlon.ca.v1.Admin.SetFederationSource:output_type -> merlon.ca.v1.SetFederationSourceResponse
-	30,  // 117: merlon.ca.v1.Admin.CreateFederationInvite:output_type -> merlon.ca.v1.CreateFederationInviteResponse
-	32,  // 118: merlon.ca.v1.Admin.AcceptFederationInvite:output_type -> merlon.ca.v1.AcceptFederationInviteResponse
-	34,  // 119: merlon.ca.v1.Admin.RefreshFederatedBundle:output_type -> merlon.ca.v1.RefreshFederatedBundleResponse
-	42,  // 120: merlon.ca.v1.Admin.RemoveFederatedBundle:output_type -> merlon.ca.v1.RemoveFederatedBundleResponse
-	44,  // 121: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
-	46,  // 122: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
-	88,  // 123: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
-	52,  // 124: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
-	55,  // 125: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
-	59,  // 126: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
-	63,  // 127: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
-	65,  // 128: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
-	67,  // 129: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
-	69,  // 130: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
-	57,  // 131: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
-	89,  // 132: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
-	71,  // 133: merlon.ca.v1.Admin.FetchPolicy:output_type -> merlon.ca.v1.FetchPolicyResponse
-	90,  // 134: merlon.ca.v1.Admin.StageCandidate:output_type -> merlon.ca.v1.StageCandidateResponse
-	91,  // 135: merlon.ca.v1.Admin.PromoteCandidate:output_type -> merlon.ca.v1.PromoteCandidateResponse
-	92,  // 136: merlon.ca.v1.Admin.AbortCandidate:output_type -> merlon.ca.v1.AbortCandidateResponse
-	93,  // 137: merlon.ca.v1.Admin.RollBackPolicy:output_type -> merlon.ca.v1.RollBackPolicyResponse
-	94,  // 138: merlon.ca.v1.Admin.ListPolicyGenerations:output_type -> merlon.ca.v1.ListPolicyGenerationsResponse
-	95,  // 139: merlon.ca.v1.Admin.GetPolicyStatus:output_type -> merlon.ca.v1.GetPolicyStatusResponse
-	48,  // 140: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
-	102, // [102:141] is the sub-list for method output_type
-	63,  // [63:102] is the sub-list for method input_type
-	63,  // [63:63] is the sub-list for extension type_name
-	63,  // [63:63] is the sub-list for extension extendee
-	0,   // [0:63] is the sub-list for field type_name
+	79,  // 20: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	79,  // 21: merlon.ca.v1.FederatedBundle.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	76,  // 22: merlon.ca.v1.FederatedBundle.set_at:type_name -> google.protobuf.Timestamp
+	76,  // 23: merlon.ca.v1.FederatedBundle.not_after:type_name -> google.protobuf.Timestamp
+	26,  // 24: merlon.ca.v1.FederatedBundle.source:type_name -> merlon.ca.v1.FederationSource
+	27,  // 25: merlon.ca.v1.FederatedBundle.reader:type_name -> merlon.ca.v1.FederationReader
+	25,  // 26: merlon.ca.v1.FederatedBundle.health:type_name -> merlon.ca.v1.FederationHealth
+	76,  // 27: merlon.ca.v1.FederationSource.tried_at:type_name -> google.protobuf.Timestamp
+	76,  // 28: merlon.ca.v1.FederationSource.fetched_at:type_name -> google.protobuf.Timestamp
+	76,  // 29: merlon.ca.v1.FederationSource.failing_since:type_name -> google.protobuf.Timestamp
+	76,  // 30: merlon.ca.v1.FederationReader.invited_at:type_name -> google.protobuf.Timestamp
+	76,  // 31: merlon.ca.v1.FederationReader.fetched_at:type_name -> google.protobuf.Timestamp
+	26,  // 32: merlon.ca.v1.SetFederationSourceRequest.source:type_name -> merlon.ca.v1.FederationSource
+	24,  // 33: merlon.ca.v1.SetFederationSourceResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	76,  // 34: merlon.ca.v1.CreateFederationInviteResponse.expires_at:type_name -> google.protobuf.Timestamp
+	24,  // 35: merlon.ca.v1.AcceptFederationInviteResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	24,  // 36: merlon.ca.v1.RefreshFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	24,  // 37: merlon.ca.v1.SetFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	24,  // 38: merlon.ca.v1.ListFederatedBundlesResponse.federated_bundles:type_name -> merlon.ca.v1.FederatedBundle
+	24,  // 39: merlon.ca.v1.GetFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	24,  // 40: merlon.ca.v1.RemoveFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
+	75,  // 41: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	75,  // 42: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	50,  // 43: merlon.ca.v1.ProveIssuancesResponse.proofs:type_name -> merlon.ca.v1.IssuanceProof
+	51,  // 44: merlon.ca.v1.ProveIssuancesResponse.issuers:type_name -> merlon.ca.v1.Issuer
+	76,  // 45: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
+	54,  // 46: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
+	76,  // 47: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
+	76,  // 48: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
+	54,  // 49: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
+	75,  // 50: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	61,  // 51: merlon.ca.v1.ListAuthoritiesResponse.authorities:type_name -> merlon.ca.v1.CAAuthority
+	76,  // 52: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
+	76,  // 53: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
+	73,  // 54: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
+	62,  // 55: merlon.ca.v1.CAAuthority.pending:type_name -> merlon.ca.v1.PendingStep
+	76,  // 56: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
+	76,  // 57: merlon.ca.v1.PendingStep.last_call:type_name -> google.protobuf.Timestamp
+	61,  // 58: merlon.ca.v1.PrepareAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	61,  // 59: merlon.ca.v1.ActivateAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	61,  // 60: merlon.ca.v1.TaintAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	61,  // 61: merlon.ca.v1.RevokeAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
+	80,  // 62: merlon.ca.v1.FetchPolicyResponse.keys:type_name -> merlon.ca.v1.PolicyKey
+	76,  // 63: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
+	1,   // 64: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
+	3,   // 65: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
+	5,   // 66: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
+	7,   // 67: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
+	9,   // 68: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
+	11,  // 69: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
+	14,  // 70: merlon.ca.v1.Admin.GetAgent:input_type -> merlon.ca.v1.GetAgentRequest
+	16,  // 71: merlon.ca.v1.Admin.EvictAgent:input_type -> merlon.ca.v1.EvictAgentRequest
+	18,  // 72: merlon.ca.v1.Admin.BanAgent:input_type -> merlon.ca.v1.BanAgentRequest
+	20,  // 73: merlon.ca.v1.Admin.UnbanAgent:input_type -> merlon.ca.v1.UnbanAgentRequest
+	22,  // 74: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
+	36,  // 75: merlon.ca.v1.Admin.SetFederatedBundle:input_type -> merlon.ca.v1.SetFederatedBundleRequest
+	38,  // 76: merlon.ca.v1.Admin.ListFederatedBundles:input_type -> merlon.ca.v1.ListFederatedBundlesRequest
+	40,  // 77: merlon.ca.v1.Admin.GetFederatedBundle:input_type -> merlon.ca.v1.GetFederatedBundleRequest
+	28,  // 78: merlon.ca.v1.Admin.SetFederationSource:input_type -> merlon.ca.v1.SetFederationSourceRequest
+	30,  // 79: merlon.ca.v1.Admin.CreateFederationInvite:input_type -> merlon.ca.v1.CreateFederationInviteRequest
+	32,  // 80: merlon.ca.v1.Admin.AcceptFederationInvite:input_type -> merlon.ca.v1.AcceptFederationInviteRequest
+	34,  // 81: merlon.ca.v1.Admin.RefreshFederatedBundle:input_type -> merlon.ca.v1.RefreshFederatedBundleRequest
+	42,  // 82: merlon.ca.v1.Admin.RemoveFederatedBundle:input_type -> merlon.ca.v1.RemoveFederatedBundleRequest
+	44,  // 83: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
+	46,  // 84: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
+	81,  // 85: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
+	52,  // 86: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
+	55,  // 87: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
+	59,  // 88: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
+	63,  // 89: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
+	65,  // 90: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
+	67,  // 91: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
+	69,  // 92: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
+	57,  // 93: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
+	82,  // 94: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
+	71,  // 95: merlon.ca.v1.Admin.FetchPolicy:input_type -> merlon.ca.v1.FetchPolicyRequest
+	83,  // 96: merlon.ca.v1.Admin.StageCandidate:input_type -> merlon.ca.v1.StageCandidateRequest
+	84,  // 97: merlon.ca.v1.Admin.PromoteCandidate:input_type -> merlon.ca.v1.PromoteCandidateRequest
+	85,  // 98: merlon.ca.v1.Admin.AbortCandidate:input_type -> merlon.ca.v1.AbortCandidateRequest
+	86,  // 99: merlon.ca.v1.Admin.RollBackPolicy:input_type -> merlon.ca.v1.RollBackPolicyRequest
+	87,  // 100: merlon.ca.v1.Admin.ListPolicyGenerations:input_type -> merlon.ca.v1.ListPolicyGenerationsRequest
+	88,  // 101: merlon.ca.v1.Admin.GetPolicyStatus:input_type -> merlon.ca.v1.GetPolicyStatusRequest
+	48,  // 102: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
+	2,   // 103: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
+	4,   // 104: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
+	6,   // 105: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
+	8,   // 106: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
+	10,  // 107: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
+	12,  // 108: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
+	15,  // 109: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
+	17,  // 110: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
+	19,  // 111: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
+	21,  // 112: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
+	23,  // 113: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
+	37,  // 114: merlon.ca.v1.Admin.SetFederatedBundle:output_type -> merlon.ca.v1.SetFederatedBundleResponse
+	39,  // 115: merlon.ca.v1.Admin.ListFederatedBundles:output_type -> merlon.ca.v1.ListFederatedBundlesResponse
+	41,  // 116: merlon.ca.v1.Admin.GetFederatedBundle:output_type -> merlon.ca.v1.GetFederatedBundleResponse
+	29,  // 117: merlon.ca.v1.Admin.SetFederationSource:output_type -> merlon.ca.v1.SetFederationSourceResponse
+	31,  // 118: merlon.ca.v1.Admin.CreateFederationInvite:output_type -> merlon.ca.v1.CreateFederationInviteResponse
+	33,  // 119: merlon.ca.v1.Admin.AcceptFederationInvite:output_type -> merlon.ca.v1.AcceptFederationInviteResponse
+	35,  // 120: merlon.ca.v1.Admin.RefreshFederatedBundle:output_type -> merlon.ca.v1.RefreshFederatedBundleResponse
+	43,  // 121: merlon.ca.v1.Admin.RemoveFederatedBundle:output_type -> merlon.ca.v1.RemoveFederatedBundleResponse
+	45,  // 122: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
+	47,  // 123: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
+	89,  // 124: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
+	53,  // 125: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
+	56,  // 126: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
+	60,  // 127: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
+	64,  // 128: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
+	66,  // 129: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
+	68,  // 130: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
+	70,  // 131: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
+	58,  // 132: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
+	90,  // 133: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
+	72,  // 134: merlon.ca.v1.Admin.FetchPolicy:output_type -> merlon.ca.v1.FetchPolicyResponse
+	91,  // 135: merlon.ca.v1.Admin.StageCandidate:output_type -> merlon.ca.v1.StageCandidateResponse
+	92,  // 136: merlon.ca.v1.Admin.PromoteCandidate:output_type -> merlon.ca.v1.PromoteCandidateResponse
+	93,  // 137: merlon.ca.v1.Admin.AbortCandidate:output_type -> merlon.ca.v1.AbortCandidateResponse
+	94,  // 138: merlon.ca.v1.Admin.RollBackPolicy:output_type -> merlon.ca.v1.RollBackPolicyResponse
+	95,  // 139: merlon.ca.v1.Admin.ListPolicyGenerations:output_type -> merlon.ca.v1.ListPolicyGenerationsResponse
+	96,  // 140: merlon.ca.v1.Admin.GetPolicyStatus:output_type -> merlon.ca.v1.GetPolicyStatusResponse
+	49,  // 141: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
+	103, // [103:142] is the sub-list for method output_type
+	64,  // [64:103] is the sub-list for method input_type
+	64,  // [64:64] is the sub-list for extension type_name
+	64,  // [64:64] is the sub-list for extension extendee
+	0,   // [0:64] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_admin_proto_init() }
@@ -4702,7 +4805,7 @@ func file_ca_capb_admin_proto_init() {
 	file_ca_capb_access_proto_init()
 	file_ca_capb_node_proto_init()
 	file_ca_capb_policy_proto_init()
-	file_ca_capb_admin_proto_msgTypes[42].OneofWrappers = []any{
+	file_ca_capb_admin_proto_msgTypes[43].OneofWrappers = []any{
 		(*RevokeRequest_SpiffeId)(nil),
 		(*RevokeRequest_AgentId)(nil),
 		(*RevokeRequest_AuthorityId)(nil),
@@ -4714,7 +4817,7 @@ func file_ca_capb_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_admin_proto_rawDesc), len(file_ca_capb_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   72,
+			NumMessages:   73,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

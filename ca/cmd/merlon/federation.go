@@ -55,6 +55,9 @@ func (o *options) printFederation(w io.Writer, done string, b *capb.FederatedBun
 	}
 	if src := b.GetSource(); src != nil {
 		fields = append(fields, "url", src.GetUrl(), "profile", src.GetProfile(), "fetched_at", formatTime(src.GetFetchedAt()), "failure", src.GetFailure())
+		for _, why := range src.GetIgnored() {
+			fields = append(fields, "ignored", why)
+		}
 	}
 	return printFields(w, fields...)
 }
@@ -80,7 +83,8 @@ once. The other side does the same with the trust bundle of this one.
 
 Get the file by a way that nobody can tamper with: whoever changes it says who
 the workloads of that trust domain are. A document with a lower sequence number
-than the last is refused, since it may bring a withdrawn key back.`,
+than the last is refused, since it may bring a withdrawn key back; so is one with a
+key of a third trust domain, since it may be the wrong file.`,
 		Example: `  partner$ merlon trust show -o jwks > partner.json
   merlon federation set partner.test partner.json`,
 		Args: cobra.ExactArgs(2),
@@ -104,7 +108,7 @@ than the last is refused, since it may bring a withdrawn key back.`,
 			})
 		},
 	}
-	cmd.Flags().BoolVar(&force, "force", false, "take it also where it is not later than what is known")
+	cmd.Flags().BoolVar(&force, "force", false, "take it also where it is not later than what is known, or has a key of a third trust domain")
 	return cmd
 }
 

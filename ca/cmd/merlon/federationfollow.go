@@ -26,7 +26,10 @@ type sourceJSON struct {
 	TriedAt      *time.Time `json:"tried_at,omitempty"`
 	FetchedAt    *time.Time `json:"fetched_at,omitempty"`
 	Failure      string     `json:"failure,omitempty"`
+	Reason       string     `json:"reason,omitempty"`
 	FailingSince *time.Time `json:"failing_since,omitempty"`
+	// Ignored says of the keys in the last document that do not count, why.
+	Ignored []string `json:"ignored,omitempty"`
 }
 
 func newSourceJSON(s *capb.FederationSource) *sourceJSON {
@@ -34,7 +37,7 @@ func newSourceJSON(s *capb.FederationSource) *sourceJSON {
 		return nil
 	}
 	return &sourceJSON{
-		s.GetUrl(), s.GetProfile(), s.GetEndpointSpiffeId(), timeOf(s.GetTriedAt()), timeOf(s.GetFetchedAt()), s.GetFailure(), timeOf(s.GetFailingSince()),
+		s.GetUrl(), s.GetProfile(), s.GetEndpointSpiffeId(), timeOf(s.GetTriedAt()), timeOf(s.GetFetchedAt()), s.GetFailure(), s.GetReason(), timeOf(s.GetFailingSince()), s.GetIgnored(),
 	}
 }
 
@@ -244,8 +247,9 @@ func federationStatus(o *options) *cobra.Command {
 		Use:   "status",
 		Short: "Say whether trust bundles go in both directions",
 		Long: `Say of each trust domain whether its trust bundle comes here, and whether ours is
-fetched there. Exits with 3 if a trust bundle that is followed cannot be had, has
-ended, or is missing.`,
+fetched there. Exits with 3, and says why, if one of the two was not fetched for three
+times as long as it should be, cannot be had, has ended or is empty, or if a key is in
+the trust bundles of two trust domains.`,
 		Example: "  merlon federation status",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -254,65 +258,59 @@ ended, or is missing.`,
 				if err != nil {
 					return err
 				}
-				healthy := true
-				list := []healthJSON{}
-				var rows [][]string
-				for _, b := range resp.GetFederatedBundles() {
-					s := healthJSON{newFederationJSON(b), inState(b, time.Now()), outState(b)}
-					healthy = healthy && (s.In == "ok" || s.In == "none" || s.In == "by hand")
-					list = append(list, s)
-					rows = append(rows, []string{
-						s.TrustDomain, s.In, sequenceText(b), formatTime(b.GetSource().GetFetchedAt()), s.Out, readerSequence(b), formatTime(b.GetReader().GetFetchedAt()), b.GetSource().GetFailure(),
-					})
-				}
-				if o.output == "json" {
-					err = printJSON(cmd.OutOrStdout(), list)
-				} else {
-					err = printTable(cmd.OutOrStdout(), []string{"TRUST_DOMAIN", "THEIRS", "SEQUENCE", "FETCHED_AT", "OURS", "SEQUENCE", "FETCHED_AT", "FAILURE"}, rows)
-				}
-				if err == nil && !healthy {
-					return silentError{exitUnhealthy}
-				}
-				return err
+				return o.printHealth(cmd, resp.GetFederatedBundles())
 			})
 		},
 	}
 }
 
+// printHealth prints how each federation goes, and fails where one of them has problems.
+func (o *options) printHealth(cmd *cobra.Command, all []*capb.FederatedBundle) (err error) {
+	healthy := true
+	list := []healthJSON{}
+	var rows [][]string
+	for _, b := range all {
+		s := newHealthJSON(b)
+		list = append(list, s)
+		rows = append(rows, []string{
+			s.TrustDomain, s.In, sequenceText(b), formatTime(b.GetSource().GetFetchedAt()), s.Out, readerSequence(b), formatTime(b.GetReader().GetFetchedAt()),
+		})
+		healthy = healthy && len(s.Problems) == 0
+	}
+	if o.output == "json" {
+		err = printJSON(cmd.OutOrStdout(), list)
+	} else {
+		err = printTable(cmd.OutOrStdout(), []string{"TRUST_DOMAIN", "THEIRS", "SEQUENCE", "FETCHED_AT", "OURS", "SEQUENCE", "FETCHED_AT"}, rows)
+	}
+	for _, s := range list {
+		for _, problem := range s.Problems {
+			fmt.Fprintf(cmd.ErrOrStderr(), "merlon: %s: %s\n", s.TrustDomain, problem)
+		}
+	}
+	if err == nil && !healthy {
+		return silentError{exitUnhealthy}
+	}
+	return err
+}
+
 // healthJSON is one federation with its health.
 type healthJSON struct {
 	federationJSON
-	// In says how their trust bundle comes: ok, failing, ended, missing, by hand or
-	// none; Out whether ours is fetched there: ok, never or not invited.
-	In  string `json:"in"`
-	Out string `json:"out"`
+	// In says how their trust bundle comes: ok, failing, late, ended, empty, missing,
+	// by hand or none; Out whether ours is fetched there: ok, late, never, expired or not
+	// invited. Problems are what somebody has to look at.
+	In       string   `json:"in"`
+	Out      string   `json:"out"`
+	Problems []string `json:"problems"`
 }
 
-func inState(b *capb.FederatedBundle, now time.Time) string {
-	src := b.GetSource()
-	switch {
-	case src.GetFailure() != "":
-		return "failing"
-	case b.GetNotAfter() != nil && !now.Before(b.GetNotAfter().AsTime()):
-		return "ended"
-	case src != nil && b.GetSetAt() == nil:
-		return "missing"
-	case src != nil:
-		return "ok"
-	case b.GetSetAt() != nil:
-		return "by hand"
+func newHealthJSON(b *capb.FederatedBundle) healthJSON {
+	h := b.GetHealth()
+	s := healthJSON{newFederationJSON(b), h.GetTheirs(), h.GetOurs(), append([]string{}, h.GetProblems()...)}
+	if h == nil {
+		s.Problems = []string{"this CA does not say how it goes: it is older than this command"}
 	}
-	return "none"
-}
-
-func outState(b *capb.FederatedBundle) string {
-	switch {
-	case b.GetReader() == nil:
-		return "not invited"
-	case b.GetReader().GetFetchedAt() == nil:
-		return "never"
-	}
-	return "ok"
+	return s
 }
 
 func readerSequence(b *capb.FederatedBundle) string {

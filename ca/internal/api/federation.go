@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -35,6 +36,9 @@ func (s *Service) SetFederatedBundle(ctx context.Context, req *capb.SetFederated
 	}
 	if !req.GetForce() {
 		if err := b.CheckFollows(held); err != nil {
+			return nil, err
+		}
+		if err := s.checkFile(b); err != nil {
 			return nil, err
 		}
 	}
@@ -69,23 +73,31 @@ func (s *Service) newFederated(req *capb.SetFederatedBundleRequest) (*trust.Fede
 	return b, nil
 }
 
-// checkUnshared refuses a key that vouches for another trust domain already.
+// checkUnshared refuses a key of the own trust domain, which vouches for no other. What
+// it has in common with third ones is said elsewhere (sayShared).
 func (s *Service) checkUnshared(b *trust.Federated) error {
-	refuse := func(what string, with spiffeid.TrustDomain) error {
-		return &entry.InvalidError{Field: "document", Reason: fmt.Sprintf("%s is in the trust bundle of %s too, and no key vouches for two trust domains", what, with)}
+	own := s.registry.Trust()
+	if own == nil {
+		return nil
 	}
-	if own := s.registry.Trust(); own != nil {
-		keys := &trust.Document{X509: own.Keys.X509Authorities(), JWT: own.Keys.JWTAuthorities()}
-		if what, shared := b.SharedKey(keys); shared {
-			return refuse(what, own.TrustDomain)
-		}
+	for _, k := range trust.SharedKeys(map[spiffeid.TrustDomain]*trust.Document{own.TrustDomain: own.Document(), b.TrustDomain: b.Document}) {
+		return &entry.InvalidError{Field: "document", Reason: fmt.Sprintf("%s is in the trust bundle of %s too, and no key of ours vouches for another trust domain", k.What, own.TrustDomain)}
 	}
+	return nil
+}
+
+// checkFile refuses what was handed over and holds a key of a third trust domain, lest
+// somebody took the wrong file. What a trust domain publishes itself is not asked about
+// that: see trust.SharedKeys.
+func (s *Service) checkFile(b *trust.Federated) error {
+	documents := map[spiffeid.TrustDomain]*trust.Document{}
 	for _, other := range s.registry.Federated() {
-		if other.TrustDomain == b.TrustDomain {
-			continue
-		}
-		if what, shared := b.SharedKey(other.Document); shared {
-			return refuse(what, other.TrustDomain)
+		documents[other.TrustDomain] = other.Document
+	}
+	documents[b.TrustDomain] = b.Document
+	for _, k := range trust.SharedKeys(documents) {
+		if slices.Contains(k.TrustDomains, b.TrustDomain) {
+			return status.Errorf(codes.FailedPrecondition, "%s is in the trust bundle of %s too: whoever holds it would vouch for both", k.What, strings.Join(k.With(b.TrustDomain), ", "))
 		}
 	}
 	return nil
@@ -138,7 +150,7 @@ func (s *Service) ListFederatedBundles(ctx context.Context, _ *capb.ListFederate
 	}
 	resp := &capb.ListFederatedBundlesResponse{}
 	for _, td := range slices.SortedFunc(maps.Keys(all), spiffeid.TrustDomain.Compare) {
-		p := all[td].proto(td)
+		p := s.relationshipToProto(td, all[td])
 		p.TrustBundle.Jwks = nil
 		resp.FederatedBundles = append(resp.FederatedBundles, p)
 	}
@@ -174,7 +186,7 @@ func (s *Service) RemoveFederatedBundle(ctx context.Context, req *capb.RemoveFed
 		return nil, held
 	}
 	if was == nil {
-		was = known{}.proto(td)
+		was = s.relationshipToProto(td, federation.Relationship{})
 	}
 	detail := fmt.Sprintf("remove federated bundle of %s", td)
 	err = s.commitFederated(ctx, cmp, detail,

@@ -14,15 +14,11 @@ import (
 	"merlon.dev/ca/internal/store"
 )
 
-const (
-	// keepReaders is how often what was seen is written down.
-	keepReaders = 10 * time.Second
-	// maxReaders bounds what is remembered until then: anybody can make up URLs.
-	maxReaders = 1024
-)
+// keepReaders is how often what was seen is written down.
+const keepReaders = 10 * time.Second
 
-// readers are those who came by since it was last written down. It is safe for
-// concurrent use.
+// readers are those invited who came by since it was last written down: others are not
+// remembered, since anybody can make up URLs. It is safe for concurrent use.
 type readers struct {
 	mu   sync.Mutex
 	seen map[string]reading // guarded by mu
@@ -36,11 +32,11 @@ type reading struct {
 // NoteReader remembers that whoever has the URL that ends with reader was given the
 // trust bundle of that sequence.
 func (s *Service) NoteReader(reader string, sequence uint64) {
-	s.readers.mu.Lock()
-	defer s.readers.mu.Unlock()
-	if _, there := s.readers.seen[reader]; !there && len(s.readers.seen) >= maxReaders {
+	if !s.registry.Invited(reader) {
 		return
 	}
+	s.readers.mu.Lock()
+	defer s.readers.mu.Unlock()
 	if s.readers.seen == nil {
 		s.readers.seen = make(map[string]reading)
 	}
@@ -80,16 +76,20 @@ func (s *Service) noteReaders(ctx context.Context, seen map[string]reading) erro
 		return err
 	}
 	for _, kv := range kvs {
-		invite, err := federation.DecodeInvite(kv)
+		held, err := federation.DecodeInvite(kv)
 		if err != nil {
 			continue
 		}
-		read, ok := seen[invite.Reader]
-		if !ok || !read.at.After(invite.FetchedAt) {
+		next := held
+		for _, reader := range []string{held.Previous, held.Reader} {
+			if read, ok := seen[reader]; ok && held.Is(reader) && read.at.After(next.FetchedAt) {
+				next = next.Saw(reader, read.sequence, read.at)
+			}
+		}
+		if next == held {
 			continue
 		}
-		invite.FetchedAt, invite.Sequence = read.at.UTC(), read.sequence
-		op, err := invite.Put()
+		op, err := next.Put()
 		if err != nil {
 			return err
 		}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"strings"
 	"time"
 
@@ -113,7 +114,7 @@ func (s *Service) follow(ctx context.Context, src *federation.Source, document [
 	if err := s.commitFederated(ctx, cmp, detail, ops...); err != nil {
 		return nil, err
 	}
-	if err := s.fetch(ctx, td); err != nil && ctx.Err() != nil {
+	if _, err := s.fetch(ctx, td); err != nil && ctx.Err() != nil {
 		return nil, err
 	}
 	return s.describeFederated(ctx, td)
@@ -144,8 +145,16 @@ func (s *Service) CreateFederationInvite(ctx context.Context, req *capb.CreateFe
 	if own == nil {
 		return nil, status.Error(codes.Unavailable, "this CA has published no trust bundle yet")
 	}
+	// The reader's part comes behind it.
+	if u, err := url.Parse(req.GetUrl()); err == nil && (u.RawQuery != "" || u.ForceQuery) {
+		return nil, &entry.InvalidError{Field: "url", Reason: "has a query, which the URL of this CA's trust bundle has not"}
+	}
 	now := time.Now()
-	invite := federation.NewInvite(td, now)
+	held, unchanged, err := s.heldInvite(ctx, td)
+	if err != nil {
+		return nil, err
+	}
+	invite := federation.NewInvite(td, now, held)
 	token := federation.Token{
 		For: td.Name(), TrustDomain: own.TrustDomain.Name(), URL: req.GetUrl() + "/" + invite.Reader, Profile: federation.Profile(req.GetProfile()),
 		Authorities: req.GetWebAuthorities(), Bundle: own.JWKS, Expires: now.Add(federation.InviteTTL).UTC().Truncate(time.Second),
@@ -167,10 +176,28 @@ func (s *Service) CreateFederationInvite(ctx context.Context, req *capb.CreateFe
 	if err != nil {
 		return nil, err
 	}
-	if err := s.commitFederated(ctx, store.Cmp{}, fmt.Sprintf("invite %s to follow this trust bundle at %s (%s)", td, req.GetUrl(), token.Profile), put); err != nil {
+	if err := s.commitFederated(ctx, unchanged, fmt.Sprintf("invite %s to follow this trust bundle at %s (%s)", td, req.GetUrl(), token.Profile), put); err != nil {
 		return nil, err
 	}
 	return &capb.CreateFederationInviteResponse{Token: text, ExpiresAt: timestamp(token.Expires)}, nil
+}
+
+// heldInvite is the invite of td that there is, or nil, and the comparison that holds
+// until somebody else changes it. One that cannot be read can be replaced.
+func (s *Service) heldInvite(ctx context.Context, td spiffeid.TrustDomain) (*federation.Invite, store.Cmp, error) {
+	key := federation.InvitePrefix + td.Name()
+	kv, _, err := s.opts.Store.Get(ctx, key)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, store.Cmp{Key: key}, nil
+	}
+	if err != nil {
+		return nil, store.Cmp{}, fmt.Errorf("read the invite of %s: %w", td, err)
+	}
+	held, err := federation.DecodeInvite(kv)
+	if err != nil {
+		held = nil
+	}
+	return held, store.Cmp{Key: key, ModRevision: kv.ModRevision}, nil
 }
 
 // RefreshFederatedBundle implements capb.AdminServer.
@@ -179,7 +206,7 @@ func (s *Service) RefreshFederatedBundle(ctx context.Context, req *capb.RefreshF
 	if err != nil {
 		return nil, err
 	}
-	if err := s.fetch(ctx, td); err != nil {
+	if _, err := s.fetch(ctx, td); err != nil {
 		if errors.Is(err, errNoSource) {
 			return nil, status.Errorf(codes.NotFound, "%s: %v", td, err)
 		}
@@ -192,26 +219,31 @@ func (s *Service) RefreshFederatedBundle(ctx context.Context, req *capb.RefreshF
 	return &capb.RefreshFederatedBundleResponse{FederatedBundle: b}, nil
 }
 
-// known is what there is about one trust domain; each part may be missing.
-type known struct {
-	bundle *trust.Federated
-	source *federation.Source
-	invite *federation.Invite
-	// unreadable is why a record of it counts for nothing: of a later Merlon, or
-	// damaged.
-	unreadable error
-}
-
 // federations reads all that there is. A record that cannot be read is said so, and can
 // be set anew or removed.
-func (s *Service) federations(ctx context.Context) (map[spiffeid.TrustDomain]known, error) {
-	all := make(map[spiffeid.TrustDomain]known)
+func (s *Service) federations(ctx context.Context) (map[spiffeid.TrustDomain]federation.Relationship, error) {
+	all := make(map[spiffeid.TrustDomain]federation.Relationship)
 	for _, b := range s.registry.Federated() {
-		all[b.TrustDomain] = known{bundle: b}
+		all[b.TrustDomain] = federation.Relationship{Bundle: b}
 	}
-	for prefix, read := range map[string]func(*known, store.KV) error{
-		federation.SourcePrefix: func(k *known, kv store.KV) (err error) { k.source, err = federation.DecodeSource(kv); return err },
-		federation.InvitePrefix: func(k *known, kv store.KV) (err error) { k.invite, err = federation.DecodeInvite(kv); return err },
+	for _, k := range s.registry.SharedKeys() {
+		for _, td := range k.TrustDomains {
+			if r, ok := all[td]; ok { // the own one is not among them
+				r.Shared = append(r.Shared, k)
+				all[td] = r
+			}
+		}
+	}
+	type read func(*federation.Relationship, store.KV) error
+	for prefix, read := range map[string]read{
+		federation.SourcePrefix: func(r *federation.Relationship, kv store.KV) (err error) {
+			r.Source, err = federation.DecodeSource(kv)
+			return err
+		},
+		federation.InvitePrefix: func(r *federation.Relationship, kv store.KV) (err error) {
+			r.Invite, err = federation.DecodeInvite(kv)
+			return err
+		},
 	} {
 		kvs, err := s.listUnder(ctx, prefix)
 		if err != nil {
@@ -222,11 +254,11 @@ func (s *Service) federations(ctx context.Context) (map[spiffeid.TrustDomain]kno
 			if err != nil {
 				continue // nobody can name it
 			}
-			k := all[td]
-			if err := read(&k, kv); err != nil {
-				k.unreadable = err
+			r := all[td]
+			if err := read(&r, kv); err != nil {
+				r.Unreadable = err
 			}
-			all[td] = k
+			all[td] = r
 		}
 	}
 	return all, nil
@@ -247,33 +279,44 @@ func (s *Service) describeFederated(ctx context.Context, td spiffeid.TrustDomain
 	if err != nil {
 		return nil, err
 	}
-	k, ok := all[td]
+	r, ok := all[td]
 	if !ok {
 		return nil, trust.ErrNoFederated
 	}
-	return k.proto(td), nil
+	return s.relationshipToProto(td, r), nil
 }
 
-// proto is k for administrators.
-func (k known) proto(td spiffeid.TrustDomain) *capb.FederatedBundle {
+// relationshipToProto is r with td for administrators.
+func (s *Service) relationshipToProto(td spiffeid.TrustDomain, r federation.Relationship) *capb.FederatedBundle {
 	p := &capb.FederatedBundle{TrustBundle: &capb.TrustBundle{TrustDomain: td.Name()}}
-	if k.bundle != nil {
-		p = federatedToProto(k.bundle)
+	if r.Bundle != nil {
+		p = federatedToProto(r.Bundle)
 	}
-	if src := k.source; src != nil {
+	if src := r.Source; src != nil {
 		p.Source = &capb.FederationSource{
 			Url: src.URL, Profile: string(src.Profile), WebAuthorities: src.Authorities,
-			TriedAt: timestamp(src.TriedAt), FetchedAt: timestamp(src.FetchedAt), Failure: src.Failure, FailingSince: timestamp(src.FailingSince),
+			TriedAt: timestamp(src.TriedAt), FetchedAt: timestamp(src.FetchedAt), Ignored: src.Ignored,
+			Failure: src.Failure, Reason: src.Reason, FailingSince: timestamp(src.FailingSince),
 		}
 		if !src.EndpointID.IsZero() {
 			p.Source.EndpointSpiffeId = src.EndpointID.String()
 		}
 	}
-	if k.unreadable != nil {
-		p.Source = &capb.FederationSource{Failure: "what was kept of it cannot be read: " + k.unreadable.Error()}
+	if r.Unreadable != nil {
+		p.Source = &capb.FederationSource{Failure: "what was kept of it cannot be read: " + r.Unreadable.Error()}
 	}
-	if k.invite != nil {
-		p.Reader = &capb.FederationReader{InvitedAt: timestamp(k.invite.InvitedAt), FetchedAt: timestamp(k.invite.FetchedAt), Sequence: k.invite.Sequence}
+	if r.Invite != nil {
+		p.Reader = &capb.FederationReader{InvitedAt: timestamp(r.Invite.InvitedAt), FetchedAt: timestamp(r.Invite.FetchedAt), Sequence: r.Invite.Sequence}
 	}
+	health := r.Health(td, s.ownHint(), time.Now())
+	p.Health = &capb.FederationHealth{Theirs: health.Theirs, Ours: health.Ours, Problems: health.Problems}
 	return p
+}
+
+// ownHint is how often others are to come for our trust bundle.
+func (s *Service) ownHint() time.Duration {
+	if own := s.registry.Trust(); own != nil {
+		return own.Hint()
+	}
+	return trust.RefreshHint
 }

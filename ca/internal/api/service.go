@@ -148,8 +148,10 @@ type Service struct {
 	log      *slog.Logger
 	metrics  *metrics
 	calls    calls
-	// readers came by for the trust bundle.
+	// readers came by for the trust bundle. judging holds a token for each document of
+	// another trust domain that is judged.
 	readers readers
+	judging chan struct{}
 	// shares bounds whose refusals are written down.
 	shares *shares
 	// quota bounds what is issued to whom.
@@ -190,6 +192,7 @@ func New(o Options) *Service {
 		unread:      newUnread(),
 		takeTimeout: takeTimeout,
 		proving:     make(chan struct{}, 1),
+		judging:     make(chan struct{}, judgingAtOnce),
 		evidence:    evidenceLog(),
 		unnoted:     newUnnoted(),
 		keeping:     make(chan struct{}, maxKeeping),

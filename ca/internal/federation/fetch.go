@@ -68,11 +68,28 @@ const (
 	Refused     = "refused" // the document
 )
 
+// ReasonOf is the reason of err in one word: "ok" for none, "error" for what is no
+// *Error.
+func ReasonOf(err error) string {
+	failed, ok := errors.AsType[*Error](err)
+	switch {
+	case err == nil:
+		return "ok"
+	case ok:
+		return failed.Reason
+	}
+	return "error"
+}
+
 // Fetch gets the document of s. verifiers has the trust bundle that verifies a
 // https_spiffe server: always the latest one that is known (§5.2.2.4). It sends no
 // credential, and follows temporary redirects only, whose targets are held to the same
 // rules and are not remembered (§5.2.1.4).
 func Fetch(ctx context.Context, s *Source, verifiers x509bundle.Source) ([]byte, error) {
+	return fetchWithin(ctx, FetchTimeout, s, verifiers)
+}
+
+func fetchWithin(ctx context.Context, most time.Duration, s *Source, verifiers x509bundle.Source) ([]byte, error) {
 	if err := s.Check(); err != nil {
 		return nil, err
 	}
@@ -80,7 +97,7 @@ func Fetch(ctx context.Context, s *Source, verifiers x509bundle.Source) ([]byte,
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, FetchTimeout)
+	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	next, err := url.Parse(s.URL)
 	if err != nil {

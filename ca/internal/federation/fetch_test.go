@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"encoding/base64"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -44,13 +45,6 @@ func web(t *testing.T, handler http.HandlerFunc) (*httptest.Server, *Source) {
 }
 
 func none() x509bundle.Source { return x509bundle.NewSet() }
-
-func reasonOf(err error) string {
-	if e, ok := errors.AsType[*Error](err); ok {
-		return e.Reason
-	}
-	return fmt.Sprint(err)
-}
 
 func TestFetchByTheWeb(t *testing.T) {
 	_, src := web(t, func(w http.ResponseWriter, r *http.Request) {
@@ -131,7 +125,7 @@ func TestHostileServers(t *testing.T) {
 			runtime.ReadMemStats(&before)
 			body, err := Fetch(t.Context(), src, none())
 			runtime.ReadMemStats(&after)
-			if got := reasonOf(err); got != tt.reason || body != nil {
+			if got := ReasonOf(err); got != tt.reason || body != nil {
 				t.Errorf("%s, %.40q; want %s", got, body, tt.reason)
 			}
 			if used := after.TotalAlloc - before.TotalAlloc; used > 16*trust.MaxDocumentBytes {
@@ -141,21 +135,54 @@ func TestHostileServers(t *testing.T) {
 	}
 }
 
-// A body that never comes to an end ends with the deadline.
+// A body that never comes to an end ends with the deadline, also where it drips and the
+// context has none; a fetch that nobody wants any more ends at once.
 func TestSlowServer(t *testing.T) {
-	left := make(chan struct{})
-	_, src := web(t, func(w http.ResponseWriter, r *http.Request) {
-		fmt.Fprint(w, `{"keys":`)
-		w.(http.Flusher).Flush()
-		<-r.Context().Done()
-		close(left)
-	})
-	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond) // Fetch's own is longer
-	defer cancel()
-	if body, err := Fetch(ctx, src, none()); reasonOf(err) != Unreachable {
-		t.Errorf("%q, %v", body, err)
+	for what, tt := range map[string]struct {
+		path string
+		most time.Duration
+		stop bool
+	}{
+		"nothing more":   {"/hangs", 200 * time.Millisecond, false},
+		"drop by drop":   {"/drips", 200 * time.Millisecond, false},
+		"in a circle":    {"/circle", 200 * time.Millisecond, false},
+		"no more wanted": {"/drips", time.Hour, true},
+	} {
+		t.Run(what, func(t *testing.T) {
+			begun, left := make(chan struct{}, maxRedirects+1), make(chan struct{}, maxRedirects+1)
+			_, src := web(t, func(w http.ResponseWriter, r *http.Request) {
+				defer func() { left <- struct{}{} }()
+				if strings.HasPrefix(r.URL.Path, "/circle") { // each answer well within the deadline
+					time.Sleep(100 * time.Millisecond)
+					http.Redirect(w, r, r.URL.Path+"x", http.StatusFound)
+					return
+				}
+				fmt.Fprint(w, `{"keys":`)
+				w.(http.Flusher).Flush()
+				begun <- struct{}{}
+				for r.Context().Err() == nil {
+					if r.URL.Path == "/drips" {
+						fmt.Fprint(w, " ")
+						w.(http.Flusher).Flush()
+					}
+					time.Sleep(10 * time.Millisecond)
+				}
+			})
+			src.URL = strings.Replace(src.URL, "/bundle", tt.path, 1)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			if tt.stop {
+				go func() {
+					<-begun
+					cancel()
+				}()
+			}
+			if body, err := fetchWithin(ctx, tt.most, src, none()); ReasonOf(err) != Unreachable {
+				t.Errorf("%q, %v", body, err)
+			}
+			<-left // the connection was given up
+		})
 	}
-	<-left // the connection was given up
 }
 
 // Temporary redirects on one host are followed, and not remembered.
@@ -185,12 +212,12 @@ func TestAnotherWebServer(t *testing.T) {
 	_, src := web(t, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "{}") })
 	other := *src
 	other.URL = strings.Replace(src.URL, "127.0.0.1", "localhost", 1) // its certificate has no such name
-	if _, err := Fetch(t.Context(), &other, none()); reasonOf(err) != Untrusted {
+	if _, err := Fetch(t.Context(), &other, none()); ReasonOf(err) != Untrusted {
 		t.Errorf("another name: %v", err)
 	}
 	unknown := *src
 	unknown.Authorities = ""
-	if _, err := Fetch(t.Context(), &unknown, none()); reasonOf(err) != Untrusted {
+	if _, err := Fetch(t.Context(), &unknown, none()); ReasonOf(err) != Untrusted {
 		t.Errorf("an authority that the system does not know: %v", err)
 	}
 }
@@ -214,7 +241,7 @@ func TestFetchBySPIFFE(t *testing.T) {
 		verifiers x509bundle.Source
 		reason    string
 	}{
-		"the server":                {ca.Leaf("/ca"), latest, "<nil>"},
+		"the server":                {ca.Leaf("/ca"), latest, "ok"},
 		"another SPIFFE ID":         {ca.Leaf("/web"), latest, Untrusted},
 		"an earlier root":           {other.Leaf("/ca"), latest, Untrusted},
 		"without a path":            {ca.Leaf(""), latest, Untrusted},
@@ -223,7 +250,7 @@ func TestFetchBySPIFFE(t *testing.T) {
 		"what go-spiffe would take": {ca.Leaf("/ca", forge.Extension(forge.KeyUsage, false, []byte{3, 2, 7, 128})), latest, Untrusted},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if _, err := Fetch(t.Context(), serve(tt.leaf), tt.verifiers); reasonOf(err) != tt.reason {
+			if _, err := Fetch(t.Context(), serve(tt.leaf), tt.verifiers); ReasonOf(err) != tt.reason {
 				t.Errorf("%v; want %s", err, tt.reason)
 			}
 		})
@@ -299,8 +326,8 @@ func TestSourcesThatMakeNoSense(t *testing.T) {
 func TestRecords(t *testing.T) {
 	now := time.Now().UTC().Round(0)
 	src := Source{TrustDomain: partner, URL: "https://partner.test/", Profile: SPIFFE, EndpointID: spiffeid.RequireFromString("spiffe://partner.test/ca"), SetAt: now}
-	src.Outcome = src.Outcome.After(0, errors.New("away"), now).After(0, errors.New("still"), now.Add(time.Minute))
-	if src.Failure != "still" || !src.FailingSince.Equal(now) || !src.FetchedAt.IsZero() {
+	src.Outcome = src.After(nil, failure(BadStatus, "away"), now).After(nil, errors.New("still"), now.Add(time.Minute))
+	if src.Failure != "still" || src.Reason != "error" || !src.FailingSince.Equal(now) || !src.FetchedAt.IsZero() {
 		t.Errorf("outcome of two failures: %+v", src.Outcome)
 	}
 	op, err := src.Put()
@@ -308,19 +335,51 @@ func TestRecords(t *testing.T) {
 		t.Fatal(err)
 	}
 	got, err := DecodeSource(kvOf(op))
-	if err != nil || got.URL != src.URL || got.EndpointID != src.EndpointID || got.Failure != "still" || !got.SetAt.Equal(now) {
+	if err != nil || got.URL != src.URL || got.EndpointID != src.EndpointID || got.Failure != "still" || got.Reason != "error" || !got.SetAt.Equal(now) {
 		t.Errorf("%+v, %v", got, err)
 	}
-	if src.Outcome = src.Outcome.After(time.Minute, nil, now).After(0, errors.New("x"), now).After(time.Minute, nil, now); src.RefreshHint != time.Minute || src.Failure != "" || !src.FailingSince.IsZero() || !src.FetchedAt.Equal(now) {
+	minute := &trust.Document{RefreshHint: time.Minute, Ignored: make([]string, maxIgnored+3)}
+	if src.Outcome = src.After(minute, nil, now).After(nil, errors.New("x"), now); len(src.Ignored) != maxIgnored+1 || src.Ignored[maxIgnored] != "and 3 more" {
+		t.Errorf("keys ignored by the last document that was had: %q", src.Ignored)
+	}
+	if src.Outcome = src.After(minute, nil, now); src.RefreshHint != time.Minute || src.Failure != "" || !src.FailingSince.IsZero() || !src.FetchedAt.Equal(now) {
 		t.Errorf("outcome of a success: %+v", src.Outcome)
 	}
-	invite := NewInvite(partner, now)
-	if op, err = invite.Put(); err != nil {
+}
+
+// An invite counts who comes by the URL that was given out, and by an earlier one until
+// the new one is seen.
+func TestInvitesAreReplaced(t *testing.T) {
+	now := time.Now().UTC().Round(0)
+	first := NewInvite(partner, now, nil)
+	if unseen := NewInvite(partner, now, first); unseen.Previous != "" || unseen.Is(first.Reader) {
+		t.Errorf("an earlier invite that nobody came by counts: %+v", unseen)
+	}
+	if first = first.Saw(first.Reader, 7, now); !first.FetchedAt.Equal(now) || first.Sequence != 7 {
+		t.Errorf("seen: %+v", first)
+	}
+	second := NewInvite(partner, now, first)
+	third := NewInvite(partner, now, second) // nobody has come by the second
+	for _, i := range []*Invite{second, third} {
+		if i.Previous != first.Reader || !i.FetchedAt.Equal(now) || i.Sequence != 7 || !i.Is(first.Reader) || !i.Is(i.Reader) || i.Is("") {
+			t.Errorf("a new invite: %+v; want that of before to count", i)
+		}
+	}
+	later := now.Add(time.Minute)
+	third = third.Saw(first.Reader, 8, later)
+	if third.Previous != first.Reader || third.Sequence != 8 || !third.FetchedAt.Equal(later) {
+		t.Errorf("seen by the earlier URL: %+v", third)
+	}
+	op, err := third.Put()
+	if err != nil {
 		t.Fatal(err)
 	}
 	back, err := DecodeInvite(kvOf(op))
-	if err != nil || back.Reader != invite.Reader || !IsReader(back.Reader) {
-		t.Errorf("%+v, %v", back, err)
+	if err != nil || back.Reader != third.Reader || back.Previous != third.Previous || !IsReader(back.Reader) {
+		t.Errorf("%+v, %v; want %+v", back, err, third)
+	}
+	if seen := third.Saw(third.Reader, 9, later); seen.Previous != "" || seen.Is(first.Reader) {
+		t.Errorf("seen by the new URL: %+v", seen)
 	}
 }
 
@@ -342,8 +401,26 @@ func TestTokens(t *testing.T) {
 	if _, err := got.Source(partner, now); err == nil || !strings.Contains(err.Error(), "invites") {
 		t.Errorf("for another CA: %v", err)
 	}
+	tampered := func(old, new string) string {
+		raw, err := base64.RawURLEncoding.DecodeString(strings.TrimPrefix(text, tokenPrefix))
+		if err != nil {
+			t.Fatal(err)
+		}
+		changed := strings.Replace(string(raw), old, new, 1)
+		if changed == string(raw) {
+			t.Fatalf("%s is not in %s", old, raw)
+		}
+		return tokenPrefix + base64.RawURLEncoding.EncodeToString([]byte(changed))
+	}
+	eternal := token
+	eternal.Expires = now.Add(InviteTTL + maxSkew + time.Minute)
+	long, err := eternal.String()
+	if err != nil {
+		t.Fatal(err)
+	}
 	for what, text := range map[string]string{
-		"expired": text, "damaged": text[:len(text)-5], "nothing": "", "a join token": "abc", "too long": tokenPrefix + strings.Repeat("a", MaxTokenBytes),
+		"expired": text, "for ever": long, "an unknown member": tampered(`{`, `{"x":1,`), "a member twice": tampered(`{`, `{"for":"shop.test",`),
+		"a member in capitals": tampered(`"for"`, `"FOR"`), "text behind": tampered(`}`, `} `), "damaged": text[:len(text)-5], "nothing": "", "a join token": "abc", "too long": tokenPrefix + strings.Repeat("a", MaxTokenBytes),
 	} {
 		at := now
 		if what == "expired" {
@@ -356,7 +433,7 @@ func TestTokens(t *testing.T) {
 }
 
 func FuzzParseToken(f *testing.F) {
-	text, err := Token{For: "shop.test", TrustDomain: "partner.test", URL: "https://partner.test/x", Profile: Web, Bundle: []byte(`{}`), Expires: time.Unix(1<<36, 0)}.String()
+	text, err := Token{For: "shop.test", TrustDomain: "partner.test", URL: "https://partner.test/x", Profile: Web, Bundle: []byte(`{}`), Expires: time.Unix(1000, 0).UTC()}.String()
 	if err != nil {
 		f.Fatal(err)
 	}

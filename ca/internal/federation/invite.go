@@ -31,13 +31,18 @@ const (
 	MaxTokenBytes = 2*trust.MaxDocumentBytes + 4096
 	// InviteTTL is how long a token can be accepted. What was accepted stays.
 	InviteTTL = 7 * 24 * time.Hour
+	// maxSkew is how far the clocks of the two sides may be apart.
+	maxSkew = time.Hour
 )
 
 // Invite is what this CA knows of another that it has invited.
 type Invite struct {
 	TrustDomain spiffeid.TrustDomain // the invited one
 	// Reader is the last part of the URL that was given out.
-	Reader    string
+	Reader string
+	// Previous is that of an earlier invite by which the other side came: it counts
+	// until it comes by the new one.
+	Previous  string
 	InvitedAt time.Time
 	// FetchedAt is when it was last read, and Sequence what was read.
 	FetchedAt time.Time
@@ -48,14 +53,37 @@ type Invite struct {
 type storedInvite struct {
 	Version   int       `json:"v"`
 	Reader    string    `json:"reader"`
+	Previous  string    `json:"previous,omitempty"`
 	InvitedAt time.Time `json:"invited_at"`
 	FetchedAt time.Time `json:"fetched_at"`
 	Sequence  uint64    `json:"sequence"`
 }
 
-// NewInvite invites td at now.
-func NewInvite(td spiffeid.TrustDomain, now time.Time) *Invite {
-	return &Invite{TrustDomain: td, Reader: strings.ToLower(rand.Text()), InvitedAt: now.UTC()}
+// NewInvite invites td at now, in the place of held, which may be nil.
+func NewInvite(td spiffeid.TrustDomain, now time.Time, held *Invite) *Invite {
+	i := &Invite{TrustDomain: td, Reader: strings.ToLower(rand.Text()), InvitedAt: now.UTC()}
+	if held != nil && !held.FetchedAt.IsZero() {
+		i.FetchedAt, i.Sequence, i.Previous = held.FetchedAt, held.Sequence, held.Reader
+		if held.Previous != "" { // the last one has not been seen
+			i.Previous = held.Previous
+		}
+	}
+	return i
+}
+
+// Is says whether reader is the other side's.
+func (i *Invite) Is(reader string) bool {
+	return reader != "" && (reader == i.Reader || reader == i.Previous)
+}
+
+// Saw is i after reader was given the trust bundle of that sequence at a time.
+func (i *Invite) Saw(reader string, sequence uint64, at time.Time) *Invite {
+	next := *i
+	next.FetchedAt, next.Sequence = at.UTC(), sequence
+	if reader == i.Reader {
+		next.Previous = ""
+	}
+	return &next
 }
 
 // IsReader says whether text has the form of a reader's part of a URL.
@@ -73,7 +101,7 @@ func IsReader(text string) bool {
 
 // Put is the write that keeps i.
 func (i *Invite) Put() (store.Op, error) {
-	value, err := json.Marshal(storedInvite{inviteVersion, i.Reader, i.InvitedAt, i.FetchedAt, i.Sequence})
+	value, err := json.Marshal(storedInvite{inviteVersion, i.Reader, i.Previous, i.InvitedAt, i.FetchedAt, i.Sequence})
 	if err != nil {
 		return store.Op{}, fmt.Errorf("encode the invite of %s: %w", i.TrustDomain, err)
 	}
@@ -90,10 +118,10 @@ func DecodeInvite(kv store.KV) (*Invite, error) {
 	if err := decode(kv, &stored); err != nil {
 		return nil, err
 	}
-	if stored.Version != inviteVersion || !IsReader(stored.Reader) {
+	if stored.Version != inviteVersion || !IsReader(stored.Reader) || stored.Previous != "" && !IsReader(stored.Previous) {
 		return nil, fmt.Errorf("decode %s: it is of another version", kv.Key)
 	}
-	return &Invite{td, stored.Reader, stored.InvitedAt, stored.FetchedAt, stored.Sequence, kv.ModRevision}, nil
+	return &Invite{td, stored.Reader, stored.Previous, stored.InvitedAt, stored.FetchedAt, stored.Sequence, kv.ModRevision}, nil
 }
 
 // Token is what the other side is given.
@@ -138,8 +166,15 @@ func ParseToken(text string, now time.Time) (*Token, error) {
 	if err := json.Unmarshal(raw, t); err != nil {
 		return nil, errors.New("it is damaged: copy all of it")
 	}
-	if !now.Before(t.Expires) {
+	// A member twice, or one that is not known, is none of ours.
+	if again, err := t.String(); err != nil || again != text {
+		return nil, errors.New("it is not as `merlon federation invite` writes it: have another one made")
+	}
+	switch {
+	case !now.Before(t.Expires):
 		return nil, fmt.Errorf("it expired at %s: have another one made", t.Expires.Format(time.RFC3339))
+	case t.Expires.After(now.Add(InviteTTL + maxSkew)):
+		return nil, fmt.Errorf("it says that it can be accepted until %s, and none can for longer than %d days: have another one made, and look at the clocks of both sides", t.Expires.Format(time.RFC3339), InviteTTL/(24*time.Hour))
 	}
 	return t, nil
 }

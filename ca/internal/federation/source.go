@@ -5,16 +5,19 @@
 package federation
 
 import (
+	"cmp"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca/internal/store"
+	"merlon.dev/ca/internal/trust"
 )
 
 // Profile is how a bundle endpoint proves who it is (SPIFFE Federation §5.2).
@@ -33,6 +36,16 @@ const (
 	sourceVersion  = 1
 	maxURLBytes    = 2048
 	maxAuthorities = 64 << 10
+	maxFailure     = 500
+	maxIgnored     = 16
+)
+
+// Without a hint a trust bundle is fetched every 5 minutes (SPIFFE Trust Domain and
+// Bundle §6.1); hints count between PollLeast and PollMost.
+const (
+	PollDefault = 5 * time.Minute
+	PollLeast   = 10 * time.Second
+	PollMost    = time.Hour
 )
 
 // Source says where the trust bundle of a trust domain is to be had, and what became
@@ -59,25 +72,50 @@ type Outcome struct {
 	FetchedAt time.Time `json:"fetched_at"`
 	// RefreshHint is what that document said of how often to come back; 0: nothing.
 	RefreshHint time.Duration `json:"refresh_hint,omitempty"`
-	// Failure says why the last try failed; empty: it did not. FailingSince is when
-	// that began.
+	// Ignored says of the keys in that document that do not count, why.
+	Ignored []string `json:"ignored,omitempty"`
+	// Failure says why the last try failed; empty: it did not. Reason is the same in
+	// one word, and FailingSince when it began.
 	Failure      string    `json:"failure,omitempty"`
+	Reason       string    `json:"reason,omitempty"`
 	FailingSince time.Time `json:"failing_since"`
 }
 
-// After is the outcome of one more try at now, which got a document with that hint or
-// failed.
-func (o Outcome) After(hint time.Duration, err error, now time.Time) Outcome {
+// After is the outcome of one more try at now, which got d or failed.
+func (o Outcome) After(d *trust.Document, err error, now time.Time) Outcome {
 	o.TriedAt = now.UTC()
 	if err == nil {
-		o.FetchedAt, o.RefreshHint, o.Failure, o.FailingSince = o.TriedAt, hint, "", time.Time{}
-		return o
+		return Outcome{TriedAt: o.TriedAt, FetchedAt: o.TriedAt, RefreshHint: d.RefreshHint, Ignored: fewOf(d.Ignored)}
 	}
 	if o.Failure == "" {
 		o.FailingSince = o.TriedAt
 	}
-	o.Failure = err.Error()[:min(len(err.Error()), 500)]
+	o.Failure, o.Reason = err.Error()[:min(len(err.Error()), maxFailure)], ReasonOf(err)
 	return o
+}
+
+// fewOf is as much of why keys were ignored as is kept: the other side writes it.
+func fewOf(ignored []string) []string {
+	if n := len(ignored) - maxIgnored; n > 0 {
+		return append(slices.Clone(ignored[:maxIgnored]), fmt.Sprintf("and %d more", n))
+	}
+	return ignored
+}
+
+// Interval is how long to wait before the next try: after a failure as long as after a
+// success, since a server in trouble is not helped by more requests (§6.2).
+func (o Outcome) Interval() time.Duration {
+	return min(max(cmp.Or(o.RefreshHint, PollDefault), PollLeast), PollMost)
+}
+
+// Due is how long to wait at now for the next try: another replica, or this one before
+// it was started anew, may have tried a moment ago.
+func (o Outcome) Due(now time.Time) time.Duration {
+	since := now.Sub(o.TriedAt)
+	if since < 0 { // the clock was set
+		return 0
+	}
+	return max(o.Interval()-since, 0)
 }
 
 type storedSource struct {

@@ -1,5 +1,6 @@
 // Trust bundles of other trust domains in the picture, and which of them a node
-// gets: those that an entry of its own federates with, and no other.
+// gets: those that an entry of its own federates with, and no other. And who was
+// invited to follow ours.
 
 package registry
 
@@ -12,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/federation"
 	"merlon.dev/ca/internal/index"
 	"merlon.dev/ca/internal/trust"
 )
@@ -106,4 +108,43 @@ func (r *Registry) Federated() []*trust.Federated { return r.pic.Load().federate
 func (r *Registry) FederatedBundle(td string) (*trust.Federated, bool) {
 	b, ok := r.pic.Load().federated.byName[td]
 	return b, ok
+}
+
+// SharedKeys are the keys that are in the trust bundles of several trust domains, the own
+// one among them.
+func (r *Registry) SharedKeys() []trust.SharedKey {
+	pic := r.pic.Load()
+	documents := make(map[spiffeid.TrustDomain]*trust.Document, len(pic.federated.byName)+1)
+	for _, b := range pic.federated.byName {
+		documents[b.TrustDomain] = b.Document
+	}
+	if own := pic.trust; own != nil {
+		documents[own.TrustDomain] = own.Document()
+	}
+	return trust.SharedKeys(documents)
+}
+
+// withInvite is all with i at key, or without it where it is nil.
+func withInvite(all map[string]*federation.Invite, key string, i *federation.Invite) map[string]*federation.Invite {
+	next := maps.Clone(all)
+	if i == nil {
+		delete(next, key)
+		return next
+	}
+	if next == nil {
+		next = make(map[string]*federation.Invite)
+	}
+	next[key] = i
+	return next
+}
+
+// Invited says whether a URL that ends with reader was given out to somebody. There are
+// at most trust.MaxFederated.
+func (r *Registry) Invited(reader string) bool {
+	for _, i := range r.pic.Load().invites {
+		if i.Is(reader) {
+			return true
+		}
+	}
+	return false
 }

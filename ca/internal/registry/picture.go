@@ -16,6 +16,7 @@ import (
 
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/federation"
 	"merlon.dev/ca/internal/index"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/replica"
@@ -38,6 +39,7 @@ type picture struct {
 	heads       map[string]*release.Head  // by name; few
 	shares      map[string]*rollout.Share // by bundle and replica; replaced, never written to
 	federated   federated
+	invites     map[string]*federation.Invite // by key; replaced, never written to
 	replicas    replicas
 }
 
@@ -131,7 +133,7 @@ func (p *picture) apply(b store.Batch, dec *entry.Decoder) (change, error) {
 }
 
 // put takes one record over. What cannot be read fails closed, each kind in its
-// way: an entry, an agent, a replica or a federated trust bundle is left out, so
+// way: an entry, an agent, a replica, a federated trust bundle or an invite is left out, so
 // nobody has anything of it; a revocation, trust bundle, policy head or the state of an authority may
 // take something away, and a CA that overlooks that would be worse than none.
 func (p *picture) put(kv store.KV, dec *entry.Decoder, c *change) error {
@@ -197,6 +199,12 @@ func (p *picture) put(kv store.KV, dec *entry.Decoder, c *change) error {
 		}
 		p.federated = p.federated.with(b, kv.ModRevision)
 		c.forAll = true
+	case strings.HasPrefix(kv.Key, federation.InvitePrefix):
+		invite, err := federation.DecodeInvite(kv)
+		if err != nil {
+			return p.leaveOut(kv, err, c)
+		}
+		p.invites = withInvite(p.invites, kv.Key, invite)
 	case strings.HasPrefix(kv.Key, release.HeadPrefix):
 		h, err := release.DecodeHead(kv)
 		if err != nil {
@@ -281,6 +289,8 @@ func (p *picture) remove(kv store.KV, c *change) {
 	} else if name, ok := strings.CutPrefix(kv.Key, trust.FederatedPrefix); ok {
 		p.federated = p.federated.without(name, kv.ModRevision)
 		c.forAll = true
+	} else if strings.HasPrefix(kv.Key, federation.InvitePrefix) {
+		p.invites = withInvite(p.invites, kv.Key, nil)
 	} else if name, ok := strings.CutPrefix(kv.Key, release.HeadPrefix); ok {
 		p.heads = maps.Clone(p.heads)
 		delete(p.heads, name)
@@ -312,4 +322,4 @@ func (p *picture) removeEntry(id string, revision uint64, c *change) {
 }
 
 // kinds are the prefixes of what the picture holds.
-var kinds = []string{EntryPrefix, attest.AgentPrefix, revocation.Prefix, trust.Key, trust.AuthoritiesKey, trust.FederatedPrefix, release.HeadPrefix, rollout.SharePrefix, replica.Prefix, replica.ProgressPrefix, replica.MarkKey, alivePrefix}
+var kinds = []string{EntryPrefix, attest.AgentPrefix, revocation.Prefix, trust.Key, trust.AuthoritiesKey, trust.FederatedPrefix, federation.InvitePrefix, release.HeadPrefix, rollout.SharePrefix, replica.Prefix, replica.ProgressPrefix, replica.MarkKey, alivePrefix}

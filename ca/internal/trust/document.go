@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -85,9 +86,9 @@ func ParseDocument(td spiffeid.TrustDomain, text []byte) (*Document, error) {
 
 // jwks has the parameters that mean something here; others may be there (§4.1, B1).
 type jwks struct {
-	Sequence *uint64            `json:"spiffe_sequence"`
-	Hint     json.RawMessage    `json:"spiffe_refresh_hint"`
-	Keys     *[]json.RawMessage `json:"keys"`
+	Sequence *uint64         `json:"spiffe_sequence"`
+	Hint     json.RawMessage `json:"spiffe_refresh_hint"`
+	Keys     json.RawMessage `json:"keys"`
 }
 
 // jwk is a key as far as it says what it is for. No private part has a place in
@@ -108,17 +109,26 @@ func (d *Document) parseJWKS(td spiffeid.TrustDomain, text []byte) error {
 	if doc.Keys == nil {
 		return errors.New(`it has no "keys" (an empty list means that nobody is trusted)`)
 	}
-	if n := len(*doc.Keys); n > maxKeysNamed {
+	// null is how go-spiffe, and so SPIRE, writes the empty list (§4.1.3): whoever
+	// refused it would go on trusting what was withdrawn.
+	var keys []json.RawMessage
+	if err := json.Unmarshal(doc.Keys, &keys); err != nil {
+		return fmt.Errorf("its keys are no list: %v", err)
+	}
+	if n := len(keys); n > maxKeysNamed {
 		return fmt.Errorf("it has %d keys; at most %d", n, maxKeysNamed)
 	}
 	if doc.Sequence != nil {
 		d.Sequence = *doc.Sequence
 	}
+	if d.Sequence == math.MaxUint64 {
+		return errors.New("its sequence number is the last that there is: nothing could follow")
+	}
 	// A hint that makes no sense hints at nothing.
 	if seconds, err := strconv.ParseUint(string(doc.Hint), 10, 32); err == nil && seconds <= maxHintSeconds {
 		d.RefreshHint = time.Duration(seconds) * time.Second
 	}
-	for i, raw := range *doc.Keys {
+	for i, raw := range keys {
 		if err := d.addJWK(td, i, raw); err != nil {
 			return fmt.Errorf("keys[%d]: %w", i, err)
 		}

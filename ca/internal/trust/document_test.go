@@ -16,6 +16,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"math"
 	"math/big"
 	"net/url"
 	"strings"
@@ -93,6 +94,8 @@ func TestDocumentIsWhatTheStandardSays(t *testing.T) {
 		"go-spiffe's":             {text: goSPIFFE(t, a), x509: 1, jwt: 1},
 		"RSA and P-521":           {text: document(member(t, jwtKey(rsaKey, "r"), nil), member(t, jwtKey(p521(t), "p"), nil)), jwt: 2, sequence: 7},
 		"least (B1)":              {text: `{"keys":[]}`},
+		"null for none (B6)":      {text: `{"keys":null,"spiffe_sequence":7}`, sequence: 7},
+		"largest sequence":        {text: `{"keys":[],"spiffe_sequence":18446744073709551614}`, sequence: math.MaxUint64 - 1},
 		"unknown members (B1)":    {text: `{"keys":[],"spiffe_refresh_hint":300,"x":{"y":[1]}}`},
 		"large sequence (B2)":     {text: `{"keys":[],"spiffe_sequence":9007199254740993}`, sequence: 1<<53 + 1},
 		"same root twice":         {text: document(root, root), x509: 1, sequence: 7},
@@ -150,7 +153,9 @@ func TestOddDocumentIsRefusedWhole(t *testing.T) {
 		"text":                     {"<html>", "neither"},
 		"more behind":              {document(root) + "{}", "JWKS"},
 		"no keys":                  {`{}`, "keys"},
-		"keys null":                {`{"keys":null}`, "keys"},
+		"keys are an object":       {`{"keys":{}}`, "keys"},
+		"keys are text":            {`{"keys":"[]"}`, "keys"},
+		"the last sequence":        {`{"keys":[],"spiffe_sequence":18446744073709551615}`, "nothing could follow"},
 		"keys in capitals":         {`{"KEYS":[]}`, "keys"},
 		"keys twice (T23)":         {`{"keys":[],"keys":[]}`, "JWKS"},
 		"member twice (T23)":       {document(strings.Replace(root, `{`, `{"use":"x509-svid",`, 1)), "keys[0]"},
@@ -229,7 +234,7 @@ func TestEncodedDocumentIsTheSame(t *testing.T) {
 		for _, i := range rapid.SliceOfDistinct(rapid.IntRange(0, len(pool)-1), rapid.ID[int]).Draw(rt, "keys") {
 			keys = append(keys, member(t, pool[i], nil))
 		}
-		text := fmt.Sprintf(`{"spiffe_sequence":%d,"keys":[%s]}`, rapid.Uint64().Draw(rt, "sequence"), strings.Join(keys, ","))
+		text := fmt.Sprintf(`{"spiffe_sequence":%d,"keys":[%s]}`, rapid.Uint64Max(math.MaxUint64-1).Draw(rt, "sequence"), strings.Join(keys, ","))
 		d, err := ParseDocument(partner, []byte(text))
 		if err != nil {
 			rt.Fatal(err)

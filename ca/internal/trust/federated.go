@@ -5,14 +5,11 @@
 package trust
 
 import (
-	"crypto"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -48,9 +45,10 @@ type storedFederated struct {
 	SetAt       time.Time       `json:"set_at"`
 }
 
-// NewFederated is the trust bundle of td that an administrator gives at now. own is
-// the trust domain of the CA, whose keys nobody else says (SECURITY.md T22). What
-// vouches for nobody any more is refused, unless it says so itself.
+// NewFederated is the trust bundle of td that comes at now. own is the trust domain of
+// the CA, whose keys nobody else says (SECURITY.md T22). One without a key that can be
+// used is one, too: nobody of td is trusted by it (SPIFFE Trust Domain and Bundle
+// §4.1.3).
 func NewFederated(own, td spiffeid.TrustDomain, document []byte, now time.Time) (*Federated, error) {
 	if td == own {
 		return nil, fmt.Errorf("%s is the CA's own trust domain: its trust bundle is made here and nowhere else", td)
@@ -58,12 +56,6 @@ func NewFederated(own, td spiffeid.TrustDomain, document []byte, now time.Time) 
 	d, err := ParseDocument(td, document)
 	if err != nil {
 		return nil, err
-	}
-	if len(d.X509)+len(d.JWT) == 0 && len(d.Ignored) > 0 {
-		return nil, fmt.Errorf("no key in it can be used: %s", strings.Join(d.Ignored[:min(len(d.Ignored), 3)], "; "))
-	}
-	if d.ended(now) {
-		return nil, fmt.Errorf("every X.509 authority in it has ended, the first at %s: it is an old document", d.X509[0].NotAfter.UTC().Format(time.RFC3339))
 	}
 	jwks, err := d.encode()
 	if err != nil {
@@ -84,6 +76,9 @@ func (d *Document) End() (end time.Time) {
 	}
 	return end
 }
+
+// Empty says whether it vouches for nobody.
+func (d *Document) Empty() bool { return len(d.X509)+len(d.JWT) == 0 }
 
 // ended says whether there are X.509 authorities, and all of them have ended.
 func (d *Document) ended(now time.Time) bool {
@@ -137,10 +132,15 @@ func (e *OrderError) Error() string { return e.Reason }
 // CheckFollows says why b must not take the place of held, which may be nil, as an
 // *OrderError: sequence numbers rise with every change (SPIFFE Trust Domain and
 // Bundle §4.1.1), so a lower one is an old document, by mistake or by somebody who
-// wants a withdrawn key back (SECURITY.md T23).
+// wants a withdrawn key back (SECURITY.md T23). One whose roots have all ended is old,
+// unless its number says that it is later.
 func (b *Federated) CheckFollows(held *Federated) error {
 	switch {
-	case held == nil || b.Sequence > held.Sequence || b.Digest() == held.Digest():
+	case held != nil && (b.Sequence > held.Sequence || b.Digest() == held.Digest()):
+		return nil
+	case b.ended(b.SetAt):
+		return &OrderError{fmt.Sprintf("every X.509 authority in this document has ended, the first at %s: it is old", b.X509[0].NotAfter.UTC().Format(time.RFC3339))}
+	case held == nil:
 		return nil
 	case b.Sequence == 0 && held.Sequence == 0:
 		return nil // neither says which is later
@@ -150,31 +150,4 @@ func (b *Federated) CheckFollows(held *Federated) error {
 		return &OrderError{fmt.Sprintf("the trust bundle of %s that is here has the same sequence number %d and other keys", b.TrustDomain, held.Sequence)}
 	}
 	return &OrderError{fmt.Sprintf("the trust bundle of %s that is here has the sequence number %d, and this document %d: it is older", b.TrustDomain, held.Sequence, b.Sequence)}
-}
-
-// SharedKey says what both b and the keys of another trust domain hold: one key
-// would vouch for two trust domains (SECURITY.md B9).
-func (b *Federated) SharedKey(other *Document) (what string, shared bool) {
-	theirs := make([]crypto.PublicKey, 0, len(other.X509)+len(other.JWT))
-	for _, cert := range other.X509 {
-		theirs = append(theirs, cert.PublicKey)
-	}
-	for _, key := range other.JWT {
-		theirs = append(theirs, key)
-	}
-	among := func(key crypto.PublicKey) bool {
-		same, ok := key.(interface{ Equal(crypto.PublicKey) bool })
-		return ok && slices.ContainsFunc(theirs, same.Equal)
-	}
-	for _, cert := range b.X509 {
-		if among(cert.PublicKey) {
-			return fmt.Sprintf("the key of %.200q", cert.Subject), true
-		}
-	}
-	for kid, key := range b.JWT {
-		if among(key) {
-			return fmt.Sprintf("the JWT key %.100q", kid), true
-		}
-	}
-	return "", false
 }

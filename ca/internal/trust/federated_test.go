@@ -34,24 +34,51 @@ func TestNobodySaysTheKeysOfTheOwnTrustDomain(t *testing.T) {
 	}
 }
 
-func TestDocumentThatVouchesForNobodyAnyMoreIsAMistake(t *testing.T) {
+// B6: what holds no key that can be used is a trust bundle, by which nobody is trusted.
+func TestBundleWithoutAUsableKeyIsTaken(t *testing.T) {
+	for name, text := range map[string]string{
+		"empty":            `{"keys":[],"spiffe_sequence":9}`,
+		"as go-spiffe has": `{"keys":null,"spiffe_sequence":9}`,
+		"unknown uses":     `{"keys":[{"kty":"EC","use":"sig"},{"kty":"AKP","use":"x509-svid"}],"spiffe_sequence":9}`,
+	} {
+		b := federatedOf(t, text)
+		if !b.Empty() || b.CheckFollows(federatedOf(t, goSPIFFE(t, forge.New(t, partner.Name())))) != nil {
+			t.Errorf("%s: %+v; want it empty, and to follow", name, b)
+		}
+	}
+	if federatedOf(t, document(goKeys(t))).Empty() {
+		t.Error("one with keys is empty")
+	}
+}
+
+// A document whose roots have all ended is an old one, unless its number says otherwise.
+func TestDocumentWhoseRootsHaveEnded(t *testing.T) {
 	a := forge.New(t, partner.Name())
+	end := a.Cert.NotAfter
+	longer := forge.New(t, partner.Name(), func(c *x509.Certificate) { c.NotAfter = end.Add(time.Hour) })
+	held := federatedOf(t, document(goKeys(t))) // sequence number 7
+	numbered := func(sequence int) string {
+		return fmt.Sprintf(`{"spiffe_sequence":%d,"keys":[%s]}`, sequence, member(t, x509Key(a), nil))
+	}
 	for name, test := range map[string]struct {
 		text string
+		held *Federated
 		now  time.Time
 		good bool
 	}{
-		"now":                {goSPIFFE(t, a), time.Now(), true},
-		"when it has ended":  {goSPIFFE(t, a), a.Cert.NotAfter.Add(time.Second), false},
-		"at its last second": {goSPIFFE(t, a), a.Cert.NotAfter, true},
-		"one of two ended": {
-			pemOf("CERTIFICATE", a.Cert.Raw) + pemOf("CERTIFICATE", forge.New(t, partner.Name(), func(c *x509.Certificate) { c.NotAfter = a.Cert.NotAfter.Add(time.Hour) }).Cert.Raw),
-			a.Cert.NotAfter.Add(time.Second), true,
-		},
-		"emptied on purpose (B4, B6)": {`{"keys":[]}`, time.Now(), true},
-		"nothing in it of use":        {`{"keys":[{"kty":"EC","use":"sig"}]}`, time.Now(), false},
+		"now":                {goSPIFFE(t, a), nil, time.Now(), true},
+		"when it has ended":  {goSPIFFE(t, a), nil, end.Add(time.Second), false},
+		"at its last second": {goSPIFFE(t, a), nil, end, true},
+		"one of two ended":   {pemOf("CERTIFICATE", a.Cert.Raw) + pemOf("CERTIFICATE", longer.Cert.Raw), nil, end.Add(time.Second), true},
+		"numbered later":     {numbered(8), held, end.Add(time.Second), true},
+		"numbered earlier":   {numbered(6), held, end.Add(time.Second), false},
+		"not numbered":       {goSPIFFE(t, a), federatedOf(t, goSPIFFE(t, longer)), end.Add(time.Second), false},
 	} {
-		if _, err := NewFederated(td, partner, []byte(test.text), test.now); (err == nil) != test.good {
+		b, err := NewFederated(td, partner, []byte(test.text), test.now)
+		if err == nil {
+			err = b.CheckFollows(test.held)
+		}
+		if (err == nil) != test.good {
 			t.Errorf("%s: %v; want it taken = %t", name, err, test.good)
 		}
 	}
@@ -117,25 +144,6 @@ func goKeys(t testing.TB) string {
 	t.Helper()
 	a := forge.New(t, partner.Name())
 	return member(t, x509Key(a), nil) + "," + member(t, jwtKey(a.JWTKey.Public(), a.KeyID), nil)
-}
-
-func TestOneKeyVouchesForOneTrustDomain(t *testing.T) {
-	a, b := forge.New(t, partner.Name()), forge.New(t, partner.Name())
-	both := federatedOf(t, goSPIFFE(t, a))
-	for name, test := range map[string]struct {
-		other  string
-		shared bool
-	}{
-		"another's":       {goSPIFFE(t, b), false},
-		"the root":        {document(member(t, x509Key(a), nil)), true},
-		"the JWT key":     {document(member(t, jwtKey(a.JWTKey.Public(), "x"), nil)), true},
-		"root as JWT key": {document(member(t, jwtKey(a.Cert.PublicKey, "x"), nil)), true},
-		"nothing":         {`{"keys":[]}`, false},
-	} {
-		if what, shared := both.SharedKey(federatedOf(t, test.other).Document); shared != test.shared {
-			t.Errorf("%s: SharedKey = %q, %t; want %t", name, what, shared, test.shared)
-		}
-	}
 }
 
 func TestFederatedSurvivesTheStore(t *testing.T) {

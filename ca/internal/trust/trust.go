@@ -46,6 +46,19 @@ type Bundle struct {
 	Revision uint64
 }
 
+// Document is what it says as others' trust bundles do.
+func (b *Bundle) Document() *Document {
+	return &Document{Sequence: b.Sequence, RefreshHint: b.Hint(), X509: b.Keys.X509Authorities(), JWT: b.Keys.JWTAuthorities()}
+}
+
+// Hint is how often those who poll it should.
+func (b *Bundle) Hint() time.Duration {
+	if hint, ok := b.Keys.RefreshHint(); ok {
+		return hint
+	}
+	return RefreshHint
+}
+
 type stored struct {
 	Version     int             `json:"v"`
 	TrustDomain string          `json:"trust_domain"`

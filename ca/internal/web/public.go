@@ -46,7 +46,7 @@ type Public struct {
 
 // Serve answers on lis until ctx ends. It closes lis.
 func (p *Public) Serve(ctx context.Context, lis net.Listener, cfg *tls.Config) error {
-	return serveTLS(ctx, lis, cfg, p.Handler(), p.Log)
+	return serveTLS(ctx, limit(lis), cfg, p.Handler(), p.Log)
 }
 
 // Handler routes. Paths are taken literally.
@@ -57,7 +57,7 @@ func (p *Public) Handler() http.Handler {
 		switch {
 		case isTrustBundle(path):
 			p.answer(w, r, func(b *trust.Bundle) ([]byte, error) {
-				noteReader(p.Service, path, b)
+				noteReader(p.Service, r, b)
 				return b.JWKS, nil
 			})
 		case path == p.issuerPath()+discoveryPath && p.Issuer != "":
@@ -77,9 +77,10 @@ func isTrustBundle(path string) bool {
 	return ok && (rest == "" || rest[0] == '/' && federation.IsReader(rest[1:]))
 }
 
-// noteReader tells the service of a reader that was invited.
-func noteReader(s *api.Service, path string, b *trust.Bundle) {
-	if reader := strings.TrimPrefix(strings.TrimPrefix(path, TrustBundlePath), "/"); reader != "" {
+// noteReader tells the service of a reader that was invited, and is sent b.
+func noteReader(s *api.Service, r *http.Request, b *trust.Bundle) {
+	reader := strings.TrimPrefix(strings.TrimPrefix(r.URL.EscapedPath(), TrustBundlePath), "/")
+	if reader != "" && r.Method == http.MethodGet {
 		s.NoteReader(reader, b.Sequence)
 	}
 }
@@ -120,12 +121,8 @@ func (p *Public) answer(w http.ResponseWriter, r *http.Request, document func(*t
 
 // writeDocument sends body, which follows from b, as public JSON.
 func writeDocument(w http.ResponseWriter, r *http.Request, b *trust.Bundle, body []byte) {
-	hint, ok := b.Keys.RefreshHint()
-	if !ok {
-		hint = trust.RefreshHint
-	}
 	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Cache-Control", "public, max-age="+strconv.Itoa(int(hint/time.Second)))
+	w.Header().Set("Cache-Control", "public, max-age="+strconv.Itoa(int(b.Hint()/time.Second)))
 	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	if r.Method != http.MethodHead {
 		_, _ = w.Write(body) // the client may be gone; nothing to do about it
@@ -149,7 +146,7 @@ func (p *Public) discovery(b *trust.Bundle) ([]byte, error) {
 		ResponseTypes []string `json:"response_types_supported"`
 		SubjectTypes  []string `json:"subject_types_supported"`
 		Algorithms    []string `json:"id_token_signing_alg_values_supported"`
-	}{p.Issuer, p.Issuer + keysPath, []string{"id_token"}, []string{"public"}, slices.Sorted(maps.Keys(algorithms))})
+	}{p.Issuer, p.Issuer + keysPath, []string{"id_token"}, []string{"public"}, append([]string{}, slices.Sorted(maps.Keys(algorithms))...)})
 }
 
 // keys is the JWK set of discovery: the JWT authorities, as keys that sign.

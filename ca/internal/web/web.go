@@ -149,7 +149,7 @@ func (s *Server) trustBundle(w http.ResponseWriter, r *http.Request) {
 		problem(w, http.StatusServiceUnavailable, "no trust bundle is published yet")
 		return
 	}
-	noteReader(s.opts.Service, r.URL.EscapedPath(), b)
+	noteReader(s.opts.Service, r, b)
 	writeDocument(w, r, b, b.JWKS)
 }
 
