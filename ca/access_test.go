@@ -6,16 +6,20 @@ package ca_test
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/x509"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"text/tabwriter"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -24,7 +28,10 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/authority"
 	"merlon.dev/integration/oidcprovider"
+	"merlon.dev/sdk/svid"
+	"merlon.dev/sdk/svid/forge"
 	"merlon.dev/sdk/unixsock"
 )
 
@@ -52,6 +59,14 @@ func callers(t *testing.T, c *testCA, p *oidcprovider.Provider) []caller {
 			t.Fatal(err)
 		}
 	}
+	partner := forge.New(t, "partner.test")
+	if _, err := c.federate(partner, 1, false); err != nil {
+		t.Fatal(err)
+	}
+	outside := func(a *forge.Authority) *grpc.ClientConn {
+		leaf := a.Leaf("/agent/n1")
+		return c.client(leaf.Key.(*ecdsa.PrivateKey), leaf.Raw()).conn
+	}
 	socket, err := grpc.NewClient("unix://"+c.srv.AdminSocket(), grpc.WithTransportCredentials(unixsock.ClientCredentials()))
 	if err != nil {
 		t.Fatal(err)
@@ -76,7 +91,52 @@ func callers(t *testing.T, c *testCA, p *oidcprovider.Provider) []caller {
 		{"operator's token", token("operator")},
 		{"token without role", token("stranger")},
 		{"bad token", c.bearer("a.b.c").conn},
+		{"replica", c.stolen(capb.TokenKind_TOKEN_KIND_REPLICA, 0).conn},
+		{"nested CA", c.stolen(capb.TokenKind_TOKEN_KIND_NESTED_CA, 1).conn},
+		{"federated agent", outside(partner)},
+		{"stranger's agent", outside(forge.New(t, "shop.test"))},
 	}
+}
+
+// stolen is whoever has the keys of a CA that joined c, and makes X509-SVIDs of c's
+// replicas with them.
+func (c *testCA) stolen(kind capb.TokenKind, realm uint32) *testClient {
+	c.t.Helper()
+	token, err := c.admin.CreateToken(c.t.Context(), &capb.CreateTokenRequest{Kind: kind, ReplicaName: "stolen" + strconv.Itoa(int(kind))})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	key, intermediate := newCSR(c.t)
+	_, policy := newCSR(c.t)
+	_, jwt := newCSR(c.t)
+	joined, err := capb.NewReplicaClient(c.client(nil, nil).conn).Join(c.t.Context(), &capb.ReplicaJoinRequest{
+		Token: token.GetToken(), OwnStore: kind == capb.TokenKind_TOKEN_KIND_NESTED_CA,
+		Keys: &capb.ReplicaKeys{IntermediateCsr: intermediate, PolicyCsr: policy, JwtCsr: jwt},
+	})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	chain, err := x509.ParseCertificates(slices.Concat(joined.GetCertificates().GetIntermediate()...))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	root, err := x509.ParseCertificate(joined.GetCertificates().GetRoot())
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	serial, err := svid.NewSerial(0, 1)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	own, _ := newCSR(c.t)
+	x509CA := authority.X509Authority{Chain: chain, Root: root, Signer: key}
+	leaf, err := x509CA.Issue(authority.LeafRequest{
+		SPIFFEID: spiffeid.RequireFromString("spiffe://shop.test/ca"), PublicKey: own.Public(), Serial: serial.In(realm), TTL: time.Hour, Now: time.Now(),
+	})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return c.client(own, append([][]byte{leaf.DER}, joined.GetCertificates().GetIntermediate()...))
 }
 
 type caller struct {
@@ -86,7 +146,8 @@ type caller struct {
 
 // The matrix is made from the descriptors, so that a new RPC appears in it, and
 // compared with a table that a reviewer reads: "yes" where the call was let
-// through to the RPC, "-" where it was refused, "n/a" where it is not served.
+// through to the RPC, "-" where it was refused, "n/a" where it is not served. Who is
+// refused at the handshake is refused everywhere.
 func TestAccessMatrix(t *testing.T) {
 	p := oidcprovider.Start(t)
 	c := startCA(t, tempDir(t), withOIDC(t, p))
@@ -144,13 +205,27 @@ func rpcs() []protoreflect.MethodDescriptor {
 
 func verdict(err error) string {
 	switch {
-	case isDenial(err):
+	case isDenial(err), isUntrusted(err):
 		return "-"
 	case status.Code(err) == codes.Unimplemented:
 		return "n/a"
 	default:
 		return "yes"
 	}
+}
+
+// isUntrusted tells a connection that the CA ended at its handshake, which the client
+// hears of in several ways, from an RPC that is Unavailable.
+func isUntrusted(err error) bool {
+	if status.Code(err) != codes.Unavailable {
+		return false
+	}
+	for _, how := range []string{"bad certificate", "connection reset", "broken pipe", "error reading"} {
+		if strings.Contains(err.Error(), how) {
+			return true
+		}
+	}
+	return false
 }
 
 // isDenial tells the access table's refusals from those of the RPC itself.
