@@ -88,7 +88,8 @@ func unpack(raw []byte) (files, error) {
 	}
 }
 
-// decompress accepts one gzip member and nothing behind it.
+// decompress accepts one gzip member and nothing behind it. It looks how long the
+// content is before it makes room for it: a bomb costs no memory.
 func decompress(raw []byte) ([]byte, error) {
 	if len(raw) > MaxBytes {
 		return nil, fmt.Errorf("more than %d bytes", MaxBytes)
@@ -99,14 +100,22 @@ func decompress(raw []byte) ([]byte, error) {
 		return nil, fmt.Errorf("not gzip: %v", err)
 	}
 	zip.Multistream(false)
-	ball, err := io.ReadAll(io.LimitReader(zip, maxUncompressedBytes+1))
+	size, err := io.Copy(io.Discard, io.LimitReader(zip, maxUncompressedBytes+1))
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("decompress: %v", err)
-	case len(ball) > maxUncompressedBytes:
+	case size > maxUncompressedBytes:
 		return nil, fmt.Errorf("more than %d bytes when decompressed", maxUncompressedBytes)
 	case rest.Len() > 0:
 		return nil, errors.New("data after the end")
+	}
+	rest.Reset(raw)
+	if err := zip.Reset(rest); err != nil {
+		return nil, fmt.Errorf("not gzip: %v", err)
+	}
+	ball := make([]byte, size)
+	if _, err := io.ReadFull(zip, ball); err != nil {
+		return nil, fmt.Errorf("decompress: %v", err)
 	}
 	return ball, nil
 }

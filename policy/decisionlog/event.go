@@ -155,7 +155,7 @@ func (f *Format) Line(rec *Record, dropped uint64) []byte {
 	if err != nil { // there is nothing in it that could not be written
 		panic("decisionlog: " + err.Error())
 	}
-	return line
+	return Printable(line)
 }
 
 func (f *Format) labels() map[string]string {

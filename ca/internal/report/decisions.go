@@ -8,6 +8,8 @@ import (
 	"encoding/json"
 	"strings"
 	"time"
+
+	"merlon.dev/policy/decisionlog"
 )
 
 // Bounds of one upload's events.
@@ -113,8 +115,10 @@ func takeEvent(raw json.RawMessage, uploader string, mayBeAbout Scope) (line []b
 	if fields["labels"], err = json.Marshal(labels); err != nil {
 		return nil, false, err
 	}
-	line, err = json.Marshal(fields)
-	return line, false, err
+	if line, err = json.Marshal(fields); err != nil {
+		return nil, false, err
+	}
+	return decisionlog.Printable(line), false, nil
 }
 
 // destinations are those that an event's input names, in both of the forms that

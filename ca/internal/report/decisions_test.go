@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -22,7 +23,7 @@ func own(destination string) bool { return destination == "spiffe://shop.test/or
 
 func TestDecisionsAreKeptWithTheirUploader(t *testing.T) {
 	body := "[" + strings.Join([]string{
-		eventAbout("spiffe://shop.test/orders", `,"result":{"allow":false},"x":"a\nb"`),
+		eventAbout("spiffe://shop.test/orders", `,"result":{"allow":false},"x":"a\nb`+"\u009b31m\u202e\x9b"+`"`),
 		eventAbout("spiffe://shop.test/other", ``),
 		`{"decision_id":"d3","timestamp":"2026-11-26T04:00:00Z","input":{"user":"eve"},"labels":{"uploader":"spiffe://shop.test/forged"},"Labels":{"uploader":"spiffe://shop.test/forged"}}`,
 		`{"decision_id":"d4","timestamp":"2026-11-26T04:00:00Z","input":{"destination":"spiffe://shop.test/other"}}`,
@@ -40,7 +41,7 @@ func TestDecisionsAreKeptWithTheirUploader(t *testing.T) {
 			ID     string            `json:"decision_id"`
 			Labels map[string]string `json:"labels"`
 		}
-		if err := json.Unmarshal(line, &e); err != nil || bytes.ContainsAny(line, "\n\r") || bytes.Contains(line, []byte("forged")) || e.Labels["uploader"] != "spiffe://shop.test/orders" {
+		if err := json.Unmarshal(line, &e); err != nil || bytes.ContainsAny(line, "\n\r\u009b\u202e") || !utf8.Valid(line) || bytes.Contains(line, []byte("forged")) || e.Labels["uploader"] != "spiffe://shop.test/orders" {
 			t.Errorf("%s: %v; want one line with the uploader", line, err)
 		}
 		ids = append(ids, e.ID)
