@@ -7,11 +7,13 @@ package bench_test
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -72,24 +74,24 @@ func BenchmarkHandshake(b *testing.B) {
 	}
 }
 
-// BenchmarkNewHandshake is P8 for chains that were not seen before, at either end, with
-// the trust bundle of the real CA and with 99 roots of other names beside its own. The
-// verdict is the SDK's (sdk/svid), made to forget what it has verified.
+// BenchmarkNewHandshake is P8 for chains that were not seen before, at either end: each
+// handshake has two X509-SVIDs of its own, under one intermediate such as the CA's;
+// with its root alone in the trust bundle, and with 99 roots of other names beside it.
 func BenchmarkNewHandshake(b *testing.B) {
-	_, _, id := me(b)
-	own, err := id.GetX509BundleForTrustDomain(id.ID().TrustDomain())
-	if err != nil {
-		b.Fatal(err)
-	}
-	many := own.Clone()
-	for range 99 {
-		many.AddX509Authority(forge.New(b, "example.org").Cert)
+	ca := forge.New(b, "example.org")
+	issuer := ca.Intermediate(func(c *x509.Certificate) {
+		c.PermittedURIDomains, c.PermittedDNSDomainsCritical, c.MaxPathLen, c.MaxPathLenZero = []string{"example.org"}, true, 0, true
+	})
+	var svids newSVIDs
+	key := forge.OfKey(forge.New(b, "example.org").Key)
+	for range forgotten {
+		svids.all = append(svids.all, issuer.Leaf("/me", key).X509SVID())
 	}
 	variants := func(name string, bundle *x509bundle.Bundle) []measure.Variant {
-		server := tlsconfig.MTLSServerConfig(id, bundle, tlsconfig.AuthorizeID(id.ID()))
-		dialer := tlsconfig.MTLSClientConfig(id, bundle, tlsconfig.AuthorizeID(id.ID()))
+		me := tlsconfig.AuthorizeID(svids.all[0].ID)
+		server, dialer := tlsconfig.MTLSServerConfig(&svids, bundle, me), tlsconfig.MTLSClientConfig(&svids, bundle, me)
 		trust := svid.NewTrust(x509bundle.NewSet(bundle))
-		ours := svid.TLS{SVIDs: id, Bundles: bundle}
+		ours := svid.TLS{SVIDs: &svids, Bundles: bundle}
 		ourServer, ourDialer := ours.Server(), ours.Client()
 		for _, cfg := range []*tls.Config{server, dialer, ourServer, ourDialer} {
 			cfg.MinVersion, cfg.SessionTicketsDisabled = tls.VersionTLS13, true
@@ -97,7 +99,6 @@ func BenchmarkNewHandshake(b *testing.B) {
 		}
 		for _, cfg := range []*tls.Config{ourServer, ourDialer} {
 			cfg.VerifyConnection = func(cs tls.ConnectionState) error {
-				trust.Forget()
 				_, err := trust.VerifyChain(cs.PeerCertificates, time.Now())
 				return err
 			}
@@ -107,7 +108,25 @@ func BenchmarkNewHandshake(b *testing.B) {
 			{Name: "sdk" + name, Run: handshakes(b, func(raw net.Conn) *tls.Conn { return tls.Server(raw, ourServer) }, ourDialer)},
 		}
 	}
+	own := ca.Bundle().X509Bundle()
+	many := own.Clone()
+	for range 99 {
+		many.AddX509Authority(forge.New(b, "example.org").Cert)
+	}
 	measure.Interleaved(b, turns, append(variants("", own), variants("-100-roots", many)...)...)
+}
+
+// forgotten is more chains than a svid.Trust remembers: the first is new again.
+const forgotten = 4096
+
+// newSVIDs is a source of another X509-SVID each time.
+type newSVIDs struct {
+	all  []*x509svid.SVID
+	next atomic.Uint64
+}
+
+func (s *newSVIDs) GetX509SVID() (*x509svid.SVID, error) {
+	return s.all[s.next.Add(1)%uint64(len(s.all))], nil
 }
 
 // handshakes makes a function that does one, over a connection of its own.

@@ -1,5 +1,6 @@
 // Trust bundles prepared for many handshakes: the roots are found by name instead
-// of all being tried, and a chain that was verified is known again.
+// of all being tried, a chain that was verified is known again, and of one that was not
+// the intermediate (issuers.go).
 
 package svid
 
@@ -13,6 +14,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
 
 // maxChains is how many verified chains the younger half of a Trust's memory has.
@@ -115,6 +117,9 @@ func (t *Trust) Forget() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.older, t.young = nil, make(map[chainKey]verified)
+	for _, a := range t.anchors {
+		a.issuers.forget()
+	}
 }
 
 // Same says whether t trusts what bundles say, and nothing else.
@@ -136,11 +141,13 @@ type anchors struct {
 	roots  []*x509.Certificate            // of bundle
 	named  map[string][]*x509.Certificate // by subject, DER
 	raw    map[string]bool                // by all of their bytes
+
+	issuers *issuers // that were verified; nil: none is remembered
 }
 
 func prepare(bundle *x509bundle.Bundle) *anchors {
 	bundle = bundle.Clone()
-	a := &anchors{bundle: bundle, roots: bundle.X509Authorities(), named: map[string][]*x509.Certificate{}, raw: map[string]bool{}}
+	a := &anchors{bundle: bundle, roots: bundle.X509Authorities(), named: map[string][]*x509.Certificate{}, raw: map[string]bool{}, issuers: &issuers{}}
 	for _, root := range a.roots {
 		a.named[string(root.RawSubject)] = append(a.named[string(root.RawSubject)], root)
 		a.raw[string(root.Raw)] = true
@@ -174,6 +181,23 @@ func (a *anchors) above(certs []*x509.Certificate) *x509bundle.Bundle {
 		return a.bundle
 	}
 	return x509bundle.FromX509Authorities(a.bundle.TrustDomain(), roots)
+}
+
+// paths are all valid ones from the leaf in certs to a root; what each certificate says
+// beyond RFC 5280 is not looked at.
+func (a *anchors) paths(id spiffeid.ID, certs []*x509.Certificate, now time.Time) ([][]*x509.Certificate, error) {
+	if chains := a.issuers.paths(certs, now); chains != nil {
+		return chains, nil
+	}
+	verified, chains, err := x509svid.Verify(certs, a.above(certs), x509svid.WithTime(now))
+	if err != nil {
+		return nil, &Error{Rule: "X13", Reason: "no valid path to the trust bundle of " + id.TrustDomain().IDString(), Err: err}
+	}
+	if verified != id {
+		return nil, refuse("X14", "go-spiffe reads SPIFFE ID %q where %q is written", verified, id)
+	}
+	a.issuers.learn(a, certs, chains, now)
+	return chains, nil
 }
 
 // until is when verifying the chain of peer again could give something else: a

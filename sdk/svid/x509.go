@@ -12,7 +12,6 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
 
 // Limits of a presented chain, checked before any signature: whoever can
@@ -139,12 +138,9 @@ func verify(certs []*x509.Certificate, trusted func(spiffeid.TrustDomain) (*anch
 	if now.IsZero() { // go-spiffe would silently take the real time
 		return nil, refuse("X13", "the current time is not known")
 	}
-	verified, chains, err := x509svid.Verify(certs, anchors.above(certs), x509svid.WithTime(now))
+	chains, err := anchors.paths(id, certs, now)
 	if err != nil {
-		return nil, &Error{Rule: "X13", Reason: "no valid path to the trust bundle of " + id.TrustDomain().IDString(), Err: err}
-	}
-	if verified != id {
-		return nil, refuse("X14", "go-spiffe reads SPIFFE ID %q where %q is written", verified, id)
+		return nil, err
 	}
 	return newPeer(id, leaf, chains)
 }
