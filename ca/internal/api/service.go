@@ -462,6 +462,9 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 	if errors.Is(err, registry.ErrBehind) {
 		return status.Error(codes.Unavailable, "the change is stored, but "+registry.ErrBehind.Error()+"; its /ready says why")
 	}
+	if errors.Is(err, store.ErrUncertain) {
+		return status.Error(codes.Unavailable, shortage(ctx, err))
+	}
 	if errors.Is(err, store.ErrReadOnly) || errors.Is(err, audit.ErrFull) {
 		return status.Error(codes.ResourceExhausted, shortage(ctx, err))
 	}

@@ -24,8 +24,12 @@ var (
 	ErrTooLarge = errors.New("too large for the store")
 	// ErrReadOnly is returned by Txn when the store cannot promise that a write
 	// is durable: its disk or its quota is used up, or a sync has failed. The
-	// error says which. Nothing was written unless a sync failed. Reads go on.
+	// error says which. Nothing was written, unless it is ErrUncertain too. Reads
+	// go on.
 	ErrReadOnly = errors.New("store is read-only")
+	// ErrUncertain is returned by Txn when its own sync has failed: what it wrote
+	// may or may not be there when the store is opened again.
+	ErrUncertain = errors.New("whether this change was made is not known: look after a restart, before you repeat it")
 	// ErrUnavailable is returned when the store cannot be reached, e.g. an etcd
 	// without a quorum. What a Txn did that fails so is unknown.
 	ErrUnavailable = errors.New("store unavailable")

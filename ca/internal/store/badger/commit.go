@@ -142,6 +142,9 @@ func (s *Store) stopWrites(revision uint64, cause error) {
 	}
 }
 
+// uncertain is what those are told whose own write a failed sync has hit.
+func uncertain(failed error) error { return fmt.Errorf("%w; %w", store.ErrUncertain, failed) }
+
 // gather waits for one request and takes what else is there, up to a batch.
 // It returns none when the store is closed.
 func (s *Store) gather(first *request) (batch []*request, next *request) {
@@ -198,7 +201,7 @@ func (s *Store) commit(done *committed) {
 	}
 	if err := s.write(b); err != nil {
 		s.stopWrites(b.revision, err)
-		done.refused = *s.failed.Load()
+		done.refused = uncertain(*s.failed.Load())
 		return
 	}
 	done.records, done.tip, done.compacted = b.records, s.tip, s.compacted.revision

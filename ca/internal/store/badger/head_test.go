@@ -254,12 +254,12 @@ func TestFailedSyncOfTheHeadStopsWritesForGood(t *testing.T) {
 	eio := errors.New("input/output error")
 	release(eio)
 	for range 2 {
-		if err := <-errs; !errors.Is(err, store.ErrReadOnly) || !errors.Is(err, eio) {
-			t.Errorf("Txn = %v; want %v", err, store.ErrReadOnly)
+		if err := <-errs; !errors.Is(err, store.ErrReadOnly) || !errors.Is(err, store.ErrUncertain) || !errors.Is(err, eio) {
+			t.Errorf("Txn = %v; want %v and %v", err, store.ErrReadOnly, store.ErrUncertain)
 		}
 	}
-	if _, err := s.Txn(t.Context(), nil, []store.Op{store.Put("a", nil)}, nil); !errors.Is(err, store.ErrReadOnly) {
-		t.Errorf("Txn = %v; want %v", err, store.ErrReadOnly)
+	if _, err := s.Txn(t.Context(), nil, []store.Op{store.Put("a", nil)}, nil); !errors.Is(err, store.ErrReadOnly) || errors.Is(err, store.ErrUncertain) {
+		t.Errorf("Txn = %v; want %v alone: it began after the failure", err, store.ErrReadOnly)
 	}
 	if st, err := s.read(before+3, "a"); err != nil || st.revision != before+2 {
 		t.Errorf("Badger went on to %d, %v", st.revision, err)

@@ -55,7 +55,7 @@ func (s *Store) publish(batches []committed) {
 	for _, b := range batches {
 		refused := b.refused
 		if refused == nil && failed != nil {
-			refused = *failed
+			refused = uncertain(*failed) // Badger has it
 		}
 		b.answer(refused)
 	}
