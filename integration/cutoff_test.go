@@ -31,15 +31,15 @@ func TestReplicaCutOffFromTheStoreHoldsRotationBack(t *testing.T) {
 	// The agent's record ends, and with it what its workloads had by then: by the
 	// store alone it counts no more.
 	time.Sleep(8 * time.Second)
-	var next authority
+	var next stage.Authority
 	stage.Eventually(t, "nobody but the replica is waited for", func() (err error) {
-		if next, err = authorityIn(c.Domain, "x509-root", "published"); err == nil && len(next.Pending.Agents) > 0 {
+		if next, err = stage.AuthorityIn(c.Domain, "x509-root", "published"); err == nil && len(next.Pending.Agents) > 0 {
 			err = fmt.Errorf("%v are", next.Pending.Agents)
 		}
 		return err
 	})
 	time.Sleep(4 * time.Second) // three hints
-	if next, err := authorityIn(c.Domain, "x509-root", "published"); err != nil || next.Pending.Ready || !slices.Equal(next.Pending.Silent, []string{second.ID}) {
+	if next, err := stage.AuthorityIn(c.Domain, "x509-root", "published"); err != nil || next.Pending.Ready || !slices.Equal(next.Pending.Silent, []string{second.ID}) {
 		t.Errorf("pending = %+v, %v; want it to wait for %s", next.Pending, err, second.ID)
 	}
 	if _, err := fetch(t, c.Domain); err != nil {
@@ -54,7 +54,7 @@ func TestReplicaCutOffFromTheStoreHoldsRotationBack(t *testing.T) {
 	gate.Open()
 	// It is heard of when the store knows of its agent, which counts then.
 	stage.Eventually(t, "the replica is heard of", func() error {
-		now, err := authorityIn(c.Domain, "x509-root", "published")
+		now, err := stage.AuthorityIn(c.Domain, "x509-root", "published")
 		switch {
 		case err != nil:
 			return err
@@ -65,7 +65,7 @@ func TestReplicaCutOffFromTheStoreHoldsRotationBack(t *testing.T) {
 		}
 		return nil
 	})
-	done(c.Domain, "authority", "activate", next.ID)
+	stage.Done(c.Domain, "authority", "activate", next.ID)
 	stage.Eventually(t, "an SVID under the new root", func() error {
 		own, err := fetch(t, c.Domain)
 		if err == nil && fmt.Sprintf("%x", own.Certificates[len(own.Certificates)-1].AuthorityKeyId) != next.ID {

@@ -69,52 +69,6 @@ func settingOf(t *testing.T, p *stage.Process, key string) string {
 	return ""
 }
 
-// fillDisk takes all space, and returns what gives it back.
-func fillDisk(t *testing.T, disk string) (empty func()) {
-	t.Helper()
-	path := filepath.Join(disk, "filler")
-	f, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	for chunk := make([]byte, 64<<10); len(chunk) >= 4096; {
-		if _, err := f.Write(chunk); err != nil {
-			chunk = chunk[:len(chunk)/2]
-		}
-	}
-	return func() {
-		if err := os.Remove(path); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
-// takeInodes makes files until no more can be made, and returns what removes
-// them.
-func takeInodes(t *testing.T, disk string) (empty func()) {
-	t.Helper()
-	dir := filepath.Join(disk, "files")
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	for i := 0; ; i++ {
-		f, err := os.Create(filepath.Join(dir, fmt.Sprint(i)))
-		if errors.Is(err, syscall.ENOSPC) {
-			break
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		f.Close()
-	}
-	return func() {
-		if err := os.RemoveAll(dir); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
 // wantReadOnly checks that nothing can be changed, that the operator is told
 // why, and that what only reads goes on.
 func wantReadOnly(t *testing.T, d *stage.Domain, reason string) {
@@ -220,7 +174,7 @@ func TestFullDiskMakesTheCAReadOnly(t *testing.T) {
 	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, d); return err })
 
 	pid := d.CA.PID()
-	empty := fillDisk(t, disk)
+	empty := stage.FillDisk(t, disk)
 	wantReadOnly(t, d, "free some space there")
 	// Whoever goes on trying uses up nothing of what is set aside for issuing.
 	begun := begunActs(t, d)
@@ -257,7 +211,7 @@ func TestFullDiskMakesTheCAReadOnly(t *testing.T) {
 
 	// A stop on a full disk ends, and loses nothing.
 	entries := d.Merlon("entry", "list", "-o", "json")
-	empty = fillDisk(t, disk)
+	empty = stage.FillDisk(t, disk)
 	d.CA.Stop()
 	empty()
 	d.CA.Restart()
@@ -273,7 +227,7 @@ func TestDiskWithoutInodesMakesTheCAReadOnly(t *testing.T) {
 	d.Entry("/me", "--ttl", "1h")
 	moveTo(t, d, disk)
 	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, d); return err })
-	empty := takeInodes(t, disk)
+	empty := stage.TakeInodes(t, disk)
 	wantReadOnly(t, d, "inodes free")
 	wantNewSVID(t, d)
 	empty()

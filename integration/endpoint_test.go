@@ -192,9 +192,9 @@ func TestIssuerOutlivesItsKeys(t *testing.T) {
 	first := jwtSVID(t, e.Domain, "party")
 	takes("before", first)
 	e.Merlon("authority", "prepare", "--kind", "jwt")
-	var next authority
+	var next stage.Authority
 	stage.Eventually(t, "the new key is published", func() (err error) {
-		next, err = authorityIn(e.Domain, "jwt", "published")
+		next, err = stage.AuthorityIn(e.Domain, "jwt", "published")
 		return err
 	})
 	takes("published", first)

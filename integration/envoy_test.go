@@ -379,7 +379,7 @@ func TestEnvoyTakesItsSecretsFromTheAgent(t *testing.T) {
 	renewed, stop := g.traffic()
 	begun := time.Now()
 	renewed("at half life")
-	rotate(t, g.d, func() {})
+	stage.RotateRoot(g.d, func() {})
 	g.d.Agent.Restart()
 	renewed("after a restart of the agent")
 	t.Logf("%d calls in %s, each with two handshakes", stop(), time.Since(begun).Round(time.Second))

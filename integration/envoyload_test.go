@@ -127,7 +127,7 @@ func (l *load) denies(what, reason string) {
 func (p *pair) rotates() {
 	p.t.Helper()
 	shown := p.orders.shown(p.t)
-	rotate(p.t, p.d, func() {})
+	stage.RotateRoot(p.d, func() {})
 	stage.Eventually(p.t, "orders shows another SVID", func() error {
 		if p.orders.shown(p.t) == shown {
 			return errors.New("the same")

@@ -268,9 +268,9 @@ func TestPartnersRootIsReplaced(t *testing.T) {
 		t.Fatal(err)
 	}
 	partner.Merlon("authority", "prepare", "--kind", "x509-root")
-	var next authority
+	var next stage.Authority
 	stage.Eventually(t, "the new root is published", func() (err error) {
-		next, err = authorityIn(partner, "x509-root", "published")
+		next, err = stage.AuthorityIn(partner, "x509-root", "published")
 		return err
 	})
 	trusts(t, shop, partner, "jwks")

@@ -112,15 +112,15 @@ func TestOneTokenEachWay(t *testing.T) {
 			time.Sleep(20 * time.Millisecond)
 		}
 	}()
-	first, err := authorityIn(partner, "x509-root", "active")
+	first, err := stage.AuthorityIn(partner, "x509-root", "active")
 	if err != nil {
 		t.Fatal(err)
 	}
 	for round := range 2 {
 		partner.Merlon("authority", "prepare", "--kind", "x509-root")
-		var next authority
+		var next stage.Authority
 		stage.Eventually(t, "the new root is published", func() (err error) {
-			next, err = authorityIn(partner, "x509-root", "published")
+			next, err = stage.AuthorityIn(partner, "x509-root", "published")
 			return err
 		})
 		waitLong(t, "the shop has fetched it", func() error {

@@ -298,9 +298,9 @@ func TestRootAboveWaitsForAgentsBelow(t *testing.T) {
 	}
 	up.Merlon("authority", "prepare", "--kind", "x509-root")
 	want := down.AgentID() + " below nested CA eu"
-	var next authority
+	var next stage.Authority
 	stage.Eventually(t, "the next root waits for the agent below alone", func() (err error) {
-		next, err = authorityIn(up.Domain, "x509-root", "published")
+		next, err = stage.AuthorityIn(up.Domain, "x509-root", "published")
 		if err == nil && (next.Pending == nil || fmt.Sprint(next.Pending.Agents) != "["+want+"]") {
 			err = fmt.Errorf("pending = %+v", next.Pending)
 		}
@@ -322,20 +322,20 @@ func TestRootAboveWaitsForAgentsBelow(t *testing.T) {
 	}
 	kill(down)
 	before := mustBe(t, up.Domain, "active")
-	done(up.Domain, "authority", "activate", next.ID)
+	stage.Done(up.Domain, "authority", "activate", next.ID)
 	kill(up)
 	for _, s := range []*side{up, down} {
 		stage.Eventually(t, "the CA of "+s.path+" signs under the new root", func() error {
-			i, err := authorityIn(s.Domain, "x509-intermediate", "active")
+			i, err := stage.AuthorityIn(s.Domain, "x509-intermediate", "active")
 			if err == nil && i.Root != next.ID {
 				err = fmt.Errorf("the intermediate is under %s, not %s", i.Root, next.ID)
 			}
 			return err
 		})
 	}
-	done(up.Domain, "authority", "taint", before.ID)
+	stage.Done(up.Domain, "authority", "taint", before.ID)
 	kill(down)
-	done(up.Domain, "authority", "revoke", before.ID)
+	stage.Done(up.Domain, "authority", "revoke", before.ID)
 	stop()
 	meet(t, "under the new root", up, down)
 	own, err := fetch(t, down.Domain)
@@ -361,7 +361,7 @@ func TestJWTKeyBelowWaitsForAgentsAbove(t *testing.T) {
 		t.Fatal(err)
 	}
 	down.Merlon("authority", "prepare", "--kind", "jwt")
-	next, err := authorityIn(down.Domain, "jwt", "published")
+	next, err := stage.AuthorityIn(down.Domain, "jwt", "published")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -378,7 +378,7 @@ func TestJWTKeyBelowWaitsForAgentsAbove(t *testing.T) {
 	if err := syscall.Kill(up.Agent.PID(), syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	done(down.Domain, "authority", "activate", next.ID)
+	stage.Done(down.Domain, "authority", "activate", next.ID)
 	stage.Eventually(t, "a JWT-SVID by the new key", func() error {
 		token, err := workloadapi.FetchJWTSVID(t.Context(), jwtsvid.Params{Audience: "late"}, workloadapi.WithAddr(down.WorkloadAPI))
 		if err != nil {
@@ -392,7 +392,7 @@ func TestJWTKeyBelowWaitsForAgentsAbove(t *testing.T) {
 	})
 	// What is no JWT key of its own is not its to change.
 	for _, kind := range []string{"x509-root", "jwt"} {
-		a, err := authorityIn(up.Domain, kind, "active")
+		a, err := stage.AuthorityIn(up.Domain, kind, "active")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -471,10 +471,10 @@ func TestNestedCAAlone(t *testing.T) {
 	copyDir(t, data, data+".old")
 	up.CA.Restart()
 	for i := range 20 { // so that it cannot make up for it by what a start writes
-		done(up.Domain, "entry", "create", "--spiffe-id", up.ID(fmt.Sprintf("/later/%d", i)), "--selector", "unix:uid:4294967294", "--parent", up.AgentID())
+		stage.Done(up.Domain, "entry", "create", "--spiffe-id", up.ID(fmt.Sprintf("/later/%d", i)), "--selector", "unix:uid:4294967294", "--parent", up.AgentID())
 	}
 	old = down.serial()
-	done(up.Domain, "revoke", "--spiffe-id", down.ID("/down"))
+	stage.Done(up.Domain, "revoke", "--spiffe-id", down.ID("/down"))
 	down.wantNewSVID(old) // so the record is below
 	up.CA.Stop()
 	swap(t, data, data+".old")

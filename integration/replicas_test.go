@@ -90,7 +90,7 @@ func TestReplicasIssueUnderOneRootWithKeysOfTheirOwn(t *testing.T) {
 	c.Join()
 	c.Entry("/me", "--ttl", "4s")
 	stage.Eventually(t, "an SVID is served", func() error { _, err := fetch(t, c.Domain); return err })
-	stage.Eventually(t, "both JWT keys sign", func() error { _, err := authorityIn(c.Domain, "jwt", "published"); return opposite(err) })
+	stage.Eventually(t, "both JWT keys sign", func() error { _, err := stage.AuthorityIn(c.Domain, "jwt", "published"); return opposite(err) })
 	issuers, kids := make(map[string]bool), make(map[string]bool)
 	for range 2 {
 		serving := c.Serving()
@@ -165,7 +165,7 @@ func TestReplicaThatJoinsSignsNoJWTBeforeItsKeyIsKnown(t *testing.T) {
 		first.Restart()
 		stage.Eventually(t, "the first is back", first.Ready)
 	}
-	key, err := authorityIn(c.Domain, "jwt", "published")
+	key, err := stage.AuthorityIn(c.Domain, "jwt", "published")
 	if err != nil || key.Pending == nil || key.Pending.Ready {
 		t.Fatalf("the second replica's JWT key = %+v, %v; want it to wait", key, err)
 	}
@@ -267,7 +267,7 @@ func TestEvictedReplicaServesNobody(t *testing.T) {
 	}
 	// A change is there at once at each, whichever it was made at (F-11).
 	c.Merlon("authority", "prepare", "--kind", "jwt")
-	stage.Eventually(t, "the new key is published", func() error { _, err := authorityIn(c.Domain, "jwt", "published"); return err })
+	stage.Eventually(t, "the new key is published", func() error { _, err := stage.AuthorityIn(c.Domain, "jwt", "published"); return err })
 	shown := sequenceOf(t, []byte(c.Merlon("trust", "show", "-o", "jwks")))
 	stage.Eventually(t, "the second replica has it", func() error {
 		if _, text := readBundle(t, public, roots); sequenceOf(t, text) < shown {

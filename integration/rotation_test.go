@@ -41,87 +41,6 @@ func sizeOf(t *testing.T, name string, small int) int {
 	return n
 }
 
-// authority is an authority as `merlon authority list -o json` shows it.
-type authority struct {
-	ID      string `json:"authority_id"`
-	Kind    string `json:"kind"`
-	State   string `json:"state"`
-	Root    string `json:"root_authority_id"`
-	Pending *struct {
-		Agents []string `json:"agents"`
-		Silent []string `json:"silent_replicas"`
-		Ready  bool     `json:"ready"`
-	} `json:"pending"`
-}
-
-// authorityIn is the authority of a kind and state, if there is one and the CA
-// answers.
-func authorityIn(d *stage.Domain, kind, state string) (authority, error) {
-	all, err := authorities(d)
-	if err != nil {
-		return authority{}, err
-	}
-	for _, a := range all {
-		if a.Kind == kind && a.State == state {
-			return a, nil
-		}
-	}
-	return authority{}, fmt.Errorf("no %s is %s in %+v", kind, state, all)
-}
-
-// authorities are all that there are.
-func authorities(d *stage.Domain) (all []authority, err error) {
-	stdout, stderr, err := d.Try("authority", "list", "-o", "json")
-	if err != nil {
-		return nil, fmt.Errorf("%w: %s", err, stderr)
-	}
-	stage.Decode(d.TB, stdout, &all)
-	return all, nil
-}
-
-// done repeats a command until it succeeds: it waits, or the CA is away.
-func done(d *stage.Domain, args ...string) {
-	d.TB.Helper()
-	stage.Eventually(d.TB, "merlon "+strings.Join(args, " "), func() error {
-		_, stderr, err := d.Try(args...)
-		if err != nil {
-			return errors.New(stderr)
-		}
-		return nil
-	})
-}
-
-// rotate takes a new root through all its states, and the one before out.
-// between is called between the steps.
-func rotate(t *testing.T, d *stage.Domain, between func()) {
-	t.Helper()
-	before, err := authorityIn(d, "x509-root", "active")
-	if err != nil {
-		t.Fatal(err)
-	}
-	d.Merlon("authority", "prepare", "--kind", "x509-root")
-	between()
-	var next authority
-	stage.Eventually(t, "the new root is published", func() (err error) {
-		next, err = authorityIn(d, "x509-root", "published")
-		return err
-	})
-	done(d, "authority", "activate", next.ID)
-	between()
-	stage.Eventually(t, "every replica signs under the new root", func() error {
-		all, err := authorities(d)
-		for _, a := range all {
-			if a.Kind == "x509-intermediate" && a.State == "active" && a.Root != next.ID {
-				err = fmt.Errorf("an intermediate is under %s, not %s", a.Root, next.ID)
-			}
-		}
-		return err
-	})
-	done(d, "authority", "taint", before.ID)
-	between()
-	done(d, "authority", "revoke", before.ID)
-}
-
 // echo answers each connection with one byte.
 func echo(t *testing.T, id *sdk.Identity) string {
 	t.Helper()
@@ -272,7 +191,7 @@ func rotateUnderHandshakes(t *testing.T, d *stage.Domain, rounds int, cas func()
 	begun := time.Now()
 	kills := 0
 	for round := range rounds {
-		rotate(t, d, func() {
+		stage.RotateRoot(d, func() {
 			if round%2 == 1 { // the first round shows that it works without
 				all := cas()
 				all[kills%len(all)].Kill()
@@ -302,7 +221,7 @@ func TestStuckAgentHoldsActivationBack(t *testing.T) {
 	}
 	d.Merlon("authority", "prepare", "--kind", "x509-root")
 	time.Sleep(4 * time.Second) // three hints
-	next, err := authorityIn(d, "x509-root", "published")
+	next, err := stage.AuthorityIn(d, "x509-root", "published")
 	if err != nil || next.Pending == nil || next.Pending.Ready || !slices.Equal(next.Pending.Agents, []string{d.AgentID()}) {
 		t.Errorf("pending = %+v, %v; want it to wait for %s", next.Pending, err, d.AgentID())
 	}
@@ -315,9 +234,9 @@ func TestStuckAgentHoldsActivationBack(t *testing.T) {
 	if err := syscall.Kill(d.Agent.PID(), syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	done(d, "authority", "activate", next.ID)
+	stage.Done(d, "authority", "activate", next.ID)
 	// Nothing is lost: the agent serves SVIDs under the new root when it is time.
-	done(d, "authority", "taint", mustBe(t, d, "old").ID)
+	stage.Done(d, "authority", "taint", mustBe(t, d, "old").ID)
 	stage.Eventually(t, "the SVID is replaced", func() error {
 		own, err := fetch(t, d)
 		if err == nil && len(own.Certificates) > 1 && fmt.Sprintf("%x", own.Certificates[len(own.Certificates)-1].AuthorityKeyId) != next.ID {
@@ -327,9 +246,9 @@ func TestStuckAgentHoldsActivationBack(t *testing.T) {
 	})
 }
 
-func mustBe(t *testing.T, d *stage.Domain, state string) authority {
+func mustBe(t *testing.T, d *stage.Domain, state string) stage.Authority {
 	t.Helper()
-	a, err := authorityIn(d, "x509-root", state)
+	a, err := stage.AuthorityIn(d, "x509-root", state)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -29,6 +29,7 @@ type Replica struct {
 	GRPC   string
 	HTTPS  string // host:port
 	Health string
+	Data   string // its data_dir
 	tb     testing.TB
 }
 
@@ -69,9 +70,9 @@ func (c *Cluster) Add(endpoints []string, settings ...string) *Replica {
 			*address = fmt.Sprintf("127.0.0.1:%d", FreePort(c.TB))
 		}
 	}
-	r.Admin = filepath.Join(c.dir, r.ID, "admin.sock")
+	r.Admin, r.Data = filepath.Join(c.dir, r.ID, "admin.sock"), filepath.Join(c.dir, r.ID+"-data")
 	text := []string{
-		"trust_domain: " + c.TrustDomain, "data_dir: " + filepath.Join(c.dir, r.ID+"-data"), "replica_name: " + r.ID,
+		"trust_domain: " + c.TrustDomain, "data_dir: " + r.Data, "replica_name: " + r.ID,
 		"address: " + r.GRPC, "https_address: " + r.HTTPS, "health_address: " + r.Health, "admin_socket: " + r.Admin,
 		"store: etcd", "etcd_endpoints: [" + strings.Join(endpoints, ", ") + "]",
 		"etcd_ca_file: " + c.Etcd.Files.CA, "etcd_cert_file: " + c.Etcd.Files.Cert, "etcd_key_file: " + c.Etcd.Files.Key,
@@ -145,10 +146,14 @@ func (c *Cluster) Serving() *Replica {
 }
 
 // Ready asks the replica's health port; the error holds its answer.
-func (r *Replica) Ready() error {
+func (r *Replica) Ready() error { return Ready(r.Health) }
+
+// Ready asks a health port (host:port) whether its process is ready; the error holds
+// the answer.
+func Ready(health string) error {
 	client := http.Client{Timeout: 2 * time.Second}
 	defer client.CloseIdleConnections()
-	resp, err := client.Get("http://" + r.Health + "/ready")
+	resp, err := client.Get("http://" + health + "/ready")
 	if err != nil {
 		return err
 	}

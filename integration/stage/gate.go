@@ -1,4 +1,4 @@
-// A way that can be cut: what goes through it arrives, until it is shut.
+// A way that can be slow, and be cut: what goes through it arrives, until it is shut.
 
 package stage
 
@@ -7,7 +7,9 @@ import (
 	"net"
 	"net/url"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // Gate hands TCP connections on. It is safe for concurrent use.
@@ -15,6 +17,7 @@ type Gate struct {
 	target string
 	lis    net.Listener
 	wg     sync.WaitGroup
+	delay  atomic.Int64 // nanoseconds
 
 	mu sync.Mutex
 	// guarded by mu
@@ -45,6 +48,12 @@ func NewGate(tb testing.TB, to string) *Gate {
 
 // URL is that of the other end, by way of the gate.
 func (g *Gate) URL() string { return "https://" + g.lis.Addr().String() }
+
+// Address is host:port of the gate.
+func (g *Gate) Address() string { return g.lis.Addr().String() }
+
+// Delay lets what goes through arrive so much later, either way.
+func (g *Gate) Delay(by time.Duration) { g.delay.Store(int64(by)) }
 
 // Shut cuts what goes through, and lets nothing in.
 func (g *Gate) Shut() {
@@ -96,11 +105,25 @@ func (g *Gate) enter(conns ...net.Conn) bool {
 }
 
 func (g *Gate) carry(to, from net.Conn) {
-	io.Copy(to, from)
+	io.Copy(&late{to, g}, from)
 	to.Close()
 	from.Close()
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	delete(g.conns, to)
 	delete(g.conns, from)
+}
+
+// late writes with the delay of its gate. What comes meanwhile waits behind it, in
+// the buffers of the kernel, so the way is narrow, too.
+type late struct {
+	to net.Conn
+	g  *Gate
+}
+
+func (l *late) Write(p []byte) (int, error) {
+	if by := l.g.delay.Load(); by > 0 {
+		time.Sleep(time.Duration(by))
+	}
+	return l.to.Write(p)
 }

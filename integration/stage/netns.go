@@ -184,6 +184,19 @@ func (n *Network) Join(a, b *Namespace) {
 	}
 }
 
+// Drop lets the share of packets that from sends to to be lost, in that direction
+// only (1: all of them), until the returned function is called. It needs iptables.
+func (n *Network) Drop(from, to *Namespace, share float64) (undo func()) {
+	n.tb.Helper()
+	rule := []string{"OUTPUT", "-d", to.IP}
+	if share < 1 {
+		rule = append(rule, "-m", "statistic", "--mode", "random", "--probability", fmt.Sprintf("%.3f", share))
+	}
+	rule = append(rule, "-j", "DROP")
+	from.Run(n.tb, "iptables", append([]string{"-w", "-A"}, rule...)...)
+	return sync.OnceFunc(func() { from.Run(n.tb, "iptables", append([]string{"-w", "-D"}, rule...)...) })
+}
+
 // StartEtcd starts a cluster with each member on a machine of its own.
 func (n *Network) StartEtcd(members int, flags ...string) *Etcd {
 	n.tb.Helper()

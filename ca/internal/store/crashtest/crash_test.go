@@ -18,9 +18,6 @@ func TestMain(m *testing.M) {
 		os.Exit(Child()) //nolint:forbidigo // the main of a child process
 	}
 	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
-		if dir, err := builds(); err == nil {
-			os.RemoveAll(dir)
-		}
 		stage.RemoveBins()
 		os.Exit(code) //nolint:forbidigo // as VerifyTestMain does
 	}))
