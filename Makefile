@@ -8,7 +8,7 @@ BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 export MERLON_INTEROP ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/merlon/interop
 
 .DEFAULT_GOAL := help
-.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect scale posture polling
+.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect scale posture polling faults
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -139,3 +139,10 @@ leaks: ## LEAKS idle connections (default 10000) to an SDK server that end in ev
 TAINTED ?= 10000
 taint: ## replace TAINTED SVIDs of one agent after their root was tainted; about 3 minutes
 	TAINTED=$(TAINTED) go test -count 1 -timeout 1h -v ./agent/internal/caclient -run TestTaintIsOverWithinAMinute
+
+ROWS ?= R[0-9]*
+RESULTS ?= $(CURDIR)/bin/faults
+faults: ## the fault matrix in full (ROWS='R1|R13' for some of it, KILLS=100 for fewer kills), as a table; needs root; hours
+	mkdir -p $(RESULTS)
+	MERLON_FAULTS=full MERLON_FAULTS_RESULTS=$(RESULTS) KILLS=$(KILLS) go test -count 1 -timeout 24h -v ./integration/faults -run 'TestRow/^($(ROWS))$$'; status=$$?; \
+	go run ./integration/faults/matrix $(RESULTS); exit $$status
