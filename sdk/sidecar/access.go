@@ -110,6 +110,10 @@ func appendEntry(b []byte, h *hop.Hop, e *hop.Entry) []byte {
 	b = strconv.AppendInt(b, e.BytesIn, 10)
 	b = append(b, `,"bytes_out":`...)
 	b = strconv.AppendInt(b, e.BytesOut, 10)
+	if e.Retries > 0 {
+		b = append(b, `,"retries":`...)
+		b = strconv.AppendInt(b, int64(e.Retries), 10)
+	}
 	if e.Err != "" {
 		b = appendField(b, "err", e.Err)
 	}

@@ -120,6 +120,10 @@ type Inbound struct {
 	HealthCheck HealthCheck `yaml:"health_check"`
 	// Limits are of this listener, and of what is behind it.
 	Limits Limits `yaml:"limits"`
+	// Timeouts are those of this listener.
+	Timeouts Timeouts `yaml:"timeouts"`
+	// Retry is when a request is tried once more.
+	Retry Retry `yaml:"retry"`
 }
 
 // Outbound is a listener for the app, and the service behind it.
@@ -143,6 +147,10 @@ type Outbound struct {
 	HealthCheck HealthCheck `yaml:"health_check"`
 	// Limits are of this listener, and of what is behind it.
 	Limits Limits `yaml:"limits"`
+	// Timeouts are those of this listener.
+	Timeouts Timeouts `yaml:"timeouts"`
+	// Retry is when a request is tried once more.
+	Retry Retry `yaml:"retry"`
 }
 
 // InvalidError reports a setting that the sidecar refuses.
@@ -230,10 +238,7 @@ func (in *Inbound) check(field string) error {
 	if err := checkProtocol(field+".protocol", in.Protocol); err != nil {
 		return err
 	}
-	if err := in.Limits.validate(field+".limits", in.Protocol); err != nil {
-		return err
-	}
-	return in.HealthCheck.validate(field+".health_check", in.Protocol)
+	return in.behind().validate(field, in.Protocol)
 }
 
 func (out *Outbound) check(field string) error {
@@ -256,10 +261,34 @@ func (out *Outbound) check(field string) error {
 	if err := checkProtocol(field+".protocol", out.Protocol); err != nil {
 		return err
 	}
-	if err := out.Limits.validate(field+".limits", out.Protocol); err != nil {
+	return out.behind().validate(field, out.Protocol)
+}
+
+// behind are the settings of what a listener does with what comes.
+type behind struct {
+	limits   Limits
+	timeouts Timeouts
+	retry    Retry
+	check    HealthCheck
+}
+
+func (in *Inbound) behind() behind { return behind{in.Limits, in.Timeouts, in.Retry, in.HealthCheck} }
+
+func (out *Outbound) behind() behind {
+	return behind{out.Limits, out.Timeouts, out.Retry, out.HealthCheck}
+}
+
+func (b behind) validate(field, protocol string) error {
+	if err := b.limits.validate(field+".limits", protocol); err != nil {
 		return err
 	}
-	return out.HealthCheck.validate(field+".health_check", out.Protocol)
+	if err := b.timeouts.validate(field+".timeouts", protocol); err != nil {
+		return err
+	}
+	if err := b.retry.validate(field+".retry", protocol); err != nil {
+		return err
+	}
+	return b.check.validate(field+".health_check", protocol)
 }
 
 // target is whom the outbound listener's connections have to reach.

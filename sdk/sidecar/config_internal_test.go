@@ -23,6 +23,8 @@ outbound:
     upstreams: ["orders-1.example.org:8443", "[::1]:8443"]
     protocol: tcp
     limits: {max_connections: 100, max_requests: 0, upstream_connections: 50, upstream_requests: 0}
+    timeouts: {connect: 3s, idle: 4s}
+    retry: {attempts: 2, methods: [], budget_percent: 30, budget_floor: 5}
     health_check: {kind: http, path: "/healthz?deep=1", host: orders, statuses: [200, 204], interval: 5s, timeout: 1s, healthy_after: 2, unhealthy_after: 3}
 strip_headers: [x-user]
 idle_timeout: 5s
@@ -61,6 +63,16 @@ func TestConfigIsReadStrictly(t *testing.T) {
 		"limits, negative":    {"max_connections: 100", "max_connections: -1", "outbound[0].limits.max_connections: -1 is not between"},
 		"limits, too much":    {"max_connections: 100", "max_connections: 2000000", "outbound[0].limits.max_connections"},
 		"limits of no use":    {"max_requests: 0", "max_requests: 1", "outbound[0].limits: protocol tcp knows no requests"},
+
+		"timeouts, unknown key": {"idle: 4s", "ilde: 4s", `did you mean "idle"?`},
+		"timeouts, negative":    {"connect: 3s", "connect: -3s", "outbound[0].timeouts.connect: -3s is negative"},
+		"timeouts of no use":    {"idle: 4s", "request: 4s", "outbound[0].timeouts.request: protocol tcp knows no requests"},
+
+		"retry, attempts": {"attempts: 2", "attempts: -1", "outbound[0].retry.attempts: -1 is not between 1 and 100"},
+		"retry, share":    {"budget_percent: 30", "budget_percent: 101", "outbound[0].retry.budget_percent"},
+		"retry, floor":    {"budget_floor: 5", "budget_floor: -5", "outbound[0].retry.budget_floor"},
+		"retry, POST":     {"methods: []", "methods: [GET, POST]", `outbound[0].retry.methods[1]: "POST" is not idempotent`},
+		"retry, protocol": {"methods: []", "methods: [GET]", "outbound[0].retry.methods: is not for protocol tcp"},
 
 		"check, unknown key":     {"unhealthy_after", "unhealthy_aftr", `did you mean "unhealthy_after"?`},
 		"check of no kind":       {"kind: http, ", "", "outbound[0].health_check.kind: is missing"},

@@ -35,7 +35,7 @@ func (c Config) plans() (all []plan) {
 // inbound is the hop from callers to the app.
 func (s *Sidecar) inbound(c *Config, in Inbound) *hop.Hop {
 	h := s.hop(c, in.Listen, hop.Inbound, in.Protocol, s.id.ID().String())
-	in.Limits.apply(&h.Limits)
+	in.behind().apply(h, in.Protocol)
 	h.Upstreams = s.upstreams.inbound(h, in)
 	return h
 }
@@ -43,9 +43,16 @@ func (s *Sidecar) inbound(c *Config, in Inbound) *hop.Hop {
 // outbound is the hop from the app to a service.
 func (s *Sidecar) outbound(c *Config, out Outbound) *hop.Hop {
 	h := s.hop(c, out.Listen, hop.Outbound, out.Protocol, out.To)
-	out.Limits.apply(&h.Limits)
+	out.behind().apply(h, out.Protocol)
 	h.Upstreams = s.upstreams.outbound(h, out)
 	return h
+}
+
+// apply sets for a hop what is its listener's own.
+func (b behind) apply(h *hop.Hop, protocol string) {
+	b.limits.apply(&h.Limits)
+	b.timeouts.apply(&h.Limits, protocol)
+	h.Retry = b.retry.hop()
 }
 
 func (s *Sidecar) hop(c *Config, name string, direction hop.Direction, protocol, to string) *hop.Hop {

@@ -43,8 +43,8 @@ func (s *upstreams) inbound(h *hop.Hop, in Inbound) *hop.Upstreams {
 	if path, ok := strings.CutPrefix(in.App, "unix://"); ok {
 		network, address = "unix", path
 	}
-	in.Listen, in.Limits = "", in.Limits.ofUpstreams()
-	return s.list(fmt.Sprintf("%+v", in), h, in.Protocol, in.HealthCheck, in.Limits, []*hop.Upstream{{Address: in.App, Dial: func(ctx context.Context) (net.Conn, error) {
+	in.Listen, in.Limits, in.Timeouts, in.Retry = "", in.Limits.ofUpstreams(), Timeouts{}, in.Retry.ofUpstreams()
+	return s.list(fmt.Sprintf("%+v", in), h, in.Protocol, in.behind(), []*hop.Upstream{{Address: in.App, Dial: func(ctx context.Context) (net.Conn, error) {
 		return connect(ctx, network, address)
 	}}})
 }
@@ -56,13 +56,13 @@ func (s *upstreams) outbound(h *hop.Hop, out Outbound) *hop.Upstreams {
 	for _, address := range out.Upstreams {
 		all = append(all, &hop.Upstream{Address: address, Dial: func(ctx context.Context) (net.Conn, error) { return reach(ctx, h.Identity, to, address, alpn) }})
 	}
-	out.Listen, out.Captures, out.Limits = "", nil, out.Limits.ofUpstreams()
-	return s.list(fmt.Sprintf("%+v", out), h, out.Protocol, out.HealthCheck, out.Limits, all)
+	out.Listen, out.Captures, out.Limits, out.Timeouts, out.Retry = "", nil, out.Limits.ofUpstreams(), Timeouts{}, out.Retry.ofUpstreams()
+	return s.list(fmt.Sprintf("%+v", out), h, out.Protocol, out.behind(), all)
 }
 
 // list gives the list of that name, which says all that it is made of, and begins its
 // checks where there is none yet.
-func (s *upstreams) list(name string, h *hop.Hop, protocol string, check HealthCheck, limits Limits, all []*hop.Upstream) *hop.Upstreams {
+func (s *upstreams) list(name string, h *hop.Hop, protocol string, set behind, all []*hop.Upstream) *hop.Upstreams {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	name = string(h.Direction) + name
@@ -71,13 +71,14 @@ func (s *upstreams) list(name string, h *hop.Hop, protocol string, check HealthC
 		return l.Upstreams
 	}
 	for _, u := range all {
-		u.MaxConnections, u.MaxRequests = limits.UpstreamConnections, limits.UpstreamRequests
+		u.MaxConnections, u.MaxRequests = set.limits.UpstreamConnections, set.limits.UpstreamRequests
 	}
 	l := &upstreamList{Upstreams: hop.NewUpstreams(all...), direction: h.Direction, to: h.To, generation: s.generation}
+	l.Budget = set.retry.budget()
 	var ctx context.Context
 	ctx, l.stop = context.WithCancel(context.Background())
-	if check.Kind != "" {
-		c := check.check(protocol)
+	if set.check.Kind != "" {
+		c := set.check.check(protocol)
 		for _, u := range all {
 			l.checks.Go(func() { c.Run(ctx, u, func(err error) { s.changed(l, u, err) }) })
 		}
@@ -150,12 +151,13 @@ var (
 	upstreamLabels  = []string{"direction", "destination", "upstream"}
 	upstreamHealthy = prometheus.NewDesc("merlon_sidecar_upstream_healthy", "1 for an upstream that gets requests; 0 for one that rests after failed requests, or has failed its checks.", upstreamLabels, nil)
 	upstreamBusy    = prometheus.NewDesc("merlon_sidecar_upstream_requests", "Requests under way to an upstream; of protocol tcp, connections.", upstreamLabels, nil)
+	upstreamRetries = prometheus.NewDesc("merlon_sidecar_retries_total", "Tries beyond a request's first: made, and those that the budget did not allow.", []string{"direction", "destination", "result"}, nil)
 	upstreamChecks  = prometheus.NewDesc("merlon_sidecar_health_checks_total", "Checks of an upstream, by outcome.", append(upstreamLabels[:3:3], "result"), nil)
 )
 
 // Describe implements prometheus.Collector.
 func (s *upstreams) Describe(to chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{upstreamHealthy, upstreamBusy, upstreamChecks} {
+	for _, d := range []*prometheus.Desc{upstreamHealthy, upstreamBusy, upstreamChecks, upstreamRetries} {
 		to <- d
 	}
 }
@@ -169,8 +171,11 @@ type upstreamSums struct {
 
 // Collect implements prometheus.Collector.
 func (s *upstreams) Collect(to chan<- prometheus.Metric) {
-	sums, now := make(map[[3]string]upstreamSums), time.Now()
+	sums, retries, now := make(map[[3]string]upstreamSums), make(map[[3]string]int64), time.Now()
 	for _, l := range s.all() {
+		made, denied := l.Retries()
+		retries[[3]string{string(l.direction), l.to, "made"}] += made
+		retries[[3]string{string(l.direction), l.to, "over_budget"}] += denied
 		for _, u := range l.All() {
 			key, checked := [3]string{string(l.direction), l.to, u.Address}, u.Checked()
 			have, again := sums[key]
@@ -180,6 +185,9 @@ func (s *upstreams) Collect(to chan<- prometheus.Metric) {
 			have.failed += checked.Failed
 			sums[key] = have
 		}
+	}
+	for labels, n := range retries {
+		to <- prometheus.MustNewConstMetric(upstreamRetries, prometheus.CounterValue, float64(n), labels[:]...)
 	}
 	for labels, have := range sums {
 		of := labels[:]

@@ -55,6 +55,7 @@ type Hop struct {
 	To        string
 	Upstreams *Upstreams
 	Limits    Limits
+	Retry     Retry
 	// Strip says whether a header or trailer field of this name, in lower case, is
 	// taken out of requests on an inbound hop: those that claim an identity, and
 	// those that are configured.
@@ -101,6 +102,8 @@ type Limits struct {
 	// ResponseTimeout one whose answer does not begin, QuietTimeout a connection that
 	// carries anything: of protocol tcp, or a WebSocket.
 	StallTimeout, ResponseTimeout, QuietTimeout time.Duration
+	// RequestTimeout ends a request that is not over, whatever moves.
+	RequestTimeout time.Duration
 }
 
 // Entry is a line of the access log, and one observation of the metrics.
@@ -118,6 +121,7 @@ type Entry struct {
 	DecisionID     policy.DecisionID
 	BytesIn        int64 // of bodies, from the caller
 	BytesOut       int64
+	Retries        int    // tries beyond the first
 	Err            string // why it went wrong; empty where it did not
 	Denied, Failed bool   // refused by a decision; went wrong
 	// Failure is why the sidecar itself has answered; nil where it has not, and after a

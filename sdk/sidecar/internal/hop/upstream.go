@@ -49,11 +49,15 @@ func (u *Upstream) Checked() Checked {
 
 // Upstreams are all of a hop. They are safe for concurrent use.
 type Upstreams struct {
-	all []*Upstream
+	// Budget is of further tries. It does not change.
+	Budget Budget
+
+	all    []*Upstream
+	budget budget
 }
 
 // NewUpstreams are all.
-func NewUpstreams(all ...*Upstream) *Upstreams { return &Upstreams{all} }
+func NewUpstreams(all ...*Upstream) *Upstreams { return &Upstreams{all: all} }
 
 // All gives every upstream; the slice must not be changed.
 func (s *Upstreams) All() []*Upstream { return s.all }

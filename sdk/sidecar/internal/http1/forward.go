@@ -31,6 +31,7 @@ func (s *session) forward(c *call, end int) bool {
 	}
 	c.bytesIn = int64(len(out.b) - first)
 	f, up, err := s.exchange(c, out.b)
+	s.hop.Settle(&c.tries)
 	if err != nil {
 		return s.broken(c, f, up, err)
 	}
@@ -85,7 +86,7 @@ func (s *session) exchange(c *call, out []byte) (f *far, up *upload, err error) 
 		if f, err = s.connect(c); err != nil {
 			return nil, nil, err
 		}
-		err = f.clock.tick(f, false, s.hop.Limits.StallTimeout)
+		err = f.clock.tick(f, false, s.within(s.hop.Limits.StallTimeout))
 		if err == nil {
 			_, err = f.Write(out)
 		}
@@ -95,23 +96,23 @@ func (s *session) exchange(c *call, out []byte) (f *far, up *upload, err error) 
 		if err == nil {
 			err = s.readAnswer(c, f)
 		}
-		if err == nil || up != nil || !f.reused || !again(c) || len(f.in.bytes()) > 0 {
+		if err == nil || up != nil || !s.mayRepeat(c, f, err) || !s.hop.Again(&c.tries) {
 			return f, up, err
 		}
-		// The upstream closed a connection that was idle just as it was used.
 		f.discard()
-		f.upstream.Done(false)
+		f.upstream.Done(!f.reused)
 	}
 }
 
-// again says whether c may be sent a second time, though the first may have arrived
-// (RFC 9110 section 9.2.2).
-func again(c *call) bool {
-	switch c.in.Method {
-	case "GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE":
-		return c.finishedEarly() == nil
+// mayRepeat says whether c, of which all is at hand, may be sent again though the
+// upstream broke off because of err and the first may have arrived: where it closed a
+// connection that was idle just as it was used, what RFC 9110 section 9.2.2 calls
+// idempotent, else what is configured.
+func (s *session) mayRepeat(c *call, f *far, err error) bool {
+	if c.hinted || len(f.in.bytes()) > 0 || errors.Is(err, os.ErrDeadlineExceeded) || c.finishedEarly() != nil {
+		return false
 	}
-	return false
+	return f.reused && hop.IsIdempotent(c.in.Method) || s.hop.Retry.Repeats(c.in.Method)
 }
 
 // connect gives a connection to an upstream: of each one that is kept, or a new one.
@@ -128,12 +129,17 @@ func (s *session) connect(c *call) (*far, error) {
 		}
 		f := s.pools[u].get()
 		if f == nil {
-			f, err = s.pools[u].dial(s.ctx)
+			f, err = s.pools[u].dial(s.ctx, s.within(s.hop.Limits.HandshakeTimeout))
 		}
 		if err != nil {
-			u.Done(!errors.Is(err, hop.ErrUpstreamFull))
+			full := errors.Is(err, hop.ErrUpstreamFull)
+			u.Done(!full && !s.late())
 			last = err
-			if tried = append(tried, u); len(tried) == len(s.hop.Upstreams.All()) {
+			tried = append(tried, u)
+			switch {
+			case s.late():
+				return nil, errLate
+			case len(tried) == len(s.hop.Upstreams.All()), !full && !s.hop.Again(&c.tries):
 				return nil, &unreachableError{last}
 			}
 			continue
@@ -156,9 +162,9 @@ func (s *session) upload(c *call, f *far) *upload {
 		defer close(up.done)
 		tick := func(read bool) error {
 			if !read {
-				return f.clock.tick(f, false, s.hop.Limits.StallTimeout)
+				return f.clock.tick(f, false, s.within(s.hop.Limits.StallTimeout))
 			}
-			err := s.clock.tick(s.near, true, s.hop.Limits.StallTimeout)
+			err := s.clock.tick(s.near, true, s.within(s.hop.Limits.StallTimeout))
 			if up.unwanted.Load() { // looked at after the deadline, which wait moves after it
 				return errUnwanted
 			}
@@ -229,7 +235,7 @@ func (s *session) readAnswerHead(f *far) error {
 		case end > 0:
 			return s.res.parseAnswer(f.in.bytes()[:end:end], s.hop.Limits.HeaderFields)
 		}
-		if err := f.clock.tick(f, true, s.hop.Limits.ResponseTimeout); err != nil {
+		if err := f.clock.tick(f, true, s.within(s.hop.Limits.ResponseTimeout)); err != nil {
 			return err
 		}
 		if err := f.in.fill(f, s.hop.Limits.HeadBytes); err != nil {
@@ -240,6 +246,7 @@ func (s *session) readAnswerHead(f *far) error {
 
 // sendProvisional sends a 1xx answer on, such as 100 Continue.
 func (s *session) sendProvisional(c *call, f *far) error {
+	c.hinted = true
 	out := takeOut()
 	defer giveOut(out)
 	out.b = s.appendAnswer(out.b[:0], nil, false)
@@ -350,9 +357,9 @@ func (s *session) sendAnswer(c *call, f *far, back *body, closing bool) error {
 	}
 	tick := func(read bool) error {
 		if read {
-			return f.clock.tick(f, true, s.hop.Limits.StallTimeout)
+			return f.clock.tick(f, true, s.within(s.hop.Limits.StallTimeout))
 		}
-		return s.clock.tick(s.near, false, s.hop.Limits.StallTimeout)
+		return s.clock.tick(s.near, false, s.within(s.hop.Limits.StallTimeout))
 	}
 	n, err := back.send(s.near, tick, func() { c.finish() })
 	s.entry.BytesOut += n

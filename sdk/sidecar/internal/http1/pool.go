@@ -73,12 +73,12 @@ func (p *pool) pop() *far {
 	return f
 }
 
-// dial makes a new connection.
-func (p *pool) dial(ctx context.Context) (*far, error) {
+// dial makes a new connection within limit.
+func (p *pool) dial(ctx context.Context, limit time.Duration) (*far, error) {
 	p.mu.Lock()
 	epoch := p.epoch
 	p.mu.Unlock()
-	conn, err := p.upstream.Connect(ctx, p.hop.Limits.HandshakeTimeout)
+	conn, err := p.upstream.Connect(ctx, limit)
 	if err != nil {
 		return nil, err
 	}

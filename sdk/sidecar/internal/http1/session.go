@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -62,6 +63,8 @@ type session struct {
 	res   message
 	names []string // of req.fields, in lower case; inbound
 	entry hop.Entry
+	// deadline is when the request has to be over; zero: whenever.
+	deadline time.Time
 
 	mu       sync.Mutex // guards the rest
 	idle     bool       // between two requests
@@ -200,12 +203,31 @@ func (s *session) serveOne() bool {
 
 func (s *session) begin() {
 	s.entry = hop.Entry{Begun: time.Now(), Source: s.caller.ID, Remote: s.caller.Remote}
+	if limit := s.hop.Limits.RequestTimeout; limit > 0 {
+		s.deadline = s.entry.Begun.Add(limit)
+	}
 }
+
+// within is limit, or what is left until the request has to be over.
+func (s *session) within(limit time.Duration) time.Duration {
+	if s.deadline.IsZero() {
+		return limit
+	}
+	return min(limit, max(time.Until(s.deadline), 0))
+}
+
+// late says whether the request should be over.
+func (s *session) late() bool { return !s.deadline.IsZero() && time.Now().After(s.deadline) }
+
+// errLate is for a request that should be over.
+var errLate = fmt.Errorf("the request is not over in time: %w", os.ErrDeadlineExceeded)
 
 // over records the request.
 func (s *session) over(c *call) {
 	s.entry.Took = time.Since(s.entry.Begun)
 	s.entry.BytesIn = c.bytesIn
+	s.hop.Settle(&c.tries)
+	s.entry.Retries = c.tries.More()
 	if c.counted {
 		s.hop.End()
 	}
@@ -255,6 +277,8 @@ type call struct {
 	whole    bool // all of the body had come with the head
 	counted  bool // by hop.Begin
 	bytesIn  int64
+	tries    hop.Tries
+	hinted   bool // a provisional answer has come
 
 	mu sync.Mutex // guards the rest
 	// denied is what ended the request while it was under way.

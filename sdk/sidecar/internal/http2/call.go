@@ -42,13 +42,15 @@ type call struct {
 	movedAt     atomic.Int64 // the engine's clock
 	status      atomic.Int32 // of the answer
 	answering   atomic.Bool  // the upstream's has begun
+	hinted      atomic.Bool  // an informational one has come
 	grpcStatus  atomic.Pointer[string]
+	tries       hop.Tries
 
 	mu sync.Mutex
 	// Guarded by mu.
 	waiting  stream // what has come of the body while up is nil: queue, ending, trailers
 	over     bool   // there will be no (further) upstream
-	retried  bool
+	retried  bool   // first was used
 	upstream *hop.Upstream
 	unfollow func()
 	entry    hop.Entry
@@ -198,8 +200,10 @@ func (k *call) connectTo(u *hop.Upstream) {
 			}
 			err = errFull
 		}
-		u.Done(!errors.Is(err, hop.ErrUpstreamFull))
-		if tried = append(tried, u); len(tried) == len(k.eng.hop.Upstreams.All()) {
+		full := errors.Is(err, hop.ErrUpstreamFull)
+		u.Done(!full)
+		tried = append(tried, u)
+		if len(tried) == len(k.eng.hop.Upstreams.All()) || !full && !k.eng.hop.Again(&k.tries) {
 			k.fail(hop.Unconnected(err), err, nil)
 			return
 		}
@@ -412,15 +416,7 @@ func (k *call) upstreamLost(s *stream, why string, b *batch) {
 
 // upstreamReset is after RST_STREAM, or a GOAWAY that says as much.
 func (k *call) upstreamReset(s *stream, code codec.ErrCode, b *batch) {
-	again := k.tryAgain(s, code)
-	if again {
-		k.background(func() {
-			if u, err := k.eng.hop.Upstreams.Pick(); err != nil {
-				k.fail(hop.Unconnected(err), err, nil)
-			} else {
-				k.connectTo(u)
-			}
-		})
+	if code == codec.ErrCodeRefusedStream && k.tryAgain(s, false) {
 		return
 	}
 	c := s.conn
@@ -443,13 +439,21 @@ func (k *call) upstreamReset(s *stream, code codec.ErrCode, b *batch) {
 	k.resetDown(code, b)
 }
 
-// tryAgain takes back what was forwarded to an upstream that has done nothing with it,
-// as it says itself, and of which nothing is missing here.
-func (k *call) tryAgain(s *stream, code codec.ErrCode) bool {
+// connLost is while the connection of s ends: what may be asked twice is, if nothing of
+// it is missing here.
+func (k *call) connLost(s *stream) {
+	if k.noBody && !k.hinted.Load() && k.eng.hop.Retry.Repeats(k.head.method) {
+		k.tryAgain(s, true)
+	}
+}
+
+// tryAgain takes back what was forwarded on s, and forwards it once more, where nothing
+// of it is missing here and the budget allows. failed says that the upstream has failed.
+func (k *call) tryAgain(s *stream, failed bool) bool {
 	k.mu.Lock()
 	c := s.conn
 	c.mu.Lock()
-	if code != codec.ErrCodeRefusedStream || k.retried || k.over || s.gone || s.sent > 0 || k.answering.Load() {
+	if k.over || s.gone || s.sent > 0 || k.answering.Load() || !k.eng.hop.Again(&k.tries) {
 		c.mu.Unlock()
 		k.mu.Unlock()
 		return false
@@ -464,7 +468,14 @@ func (k *call) tryAgain(s *stream, code codec.ErrCode) bool {
 	c.forget(s)
 	k.mu.Unlock()
 	c.unlock(nil)
-	u.Done(false)
+	u.Done(failed)
+	k.background(func() {
+		if u, err := k.eng.hop.Upstreams.Pick(); err != nil {
+			k.fail(hop.Unconnected(err), err, nil)
+		} else {
+			k.connectTo(u)
+		}
+	})
 	return true
 }
 
@@ -489,6 +500,8 @@ func (k *call) finish() {
 	if !k.tooMany {
 		k.eng.hop.End()
 	}
+	k.eng.hop.Settle(&k.tries)
+	e.Retries = k.tries.More()
 	e.Took = time.Since(e.Begun)
 	e.BytesIn, e.BytesOut, e.Status = k.in64.Load(), k.out64.Load(), int(k.status.Load())
 	if code := k.grpcStatus.Load(); code != nil {
@@ -510,7 +523,10 @@ func (k *call) passAnswer(status int, fields []hpack.HeaderField, end bool, b *b
 	for _, f := range fields {
 		c.field(f)
 	}
-	if status >= 200 {
+	if status < 200 {
+		k.hinted.Store(true)
+	} else {
+		k.eng.hop.Settle(&k.tries)
 		k.addPolicys(c, fields)
 		s.begun = true
 		k.status.Store(int32(status))

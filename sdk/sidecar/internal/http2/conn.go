@@ -223,16 +223,21 @@ func (c *conn) end(err error) {
 		c.broken = true
 	}
 	c.goodbye, c.closing = saidLast, true
-	streams := make([]*stream, 0, len(c.streams))
-	for _, s := range c.streams {
-		streams = append(streams, s)
+	c.room.Store(0)
+	if c.pool != nil {
+		streams := c.all()
+		c.unlock(&c.batch)
+		for _, s := range streams {
+			s.call.connLost(s)
+		}
+		c.mu.Lock()
 	}
+	streams := c.all()
 	for _, s := range streams {
 		c.forget(s)
 	}
 	c.start()
 	c.sealed = true
-	c.room.Store(0)
 	c.unlock(&c.batch)
 	if c.pool != nil {
 		c.pool.remove(c, err)
@@ -241,6 +246,15 @@ func (c *conn) end(err error) {
 		s.call.connEnded(s, &c.batch)
 	}
 	c.batch.flush()
+}
+
+// all are the streams. c.mu is held.
+func (c *conn) all() []*stream {
+	all := make([]*stream, 0, len(c.streams))
+	for _, s := range c.streams {
+		all = append(all, s)
+	}
+	return all
 }
 
 // hangUp closes the connection below. It may block while TLS says goodbye.

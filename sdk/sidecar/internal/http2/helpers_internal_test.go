@@ -66,9 +66,11 @@ func newRig(t testing.TB, direction hop.Direction, protocol policy.Protocol, set
 	}
 	r.hop = &hop.Hop{
 		Name: "test", Direction: direction, Protocol: protocol, Limits: limits(), Upstreams: hop.NewUpstreams(upstreams...),
+		Retry:  hop.Retry{Attempts: 3, Methods: []string{"GET"}},
 		Strip:  func(name string) bool { return policy.ClaimsIdentity(name) || name == "x-listed" },
 		Record: r.record,
 	}
+	r.hop.Upstreams.Budget = hop.Budget{Percent: 20, Floor: 10}
 	if set != nil {
 		set(&r.hop.Limits)
 	}

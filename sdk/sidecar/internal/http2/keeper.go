@@ -68,9 +68,9 @@ func (c *conn) check(now int64) {
 		}
 	}
 	dead := c.probe(now)
-	var overdue, stalled []*call
+	var overdue, stalled, over []*call
 	if c.pool == nil {
-		overdue, stalled = c.overdue(now)
+		overdue, stalled, over = c.overdue(now)
 	}
 	leaving := c.goodbye != staying
 	c.unlock(nil)
@@ -85,6 +85,9 @@ func (c *conn) check(now int64) {
 	}
 	for _, k := range stalled {
 		k.fail(hop.Late, errors.New("nothing has moved for too long"), nil)
+	}
+	for _, k := range over {
+		k.fail(hop.Late, errors.New("the request is not over in time"), nil)
 	}
 }
 
@@ -104,21 +107,24 @@ func (c *conn) probe(now int64) (dead bool) {
 	return dead
 }
 
-// overdue are the calls whose answer does not begin, and those of which nothing moves.
+// overdue are the calls whose answer does not begin, those of which nothing moves, and
+// those that should be over.
 // How long the answer to a gRPC call may take its caller says himself, and a stream on
 // which nobody has anything to say is none that stalls. c.mu is held.
-func (c *conn) overdue(now int64) (overdue, stalled []*call) {
+func (c *conn) overdue(now int64) (overdue, stalled, over []*call) {
 	l := &c.eng.hop.Limits
 	grpc := c.eng.hop.Protocol == policy.GRPC
 	for _, s := range c.streams {
 		switch moved := s.call.movedAt.Load(); {
+		case l.RequestTimeout > 0 && late(s.call.entry.Begun.Unix(), now, l.RequestTimeout):
+			over = append(over, s.call)
 		case !grpc && !s.begun && s.recvEnd && late(moved, now, l.ResponseTimeout):
 			overdue = append(overdue, s.call)
 		case (!grpc || s.queue.n > 0) && late(moved, now, l.StallTimeout):
 			stalled = append(stalled, s.call)
 		}
 	}
-	return overdue, stalled
+	return overdue, stalled, over
 }
 
 // kill closes the connection at once.

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -94,6 +95,86 @@ func TestUnprocessedRequestsAreTriedAgain(t *testing.T) {
 			r.client().isServed(1)
 			if e := r.recorded(1)[0]; e.Failed || e.Status != 200 {
 				t.Errorf("record %+v", e)
+			}
+		})
+	}
+}
+
+// An upstream that never takes a request is asked as often as may be, and the caller is
+// told that he may ask again.
+func TestTriesEnd(t *testing.T) {
+	var times atomic.Int64
+	up := script(t, nil, func(_ int, c *raw, f codec.Frame) {
+		if h, ok := f.(*codec.HeadersFrame); ok {
+			times.Add(1)
+			c.fr.WriteRSTStream(h.StreamID, codec.ErrCodeRefusedStream)
+		}
+	})
+	r := newRig(t, hop.Inbound, policy.HTTP, nil, up)
+	c := r.client()
+	c.headers(1, true, good...)
+	if got := c.await(1); !got.isReset || got.reset != codec.ErrCodeRefusedStream {
+		t.Errorf("%+v", got)
+	}
+	if e := r.recorded(1)[0]; times.Load() != 3 || e.Retries != 2 {
+		t.Errorf("tried %d times, record %+v", times.Load(), e)
+	}
+	if made, _ := r.hop.Upstreams.Retries(); made != 2 {
+		t.Errorf("%d retries are counted", made)
+	}
+}
+
+// Where a connection breaks off, requests that may be made twice are, and no others.
+func TestRequestsOfALostConnectionAreTriedAgainWhereThatIsSafe(t *testing.T) {
+	for name, tc := range map[string]struct {
+		method string
+		end    bool
+		before func(c *raw, id uint32) // of the end
+		want   string
+	}{
+		"a method that may be":       {"GET", true, func(*raw, uint32) {}, "200"},
+		"one that may not be":        {"POST", true, func(*raw, uint32) {}, "502"},
+		"with a body":                {"GET", false, func(*raw, uint32) {}, "502"},
+		"after a hint":               {"GET", true, func(c *raw, id uint32) { c.headers(id, false, ":status", "103") }, "502"},
+		"after its answer has begun": {"GET", true, func(c *raw, id uint32) { c.headers(id, false, ":status", "200") }, "reset"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var times atomic.Int64
+			up := script(t, nil, func(_ int, c *raw, f codec.Frame) {
+				h, ok := f.(*codec.HeadersFrame)
+				switch {
+				case !ok:
+				case times.Add(1) == 1:
+					tc.before(c, h.StreamID)
+					c.conn.Close()
+				default:
+					c.headers(h.StreamID, true, ":status", "200")
+				}
+			})
+			r := newRig(t, hop.Inbound, policy.HTTP, nil, up)
+			c := r.client()
+			c.headers(1, tc.end, with(":method", tc.method)...)
+			if !tc.end {
+				c.fr.WriteData(1, true, []byte("body"))
+			}
+			got := c.await(1)
+			status := got.fields[":status"]
+			status = strings.TrimPrefix(status, "103,")
+			if got.isReset {
+				status = "reset"
+			}
+			want := int64(1)
+			if tc.want == "200" {
+				want = 2
+			}
+			if status != tc.want || times.Load() != want {
+				t.Errorf("%+v, tried %d times; want %s after %d", got, times.Load(), tc.want, want)
+			}
+			if e := r.recorded(1)[0]; int64(e.Retries) != want-1 {
+				t.Errorf("record %+v", e)
+			}
+			if n := r.hop.Upstreams.All()[0].Active(); n != 0 {
+				t.Errorf("%d requests are still counted", n)
 			}
 		})
 	}

@@ -45,7 +45,9 @@ func (e *engine) Serve(ctx context.Context, conn net.Conn) {
 			return // the peer learns no more than that
 		}
 	}
-	upstream, far, err := e.connect(context.WithoutCancel(ctx))
+	var tries hop.Tries
+	upstream, far, err := e.connect(context.WithoutCancel(ctx), &tries)
+	entry.Retries = tries.More()
 	if err != nil {
 		entry.Failed, entry.Failure, entry.Err = true, hop.Unconnected(err), err.Error()
 		abort(conn)
@@ -80,22 +82,25 @@ func abort(conn net.Conn) {
 	_ = conn.Close()
 }
 
-// connect tries each upstream once.
-func (e *engine) connect(ctx context.Context) (u *hop.Upstream, far net.Conn, err error) {
+// connect tries one upstream after the other, as far as the budget allows.
+func (e *engine) connect(ctx context.Context, tries *hop.Tries) (u *hop.Upstream, far net.Conn, err error) {
+	defer e.hop.Settle(tries) // connected or not, that is the outcome
 	var tried []*hop.Upstream
-	for range e.hop.Upstreams.All() {
+	for {
 		next, none := e.hop.Upstreams.Pick(tried...)
 		if none != nil {
-			err = cmp.Or(err, none)
-			break
+			return nil, nil, cmp.Or(err, none)
 		}
 		if far, err = next.Connect(ctx, e.hop.Limits.HandshakeTimeout); err == nil {
 			return next, far, nil
 		}
-		next.Done(!errors.Is(err, hop.ErrUpstreamFull))
+		full := errors.Is(err, hop.ErrUpstreamFull)
+		next.Done(!full)
 		tried = append(tried, next)
+		if len(tried) == len(e.hop.Upstreams.All()) || !full && !e.hop.Again(tries) {
+			return nil, nil, err
+		}
 	}
-	return nil, nil, err
 }
 
 // Splice carries bytes between near and far until both directions have ended, or
