@@ -35,6 +35,9 @@ const (
 	// by the CA's machine.
 	pingInterval = 10 * time.Second
 	pingTimeout  = 3 * time.Second
+	// windowBytes is how much may be on its way: a listing of some megabytes from the
+	// other side of the world.
+	windowBytes = 1 << 20
 	// noticeTimeout is how long a call whose connection has failed waits for
 	// Run to see the same.
 	noticeTimeout = 500 * time.Millisecond
@@ -200,6 +203,9 @@ func dial(address string, creds credentials.TransportCredentials, more ...grpc.D
 		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
 			return dialer.DialContext(ctx, "tcp", address)
 		}),
+		// With windows of its own choice gRPC asks how far the CA is at each message, and
+		// ten thousand agents ask a lot.
+		grpc.WithInitialWindowSize(windowBytes), grpc.WithInitialConnWindowSize(windowBytes),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: pingInterval, Timeout: pingTimeout}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessageBytes)),
 	}, more...)...)

@@ -45,7 +45,9 @@ func (s *Service) newServerCreds(cfg *tls.Config) credentials.TransportCredentia
 
 // ServerHandshake implements credentials.TransportCredentials.
 func (c serverCreds) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	wrapped, info, err := c.TransportCredentials.ServerHandshake(conn)
+	turn := &inTurn{Conn: conn, turns: c.service.turns}
+	wrapped, info, err := c.TransportCredentials.ServerHandshake(turn)
+	turn.pass()
 	if err != nil {
 		return nil, nil, err
 	}

@@ -24,8 +24,6 @@ import (
 )
 
 const (
-	// heartbeat stays below the 15 s that node.proto promises.
-	heartbeat = 10 * time.Second
 	// takeTimeout is how long an agent may take to take a message: it would stay in
 	// memory for it, and an answer to its pings keeps the connection.
 	takeTimeout = time.Minute
@@ -154,8 +152,9 @@ func (f *follower) keepAck(ctx context.Context) {
 // the CA stops.
 func (f *follower) push(ctx context.Context, ended <-chan error) error {
 	s, feed, caller := f.Service, f.feed, f.caller
-	beat := time.NewTicker(heartbeat)
-	defer beat.Stop()
+	at := s.pulse.join()
+	defer at.leave()
+	beat := at.due()
 	expiry := time.NewTimer(time.Until(caller.Peer.NotAfter))
 	defer expiry.Stop()
 	var keeping sync.WaitGroup
@@ -165,7 +164,8 @@ func (f *follower) push(ctx context.Context, ended <-chan error) error {
 		select {
 		case <-reach.turned:
 		case <-feed.Due():
-		case <-beat.C:
+		case <-beat:
+			beat = at.due()
 			if ack, ok := feed.Acked(); ok && s.registry.AckDue(caller.Agent.ID, ack.TrustBundleSequence) {
 				// Beside: a slow store must not hold up what is pushed.
 				keeping.Go(func() { f.keepAck(ctx) })
