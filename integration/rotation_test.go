@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"merlon.dev/integration/measure"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/httpauth"
@@ -205,6 +206,9 @@ func rotateUnderHandshakes(t *testing.T, d *stage.Domain, rounds int, cas func()
 	running.Wait()
 	t.Logf("%d rotations in %s, %d kills of a CA, %d handshakes (%.0f a second) and as many requests (%d) by the policy, %d failed",
 		rounds, took.Round(time.Second), kills, made.Load(), float64(made.Load())/took.Seconds(), requests.Load(), failed.Load())
+	measure.Print("RootRotation", map[string]float64{
+		"failed": float64(failed.Load()), "handshakes/s": float64(made.Load()) / took.Seconds(), "handshakes": float64(made.Load()), "rotations": float64(rounds),
+	})
 	if n := failed.Load(); n > 0 {
 		t.Errorf("%d of %d handshakes failed; want none", n, made.Load())
 	}

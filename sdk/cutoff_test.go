@@ -99,6 +99,9 @@ func TestRevocationEndsEveryStream(t *testing.T) {
 	}
 	t.Logf("%d streams: all cut %v after the push, with %v of CPU here; last byte p50 %v, p99 %v, max %v; end seen p50 %v, p99 %v, max %v", n, cut, spent,
 		p(last, 0.5), p(last, 0.99), p(last, 1), p(ended, 0.5), p(ended, 0.99), p(ended, 1))
+	measure.Print(fmt.Sprintf("Cutoff/streams=%d", n), map[string]float64{
+		"last-byte-p99-ms": p(last, 0.99).Seconds() * 1000, "last-byte-max-ms": p(last, 1).Seconds() * 1000, "cpu-s": spent.Seconds(),
+	})
 }
 
 // beats sends bytes until the connection ends, no two streams at the same moment.

@@ -9,6 +9,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+
+	"merlon.dev/integration/measure"
 )
 
 // mayAdd is what a server with the SDK may be larger by than one with go-spiffe.
@@ -30,6 +32,7 @@ func TestTheSDKAddsLittleToAProgram(t *testing.T) {
 	}
 	with, without := size("merlon"), size("gospiffe")
 	t.Logf("with the SDK %d bytes, with go-spiffe alone %d: %d more", with, without, with-without)
+	measure.Print("ProgramSize", map[string]float64{"more-bytes": float64(with - without), "sdk-bytes": float64(with), "gospiffe-bytes": float64(without)})
 	if with-without > mayAdd {
 		t.Errorf("the SDK makes a program larger by %d bytes; at most %d (go list -deps ./testdata/hello/merlon says what is linked)", with-without, mayAdd)
 	}

@@ -172,7 +172,7 @@ func number(v float64) string {
 	case abs >= 1e4:
 		return strconv.FormatFloat(v/1e3, 'g', 4, 64) + "k"
 	default:
-		return strconv.FormatFloat(v, 'g', 4, 64)
+		return strconv.FormatFloat(v, 'g', 3, 64)
 	}
 }
 

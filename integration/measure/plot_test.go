@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"testing"
 
@@ -79,5 +80,32 @@ func TestPlotKeepsPointsInThePicture(t *testing.T) {
 func TestPlotOfNothing(t *testing.T) {
 	if got := points(t, measure.Plot{Title: "empty"}); len(got) != 0 {
 		t.Errorf("points %v in a plot without curves", got)
+	}
+}
+
+func TestBarsBeyondTheLimitAreRed(t *testing.T) {
+	var out strings.Builder
+	bars := measure.Bars{Title: "a & b", Limit: 2, Bars: []measure.Bar{{"half", 1}, {"more", 3}, {"much", 300}}}
+	if err := bars.SVG(&out); err != nil {
+		t.Fatal(err)
+	}
+	var doc struct {
+		Rects []struct {
+			Class string `xml:"class,attr"`
+			Width string `xml:"width,attr"`
+			Fill  string `xml:"fill,attr"`
+		} `xml:"rect"`
+	}
+	if err := xml.Unmarshal([]byte(out.String()), &doc); err != nil {
+		t.Fatalf("%v\n%s", err, out.String())
+	}
+	var got []string
+	for _, r := range doc.Rects {
+		if r.Class == "bar" {
+			got = append(got, r.Width+" "+r.Fill)
+		}
+	}
+	if want := []string{"75.0 #0072b2", "225.0 #cc0000", "300.0 #cc0000"}; !slices.Equal(got, want) {
+		t.Errorf("bars %v; want %v", got, want)
 	}
 }

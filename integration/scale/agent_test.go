@@ -85,7 +85,7 @@ func retryIn(failures int) time.Duration {
 func (a *agent) run(ctx context.Context) {
 	for failures := 0; ctx.Err() == nil; {
 		a.fleet.attempts.Add(1)
-		err := a.follow(ctx)
+		err := a.come(ctx)
 		if a.synced.Swap(false) {
 			failures = 0
 		}
@@ -104,6 +104,16 @@ func (a *agent) run(ctx context.Context) {
 	}
 }
 
+// come is follow, once this process has the time to play the agent's machine.
+func (a *agent) come(ctx context.Context) error {
+	select {
+	case a.fleet.coming <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return a.follow(ctx, sync.OnceFunc(func() { <-a.fleet.coming }))
+}
+
 // reasonOf is why the CA refuses, for programs.
 func reasonOf(err error) string {
 	for _, detail := range status.Convert(err).Details() {
@@ -114,7 +124,8 @@ func reasonOf(err error) string {
 	return ""
 }
 
-// dial opens a connection with the SVID that the agent has, or none.
+// dial opens a connection with the SVID that the agent has, or none: as
+// agent/internal/caclient does, but for smaller buffers.
 func (a *agent) dial() (*grpc.ClientConn, error) {
 	cfg := &tls.Config{
 		MinVersion: tls.VersionTLS13, InsecureSkipVerify: true, // VerifyConnection takes its place
@@ -128,7 +139,7 @@ func (a *agent) dial() (*grpc.ClientConn, error) {
 		cfg.Certificates = []tls.Certificate{{Certificate: a.chain, PrivateKey: a.key}}
 	}
 	a.mu.Unlock()
-	dialer := &net.Dialer{LocalAddr: a.from}
+	dialer := &net.Dialer{LocalAddr: a.from, KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 3 * time.Second, Interval: time.Second, Count: 3}}
 	return grpc.NewClient("passthrough:///"+a.fleet.d.GRPC,
 		grpc.WithTransportCredentials(credentials.NewTLS(cfg)), grpc.WithDisableServiceConfig(),
 		grpc.WithConnectParams(grpc.ConnectParams{
@@ -145,12 +156,15 @@ func (a *agent) dial() (*grpc.ClientConn, error) {
 			a.mu.Unlock()
 			return &counted{raw, a.fleet}, nil
 		}),
+		grpc.WithInitialWindowSize(1<<20), grpc.WithInitialConnWindowSize(1<<20),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 3 * time.Second}),
 		grpc.WithReadBufferSize(4<<10), grpc.WithWriteBufferSize(4<<10))
 }
 
-// follow has one connection and its Sync stream, until either ends.
-func (a *agent) follow(ctx context.Context) error {
+// follow has one connection and its Sync stream, until either ends; came is called
+// once the agent is in sync, or failed.
+func (a *agent) follow(ctx context.Context, came func()) error {
+	defer came()
 	cc, err := a.dial()
 	if err != nil {
 		return err
@@ -180,6 +194,7 @@ func (a *agent) follow(ctx context.Context) error {
 		}
 		if !a.synced.Swap(true) {
 			a.joined.Add(1)
+			came()
 		}
 		if a.fleet.tainted(a) {
 			a.renewSoon(ctx, cc, cancel)

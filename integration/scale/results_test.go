@@ -55,6 +55,20 @@ func (r *results) write(t *testing.T) {
 	}
 }
 
+// print says the figures in the form of benchmarks.
+func (r *results) print() {
+	for _, c := range r.Cells {
+		measure.Print(fmt.Sprintf("Scale/entries=%d/agents=%d", c.Entries, c.Agents), map[string]float64{
+			"start-s": c.Start.Seconds, "idle-%core": c.IdlePercent, "idle-MiB": c.IdleRSSMiB, "change-cpu-µs": c.Change.each(), "change-p50-ms": c.ChangeP50,
+		})
+	}
+	for name, h := range map[string]herd{"cut": r.Cut, "killed": r.Killed} {
+		measure.Print("ScaleHerd/"+name, map[string]float64{"synced-s": h.Seconds, "cpu-s": h.CPU, "attempts": float64(h.Attempts)})
+	}
+	measure.Print("ScaleStorm", map[string]float64{"heard-s": r.Storm.Heard, "ended-s": r.Storm.Ended, "cpu-s": r.Storm.CPU})
+	measure.Print("ScaleRotation", map[string]float64{"activated-s": r.Rotation.Activated, "renewed-s": r.Rotation.Renewed, "cpu-s": r.Rotation.CPU})
+}
+
 // table is Markdown.
 func (r *results) table() string {
 	var s strings.Builder

@@ -22,6 +22,7 @@ func BenchmarkTxn(b *testing.B, open func(*testing.B) store.Store) {
 			value := make([]byte, 300)
 			var n atomic.Int64
 			b.ReportAllocs()
+			defer func() { b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "txn/s") }()
 			Spread(b, writers, func() error {
 				key := fmt.Sprintf("entry/0195b7a2-5c1e-7c55-8d0e-%012d", n.Add(1))
 				_, err := s.Txn(context.Background(), []store.Cmp{{Key: key}}, []store.Op{store.Put(key, value)}, nil)
