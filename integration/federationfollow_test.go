@@ -4,6 +4,7 @@
 package integration_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/base64"
@@ -29,6 +30,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 
+	"merlon.dev/integration/measure"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/httpauth"
@@ -335,6 +337,7 @@ func TestAnotherImplementationIsFollowed(t *testing.T) {
 	older := s.Bundle()
 	older.AddX509Authority(forge.New(t, "spire.test").Cert)
 	foreign := forge.New(t, "other.test").Bundle()
+	_, before := measure.MemoryOf(t, shop.CA.PID())
 	for what, tt := range map[string]struct {
 		answer http.HandlerFunc
 		reason string
@@ -352,7 +355,15 @@ func TestAnotherImplementationIsFollowed(t *testing.T) {
 		"to loopback": {func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "https://127.0.0.1:1/", http.StatusFound)
 		}, "not of the internet"},
-		"1 000 roots": {roots(t, 1000), ""},
+		"without an end": {func(w http.ResponseWriter, _ *http.Request) {
+			for part := bytes.Repeat([]byte(" "), 1<<16); ; {
+				if _, err := w.Write(part); err != nil {
+					return
+				}
+			}
+		}, "sends more than"},
+		"1 000 roots": {roots(t, 1000), "bytes"},
+		"200 roots":   {roots(t, 200), "at most 64"}, // of one name, within what is read
 	} {
 		s.spoil.Store(&tt.answer)
 		_, stderr, err := shop.Try("federation", "refresh", "spire.test")
@@ -360,6 +371,11 @@ func TestAnotherImplementationIsFollowed(t *testing.T) {
 		if err == nil || !strings.Contains(stderr, tt.reason) || h.In != "failing" || len(h.RootHashes) != 1 || h.RootHashes[0] != root[0] {
 			t.Errorf("%s: %v, %s; %+v; want a refusal that says %q, and the last bundle", what, err, stderr, h, tt.reason)
 		}
+	}
+	_, peak := measure.MemoryOf(t, shop.CA.PID())
+	t.Logf("hostile answers cost %d MiB of memory", (peak-before)>>20)
+	if peak-before > 64<<20 {
+		t.Error("that is too much")
 	}
 	metrics := get(t, "http://"+shop.Health+"/metrics")
 	for _, result := range []string{"refused", "too_large", "redirect", "status"} {
