@@ -52,7 +52,7 @@ const (
 	pingTimeout     = 10 * time.Second
 	minClientPing   = 10 * time.Second
 	maxIdle         = 5 * time.Minute // without a call: agents have their Sync
-	readBufferBytes = 4 << 10         // of a connection: what comes in is short
+	readBufferBytes = 4 << 10         // of ten thousand connections: what comes in is short
 )
 
 // Keys is what the service needs of the CA's keys; *upstream.Keys has it. The
@@ -216,8 +216,7 @@ func (s *Service) StopStreams() { s.stop.Do(func() { close(s.stopping) }) }
 // administrators with an SVID call.
 func (s *Service) TLSServer(cfg *tls.Config) *grpc.Server {
 	srv := grpc.NewServer(append(s.serverOptions(accessTable()), grpc.Creds(s.newServerCreds(cfg)),
-		// Of ten thousand agents nearly all have nothing to say, and are told nothing.
-		grpc.ReadBufferSize(readBufferBytes), grpc.SharedWriteBuffer(true))...)
+		grpc.ReadBufferSize(readBufferBytes))...)
 	capb.RegisterNodeServer(srv, s)
 	capb.RegisterAdminServer(srv, s)
 	capb.RegisterReplicaServer(srv, s)
