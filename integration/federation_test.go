@@ -193,50 +193,66 @@ func open(t *testing.T, d *stage.Domain) *sdk.Identity {
 	return id
 }
 
+// streams answers at /stream until the connection is cut, and elsewhere at once.
+func streams(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path != "/stream" {
+		io.WriteString(w, "ok")
+		return
+	}
+	w.WriteHeader(http.StatusOK)
+	w.(http.Flusher).Flush()
+	<-r.Context().Done()
+}
+
+// openStream begins a call that lasts. What is returned says how it ended.
+func openStream(t *testing.T, c *http.Client, url string) (ended chan error) {
+	t.Helper()
+	resp, err := c.Get(url + "/stream")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		t.Fatalf("the stream is answered %s", resp.Status)
+	}
+	ended = make(chan error, 1)
+	go func() {
+		defer resp.Body.Close()
+		_, err := io.Copy(io.Discard, resp.Body)
+		ended <- err
+	}()
+	return ended
+}
+
+// isCut waits for the end of a stream that the server did not end.
+func isCut(t *testing.T, ended chan error) {
+	t.Helper()
+	select {
+	case err := <-ended:
+		if err == nil {
+			t.Error("the stream ended as if the server had said all")
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatal("the live connection goes on")
+	}
+}
+
 // A grant names a trust domain; its peers are verified by its own trust bundle, and
 // what is open is cut when that is withdrawn, whatever is under way.
 func TestRemovedFederationCutsLiveConnections(t *testing.T) {
 	shop, partner := partners(t)
 	ours, theirs := open(t, shop), open(t, partner)
 	partnerGrants(t, shop, partner)
-	began := make(chan struct{}, 1)
-	url := serveHTTP(t, ours, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path != "/stream" {
-			io.WriteString(w, "ok")
-			return
-		}
-		w.WriteHeader(http.StatusOK)
-		w.(http.Flusher).Flush()
-		began <- struct{}{}
-		<-r.Context().Done() // until the connection is cut
-	}))
+	url := serveHTTP(t, ours, http.HandlerFunc(streams))
 	transport := httpauth.Transport(theirs, sdk.ID(shop.ID("/me")))
 	c := &http.Client{Transport: transport}
 	defer c.CloseIdleConnections()
 	want(t, "a grant names the partner's trust domain", c, url+"/a", "200 OK")
 
-	resp, err := c.Get(url + "/stream")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	<-began
-	ended := make(chan error, 1)
-	go func() {
-		_, err := io.Copy(io.Discard, resp.Body)
-		ended <- err
-	}()
+	ended := openStream(t, c, url)
 	shop.Merlon("federation", "remove", partner.TrustDomain)
 	at := time.Now()
-	select {
-	case err := <-ended:
-		if err == nil {
-			t.Error("the stream ended as if the server had said all")
-		}
-		t.Logf("cut %v after merlon federation remove had answered", time.Since(at).Round(time.Millisecond))
-	case <-time.After(30 * time.Second):
-		t.Fatal("the live connection goes on")
-	}
+	isCut(t, ended)
+	t.Logf("cut %v after merlon federation remove had answered", time.Since(at).Round(time.Millisecond))
 	if got := reasonOf(c, url+"/a"); got == "200 OK" {
 		t.Error("a new connection is let in")
 	}

@@ -396,6 +396,12 @@ func TestAnotherImplementationIsFollowed(t *testing.T) {
 		_, err := ours.GetX509BundleForTrustDomain(td)
 		return err
 	})
+	partnerGrants(t, shop, &stage.Domain{TrustDomain: "spire.test"})
+	url := serveHTTP(t, open(t, shop), http.HandlerFunc(streams))
+	peer := &http.Client{Transport: &http.Transport{TLSClientConfig: tlsconfig.MTLSClientConfig(s.Leaf("/peer").X509SVID(), ours, tlsconfig.AuthorizeID(spiffeid.RequireFromString(shop.ID("/me"))))}}
+	defer peer.CloseIdleConnections()
+	want(t, "a peer of theirs is let in", peer, url, "200 OK")
+	stream := openStream(t, peer, url)
 	// First the endpoint is out of order. Who polls comes again when it would have come
 	// anyway, and not sooner (F-3): the document before said ten seconds.
 	visits := make(chan time.Time, 100)
@@ -417,6 +423,11 @@ func TestAnotherImplementationIsFollowed(t *testing.T) {
 		}
 		return nil
 	})
+	isCut(t, stream)
+	peer.CloseIdleConnections()
+	if got := reasonOf(peer, url); got == "200 OK" {
+		t.Error("a peer of theirs is let in still")
+	}
 	if first, second := <-visits, <-visits; second.Sub(first) < 7*time.Second {
 		t.Errorf("after a failure it comes again within %s; want at the next poll", second.Sub(first))
 	}
