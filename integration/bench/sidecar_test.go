@@ -1,18 +1,19 @@
-// What the sidecar costs beside what one would write in an afternoon: a pair of
-// httputil.ReverseProxy.
+// P9 and P10: what a pair of sidecars costs, a decision and a record for each request
+// included, beside the other pairs, in turn with them: one table of loads, each for all
+// pairs that carry it.
 
 package bench_test
 
 import (
+	"bufio"
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
-	"log"
 	"log/slog"
 	"net"
-	"net/http"
-	"net/http/httputil"
-	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -23,28 +24,171 @@ import (
 	testgrpc "google.golang.org/grpc/interop/grpc_testing"
 
 	"merlon.dev/integration/measure"
-	"merlon.dev/sdk"
-	"merlon.dev/sdk/sdktest"
-	"merlon.dev/sdk/sidecar"
+	"merlon.dev/integration/stage"
 )
 
-// BenchmarkSidecarCall is P10 over gRPC: unary calls through a pair with mutual TLS
-// between, a decision for each at the sidecars and none at the others. CPU is that of
-// both ends and both proxies.
-func BenchmarkSidecarCall(b *testing.B) {
-	for _, size := range []int{16, 1 << 20} {
-		for _, at := range []int{1, 16, 64} {
-			b.Run(fmt.Sprintf("%d-bytes/%d-at-once", size, at), func(b *testing.B) {
-				td := sdktest.New(b)
-				td.Allow("web", "orders")
-				td.CompilePolicy()
-				app := unaryApp(b)
-				measure.Interleaved(b, turns,
-					measure.Variant{Name: "reverseproxy", Run: unaryCalls(b, reverseProxies(b, td, app), size, at)},
-					measure.Variant{Name: "plain", Run: unaryCalls(b, app, size, at)},
-					measure.Variant{Name: "sidecar", Run: unaryCalls(b, sidecars(b, td, "grpc", app), size, at)},
-				)
+// BenchmarkSidecarPair reports for each load and pair the CPU of its two processes for each
+// request (NAME-own-µs), what is served a second (NAME-per-s) and the memory of the larger
+// of the two (NAME-MiB).
+func BenchmarkSidecarPair(b *testing.B) {
+	slog.SetDefault(slog.New(slog.DiscardHandler))
+	for _, protocol := range []string{carriesHTTP, carriesGRPC, carriesTCP} {
+		b.Run(protocol, func(b *testing.B) {
+			s := newSite(b)
+			app := plainApp
+			if protocol == carriesGRPC {
+				app = unaryApp
+			}
+			all := s.pairs(protocol, app(b))
+			for _, l := range loads {
+				for _, at := range l.at[protocol] {
+					b.Run(fmt.Sprintf("%s/at-once=%d", l.name, at), func(b *testing.B) { l.measure(b, all, at) })
+				}
+			}
+		})
+	}
+}
+
+// load is what callers do.
+type load struct {
+	name string
+	at   map[string][]int // by protocol: how many at the same time
+	ops  int              // of each of them, each time
+	// caller is one of them, and what it does once.
+	caller func(b *testing.B, p pair) func() error
+	// but is a pair that does not carry it.
+	but string
+}
+
+var (
+	some = []int{1, 16, 64}
+	four = []int{4}
+)
+
+var loads = []load{
+	{name: "100-bytes", at: map[string][]int{carriesHTTP: some, carriesTCP: some}, ops: 40, caller: keptConnection(get)},
+	{name: "16-bytes", at: map[string][]int{carriesGRPC: some}, ops: 40, caller: rpcs(16)},
+	{name: "1-MiB", at: map[string][]int{carriesHTTP: four, carriesTCP: four}, ops: 10, caller: keptConnection(post)},
+	// HAProxy 2.6 breaks some of these calls off.
+	{name: "1-MiB-both-ways", at: map[string][]int{carriesGRPC: four}, ops: 10, caller: rpcs(1 << 20), but: "haproxy"},
+	{name: "new-connections", at: map[string][]int{carriesHTTP: {16}, carriesTCP: {16}}, ops: 10, caller: newConnections},
+}
+
+// measure has the pairs carry the load in turn.
+func (l load) measure(b *testing.B, all []pair, at int) {
+	b.Helper()
+	var variants []measure.Variant
+	took, served := map[string]time.Duration{}, map[string]int{}
+	for _, p := range all {
+		if p.name == l.but {
+			continue
+		}
+		var once []func() error
+		for range at {
+			once = append(once, l.caller(b, p))
+		}
+		stage.Eventually(b, p.name+" serves", once[0])
+		variants = append(variants, measure.Variant{Name: p.name, Ops: l.ops * at, Processes: p.pids, Run: func() error {
+			begun := time.Now()
+			err := together(once, l.ops)
+			took[p.name] += time.Since(begun)
+			served[p.name] += l.ops * at
+			return err
+		}})
+	}
+	measure.Interleaved(b, max(1, 16/at), variants...)
+	for _, v := range variants {
+		b.ReportMetric(float64(served[v.Name])/took[v.Name].Seconds(), v.Name+"-per-s")
+		outbound, _ := measure.MemoryOf(b, v.Processes[0])
+		inbound, _ := measure.MemoryOf(b, v.Processes[1])
+		b.ReportMetric(float64(max(outbound, inbound))/(1<<20), v.Name+"-MiB")
+	}
+}
+
+// together has all callers do it n times over.
+func together(all []func() error, n int) error {
+	errs := make([]error, len(all))
+	var wg sync.WaitGroup
+	for i, once := range all {
+		wg.Go(func() {
+			for range n {
+				if errs[i] = once(); errs[i] != nil {
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+const head = " /orders/17 HTTP/1.1\r\nHost: orders\r\nUser-Agent: bench\r\nAccept: */*\r\nX-Request-Id: 0123456789abcdef\r\n"
+
+var (
+	get  = []byte("GET" + head + "\r\n")
+	post = append([]byte("POST"+head+"Content-Length: 1048576\r\n\r\n"), make([]byte, 1<<20)...)
+)
+
+// keptConnection makes callers that keep a connection and make requests of HTTP/1.1
+// over it.
+func keptConnection(request []byte) func(*testing.B, pair) func() error {
+	return func(b *testing.B, p pair) func() error {
+		var c *caller
+		b.Cleanup(func() {
+			if c != nil {
+				c.conn.Close()
+			}
+		})
+		return func() (err error) {
+			if c == nil {
+				if c, err = newCaller(p.entry); err != nil {
+					return err
+				}
+			}
+			if err = c.call(request); err != nil {
+				c.conn.Close()
+				c = nil
+			}
+			return err
+		}
+	}
+}
+
+// newConnections makes callers that connect anew for each request.
+func newConnections(_ *testing.B, p pair) func() error {
+	return func() error {
+		c, err := newCaller(p.entry)
+		if err != nil {
+			return err
+		}
+		defer c.conn.Close()
+		return c.call(get)
+	}
+}
+
+// rpcs makes callers of one client, with a connection each where there are few.
+func rpcs(size int) func(*testing.B, pair) func() error {
+	req := &testgrpc.SimpleRequest{Payload: &testgrpc.Payload{Body: []byte(strings.Repeat("x", size))}}
+	var mu sync.Mutex
+	clients := map[string]testgrpc.TestServiceClient{}
+	return func(b *testing.B, p pair) func() error {
+		mu.Lock()
+		defer mu.Unlock()
+		if clients[p.entry] == nil {
+			conn, err := grpc.NewClient("passthrough:///"+p.entry, grpc.WithTransportCredentials(insecure.NewCredentials()))
+			if err != nil {
+				b.Fatal(err)
+			}
+			clients[p.entry] = testgrpc.NewTestServiceClient(conn)
+			b.Cleanup(func() {
+				conn.Close()
+				delete(clients, p.entry)
 			})
+		}
+		c := clients[p.entry]
+		return func() error {
+			_, err := c.UnaryCall(context.Background(), req)
+			return err
 		}
 	}
 }
@@ -76,108 +220,77 @@ func listenLocal(b *testing.B) net.Listener {
 	return lis
 }
 
-// unaryCalls makes a function that does 20 calls, or one large one, at times over.
-func unaryCalls(b *testing.B, address string, size, at int) func() error {
-	conn, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { conn.Close() })
-	c := testgrpc.NewTestServiceClient(conn)
-	req := &testgrpc.SimpleRequest{Payload: &testgrpc.Payload{Body: []byte(strings.Repeat("x", size))}}
-	n := 20
-	if size > 1<<10 {
-		n = 1
-	}
-	return func() error {
-		var wg sync.WaitGroup
-		errs := make([]error, at)
-		for i := range errs {
-			wg.Go(func() {
-				for range n {
-					if _, errs[i] = c.UnaryCall(context.Background(), req); errs[i] != nil {
+// plainApp answers each request of HTTP/1.1 with 100 bytes; it reads bodies.
+func plainApp(b *testing.B) (address string) {
+	lis := listenLocal(b)
+	answer := []byte("HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: 100\r\n\r\n" + strings.Repeat("x", 100))
+	go func() {
+		for {
+			conn, err := lis.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				for r := bufio.NewReaderSize(conn, 64<<10); ; {
+					if skipMessage(r) != nil {
+						return
+					}
+					if _, err := conn.Write(answer); err != nil {
 						return
 					}
 				}
-			})
+			}()
 		}
-		wg.Wait()
-		if i := slices.IndexFunc(errs, func(err error) bool { return err != nil }); i >= 0 {
-			return errs[i]
-		}
-		return nil
-	}
+	}()
+	return lis.Addr().String()
 }
 
-// sidecars runs a pair before app and gives the address for callers.
-func sidecars(b *testing.B, td *sdktest.TD, protocol, app string) (address string) {
-	b.Helper()
-	free := func() string {
-		lis := listenLocal(b)
-		defer lis.Close()
-		return lis.Addr().String()
-	}
-	between, address := free(), free()
-	for name, cfg := range map[string]sidecar.Config{
-		"orders": {Inbound: []sidecar.Inbound{{Listen: between, App: app, Protocol: protocol}}},
-		"web":    {Outbound: []sidecar.Outbound{{Listen: address, To: "orders", Upstreams: []string{between}, Protocol: protocol}}},
-	} {
-		cfg.AgentSocket, cfg.HealthAddress, cfg.Logger = td.Address(name), "off", slog.New(slog.DiscardHandler)
-		s, err := sidecar.New(cfg)
+// skipMessage reads a head and the body that its Content-Length announces.
+func skipMessage(r *bufio.Reader) error {
+	length := 0
+	for {
+		line, err := r.ReadSlice('\n')
 		if err != nil {
-			b.Fatal(err)
+			return err
 		}
-		ctx, cancel := context.WithCancel(context.Background())
-		done := make(chan error, 1)
-		go func() { done <- s.Run(ctx) }()
-		b.Cleanup(func() { cancel(); <-done })
-	}
-	for _, a := range []string{between, address} {
-		for {
-			conn, err := net.Dial("tcp", a)
-			if err == nil {
-				conn.Close()
-				break
+		if len(line) == 2 {
+			_, err := r.Discard(length)
+			return err
+		}
+		if name, value, ok := bytes.Cut(line, []byte(": ")); ok && strings.EqualFold(string(name), "content-length") {
+			if length, err = strconv.Atoi(string(bytes.TrimSpace(value))); err != nil {
+				return err
 			}
-			time.Sleep(time.Millisecond)
 		}
 	}
-	return address
 }
 
-// reverseProxies is the pair of net/http.
-func reverseProxies(b *testing.B, td *sdktest.TD, app string) (address string) {
-	var plain http.Protocols
-	plain.SetUnencryptedHTTP2(true)
-	serve := func(lis net.Listener, srv *http.Server) {
-		srv.ErrorLog = log.New(io.Discard, "", 0)
-		go func() {
-			if srv.TLSConfig != nil {
-				_ = srv.ServeTLS(lis, "", "")
-				return
-			}
-			_ = srv.Serve(lis)
-		}()
-		b.Cleanup(func() { srv.Close() })
+// caller keeps one connection and makes requests of HTTP/1.1 over it.
+type caller struct {
+	conn net.Conn
+	r    *bufio.Reader
+}
+
+func newCaller(address string) (*caller, error) {
+	conn, err := net.Dial("tcp", address)
+	if err != nil {
+		return nil, err
 	}
-	proxy := func(to string, transport *http.Transport) *httputil.ReverseProxy {
-		b.Cleanup(transport.CloseIdleConnections)
-		return &httputil.ReverseProxy{
-			Transport: transport, FlushInterval: -1, ErrorLog: log.New(io.Discard, "", 0),
-			Rewrite: func(r *httputil.ProxyRequest) {
-				scheme, host, _ := strings.Cut(to, "://")
-				r.Out.URL.Scheme, r.Out.URL.Host = scheme, host
-			},
-		}
+	return &caller{conn, bufio.NewReaderSize(conn, 4<<10)}, nil
+}
+
+func (c *caller) call(request []byte) error {
+	if _, err := c.conn.Write(request); err != nil {
+		return err
 	}
-	in, out := listenLocal(b), listenLocal(b)
-	serve(in, &http.Server{
-		ReadHeaderTimeout: time.Minute, TLSConfig: td.Workload("orders").ServerTLS(),
-		Handler: proxy("http://"+app, &http.Transport{Protocols: &plain}),
-	})
-	serve(out, &http.Server{
-		ReadHeaderTimeout: time.Minute, Protocols: &plain,
-		Handler: proxy("https://"+in.Addr().String(), &http.Transport{ForceAttemptHTTP2: true, DialTLSContext: td.Workload("web").DialTLS(sdk.Service("orders"), "h2")}),
-	})
-	return out.Addr().String()
+	status, err := c.r.Peek(len("HTTP/1.1 200"))
+	if err != nil {
+		return err
+	}
+	if string(status) != "HTTP/1.1 200" {
+		rest, _ := io.ReadAll(io.LimitReader(c.r, 1<<10))
+		return fmt.Errorf("answer: %s", rest)
+	}
+	return skipMessage(c.r)
 }

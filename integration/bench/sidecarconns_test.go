@@ -3,107 +3,91 @@
 package bench_test
 
 import (
-	"context"
-	"io"
+	"bufio"
+	"errors"
+	"log/slog"
 	"net"
-	"os"
-	"os/exec"
-	"strings"
 	"testing"
 	"time"
 
-	codec "golang.org/x/net/http2"
-	"golang.org/x/net/http2/hpack"
-
+	"merlon.dev/integration/frames"
 	"merlon.dev/integration/measure"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
-	"merlon.dev/sdk/sdktest"
 )
 
-// BenchmarkSidecarConnections has 2000 callers connect to a sidecar of its own process,
-// make a gRPC call each and stay, and reports what the process takes for each of them:
-// over mutual TLS as at an inbound listener, and plain as at an outbound one.
+// BenchmarkSidecarConnections has 2000 callers connect to a sidecar, make a request each
+// and stay, and reports what the process takes for each of them, at once and when it has
+// been left alone: over mutual TLS as at an inbound listener, and plain as at an
+// outbound one.
 func BenchmarkSidecarConnections(b *testing.B) {
 	const conns = 2000
-	for _, direction := range []string{"inbound", "outbound"} {
-		b.Run(direction, func(b *testing.B) {
-			td := sdktest.New(b)
-			td.Allow("web", "orders")
-			td.CompilePolicy()
-			app, listen := unaryApp(b), listenLocal(b)
-			address := listen.Addr().String()
-			listen.Close()
-			args := []string{"-health-address", "off", "-idle-timeout", "10m"}
-			dial := new(net.Dialer).DialContext
-			who := "web"
-			if direction == "inbound" {
-				args = append(args, "-inbound", address+","+app+",grpc")
-				dial = td.Workload("web").DialTLS(sdk.Service("orders"), "h2")
-				who = "orders"
-			} else {
-				args = append(args, "-outbound", address+",orders,grpc,"+sidecars(b, td, "grpc", app))
-			}
-			cmd := exec.Command(stage.Bin(b, "merlon-sidecar"), args...)
-			cmd.Env = append(os.Environ(), "SPIFFE_ENDPOINT_SOCKET="+td.Address(who))
-			if err := cmd.Start(); err != nil {
-				b.Fatal(err)
-			}
-			b.Cleanup(func() { cmd.Process.Kill(); cmd.Wait() })
-			stage.Eventually(b, "the sidecar listens", func() error {
-				conn, err := net.Dial("tcp", address)
-				if err == nil {
-					conn.Close()
+	for _, protocol := range []string{carriesHTTP, carriesGRPC} {
+		for side, direction := range []string{"outbound", "inbound"} {
+			b.Run(protocol+"/"+direction, func(b *testing.B) {
+				s := newSite(b)
+				app, ask, alpn := plainApp, askHTTP, "http/1.1"
+				if protocol == carriesGRPC {
+					app, ask, alpn = unaryApp, askGRPC, "h2"
 				}
-				return err
+				p, _ := sidecarPair(s, protocol, app(b))
+				connect := func() (net.Conn, error) { return net.Dial("tcp", p.entry) }
+				if direction == "inbound" {
+					id, err := sdk.Open(b.Context(), sdk.WithAgentAddress(s.d.WorkloadAPI), sdk.WithLogger(slog.New(slog.DiscardHandler)))
+					if err != nil {
+						b.Fatal(err)
+					}
+					b.Cleanup(id.Close)
+					connect = func() (net.Conn, error) {
+						return id.DialTLS(sdk.Service("me"), alpn)(b.Context(), "tcp", p.inner)
+					}
+				}
+				stay := func() error {
+					conn, err := connect()
+					if err != nil {
+						return err
+					}
+					b.Cleanup(func() { conn.Close() })
+					return ask(conn)
+				}
+				stage.Eventually(b, "the sidecars serve", stay)
+				for b.Loop() {
+					idle, _ := measure.MemoryOf(b, p.pids[side])
+					each := func() float64 {
+						now, _ := measure.MemoryOf(b, p.pids[side])
+						return float64(now-idle) / 1024 / conns
+					}
+					b.ReportMetric(float64(idle)/(1<<20), "MiB-idle")
+					for range conns {
+						if err := stay(); err != nil {
+							b.Fatal(err)
+						}
+					}
+					b.ReportMetric(each(), "KiB/conn-at-once")
+					time.Sleep(55 * time.Second) // idle connections end after a minute
+					b.ReportMetric(each(), "KiB/conn")
+				}
 			})
-			for b.Loop() {
-				idle, _ := measure.MemoryOf(b, cmd.Process.Pid)
-				b.ReportMetric(float64(idle)/(1<<20), "MiB-idle")
-				for range conns {
-					call(b, dial, address)
-				}
-				time.Sleep(3 * time.Minute) // Go collects at least every two
-				now, peak := measure.MemoryOf(b, cmd.Process.Pid)
-				b.ReportMetric(float64(now-idle)/(1<<10)/conns, "KiB/conn")
-				b.ReportMetric(float64(peak-idle)/(1<<10)/conns, "KiB/conn-at-most")
-			}
-		})
+		}
 	}
 }
 
-// call connects and makes one gRPC call in frames; the connection stays.
-func call(b *testing.B, dial func(context.Context, string, string) (net.Conn, error), address string) {
-	b.Helper()
-	conn, err := dial(b.Context(), "tcp", address)
-	if err != nil {
-		b.Fatal(err)
+func askHTTP(conn net.Conn) error {
+	c := &caller{conn, bufio.NewReaderSize(conn, 256)}
+	return c.call(get)
+}
+
+// askGRPC makes one call in frames.
+func askGRPC(conn net.Conn) error {
+	c := frames.New(conn)
+	c.Hello()
+	c.Headers(1, false, ":method", "POST", ":scheme", "http", ":path", "/grpc.testing.TestService/UnaryCall", ":authority", "orders",
+		"content-type", "application/grpc", "te", "trailers")
+	if err := c.Framer.WriteData(1, true, make([]byte, 5)); err != nil {
+		return err
 	}
-	b.Cleanup(func() { conn.Close() })
-	var block strings.Builder
-	enc := hpack.NewEncoder(&block)
-	for _, f := range []hpack.HeaderField{
-		{Name: ":method", Value: "POST"},
-		{Name: ":scheme", Value: "http"},
-		{Name: ":path", Value: "/grpc.testing.TestService/UnaryCall"},
-		{Name: ":authority", Value: "orders"},
-		{Name: "content-type", Value: "application/grpc"},
-		{Name: "te", Value: "trailers"},
-	} {
-		enc.WriteField(f)
+	if got := c.Await(1); got.Status != "200" || got.Body == "" {
+		return errors.New("no answer, but " + got.Status + got.ErrCode.String())
 	}
-	io.WriteString(conn, codec.ClientPreface)
-	fr := codec.NewFramer(conn, conn)
-	fr.WriteSettings()
-	fr.WriteHeaders(codec.HeadersFrameParam{StreamID: 1, EndHeaders: true, BlockFragment: []byte(block.String())})
-	fr.WriteData(1, true, make([]byte, 5))
-	for {
-		f, err := fr.ReadFrame()
-		if err != nil {
-			b.Fatal(err)
-		}
-		if h, ok := f.(*codec.HeadersFrame); ok && h.StreamEnded() {
-			return
-		}
-	}
+	return nil
 }

@@ -25,6 +25,7 @@ type Variant struct {
 //
 //	NAME-cpu-µs    CPU per operation, of this process and the variant's own
 //	NAME-own-µs    of it, the variant's own processes, if it has any
+//	NAME-own-ratio likewise to those of the first variant, if that has any, too
 //	NAME-ratio     the first divided by that of the first variant in the same round
 func Interleaved(b *testing.B, times int, variants ...Variant) {
 	b.Helper()
@@ -41,10 +42,12 @@ func Interleaved(b *testing.B, times int, variants ...Variant) {
 	}
 	b.ReportMetric(0, "ns/op") // of all of them together, which means nothing
 	for i, v := range variants {
-		var all, own, ratio []float64
+		var all, own, ratio, ownRatio []float64
 		for n, s := range rounds[i] {
 			all, own = append(all, float64(s.all.Nanoseconds())), append(own, float64(s.own.Nanoseconds()))
-			ratio = append(ratio, s.per(v)/rounds[0][n].per(variants[0]))
+			first := rounds[0][n]
+			ratio = append(ratio, v.per(s.all)/variants[0].per(first.all))
+			ownRatio = append(ownRatio, v.per(s.own)/variants[0].per(first.own))
 		}
 		ops := 1000 * float64(times*max(v.Ops, 1))
 		b.ReportMetric(Median(all)/ops, v.Name+"-cpu-µs")
@@ -54,13 +57,16 @@ func Interleaved(b *testing.B, times int, variants ...Variant) {
 		if i > 0 {
 			b.ReportMetric(Median(ratio), v.Name+"-ratio")
 		}
+		if i > 0 && len(v.Processes) > 0 && len(variants[0].Processes) > 0 {
+			b.ReportMetric(Median(ownRatio), v.Name+"-own-ratio")
+		}
 	}
 }
 
 // spent is what one turn of a variant took: of all processes, and of its own.
 type spent struct{ all, own time.Duration }
 
-func (s spent) per(v Variant) float64 { return float64(s.all) / float64(max(v.Ops, 1)) }
+func (v Variant) per(d time.Duration) float64 { return float64(d) / float64(max(v.Ops, 1)) }
 
 func (v Variant) round(b *testing.B, times int) spent {
 	b.Helper()

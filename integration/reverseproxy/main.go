@@ -6,9 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"net/http"
 	"net/http/httputil"
-	"net/url"
 	"os"
 	"time"
 
@@ -23,30 +24,47 @@ func main() {
 	}
 }
 
-// run serves "inbound LISTEN APP" or "outbound LISTEN SERVICE UPSTREAM".
+// run serves "inbound PROTOCOL LISTEN APP" or "outbound PROTOCOL LISTEN SERVICE UPSTREAM",
+// where PROTOCOL is http for HTTP/1.1 or grpc for HTTP/2.
 func run(args []string) error {
 	id, err := sdk.Open(context.Background())
 	if err != nil {
 		return err
 	}
 	defer id.Close()
+	if len(args) < 4 {
+		return errUsage
+	}
+	alpn := "http/1.1"
+	var protocols http.Protocols
+	if protocols.SetHTTP1(true); args[1] == "grpc" {
+		alpn = "h2"
+		protocols = http.Protocols{}
+		protocols.SetUnencryptedHTTP2(true)
+	}
+	transport := &http.Transport{MaxIdleConnsPerHost: 256, DisableCompression: true, Protocols: &protocols}
+	srv := &http.Server{Addr: args[2], ReadHeaderTimeout: 10 * time.Second}
 	switch {
-	case len(args) == 3 && args[0] == "inbound":
-		transport := &http.Transport{MaxIdleConnsPerHost: 256, DisableCompression: true}
-		proxy := to("http", args[2], transport)
-		srv := &http.Server{Addr: args[1], Handler: httpauth.Handler(id, proxy), TLSConfig: id.ServerTLS("http/1.1"), ReadHeaderTimeout: 10 * time.Second}
+	case len(args) == 4 && args[0] == "inbound":
+		srv.TLSConfig = id.ServerTLS(alpn)
+		srv.Handler = httpauth.Handler(id, to("http", args[3], transport))
 		return srv.ListenAndServeTLS("", "")
-	case len(args) == 4 && args[0] == "outbound":
-		transport := &http.Transport{MaxIdleConnsPerHost: 256, DisableCompression: true, DialTLSContext: id.DialTLS(sdk.Service(args[2]), "http/1.1")}
-		srv := &http.Server{Addr: args[1], Handler: to("https", args[3], transport), ReadHeaderTimeout: 10 * time.Second}
+	case len(args) == 5 && args[0] == "outbound":
+		transport.DialTLSContext = id.DialTLS(sdk.Service(args[3]), alpn)
+		transport.Protocols, transport.ForceAttemptHTTP2 = nil, alpn == "h2"
+		srv.Protocols = &protocols
+		srv.Handler = to("https", args[4], transport)
 		return srv.ListenAndServe()
 	}
-	return errors.New("give inbound LISTEN APP, or outbound LISTEN SERVICE UPSTREAM")
+	return errUsage
 }
 
+var errUsage = errors.New("give inbound PROTOCOL LISTEN APP, or outbound PROTOCOL LISTEN SERVICE UPSTREAM")
+
+// to passes messages on as they come, which streams of gRPC need.
 func to(scheme, host string, transport http.RoundTripper) http.Handler {
 	return &httputil.ReverseProxy{
-		Transport: transport,
-		Rewrite:   func(r *httputil.ProxyRequest) { r.SetURL(&url.URL{Scheme: scheme, Host: host}) },
+		Transport: transport, FlushInterval: -1, ErrorLog: log.New(io.Discard, "", 0),
+		Rewrite: func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = scheme, host },
 	}
 }
