@@ -8,7 +8,7 @@ BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 export MERLON_INTEROP ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/merlon/interop
 
 .DEFAULT_GOAL := help
-.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect scale posture polling faults
+.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect scale posture polling faults crowd kills
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -116,8 +116,18 @@ rotate-replicas: ## the same on two replicas and etcd; each replica is killed in
 
 REUSES ?= 10000
 STREAMS ?= 10000
-cutoff: ## revoke the peer of STREAMS live streams (default 10000) and say when the last bytes came; about a minute
+cutoff: ## revoke the peer of STREAMS live streams (default 10000), and those of sidecars, and say when the last bytes came; about a minute
 	MERLON_STREAMS=$(STREAMS) go test -count 1 -timeout 30m -v ./sdk -run TestRevocationEndsEveryStream
+	MERLON_CUTOFF=1s go test -count 1 -v ./sdk/sidecar -run TestRevokedPeersAreCut
+
+CROWD ?= 5000
+crowd: ## latency of healthy callers with and without CROWD idle and slow connections (default 5000) to a sidecar, by wrk and h2load; 3 minutes
+	@test "$$(ulimit -n)" -gt $$(($(CROWD) * 3 / 2)) || { echo "each connection needs a file, here and in the sidecar: ulimit -n $$(($(CROWD) * 2))"; exit 1; }
+	MERLON_CROWD=$(CROWD) go test -count 1 -timeout 1h -v -run TestCrowdLatency ./integration
+
+ROUNDS ?= 50
+kills: ## SIGKILL of CA, agent, app and sidecars in ROUNDS random orders (default 50; MERLON_SEED repeats them); about 10 minutes
+	MERLON_KILLS=$(ROUNDS) go test -count 1 -timeout 2h -v -run TestSidecarsRecoverFromKillsInAnyOrder ./integration
 
 pidreuse: ## give the number of a connected process to another one REUSES times (default 10000); needs root; about a minute
 	REUSES=$(REUSES) go test -count 1 -timeout 1h -v ./integration -run TestReusedProcessIDGetsNoForeignSVID

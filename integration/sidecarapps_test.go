@@ -4,7 +4,10 @@
 package integration_test
 
 import (
+	"bufio"
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -231,4 +234,24 @@ func (c *counter) records(t *testing.T) (all map[string][]record, made int) {
 // isDenial says whether the record is one of a denial, and not of a request that went on.
 func (r *record) isDenial() bool {
 	return r.Reason != string(policy.Allowed) && r.Reason != "" && r.DecisionID != "" && r.Upstream == "" && (r.Status == 0 || r.Status >= 400)
+}
+
+// heardHTTP1 are the requests that an app was sent, as the letter of HTTP/1.1 has them.
+// The last one of a connection may have been cut.
+func heardHTTP1(t *testing.T, tap *stage.Tap) (all []*http.Request) {
+	t.Helper()
+	for _, sent := range tap.Heard() {
+		for r := bufio.NewReader(bytes.NewReader(sent)); ; {
+			req, err := http.ReadRequest(r)
+			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+				break
+			}
+			if err != nil {
+				t.Fatalf("what the app was sent is no HTTP/1.1: %v\n%q", err, sent)
+			}
+			io.Copy(io.Discard, req.Body)
+			all = append(all, req)
+		}
+	}
+	return all
 }

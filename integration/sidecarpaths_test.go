@@ -5,7 +5,6 @@ package integration_test
 
 import (
 	"bufio"
-	"bytes"
 	"fmt"
 	"io"
 	"net"
@@ -55,19 +54,9 @@ func TestWhatThePolicyDeniesNoServerServes(t *testing.T) {
 					t.Errorf("%q: %d answers and %d records: %v", request, answers[from], n, records[from])
 				}
 			}
-			for _, sent := range c.tap.Heard() {
-				for r := bufio.NewReader(bytes.NewReader(sent)); ; {
-					req, err := http.ReadRequest(r)
-					if err == io.EOF {
-						break
-					}
-					if err != nil {
-						t.Fatalf("what the app was sent is no HTTP/1.1: %v\n%q", err, sent)
-					}
-					io.Copy(io.Discard, req.Body)
-					if !strings.HasPrefix(req.RequestURI, "/public/") || strings.Join(req.Header["X-Spiffe-Id"], ",") != s.d.ID("/web") {
-						t.Errorf("the app heard %s %s, %v", req.Method, req.RequestURI, req.Header)
-					}
+			for _, r := range heardHTTP1(t, c.tap) {
+				if !strings.HasPrefix(r.RequestURI, "/public/") || strings.Join(r.Header["X-Spiffe-Id"], ",") != s.d.ID("/web") {
+					t.Errorf("the app heard %s %s, %v", r.Method, r.RequestURI, r.Header)
 				}
 			}
 		})
