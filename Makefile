@@ -13,8 +13,9 @@ export MERLON_INTEROP ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/merlon/interop
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
+# The same source gives the same bytes in any folder, and with any C compiler or none.
 build: ## compile the binaries into bin/
-	go build -o bin/ ./ca/cmd/... ./agent/cmd/... ./sdk/cmd/...
+	CGO_ENABLED=0 go build -trimpath -o bin/ ./ca/cmd/... ./agent/cmd/... ./sdk/cmd/...
 
 full: ## compile the CA with every KMS and upstream authority, which make build leaves out
 	go build -C ca/cmd/merlon-ca-full -tags awskms,cloudkms,azurekms,stepcas,vaultcas,cloudcas -o $(CURDIR)/bin/merlon-ca-full .
@@ -85,6 +86,20 @@ fuzz: ## every fuzz target for FUZZTIME (default 30s)
 	@set -e; grep -rl --include='*_test.go' '^func Fuzz' . | while read -r f; do \
 	  for t in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$f); do \
 	    echo "== $$f $$t"; go test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1s ./$$(dirname $$f); done; done
+
+.PHONY: supply reproducible sbom vulnerable
+supply: ## licences, allowed imports, bills of materials, and that the gate of known vulnerabilities can be believed
+	MERLON_SUPPLY=1 go test -count 1 ./integration/supply
+
+reproducible: ## make build in two folders, from nothing in one of them, and compare; some minutes
+	MERLON_REPRODUCIBLE=1 go test -count 1 -timeout 1h -v -run TestTwoBuildsAreIdentical ./integration/supply
+
+sbom: build ## a bill of materials (CycloneDX) beside each binary in bin/
+	go run ./integration/supply sbom bin/merlon bin/merlon-ca bin/merlon-agent bin/merlon-sidecar
+
+VULNDB ?= https://vuln.go.dev
+vulnerable: ## known vulnerabilities of what Merlon uses, by VULNDB (default https://vuln.go.dev; a copy: file:///path)
+	go run ./integration/supply vulnerable $(VULNDB)
 
 KILLS ?= 1000
 CRASH := go test -count 1 -timeout 12h -v ./ca/internal/store/crashtest -run

@@ -12,10 +12,10 @@ import (
 	"testing"
 )
 
-// attacks and traps are how many rows there are, T1 to T54 and S1 to S15.
+// attacks and traps are how many rows there are, T1 to T54 and S1 to S16.
 const (
 	attacks = 54
-	traps   = 15
+	traps   = 16
 )
 
 var (
