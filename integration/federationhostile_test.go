@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -262,23 +263,27 @@ func TestReadersAreJudgedByAge(t *testing.T) {
 			t.Fatalf("%s %s: %s", method, url, resp.Status)
 		}
 	}
-	isOut := func(state string) {
+	isOutAt := func(td, state string) {
 		t.Helper()
 		waitLong(t, "ours is "+state, func() error {
-			if h := healthOf(t, e.Domain, "partner.test"); h.Out != state {
+			if h := healthOf(t, e.Domain, td); h.Out != state {
 				return fmt.Errorf("%+v", h)
 			}
 			return nil
 		})
 	}
-	first := e.invite(t)
+	isOut := func(state string) { t.Helper(); isOutAt("partner.test", state) }
+	first := e.invite(t, "partner.test")
 	read(http.MethodHead, first)
+	read(http.MethodGet, e.invite(t, "other.test"))
+	isOutAt("other.test", "ok") // what was seen before has been written down, too
 	if h := healthOf(t, e.Domain, "partner.test"); h.Out != "never" {
 		t.Errorf("before it was read: %+v", h)
 	}
+	e.Merlon("federation", "remove", "other.test")
 	read(http.MethodGet, first)
 	isOut("ok")
-	second := e.invite(t) // not accepted yet
+	second := e.invite(t, "partner.test") // not accepted yet
 	if h := healthOf(t, e.Domain, "partner.test"); h.Out != "ok" {
 		t.Errorf("when another token was made: %+v; want what was seen to stay", h)
 	}
@@ -291,6 +296,81 @@ func TestReadersAreJudgedByAge(t *testing.T) {
 	isOut("ok")
 	read(http.MethodGet, second)
 	isOut("ok")
+}
+
+// Wherever a partner sends the CA that follows it, nothing within is asked, be it called
+// by address or by name; a cloud's metadata service is not asked for an operator either
+// (T40). Here all these addresses answer.
+func TestPartnersReachNothingWithin(t *testing.T) {
+	if !stage.InNamespace(t) {
+		return
+	}
+	var hits atomic.Int64
+	listen := func(address string) (port string) {
+		t.Helper()
+		lis, err := net.Listen("tcp", net.JoinHostPort(address, "0"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { lis.Close() })
+		go func() {
+			for {
+				conn, err := lis.Accept()
+				if err != nil {
+					return
+				}
+				hits.Add(1)
+				conn.Close()
+			}
+		}()
+		_, port, err = net.SplitHostPort(lis.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return port
+	}
+	var within []string
+	for _, address := range []string{"169.254.169.254", "127.0.0.1", "::1", "10.1.2.3", "192.168.1.1", "100.64.0.1", "fd00::1"} {
+		add := []string{"address", "replace", address, "dev", "lo"}
+		if strings.Contains(address, ":") {
+			add = append(add, "nodad") // it can be used at once
+		}
+		if out, err := exec.CommandContext(t.Context(), "ip", add...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		within = append(within, net.JoinHostPort(address, listen(address)))
+	}
+	_, port, _ := strings.Cut(within[1], ":")
+	_, metadata, _ := strings.Cut(within[0], ":")
+	within = append(within, "localhost:"+port, "[::ffff:127.0.0.1]:"+port, "[::ffff:169.254.169.254]:"+metadata)
+
+	shop, p := stage.CAAlone(t, "", nil), startPartner(t, "partner.test")
+	p.followedBy(shop)
+	for _, address := range within {
+		p.publish(func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "https://"+address+"/latest/meta-data", http.StatusFound)
+		})
+		if _, stderr, err := shop.Try("federation", "refresh", "partner.test"); err == nil || !strings.Contains(stderr, "not of the internet") {
+			t.Errorf("sent to %s: %v, %s", address, err, stderr)
+		}
+		if h := healthOf(t, shop, "partner.test"); h.In != "failing" || h.Sequence != 1 {
+			t.Errorf("sent to %s: %+v; want the last trust bundle to stay", address, h)
+		}
+	}
+	for _, address := range []string{"169.254.169.254:" + metadata, "[::ffff:169.254.169.254]:" + metadata} {
+		shop.Merlon("federation", "follow", "other.test", "--profile", "https_web", "--url", "https://"+address+"/", "--web-ca", p.webCA)
+		if h := healthOf(t, shop, "other.test"); h.In != "failing" {
+			t.Errorf("told to ask %s: %+v", address, h)
+		}
+	}
+	if n := hits.Load(); n != 0 {
+		t.Errorf("%d connections to what is within", n)
+	}
+	if conn, err := net.Dial("tcp", within[0]); err != nil { // it would have been noticed
+		t.Errorf("nobody listens: %v", err)
+	} else {
+		conn.Close()
+	}
 }
 
 // One address cannot fill the public endpoint, which anybody may come to.
@@ -331,9 +411,9 @@ func withEndpointAlone(t *testing.T, settings ...string) endpoint {
 	return e
 }
 
-// invite invites partner.test, and gives the URL in the token.
-func (e endpoint) invite(t *testing.T) string {
+// invite invites td, and gives the URL in the token.
+func (e endpoint) invite(t *testing.T, td string) string {
 	t.Helper()
-	token := e.Merlon("federation", "invite", "partner.test", "--profile", "https_web", "--url", e.url("/v1/trust/bundle"), "--web-ca", e.files.CA)
+	token := e.Merlon("federation", "invite", td, "--profile", "https_web", "--url", e.url("/v1/trust/bundle"), "--web-ca", e.files.CA)
 	return tokenOf(t, token).URL
 }
