@@ -53,8 +53,7 @@ func TestAnswersThatAreAmbiguousDoNotGoOn(t *testing.T) {
 	} {
 		p := startPair(t, "http", saying(t, answer))
 		conn := dial(t, p.outbound.addrs[0])
-		io.WriteString(conn, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-		conn.(*net.TCPConn).CloseWrite()
+		io.WriteString(conn, "GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
 		r := bufio.NewReader(conn)
 		res, err := http.ReadResponse(r, nil)
 		for err == nil && res.StatusCode < 200 {
@@ -83,8 +82,7 @@ func TestAnswersOfEveryShapeGoOn(t *testing.T) {
 	} {
 		p := startPair(t, "http", saying(t, tc.answer))
 		conn := dial(t, p.outbound.addrs[0])
-		io.WriteString(conn, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-		conn.(*net.TCPConn).CloseWrite()
+		io.WriteString(conn, "GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
 		r := bufio.NewReader(conn)
 		res, err := http.ReadResponse(r, nil)
 		for err == nil && res.StatusCode < 200 {

@@ -121,9 +121,9 @@ type Entry struct {
 	DecisionID     policy.DecisionID
 	BytesIn        int64 // of bodies, from the caller
 	BytesOut       int64
-	Retries        int    // tries beyond the first
 	Err            string // why it went wrong; empty where it did not
 	Denied, Failed bool   // refused by a decision; went wrong
+	Retries        int32  // tries beyond the first
 	// Failure is why the sidecar itself has answered; nil where it has not, and after a
 	// denial.
 	Failure *Failure

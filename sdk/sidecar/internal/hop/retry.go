@@ -37,7 +37,7 @@ type budget struct {
 type Tries struct{ more, held atomic.Int32 }
 
 // More is how many further ones there were.
-func (t *Tries) More() int { return int(t.more.Load()) }
+func (t *Tries) More() int32 { return t.more.Load() }
 
 // Again says whether a request may be tried once more, and counts that it is. Settle has
 // to follow once the outcome is known.

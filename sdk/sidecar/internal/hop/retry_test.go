@@ -35,7 +35,7 @@ func TestTriesStayWithinBudgetAndAttempts(t *testing.T) {
 				held[i] = 0
 				continue
 			}
-			want := requests[i].More()+1 < h.Retry.Attempts
+			want := int(requests[i].More())+1 < h.Retry.Attempts
 			if want && under >= limit {
 				want = false
 				denied++

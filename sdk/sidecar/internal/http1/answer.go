@@ -144,11 +144,17 @@ func (s *session) broken(c *call, f *far, up *upload, err error) bool {
 	}
 	uploadErr := s.wait(up)
 	denied := c.finish()
+	abandoned := c.isAbandoned()
 	if f != nil {
 		f.discard()
-		f.upstream.Done(denied == nil && !c.begun && uploadErr == nil)
+		f.upstream.Done(denied == nil && !abandoned && !c.begun && uploadErr == nil)
 	}
 	switch {
+	case denied == nil && abandoned:
+		s.entry.Err = errAbandoned.Error()
+		s.over(c)
+		hangUp(s.near)
+		return false
 	case denied != nil && !c.begun:
 		s.noteDecision(*denied)
 		_ = s.answerDenial(c, *denied, true) // the connection ends anyway

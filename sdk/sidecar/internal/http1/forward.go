@@ -20,6 +20,10 @@ const maxProvisional = 8
 // forward sends the request on, of which the first end bytes that are there are the
 // head, and the answer back. It says whether another request may follow.
 func (s *session) forward(c *call, end int) bool {
+	s.current.Store(c)
+	if s.left.Load() { // before current was there
+		c.abandon()
+	}
 	out := takeOut()
 	defer giveOut(out)
 	out.b = s.appendHead(out.b[:0], c.decision.Response)
@@ -376,6 +380,9 @@ func (s *session) writeNear(p []byte) error {
 
 // tunnel carries a WebSocket for as long as both ends like and the policy allows.
 func (s *session) tunnel(c *call, f *far) bool {
+	c.mu.Lock()
+	c.tunnelled = true
+	c.mu.Unlock()
 	defer f.upstream.Done(false)
 	defer f.discard()
 	defer s.over(c)
@@ -410,9 +417,9 @@ func (s *session) tunnel(c *call, f *far) bool {
 	return false
 }
 
-// finishedEarly is what ended the request while it was under way, so far.
-func (c *call) finishedEarly() *policy.Decision {
+// finishedEarly is why the request has ended while it was under way, if it has.
+func (c *call) finishedEarly() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.denied
+	return c.endedEarly()
 }

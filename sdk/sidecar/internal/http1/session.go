@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"merlon.dev/policy"
@@ -19,7 +20,7 @@ import (
 
 // New is the engine of protocol http.
 func New(h *hop.Hop) hop.Engine {
-	e := &engine{hop: h, pools: make(map[*hop.Upstream]*pool), stop: func() {}}
+	e := &engine{hop: h, pools: make(map[*hop.Upstream]*pool), callers: newWatch(), stop: func() {}}
 	for _, u := range h.Upstreams.All() {
 		e.pools[u] = newPool(h, u)
 	}
@@ -36,12 +37,15 @@ func New(h *hop.Hop) hop.Engine {
 type engine struct {
 	hop   *hop.Hop
 	pools map[*hop.Upstream]*pool
-	stop  func()
+	// callers tells of those that go away.
+	callers *watch
+	stop    func()
 }
 
 // Close implements hop.Engine.
 func (e *engine) Close() {
 	e.stop()
+	e.callers.close()
 	for _, p := range e.pools {
 		p.close()
 	}
@@ -66,6 +70,9 @@ type session struct {
 	// deadline is when the request has to be over; zero: whenever.
 	deadline time.Time
 
+	current atomic.Pointer[call] // that is on its way to an upstream; nil: none
+	left    atomic.Bool          // the caller sends nothing any more
+
 	mu       sync.Mutex // guards the rest
 	idle     bool       // between two requests
 	served   bool       // one request at least
@@ -86,6 +93,8 @@ func (e *engine) Serve(ctx context.Context, conn net.Conn) {
 	defer s.in.release()
 	stop := context.AfterFunc(ctx, s.drain)
 	defer stop()
+	number := e.callers.add(conn, s)
+	defer e.callers.remove(number)
 	for s.serveOne() {
 	}
 }
@@ -225,6 +234,7 @@ var errLate = fmt.Errorf("the request is not over in time: %w", os.ErrDeadlineEx
 // over records the request.
 func (s *session) over(c *call) {
 	s.entry.Took = time.Since(s.entry.Begun)
+	s.current.Store(nil)
 	s.entry.BytesIn = c.bytesIn
 	s.hop.Settle(&c.tries)
 	s.entry.Retries = c.tries.More()
@@ -286,6 +296,9 @@ type call struct {
 	begun  bool // something of the answer was sent
 	over   bool
 	far    *far
+	// abandoned says that nobody waits for the answer any more, tunnelled that the
+	// connection is a WebSocket's.
+	abandoned, tunnelled bool
 }
 
 // end is called when the policy does not allow the request any more.
@@ -308,8 +321,8 @@ func (c *call) end(s *session, d policy.Decision) {
 func (c *call) use(f *far) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.denied != nil {
-		return errDenied
+	if err := c.endedEarly(); err != nil {
+		return err
 	}
 	c.far = f
 	return nil
@@ -321,10 +334,21 @@ func (c *call) use(f *far) error {
 func (c *call) answerBegins(whole bool) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.denied != nil {
-		return errDenied
+	if err := c.endedEarly(); err != nil {
+		return err
 	}
 	c.begun, c.over = true, whole
+	return nil
+}
+
+// endedEarly is why c has ended while it was under way, if it has. c.mu is held.
+func (c *call) endedEarly() error {
+	switch {
+	case c.denied != nil:
+		return errDenied
+	case c.abandoned:
+		return errAbandoned
+	}
 	return nil
 }
 
@@ -336,7 +360,10 @@ func (c *call) finish() (denied *policy.Decision) {
 	return c.denied
 }
 
-var errDenied = errors.New("the policy does not allow the request any more")
+var (
+	errDenied    = errors.New("the policy does not allow the request any more")
+	errAbandoned = errors.New("the caller has gone away")
+)
 
 // unreachableError is for a request that no upstream has taken.
 type unreachableError struct{ err error }

@@ -28,9 +28,10 @@ type call struct {
 	tooMany bool
 	down    stream // the caller's
 	// up is the upstream's; nil until there is one.
-	up    atomic.Pointer[stream]
-	first stream // the first of up, which is nearly always the only one
-	left  atomic.Int32
+	up     atomic.Pointer[stream]
+	first  stream // the first of up, which is nearly always the only one
+	left   atomic.Int32
+	hinted atomic.Bool // an informational answer has come
 
 	in       *policy.Input // of an inbound hop
 	decision policy.Decision
@@ -42,7 +43,6 @@ type call struct {
 	movedAt     atomic.Int64 // the engine's clock
 	status      atomic.Int32 // of the answer
 	answering   atomic.Bool  // the upstream's has begun
-	hinted      atomic.Bool  // an informational one has come
 	grpcStatus  atomic.Pointer[string]
 	tries       hop.Tries
 
@@ -486,10 +486,15 @@ func (k *call) streamGone() {
 	}
 }
 
+var entries = sync.Pool{New: func() any { return new(hop.Entry) }}
+
 // finish is after both sides have.
 func (k *call) finish() {
+	e := entries.Get().(*hop.Entry)
+	defer entries.Put(e)
 	k.mu.Lock()
-	e, u, unfollow := k.entry, k.upstream, k.unfollow
+	*e = k.entry
+	u, unfollow := k.upstream, k.unfollow
 	k.mu.Unlock()
 	if unfollow != nil {
 		unfollow()
@@ -507,7 +512,7 @@ func (k *call) finish() {
 	if code := k.grpcStatus.Load(); code != nil {
 		e.GRPCStatus = *code
 	}
-	k.eng.hop.Record(&e)
+	k.eng.hop.Record(e)
 }
 
 // passAnswer passes an answer's head on, with what the policy adds.
