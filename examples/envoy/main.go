@@ -118,7 +118,7 @@ func denied(ctx context.Context, s *setup) error {
 	if status != http.StatusForbidden || problem.Reason != "METHOD" {
 		return fmt.Errorf("status %d, reason %s; want 403 METHOD", status, problem.Reason)
 	}
-	why, err := s.merlon(ctx, "explain", "decision", problem.DecisionID)
+	why, err := s.Merlon(ctx, "explain", "decision", problem.DecisionID)
 	fmt.Print(why)
 	return err
 }

@@ -19,13 +19,13 @@ import (
 const svidTTL = "8s"
 
 func startEverything(ctx context.Context, t *theatre) error {
-	if err := t.start(ctx, &t.dev, "merlon", "dev", "--dir", filepath.Join(t.dir, "dev"), "-o", "json"); err != nil {
+	if err := t.StartDev(ctx); err != nil {
 		return err
 	}
-	fmt.Printf("trust domain %s, Workload API %s\n", t.dev.TrustDomain, strings.ReplaceAll(t.dev.WorkloadAPI, t.dir, "…"))
+	fmt.Printf("trust domain %s, Workload API %s\n", t.Dev.TrustDomain, t.Short(t.Dev.WorkloadAPI))
 	for _, name := range []string{"orders", "web"} {
-		out, err := t.merlon(ctx, "entry", "create", "--spiffe-id", "spiffe://dev.local/"+name,
-			"--selector", "unix:path:"+t.bin(name), "--ttl", svidTTL, "-o", "json")
+		out, err := t.Merlon(ctx, "entry", "create", "--spiffe-id", "spiffe://dev.local/"+name,
+			"--selector", "unix:path:"+t.Bin(name), "--ttl", svidTTL, "-o", "json")
 		if err != nil {
 			return err
 		}
@@ -38,18 +38,18 @@ func startEverything(ctx context.Context, t *theatre) error {
 		}
 		fmt.Printf("registered %s under %s\n", entry.SPIFFEID, entry.ParentID)
 	}
-	if _, err := t.merlon(ctx, "policy", "push", "examples/quickstart/policy"); err != nil {
+	if _, err := t.Merlon(ctx, "policy", "push", "examples/quickstart/policy"); err != nil {
 		return err
 	}
 	var orders, web struct {
 		Address  string `json:"address"`
 		SPIFFEID string `json:"spiffe_id"`
 	}
-	if err := t.start(ctx, &orders, "orders"); err != nil {
+	if err := t.serve(ctx, &orders, "orders"); err != nil {
 		return err
 	}
 	fmt.Printf("  is %s, mutual TLS on %s\n", orders.SPIFFEID, orders.Address)
-	if err := t.start(ctx, &web, "web", "--orders", "https://"+orders.Address); err != nil {
+	if err := t.serve(ctx, &web, "web", "--orders", "https://"+orders.Address); err != nil {
 		return err
 	}
 	fmt.Printf("  is %s\n", web.SPIFFEID)
@@ -78,7 +78,7 @@ func deniedCall(ctx context.Context, t *theatre) error {
 		return fmt.Errorf("POST /orders/1 was not denied with reason METHOD: %+v", out)
 	}
 	fmt.Printf("web: POST /orders/1 -> %s\n", out.Error)
-	why, err := t.merlon(ctx, "explain", "decision", out.DecisionID)
+	why, err := t.Merlon(ctx, "explain", "decision", out.DecisionID)
 	if err != nil {
 		return err
 	}
@@ -98,7 +98,7 @@ const widened = `grants:
 `
 
 func policyChange(ctx context.Context, t *theatre) error {
-	folder := filepath.Join(t.dir, "policy")
+	folder := filepath.Join(t.Dir, "policy")
 	if err := os.Mkdir(folder, 0o755); err != nil {
 		return err
 	}
@@ -106,7 +106,7 @@ func policyChange(ctx context.Context, t *theatre) error {
 		return err
 	}
 	asked := time.Now()
-	if _, err := t.merlon(ctx, "policy", "push", folder); err != nil {
+	if _, err := t.Merlon(ctx, "policy", "push", folder); err != nil {
 		return err
 	}
 	for {
@@ -150,7 +150,7 @@ func revocation(ctx context.Context, t *theatre) error {
 	case <-time.After(300 * time.Millisecond):
 	}
 	asked := time.Now()
-	if _, err := t.merlon(ctx, "revoke", "--spiffe-id", "spiffe://dev.local/web", "--note", "quickstart"); err != nil {
+	if _, err := t.Merlon(ctx, "revoke", "--spiffe-id", "spiffe://dev.local/web", "--note", "quickstart"); err != nil {
 		return err
 	}
 	select {

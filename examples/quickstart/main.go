@@ -31,7 +31,7 @@ func run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer t.close()
+	defer t.Close()
 	for _, act := range []struct {
 		title string
 		play  func(context.Context, *theatre) error
