@@ -80,7 +80,13 @@ func (p *Program[C]) Unexpected(line Line) error {
 func (p *Program[C]) register(set *flag.FlagSet) (given map[string]string) {
 	given = make(map[string]string)
 	for _, s := range p.Settings {
-		take := func(text string) error { given[s.Key] = text; return nil }
+		take := func(text string) error {
+			if before, twice := given[s.Key]; twice && s.Join != "" {
+				text = before + s.Join + text
+			}
+			given[s.Key] = text
+			return nil
+		}
 		switch name := s.flag()[1:]; {
 		case s.Secret:
 		case s.Switch:

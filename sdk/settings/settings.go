@@ -24,6 +24,9 @@ type Setting[C any] struct {
 	Secret bool
 	// Switch is a flag that stands without a value.
 	Switch bool
+	// Join stands between the values of a flag that is given more than once, which Set
+	// then takes as one. Empty: the last one counts.
+	Join string
 	// Set takes what was given. Nil takes it by the field's type: text, a number, true
 	// or false, a duration, what reads itself from text, or a list at whose commas the
 	// parts are told apart.

@@ -37,7 +37,7 @@ func testProgram() *Program[config] {
 	p.Settings = append(
 		p.Settings,
 		Setting[config]{Key: "packed", Usage: "whether", Switch: true},
-		Setting[config]{Key: "special", Usage: "something else", Set: func(c *config, text string) error { c.Special = "<" + text + ">"; return nil }},
+		Setting[config]{Key: "special", Usage: "something else", Join: "+", Set: func(c *config, text string) error { c.Special = "<" + text + ">"; return nil }},
 		Setting[config]{Key: "token", Secret: true},
 	)
 	return p
@@ -79,6 +79,13 @@ func TestFlagsWinOverEnvironmentOverFile(t *testing.T) {
 func TestNothingGivenForAListIsAnEmptyOne(t *testing.T) {
 	if c, _, err := read(t, "headers: [a]\n", nil, "-headers", ""); err != nil || c.Headers == nil || len(c.Headers) != 0 {
 		t.Errorf("headers = %#v, %v; want an empty list, which is not nil", c.Headers, err)
+	}
+}
+
+func TestFlagGivenTwice(t *testing.T) {
+	c, _, err := read(t, "", map[string]string{"PROG_SPECIAL": "env"}, "-name", "a", "-special", "a", "-special", "b", "-name", "b")
+	if err != nil || c.Name != "b" || c.Special != "<a+b>" {
+		t.Errorf("%+v, %v; want the last name, and both specials", c, err)
 	}
 }
 

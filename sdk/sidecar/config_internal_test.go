@@ -124,7 +124,7 @@ func TestFlagsComeBeforeEnvironmentAndThatBeforeTheFile(t *testing.T) {
 	}
 	env := map[string]string{"MERLON_SIDECAR_CONFIG": path, "MERLON_SIDECAR_IDLE_TIMEOUT": "6s", "MERLON_SIDECAR_HEAD_TIMEOUT": "7s"}
 	getenv := func(name string) string { return env[name] }
-	cl, err := ParseCommandLine([]string{"-idle-timeout", "8s", "-inbound", ":1,127.0.0.1:2,tcp :3,[::1]:4,tcp"}, getenv, io.Discard)
+	cl, err := ParseCommandLine([]string{"-idle-timeout", "8s", "-inbound", ":1,127.0.0.1:2,tcp", "-inbound", ":3,[::1]:4,tcp"}, getenv, io.Discard)
 	if err != nil {
 		t.Fatal(err)
 	}

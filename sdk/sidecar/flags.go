@@ -34,8 +34,8 @@ it. SIGHUP has the settings read again.
 var program = settings.Program[Config]{
 	Name: "merlon-sidecar", Env: "MERLON_SIDECAR_", About: about,
 	Settings: []settings.Setting[Config]{
-		{Key: "inbound", Usage: "`listen,app,protocol`, such as :8443,127.0.0.1:8080,http: where callers reach the app; more than one separated by spaces", Set: setInbound},
-		{Key: "outbound", Usage: "`listen,service,protocol,upstream…`, such as 127.0.0.1:9001,orders,http,orders-1:8443: where the app reaches a service; more than one separated by spaces", Set: setOutbound},
+		{Key: "inbound", Usage: "`listen,app,protocol`, such as :8443,127.0.0.1:8080,http: where callers reach the app; more than one by as many flags, or separated by spaces", Join: " ", Set: setInbound},
+		{Key: "outbound", Usage: "`listen,service,protocol,upstream…`, such as 127.0.0.1:9001,orders,http,orders-1:8443: where the app reaches a service; more than one by as many flags, or separated by spaces", Join: " ", Set: setOutbound},
 		{Key: "captured_port", Usage: "`port` on 127.0.0.1 and ::1 for captured connections, whose outbounds are in the file, by their captures (default: none)"},
 		{Key: "agent_socket", Usage: "the agent's socket, `unix:///path` (default $SPIFFE_ENDPOINT_SOCKET)"},
 		{Key: "agent_uid", Usage: "`uid` whose agent is trusted beside root's and the own (default: none)"},
