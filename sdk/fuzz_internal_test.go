@@ -10,7 +10,9 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/protobuf/proto"
 
+	"merlon.dev/agent/agentpb"
 	"merlon.dev/sdk/svid"
 	"merlon.dev/sdk/svid/forge"
 )
@@ -63,6 +65,36 @@ func FuzzSocketPath(f *testing.F) {
 		}
 		if !filepath.IsAbs(path) || strings.ContainsRune(path, 0) {
 			t.Errorf("socketPath(%q) = %q", address, path)
+		}
+	})
+}
+
+// Whatever an agent sends of revocations, only those that are understood are known
+// afterwards, and none that was known is forgotten by what is not understood.
+func FuzzWatchResponse(f *testing.F) {
+	for _, m := range []*agentpb.WatchResponse{
+		{}, {Reset_: true}, {Revocations: []*agentpb.Revocation{{Subject: &agentpb.Revocation_SpiffeId{SpiffeId: "spiffe://td/a"}, BeforeRevision: 3}, {Subject: &agentpb.Revocation_Serial{Serial: "0a"}}, {}}},
+	} {
+		b, err := proto.Marshal(m)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		var m agentpb.WatchResponse
+		if proto.Unmarshal(b, &m) != nil {
+			return
+		}
+		id := bare()
+		id.revocations.Store(svid.NewRevocations([]svid.Revocation{{SPIFFEID: "spiffe://sdktest.test/gone", ExpiresAt: time.Now().Add(time.Hour)}}))
+		id.revoke(t.Context(), &m)
+		known := id.revocations.Load()
+		if known.Len() > 1+len(m.GetRevocations()) {
+			t.Fatalf("%v: %d records are known", &m, known.Len())
+		}
+		if !m.GetReset_() && known.Len() == 0 {
+			t.Fatalf("%v: what was known is forgotten", &m)
 		}
 	})
 }
