@@ -259,6 +259,9 @@ func (f *Feed) catchUp(ctx context.Context) {
 	for failures := 0; ; failures++ {
 		err := f.load(ctx)
 		f.setFault(err)
+		if err == nil && f.outdated() { // a service has come while this was on its way
+			continue
+		}
 		if err == nil || ctx.Err() != nil {
 			return
 		}
@@ -279,6 +282,12 @@ func (f *Feed) catchUp(ctx context.Context) {
 		case <-again.C:
 		}
 	}
+}
+
+// outdated says whether what is in use lacks a service that is on the node by now.
+func (f *Feed) outdated() bool {
+	now, want := f.Now(), f.wanted()
+	return now.Active != nil && want.serves(now.Active) != nil || now.Candidate != nil && want.serves(now.Candidate) != nil
 }
 
 func (f *Feed) setFault(err error) {

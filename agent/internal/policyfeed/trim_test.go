@@ -1,4 +1,5 @@
-// A service that leaves the node takes its grants with it.
+// A service that leaves the node takes its grants with it, and one that comes while a
+// bundle is on its way gets them.
 
 package policyfeed
 
@@ -44,6 +45,8 @@ type authority struct {
 	services []string // guarded by mu
 	away     bool     // guarded by mu
 	asked    int      // guarded by mu
+	// answered is called once an answer is made, and not taken yet. Set it before use.
+	answered func()
 }
 
 func newAuthority(t *testing.T, services ...string) *authority {
@@ -90,6 +93,13 @@ func (a *authority) leaves(services ...string) {
 	a.services = slices.DeleteFunc(slices.Clone(a.services), func(s string) bool { return slices.Contains(services, s) })
 }
 
+func (a *authority) comes(service string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.services = append(slices.Clone(a.services), service)
+	slices.Sort(a.services)
+}
+
 func (a *authority) goesAway(away bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -113,6 +123,9 @@ func (a *authority) RoundTrip(r *http.Request) (*http.Response, error) {
 	}
 	w := httptest.NewRecorder()
 	a.handler.ServeHTTP(w, r)
+	if a.answered != nil {
+		a.answered()
+	}
 	return w.Result(), nil
 }
 
@@ -134,22 +147,7 @@ func TestServicesThatLeaveTakeTheirGrantsWithThem(t *testing.T) {
 		t.Fatal(err)
 	}
 	synctest.Test(t, func(t *testing.T) {
-		f, err := New(t.Context(), Config{
-			Name: "main", TrustDomain: "shop.test", DataDir: dir, Destinations: a.destinations, Heard: time.Now, StaleAfter: time.Hour, MaxAge: time.Hour,
-			URLs: func(candidate bool) []string {
-				if candidate {
-					return []string{"https://ca/v1/policy/candidates/main"}
-				}
-				return []string{"https://ca/v1/policy/bundles/main"}
-			},
-			HTTP: &http.Client{Transport: a}, OnChange: func() {}, Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan error)
-		go func() { done <- f.Run(ctx) }()
+		f, end := a.feed(t, dir)
 		want := func(what string, services ...string) {
 			t.Helper()
 			synctest.Wait()
@@ -187,9 +185,57 @@ func TestServicesThatLeaveTakeTheirGrantsWithThem(t *testing.T) {
 		if seen := f.Seen(); f.Generation() != 1 || seen != 1 {
 			t.Errorf("generation %d, seen %d", f.Generation(), seen)
 		}
+		end()
+	})
+}
+
+// The entry of a service can come while the first bundle of the node is on its way,
+// which is not for it.
+func TestServiceThatComesMeanwhileGetsItsGrants(t *testing.T) {
+	a := newAuthority(t, "orders", "web")
+	a.leaves("web")
+	dir, err := datadir.Open(filepath.Join(t.TempDir(), "data"), "shop.test", seal.Source{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		f, end := a.feed(t, dir)
+		a.answered = sync.OnceFunc(func() {
+			a.comes("web")
+			f.Need("spiffe://shop.test/web")
+		})
+		f.Announce(a.announcement())
+		synctest.Wait()
+		if now := f.Now(); now.Active == nil || !now.Active.For("spiffe://shop.test/web") || now.Candidate == nil || !now.Candidate.For("spiffe://shop.test/web") {
+			t.Errorf("after %d requests %+v is in use; want it to be for web", a.requests(), now)
+		}
+		end()
+	})
+}
+
+// feed is one of the node, which runs until end is called.
+func (a *authority) feed(t *testing.T, dir *datadir.Dir) (f *Feed, end func()) {
+	t.Helper()
+	f, err := New(t.Context(), Config{
+		Name: "main", TrustDomain: "shop.test", DataDir: dir, Destinations: a.destinations, Heard: time.Now, StaleAfter: time.Hour, MaxAge: time.Hour,
+		URLs: func(candidate bool) []string {
+			if candidate {
+				return []string{"https://ca/v1/policy/candidates/main"}
+			}
+			return []string{"https://ca/v1/policy/bundles/main"}
+		},
+		HTTP: &http.Client{Transport: a}, OnChange: func() {}, Logger: slog.New(slog.DiscardHandler), Registerer: prometheus.NewRegistry(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error)
+	go func() { done <- f.Run(ctx) }()
+	return f, func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-	})
+	}
 }
