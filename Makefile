@@ -8,7 +8,7 @@ BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 export MERLON_INTEROP ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/merlon/interop
 
 .DEFAULT_GOAL := help
-.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect scale posture polling faults crowd kills
+.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect scale posture polling faults crowd kills soak
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -183,3 +183,8 @@ faults: ## the fault matrix in full (ROWS='R1|R13' for some of it, KILLS=100 for
 	mkdir -p $(RESULTS)
 	MERLON_FAULTS=full MERLON_FAULTS_RESULTS=$(RESULTS) KILLS=$(KILLS) go test -count 1 -timeout 24h -v ./integration/faults -run 'TestRow/^($(ROWS))$$'; status=$$?; \
 	go run ./integration/faults/matrix $(RESULTS); exit $$status
+
+DURATION ?= 8h
+soak: ## break everything at random, in turn, for DURATION (default 8h), and look at what is left; needs root
+	mkdir -p $(RESULTS)
+	MERLON_SOAK=$(DURATION) MERLON_FAULTS_RESULTS=$(RESULTS) go test -count 1 -timeout 72h -v ./integration/faults -run TestSoak

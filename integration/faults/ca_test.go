@@ -1,6 +1,6 @@
 package faults_test
 
-// Rows about a CA that dies or is away: R1, R4.
+// Rows about a CA that dies or is away: R1, R4, R11.
 
 import (
 	"errors"
@@ -107,4 +107,42 @@ func outliveSVIDs(r *run, w *faults.World, ttl time.Duration) {
 	// By then the agent asks every 10 s, more or less (agent/internal/caclient/tour.go).
 	w.Until("peers call each other again", r.bound(20*time.Second), func() error { return w.PeersCall(back) })
 	ended()
+}
+
+// rotate is R11.
+func rotate(r *run) {
+	w := faults.New(r, faults.Setup{Settings: []string{"trust_refresh_hint: 1s"}, Slow: true})
+	w.Peers()
+	w.Work(2)
+	time.Sleep(300 * time.Millisecond)
+	w.Deny()
+	steps := 0
+	rounds := r.size(1, 20)
+	for range rounds {
+		stage.RotateRoot(w.Domain, func() {
+			switch steps++; steps % 3 {
+			case 0:
+				w.Kill("SIGKILL of the CA", r.bound(readyWithin))
+			case 1:
+				mended := w.Rec.Break("the agent is cut off")
+				w.Way.Shut()
+				time.Sleep(500 * time.Millisecond)
+				w.Way.Open()
+				mended()
+			case 2:
+				mended := w.Rec.Break("the way to the CA is slow")
+				w.Way.Delay(200 * time.Millisecond)
+				time.Sleep(500 * time.Millisecond)
+				w.Way.Delay(0)
+				mended()
+			}
+		})
+	}
+	since := history.Now()
+	r.must("peers call each other under the new root", func() error { return w.PeersCall(since) })
+	r.number("rotations", rounds)
+	if r.full {
+		r.number("at full load", goTest(r, "integration", "TestRootRotatesUnderHandshakes|TestRootOfTwoReplicasRotates", "ROTATIONS=20", "HANDSHAKES=500", "WORKLOADS=200"))
+	}
+	r.verdict(w)
 }

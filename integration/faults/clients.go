@@ -31,6 +31,9 @@ import (
 // patience bounds one call of a client.
 const patience = 5 * time.Second
 
+// maxOwn is how many entries a writer has at most.
+const maxOwn = 100
+
 // outcome is what a client knows after an answer. UNAVAILABLE may come from a
 // connection that broke after the CA had acted, so it says nothing.
 func outcome(err error) (history.Outcome, error) {
@@ -155,7 +158,7 @@ func (w *World) write(ctx context.Context, admin capb.AdminClient, name string, 
 	for i := 0; ctx.Err() == nil; i++ {
 		var op history.Op
 		switch n := rng.IntN(10); {
-		case n < 6 || len(own) == 0:
+		case len(own) < maxOwn && n < 6 || len(own) == 0:
 			op = w.create(admin, name, fmt.Sprintf("/ns/%s/%d", name, i), w.AgentID(), "uid:4500")
 			if op.Outcome == history.OK {
 				own = append(own, op)
@@ -167,9 +170,11 @@ func (w *World) write(ctx context.Context, admin capb.AdminClient, name string, 
 			op = w.remove(admin, name, own[k])
 			own = append(own[:k], own[k+1:]...)
 		}
+		pause := w.setup.Every
 		if op.Outcome != history.OK {
-			wait(ctx, 5*time.Millisecond)
+			pause = max(pause, 5*time.Millisecond)
 		}
+		wait(ctx, pause)
 	}
 }
 
@@ -212,17 +217,22 @@ type node struct {
 // join attests a node with a token of its own.
 func (w *World) join(name string) *node {
 	w.tb.Helper()
-	token := w.Token("--agent", name)
+	ctx, cancel := context.WithTimeout(context.Background(), 6*patience)
+	defer cancel()
+	token, err := w.cas[0].admin.CreateToken(ctx, &capb.CreateTokenRequest{Kind: capb.TokenKind_TOKEN_KIND_JOIN, AgentName: name}, grpc.WaitForReady(true))
+	if err != nil {
+		w.tb.Fatalf("make a token for %s: %v", name, err)
+	}
 	n := &node{tb: w.tb, id: w.ID("/agent/" + name), keys: make(map[string]*ecdsa.PrivateKey)}
 	key := newKey(w.tb)
 	anonymous := dialTLS(w.tb, w.GRPC, nil)
 	defer anonymous.Close()
 	var chain [][]byte
-	op := w.Rec.Do(n.id, history.Join, token.Token, func(op *history.Op) (history.Outcome, error) {
+	op := w.Rec.Do(n.id, history.Join, token.GetToken(), func(op *history.Op) (history.Outcome, error) {
 		ctx, cancel := context.WithTimeout(context.Background(), 6*patience)
 		defer cancel()
 		resp, err := capb.NewNodeClient(anonymous).Attest(ctx, &capb.AttestRequest{
-			Evidence: &capb.AttestRequest_JoinToken{JoinToken: token.Token}, Csr: csr(w.tb, key),
+			Evidence: &capb.AttestRequest_JoinToken{JoinToken: token.GetToken()}, Csr: csr(w.tb, key),
 		}, grpc.WaitForReady(true))
 		chain = resp.GetX509Svid()
 		op.Value = serialOf(chain)
@@ -416,3 +426,20 @@ func (w *World) Answers() error {
 
 // Entries are those that the CA has: entry ID to SPIFFE ID.
 func (w *World) Entries() map[string]string { return w.final().Entries }
+
+// Connected says whether the agent follows the CA.
+func (w *World) Connected() error {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	resp, err := w.cas[0].admin.GetAgent(ctx, &capb.GetAgentRequest{Agent: w.AgentID()})
+	if err == nil && !resp.GetAgent().GetConnected() {
+		err = errors.New("the agent is not connected")
+	}
+	return err
+}
+
+// Generation is that of the policy in force.
+func (w *World) Generation() uint64 { return w.final().Generation }
+
+// Policy is the policy bundle, unsigned.
+func (w *World) Policy() []byte { return w.policy }

@@ -1,6 +1,6 @@
 package faults_test
 
-// Rows about the CA's disk: R2, R3.
+// Rows about the CA's disk: R2, R3, R17.
 
 import (
 	"bytes"
@@ -279,4 +279,92 @@ func readOnly(r *run, w *faults.World, disk string) {
 	remount(0)
 	mended()
 	w.RestartCA(r.bound(readyWithin))
+}
+
+// restore is R17. Nothing is lost in the end: what is put back is noticed each time,
+// and then what was there is put in its place.
+func restore(r *run) {
+	w := faults.New(r, faults.Setup{})
+	w.Peers()
+	w.Work(2)
+	time.Sleep(500 * time.Millisecond)
+	w.Deny()
+	w.Rest()
+	store, keys := filepath.Join(w.Data(), "store"), filepath.Join(w.Data(), "keys")
+	yesterday, today := filepath.Join(r.TempDir(), "yesterday"), filepath.Join(r.TempDir(), "today")
+	w.CA.Stop()
+	copyOf(r, yesterday, store)
+	w.RestartCA(r.bound(readyWithin))
+	for range r.size(20, 2000) {
+		if err := w.TryWrite(0); err != nil {
+			r.Fatal(err)
+		}
+	}
+	w.Until("the agent has seen it", r.bound(20*time.Second), w.Connected)
+	time.Sleep(time.Second) // it has heard of the last revision, and of the log
+	w.CA.Stop()
+	copyOf(r, today, store)
+
+	mended := w.Rec.Break("an older store")
+	copyOf(r, store, yesterday)
+	w.CA.Restart()
+	r.must("the CA notices, and says what to do", func() error {
+		if log := w.CA.Log(); !strings.Contains(log, "put back to an earlier state") || !strings.Contains(log, "-accept-older-store=") {
+			return errors.New("silent")
+		}
+		return nil
+	})
+	since := history.Now()
+	r.must("peers call each other", func() error { return w.PeersCall(since) })
+	w.CA.Stop()
+	copyOf(r, store, today)
+	mended()
+
+	mended = w.Rec.Break("keys that are gone")
+	if err := os.Rename(keys, keys+".away"); err != nil {
+		r.Fatal(err)
+	}
+	if _, stderr, err := stage.Run(r.Context(), r, nil, "merlon-ca", w.CA.Args...); err == nil || !strings.Contains(stderr, "key") {
+		r.Errorf("the CA without its keys: %v; want it to say so\n%s", err, stderr)
+	}
+	os.RemoveAll(keys)
+	if err := os.Rename(keys+".away", keys); err != nil {
+		r.Fatal(err)
+	}
+	mended()
+
+	mended = w.Rec.Break("the store is lost, and restored")
+	backup := filepath.Join(r.TempDir(), "last.backup")
+	w.Merlon("store", "backup", backup, "--config", w.CA.Args[1])
+	if err := os.Rename(store, store+".old"); err != nil {
+		r.Fatal(err)
+	}
+	w.Merlon("store", "restore", backup, "--config", w.CA.Args[1], "--replaces", store+".old")
+	mended()
+	w.RestartCA(r.bound(readyWithin))
+	w.Until("the agent follows again", r.bound(20*time.Second), w.Connected)
+	w.Until("writes go on", r.bound(5*time.Second), func() error { return w.TryWrite(0) })
+	r.verdict(w)
+}
+
+// buildAt compiles CA and agent as they were at a commit, and names it.
+func buildAt(r *run, commit string) string {
+	r.Helper()
+	run := func(name string, args ...string) string {
+		out, err := exec.Command(name, args...).CombinedOutput()
+		if err != nil {
+			r.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+		}
+		return strings.TrimSpace(string(out))
+	}
+	short := run("git", "rev-parse", "--short", commit)
+	tree := filepath.Join(r.TempDir(), "tree")
+	if err := os.Mkdir(tree, 0o700); err != nil {
+		r.Fatal(err)
+	}
+	run("sh", "-c", "cd $(git rev-parse --show-toplevel) && git archive "+short+" | tar -x -C "+tree)
+	for _, program := range []string{"ca/cmd/merlon-ca", "agent/cmd/merlon-agent"} {
+		run("go", "build", "-C", tree, "-o", stage.Path(r, filepath.Base(program)+"-"+short), "./"+program)
+	}
+	return short
 }

@@ -20,6 +20,7 @@ import (
 // peer is one workload.
 type peer struct {
 	id, path string
+	address  string
 	exe      string
 	cmd      *exec.Cmd
 	stdin    io.WriteCloser
@@ -75,6 +76,17 @@ func (w *World) await(what string, check func() error) {
 	w.tb.Fatalf("%s: still %v after a minute", what, err)
 }
 
+// PeerAddress is where a workload serves.
+func (w *World) PeerAddress(path string) string {
+	for _, p := range w.peers {
+		if p.path == path {
+			return p.address
+		}
+	}
+	w.tb.Fatalf("there is no peer %s", path)
+	return ""
+}
+
 // peerLogs is the end of what each peer wrote to stderr.
 func (w *World) peerLogs() (text string) {
 	for _, p := range w.peers {
@@ -100,7 +112,7 @@ func (w *World) startPeer(dir, path string, listeners map[string]*net.TCPListene
 		program = stage.Build(w.tb, "peer", "integration/faults/peer", "")
 	}
 	// Each has an executable of its own, which is what its entry asks for.
-	p := &peer{id: w.ID(path), path: path, exe: filepath.Join(dir, strings.TrimPrefix(path, "/")), done: make(chan error, 1)}
+	p := &peer{id: w.ID(path), path: path, address: listeners[path].Addr().String(), exe: filepath.Join(dir, strings.TrimPrefix(path, "/")), done: make(chan error, 1)}
 	text, err := os.ReadFile(stage.Path(w.tb, program))
 	if err != nil {
 		w.tb.Fatal(err)
@@ -114,6 +126,9 @@ func (w *World) startPeer(dir, path string, listeners map[string]*net.TCPListene
 		calls = append(calls, w.ID(callee)+"="+listeners[callee].Addr().String())
 	}
 	args := []string{"-id", p.id, "-call", strings.Join(calls, ",")}
+	if w.setup.Every > 0 {
+		args = append(args, "-every", w.setup.Every.String())
+	}
 	switch path {
 	case stranger:
 		args = append(args, "-stranger", "-every", "200ms")

@@ -45,9 +45,18 @@ var rows = []row{
 	{name: "R3", fault: "a full disk, no inodes, a limit of file sizes, a disk that is read-only", do: fillDisk},
 	{name: "R4", fault: "the CA is away, for less and for longer than SVIDs live", do: loseCA},
 	{name: "R5", fault: "SIGKILL of the agent, also while the CA is away", do: killAgent},
+	{name: "R6", fault: "networks that are cut, one way, both ways, or lose a third of all packets: agent and CA, CA and store, CA and CA", do: partition, space: true},
 	{name: "R7", fault: "processes that stand still; clocks that jump (full form)", do: haltAndJump},
 	{name: "R8", fault: "no file descriptors left, idle connections", do: takeFiles},
 	{name: "R9", fault: "little memory and a tenth of a processor", do: starve},
+	{name: "R10", fault: "a herd of agents that comes back at once to a CA that was killed", do: herd},
+	{name: "R11", fault: "the root is replaced under load, while the CA is killed and its agent cut off", do: rotate},
+	{name: "R12", fault: "policy bundles that are corrupt, bombs or forbidden; an agent's copy that is damaged, or gone", do: spoilPolicy},
+	{name: "R13", fault: "etcd: its leader killed, halted, no quorum, defragmented, compacted, without space", do: breakEtcd},
+	{name: "R14", fault: "every process is replaced under load; in the full form by the version before, and back", do: upgrade},
+	{name: "R15", fault: "a storm of revocations: a tenth of all agents banned, SPIFFE IDs revoked", do: revokeMany},
+	{name: "R16", fault: "idle connections, half handshakes, garbage, wrong tokens and a hoarder of streams beside healthy peers", do: attack},
+	{name: "R17", fault: "an older store put back, keys that are gone, a restore", do: restore},
 }
 
 func TestRow(t *testing.T) {

@@ -35,6 +35,9 @@ type Setup struct {
 	// Settings are further lines of the CA's configuration, AgentSettings of the agent's.
 	Settings, AgentSettings []string
 	Env                     []string // of all
+	// Every is how long workloads and writers rest between two calls; zero: 20 ms,
+	// and not at all.
+	Every time.Duration
 	// Disk is where the CA keeps its data, with 4 MiB free; empty: a folder of its own.
 	Disk string
 	// Slow lets the agent reach the CA by a way that can be slow and be cut: World.Way.

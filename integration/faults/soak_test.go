@@ -1,0 +1,99 @@
+package faults_test
+
+// R18: everything at random, in turn, for as long as somebody likes: make soak.
+
+import (
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"merlon.dev/integration/faults"
+	"merlon.dev/integration/faults/history"
+	"merlon.dev/integration/stage"
+)
+
+// soakEvery is what workloads and writers rest between two calls: a day of their
+// history must fit into memory.
+const soakEvery = 250 * time.Millisecond
+
+func TestSoak(t *testing.T) {
+	text := env("MERLON_SOAK")
+	if text == "" {
+		t.Skip("takes as long as it is told: make soak DURATION=8h")
+	}
+	lasts, err := time.ParseDuration(text)
+	if err != nil {
+		t.Fatalf("MERLON_SOAK: %v", err)
+	}
+	needsRoot(t)
+	r := &run{T: t, full: true, result: faults.Begun("R18", "everything at random, in turn", true), begun: time.Now()}
+	w := faults.New(r, faults.Setup{Settings: []string{"trust_refresh_hint: 1s", "x509_svid_ttl: 2m"}, Every: soakEvery, Slow: true})
+	w.Peers()
+	w.Work(4)
+	w.Deny()
+	done := 0
+	for ; time.Since(r.begun) < lasts && !t.Failed(); done++ {
+		soakings[w.Rng.IntN(len(soakings))](r, w)
+		since := history.Now()
+		w.Until("peers call each other after a fault", 20*time.Second, func() error { return w.PeersCall(since) })
+		w.Until("writes go on after a fault", 20*time.Second, func() error { return w.TryWrite(0) })
+		time.Sleep(time.Duration(w.Rng.IntN(5000)) * time.Millisecond)
+	}
+	r.number("lasted", time.Since(r.begun).Round(time.Second))
+	r.number("faults", done)
+	r.verdict(w)
+}
+
+// soakings are what a soak draws from.
+var soakings = []func(*run, *faults.World){
+	func(_ *run, w *faults.World) { w.Kill("SIGKILL of the CA", readyWithin) },
+	func(_ *run, w *faults.World) {
+		mended := w.Rec.Break("SIGKILL of the agent")
+		w.Agent.Kill()
+		w.Agent.Restart()
+		mended()
+	},
+	func(_ *run, w *faults.World) {
+		for _, p := range []*stage.Process{w.CA, w.Agent} {
+			p.Stop()
+			p.Restart()
+		}
+	},
+	func(_ *run, w *faults.World) { soakWindow(w, "the CA stands still", w.CA.Pause, w.CA.Resume) },
+	func(_ *run, w *faults.World) { soakWindow(w, "the agent stands still", w.Agent.Pause, w.Agent.Resume) },
+	func(_ *run, w *faults.World) { soakWindow(w, "the agent is cut off", w.Way.Shut, w.Way.Open) },
+	func(_ *run, w *faults.World) {
+		soakWindow(w, "the way to the CA is slow", func() { w.Way.Delay(200 * time.Millisecond) }, func() { w.Way.Delay(0) })
+	},
+	func(r *run, w *faults.World) {
+		mended := w.Rec.Break("a workload stands still", w.ID("/orders"))
+		signal(r, w.PeerPID("/orders"), syscall.SIGSTOP)
+		time.Sleep(time.Duration(w.Rng.IntN(5000)) * time.Millisecond)
+		signal(r, w.PeerPID("/orders"), syscall.SIGCONT)
+		time.Sleep(time.Second) // what it had not answered
+		mended()
+	},
+	func(r *run, w *faults.World) {
+		undo := stage.Limit(r, w.CA.PID(), unix.RLIMIT_NOFILE, uint64(openFiles(r, w.CA.PID())+2))
+		soakWindow(w, "no files are left to the CA", func() {}, undo)
+	},
+	func(r *run, w *faults.World) {
+		undo, err := stage.Confine(r, w.CA.PID(), 128<<20, 10)
+		if err != nil {
+			r.Fatalf("this machine cannot confine a process: %v", err)
+		}
+		soakWindow(w, "the CA has 128 MiB and a tenth of a processor", func() {}, undo)
+	},
+	func(_ *run, w *faults.World) { stage.RotateRoot(w.Domain, func() {}) },
+}
+
+// soakWindow breaks something for up to 5 s.
+func soakWindow(w *faults.World, fault string, begin, end func()) {
+	mended := w.Rec.Break(fault)
+	begin()
+	time.Sleep(time.Duration(w.Rng.IntN(5000)) * time.Millisecond)
+	end()
+	mended()
+}
