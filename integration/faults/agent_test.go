@@ -151,12 +151,15 @@ func spoilPolicy(r *run) {
 	}
 	w.Agent.Restart()
 	w.Until("the agent serves what the CA has", r.bound(5*time.Second), func() error { _, err := fetch(w); return err })
+	if !strings.Contains(w.Agent.Log(), "set aside") {
+		r.Error("the log of the agent does not say that its copy was damaged")
+	}
 	damaged()
 	// No copy, and no CA: services go on by what was compiled for them.
 	gone := w.Rec.Break("the agent has no policy, and no CA")
 	w.CA.Kill()
 	w.Agent.Kill()
-	if err := os.Remove(kept); err != nil {
+	if err := os.RemoveAll(kept); err != nil { // it may not have been written again yet
 		r.Fatal(err)
 	}
 	w.Agent.Restart()
@@ -176,7 +179,7 @@ func spoiled(r *run, good []byte) map[string][]byte {
 	flipped[len(flipped)/2] ^= 0x10
 	return map[string][]byte{
 		"nothing": nil, "half of one": good[:len(good)/2], "a flipped bit": flipped, "garbage": []byte(strings.Repeat("policy", 1000)),
-		"a bomb":                  packed(r, "grants.yaml", make([]byte, 256<<20)),
+		"a bomb":                  packed(r, "grants.yaml", make([]byte, r.size(32, 256)<<20)),
 		"a built-in that asks":    packed(r, "own.rego", []byte("package authz\n\nallow if http.send({\"method\": \"GET\", \"url\": \"http://169.254.169.254/\"}).status_code == 200\n")),
 		"a file outside":          packed(r, "../grants.yaml", []byte("grants: []\n")),
 		"grants that are no YAML": packed(r, "grants.yaml", []byte("grants: [}")),

@@ -43,7 +43,7 @@ var rows = []row{
 	{name: "R1", fault: "SIGKILL of the CA in the midst of writes, issuance and a rotation", do: killCA},
 	{name: "R2", fault: "power loss: syncs that fail, files that are cut and bent", do: losePower},
 	{name: "R3", fault: "a full disk, no inodes, a limit of file sizes, a disk that is read-only", do: fillDisk},
-	{name: "R4", fault: "the CA is away, for less and for longer than SVIDs live", do: loseCA},
+	{name: "R4", fault: "the CA is away, for less and (full form) for longer than SVIDs live", do: loseCA},
 	{name: "R5", fault: "SIGKILL of the agent, also while the CA is away", do: killAgent},
 	{name: "R6", fault: "networks that are cut, one way, both ways, or lose a third of all packets: agent and CA, CA and store, CA and CA", do: partition, space: true},
 	{name: "R7", fault: "processes that stand still; clocks that jump (full form)", do: haltAndJump},
