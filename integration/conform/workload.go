@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"slices"
 	"strings"
@@ -198,7 +199,7 @@ func (e *workloadAPI) checkMethods(ctx context.Context, r *report) {
 		ctx, cancel := called(ctx)
 		stream, err := e.cc.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, "/SpiffeWorkloadAPI/"+rpc)
 		if err == nil {
-			if err = stream.SendMsg(&workload.X509BundlesRequest{}); err == nil {
+			if err = sent(stream.SendMsg(&workload.X509BundlesRequest{})); err == nil {
 				err = errors.Join(stream.CloseSend(), stream.RecvMsg(&workload.X509BundlesResponse{}))
 			}
 		}
@@ -215,6 +216,15 @@ func (e *workloadAPI) checkMethods(ctx context.Context, r *report) {
 	}
 }
 
+// sent is the error of a stream's Send, of which io.EOF says that the stream has ended
+// already: only Recv knows by what.
+func sent(err error) error {
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
+
 // reflected gives the methods of SpiffeWorkloadAPI as gRPC reflection has them.
 func (e *workloadAPI) reflected(ctx context.Context) ([]string, error) {
 	ctx, cancel := called(ctx)
@@ -223,9 +233,9 @@ func (e *workloadAPI) reflected(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = stream.Send(&reflectionpb.ServerReflectionRequest{
+	err = sent(stream.Send(&reflectionpb.ServerReflectionRequest{
 		MessageRequest: &reflectionpb.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: "SpiffeWorkloadAPI"},
-	})
+	}))
 	if err != nil {
 		return nil, err
 	}
