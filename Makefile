@@ -8,7 +8,7 @@ BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 export MERLON_INTEROP ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/merlon/interop
 
 .DEFAULT_GOAL := help
-.PHONY: help build full test interop lint generate check demo bench bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect scale posture polling faults crowd kills soak
+.PHONY: help build full test interop lint generate check demo bench bench-compare bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect scale posture polling faults crowd kills soak
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -63,8 +63,13 @@ demo: ## see it work: two services, one policy, one revocation
 	go run ./examples/quickstart
 
 COUNT ?= 5
-bench: ## every benchmark COUNT times (default 5), into bench.txt for benchstat
-	go test -p 1 -run '^$$' -bench . -benchmem -count $(COUNT) ./... | grep -v 'no test files' | tee bench.txt
+ONLY ?=
+bench: ## what is promised (P1 to P14) against its baselines, COUNT rounds (default 5), into integration/bench/results; ONLY=P1,P7 for some; an hour
+	go run ./integration/bench/suite -count $(COUNT) -only '$(ONLY)'
+
+bench-compare: ## the same benchmarks at BASE and here, in turn, through benchstat: make bench-compare BASE=main~10 ONLY=P7
+	@test -n "$(BASE)" || { echo 'name the revision to compare with: make bench-compare BASE=main~10'; exit 1; }
+	go run ./integration/bench/suite -count $(COUNT) -only '$(ONLY)' -compare '$(BASE)'
 
 ENTRIES ?= 1000000
 bench-store: ## both stores, and a CA that starts on them, with ENTRIES entries (default 1000000); takes a quarter of an hour

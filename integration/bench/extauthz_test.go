@@ -1,18 +1,25 @@
 // What the agent takes for a decision that an Envoy asks for (ext_authz), beside a
-// call on the same socket that does nothing but answer.
+// call on the same socket that does nothing but answer, and beside opa-envoy-plugin.
 
 package bench_test
 
 import (
 	"context"
 	"encoding/pem"
+	"errors"
+	"fmt"
 	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
-	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
 	"merlon.dev/ca/capb"
@@ -71,34 +78,93 @@ func BenchmarkCheck(b *testing.B) {
 		}
 		return err
 	})
-	var forChecks, forNothing time.Duration // of the agent
-	calls := 0
-	for b.Loop() {
-		forChecks += cpuOfCalls(b, d, check)
-		forNothing += cpuOfCalls(b, d, nothing)
-		calls += atOnce * callsEach
+	variants := []measure.Variant{
+		{Name: "nothing", Run: atOnceOver(b, nothing), Ops: atOnce * callsEach, Processes: []int{d.Agent.PID()}},
+		{Name: "agent", Run: atOnceOver(b, check), Ops: atOnce * callsEach, Processes: []int{d.Agent.PID()}},
 	}
-	each := func(cpu time.Duration) float64 { return float64(cpu.Nanoseconds()) / 1000 / float64(calls) }
-	b.ReportMetric(each(forChecks), "check-µs")
-	b.ReportMetric(each(forNothing), "nothing-µs")
+	if theirs, pid, ok := opaEnvoy(b); ok {
+		check := func(ctx context.Context) bool {
+			m, err := theirs.Check(ctx, req)
+			return err == nil && m.GetStatus().GetCode() == 0
+		}
+		stage.Eventually(b, "opa-envoy-plugin allows it", func() error {
+			if !check(b.Context()) {
+				return errors.New("denied, or not there yet")
+			}
+			return nil
+		})
+		variants = append(variants, measure.Variant{Name: "opa-envoy", Run: atOnceOver(b, check), Ops: atOnce * callsEach, Processes: []int{pid}})
+	}
+	measure.Interleaved(b, 1, variants...)
 }
 
 const atOnce, callsEach = 16, 100
 
-// cpuOfCalls is what a round of calls costs the agent.
-func cpuOfCalls(b *testing.B, d *stage.Domain, call func(context.Context) bool) time.Duration {
-	b.Helper()
-	before := measure.CPUOf(b, d.Agent.PID())
-	var all sync.WaitGroup
-	for range atOnce {
-		all.Go(func() {
-			for range callsEach {
-				if !call(b.Context()) {
-					b.Error("a call failed")
+// atOnceOver makes a function that has 16 callers make 100 calls each.
+func atOnceOver(b *testing.B, call func(context.Context) bool) func() error {
+	return func() error {
+		var all sync.WaitGroup
+		var failed atomic.Bool
+		for range atOnce {
+			all.Go(func() {
+				for range callsEach {
+					if !call(b.Context()) {
+						failed.Store(true)
+						return
+					}
 				}
-			}
-		})
+			})
+		}
+		all.Wait()
+		if failed.Load() {
+			return errors.New("a call failed")
+		}
+		return nil
 	}
-	all.Wait()
-	return measure.CPUOf(b, d.Agent.PID()) - before
+}
+
+// opaEnvoy starts the opa-envoy-plugin that MERLON_BENCH_OPA_ENVOY names, if it names
+// one, with a policy that says the same of this call.
+func opaEnvoy(b *testing.B) (client authv3.AuthorizationClient, pid int, ok bool) {
+	b.Helper()
+	program := os.Getenv("MERLON_BENCH_OPA_ENVOY")
+	if program == "" {
+		b.Log("opa-envoy-plugin is not measured: set MERLON_BENCH_OPA_ENVOY to its binary")
+		return nil, 0, false
+	}
+	file := filepath.Join(b.TempDir(), "policy.rego")
+	const rego = `package envoy.authz
+
+default allow := false
+
+allow if {
+	endswith(input.attributes.source.principal, "/me")
+	input.attributes.request.http.method == "GET"
+	input.parsed_path[0] == "orders"
+}
+`
+	if err := os.WriteFile(file, []byte(rego), 0o600); err != nil {
+		b.Fatal(err)
+	}
+	address, api := fmt.Sprintf("127.0.0.1:%d", stage.FreePort(b)), fmt.Sprintf("127.0.0.1:%d", stage.FreePort(b))
+	cmd := exec.Command(program, "run", "--server", "--addr", api, "--diagnostic-addr", fmt.Sprintf("127.0.0.1:%d", stage.FreePort(b)), "--disable-telemetry", "--log-level", "error",
+		"--set", "plugins.envoy_ext_authz_grpc.addr="+address, "--set", "plugins.envoy_ext_authz_grpc.path=envoy/authz/allow", file)
+	var log stage.Buffer
+	cmd.Stdout, cmd.Stderr = &log, &log
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if b.Failed() {
+			b.Logf("opa-envoy-plugin said:\n%s", log.String())
+		}
+	})
+	cc, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { cc.Close() })
+	return authv3.NewAuthorizationClient(cc), cmd.Process.Pid, true
 }
