@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -93,9 +94,10 @@ func TestRequestsTooManyAreTurnedAway(t *testing.T) {
 				res, text := do(t, other, "POST", "http://orders/", strings.NewReader("body"))
 				isFull(t, res, text, reason)
 			}
-			if shown := p.inbound.sidecar.listeners()[0]; shown.Requests != 1 || shown.Upstreams[0].Requests != 1 {
-				t.Errorf("%s: operators see %+v", protocol, shown)
-			}
+			await(t, "operators to see one request", func() bool {
+				shown := p.inbound.sidecar.listeners()[0]
+				return shown.Requests == 1 && shown.Upstreams[0].Requests == 1
+			})
 			release()
 			if got := <-served; got != "served" {
 				t.Errorf("%s: the first request got %q", protocol, got)
@@ -166,11 +168,9 @@ func TestFullUpstreamsArePassedOver(t *testing.T) {
 			}()
 			<-came
 		}
-		for _, u := range out.sidecar.listeners()[0].Upstreams {
-			if u.Requests != 1 || u.Conns != 1 {
-				t.Errorf("%s: operators see %+v", name, u)
-			}
-		}
+		await(t, "operators to see one of each at each upstream", func() bool {
+			return !slices.ContainsFunc(out.sidecar.listeners()[0].Upstreams, func(u shownUpstream) bool { return u.Requests != 1 || u.Conns != 1 })
+		})
 		res, text := do(t, client(t), "GET", "http://"+out.addrs[0]+"/", nil)
 		isFull(t, res, text, "UPSTREAM_FULL")
 		release()
