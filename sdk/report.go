@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -25,6 +26,8 @@ const (
 	// longest in which counts are sent.
 	reportPause = 20 * time.Millisecond
 	reportEvery = 5 * time.Second
+	// lastWord is how long Close may wait for the agent to take what is left.
+	lastWord = 300 * time.Millisecond
 	// reportBytes bounds the records of a message, and again its rows: the agent
 	// takes 1 MiB.
 	reportBytes = 384 << 10
@@ -125,11 +128,12 @@ func recordOf(rec *decisionlog.Record) *agentpb.DecisionRecord {
 // text is s as a message can carry it.
 func text(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
 
-// sendReports is one stream to the agent.
+// sendReports is one stream to the agent. It outlives ctx by the last word.
 func (id *Identity) sendReports(ctx context.Context, progress func()) error {
-	ctx, cancel := context.WithCancel(ctx)
+	outlives, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
-	stream, err := id.agent.local.Report(ctx)
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(lastWord, cancel) })()
+	stream, err := id.agent.local.Report(outlives)
 	if err != nil {
 		return err
 	}
@@ -147,6 +151,8 @@ func (id *Identity) sendReports(ctx context.Context, progress func()) error {
 			case <-id.report.Woken():
 			case <-id.report.poked:
 			case <-every.C:
+			case <-ctx.Done():
+				return id.sendRest(stream, ended)
 			case err := <-ended:
 				return err
 			}
@@ -163,7 +169,22 @@ func (id *Identity) sendReports(ctx context.Context, progress func()) error {
 			progress()
 		}
 		if !sleep(ctx, reportPause) {
-			return ctx.Err()
+			return id.sendRest(stream, ended)
 		}
 	}
+}
+
+// sendRest tells what is left before the Identity is gone, and waits until the agent has
+// taken it.
+func (id *Identity) sendRest(stream grpc.ClientStreamingClient[agentpb.ReportRequest, agentpb.ReportResponse], ended <-chan error) error {
+	for m := id.report.message(); m != nil; m = id.report.message() {
+		if err := stream.Send(m); err != nil {
+			break
+		}
+		id.report.sent()
+	}
+	if err := stream.CloseSend(); err != nil {
+		return err
+	}
+	return <-ended
 }

@@ -152,14 +152,15 @@ func (id *Identity) start(ctx context.Context) {
 }
 
 // Close stops the Identity: it lets nobody in any more, cuts every connection
-// that is still open (nothing would watch over them), and waits for its
-// goroutines. Closing twice is harmless.
+// that is still open (nothing would watch over them), tells the agent of the last
+// decisions, for at most 300 ms, and waits for its goroutines. Closing twice is
+// harmless.
 func (id *Identity) Close() {
 	id.closeOnce.Do(func() {
 		id.closed.Store(true)
 		id.cancel()
-		id.agent.close()
 		id.goroutines.Wait()
+		id.agent.close()
 		for _, stop := range id.untold {
 			stop()
 		}
