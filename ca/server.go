@@ -25,6 +25,7 @@ import (
 	"merlon.dev/ca/internal/api"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/config"
+	"merlon.dev/ca/internal/files"
 	"merlon.dev/ca/internal/nested"
 	"merlon.dev/ca/internal/opening"
 	"merlon.dev/ca/internal/registry"
@@ -45,9 +46,7 @@ const (
 	// maxConnections is per port: 10 000 agents with a second connection while
 	// they renew.
 	maxConnections = 25_000
-	// maxPublicConnections is of the bundle endpoint, to which anybody may come.
-	maxPublicConnections = 1_000
-	drainTimeout         = 5 * time.Second
+	drainTimeout   = 5 * time.Second
 	// storePatience is how long a CA that starts waits for a store that cannot be
 	// reached, before it fails and says so.
 	storePatience = time.Minute
@@ -340,7 +339,7 @@ func (s *Server) listen() (l *listeners, err error) {
 		if err != nil {
 			return l, fmt.Errorf("%s: %w", tcp.key, err)
 		}
-		*tcp.to = netutil.LimitListener(lis, maxConnections)
+		*tcp.to = netutil.LimitListener(files.Keep(lis, files.Kept, s.log), maxConnections)
 	}
 	if err := s.listenPublic(l); err != nil {
 		return l, err
@@ -348,6 +347,7 @@ func (s *Server) listen() (l *listeners, err error) {
 	if l.admin, err = unixsock.Listen(s.cfg.AdminSocket, s.cfg.AdminAccess()); err != nil {
 		return l, fmt.Errorf("admin_socket: %w", err)
 	}
+	l.admin = files.Keep(l.admin, files.Kept/2, s.log)
 	s.address, s.httpsAddress, s.healthAddress = l.grpc.Addr(), l.https.Addr(), l.health.Addr()
 	return l, nil
 }
@@ -362,7 +362,7 @@ func (s *Server) listenPublic(l *listeners) error {
 	if err != nil {
 		return fmt.Errorf("bundle_endpoint.address: %w", err)
 	}
-	l.public = netutil.LimitListener(lis, maxPublicConnections)
+	l.public = files.Keep(lis, files.Kept, s.log) // web bounds them, by address, too
 	s.bundleAddress = lis.Addr()
 	return nil
 }
