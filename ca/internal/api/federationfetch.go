@@ -118,31 +118,16 @@ func (s *Service) verifiers(held *trust.Federated) x509bundle.Source {
 	return set
 }
 
-// noteFetch logs, counts, and writes the outcome into the source's record, unless that
+// noteFetch counts, logs, and writes the outcome into the source's record, unless that
 // was changed or removed meanwhile.
 func (s *Service) noteFetch(ctx context.Context, src *federation.Source, had fetched, err error) federation.Outcome {
-	td := slog.String("federated_trust_domain", src.TrustDomain.Name())
 	s.metrics.fetched.WithLabelValues(src.TrustDomain.Name(), federation.ReasonOf(err)).Inc()
 	var document *trust.Document
 	if err == nil {
 		document = had.Document
 	}
 	next := src.After(document, err, time.Now())
-	switch {
-	// The text would differ with each port that a connection had.
-	case err != nil && next.Reason != src.Reason:
-		s.opts.Log.LogAttrs(ctx, slog.LevelError, "federated trust bundle not fetched, the last one stays", td, slog.String("url", src.URL), slog.String("reason", next.Reason), slog.Any("err", err))
-	case err != nil:
-	case src.Failure != "":
-		s.opts.Log.LogAttrs(ctx, slog.LevelInfo, "federated trust bundle fetched again", td)
-	case had.changed && had.Empty():
-		s.opts.Log.LogAttrs(ctx, slog.LevelError, "federated trust bundle emptied: nobody of that trust domain is trusted", td)
-	case had.changed:
-		s.opts.Log.LogAttrs(ctx, slog.LevelInfo, "federated trust bundle changed", td)
-	}
-	if err == nil && len(next.Ignored) > 0 && !slices.Equal(next.Ignored, src.Ignored) {
-		s.opts.Log.LogAttrs(ctx, slog.LevelWarn, "keys of a federated trust bundle ignored", td, slog.Any("ignored", next.Ignored))
-	}
+	s.sayFetch(ctx, src, next, had, err)
 	updated := *src
 	updated.Outcome = next
 	op, err := updated.Put()
@@ -150,7 +135,31 @@ func (s *Service) noteFetch(ctx context.Context, src *federation.Source, had fet
 		_, err = s.opts.Store.Txn(ctx, []store.Cmp{{Key: op.Key, ModRevision: src.Revision}}, []store.Op{op}, nil)
 	}
 	if err != nil && ctx.Err() == nil {
-		s.opts.Log.LogAttrs(ctx, slog.LevelDebug, "outcome of a fetch not written down", td, slog.Any("err", err))
+		s.opts.Log.LogAttrs(ctx, slog.LevelDebug, "outcome of a fetch not written down", slog.String("federated_trust_domain", src.TrustDomain.Name()), slog.Any("err", err))
 	}
 	return next
+}
+
+// sayFetch logs what is new in next: that it fails, for another reason, or no more, and
+// what came of the document. One says nothing for the other.
+func (s *Service) sayFetch(ctx context.Context, src *federation.Source, next federation.Outcome, had fetched, err error) {
+	log := s.opts.Log.With(slog.String("federated_trust_domain", src.TrustDomain.Name()))
+	if err != nil {
+		if next.Reason != src.Reason { // the text would differ with each port that a connection had
+			log.LogAttrs(ctx, slog.LevelError, "federated trust bundle not fetched, the last one stays", slog.String("url", src.URL), slog.String("reason", next.Reason), slog.Any("err", err))
+		}
+		return
+	}
+	if src.Failure != "" {
+		log.LogAttrs(ctx, slog.LevelInfo, "federated trust bundle fetched again")
+	}
+	switch {
+	case had.changed && had.Empty():
+		log.LogAttrs(ctx, slog.LevelError, "federated trust bundle emptied: nobody of that trust domain is trusted")
+	case had.changed:
+		log.LogAttrs(ctx, slog.LevelInfo, "federated trust bundle changed")
+	}
+	if len(next.Ignored) > 0 && !slices.Equal(next.Ignored, src.Ignored) {
+		log.LogAttrs(ctx, slog.LevelWarn, "keys of a federated trust bundle ignored", slog.Any("ignored", next.Ignored))
+	}
 }

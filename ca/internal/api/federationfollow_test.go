@@ -337,3 +337,46 @@ func TestKeyOfTwoTrustDomainsIsAnAlarm(t *testing.T) {
 		})
 	}
 }
+
+// That a trust bundle changed, or was emptied, is in the log also where the fetch before
+// failed: whoever empties one may take its endpoint away first.
+func TestChangeAfterAFailureIsLogged(t *testing.T) {
+	s, _ := newService(t)
+	logged := logTo(s)
+	partner := forge.New(t, "partner.test").Bundle()
+	answer := func(sequence uint64, empty bool) string {
+		if empty {
+			return fmt.Sprintf(`{"keys":[],"spiffe_sequence":%d}`, sequence)
+		}
+		partner.SetSequenceNumber(sequence)
+		text, err := partner.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+	var text atomic.Pointer[string]
+	src := served(t, "partner.test", func(w http.ResponseWriter, _ *http.Request) {
+		if text := text.Load(); text != nil {
+			fmt.Fprint(w, *text)
+			return
+		}
+		w.WriteHeader(http.StatusInternalServerError)
+	})
+	keepSources(t, s, src)
+	for i, step := range []struct {
+		text                    string // none: a failure
+		again, changed, emptied int
+	}{
+		{answer(1, false), 0, 1, 0}, {"", 0, 1, 0}, {answer(1, false), 1, 1, 0}, {"", 1, 1, 0}, {answer(2, false), 2, 2, 0}, {"", 2, 2, 0}, {answer(3, true), 3, 2, 1},
+	} {
+		text.Store(nil)
+		if step.text != "" {
+			text.Store(&step.text)
+		}
+		_, _ = s.fetch(t.Context(), src.TrustDomain) // the log is what is asked about
+		if again, changed, emptied := logged.count("fetched again"), logged.count("bundle changed"), logged.count("emptied"); again != step.again || changed != step.changed || emptied != step.emptied {
+			t.Errorf("step %d: fetched again %d times, changed %d, emptied %d in the log; want %+v", i, again, changed, emptied, step)
+		}
+	}
+}

@@ -50,7 +50,12 @@ func (r Relationship) Health(td spiffeid.TrustDomain, hint time.Duration, now ti
 	var theirs, ours string
 	h.Theirs, theirs = r.theirs(now)
 	h.Ours, ours = r.ours(hint, now)
-	for _, problem := range []string{theirs, ours} {
+	problems := []string{theirs, ours}
+	if h.Theirs == "failing" { // which says nothing of what is known
+		_, known := r.known(now)
+		problems = []string{theirs, known, ours}
+	}
+	for _, problem := range problems {
 		if problem != "" {
 			h.Problems = append(h.Problems, problem)
 		}
@@ -63,25 +68,37 @@ func (r Relationship) Health(td spiffeid.TrustDomain, hint time.Duration, now ti
 
 func (r Relationship) theirs(now time.Time) (state, problem string) {
 	s, b := r.Source, r.Bundle
+	known, worse := r.known(now)
 	switch {
 	case r.Unreadable != nil:
 		return "failing", "what was kept of it cannot be read: " + r.Unreadable.Error()
 	case s != nil && s.Failure != "":
 		return "failing", fmt.Sprintf("their trust bundle cannot be had since %s: %s", s.FailingSince.Format(time.RFC3339), s.Failure)
-	case b != nil && !b.End().IsZero() && !now.Before(b.End()):
-		return "ended", "their last X.509 authority ended at " + b.End().Format(time.RFC3339)
+	case known != "":
+		return known, worse
 	case b == nil && s != nil:
 		return "missing", "their trust bundle has not been had yet"
 	case b == nil:
 		return "none", ""
-	case b.Empty():
-		return "empty", "nobody of theirs is trusted: their trust bundle holds no key that can be used"
 	case s == nil:
 		return "by hand", ""
 	case late(s.FetchedAt, s.SetAt, s.Interval(), now):
 		return "late", fmt.Sprintf("their trust bundle was fetched at %s last, and should be every %s: does a replica lead, and can it write?", moment(s.FetchedAt), s.Interval())
 	}
 	return "ok", ""
+}
+
+// known is what is wrong with the trust bundle itself, however it came.
+func (r Relationship) known(now time.Time) (state, problem string) {
+	switch b := r.Bundle; {
+	case b == nil:
+		return "", ""
+	case b.Empty():
+		return "empty", "nobody of theirs is trusted: their trust bundle holds no key that can be used"
+	case !b.End().IsZero() && !now.Before(b.End()):
+		return "ended", "their last X.509 authority ended at " + b.End().Format(time.RFC3339)
+	}
+	return "", ""
 }
 
 func (r Relationship) ours(hint time.Duration, now time.Time) (state, problem string) {

@@ -55,6 +55,8 @@ func TestHealth(t *testing.T) {
 		"failing":               {Relationship{Bundle: good, Source: failing}, "failing", "not invited", "too much"},
 		"had nothing yet":       {Relationship{Source: source(now, never, 0)}, "missing", "not invited", "not been had"},
 		"emptied":               {Relationship{Bundle: empty, Source: source(ago(time.Hour), now, hint)}, "empty", "not invited", "nobody of theirs"},
+		"emptied, and failing":  {Relationship{Bundle: empty, Source: failing}, "failing", "not invited", "too much;nobody of theirs"},
+		"emptied, unreadable":   {Relationship{Bundle: empty, Unreadable: failure(Refused, "v 9")}, "failing", "not invited", "v 9;nobody of theirs"},
 		"unreadable":            {Relationship{Bundle: good, Unreadable: failure(Refused, "v 9")}, "failing", "not invited", "v 9"},
 		"a key of two":          {Relationship{Bundle: good, Shared: shared}, "by hand", "not invited", "other.test"},
 		"invited":               {Relationship{Invite: invite(ago(time.Hour), never)}, "none", "never", ""},
@@ -71,6 +73,10 @@ func TestHealth(t *testing.T) {
 	later := Relationship{Bundle: good, Source: source(now, now, hint)}.Health(partner, hint, ca.Cert.NotAfter)
 	if later.Theirs != "ended" || len(later.Problems) != 1 {
 		t.Errorf("when the last root has ended: %+v", later)
+	}
+	later = Relationship{Bundle: good, Source: failing}.Health(partner, hint, ca.Cert.NotAfter)
+	if later.Theirs != "failing" || len(later.Problems) != 2 || !strings.Contains(later.Problems[1], "ended") {
+		t.Errorf("when the last root has ended, and the fetch fails: %+v", later)
 	}
 }
 
