@@ -152,7 +152,7 @@ const (
 
 // renewSpread is over how long agents spread the replacement of everything.
 func (s *Service) renewSpread() time.Duration {
-	entries, agents, _, _ := s.registry.Counts()
+	entries, agents := s.registry.Size()
 	return min(time.Duration(entries+agents)*signingPace, maxSpread)
 }
 
