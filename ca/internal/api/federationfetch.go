@@ -63,7 +63,7 @@ func (s *Service) fetchFrom(ctx context.Context, src *federation.Source) (fetche
 	}
 	b, err := s.judge(src, document, held)
 	if err != nil {
-		return fetched{}, &federation.Error{Reason: federation.Refused, Err: err}
+		return fetched{}, err
 	}
 	if held != nil && held.Digest() == b.Digest() {
 		return fetched{Federated: b}, nil
@@ -92,17 +92,24 @@ func (s *Service) fetchFrom(ctx context.Context, src *federation.Source) (fetche
 func (s *Service) judge(src *federation.Source, document []byte, held *trust.Federated) (*trust.Federated, error) {
 	s.judging <- struct{}{}
 	defer func() { <-s.judging }()
+	refuse := func(reason string, err error) (*trust.Federated, error) {
+		return nil, &federation.Error{Reason: reason, Err: err}
+	}
 	if !bytes.HasPrefix(bytes.TrimSpace(document), []byte("{")) { // PEM is for what is handed over
-		return nil, fmt.Errorf("what %s serves is no JWKS document, which alone a bundle endpoint has", src.URL)
+		return refuse(federation.Refused, fmt.Errorf("what %s serves is no JWKS document, which alone a bundle endpoint has", src.URL))
 	}
 	b, err := trust.NewFederated(s.opts.TrustDomain, src.TrustDomain, document, time.Now())
 	if err != nil {
-		return nil, fmt.Errorf("what %s serves is no trust bundle of %s: %w", src.URL, src.TrustDomain, err)
+		return refuse(federation.Refused, fmt.Errorf("what %s serves is no trust bundle of %s: %w", src.URL, src.TrustDomain, err))
 	}
 	if err := s.checkUnshared(b); err != nil {
-		return nil, err
+		return refuse(federation.OwnKey, err)
 	}
-	return b, b.CheckFollows(held)
+	err = b.CheckFollows(held)
+	if order, ok := errors.AsType[*trust.OrderError](err); ok {
+		return refuse(order.Kind, err)
+	}
+	return b, err
 }
 
 // verifiers are the trust bundles that a https_spiffe server is verified by: that of

@@ -60,7 +60,7 @@ func newMetrics(to prometheus.Registerer, reg *registry.Registry, keys *authorit
 		}),
 		fetched: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "merlon_ca_federation_fetches_total",
-			Help: "Fetches of other trust domains' trust bundles, by trust domain and result (ok, unreachable, untrusted, redirect, status, too_large, refused, error).",
+			Help: "Fetches of other trust domains' trust bundles, by trust domain and result (ok, unreachable, untrusted, redirect, status, too_large, refused, own_key, older, same_sequence, no_sequence, ended, error).",
 		}, []string{"federated_trust_domain", "result"}),
 		canaryAlarms: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "merlon_policy_canary_alarms_total", Help: "Canaries that this replica took back to shadow because they denied too much.",

@@ -65,7 +65,13 @@ const (
 	Redirected  = "redirect"
 	BadStatus   = "status"
 	TooLarge    = "too_large"
-	Refused     = "refused" // the document
+	Refused     = "refused" // the document; what could be an attack has a word of its own:
+	OwnKey      = "own_key" // it has a key of our own trust domain
+	// It is not later than what is known.
+	Older        = trust.Older
+	SameSequence = trust.SameSequence
+	NoSequence   = trust.NoSequence
+	Ended        = trust.Ended
 )
 
 // ReasonOf is the reason of err in one word: "ok" for none, "error" for what is no

@@ -124,7 +124,18 @@ func (b *Federated) Digest() string {
 }
 
 // OrderError is the refusal of a trust bundle that is not later than what is held.
-type OrderError struct{ Reason string }
+type OrderError struct {
+	Kind   string // one of the words below
+	Reason string
+}
+
+// Kinds of an OrderError.
+const (
+	Older        = "older"
+	SameSequence = "same_sequence" // with other keys
+	NoSequence   = "no_sequence"   // after one that had one
+	Ended        = "ended"         // every root in it has
+)
 
 // Error implements error.
 func (e *OrderError) Error() string { return e.Reason }
@@ -139,15 +150,15 @@ func (b *Federated) CheckFollows(held *Federated) error {
 	case held != nil && (b.Sequence > held.Sequence || b.Digest() == held.Digest()):
 		return nil
 	case b.ended(b.SetAt):
-		return &OrderError{fmt.Sprintf("every X.509 authority in this document has ended, the first at %s: it is old", b.X509[0].NotAfter.UTC().Format(time.RFC3339))}
+		return &OrderError{Ended, fmt.Sprintf("every X.509 authority in this document has ended, the first at %s: it is old", b.X509[0].NotAfter.UTC().Format(time.RFC3339))}
 	case held == nil:
 		return nil
 	case b.Sequence == 0 && held.Sequence == 0:
 		return nil // neither says which is later
 	case b.Sequence == 0:
-		return &OrderError{fmt.Sprintf("the trust bundle of %s that is here has the sequence number %d, and this document has none: whether it is later cannot be told", b.TrustDomain, held.Sequence)}
+		return &OrderError{NoSequence, fmt.Sprintf("the trust bundle of %s that is here has the sequence number %d, and this document has none: whether it is later cannot be told", b.TrustDomain, held.Sequence)}
 	case b.Sequence == held.Sequence:
-		return &OrderError{fmt.Sprintf("the trust bundle of %s that is here has the same sequence number %d and other keys", b.TrustDomain, held.Sequence)}
+		return &OrderError{SameSequence, fmt.Sprintf("the trust bundle of %s that is here has the same sequence number %d and other keys", b.TrustDomain, held.Sequence)}
 	}
-	return &OrderError{fmt.Sprintf("the trust bundle of %s that is here has the sequence number %d, and this document %d: it is older", b.TrustDomain, held.Sequence, b.Sequence)}
+	return &OrderError{Older, fmt.Sprintf("the trust bundle of %s that is here has the sequence number %d, and this document %d: it is older", b.TrustDomain, held.Sequence, b.Sequence)}
 }

@@ -81,6 +81,9 @@ func TestDocumentWhoseRootsHaveEnded(t *testing.T) {
 		if (err == nil) != test.good {
 			t.Errorf("%s: %v; want it taken = %t", name, err, test.good)
 		}
+		if order, _ := errors.AsType[*OrderError](err); err != nil && (order == nil || order.Kind != Ended) {
+			t.Errorf("%s: %#v; want it said that it has ended", name, err)
+		}
 	}
 }
 
@@ -93,20 +96,21 @@ func TestSequenceOfAnotherTrustDomainNeverFalls(t *testing.T) {
 	for name, test := range map[string]struct {
 		held, next string
 		good       bool
+		kind       string
 	}{
-		"first":                         {"", at(1, one), true},
-		"later":                         {at(1, one), at(2, two), true},
-		"later, the same":               {at(1, one), at(2, one), true},
-		"again":                         {at(2, one), at(2, one), true},
-		"older (F-4, T23)":              {at(5, one), at(4, two), false},
-		"older, the same":               {at(5, one), at(4, one), false},
-		"one number for two (B2)":       {at(5, one), at(5, two), false},
-		"no number after one":           {at(5, one), none(two), false},
-		"no number, the same keys":      {at(5, one), none(one), false},
-		"a number after none":           {none(one), at(1, two), true},
-		"neither has one":               {none(one), none(two), true},
-		"emptied, later":                {at(5, one), at(6, ""), true},
-		"emptied by an older one (T23)": {at(5, one), at(4, ""), false},
+		"first":                         {"", at(1, one), true, ""},
+		"later":                         {at(1, one), at(2, two), true, ""},
+		"later, the same":               {at(1, one), at(2, one), true, ""},
+		"again":                         {at(2, one), at(2, one), true, ""},
+		"older (F-4, T23)":              {at(5, one), at(4, two), false, Older},
+		"older, the same":               {at(5, one), at(4, one), false, Older},
+		"one number for two (B2)":       {at(5, one), at(5, two), false, SameSequence},
+		"no number after one":           {at(5, one), none(two), false, NoSequence},
+		"no number, the same keys":      {at(5, one), none(one), false, NoSequence},
+		"a number after none":           {none(one), at(1, two), true, ""},
+		"neither has one":               {none(one), none(two), true, ""},
+		"emptied, later":                {at(5, one), at(6, ""), true, ""},
+		"emptied by an older one (T23)": {at(5, one), at(4, ""), false, Older},
 	} {
 		var held *Federated
 		if test.held != "" {
@@ -116,8 +120,8 @@ func TestSequenceOfAnotherTrustDomainNeverFalls(t *testing.T) {
 		if (err == nil) != test.good {
 			t.Errorf("%s: %v; want it taken = %t", name, err, test.good)
 		}
-		if _, order := errors.AsType[*OrderError](err); err != nil && !order {
-			t.Errorf("%s: %T; want *OrderError", name, err)
+		if order, _ := errors.AsType[*OrderError](err); err != nil && (order == nil || order.Kind != test.kind) {
+			t.Errorf("%s: %#v; want an *OrderError %s", name, err, test.kind)
 		}
 	}
 }

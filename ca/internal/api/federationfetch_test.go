@@ -1,0 +1,147 @@
+// What a bundle endpoint, or a token, may not bring: a key of our own, and an older
+// trust bundle. The last one stays, and the reason is told apart from rubbish.
+
+package api
+
+import (
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+
+	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/federation"
+	"merlon.dev/ca/internal/trust"
+	"merlon.dev/sdk/svid/forge"
+)
+
+// numbered is the document with the keys of b.
+func numbered(t *testing.T, b *spiffebundle.Bundle, sequence uint64) string {
+	t.Helper()
+	b = b.Clone()
+	b.SetSequenceNumber(sequence)
+	text, err := b.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// fetches are the counts of fetches from td, by result.
+func fetches(t *testing.T, s *Service, td string) map[string]float64 {
+	t.Helper()
+	families, err := s.opts.Metrics.(*prometheus.Registry).Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	counts := make(map[string]float64)
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			if labels := m.GetLabel(); f.GetName() == "merlon_ca_federation_fetches_total" && labels[0].GetValue() == td {
+				counts[labels[1].GetValue()] = m.GetCounter().GetValue()
+			}
+		}
+	}
+	return counts
+}
+
+func TestFetchedDocumentsThatAreRefused(t *testing.T) {
+	s, _ := newService(t)
+	logged := logTo(s)
+	// Roots of companies name no trust domain, and could be anybody's.
+	own := forge.New(t, td.Name(), func(c *x509.Certificate) { c.URIs = []*url.URL{} })
+	published, err := trust.Publish(t.Context(), s.opts.Store, own.Bundle())
+	if err == nil {
+		err = s.registry.Wait(t.Context(), published.Revision)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	theirs, others := forge.New(t, partner.Name()), forge.New(t, partner.Name())
+	with := func(add func(*spiffebundle.Bundle) error) string {
+		b := theirs.Bundle().Clone()
+		if err := add(b); err != nil {
+			t.Fatal(err)
+		}
+		return numbered(t, b, 8)
+	}
+	var answer atomic.Pointer[string]
+	src := served(t, partner.Name(), func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, *answer.Load()) })
+	keepSources(t, s, src)
+	fetch := func(text string) (federation.Outcome, error) {
+		answer.Store(&text)
+		return s.fetch(t.Context(), partner)
+	}
+	if _, err := fetch(numbered(t, theirs.Bundle(), 7)); err != nil {
+		t.Fatal(err)
+	}
+	known, _, err := s.heldFederated(t.Context(), partner)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, tt := range []struct{ what, text, reason string }{
+		{"rubbish", `{"keys":7}`, federation.Refused},
+		{"our JWT key", with(func(b *spiffebundle.Bundle) error { return b.AddJWTAuthority("theirs", own.JWTKey.Public()) }), federation.OwnKey},
+		{"rubbish again", `{"keys":8}`, federation.Refused},
+		{"our root", with(func(b *spiffebundle.Bundle) error { b.AddX509Authority(own.Cert); return nil }), federation.OwnKey},
+		{"older", numbered(t, theirs.Bundle(), 6), federation.Older},
+		{"other keys", numbered(t, others.Bundle(), 7), federation.SameSequence},
+		{"no number", `{"keys":[]}`, federation.NoSequence},
+	} {
+		outcome, err := fetch(tt.text)
+		if federation.ReasonOf(err) != tt.reason || outcome.Reason != tt.reason {
+			t.Errorf("%s: %v, %+v; want %s", tt.what, err, outcome, tt.reason)
+		}
+		if b, _, err := s.heldFederated(t.Context(), partner); err != nil || b.Digest() != known.Digest() || b.Revision != known.Revision {
+			t.Errorf("%s: %+v, %v; want what was known to stay", tt.what, b, err)
+		}
+		if counts := fetches(t, s, partner.Name()); counts[tt.reason] < 1 {
+			t.Errorf("%s: %v; want it counted as %s", tt.what, counts, tt.reason)
+		}
+		if got := logged.count("not fetched"); got != i+1 {
+			t.Errorf("%s: %d lines in the log; want %d, one for each reason", tt.what, got, i+1)
+		}
+	}
+}
+
+// A token, or a first trust bundle, from before the other side rotated its keys brings
+// none of them back, and changes nothing of where the bundle is fetched.
+func TestOlderTokenIsRefused(t *testing.T) {
+	s, _ := newService(t)
+	ctx := asAdmin(t)
+	before, after := forge.New(t, partner.Name()), forge.New(t, partner.Name())
+	src := served(t, partner.Name(), func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, numbered(t, after.Bundle(), 9)) })
+	keepSources(t, s, src)
+	if _, err := s.fetch(ctx, partner); err != nil {
+		t.Fatal(err)
+	}
+	elsewhere := src.URL + "/elsewhere"
+	token, err := federation.Token{
+		For: td.Name(), TrustDomain: partner.Name(), URL: elsewhere, Profile: src.Profile, Authorities: src.Authorities,
+		Bundle: []byte(numbered(t, before.Bundle(), 5)), Expires: time.Now().Add(time.Hour).UTC().Truncate(time.Second),
+	}.String()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, accepted := s.AcceptFederationInvite(ctx, &capb.AcceptFederationInviteRequest{Token: token})
+	_, followed := s.SetFederationSource(ctx, &capb.SetFederationSourceRequest{
+		TrustDomain: partner.Name(), Document: []byte(numbered(t, before.Bundle(), 5)),
+		Source: &capb.FederationSource{Url: elsewhere, Profile: string(src.Profile), WebAuthorities: src.Authorities},
+	})
+	for what, err := range map[string]error{"accepted": accepted, "followed": followed} {
+		if order, ok := errors.AsType[*trust.OrderError](err); !ok || order.Kind != trust.Older {
+			t.Errorf("%s: %v; want it refused as older", what, err)
+		}
+	}
+	b, err := s.describeFederated(ctx, partner)
+	if err != nil || b.GetTrustBundle().GetSequence() != 9 || b.GetSource().GetUrl() != src.URL {
+		t.Errorf("%v, %v; want what was known to stay", b, err)
+	}
+}
