@@ -16,7 +16,8 @@ const (
 	pass outcome = "pass"
 	fail outcome = "fail"
 	skip outcome = "skip"
-	// partial: some of the parts that were given keep it, and others were not asked.
+	// partial: some of the parts that were given keep it, and others were not asked, or
+	// not all that it says.
 	partial outcome = "partial"
 )
 
@@ -45,7 +46,7 @@ type partResult struct {
 	Part   part    `json:"part"`
 	Status outcome `json:"status"`
 	Checks int     `json:"checks"`
-	// Why it was not checked.
+	// Why it was not checked, or in part.
 	Why string `json:"why,omitempty"`
 }
 
@@ -81,23 +82,45 @@ func (r *report) of(id string) *result {
 // check notes what a check of one part has found: err, or that it is as it should be.
 func (r *report) check(id string, of part, err error) {
 	res := r.of(id)
-	i := slices.IndexFunc(res.Parts, func(p partResult) bool { return p.Part == of })
-	if i < 0 {
-		panic(fmt.Sprintf("spiffe-conform: %s is no requirement of the %s", id, of))
-	}
-	p := &res.Parts[i]
+	p := res.part(of)
 	p.Checks++
 	res.Checks++
 	if err == nil {
-		if p.Status == skip {
-			p.Status = pass
+		if p.Status != fail {
+			p.Status, p.Why = pass, ""
 		}
 		return
 	}
-	p.Status = fail
+	p.Status, p.Why = fail, ""
 	if !slices.Contains(res.Findings, err.Error()) {
 		res.Findings = append(res.Findings, err.Error())
 	}
+}
+
+func (res *result) part(of part) *partResult {
+	i := slices.IndexFunc(res.Parts, func(p partResult) bool { return p.Part == of })
+	if i < 0 {
+		panic(fmt.Sprintf("spiffe-conform: %s is no requirement of the %s", res.ID, of))
+	}
+	return &res.Parts[i]
+}
+
+// half is a check that found nothing wrong and does not show that the part keeps the
+// requirement, for the reason why. It passes when another check does.
+func (r *report) half(id string, of part, why string) {
+	res := r.of(id)
+	p := res.part(of)
+	p.Checks++
+	res.Checks++
+	if p.Status == skip {
+		p.Status, p.Why = partial, why
+	}
+}
+
+// accepted is a check of what the standards leave open, and the part has accepted it.
+func (r *report) accepted(id string, of part, format string, args ...any) {
+	r.half(id, of, "nothing was refused: what was presented is left open by the standards, and was accepted")
+	r.remark(id, format, args...)
 }
 
 // ok is a check that found nothing wrong.
@@ -148,6 +171,10 @@ func (res *result) conclude(given func(part) bool, missing func(id string, of pa
 			p.Why = missing(res.ID, p.Part)
 			why = append(why, fmt.Sprintf("not checked of the %s: %s", p.Part, p.Why))
 			open = open || given(p.Part)
+		}
+		if p.Status == partial {
+			why = append(why, fmt.Sprintf("checked in part of the %s: %s", p.Part, p.Why))
+			passed, open = true, true
 		}
 	}
 	switch {

@@ -61,8 +61,7 @@ func checkVerdict(r *report, p forgedPath, err error) {
 	case p.Accept:
 		r.fail(p.Requirement, chains, "%s is refused: %s: %v", p.ID, p.Why, err)
 	case p.By == pathcase.Prudence:
-		r.ok(p.Requirement, chains)
-		r.remark(p.Requirement, "%s is accepted: %s", p.ID, p.Why)
+		r.accepted(p.Requirement, chains, "%s is accepted: %s", p.ID, p.Why)
 	default:
 		r.fail(p.Requirement, chains, "%s is accepted: %s [%s]", p.ID, p.Why, p.By)
 	}
@@ -189,8 +188,7 @@ func (e *workloadAPI) checkValidate(ctx context.Context, r *report, own spiffeid
 		id, _, _ := strings.Cut(c.ID, "/")
 		switch {
 		case !c.Accept && err == nil && c.Prudence:
-			r.ok(id, tokens)
-			r.remark(id, "%s is accepted", c.ID)
+			r.accepted(id, tokens, "%s is accepted", c.ID)
 			continue
 		case !c.Accept && err == nil:
 			err = fmt.Errorf("%s is accepted", c.ID)

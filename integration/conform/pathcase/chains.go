@@ -42,9 +42,9 @@ func chains(m *maker) {
 	root := ca.Root().Cert
 	m.refuse("chains/nothing", "nothing is presented", ca, &forge.SVID{})
 	m.refuse("chains/intermediate-left-out", "a path to the root cannot be built", ca, leaf, presentingCerts(leaf.Chain[0]))
-	m.refuse("chains/root-alone", "a signing certificate authenticates nobody (X509-SVID §3.2)", ca, leaf, presentingCerts(root), bySPIFFE)
-	m.refuse("chains/intermediate-alone", "likewise", ca, leaf, presentingCerts(ca.Cert), bySPIFFE)
-	m.refuse("chains/leaf-last", "the leaf is the first certificate (X509-SVID §5.1)", ca, leaf, presentingCerts(ca.Cert, leaf.Chain[0]), bySPIFFE)
+	m.refuse("chains/root-alone", "a signing certificate authenticates nobody (X509-SVID §3.2)", ca, leaf, presentingCerts(root), holding(ca.Root().Key), bySPIFFE)
+	m.refuse("chains/intermediate-alone", "likewise", ca, leaf, presentingCerts(ca.Cert), holding(ca.Key), bySPIFFE)
+	m.refuse("chains/leaf-last", "the leaf is the first certificate (X509-SVID §5.1)", ca, leaf, presentingCerts(ca.Cert, leaf.Chain[0]), holding(ca.Key), bySPIFFE)
 	m.accept("chains/root-presented", "the root is shown, too", ca, leaf, presentingCerts(leaf.Chain[0], ca.Cert, root))
 	m.accept("chains/unneeded-certificate", "one that nobody needs is shown, too (RFC 8446 §4.4.2)", ca, leaf, presentingCerts(leaf.Chain[0], ca.Cert, m.below().Cert))
 	m.accept("chains/intermediate-twice", "the intermediate is shown twice", ca, leaf, presentingCerts(leaf.Chain[0], ca.Cert, ca.Cert))

@@ -110,8 +110,8 @@ func signatures(m *maker) {
 	unknown := bytes.ReplaceAll(tbs, algorithm[2:], []byte{6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 99})
 	m.refuse("signatures/unknown-algorithm", "an algorithm that nobody knows, outside and inside", ca, leaf, presenting(forge.Assemble(unknown, []byte{0x30, 10, 6, 8, 0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 3, 99}, leaf.Chain[0].Signature), above))
 	m.refuse("signatures/sha-1", "a good ECDSA signature over SHA-1", ca, leaf, presenting(sha1Signed(m, ca, tbs), above), byPrudence)
-	impostor := m.impostor().Intermediate()
-	m.refuse("signatures/issuer-of-that-name-elsewhere", "signed by an intermediate that somebody else's root has signed", ca, leaf, presentingCerts(impostor.Leaf("/a").Chain...))
+	impostor := m.impostor().Intermediate().Leaf("/a")
+	m.refuse("signatures/issuer-of-that-name-elsewhere", "signed by an intermediate that somebody else's root has signed", ca, impostor)
 	twin := ca.Parent.Intermediate(func(c *x509.Certificate) {
 		c.Subject, c.SubjectKeyId = ca.Cert.Subject, ca.Cert.SubjectKeyId
 	})

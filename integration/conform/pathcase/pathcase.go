@@ -36,7 +36,9 @@ type Case struct {
 	Trusted     []*x509.Certificate
 	// Presented is the DER of what the peer shows, leaf first.
 	Presented [][]byte
-	// Key is the leaf's private key; nil where nothing is presented.
+	// Key is the private key of the first certificate that is presented: with another
+	// one no TLS server, whatever it verifies, would finish the handshake. It is nil
+	// where nothing is presented.
 	Key crypto.Signer
 	// Time is when the path is judged.
 	Time time.Time
@@ -157,6 +159,9 @@ func presentingCerts(certs ...*x509.Certificate) option {
 		}
 	}
 }
+
+// holding is for a first certificate that is not the leaf's: its private key.
+func holding(key crypto.Signer) option { return func(c *Case) { c.Key = key } }
 
 // at judges the path at another time.
 func at(t time.Time) option { return func(c *Case) { c.Time = t } }

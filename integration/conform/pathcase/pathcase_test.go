@@ -6,6 +6,7 @@ package pathcase_test
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -181,6 +182,30 @@ func TestCorpus(t *testing.T) {
 		t.Errorf("%d cases, %d of them accepted", len(cases()), accepted)
 	}
 	t.Logf("%d cases, %d of them accepted; by theme %v", len(cases()), accepted, themes)
+}
+
+// Whoever presents a path holds the private key of its first certificate: otherwise
+// every server refuses, for a reason that the case is not about.
+func TestKeyIsThePresentedOnes(t *testing.T) {
+	held := 0
+	for _, c := range cases() {
+		if len(c.Presented) == 0 {
+			continue
+		}
+		cert, err := x509.ParseCertificate(c.Presented[0])
+		if err != nil {
+			continue
+		}
+		public, ok := c.Key.Public().(interface{ Equal(crypto.PublicKey) bool })
+		if !ok || !public.Equal(cert.PublicKey) {
+			t.Errorf("%s: the key is not the first certificate's", c.ID)
+			continue
+		}
+		held++
+	}
+	if held < 250 {
+		t.Errorf("%d cases with their key", held)
+	}
 }
 
 // In x509-limbo's format the corpus says the same.
