@@ -4,6 +4,7 @@ package sidecar
 
 import (
 	"bufio"
+	"crypto/tls"
 	"io"
 	"net"
 	"net/http"
@@ -11,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"merlon.dev/sdk/sdktest"
 	"merlon.dev/sdk/sidecar/internal/hop"
 )
 
@@ -73,6 +75,38 @@ func TestRequestsOfCallersThatLeaveAreGivenUp(t *testing.T) {
 					}
 				}
 			}
+		}
+	}
+}
+
+// A caller that the sidecar itself cuts off is one that has gone away: the app's request
+// is given up then, not when some time has run out.
+func TestRequestsOfCallersThatAreCutAreGivenUp(t *testing.T) {
+	for name, cut := range map[string]func(td *sdktest.TD, r *running){
+		"revoked": func(td *sdktest.TD, _ *running) { td.Revoke("web") },
+		"drained": func(_ *sdktest.TD, r *running) { r.stop() },
+	} {
+		for side, begin := range map[string]bool{"before the answer": false, "in the answer": true} {
+			t.Run(name+", "+side, func(t *testing.T) {
+				app, came, left := awaited(t, begin)
+				td := sdktest.New(t)
+				td.Allow("web", "orders")
+				in := start(t, td, "orders", Config{
+					Inbound:         []Inbound{{Listen: "127.0.0.1:0", App: app, Protocol: "http"}},
+					ResponseTimeout: time.Hour, StallTimeout: time.Hour, DrainTimeout: 50 * time.Millisecond,
+				})
+				conn := tls.Client(dial(t, in.addrs[0]), careless(td, "web", "http/1.1"))
+				t.Cleanup(func() { conn.Close() }) // late: that it leaves is not what is tested
+				io.WriteString(conn, "GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+				<-came
+				cut(td, in)
+				select {
+				case <-left:
+				case <-time.After(30 * time.Second):
+					t.Fatal("the app goes on")
+				}
+				in.logged(1)
+			})
 		}
 	}
 }

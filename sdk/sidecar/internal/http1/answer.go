@@ -151,7 +151,7 @@ func (s *session) broken(c *call, f *far, up *upload, err error) bool {
 	}
 	switch {
 	case denied == nil && abandoned:
-		s.entry.Err = errAbandoned.Error()
+		s.entry.Err = s.whyAbandoned().Error()
 		s.over(c)
 		hangUp(s.near)
 		return false

@@ -72,6 +72,7 @@ type session struct {
 
 	current atomic.Pointer[call] // that is on its way to an upstream; nil: none
 	left    atomic.Bool          // the caller sends nothing any more
+	cut     atomic.Bool          // this side has closed the connection
 
 	mu       sync.Mutex // guards the rest
 	idle     bool       // between two requests
@@ -93,6 +94,7 @@ func (e *engine) Serve(ctx context.Context, conn net.Conn) {
 	defer s.in.release()
 	stop := context.AfterFunc(ctx, s.drain)
 	defer stop()
+	onClose(conn, s.closed)
 	number := e.callers.add(conn, s)
 	defer e.callers.remove(number)
 	for s.serveOne() {
@@ -303,18 +305,23 @@ type call struct {
 
 // end is called when the policy does not allow the request any more.
 func (c *call) end(s *session, d policy.Decision) {
+	if c.deny(d) { // without the lock, which the end of the connection takes
+		s.hop.Identity.Cut(s.caller.State, "the policy does not allow a request under way any more")
+	}
+}
+
+// deny ends c because of d, and says whether something of the answer was sent.
+func (c *call) deny(d policy.Decision) (begun bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.over {
-		return
+		return false
 	}
 	c.denied = &d
 	if c.far != nil {
 		_ = c.far.Close() // who reads from it goes on with the denial
 	}
-	if c.begun {
-		s.hop.Identity.Cut(s.caller.State, "the policy does not allow a request under way any more")
-	}
+	return c.begun
 }
 
 // use says that f serves the request, unless it has been denied meanwhile.
@@ -363,6 +370,7 @@ func (c *call) finish() (denied *policy.Decision) {
 var (
 	errDenied    = errors.New("the policy does not allow the request any more")
 	errAbandoned = errors.New("the caller has gone away")
+	errCut       = errors.New("the sidecar has closed the caller's connection while the request was under way")
 )
 
 // unreachableError is for a request that no upstream has taken.

@@ -1,5 +1,7 @@
-// Callers that go away while their requests are under way. A session reads nothing then,
-// so the kernel is asked to tell: once for each connection, and nothing for a request.
+// Callers that go away, or are cut off, while their requests are under way. A session
+// reads nothing then, so the kernel is asked to tell: once for each connection, and
+// nothing for a request. Of a socket that is closed on this side the kernel tells
+// nothing; who closes it does.
 
 package http1
 
@@ -8,6 +10,8 @@ import (
 	"os"
 	"sync"
 	"syscall"
+
+	"merlon.dev/sdk/sidecar/internal/sock"
 )
 
 // watch learns of the ends of connections. It is safe for concurrent use; nil learns of
@@ -116,6 +120,36 @@ func (s *session) callerLeft() {
 	}
 }
 
+// onClose has f called when conn, or what is below it, is closed on this side.
+func onClose(conn net.Conn, f func()) {
+	for {
+		if accepted, ok := conn.(*sock.Conn); ok {
+			accepted.OnClose(f)
+			return
+		}
+		wrapped, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			return // not the door's: it is noticed when it is written to
+		}
+		conn = wrapped.NetConn()
+	}
+}
+
+// closed is for the end on this side: an X509-SVID has ended or was revoked, or the
+// process ends and does not wait any longer.
+func (s *session) closed() {
+	s.cut.Store(true)
+	s.callerLeft()
+}
+
+// whyAbandoned is why nobody waits for the answer any more.
+func (s *session) whyAbandoned() error {
+	if s.cut.Load() {
+		return errCut
+	}
+	return errAbandoned
+}
+
 // abandon ends c because its caller has gone away. A WebSocket ends by halves instead.
 func (c *call) abandon() {
 	c.mu.Lock()
@@ -125,7 +159,7 @@ func (c *call) abandon() {
 	}
 	c.abandoned = true
 	if c.far != nil {
-		_ = c.far.Close() // who reads from it goes on with the end
+		hangUp(c.far.Conn) // who reads from it goes on with the end; nobody waits for a word to it
 	}
 }
 

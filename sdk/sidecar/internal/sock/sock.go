@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"unsafe"
 )
@@ -29,6 +30,9 @@ type Conn struct {
 	raw syscall.RawConn
 	// Each way has a lock of its own, as below.
 	reads, writes transfer
+
+	closed atomic.Bool
+	told   atomic.Pointer[func()] // by OnClose, and not called yet
 }
 
 // New wraps a connection of the net package, and gives any other back.
@@ -49,6 +53,29 @@ func New(conn net.Conn) net.Conn {
 
 // NetConn gives the connection below.
 func (c *Conn) NetConn() net.Conn { return c.stream }
+
+// OnClose has f called once c is closed from this side, by whomever, in the goroutine
+// that does it; at once where it is closed already. A later f replaces it.
+func (c *Conn) OnClose(f func()) {
+	c.told.Store(&f)
+	if c.closed.Load() {
+		c.tell()
+	}
+}
+
+// Close implements net.Conn.
+func (c *Conn) Close() error {
+	err := c.stream.Close()
+	c.closed.Store(true) // before told is read: see OnClose
+	c.tell()
+	return err
+}
+
+func (c *Conn) tell() {
+	if f := c.told.Swap(nil); f != nil {
+		(*f)()
+	}
+}
 
 // SetLinger has Close reset a connection of TCP if sec is 0, as net.TCPConn's does.
 func (c *Conn) SetLinger(sec int) error {

@@ -117,6 +117,24 @@ func TestDeadlineAndCloseEndWaiting(t *testing.T) {
 	})
 }
 
+func TestCloseIsToldOnce(t *testing.T) {
+	each(t, func(t *testing.T, a, b net.Conn) {
+		var told [3]int
+		a.(*sock.Conn).OnClose(func() { told[0]++ })
+		a.(*sock.Conn).OnClose(func() { told[1]++ })
+		b.Close() // the other end is another matter
+		if told[1] != 0 {
+			t.Error("told of the other end")
+		}
+		a.Close()
+		a.Close()
+		a.(*sock.Conn).OnClose(func() { told[2]++ })
+		if told != [3]int{0, 1, 1} {
+			t.Errorf("told %v times; want the last one once, and who comes late at once", told)
+		}
+	})
+}
+
 func TestErrorsOfTheKernelAreTold(t *testing.T) {
 	each(t, func(t *testing.T, a, b net.Conn) {
 		if err := b.(*sock.Conn).SetLinger(0); err != nil {
