@@ -225,6 +225,39 @@ func TestReadinessIsTheAppsToo(t *testing.T) {
 	}
 }
 
+// Readiness is that of the listeners of the moment: a reload brings the first inbound
+// one, and takes it away.
+func TestReadinessFollowsAReload(t *testing.T) {
+	td := sdktest.New(t)
+	td.SetPolicyMaxAge(time.Millisecond)
+	app, ill := replica(t, "app")
+	ill.Store(true)
+	r := start(t, td, "orders", Config{Outbound: []Outbound{{Listen: "127.0.0.1:0", To: "web", Upstreams: []string{"127.0.0.1:1"}, Protocol: "http"}}})
+	td.StopAgent("orders")
+	s := r.sidecar
+	await(t, "a policy that is too old", func() bool { return s.id.PolicyReady() != nil })
+	if got := s.health.Report(); !got.Ready {
+		t.Errorf("nothing inbound needs a policy or an app: %+v", got)
+	}
+	cfg := s.config()
+	cfg.Inbound = []Inbound{{Listen: "[::1]:0", App: app, Protocol: "http", HealthCheck: often("http")}}
+	if err := s.Reload(cfg); err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the app to be found unhealthy", func() bool { return s.upstreams.appReady() != nil })
+	got := s.health.Report()
+	if got.Ready || !strings.Contains(got.Checks["policy"].Error, "older than the agent allows") || !strings.Contains(got.Checks["app"].Error, "status 503") {
+		t.Errorf("with an inbound listener: %+v", got)
+	}
+	cfg.Inbound = nil
+	if err := s.Reload(cfg); err != nil {
+		t.Fatal(err)
+	}
+	if got := s.health.Report(); !got.Ready {
+		t.Errorf("without it again: %+v", got)
+	}
+}
+
 func TestGRPCServicesAreAskedByTheirOwnProtocol(t *testing.T) {
 	app := newGRPCApp(t)
 	status := health.NewServer()

@@ -190,10 +190,8 @@ func (s *Sidecar) open(before *predecessor) (err error) {
 		}
 	}
 	s.health.Check("identity", func() error { _, err := s.id.GetX509SVID(); return err })
-	if len(s.cfg.Inbound) > 0 {
-		s.health.Check("policy", s.id.PolicyReady)
-		s.health.Check("app", s.upstreams.appReady)
-	}
+	s.health.Check("policy", s.policyReady)
+	s.health.Check("app", s.upstreams.appReady)
 	for _, p := range s.cfg.plans() {
 		s.admit(p)
 	}
@@ -201,6 +199,14 @@ func (s *Sidecar) open(before *predecessor) (err error) {
 		s.opened(s.doors)
 	}
 	return nil
+}
+
+// policyReady says why calls cannot be decided, where there are listeners that decide.
+func (s *Sidecar) policyReady() error {
+	if len(s.config().Inbound) == 0 {
+		return nil
+	}
+	return s.id.PolicyReady()
 }
 
 // listen takes the socket of a name over, or opens it at address.
