@@ -434,7 +434,7 @@ func (s *Server) startServers(ctx context.Context, g *errgroup.Group, p *parts, 
 
 func (s *Server) tlsConfig(p *parts, protos ...string) *tls.Config {
 	return svid.TLS{
-		SVIDs: p.own, Bundles: p.registry,
+		SVIDs: p.own, Bundles: p.registry, Verifier: p.registry,
 		// Whoever has an SVID of the trust domain may connect; each call is
 		// judged by itself.
 		Admit:          func(*svid.Peer) error { return nil },

@@ -34,6 +34,10 @@ type TLS struct {
 	SVIDs   x509svid.Source   // what this side presents
 	Bundles x509bundle.Source // what the other side is checked against
 
+	// Verifier, when set, checks it in the place of VerifyChain, such as a *Trust that
+	// remembers what it has seen. Bundles has to be the same trust, for IncludeRoot.
+	Verifier Verifier
+
 	// Admit decides about a verified peer; an error ends the handshake. nil refuses
 	// everyone. It runs inside the handshake, before the peer's proof that it holds
 	// the private key: decide only, and count or record nothing in its name.
@@ -63,6 +67,11 @@ type TLS struct {
 
 	// Now is the clock; nil is time.Now.
 	Now func() time.Time
+}
+
+// Verifier gives VerifyChain's answers about trust of its own.
+type Verifier interface {
+	VerifyChain(presented []*x509.Certificate, now time.Time) (*Peer, error)
 }
 
 // Server gives the configuration for the accepting side.
@@ -139,7 +148,13 @@ func (t TLS) verifyPeer(conn net.Conn, cs tls.ConnectionState) error {
 	if t.Now != nil {
 		now = t.Now
 	}
-	peer, err := VerifyChain(cs.PeerCertificates, t.Bundles, now())
+	var peer *Peer
+	var err error
+	if t.Verifier != nil {
+		peer, err = t.Verifier.VerifyChain(cs.PeerCertificates, now())
+	} else {
+		peer, err = VerifyChain(cs.PeerCertificates, t.Bundles, now())
+	}
 	if err != nil {
 		return err
 	}

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca/internal/attest"
@@ -25,6 +26,7 @@ import (
 	"merlon.dev/ca/internal/rotation"
 	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
+	"merlon.dev/sdk/svid"
 )
 
 // picture is immutable once it is published. A copy can be changed: its trees
@@ -35,6 +37,7 @@ type picture struct {
 	agents      index.Tree[*attest.Agent] // by name
 	revocations revocation.Set
 	trust       *trust.Bundle
+	verifier    *svid.Trust // by it
 	authorities rotation.Set
 	heads       map[string]*release.Head  // by name; few
 	shares      map[string]*rollout.Share // by bundle and replica; replaced, never written to
@@ -183,7 +186,7 @@ func (p *picture) put(kv store.KV, dec *entry.Decoder, c *change) error {
 		if err != nil {
 			return err
 		}
-		p.trust = b
+		p.trust, p.verifier = b, svid.NewTrust(x509bundle.NewSet(b.Keys.X509Bundle()))
 		c.forAll = true
 	case kv.Key == trust.AuthoritiesKey:
 		set, err := rotation.Decode(kv.Value)
@@ -304,7 +307,7 @@ func (p *picture) remove(kv store.KV, c *change) {
 	} else if name, ok := strings.CutPrefix(kv.Key, alivePrefix); ok {
 		p.replicas = p.replicas.alive(name, false)
 	} else if kv.Key == trust.Key {
-		p.trust = nil
+		p.trust, p.verifier = nil, nil
 	} else if kv.Key == trust.AuthoritiesKey {
 		p.authorities = rotation.Set{} // until the root holder writes them down again
 	}

@@ -8,6 +8,7 @@ package registry
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"iter"
@@ -331,6 +332,15 @@ func (r *Registry) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bu
 		return nil, fmt.Errorf("no trust bundle for trust domain %s", td)
 	}
 	return b.Keys.X509Bundle(), nil
+}
+
+// VerifyChain implements svid.Verifier by the published trust bundle. Nobody is believed
+// before the first.
+func (r *Registry) VerifyChain(presented []*x509.Certificate, now time.Time) (*svid.Peer, error) {
+	if v := r.pic.Load().verifier; v != nil {
+		return v.VerifyChain(presented, now)
+	}
+	return new(svid.Trust).VerifyChain(presented, now)
 }
 
 // Counts says how much there is, for metrics. It goes over all streams: what is done
