@@ -251,7 +251,7 @@ func TestTokensThatAreNotAccepted(t *testing.T) {
 		"no endpoint ID":   {[]string{"follow", "other.test", "--profile", "https_spiffe", "--url", "https://a.test/"}, "endpoint_spiffe_id"},
 		"no first bundle":  {[]string{"follow", "other.test", "--profile", "https_spiffe", "--url", "https://a.test/", "--endpoint-id", "spiffe://other.test/x"}, "handed over"},
 		"own trust domain": {[]string{"follow", "shop.test", "--profile", "https_web", "--url", "https://a.test/"}, "own"},
-		"nothing to do":    {[]string{"refresh", "other.test"}, "handed over"},
+		"nothing to do":    {[]string{"refresh", "other.test"}, "no trust bundle of this trust domain"},
 	} {
 		if _, stderr, err := shop.Try(append([]string{"federation"}, tt.args...)...); err == nil || !strings.Contains(stderr, tt.want) {
 			t.Errorf("%s: %v, %s; want %q", what, err, stderr, tt.want)

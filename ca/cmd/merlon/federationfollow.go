@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -98,7 +97,7 @@ https_spiffe; or bundle_endpoint, and https_web. Nothing of it is inferred.`,
 			}
 			return o.withCA(cmd.Context(), func(ca capb.AdminClient) error {
 				resp, err := ca.CreateFederationInvite(cmd.Context(), &capb.CreateFederationInviteRequest{
-					TrustDomain: args[0], Url: strings.TrimSuffix(at.url, "/"), Profile: at.profile, WebAuthorities: authorities,
+					TrustDomain: args[0], Url: at.url, Profile: at.profile, WebAuthorities: authorities,
 				})
 				if err != nil {
 					return err

@@ -9,15 +9,18 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/federation"
+	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
 	"merlon.dev/sdk/svid/forge"
 )
@@ -143,5 +146,156 @@ func TestOlderTokenIsRefused(t *testing.T) {
 	b, err := s.describeFederated(ctx, partner)
 	if err != nil || b.GetTrustBundle().GetSequence() != 9 || b.GetSource().GetUrl() != src.URL {
 		t.Errorf("%v, %v; want what was known to stay", b, err)
+	}
+}
+
+// What can never work takes the place of nothing that does.
+func TestFollowingWhatCannotWorkIsRefused(t *testing.T) {
+	s, _ := newService(t)
+	ctx := asAdmin(t)
+	theirs := forge.New(t, partner.Name())
+	src := served(t, partner.Name(), func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, numbered(t, theirs.Bundle(), 1)) })
+	keepSources(t, s, src)
+	if _, err := s.fetch(ctx, partner); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.SetFederatedBundle(ctx, &capb.SetFederatedBundleRequest{TrustDomain: "rootless.test", Document: []byte(`{"keys":[]}`)}); err != nil {
+		t.Fatal(err)
+	}
+	const good = "https://127.0.0.1:1/x"
+	for _, tt := range []struct{ td, url, id, document, want string }{
+		{partner.Name(), "https://a.test:0/", "spiffe://partner.test/ca", "", "port"},
+		{partner.Name(), "https://169.254.169.254/", "spiffe://partner.test/ca", "", "no address"},
+		{partner.Name(), "https://a.test/#", "spiffe://partner.test/ca", "", "fragment"},
+		{partner.Name(), good, "spiffe://nobody.test/ca", "", "nobody.test"},
+		{partner.Name(), good, "spiffe://rootless.test/ca", "", "no X.509 authority of rootless.test"},
+		{"rootless.test", good, "spiffe://rootless.test/ca", "", "no X.509 authority"},
+		{"new.test", good, "spiffe://new.test/ca", "", "handed over"},
+		{"new.test", good, "spiffe://new.test/ca", `{"keys":[]}`, "no X.509 authority"},
+		{"new.test", good, "spiffe://partner.test/ca", "", ""},
+		{partner.Name(), good, "spiffe://partner.test/ca", "", ""},
+	} {
+		_, err := s.SetFederationSource(ctx, &capb.SetFederationSourceRequest{
+			TrustDomain: tt.td, Document: []byte(tt.document), Source: &capb.FederationSource{Url: tt.url, Profile: string(federation.SPIFFE), EndpointSpiffeId: tt.id},
+		})
+		if tt.want == "" {
+			if err != nil {
+				t.Errorf("%+v: %v", tt, err)
+			}
+			continue
+		}
+		if err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%+v: %v; want %q", tt, err, tt.want)
+		}
+		if b, err := s.describeFederated(ctx, partner); err != nil || b.GetSource().GetUrl() != src.URL {
+			t.Fatalf("%+v: %v, %v; want the source to stay", tt, b, err)
+		}
+	}
+}
+
+func TestInvitesNameURLsThatCanWork(t *testing.T) {
+	s, _ := newRootHolder(t)
+	ctx := asAdmin(t)
+	eventually(t, "the own trust bundle", func() error {
+		if s.registry.Trust() == nil {
+			return errors.New("it is not here")
+		}
+		return nil
+	})
+	invite := func(at string) (string, error) {
+		resp, err := s.CreateFederationInvite(ctx, &capb.CreateFederationInviteRequest{TrustDomain: partner.Name(), Url: at, Profile: string(federation.SPIFFE)})
+		return resp.GetToken(), err
+	}
+	for _, at := range []string{"https://ca.shop.test:0/b", "https://ca.shop.test:65536", "https://0.0.0.0:8444/b", "https://ca.shop.test/b#", "https://c a.shop.test/b", "https:///", ""} {
+		if _, err := invite(at); err == nil {
+			t.Errorf("%q: invited", at)
+		}
+	}
+	for _, at := range []string{"https://ca.shop.test:8444/b", "https://ca.shop.test:8444/b/", "https://ca.shop.test:8444/b//"} {
+		text, err := invite(at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		token, err := federation.ParseToken(text, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if base, reader, ok := strings.Cut(token.URL, "/b/"); !ok || base != "https://ca.shop.test:8444" || !federation.IsReader(reader) {
+			t.Errorf("%s: %s", at, token.URL)
+		}
+	}
+}
+
+// Whom nobody knows is not said to have been handed over.
+func TestRefreshSaysWhatThereIs(t *testing.T) {
+	s, _ := newService(t)
+	ctx := asAdmin(t)
+	if _, err := s.RefreshFederatedBundle(ctx, &capb.RefreshFederatedBundleRequest{TrustDomain: "nobody.test"}); !errors.Is(err, trust.ErrNoFederated) {
+		t.Errorf("nobody: %v", err)
+	}
+	if _, err := s.SetFederatedBundle(ctx, &capb.SetFederatedBundleRequest{TrustDomain: partner.Name(), Document: []byte(`{"keys":[]}`)}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.RefreshFederatedBundle(ctx, &capb.RefreshFederatedBundleRequest{TrustDomain: partner.Name()}); err == nil || !strings.Contains(err.Error(), "handed over") {
+		t.Errorf("handed over: %v", err)
+	}
+}
+
+// What was set while a fetch was under way is not taken back by it.
+func TestSetWhileItIsFetched(t *testing.T) {
+	s, _ := newService(t)
+	ctx := asAdmin(t)
+	src := served(t, partner.Name(), func(w http.ResponseWriter, _ *http.Request) {
+		if _, err := s.SetFederatedBundle(ctx, &capb.SetFederatedBundleRequest{TrustDomain: partner.Name(), Document: []byte(`{"keys":[],"spiffe_sequence":9}`)}); err != nil {
+			t.Error(err)
+		}
+		fmt.Fprint(w, `{"keys":[],"spiffe_sequence":5}`)
+	})
+	keepSources(t, s, src)
+	if _, err := s.fetch(ctx, partner); err != nil {
+		t.Fatal(err)
+	}
+	if b, _, err := s.heldFederated(ctx, partner); err != nil || b.Sequence != 9 {
+		t.Errorf("%+v, %v; want 9 to stay", b, err)
+	}
+}
+
+func TestOneTrustDomainTooMany(t *testing.T) {
+	s, _ := newRootHolder(t)
+	ctx := asAdmin(t)
+	var ops []store.Op
+	for i := range trust.MaxFederated {
+		b, err := trust.NewFederated(td, spiffeid.RequireTrustDomainFromString(fmt.Sprintf("d%d.test", i)), []byte(`{"keys":[]}`), time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		op, err := b.Put()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ops = append(ops, op); len(ops) == 64 {
+			keep(t, s, ops...)
+			ops = nil
+		}
+	}
+	follow := func(name string) error {
+		_, err := s.SetFederationSource(ctx, &capb.SetFederationSourceRequest{TrustDomain: name, Source: &capb.FederationSource{Url: "https://127.0.0.1:1/", Profile: string(federation.Web)}})
+		return err
+	}
+	invite := func(name string) error {
+		_, err := s.CreateFederationInvite(ctx, &capb.CreateFederationInviteRequest{TrustDomain: name, Url: "https://ca.shop.test/b", Profile: string(federation.Web)})
+		return err
+	}
+	set := func(name string) error {
+		_, err := s.SetFederatedBundle(ctx, &capb.SetFederatedBundleRequest{TrustDomain: name, Document: []byte(`{"keys":[]}`)})
+		return err
+	}
+	for what, do := range map[string]func(string) error{"follow": follow, "invite": invite, "set": set} {
+		if err := do("d7.test"); err != nil {
+			t.Errorf("%s one that is known: %v", what, err)
+		}
+		if err := do("more.test"); err == nil || !strings.Contains(err.Error(), "which is the most") {
+			t.Errorf("%s one more: %v", what, err)
+		}
 	}
 }

@@ -89,9 +89,8 @@ func (s *Service) follow(ctx context.Context, src *federation.Source, document [
 	if err != nil {
 		return nil, err
 	}
-	ops := []store.Op{put}
-	switch {
-	case len(document) > 0:
+	ops, verifier := []store.Op{put}, held
+	if len(document) > 0 {
 		b, err := s.newFederated(&capb.SetFederatedBundleRequest{TrustDomain: td.Name(), Document: document})
 		if err != nil {
 			return nil, err
@@ -103,9 +102,10 @@ func (s *Service) follow(ctx context.Context, src *federation.Source, document [
 		if err != nil {
 			return nil, err
 		}
-		ops = append(ops, op)
-	case src.Profile == federation.SPIFFE && src.EndpointID.TrustDomain() == td && held == nil:
-		return nil, &entry.InvalidError{Field: "document", Reason: fmt.Sprintf("is missing: the first trust bundle of %s has to be handed over, since by it %s is verified", td, src.EndpointID)}
+		ops, verifier = append(ops, op), b
+	}
+	if err := s.checkVerifier(ctx, src, verifier); err != nil {
+		return nil, err
 	}
 	if err := s.checkRoom(ctx, td); err != nil {
 		return nil, err
@@ -118,6 +118,28 @@ func (s *Service) follow(ctx context.Context, src *federation.Source, document [
 		return nil, err
 	}
 	return s.describeFederated(ctx, td)
+}
+
+// checkVerifier refuses a https_spiffe server that nothing known verifies: what works
+// now would be replaced by what never can. own is the trust bundle of src's trust
+// domain, or nil.
+func (s *Service) checkVerifier(ctx context.Context, src *federation.Source, own *trust.Federated) error {
+	td := src.EndpointID.TrustDomain()
+	switch {
+	case src.Profile != federation.SPIFFE:
+		return nil
+	case td == src.TrustDomain && own == nil:
+		return &entry.InvalidError{Field: "document", Reason: fmt.Sprintf("is missing: the first trust bundle of %s has to be handed over, since by it %s is verified", td, src.EndpointID)}
+	case td != src.TrustDomain:
+		var err error
+		if own, _, err = s.heldFederated(ctx, td); err != nil && !errors.Is(err, trust.ErrNoFederated) {
+			return err
+		}
+	}
+	if own == nil || len(own.X509) == 0 {
+		return &entry.InvalidError{Field: "endpoint_spiffe_id", Reason: fmt.Sprintf("%s cannot be verified: there is no X.509 authority of %s here, whose trust bundle has to come first", src.EndpointID, td)}
+	}
+	return nil
 }
 
 // checkRoom refuses one trust domain too many.
@@ -146,7 +168,8 @@ func (s *Service) CreateFederationInvite(ctx context.Context, req *capb.CreateFe
 		return nil, status.Error(codes.Unavailable, "this CA has published no trust bundle yet")
 	}
 	// The reader's part comes behind it.
-	if u, err := url.Parse(req.GetUrl()); err == nil && (u.RawQuery != "" || u.ForceQuery) {
+	at := strings.TrimRight(req.GetUrl(), "/")
+	if u, err := url.Parse(at); err == nil && (u.RawQuery != "" || u.ForceQuery) {
 		return nil, &entry.InvalidError{Field: "url", Reason: "has a query, which the URL of this CA's trust bundle has not"}
 	}
 	now := time.Now()
@@ -156,7 +179,7 @@ func (s *Service) CreateFederationInvite(ctx context.Context, req *capb.CreateFe
 	}
 	invite := federation.NewInvite(td, now, held)
 	token := federation.Token{
-		For: td.Name(), TrustDomain: own.TrustDomain.Name(), URL: req.GetUrl() + "/" + invite.Reader, Profile: federation.Profile(req.GetProfile()),
+		For: td.Name(), TrustDomain: own.TrustDomain.Name(), URL: at + "/" + invite.Reader, Profile: federation.Profile(req.GetProfile()),
 		Authorities: req.GetWebAuthorities(), Bundle: own.JWKS, Expires: now.Add(federation.InviteTTL).UTC().Truncate(time.Second),
 	}
 	if token.Profile == federation.SPIFFE {
@@ -176,7 +199,7 @@ func (s *Service) CreateFederationInvite(ctx context.Context, req *capb.CreateFe
 	if err != nil {
 		return nil, err
 	}
-	if err := s.commitFederated(ctx, unchanged, fmt.Sprintf("invite %s to follow this trust bundle at %s (%s)", td, req.GetUrl(), token.Profile), put); err != nil {
+	if err := s.commitFederated(ctx, unchanged, fmt.Sprintf("invite %s to follow this trust bundle at %s (%s)", td, at, token.Profile), put); err != nil {
 		return nil, err
 	}
 	return &capb.CreateFederationInviteResponse{Token: text, ExpiresAt: timestamp(token.Expires)}, nil
@@ -208,6 +231,9 @@ func (s *Service) RefreshFederatedBundle(ctx context.Context, req *capb.RefreshF
 	}
 	if _, err := s.fetch(ctx, td); err != nil {
 		if errors.Is(err, errNoSource) {
+			if _, _, err := s.heldFederated(ctx, td); err != nil { // nothing was handed over either
+				return nil, err
+			}
 			return nil, status.Errorf(codes.NotFound, "%s: %v", td, err)
 		}
 		return nil, status.Errorf(codes.FailedPrecondition, "the trust bundle of %s was not fetched: %v; what was known stays", td, err)

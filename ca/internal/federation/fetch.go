@@ -240,10 +240,16 @@ func notLinkLocal(_, address string, _ syscall.RawConn) error {
 	if err != nil {
 		return err
 	}
-	if ip := addr.Addr().Unmap(); ip.IsLinkLocalUnicast() || ip.IsMulticast() || ip.IsUnspecified() {
+	if ip := addr.Addr(); !endpointAddress(ip) {
 		return fmt.Errorf("%w: %s is no address of a bundle endpoint", errNotPublic, ip)
 	}
 	return nil
+}
+
+// endpointAddress says whether a bundle endpoint can have that address.
+func endpointAddress(ip netip.Addr) bool {
+	ip = ip.Unmap()
+	return !ip.IsLinkLocalUnicast() && !ip.IsMulticast() && !ip.IsUnspecified()
 }
 
 // publicOnly implements net.Dialer.Control: it sees the address that is connected to,

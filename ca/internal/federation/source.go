@@ -10,9 +10,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"net/url"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
+	"unicode"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -166,8 +170,18 @@ func CheckURL(text string) error {
 		return errors.New("it has a user name or password, which no bundle endpoint asks for")
 	case u.Hostname() == "" || u.Opaque != "":
 		return fmt.Errorf("%q names no host", text)
-	case u.Fragment != "":
+	case strings.Contains(text, "#"):
 		return fmt.Errorf("%q has a fragment", text)
+	case strings.ContainsFunc(u.Hostname(), func(r rune) bool { return unicode.IsSpace(r) || !unicode.IsPrint(r) }):
+		return fmt.Errorf("%q has a space in the name of the host", text)
+	}
+	if port := u.Port(); port != "" {
+		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
+			return fmt.Errorf("%q has the port %s, and ports go from 1 to 65535", text, port)
+		}
+	}
+	if ip, err := netip.ParseAddr(u.Hostname()); err == nil && !endpointAddress(ip) {
+		return fmt.Errorf("%q: %s is no address of a bundle endpoint", text, ip)
 	}
 	return nil
 }

@@ -47,6 +47,11 @@ const (
 	useJWT  = "jwt-svid"
 )
 
+// curves are those by which JWT-SVIDs are signed (JWT-SVID §2.1, by RFC 7518 §3.1). A
+// JWT key of another one, which no verifier could use, leaves the others as they are:
+// what they withdraw has to come through.
+var curves = []string{"P-256", "P-384", "P-521"}
+
 // Document is what a trust domain's keys are. The zero value vouches for nobody.
 type Document struct {
 	// Sequence is 0 where the document has none.
@@ -95,6 +100,7 @@ type jwks struct {
 // a trust bundle.
 type jwk struct {
 	KeyType string   `json:"kty"`
+	Curve   string   `json:"crv"`
 	Use     string   `json:"use"`
 	KeyID   string   `json:"kid"`
 	X5C     []string `json:"x5c"`
@@ -158,6 +164,9 @@ func (d *Document) addJWK(td spiffeid.TrustDomain, i int, raw json.RawMessage) e
 		return ignore("it has no certificate (x5c)")
 	case k.Use == useJWT && k.KeyID == "":
 		return ignore("it has no kid, by which a JWT-SVID would name it")
+	}
+	if k.Use == useJWT && (k.KeyType == "OKP" || k.KeyType == "EC" && k.Curve != "" && !slices.Contains(curves, k.Curve)) {
+		return ignore(fmt.Sprintf("no JWT-SVID is signed by a key whose crv is %.40q", k.Curve))
 	}
 	key, err := publicKey(raw)
 	if err != nil {

@@ -21,6 +21,7 @@ import (
 	"net/url"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -90,30 +91,32 @@ func TestDocumentIsWhatTheStandardSays(t *testing.T) {
 		ignored     int
 		mustNotHold *x509.Certificate
 	}{
-		"both kinds":              {text: document(root, jwt), x509: 1, jwt: 1, sequence: 7},
-		"go-spiffe's":             {text: goSPIFFE(t, a), x509: 1, jwt: 1},
-		"RSA and P-521":           {text: document(member(t, jwtKey(rsaKey, "r"), nil), member(t, jwtKey(p521(t), "p"), nil)), jwt: 2, sequence: 7},
-		"least (B1)":              {text: `{"keys":[]}`},
-		"null for none (B6)":      {text: `{"keys":null,"spiffe_sequence":7}`, sequence: 7},
-		"largest sequence":        {text: `{"keys":[],"spiffe_sequence":18446744073709551614}`, sequence: math.MaxUint64 - 1},
-		"unknown members (B1)":    {text: `{"keys":[],"spiffe_refresh_hint":300,"x":{"y":[1]}}`},
-		"large sequence (B2)":     {text: `{"keys":[],"spiffe_sequence":9007199254740993}`, sequence: 1<<53 + 1},
-		"same root twice":         {text: document(root, root), x509: 1, sequence: 7},
-		"no use (B5)":             {text: document(member(t, x509Key(a), map[string]any{"use": nil})), sequence: 7, ignored: 1},
-		"use in capitals (B5)":    {text: document(member(t, x509Key(a), map[string]any{"use": "X509-SVID"})), sequence: 7, ignored: 1},
-		"another use":             {text: document(member(t, x509Key(a), map[string]any{"use": "wit-svid"})), sequence: 7, ignored: 1},
-		"unknown kty (B5)":        {text: document(`{"kty":"AKP","use":"jwt-svid","kid":"k","pub":"AA"}`), sequence: 7, ignored: 1},
-		"symmetric key":           {text: document(`{"kty":"oct","use":"jwt-svid","kid":"k","k":"c2VjcmV0"}`), sequence: 7, ignored: 1},
-		"no x5c (X16)":            {text: document(member(t, x509Key(a), map[string]any{"x5c": nil})), sequence: 7, ignored: 1},
-		"empty x5c (X16)":         {text: document(member(t, x509Key(a), map[string]any{"x5c": []string{}})), sequence: 7, ignored: 1},
-		"only x5c[0] counts(X16)": {text: document(member(t, x509Key(a), map[string]any{"x5c": []string{b64(a.Cert), b64(other.Cert)}})), x509: 1, sequence: 7, ignored: 1, mustNotHold: other.Cert},
-		"rubbish in x5c[1] (X16)": {text: document(member(t, x509Key(a), map[string]any{"x5c": []string{b64(a.Cert), "%"}})), x509: 1, sequence: 7, ignored: 1},
-		"JWT key without kid":     {text: document(member(t, jwtKey(a.JWTKey.Public(), ""), nil)), sequence: 7, ignored: 1},
-		"kid on an X.509 key":     {text: document(member(t, x509Key(a), map[string]any{"kid": "x"})), x509: 1, sequence: 7},
-		"the rest counts":         {text: document(root, `{"use":"x"}`, jwt), x509: 1, jwt: 1, sequence: 7, ignored: 1},
-		"PEM":                     {text: pemOf("CERTIFICATE", a.Cert.Raw), x509: 1},
-		"PEM of several":          {text: "# the roots\n" + pemOf("CERTIFICATE", a.Cert.Raw) + "\nsubject=x\n" + pemOf("CERTIFICATE", other.Cert.Raw), x509: 2},
-		"space around":            {text: "\n " + document(root) + "\n", x509: 1, sequence: 7},
+		"both kinds":               {text: document(root, jwt), x509: 1, jwt: 1, sequence: 7},
+		"go-spiffe's":              {text: goSPIFFE(t, a), x509: 1, jwt: 1},
+		"RSA and P-521":            {text: document(member(t, jwtKey(rsaKey, "r"), nil), member(t, jwtKey(p521(t), "p"), nil)), jwt: 2, sequence: 7},
+		"least (B1)":               {text: `{"keys":[]}`},
+		"null for none (B6)":       {text: `{"keys":null,"spiffe_sequence":7}`, sequence: 7},
+		"largest sequence":         {text: `{"keys":[],"spiffe_sequence":18446744073709551614}`, sequence: math.MaxUint64 - 1},
+		"unknown members (B1)":     {text: `{"keys":[],"spiffe_refresh_hint":300,"x":{"y":[1]}}`},
+		"large sequence (B2)":      {text: `{"keys":[],"spiffe_sequence":9007199254740993}`, sequence: 1<<53 + 1},
+		"same root twice":          {text: document(root, root), x509: 1, sequence: 7},
+		"no use (B5)":              {text: document(member(t, x509Key(a), map[string]any{"use": nil})), sequence: 7, ignored: 1},
+		"use in capitals (B5)":     {text: document(member(t, x509Key(a), map[string]any{"use": "X509-SVID"})), sequence: 7, ignored: 1},
+		"another use":              {text: document(member(t, x509Key(a), map[string]any{"use": "wit-svid"})), sequence: 7, ignored: 1},
+		"unknown kty (B5)":         {text: document(`{"kty":"AKP","use":"jwt-svid","kid":"k","pub":"AA"}`), sequence: 7, ignored: 1},
+		"Ed25519 beside JWT key":   {text: document(member(t, jwtKey(edPublic(t), "k"), nil), jwt), jwt: 1, sequence: 7, ignored: 1},
+		"secp256k1 beside JWT key": {text: document(jwt, `{"kty":"EC","crv":"secp256k1","use":"jwt-svid","kid":"k","x":"AA","y":"AA"}`), jwt: 1, sequence: 7, ignored: 1},
+		"symmetric key":            {text: document(`{"kty":"oct","use":"jwt-svid","kid":"k","k":"c2VjcmV0"}`), sequence: 7, ignored: 1},
+		"no x5c (X16)":             {text: document(member(t, x509Key(a), map[string]any{"x5c": nil})), sequence: 7, ignored: 1},
+		"empty x5c (X16)":          {text: document(member(t, x509Key(a), map[string]any{"x5c": []string{}})), sequence: 7, ignored: 1},
+		"only x5c[0] counts(X16)":  {text: document(member(t, x509Key(a), map[string]any{"x5c": []string{b64(a.Cert), b64(other.Cert)}})), x509: 1, sequence: 7, ignored: 1, mustNotHold: other.Cert},
+		"rubbish in x5c[1] (X16)":  {text: document(member(t, x509Key(a), map[string]any{"x5c": []string{b64(a.Cert), "%"}})), x509: 1, sequence: 7, ignored: 1},
+		"JWT key without kid":      {text: document(member(t, jwtKey(a.JWTKey.Public(), ""), nil)), sequence: 7, ignored: 1},
+		"kid on an X.509 key":      {text: document(member(t, x509Key(a), map[string]any{"kid": "x"})), x509: 1, sequence: 7},
+		"the rest counts":          {text: document(root, `{"use":"x"}`, jwt), x509: 1, jwt: 1, sequence: 7, ignored: 1},
+		"PEM":                      {text: pemOf("CERTIFICATE", a.Cert.Raw), x509: 1},
+		"PEM of several":           {text: "# the roots\n" + pemOf("CERTIFICATE", a.Cert.Raw) + "\nsubject=x\n" + pemOf("CERTIFICATE", other.Cert.Raw), x509: 2},
+		"space around":             {text: "\n " + document(root) + "\n", x509: 1, sequence: 7},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d, err := ParseDocument(partner, []byte(test.text))
@@ -146,6 +149,7 @@ func TestOddDocumentIsRefusedWhole(t *testing.T) {
 	for i := range many {
 		many[i] = member(t, jwtKey(a.JWTKey.Public(), fmt.Sprint(i)), nil)
 	}
+	loose := padded(t)
 	for name, test := range map[string]struct{ text, want string }{
 		"nothing":                  {" \n", "empty"},
 		"too large":                {strings.Repeat(" ", MaxDocumentBytes+1), "at most"},
@@ -180,7 +184,8 @@ func TestOddDocumentIsRefusedWhole(t *testing.T) {
 		"long kid":                 {document(member(t, jwtKey(a.JWTKey.Public(), strings.Repeat("k", 257)), nil)), "kid"},
 		"ANSI in a kid (T36)":      {document(member(t, jwtKey(a.JWTKey.Public(), "\x1b[31m"), nil)), "cannot be shown"},
 		"weak RSA":                 {document(member(t, jwtKey(weakRSA(t), "k"), nil)), "1024"},
-		"Ed25519 for JWT-SVIDs":    {document(member(t, jwtKey(edPublic(t), "k"), nil)), "JWT-SVID"},
+		"a curve of nothing":       {document(`{"kty":"EC","use":"jwt-svid","kid":"k","x":"AA","y":"AA"}`), "parse"},
+		"x5c is not canonical":     {document(member(t, x509Key(loose), map[string]any{"x5c": []string{uncanonical(t, loose.Cert)}})), "base64"},
 		"too many JWT keys":        {document(many...), "at most 64"},
 		"too many keys":            {document(strings.Repeat(`{"use":"x"},`, maxKeysNamed) + `{}`), "at most 1024"},
 		"PEM of a key":             {pemOf("PRIVATE KEY", []byte("x")), "PRIVATE KEY"},
@@ -197,6 +202,41 @@ func TestOddDocumentIsRefusedWhole(t *testing.T) {
 				t.Errorf("ParseDocument = %+v, %v; want an error with %q", d, err, test.want)
 			}
 		})
+	}
+}
+
+// A hint of more than a day says nothing.
+func TestRefreshHints(t *testing.T) {
+	for hint, want := range map[string]time.Duration{"0": 0, "1": time.Second, "86400": 24 * time.Hour, "86401": 0, "4294967296": 0, "-1": 0, "1.5": 0, `"60"`: 0, "null": 0} {
+		d, err := ParseDocument(partner, []byte(`{"keys":[],"spiffe_refresh_hint":`+hint+`}`))
+		if err != nil || d.RefreshHint != want {
+			t.Errorf("%s: %+v, %v; want %s", hint, d, err, want)
+		}
+	}
+}
+
+// uncanonical is b64 with a bit behind the last byte.
+func uncanonical(t testing.TB, cert *x509.Certificate) string {
+	t.Helper()
+	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+	text := b64(cert)
+	last := strings.IndexByte(text, '=') - 1
+	if last < 0 {
+		t.Fatal("it has no bits to spare")
+	}
+	changed := text[:last] + string(alphabet[strings.IndexByte(alphabet, text[last])+1]) + text[last+1:]
+	if der, err := base64.StdEncoding.DecodeString(changed); err != nil || !bytes.Equal(der, cert.Raw) {
+		t.Fatalf("it is not the same certificate: %v", err)
+	}
+	return changed
+}
+
+// padded is an authority whose certificate ends in the midst of a group of base64.
+func padded(t testing.TB) *forge.Authority {
+	for {
+		if a := forge.New(t, partner.Name()); len(a.Cert.Raw)%3 != 0 {
+			return a
+		}
 	}
 }
 
