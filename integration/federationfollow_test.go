@@ -378,7 +378,7 @@ func TestAnotherImplementationIsFollowed(t *testing.T) {
 		t.Error("that is too much")
 	}
 	metrics := get(t, "http://"+shop.Health+"/metrics")
-	for _, result := range []string{"refused", "older", "same_sequence", "too_large", "redirect", "status"} {
+	for _, result := range []string{"refused", "no_sequence", "same_sequence", "too_large", "redirect", "status"} {
 		if !strings.Contains(metrics, fmt.Sprintf("merlon_ca_federation_fetches_total{federated_trust_domain=%q,result=%q}", "spire.test", result)) {
 			t.Errorf("no metric of a fetch that was %s", result)
 		}
