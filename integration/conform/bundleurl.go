@@ -47,11 +47,24 @@ type document struct {
 	Keys        []map[string]json.RawMessage `json:"keys"`
 }
 
-// checkBundleURL fetches the bundle and makes every check of it.
+// named checks what the flags say of the server, whose SPIFFE ID is id if any.
+func (s *bundleServer) named(id string) (err error) {
+	if u, err := url.Parse(s.url); s.url != "" && (err != nil || u.Scheme != "https" || u.User != nil || u.Host == "") {
+		return usageError{fmt.Sprintf("--bundle-url %q is no URL of a trust bundle endpoint: it is https, without a user", s.url)}
+	}
+	if id != "" {
+		if s.id, err = spiffeid.FromString(id); err != nil {
+			return usageError{fmt.Sprintf("--bundle-id: %v", err)}
+		}
+	}
+	return nil
+}
+
+// checkBundleURL fetches the bundle and makes every check of it. An error says that
+// there is none to check.
 func checkBundleURL(ctx context.Context, r *report, s bundleServer) error {
-	u, err := url.Parse(s.url)
-	if err != nil || u.Scheme != "https" || u.User != nil || u.Host == "" {
-		return fmt.Errorf("%q is no URL of a trust bundle endpoint: it is https, without a user", s.url)
+	if !s.id.IsZero() && s.roots == nil {
+		return r.must("F-14", endpoint, fmt.Errorf("the Workload API gave no trust bundle to verify %s by", s.id))
 	}
 	config, err := s.tls()
 	if err != nil {
@@ -59,15 +72,16 @@ func checkBundleURL(ctx context.Context, r *report, s bundleServer) error {
 	}
 	body, res, err := s.fetch(ctx, config)
 	if err != nil {
-		r.fail("F-10", endpoint, "an anonymous GET of %s: %v", s.url, err)
-		return nil
+		return r.must("F-10", endpoint, fmt.Errorf("an anonymous GET of %s: %w", s.url, err))
 	}
 	if code := res.StatusCode; code == http.StatusMovedPermanently || code == http.StatusPermanentRedirect {
-		r.fail("F-12", endpoint, "the endpoint redirects with %s", res.Status)
-		return nil
+		return r.must("F-12", endpoint, fmt.Errorf("the endpoint redirects with %s", res.Status))
 	}
 	r.ok("F-12", endpoint)
-	r.check("F-10", endpoint, failIf(res.StatusCode != http.StatusOK, "an anonymous GET answers %s", res.Status))
+	if res.StatusCode != http.StatusOK {
+		return r.must("F-10", endpoint, fmt.Errorf("an anonymous GET of %s answers %s", s.url, res.Status))
+	}
+	r.ok("F-10", endpoint)
 	if s.id.IsZero() {
 		r.ok("F-6", endpoint)
 	} else {
@@ -152,7 +166,7 @@ func (s bundleServer) checkTLS(ctx context.Context, r *report, config *tls.Confi
 func checkDocument(r *report, body []byte) error {
 	var doc document
 	if err := json.Unmarshal(body, &doc); err != nil {
-		return fmt.Errorf("the trust bundle: %w", err)
+		return r.must("B4", endpoint, fmt.Errorf("the trust bundle is no JSON object as the standard says: %w", err))
 	}
 	r.check("B4", endpoint, failIf(doc.Keys == nil, "the document has no keys"))
 	r.check("B2", endpoint, wholeNumber("spiffe_sequence", doc.Sequence))

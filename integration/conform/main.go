@@ -7,7 +7,8 @@
 //	spiffe-conform run [flags]                check, and print each requirement
 //	spiffe-conform corpus                     print the certification paths in x509-limbo's format
 //
-// It exits with 1 if a MUST is not kept, and with 2 for a command that makes no sense.
+// It exits with 1 if a MUST is not kept, with 2 for a command that makes no sense, and
+// with 3 if something that was named could not be checked: the report is written anyway.
 package main
 
 import (
@@ -24,7 +25,6 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/integration/conform/pathcase"
 )
@@ -46,9 +46,17 @@ type usageError struct{ what string }
 
 func (e usageError) Error() string { return e.what }
 
+// notKeptError is a number of requirements of level MUST that are not kept.
+type notKeptError int
+
+func (e notKeptError) Error() string {
+	return fmt.Sprintf("%d requirements of level MUST are not kept", int(e))
+}
+
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	err := command(ctx, args, stdout, stderr)
 	var wrong usageError
+	var notKept notKeptError
 	switch {
 	case err == nil:
 		return 0
@@ -59,7 +67,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return 2
 	}
 	fmt.Fprintln(stderr, "spiffe-conform: error:", printable(err.Error()))
-	return 1
+	if errors.As(err, &notKept) {
+		return 1
+	}
+	return 3
 }
 
 func command(ctx context.Context, args []string, stdout, stderr io.Writer) error {
@@ -156,24 +167,48 @@ func check(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return err
 	}
 	r := newReport()
-	if err := o.checkAll(ctx, r); err != nil {
-		return err
+	unchecked := o.checkAll(ctx, r)
+	if errors.As(unchecked, new(usageError)) {
+		return unchecked
 	}
 	results := r.list(o.given, o.missing)
+	if err := o.report(stdout, results); err != nil {
+		return err
+	}
+	if unchecked != nil {
+		return fmt.Errorf("could not check: %w", unchecked)
+	}
+	if n := mustFailures(results); n > 0 {
+		return notKeptError(n)
+	}
+	return o.passedNothing(results)
+}
+
+// report writes results, to a file for JUnit and as text or JSON.
+func (o *options) report(stdout io.Writer, results []*result) error {
 	if o.junit != "" {
 		if err := writeFile(o.junit, results); err != nil {
 			return err
 		}
 	}
-	write := writeText
 	if o.output == "json" {
-		write = writeJSON
+		return writeJSON(stdout, results)
 	}
-	if err := write(stdout, results); err != nil {
-		return err
+	return writeText(stdout, results)
+}
+
+// passedNothing: a target of which nothing passed has not been checked.
+func (o *options) passedNothing(results []*result) error {
+	passed := make(map[part]bool)
+	for _, res := range results {
+		for _, p := range res.Parts {
+			passed[p.Part] = passed[p.Part] || p.Status == pass
+		}
 	}
-	if n := mustFailures(results); n > 0 {
-		return fmt.Errorf("%d requirements of level MUST are not kept", n)
+	for _, of := range []part{api, chains, endpoint, consumer} {
+		if o.given(of) && !passed[of] {
+			return fmt.Errorf("could not check: of the %s nothing passed", of)
+		}
 	}
 	return nil
 }
@@ -186,7 +221,13 @@ func writeFile(path string, results []*result) error {
 	return errors.Join(writeJUnit(f, results), f.Close())
 }
 
+// checkAll checks each target that is named, whatever became of the others. The error
+// says which could not be checked; a row that failed says so, too.
 func (o *options) checkAll(ctx context.Context, r *report) error {
+	server := bundleServer{url: o.bundleURL, caFile: o.bundleCA}
+	if err := server.named(o.bundleID); err != nil {
+		return err
+	}
 	var f *forgery
 	if o.forge != "" {
 		var err error
@@ -194,41 +235,29 @@ func (o *options) checkAll(ctx context.Context, r *report) error {
 			return err
 		}
 	}
-	server := bundleServer{url: o.bundleURL, caFile: o.bundleCA}
+	var errs []error
 	if o.socket != "" {
 		roots, err := o.checkSocket(ctx, r, f)
-		if err != nil {
-			return err
-		}
 		server.roots = roots
-	}
-	if o.bundleID != "" {
-		id, err := spiffeid.FromString(o.bundleID)
-		if err != nil {
-			return usageError{fmt.Sprintf("--bundle-id: %v", err)}
-		}
-		server.id = id
+		errs = append(errs, err)
 	}
 	if o.bundleURL != "" {
-		if err := checkBundleURL(ctx, r, server); err != nil {
-			return err
+		err := checkBundleURL(ctx, r, server)
+		if err == nil {
+			checkSequence(ctx, r, server)
 		}
-		checkSequence(ctx, r, server)
+		errs = append(errs, err)
 	}
 	if o.server != "" {
-		if err := checkServer(ctx, r, o.server, f); err != nil {
-			return err
-		}
+		errs = append(errs, r.must("X13", chains, checkServer(ctx, r, o.server, f)))
 	}
 	if o.serve != "" {
-		if err := checkClient(ctx, r, o.serve, f); err != nil {
-			return err
-		}
+		errs = append(errs, r.must("X13", chains, checkClient(ctx, r, o.serve, f)))
 	}
 	if o.consumer != "" {
-		return checkConsumer(ctx, r, consumerOptions{driver{o.consumer, o.consumerWait}, o.consumerHost, o.polling})
+		errs = append(errs, r.must("F-6", consumer, checkConsumer(ctx, r, consumerOptions{driver{o.consumer, o.consumerWait}, o.consumerHost, o.polling})))
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // checkSocket checks the Workload API, and gives its own trust domain's roots.
@@ -246,7 +275,7 @@ func (o *options) checkSocket(ctx context.Context, r *report, f *forgery) (roots
 		return nil, err
 	}
 	if f != nil {
-		return roots, e.checkValidate(ctx, r, own.TrustDomain(), f)
+		return roots, r.must("E16", tokens, e.checkValidate(ctx, r, own.TrustDomain(), f))
 	}
 	return roots, nil
 }

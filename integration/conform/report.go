@@ -126,6 +126,15 @@ func (r *report) accepted(id string, of part, format string, args ...any) {
 // ok is a check that found nothing wrong.
 func (r *report) ok(id string, of part) { r.check(id, of, nil) }
 
+// must is err, which keeps a part from being checked: the requirement that it then
+// fails has it as a finding.
+func (r *report) must(id string, of part, err error) error {
+	if err != nil {
+		r.check(id, of, err)
+	}
+	return err
+}
+
 // fail is a check that found what is said.
 func (r *report) fail(id string, of part, format string, args ...any) {
 	r.check(id, of, fmt.Errorf(format, args...))

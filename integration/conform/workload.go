@@ -109,7 +109,8 @@ func checkEndpoint(ctx context.Context, r *report, address string) (*workloadAPI
 	began := time.Now()
 	svids, err := e.x509SVIDs(ctx)
 	if err != nil {
-		return nil, spiffeid.ID{}, errors.Join(fmt.Errorf("FetchX509SVID at %s: %w; this process needs an identity there", address, err), e.cc.Close())
+		err = r.must("E9", api, fmt.Errorf("FetchX509SVID at %s: %w; this process needs an identity there", address, err))
+		return nil, spiffeid.ID{}, errors.Join(err, e.cc.Close())
 	}
 	took := time.Since(began)
 	r.ok("E1", api)
@@ -118,7 +119,7 @@ func checkEndpoint(ctx context.Context, r *report, address string) (*workloadAPI
 	r.check("E10", api, within(took, 2*time.Second))
 	own, err := checkX509SVIDs(r, svids)
 	if err != nil {
-		return nil, spiffeid.ID{}, errors.Join(err, e.cc.Close())
+		return nil, spiffeid.ID{}, errors.Join(r.must("E13", api, err), e.cc.Close())
 	}
 	e.checkHeader(ctx, r)
 	e.checkMethods(ctx, r)
