@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"crypto"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
@@ -12,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/big"
 	"mime"
 	"net/http"
@@ -22,6 +24,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -170,6 +173,9 @@ func checkDocument(r *report, body []byte) error {
 	}
 	r.check("B4", endpoint, failIf(doc.Keys == nil, "the document has no keys"))
 	r.check("B2", endpoint, wholeNumber("spiffe_sequence", doc.Sequence))
+	if n, ok := new(big.Int).SetString(string(doc.Sequence), 10); ok && !n.IsUint64() {
+		r.remark("B2", "spiffe_sequence is %.40s: consumers that read 64 bits refuse the bundle", n)
+	}
 	r.check("B3", endpoint, wholeNumber("spiffe_refresh_hint", doc.RefreshHint))
 	kids, uses := make(map[string]bool), make(map[string]string)
 	for _, k := range doc.Keys {
@@ -215,18 +221,59 @@ func checkKey(r *report, k map[string]json.RawMessage, kids map[string]bool) {
 			r.fail("X15", endpoint, "an X.509 authority has %d certificates and kid %q", len(chain), kid)
 			return
 		}
-		der, err := base64.StdEncoding.DecodeString(chain[0])
-		if err == nil {
-			_, err = x509.ParseCertificate(der)
-		}
-		r.check("X15", endpoint, err)
+		r.check("X15", endpoint, authorityOf(k, chain[0]))
 	case "jwt-svid":
+		_, err := parseJWK(k)
+		r.check("J11", endpoint, err)
 		r.check("J11", endpoint, failIf(kid == "" || kids[kid], "a JWT authority has the kid %q, none or one that is there already", kid))
 		kids[kid] = true
 	case "wit-svid":
 		r.check("W13", endpoint, failIf(kid == "" || kids[kid], "a WIT authority has the kid %q, none or one that is there already", kid))
 		kids[kid] = true
 	}
+}
+
+// authorityOf says what is wrong with a JWK of this one certificate: it is a signing
+// certificate, whose key the JWK's members are (RFC 7517 §4.7).
+func authorityOf(k map[string]json.RawMessage, x5c string) error {
+	der, err := base64.StdEncoding.DecodeString(x5c)
+	if err != nil {
+		return fmt.Errorf("x5c of an X.509 authority: %w", err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return fmt.Errorf("x5c of an X.509 authority: %w", err)
+	}
+	if !cert.BasicConstraintsValid || !cert.IsCA {
+		return fmt.Errorf("the X.509 authority %q is no signing certificate: it does not say that cA is true (X509-SVID §4.1)", cert.Subject)
+	}
+	key, err := parseJWK(k)
+	if err != nil {
+		return err
+	}
+	public, ok := cert.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
+	if !ok || !public.Equal(key) {
+		return fmt.Errorf("the JWK of the X.509 authority %q is of another key than the certificate in its x5c (RFC 7517 §4.7)", cert.Subject)
+	}
+	return nil
+}
+
+// parseJWK reads the public key of a JWK by its own members, without x5c.
+func parseJWK(k map[string]json.RawMessage) (crypto.PublicKey, error) {
+	bare := maps.Clone(k)
+	delete(bare, "x5c")
+	text, err := json.Marshal(bare)
+	if err != nil {
+		return nil, err
+	}
+	var key jose.JSONWebKey
+	if err := key.UnmarshalJSON(text); err != nil {
+		return nil, fmt.Errorf("a JWK: %w", err)
+	}
+	if !key.IsPublic() {
+		return nil, errors.New("a JWK is no public key")
+	}
+	return key.Key, nil
 }
 
 // checkSequence fetches the document again: its sequence does not fall, and rises where
