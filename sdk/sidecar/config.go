@@ -350,22 +350,33 @@ func checkProtocol(field, protocol string) error {
 	return &InvalidError{Field: field, Reason: reason}
 }
 
-func (c Config) checkDistinct() error {
-	seen := map[string]string{}
+// place is an address that is listened on, and the setting that says so.
+type place struct{ field, address string }
+
+// listened are all places of a configuration.
+func (c Config) listened() (all []place) {
 	for i := range c.Inbound {
-		seen[c.Inbound[i].Listen] = fmt.Sprintf("inbound[%d]", i)
-	}
-	if len(seen) < len(c.Inbound) {
-		return &InvalidError{Field: "inbound", Reason: "two listeners have the same address"}
+		all = append(all, place{fmt.Sprintf("inbound[%d].listen", i), c.Inbound[i].Listen})
 	}
 	for i := range c.Outbound {
-		if c.Outbound[i].Listen == "" {
-			continue
+		if c.Outbound[i].Listen != "" {
+			all = append(all, place{fmt.Sprintf("outbound[%d].listen", i), c.Outbound[i].Listen})
 		}
-		if other := seen[c.Outbound[i].Listen]; other != "" {
-			return &InvalidError{Field: fmt.Sprintf("outbound[%d].listen", i), Reason: fmt.Sprintf("%s is the address of %s", c.Outbound[i].Listen, other)}
+	}
+	for _, address := range c.capturedAddresses() {
+		all = append(all, place{"captured_port", address})
+	}
+	return all
+}
+
+// checkDistinct: each listener has an address of its own.
+func (c Config) checkDistinct() error {
+	seen := map[string]string{}
+	for _, p := range c.listened() {
+		if other := seen[p.address]; other != "" {
+			return &InvalidError{Field: p.field, Reason: fmt.Sprintf("%s is the address of %s", p.address, other)}
 		}
-		seen[c.Outbound[i].Listen] = fmt.Sprintf("outbound[%d]", i)
+		seen[p.address] = p.field
 	}
 	return nil
 }
