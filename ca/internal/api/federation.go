@@ -194,6 +194,7 @@ func (s *Service) RemoveFederatedBundle(ctx context.Context, req *capb.RemoveFed
 	if err != nil {
 		return nil, err
 	}
+	s.metrics.forget(td) // who leads forgets it by itself
 	return &capb.RemoveFederatedBundleResponse{FederatedBundle: was}, nil
 }
 

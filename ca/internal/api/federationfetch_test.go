@@ -299,3 +299,38 @@ func TestOneTrustDomainTooMany(t *testing.T) {
 		}
 	}
 }
+
+// Who was removed is counted no more, neither where that was asked for nor where it was
+// followed.
+func TestRemovedTrustDomainsAreNotCounted(t *testing.T) {
+	s, _ := newService(t)
+	src := served(t, partner.Name(), func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `{"keys":[]}`) })
+	p := pollers{service: s, running: make(map[spiffeid.TrustDomain]poller)}
+	defer p.done.Wait()
+	for what, remove := range map[string]func() error{
+		"asked": func() error {
+			_, err := s.RemoveFederatedBundle(asAdmin(t), &capb.RemoveFederatedBundleRequest{TrustDomain: partner.Name()})
+			return err
+		},
+		"followed": func() error { // another replica was asked
+			keep(t, s, store.Delete(federation.SourcePrefix+partner.Name()))
+			p.running[partner] = poller{stop: func() {}}
+			p.look(t.Context())
+			return nil
+		},
+	} {
+		keepSources(t, s, src)
+		if _, err := s.fetch(t.Context(), partner); err != nil {
+			t.Fatal(err)
+		}
+		if counts := fetches(t, s, partner.Name()); counts["ok"] != 1 {
+			t.Errorf("%s: counted %v", what, counts)
+		}
+		if err := remove(); err != nil {
+			t.Fatal(err)
+		}
+		if counts := fetches(t, s, partner.Name()); len(counts) != 0 {
+			t.Errorf("%s: still counted: %v", what, counts)
+		}
+	}
+}

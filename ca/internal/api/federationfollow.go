@@ -92,6 +92,7 @@ func (p *pollers) look(ctx context.Context) {
 		if !there[td] {
 			running.stop()
 			delete(p.running, td)
+			p.service.metrics.forget(td)
 		}
 	}
 	p.say(ctx, unreadable)

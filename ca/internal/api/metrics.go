@@ -4,6 +4,7 @@ package api
 
 import (
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca/internal/authority"
 	"merlon.dev/ca/internal/registry"
@@ -82,4 +83,9 @@ func newMetrics(to prometheus.Registerer, reg *registry.Registry, keys *authorit
 		}))
 	}
 	return m
+}
+
+// forget ends the series of a trust domain that is not federated with any more.
+func (m *metrics) forget(td spiffeid.TrustDomain) {
+	m.fetched.DeletePartialMatch(prometheus.Labels{"federated_trust_domain": td.Name()})
 }

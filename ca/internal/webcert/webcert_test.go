@@ -3,9 +3,11 @@
 package webcert
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
@@ -31,6 +33,12 @@ func write(t *testing.T, dir string, serial int64, change func(*x509.Certificate
 	if err != nil {
 		t.Fatal(err)
 	}
+	return writeOf(t, dir, serial, change, private)
+}
+
+// writeOf is write with a key of the caller's.
+func writeOf(t *testing.T, dir string, serial int64, change func(*x509.Certificate), private crypto.Signer) (cert, key string) {
+	t.Helper()
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(serial), DNSNames: []string{"trust.test"}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 		NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(time.Hour), BasicConstraintsValid: true,
@@ -155,6 +163,17 @@ func TestConfigRefusesOldTLS(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// A client that would exchange keys by RSA is refused for that, and not for the kind
+	// of the server's key.
+	private, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, key = writeOf(t, t.TempDir(), 1, sound, private)
+	ofRSA, err := OpenFiles(cert, key, discard(), time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, tt := range map[string]struct {
 		client *tls.Config
 		want   bool
@@ -163,6 +182,7 @@ func TestConfigRefusesOldTLS(t *testing.T) {
 		"TLS 1.2":         {&tls.Config{MaxVersion: tls.VersionTLS12}, true},
 		"TLS 1.1":         {&tls.Config{MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}, false},
 		"CBC":             {&tls.Config{MaxVersion: tls.VersionTLS12, CipherSuites: []uint16{tls.TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA}}, false},
+		"RSA signature":   {&tls.Config{MaxVersion: tls.VersionTLS12, CipherSuites: []uint16{tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256}}, true},
 		"RSA key":         {&tls.Config{MaxVersion: tls.VersionTLS12, CipherSuites: []uint16{tls.TLS_RSA_WITH_AES_128_GCM_SHA256}}, false},
 		"ChaCha20 of 1.2": {&tls.Config{MaxVersion: tls.VersionTLS12, CipherSuites: []uint16{tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256}}, true},
 	} {
@@ -171,7 +191,11 @@ func TestConfigRefusesOldTLS(t *testing.T) {
 			defer here.Close()
 			go func() {
 				defer there.Close()
-				_ = tls.Server(there, Config(f)).HandshakeContext(t.Context()) // the client says how it went
+				of := f
+				if strings.HasPrefix(name, "RSA") {
+					of = ofRSA
+				}
+				_ = tls.Server(there, Config(of)).HandshakeContext(t.Context()) // the client says how it went
 			}()
 			client := tt.client
 			client.InsecureSkipVerify = true
