@@ -346,10 +346,7 @@ func createLine(e *entry.Entry) string {
 // shellLine quotes what a shell would not take as it is.
 func shellLine(command string, args []string) string {
 	for _, a := range args {
-		if strings.Trim(a, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./:=@,+") != "" || a == "" {
-			a = "'" + strings.ReplaceAll(a, "'", `'\''`) + "'"
-		}
-		command += " " + a
+		command += " " + spire.Word(a)
 	}
 	return command
 }

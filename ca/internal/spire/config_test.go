@@ -86,6 +86,18 @@ func TestWordsOfACommand(t *testing.T) {
 	}
 }
 
+// Nobody follows their own trust domain.
+func TestOwnTrustDomainIsNotFollowed(t *testing.T) {
+	const with = ` { bundle_endpoint_url = "https://a.test" bundle_endpoint_profile "https_web" {} }`
+	_, follow, list, err := Server("f", []byte(`server { trust_domain = "a.test" federation { federates_with "a.test"`+with+` federates_with "b.test"`+with+` } }`))
+	if err != nil || len(follow) != 1 || follow[0].TrustDomain != "b.test" {
+		t.Errorf("%+v, %v; want b.test alone", follow, err)
+	}
+	if len(list) == 0 || list[0].Missing || !strings.Contains(list[0].Of, "a.test") {
+		t.Errorf("%+v; want a note", list)
+	}
+}
+
 // What says how it is here anyway, or nothing at all, is not named; a plugin of one's
 // own and settings in another file are.
 func TestSettingsThatNeedNoWord(t *testing.T) {

@@ -34,7 +34,7 @@ const (
 // noServer is what server.conf says that has no equivalent here.
 var noServer = nothing{
 	{"server.ca_subject", "authorities have subjects of their own, one for each generation"},
-	{"server.ca_key_type", "X.509 authorities sign with ECDSA P-256"},
+	{"server.ca_key_type", "the root's key is ECDSA P-384, the other X.509 authorities' P-256"},
 	{"server.jwt_key_type", "JWT keys are ES256 or RS256 (jwt_algorithm)"},
 	{"server.disable_jwt_svids", "JWT-SVIDs are there for each entry that has a process that asks"},
 	{"server.admin_ids", "give the entry of the workload a role (merlon entry create --role operator), or a token (oidc)"},

@@ -66,9 +66,11 @@ func (t *translation) alias(e *shown) {
 		t.note(e.line, e.name(), "it is no alias here, but %s, as --parent says", said)
 		return
 	}
-	ours, made, err := t.parents.alias(e)
+	err := e.unfit(t.now)
+	var ours parent
+	made := false
 	if err == nil {
-		err = e.unfit(t.now)
+		ours, made, err = t.parents.alias(e)
 	}
 	var selectors []entry.Selector
 	if err == nil && made {
@@ -99,9 +101,10 @@ func (t *translation) lose(e *shown, err error) {
 }
 
 func (t *translation) workload(e *shown) {
-	ours, err := t.parents.of(e.parentID)
+	err := e.unfit(t.now)
+	var ours parent
 	if err == nil {
-		err = e.unfit(t.now)
+		ours, err = t.parents.of(e.parentID)
 	}
 	var selectors []entry.Selector
 	if err == nil {
@@ -130,6 +133,8 @@ func (t *translation) workload(e *shown) {
 // unfit says why an entry of its kind is not made here at all.
 func (e *shown) unfit(now time.Time) error {
 	switch {
+	case len(e.broken) > 0:
+		return fmt.Errorf("%s", strings.Join(e.broken, "; "))
 	case len(e.unknown) > 0:
 		return fmt.Errorf("unknown keys %s: what they say of whom the entry is for is not known", strings.Join(e.unknown, ", "))
 	case e.downstream:

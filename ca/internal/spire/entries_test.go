@@ -117,6 +117,57 @@ func TestWhatIsNotMadeOfAnEntry(t *testing.T) {
 	}
 }
 
+// A value that is none costs its own entry alone.
+func TestBrokenEntryIsNamedAlone(t *testing.T) {
+	for fields, want := range map[string]string{
+		`, "x509_svid_ttl": -5`:          `x509_svid_ttl: "-5" is not a number`,
+		`, "dns_names": "a"`:             "dns_names: ",
+		`, "admin": "yes"`:               "admin: ",
+		`, "expires_at": "tomorrow"`:     "expires_at: ",
+		`, "hint": 1, "downstream": "x"`: "downstream: ",
+	} {
+		sound := strings.Replace(strings.TrimSuffix(strings.TrimPrefix(one(""), `{"entries": [`), `]}`), "e1", "e2", 1)
+		document := strings.TrimSuffix(one(fields), "]}") + ",\n" + sound + "]}"
+		entries, remarks, err := Entries("f", []byte(document), nil, today)
+		if err != nil || len(entries) != 1 || entries[0].Was != "e2" {
+			t.Errorf("%s: made %+v, %v; want the other entry alone", fields, entries, err)
+		}
+		if !slices.ContainsFunc(remarks, func(r Remark) bool {
+			return r.Missing && strings.Contains(r.Of, "entry e1") && strings.Contains(r.Text, want)
+		}) {
+			t.Errorf("%s: %+v; want e1 named, with %q", fields, remarks, want)
+		}
+	}
+}
+
+// So does a key that is not known within a value.
+func TestUnknownKeyOfAValueIsNamed(t *testing.T) {
+	for before, after := range map[string]string{
+		`"path": "/web"`:      `"path": "/web", "q": ""`,
+		`"value": "uid:1000"`: `"value": "uid:1000", "q": true`,
+	} {
+		entries, remarks, err := Entries("f", []byte(strings.Replace(one(""), before, after, 1)), nil, today)
+		if err != nil || len(entries) != 0 || len(remarks) != 1 || !remarks[0].Missing || !strings.Contains(remarks[0].Text, `unknown key "q"`) {
+			t.Errorf("%s: made %d entries, %+v, %v; want none, and a remark", after, len(entries), remarks, err)
+		}
+	}
+}
+
+// Commands in remarks are ones that a shell takes as they are meant.
+func TestCommandsInRemarksAreQuoted(t *testing.T) {
+	for path, want := range map[string]string{
+		"/spire/agent/join_token/a;id": "--agent 'a;id'",
+		"/spire/agent/join_token/a'b":  `--agent 'a'\''b'`,
+		"/spire/agent/moon/$(id)":      "--parent 'spiffe://shop.test/spire/agent/moon/$(id)=spiffe://shop.test/agent/NAME'",
+		"/a b":                         "--parent 'spiffe://shop.test/a b=spiffe://shop.test/agent/NAME'",
+	} {
+		p, err := parents{}.of("spiffe://shop.test" + path)
+		if said := p.note + fmt.Sprint(err); !strings.Contains(said, want) {
+			t.Errorf("%s: %q; want %q in it", path, said, want)
+		}
+	}
+}
+
 func TestSelectors(t *testing.T) {
 	for sel, want := range map[string]string{
 		"unix:uid:1000":                        "unix:uid:1000",
@@ -222,10 +273,6 @@ func TestDocumentsThatAreRefused(t *testing.T) {
 		"a page":               {`{"entries": [], "next_page_token": "x"}`, "one page"},
 		"cut off":              {"{\"entries\": [\n{\"id\": \"x\"", "f:2: "},
 		"a key twice":          {one(`, "admin": false, "admin": true`), `"admin" is there twice`},
-		"a wrong type":         {one(`, "admin": "yes"`), "f:1: entry 1: admin: "},
-		"a negative TTL":       {one(`, "jwt_svid_ttl": -1`), "jwt_svid_ttl"},
-		"a key of an ID":       {`{"entries": [{"spiffe_id": {"trust_domain": "a", "path": "/b", "q": ""}}]}`, `unknown key "q"`},
-		"a key of a selector":  {`{"entries": [{"selectors": [{"type": "a", "value": "b", "not": true}]}]}`, `unknown key "not"`},
 		"a value of no object": {`{"entries": [7]}`, "want an object"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -44,13 +44,13 @@ func (p parents) of(id string) (parent, error) {
 	td, path := split(id)
 	name, ok := strings.CutPrefix(path, agentPath)
 	if !ok {
-		return parent{}, fmt.Errorf("parent %s is neither an agent nor an alias of nodes that the entries make: if it is a node here, say --parent %s=spiffe://%s/agent/NAME", id, id, td)
+		return parent{}, fmt.Errorf("parent %s is neither an agent nor an alias of nodes that the entries make: if it is a node here, say --parent %s", id, Word(id+"=spiffe://"+td+"/agent/NAME"))
 	}
 	kind, rest, _ := strings.Cut(name, "/")
 	agent := "spiffe://" + td + "/agent/"
 	switch segments := strings.Count(rest, "/") + 1; {
 	case kind == "join_token" && segments == 1 && rest != "":
-		return parent{agent + rest, fmt.Sprintf("its node joins under that name by: merlon token create --agent %s", rest), ""}, nil
+		return parent{agent + rest, fmt.Sprintf("its node joins under that name by: merlon token create --agent %s", Word(rest)), ""}, nil
 	case kind == "k8s_psat" && segments == 2:
 		return parent{id: agent + "k8s/" + rest}, nil
 	case kind == "aws_iid" && segments == 3:
@@ -58,7 +58,7 @@ func (p parents) of(id string) (parent, error) {
 	case kind == "gcp_iit" && segments == 2:
 		return parent{id: agent + "gcp/" + rest}, nil
 	}
-	return parent{}, fmt.Errorf("parent %s: SPIRE's name of this node does not say what it is called here: when it has joined (merlon agent list), say --parent %s=spiffe://%s/agent/NAME", id, id, td)
+	return parent{}, fmt.Errorf("parent %s: SPIRE's name of this node does not say what it is called here: when it has joined (merlon agent list), say --parent %s", id, Word(id+"=spiffe://"+td+"/agent/NAME"))
 }
 
 // alias says what the node alias e is here: an alias, or with a join token's, the one

@@ -32,6 +32,7 @@ type shown struct {
 	storeSVID          bool
 	expiresAt          int64 // of the epoch; 0 for never
 	unknown            []string
+	broken             []string // values that are none
 }
 
 // readShown reads all of them. Errors name the line.
@@ -158,7 +159,8 @@ func (r *reader) list() error {
 	return nil
 }
 
-// readOne reads one entry.
+// readOne reads one entry. A value that is none costs this entry alone, which is then
+// named and not made; what is no object, or has a key twice, is no list of entries.
 func readOne(raw []byte) (shown, error) {
 	var e shown
 	err := members(raw, func(key string, value json.RawMessage) error {
@@ -170,7 +172,7 @@ func readOne(raw []byte) (shown, error) {
 			return nil
 		}
 		if err := json.Unmarshal(value, into); err != nil {
-			return fmt.Errorf("%s: %v", key, err)
+			e.broken = append(e.broken, fmt.Sprintf("%s: %v", key, err))
 		}
 		return nil
 	})

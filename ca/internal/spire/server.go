@@ -203,6 +203,7 @@ const gcpAudience = "spire-gcp-node-attestor"
 // follow takes federates_with.
 func (c *config) follow() []Follow {
 	var out []Follow
+	own := c.root.at("server", "trust_domain")
 	all := c.root.at("server", "federation", "federates_with")
 	if all == nil {
 		return nil
@@ -218,6 +219,10 @@ func (c *config) follow() []Follow {
 		}
 		of := "server.federation.federates_with." + td.key
 		profile.takeWhole()
+		if is(own, td.key) {
+			c.note(td.line, of, "it is its own trust domain, whose trust bundle every workload has: it is not followed")
+			continue
+		}
 		if f.URL == "" || f.Profile == "" {
 			c.missing(td.line, of, "it has no bundle_endpoint_url, or no bundle_endpoint_profile: nothing of it is inferred")
 			continue

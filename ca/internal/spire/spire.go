@@ -62,3 +62,13 @@ func printable(s string) string {
 		return r
 	}, s)
 }
+
+// Word is a as one word of a shell's command: quoted, where a shell would not take it as
+// it is.
+func Word(a string) string {
+	const plain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./:=@,+"
+	if a != "" && strings.Trim(a, plain) == "" {
+		return a
+	}
+	return "'" + strings.ReplaceAll(a, "'", `'\''`) + "'"
+}
