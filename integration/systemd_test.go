@@ -229,6 +229,42 @@ func TestCAUnderSystemd(t *testing.T) {
 	m.hears("STOPPING=1")
 }
 
+// The sidecar is ready when it serves, says so again after each reload, good or not, and
+// lives until it stops.
+func TestSidecarUnderSystemd(t *testing.T) {
+	d := stage.Dev(t)
+	m, port := newManager(t), stage.FreePort(t)
+	config := filepath.Join(stage.Dir(t), "sidecar.yaml")
+	configure := func(more string) {
+		text := fmt.Sprintf("agent_socket: %s\nhealth_address: 127.0.0.1:%d\n%soutbound: [{listen: '127.0.0.1:0', to: shop, upstreams: ['127.0.0.1:1'], protocol: http}]\n", d.WorkloadAPI, port, more)
+		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	configure("")
+	m.start("merlon-sidecar", "-config", config)
+	m.hears("STATUS=waiting for an identity")
+	d.Merlon("entry", "create", "--spiffe-id", d.ID("/shop"), "--selector", "unix:path:"+stage.Bin(t, "merlon-sidecar"))
+	ready := "READY=1\nSTATUS=serving " + d.ID("/shop")
+	for _, said := range m.hears(ready) {
+		if strings.Contains(said, "READY=1") {
+			t.Errorf("ready before: %q", said)
+		}
+	}
+	m.hears("WATCHDOG=1")
+	for _, more := range []string{"", "no_setting: 1\n"} {
+		configure(more)
+		if err := m.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		m.hears("RELOADING=1\nMONOTONIC_USEC=")
+		m.hears(ready)
+	}
+	m.hears("WATCHDOG=1")
+	m.end(syscall.SIGTERM)
+	m.hears("STOPPING=1")
+}
+
 // The unit files that are shipped are what systemd accepts, and agree with the
 // defaults of the configuration.
 // What others do at a hangup, they do not; but they do not end either, which would
@@ -255,7 +291,7 @@ func TestHangupEndsNoDaemon(t *testing.T) {
 
 func TestUnitFilesAreValid(t *testing.T) {
 	units, err := filepath.Glob("../examples/systemd/*.*")
-	if err != nil || len(units) != 3 {
+	if err != nil || len(units) != 4 {
 		t.Fatalf("units: %q, %v", units, err)
 	}
 	dir := stage.Dir(t)

@@ -134,6 +134,9 @@ func (cl *CommandLine) Run(ctx context.Context, out io.Writer, hangups <-chan os
 	if err != nil {
 		return err
 	}
+	if err := s.meetManager(); err != nil {
+		return err
+	}
 	s.Command = cl.Command
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
@@ -142,6 +145,7 @@ func (cl *CommandLine) Run(ctx context.Context, out io.Writer, hangups <-chan os
 		case err := <-done:
 			return err
 		case <-hangups:
+			reloaded := s.announceReload()
 			again, err := ParseCommandLine(cl.args, cl.getenv, io.Discard)
 			if err == nil {
 				err = s.Reload(again.Config)
@@ -149,6 +153,7 @@ func (cl *CommandLine) Run(ctx context.Context, out io.Writer, hangups <-chan os
 			if err != nil {
 				s.log.LogAttrs(ctx, slog.LevelError, "configuration not reloaded; the last one stays", slog.Any("err", err), slog.String("hint", Hint(err)))
 			}
+			reloaded()
 		}
 	}
 }

@@ -12,9 +12,11 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/health"
+	"merlon.dev/sdk/systemd"
 )
 
 // Sidecar is one, ready to run. Its methods are safe for concurrent use.
@@ -30,6 +32,9 @@ type Sidecar struct {
 	// empty for none.
 	Command []string
 	opened  func([]*door) // called with the listeners; nil but in tests
+
+	manager   *systemd.Manager // nil: none
+	announced atomic.Bool      // to it, that calls are served
 
 	ctx  context.Context // of Run
 	stop context.CancelFunc
@@ -67,6 +72,7 @@ func New(cfg Config) (*Sidecar, error) {
 func (s *Sidecar) Run(ctx context.Context) error {
 	s.ctx, s.stop = context.WithCancel(ctx)
 	defer s.stop()
+	defer context.AfterFunc(s.ctx, s.manager.Stopping)()
 	var err error
 	if s.access, err = openAccessLog(s.cfg.AccessLog); err != nil {
 		return err
@@ -86,6 +92,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	}
 	before.serving()
 	s.ownPaths(true)
+	s.announceReady()
 	return s.serve()
 }
 
@@ -103,6 +110,7 @@ func (s *Sidecar) serve() error {
 		all.Go(func() { s.serveAdmin(admin) })
 		all.Go(func() { s.serveSuccessor(handover) })
 	}
+	all.Go(func() { s.manager.Watch(s.ctx, s.alive) })
 	command := s.startCommand()
 	<-s.ctx.Done()
 	s.accepting.Wait()

@@ -1,5 +1,5 @@
 // Package systemd is what Merlon's daemons and the service manager say to each
-// other: that a daemon is ready, stops, or still lives, which sockets were
+// other: that a daemon is ready, reads its settings again, stops, or still lives, which sockets were
 // opened for it, and what a hangup means. Where no service manager listens, nothing
 // is said.
 package systemd
@@ -17,6 +17,7 @@ import (
 
 	"github.com/coreos/go-systemd/v22/activation"
 	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
 )
 
 // Manager is the service manager that started this process. Its zero value is
@@ -59,6 +60,16 @@ func (m *Manager) Hangups(ctx context.Context) {
 
 // Ready says that the daemon does its work from now on.
 func (m *Manager) Ready(status string) { m.say(daemon.SdNotifyReady + "\nSTATUS=" + status) }
+
+// Reloading says that the daemon reads its settings again; Ready has to follow. The
+// time tells systemd (Type=notify-reload) which of its requests is being answered.
+func (m *Manager) Reloading() {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return // there is no such kernel
+	}
+	m.say(fmt.Sprintf("%s\nMONOTONIC_USEC=%d\nSTATUS=reading settings", daemon.SdNotifyReloading, now.Nano()/1000))
+}
 
 // Status says in a few words what the daemon does.
 func (m *Manager) Status(status string) { m.say("STATUS=" + status) }

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 )
 
 // This binary is also the daemon to which sockets are passed.
@@ -99,6 +100,21 @@ func TestManagerIsTold(t *testing.T) {
 			t.Errorf("said %q; want %q", got, tt.want)
 		}
 	}
+	monotonic := func() int64 {
+		var now unix.Timespec
+		if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+			t.Fatal(err)
+		}
+		return now.Nano() / 1000
+	}
+	before := monotonic()
+	m.Reloading()
+	var at int64
+	if said := next(); !strings.HasPrefix(said, "RELOADING=1\n") {
+		t.Errorf("said %q of a reload", said)
+	} else if _, err := fmt.Sscanf(said, "RELOADING=1\nMONOTONIC_USEC=%d\nSTATUS=reading settings", &at); err != nil || at < before || at > monotonic() {
+		t.Errorf("said %q, %v; want a time from %d on", said, err, before)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	var dead atomic.Bool
 	done := make(chan struct{})
@@ -141,6 +157,7 @@ func TestNoManagerIsNotTold(t *testing.T) {
 	none.Ready("x")
 	none.Status("x")
 	none.Stopping()
+	none.Reloading()
 	none.Watch(t.Context(), func(context.Context) error { return nil })
 	t.Setenv("WATCHDOG_USEC", "none")
 	if _, err := Open(slog.New(slog.DiscardHandler)); err == nil {
