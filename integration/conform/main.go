@@ -56,7 +56,6 @@ func (e notKeptError) Error() string {
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	err := command(ctx, args, stdout, stderr)
 	var wrong usageError
-	var notKept notKeptError
 	switch {
 	case err == nil:
 		return 0
@@ -67,7 +66,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return 2
 	}
 	fmt.Fprintln(stderr, "spiffe-conform: error:", printable(err.Error()))
-	if errors.As(err, &notKept) {
+	if _, notKept := errors.AsType[notKeptError](err); notKept {
 		return 1
 	}
 	return 3
