@@ -52,6 +52,7 @@ func BenchmarkSidecarConnections(b *testing.B) {
 				}
 				stage.Eventually(b, "the sidecars serve", stay)
 				for b.Loop() {
+					time.Sleep(30 * time.Second) // then what the start took has gone back
 					idle, _ := measure.MemoryOf(b, p.pids[side])
 					each := func() float64 {
 						now, _ := measure.MemoryOf(b, p.pids[side])

@@ -15,12 +15,13 @@ const (
 	// it.
 	gcPercent = 50
 	// lullAfter is how long the collector has had nothing to do when memory goes back.
-	lullAfter = 30 * time.Second
+	lullAfter = 10 * time.Second
 )
 
-// stayingSmall has memory that a busy time has left go back to the system when it is
-// over, until ctx ends. Go alone keeps a tenth more than the garbage that would be
-// there in another such time.
+// stayingSmall has memory that the start or a busy time has left go back to the system
+// when it is over, until ctx ends. Go alone keeps a tenth more than the garbage that
+// would be there in another such time, and the kernel all of the program that was ever
+// looked at.
 func stayingSmall(ctx context.Context) {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
@@ -38,6 +39,7 @@ func stayingSmall(ctx context.Context) {
 			if l.begins(collections()) {
 				debug.FreeOSMemory()
 				l.freed = collections()
+				_ = forgetProgram() // else it is as large as it was
 			}
 		}
 	}()
