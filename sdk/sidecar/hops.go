@@ -66,6 +66,7 @@ func (s *Sidecar) hop(c *Config, name string, direction hop.Direction, protocol,
 		counted.observe(e)
 		s.recent.add(h, e)
 		s.access.write(h, e)
+		e.Trace.End(h, e)
 	}
 	return h
 }

@@ -16,6 +16,8 @@ import (
 
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/health"
+	"merlon.dev/sdk/internal/telemetry"
+	"merlon.dev/sdk/otel"
 	"merlon.dev/sdk/systemd"
 )
 
@@ -78,6 +80,8 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		return err
 	}
 	defer s.access.close()
+	// What is counted for Prometheus goes to OpenTelemetry, too, if it is set up.
+	telemetry.Register(func(log *slog.Logger) (stop func()) { return otel.Start(log, s.health.Registry()) })
 	if s.id, err = s.identity(); err != nil {
 		return err
 	}

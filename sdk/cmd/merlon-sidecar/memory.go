@@ -16,6 +16,8 @@ const (
 	gcPercent = 50
 	// lullAfter is how long the collector has had nothing to do when memory goes back.
 	lullAfter = 10 * time.Second
+	// startTakes is when the start is over, as a rule.
+	startTakes = 2 * time.Second
 )
 
 // stayingSmall has memory that the start or a busy time has left go back to the system
@@ -27,20 +29,21 @@ func stayingSmall(ctx context.Context) {
 		debug.SetGCPercent(gcPercent)
 	}
 	go func() {
-		var l lull
-		tick := time.NewTicker(lullAfter)
-		defer tick.Stop()
-		for {
+		l := lull{}
+		after := time.NewTimer(startTakes)
+		defer after.Stop()
+		for started := false; ; started = true {
 			select {
-			case <-tick.C:
+			case <-after.C:
 			case <-ctx.Done():
 				return
 			}
-			if l.begins(collections()) {
+			if quiet := l.begins(collections()); quiet || !started {
 				debug.FreeOSMemory()
 				l.freed = collections()
 				_ = forgetProgram() // else it is as large as it was
 			}
+			after.Reset(lullAfter)
 		}
 	}()
 }

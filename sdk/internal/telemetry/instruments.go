@@ -22,7 +22,7 @@ const (
 	DecisionKey   = attribute.Key("merlon.decision") // allow, deny or would_deny
 	ReasonKey     = attribute.Key("merlon.reason")
 	DecisionIDKey = attribute.Key("merlon.decision_id")
-	SourceKey     = attribute.Key("merlon.source") // a SPIFFE ID; only where asked for
+	SourceKey     = attribute.Key("merlon.source") // a SPIFFE ID; in metrics only where asked for
 	RoleKey       = attribute.Key("merlon.handshake.role")
 	OutcomeKey    = attribute.Key("merlon.handshake.outcome")
 )

@@ -48,13 +48,17 @@ func (r *RPC) Answered(err error) {
 	if r == nil {
 		return
 	}
-	r.end(err, func(c codes.Code) bool {
-		switch c {
-		case codes.Unknown, codes.DeadlineExceeded, codes.Unimplemented, codes.Internal, codes.Unavailable, codes.DataLoss:
-			return true
-		}
-		return false
-	})
+	r.end(err, IsServers)
+}
+
+// IsServers says whether an answer with code c is an error of the server, and not of
+// its caller.
+func IsServers(c codes.Code) bool {
+	switch c {
+	case codes.Unknown, codes.DeadlineExceeded, codes.Unimplemented, codes.Internal, codes.Unavailable, codes.DataLoss:
+		return true
+	}
+	return false
 }
 
 // Leaves begins to tell of a call that this client makes, and sends the trace with
@@ -90,7 +94,7 @@ func (r *RPC) end(err error, isError func(codes.Code) bool) {
 	if !ok {
 		st = status.FromContextError(err) // as gRPC does
 	}
-	code := nameOf(st.Code())
+	code := CodeName(st.Code())
 	kind := ""
 	if st.Code() != codes.OK && isError(st.Code()) {
 		kind = code
@@ -138,8 +142,8 @@ func (c carrier) Keys() []string {
 	return keys
 }
 
-// nameOf is a code as the conventions spell it: as google.rpc.Code does.
-func nameOf(c codes.Code) string {
+// CodeName is a code as the conventions spell it: as google.rpc.Code does.
+func CodeName(c codes.Code) string {
 	if int(c) < len(codeNames) {
 		return codeNames[c]
 	}

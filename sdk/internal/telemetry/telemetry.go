@@ -11,8 +11,10 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
 	metricnoop "go.opentelemetry.io/otel/metric/noop"
 	"go.opentelemetry.io/otel/propagation"
@@ -28,6 +30,7 @@ type Telemetry struct {
 	tracers trace.TracerProvider
 	meters  metric.MeterProvider
 	off     bool // nobody listens
+	traces  bool // somebody listens to traces
 	odd     bool // a provider cannot be compared, but for its type
 
 	tracer      trace.Tracer
@@ -52,6 +55,14 @@ func Current() *Telemetry {
 	return t
 }
 
+// Traces says whether spans are wanted, and not metrics alone.
+func (t *Telemetry) Traces() bool { return t.traces }
+
+// Span begins a span of something that is counted by other means than a [Call].
+func (t *Telemetry) Span(ctx context.Context, kind trace.SpanKind, name string, begun time.Time, attrs []attribute.KeyValue) (context.Context, trace.Span) {
+	return t.tracer.Start(ctx, name, trace.WithSpanKind(kind), trace.WithTimestamp(begun), trace.WithAttributes(attrs...))
+}
+
 // current says whether t is of the providers of now.
 func (t *Telemetry) current() bool {
 	if t == nil {
@@ -74,7 +85,7 @@ func renew() *Telemetry {
 		return old // somebody else was faster
 	}
 	t := &Telemetry{
-		tracers: tracers, meters: meters, off: TracesOff() && MetricsOff(),
+		tracers: tracers, meters: meters, off: TracesOff() && MetricsOff(), traces: !TracesOff(),
 		odd: !reflect.TypeOf(tracers).Comparable() || !reflect.TypeOf(meters).Comparable(),
 	}
 	if !t.off {

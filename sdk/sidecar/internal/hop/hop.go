@@ -109,6 +109,7 @@ type Limits struct {
 // Entry is a line of the access log, and one observation of the metrics.
 type Entry struct {
 	Begun          time.Time
+	Trace          *Trace
 	Took           time.Duration
 	Source         string // SPIFFE ID; empty on an outbound hop
 	Remote         string

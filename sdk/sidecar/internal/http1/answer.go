@@ -38,7 +38,7 @@ func giveOut(o *outBuffer) {
 // nobody can tell where a next request would begin.
 func (s *session) refuse(c *call, why error) bool {
 	if s.hop.Direction == hop.Inbound {
-		d := s.hop.Identity.Refuse(s.ctx, s.caller.State, &c.in, why)
+		d := s.hop.Identity.Refuse(s.entry.Trace.Context(s.ctx), s.caller.State, &c.in, why)
 		s.noteDecision(d)
 		s.entry.Err = why.Error()
 		_ = s.answerDenial(c, d, true) // the connection ends anyway

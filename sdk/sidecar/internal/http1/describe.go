@@ -25,13 +25,14 @@ func (s *session) describe(c *call) {
 		SourceAddress: s.caller.Remote, DestinationAddress: s.caller.Local,
 	}
 	s.entry.Method, s.entry.Path, s.entry.Host = method, path, c.in.Host
+	s.entry.Trace = s.hop.Trace(s.ctx, &s.entry, s.fieldValues)
 	if s.hop.Direction == hop.Inbound {
 		s.describeFields(c, text)
 		return
 	}
 	for i := range s.req.fields {
 		f := &s.req.fields[i]
-		f.drop = s.ofConnection(f, "")
+		f.drop = s.ofConnection(f, "") || s.entry.Trace != nil && s.entry.Trace.Replaces(lowerName(s.req.name(f)))
 	}
 }
 
@@ -46,7 +47,7 @@ func (s *session) describeFields(c *call, text string) {
 		f := &s.req.fields[i]
 		name := lowerName(s.req.name(f))
 		s.names = append(s.names, name)
-		if f.drop = s.ofConnection(f, name) || s.hop.Strip(name); f.drop || f.kind == host || f.kind == transferEncoding {
+		if f.drop = s.ofConnection(f, name) || s.hop.Strip(name) || s.entry.Trace.Replaces(name); f.drop || f.kind == host || f.kind == transferEncoding {
 			continue
 		}
 		values[i] = text[f.value:f.valueEnd]
@@ -56,6 +57,16 @@ func (s *session) describeFields(c *call, text string) {
 			headers[name] = values[i : i+1 : i+1]
 		}
 	}
+}
+
+// fieldValues are those of a field of the request, whose name is in lower case.
+func (s *session) fieldValues(name string) (values []string) {
+	for i := range s.req.fields {
+		if f := &s.req.fields[i]; equalFold(s.req.name(f), name) {
+			values = append(values, string(s.req.val(f)))
+		}
+	}
+	return values
 }
 
 // ofConnection says whether a field is for the caller's connection alone. lower is its

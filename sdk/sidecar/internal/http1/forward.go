@@ -56,6 +56,7 @@ func (s *session) appendHead(out []byte, send *policy.Response) []byte {
 		out = append(out, m.line(f)...)
 	}
 	out = append(out, s.identity...)
+	out = appendFields(out, s.entry.Trace.Fields())
 	if m.webSocket {
 		out = append(out, "Connection: Upgrade\r\n"...)
 	}

@@ -264,7 +264,7 @@ func (s *session) handle(c *call, end int) bool {
 	if err := policy.CheckPath(c.in.Path); err != nil {
 		return s.refuse(c, err)
 	}
-	_, d := s.hop.Identity.Decide(s.ctx, s.caller.State, &c.in)
+	_, d := s.hop.Identity.Decide(s.entry.Trace.Context(s.ctx), s.caller.State, &c.in)
 	s.noteDecision(d)
 	if !d.Allow {
 		s.in.skip(end)

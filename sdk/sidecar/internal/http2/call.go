@@ -90,6 +90,10 @@ func (k *call) begin(list *fieldList, end bool, b *batch) (ok bool) {
 		err = malformed("content-length is %d, and there is no body", k.head.length)
 	}
 	k.entry.Method, k.entry.Path, k.entry.Host = k.head.method, k.head.path, k.head.authority
+	k.entry.Trace = k.eng.hop.Trace(k.eng.life, &k.entry, k.head.values)
+	if k.entry.Trace != nil {
+		k.head.strip(k.entry.Trace.Replaces)
+	}
 	if k.isInbound() {
 		k.head.strip(k.eng.hop.Strip)
 		k.in = k.head.input(k.eng.hop.Protocol)
@@ -123,7 +127,7 @@ func (k *call) background(f func()) { k.eng.goroutines.Go(f) }
 func (k *call) refuse(err error, b *batch) (ok bool) {
 	d := policy.Deny(policy.BadRequest)
 	if k.isInbound() {
-		d = k.eng.hop.Identity.Refuse(k.eng.life, k.down.conn.caller.State, k.in, err)
+		d = k.eng.hop.Identity.Refuse(k.entry.Trace.Context(k.eng.life), k.down.conn.caller.State, k.in, err)
 	}
 	k.note(func(e *hop.Entry) {
 		e.Reason, e.DecisionID, e.Denied, e.Err = d.Reason, d.DecisionID, true, err.Error()
@@ -141,7 +145,7 @@ func (k *call) refuse(err error, b *batch) (ok bool) {
 // decide asks the policy, and answers for it where it says no.
 func (k *call) decide(b *batch) (allowed bool) {
 	id := k.eng.hop.Identity
-	_, k.decision = id.Ask(k.eng.life, k.down.conn.caller.State, k.in)
+	_, k.decision = id.Ask(k.entry.Trace.Context(k.eng.life), k.down.conn.caller.State, k.in)
 	d := k.decision
 	k.note(func(e *hop.Entry) { e.Reason, e.DecisionID, e.Denied = d.Reason, d.DecisionID, !d.Allow })
 	if !d.Allow {
@@ -282,6 +286,9 @@ func (k *call) putHead(c *conn, s *stream, end bool) {
 	c.field(hpack.HeaderField{Name: ":path", Value: k.head.target})
 	for _, f := range k.head.fields {
 		c.field(f)
+	}
+	for _, f := range k.entry.Trace.Fields() { // others than those of the next request
+		c.field(hpack.HeaderField{Name: f.Name, Value: f.Value, Sensitive: true})
 	}
 	c.endFields(s.id, end)
 }

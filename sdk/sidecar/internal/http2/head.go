@@ -250,9 +250,19 @@ func (h *head) input(protocol policy.Protocol) *policy.Input {
 	return &policy.Input{Protocol: protocol, Method: h.method, Path: h.path, Query: h.query, Host: h.authority, Headers: &h.sent}
 }
 
-// strip takes out what claims an identity.
-func (h *head) strip(claims func(name string) bool) {
-	h.fields = slices.DeleteFunc(h.fields, func(f hpack.HeaderField) bool { return claims(f.Name) })
+// strip takes out what claims an identity, or else stays behind.
+func (h *head) strip(stays func(name string) bool) {
+	h.fields = slices.DeleteFunc(h.fields, func(f hpack.HeaderField) bool { return stays(f.Name) })
+}
+
+// values are those of a field.
+func (h *head) values(name string) (values []string) {
+	for _, f := range h.fields {
+		if f.Name == name {
+			values = append(values, f.Value)
+		}
+	}
+	return values
 }
 
 // asDecided takes out what the policy takes away, and adds what it adds, and who the
