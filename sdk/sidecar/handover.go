@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -102,21 +103,47 @@ func closeFDs(fds []int) {
 	}
 }
 
-// take gives the socket of a name; nil for none.
-func (p *predecessor) take(name string) net.Listener {
+// take gives the socket of a name, if address is where it listens; nil for none.
+func (p *predecessor) take(name, address string) net.Listener {
 	if p == nil {
 		return nil
 	}
 	lis := p.sockets[name]
+	if lis == nil || !listensOn(lis, address) {
+		return nil // closed with what else is not taken
+	}
 	delete(p.sockets, name)
 	return lis
 }
 
-// serving tells the predecessor that it can end.
-func (p *predecessor) serving() {
-	if p != nil {
-		_, _ = io.WriteString(p.conn, handoverIsServing) // where it has ended, all is well too
+// listensOn says whether lis is what listenOn opens at address.
+func listensOn(lis net.Listener, address string) bool {
+	if path, ok := strings.CutPrefix(address, "unix://"); ok {
+		return lis.Addr().Network() == "unix" && lis.Addr().String() == path
 	}
+	have, ok := lis.Addr().(*net.TCPAddr)
+	want, err := net.ResolveTCPAddr("tcp", address)
+	if !ok || err != nil {
+		return false
+	}
+	everywhere := func(a *net.TCPAddr) bool { return a.IP == nil || a.IP.IsUnspecified() } // 0.0.0.0 too is [::] to Listen
+	return (want.Port == 0 || have.Port == want.Port) &&
+		(have.IP.Equal(want.IP) || everywhere(have) && everywhere(want))
+}
+
+// serving tells the predecessor that it can end. What was not taken ends now: who
+// connects there is to be refused, and not to wait for nobody.
+func (p *predecessor) serving() {
+	if p == nil {
+		return
+	}
+	_, _ = io.WriteString(p.conn, handoverIsServing) // where it has ended, all is well too
+	for _, lis := range p.sockets {
+		if u, ok := lis.(*net.UnixListener); ok {
+			u.SetUnlinkOnClose(true)
+		}
+	}
+	p.close()
 }
 
 // close closes what was not taken.

@@ -37,7 +37,9 @@ type running struct {
 func start(t testing.TB, td *sdktest.TD, name string, cfg Config) *running {
 	t.Helper()
 	cfg.AgentSocket = td.Address(name)
-	cfg.HealthAddress = off
+	if cfg.HealthAddress == "" {
+		cfg.HealthAddress = off
+	}
 	if cfg.AccessLog == "" {
 		cfg.AccessLog = filepath.Join(t.TempDir(), "access.log")
 	}

@@ -220,6 +220,125 @@ func TestSuccessorThatFailsChangesNothing(t *testing.T) {
 	}
 }
 
+// A successor serves health where it is told to, and where that is as before, on the
+// socket of before.
+func TestSuccessorServesHealthWhereItIsTold(t *testing.T) {
+	td := sdktest.New(t)
+	cfg := Config{
+		Inbound:     []Inbound{{Listen: "127.0.0.1:0", App: named(t, "app"), Protocol: "http"}},
+		AdminSocket: filepath.Join(shortDir(t), "admin.sock"),
+	}
+	healthOf := func(r *running) string {
+		r.sidecar.mu.Lock()
+		defer r.sidecar.mu.Unlock()
+		return r.sidecar.next[healthSocket].Addr().String()
+	}
+	var before *running
+	old := ""
+	for _, tc := range []struct {
+		address, host string
+		same          bool
+	}{{"127.0.0.1:0", "127.0.0.1", false}, {"[::1]:0", "::1", false}, {"[::1]:0", "::1", true}} {
+		cfg.HealthAddress = tc.address
+		r := start(t, td, "orders", cfg)
+		if before != nil {
+			<-before.done
+		}
+		address := healthOf(r)
+		if host, _, err := net.SplitHostPort(address); err != nil || host != tc.host || (address == old) != tc.same {
+			t.Errorf("with health_address %s after %q it is %s", tc.address, old, address)
+		}
+		if res, _ := do(t, client(t), "GET", "http://"+address+"/live", nil); res.StatusCode != http.StatusOK {
+			t.Errorf("at %s: %s", address, res.Status)
+		}
+		await(t, "the end of the socket of before", func() bool {
+			if old == "" || tc.same {
+				return true
+			}
+			conn, err := net.Dial("tcp", old)
+			if err == nil {
+				conn.Close()
+			}
+			return err != nil
+		})
+		before, old = r, address
+	}
+}
+
+// Where a successor does not listen any more, nobody's connection waits.
+func TestSuccessorEndsWhatItDoesNotTake(t *testing.T) {
+	td := sdktest.New(t)
+	dir := shortDir(t)
+	socket := filepath.Join(dir, "app.sock")
+	out := func(listen string) Outbound {
+		return Outbound{Listen: listen, To: "orders", Upstreams: []string{"127.0.0.1:1"}, Protocol: "http"}
+	}
+	cfg := Config{Outbound: []Outbound{out("127.0.0.1:0"), out("unix://" + socket), out("[::1]:0")}, AdminSocket: filepath.Join(dir, "admin.sock")}
+	first := start(t, td, "web", cfg)
+	cfg.Outbound = cfg.Outbound[:1]
+	second := start(t, td, "web", cfg)
+	<-first.done
+	if second.addrs[0] != first.addrs[0] {
+		t.Errorf("the successor listens on %s; want %s", second.addrs[0], first.addrs[0])
+	}
+	await(t, "the end of the listener", func() bool {
+		conn, err := net.Dial("tcp", first.addrs[2])
+		if err == nil {
+			conn.Close()
+		}
+		return err != nil
+	})
+	await(t, "the end of the socket", func() bool { _, err := os.Stat(socket); return errors.Is(err, os.ErrNotExist) })
+}
+
+func TestSocketsAreKnownByTheirAddress(t *testing.T) {
+	tcp := listen(t)
+	_, port, err := net.SplitHostPort(tcp.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	everywhere, err := net.Listen("tcp", "0.0.0.0:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer everywhere.Close()
+	_, everywherePort, err := net.SplitHostPort(everywhere.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(shortDir(t), "a.sock")
+	unix, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close()
+	for _, tc := range []struct {
+		lis     net.Listener
+		address string
+		want    bool
+	}{
+		{tcp, "127.0.0.1:" + port, true},
+		{tcp, "127.0.0.1:0", true},
+		{tcp, "127.0.0.1:1", false},
+		{tcp, "127.0.0.2:" + port, false},
+		{tcp, ":" + port, false},
+		{tcp, "0.0.0.0:" + port, false},
+		{tcp, "[::1]:" + port, false},
+		{tcp, "unix://" + tcp.Addr().String(), false},
+		{everywhere, ":" + everywherePort, true},
+		{everywhere, "[::]:" + everywherePort, true},
+		{everywhere, "0.0.0.0:" + everywherePort, true},
+		{everywhere, "127.0.0.1:" + everywherePort, false},
+		{unix, "unix://" + path, true},
+		{unix, "unix://" + path + "2", false},
+		{unix, "127.0.0.1:0", false},
+	} {
+		if got := listensOn(tc.lis, tc.address); got != tc.want {
+			t.Errorf("listensOn(%s, %s) = %v", tc.lis.Addr(), tc.address, got)
+		}
+	}
+}
+
 func TestOperatorsSeeWhatRuns(t *testing.T) {
 	td := sdktest.New(t)
 	td.Allow("web", "orders")

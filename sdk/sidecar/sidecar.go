@@ -221,9 +221,9 @@ func (s *Sidecar) policyReady() error {
 	return s.id.PolicyReady()
 }
 
-// listen takes the socket of a name over, or opens it at address.
+// listen takes the socket of a name over, if it listens at address, or opens one there.
 func (s *Sidecar) listen(before *predecessor, name, address string) (err error) {
-	lis := before.take(name)
+	lis := before.take(name, address)
 	if lis == nil {
 		if lis, err = listenOn(s.ctx, address); err != nil {
 			return fmt.Errorf("listen on %s: %w", address, err)
