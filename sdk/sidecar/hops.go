@@ -4,6 +4,7 @@ package sidecar
 
 import (
 	"slices"
+	"strings"
 
 	"merlon.dev/policy"
 	"merlon.dev/sdk/sidecar/internal/hop"
@@ -55,10 +56,22 @@ func (b behind) apply(h *hop.Hop, protocol string) {
 	h.Retry = b.retry.hop()
 }
 
+// strips says which fields never come to the app: those that claim an identity, and the
+// listed ones, also with underscores, which CGI takes for dashes.
+func strips(listed []string) func(name string) bool {
+	folded := make([]string, len(listed))
+	for i, name := range listed {
+		folded[i] = strings.ReplaceAll(name, "_", "-")
+	}
+	return func(name string) bool {
+		return policy.ClaimsIdentity(name) || len(folded) > 0 && slices.Contains(folded, strings.ReplaceAll(name, "_", "-"))
+	}
+}
+
 func (s *Sidecar) hop(c *Config, name string, direction hop.Direction, protocol, to string) *hop.Hop {
 	h := &hop.Hop{
 		Name: name, Direction: direction, Protocol: engines[protocol].asks, Identity: s.id, To: to, Limits: c.limits(),
-		Strip: func(name string) bool { return policy.ClaimsIdentity(name) || slices.Contains(c.StripHeaders, name) },
+		Strip: strips(c.StripHeaders),
 	}
 	counted := s.metrics.of(h)
 	h.Count = counted.count

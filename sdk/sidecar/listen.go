@@ -108,7 +108,7 @@ func (d *door) refuse(h *hop.Hop, conn net.Conn) {
 
 // reset ends a connection so that the other end learns that nobody has taken it.
 func reset(conn net.Conn) {
-	if tcp, ok := conn.(*net.TCPConn); ok {
+	if tcp, ok := conn.(interface{ SetLinger(sec int) error }); ok {
 		_ = tcp.SetLinger(0) // it is closed all the same
 	}
 	_ = conn.Close()

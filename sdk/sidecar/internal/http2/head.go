@@ -111,7 +111,7 @@ func (h *head) field(f hpack.HeaderField, hosts *int) error {
 		}
 	case "content-length":
 		n, err := strconv.ParseInt(f.Value, 10, 64)
-		if err != nil || n < 0 || f.Value[0] == '+' || h.length >= 0 && n != h.length {
+		if err != nil || strings.Trim(f.Value, "0123456789") != "" || h.length >= 0 && n != h.length {
 			return malformed("content-length is no number, or two")
 		}
 		if h.length >= 0 {
@@ -207,9 +207,13 @@ func checkField(f hpack.HeaderField) error {
 	case !isValue(f.Value):
 		return malformed("the value of %.40s", f.Name)
 	}
-	switch f.Name {
+	switch name := strings.ReplaceAll(f.Name, "_", "-"); name {
 	case "connection", "proxy-connection", "keep-alive", "transfer-encoding", "upgrade":
 		return malformed("%s, which is of one connection", f.Name)
+	case "content-length", "host", "te", "trailer", "expect":
+		if name != f.Name { // CGI and the like take it for that name
+			return malformed("%s, a name of the message's framing with an underscore", f.Name)
+		}
 	}
 	return nil
 }
