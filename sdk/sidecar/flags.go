@@ -146,16 +146,22 @@ func (cl *CommandLine) Run(ctx context.Context, out io.Writer, hangups <-chan os
 			return err
 		case <-hangups:
 			reloaded := s.announceReload()
-			again, err := ParseCommandLine(cl.args, cl.getenv, io.Discard)
-			if err == nil {
-				err = s.Reload(again.Config)
-			}
-			if err != nil {
+			if err := cl.reload(s); err != nil {
 				s.log.LogAttrs(ctx, slog.LevelError, "configuration not reloaded; the last one stays", slog.Any("err", err), slog.String("hint", Hint(err)))
 			}
 			reloaded()
 		}
 	}
+}
+
+// reload has s take in what the command line says by now.
+func (cl *CommandLine) reload(s *Sidecar) error {
+	again, err := ParseCommandLine(cl.args, cl.getenv, io.Discard)
+	if err != nil {
+		s.metrics.reloaded(err)
+		return err
+	}
+	return s.Reload(again.Config)
 }
 
 // Hint returns what to do about an error of this package; empty if it says so

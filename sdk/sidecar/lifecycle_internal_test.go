@@ -92,6 +92,44 @@ func TestReloadReplacesWhatIsServed(t *testing.T) {
 	})
 }
 
+// A hangup counts once, whatever is wrong with what it finds: the file itself, a
+// setting, or what only a restart can change.
+func TestEveryReloadIsCounted(t *testing.T) {
+	td := sdktest.New(t)
+	r := start(t, td, "orders", Config{Inbound: []Inbound{{Listen: "127.0.0.1:0", App: "127.0.0.1:1", Protocol: "http"}}})
+	path := filepath.Join(t.TempDir(), "sidecar.yaml")
+	cl := &CommandLine{args: []string{"-config", path}, getenv: func(string) string { return "" }}
+	good := fmt.Sprintf("inbound: [{listen: \"127.0.0.1:0\", app: \"127.0.0.1:2\", protocol: http}]\nagent_socket: %s\nhealth_address: off\naccess_log: %s\n", td.Address("orders"), r.logFile)
+	refused, taken := 0.0, 0.0
+	for _, tc := range []struct {
+		name, text string
+		want       *float64
+	}{
+		{"no YAML", "inbound: [", &refused},
+		{"an unknown key", good + "inbuond: []\n", &refused},
+		{"a setting", good + "max_streams: -1\n", &refused},
+		{"what only a restart changes", good + "metrics_by_source: true\n", &refused},
+		{"a good one", good, &taken},
+	} {
+		if err := os.WriteFile(path, []byte(tc.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		err := cl.reload(r.sidecar)
+		if (err == nil) != (tc.want == &taken) {
+			t.Errorf("%s: %v", tc.name, err)
+		}
+		*tc.want++
+		for result, want := range map[string]float64{"refused": refused, "taken": taken} {
+			if got := r.metric("merlon_sidecar_reloads_total", "result", result); got != want {
+				t.Errorf("%s: %v are counted as %s; want %v", tc.name, got, result, want)
+			}
+		}
+	}
+	if got := r.sidecar.config().Inbound[0].App; got != "127.0.0.1:2" {
+		t.Errorf("the good one is not in force: the app is %s", got)
+	}
+}
+
 func TestReloadLetsRequestsFinish(t *testing.T) {
 	arrived, release := make(chan struct{}), make(chan struct{})
 	app, _ := httpApp(t, func(w http.ResponseWriter, _ *http.Request) {

@@ -54,6 +54,15 @@ func newMetrics(to prometheus.Registerer, bySource bool) *metrics {
 	return m
 }
 
+// reloaded counts an attempt to take a changed configuration in, and what came of it.
+func (m *metrics) reloaded(err error) {
+	result := "taken"
+	if err != nil {
+		result = "refused"
+	}
+	m.reloads.WithLabelValues(result).Inc()
+}
+
 // series are those of one hop, looked up once.
 type series struct {
 	metrics *metrics

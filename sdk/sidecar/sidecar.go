@@ -266,13 +266,7 @@ func (s *Sidecar) retire(old *serving) {
 func (s *Sidecar) Reload(cfg Config) (err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	defer func() {
-		result := "taken"
-		if err != nil {
-			result = "refused"
-		}
-		s.metrics.reloads.WithLabelValues(result).Inc()
-	}()
+	defer func() { s.metrics.reloaded(err) }()
 	if err := cfg.Validate(); err != nil {
 		return err
 	}
