@@ -130,6 +130,43 @@ func TestEveryReloadIsCounted(t *testing.T) {
 	}
 }
 
+// Settings that change while there is no identity yet are those that it begins with.
+func TestReloadWhileTheIdentityIsWaitedFor(t *testing.T) {
+	td := sdktest.New(t)
+	td.StopAgent("orders")
+	cfg := Config{
+		Inbound:     []Inbound{{Listen: "127.0.0.1:0", App: "127.0.0.1:1", Protocol: "http"}},
+		AgentSocket: td.Address("orders"), HealthAddress: off, AccessLog: filepath.Join(t.TempDir(), "access.log"), Logger: slog.New(slog.DiscardHandler),
+	}
+	s, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	opened := make(chan []*door, 1)
+	s.opened = func(doors []*door) { opened <- doors }
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	cfg.Inbound = append(cfg.Inbound, Inbound{Listen: "[::1]:0", App: "127.0.0.1:2", Protocol: "tcp"})
+	if err := s.Reload(cfg); err != nil {
+		t.Fatal(err)
+	}
+	td.StartAgent("orders")
+	select {
+	case doors := <-opened:
+		if len(doors) != 2 || doors[1].serving.Load().hop.Protocol != "tcp" {
+			t.Errorf("%d listeners; want those of the reload", len(doors))
+		}
+	case err := <-done:
+		t.Fatal(err)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 func TestReloadLetsRequestsFinish(t *testing.T) {
 	arrived, release := make(chan struct{}), make(chan struct{})
 	app, _ := httpApp(t, func(w http.ResponseWriter, _ *http.Request) {

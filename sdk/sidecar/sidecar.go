@@ -41,9 +41,10 @@ type Sidecar struct {
 	ctx  context.Context // of Run
 	stop context.CancelFunc
 
-	mu    sync.Mutex // guards the rest
-	cfg   Config
-	doors []*door
+	mu     sync.Mutex // guards the rest
+	cfg    Config
+	isOpen bool // once the listeners are
+	doors  []*door
 	// next are the sockets that a successor gets.
 	next map[string]net.Listener
 	// accepting are the doors, retiring what serves or has served behind them.
@@ -76,7 +77,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	defer s.stop()
 	defer context.AfterFunc(s.ctx, s.manager.Stopping)()
 	var err error
-	if s.access, err = openAccessLog(s.cfg.AccessLog); err != nil {
+	if s.access, err = openAccessLog(s.config().AccessLog); err != nil {
 		return err
 	}
 	defer s.access.close()
@@ -86,7 +87,7 @@ func (s *Sidecar) Run(ctx context.Context) error {
 		return err
 	}
 	defer s.id.Close()
-	before, err := askPredecessor(s.ctx, s.cfg.AdminSocket)
+	before, err := askPredecessor(s.ctx, s.config().AdminSocket)
 	if err != nil {
 		return err
 	}
@@ -155,12 +156,13 @@ func (s *Sidecar) identity() (*sdk.Identity, error) {
 }
 
 func (s *Sidecar) options() []sdk.Option {
+	cfg := s.config()
 	options := []sdk.Option{sdk.WithLogger(s.log)}
-	if s.cfg.AgentSocket != "" {
-		options = append(options, sdk.WithAgentAddress(s.cfg.AgentSocket))
+	if cfg.AgentSocket != "" {
+		options = append(options, sdk.WithAgentAddress(cfg.AgentSocket))
 	}
-	if s.cfg.AgentUID != 0 {
-		options = append(options, sdk.WithAgentUID(s.cfg.AgentUID))
+	if cfg.AgentUID != 0 {
+		options = append(options, sdk.WithAgentUID(cfg.AgentUID))
 	}
 	return options
 }
@@ -204,6 +206,7 @@ func (s *Sidecar) open(before *predecessor) (err error) {
 	s.health.Check("identity", func() error { _, err := s.id.GetX509SVID(); return err })
 	s.health.Check("policy", s.policyReady)
 	s.health.Check("app", s.upstreams.appReady)
+	s.isOpen = true
 	for _, p := range s.cfg.plans() {
 		s.admit(p)
 	}
@@ -273,6 +276,10 @@ func (s *Sidecar) Reload(cfg Config) (err error) {
 	cfg = cfg.withDefaults()
 	if err := s.cfg.fixed(&cfg); err != nil {
 		return err
+	}
+	if !s.isOpen { // it waits for an identity, and listens nowhere yet
+		s.cfg = cfg
+		return nil
 	}
 	if err := s.access.reopen(); err != nil {
 		return err
