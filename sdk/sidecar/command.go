@@ -45,8 +45,8 @@ func (s *Sidecar) startCommand() *command {
 		return c
 	}
 	go func() {
-		defer close(c.done)
 		defer s.stop()
+		defer close(c.done) // before: who sees the stop is to see how the command ended
 		// The kernel ends the command with the thread that started it.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
