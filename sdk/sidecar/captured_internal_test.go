@@ -82,8 +82,8 @@ func TestCapturesAreChecked(t *testing.T) {
 		"captured_port: is set":               func(c *Config) { c.Outbound[0].Captures, c.Outbound[0].Listen = nil, "127.0.0.1:9001" },
 		"outbound[0].listen":                  func(c *Config) { c.Outbound[0].Captures = nil },
 		"outbound[0].captures[1]: \"10.0.0\"": func(c *Config) { c.Outbound[0].Captures[1] = "10.0.0" },
-		"captured_port: 127.0.0.1:15001 is the address of outbound[0].listen": func(c *Config) { c.Outbound[0].Listen = "127.0.0.1:15001" },
-		"captured_port: 127.0.0.1:15001 is the address of inbound[0].listen": func(c *Config) {
+		"captured_port: 127.0.0.1:15001 is the address of outbound[0].listen,": func(c *Config) { c.Outbound[0].Listen = "127.0.0.1:15001" },
+		"captured_port: 127.0.0.1:15001 is the address of inbound[0].listen,": func(c *Config) {
 			c.Inbound = []Inbound{{Listen: "127.0.0.1:15001", App: "127.0.0.1:8080", Protocol: "http"}}
 		},
 		"is that of outbound[0].captures[0]": func(c *Config) { c.Outbound[0].Captures[1] = c.Outbound[0].Captures[0] },

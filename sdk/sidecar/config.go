@@ -254,7 +254,7 @@ func (out *Outbound) check(field string) error {
 		return &InvalidError{Field: field + ".upstreams", Reason: "is missing", Hint: "upstreams: [orders-1.example.org:8443]"}
 	}
 	for i, address := range out.Upstreams {
-		if host, port, err := net.SplitHostPort(address); err != nil || host == "" || port == "" {
+		if host, port, err := net.SplitHostPort(address); err != nil || host == "" || !isPort(port) {
 			return &InvalidError{Field: fmt.Sprintf("%s.upstreams[%d]", field, i), Reason: fmt.Sprintf("%q is not host:port", address)}
 		}
 	}
@@ -262,6 +262,12 @@ func (out *Outbound) check(field string) error {
 		return err
 	}
 	return out.behind().validate(field, out.Protocol)
+}
+
+// isPort says whether one can connect to the port, a number or a service's name.
+func isPort(port string) bool {
+	n, err := net.LookupPort("tcp", port)
+	return err == nil && n != 0
 }
 
 // behind are the settings of what a listener does with what comes.
@@ -369,16 +375,39 @@ func (c Config) listened() (all []place) {
 	return all
 }
 
-// checkDistinct: each listener has an address of its own.
+// checkDistinct: each listener has an address of its own, which is not its app's.
 func (c Config) checkDistinct() error {
-	seen := map[string]string{}
-	for _, p := range c.listened() {
-		if other := seen[p.address]; other != "" {
-			return &InvalidError{Field: p.field, Reason: fmt.Sprintf("%s is the address of %s", p.address, other)}
+	places := c.listened()
+	if c.HealthAddress != off {
+		places = append(places, place{"health_address", c.HealthAddress})
+	}
+	for i, p := range places {
+		for _, other := range places[:i] {
+			if collide(p.address, other.address) {
+				return &InvalidError{Field: p.field, Reason: fmt.Sprintf("%s is the address of %s, %s", p.address, other.field, other.address)}
+			}
 		}
-		seen[p.address] = p.field
+	}
+	for i := range c.Inbound {
+		if in := &c.Inbound[i]; collide(in.Listen, in.App) {
+			return &InvalidError{Field: fmt.Sprintf("inbound[%d].app", i), Reason: fmt.Sprintf("%s is where the sidecar itself listens, %s", in.App, in.Listen)}
+		}
 	}
 	return nil
+}
+
+// collide says whether only one can listen at both a and b.
+func collide(a, b string) bool {
+	if a == b {
+		return true
+	}
+	x, errX := net.ResolveTCPAddr("tcp", a)
+	y, errY := net.ResolveTCPAddr("tcp", b)
+	if errX != nil || errY != nil || x.Port != y.Port || x.Port == 0 {
+		return false
+	}
+	everywhere := func(a *net.TCPAddr) bool { return a.IP == nil || a.IP.IsUnspecified() }
+	return x.IP.Equal(y.IP) || everywhere(x) || everywhere(y)
 }
 
 func (c Config) checkBounds() error {

@@ -300,7 +300,7 @@ func TestSuccessorThatFailsChangesNothing(t *testing.T) {
 func TestSuccessorServesHealthWhereItIsTold(t *testing.T) {
 	td := sdktest.New(t)
 	cfg := Config{
-		Inbound:     []Inbound{{Listen: "127.0.0.1:0", App: named(t, "app"), Protocol: "http"}},
+		Inbound:     []Inbound{{Listen: "127.0.0.2:0", App: named(t, "app"), Protocol: "http"}},
 		AdminSocket: filepath.Join(shortDir(t), "admin.sock"),
 	}
 	healthOf := func(r *running) string {
