@@ -173,10 +173,7 @@ func (r *router) Serve(ctx context.Context, conn net.Conn) {
 		r.log.LogAttrs(ctx, slog.LevelWarn, "captured connection refused", slog.Any("err", err),
 			slog.String("hint", "add the destination to the captures of an outbound, or leave it out of capture: merlon-sidecar capture install -exclude-net"))
 	}
-	if tcp, ok := below(conn).(*net.TCPConn); ok {
-		_ = tcp.SetLinger(0) // refused, not ended: the app learns that nobody took it
-	}
-	_ = conn.Close()
+	reset(conn)
 }
 
 // below is conn as it was accepted.
