@@ -105,6 +105,7 @@ func (c *Cluster) Join() {
 	d.StartAgent(token.Token, token.RootHash)
 	d.GRPC, d.HTTPS, d.agentID = c.GRPC, c.HTTPS, token.AgentID
 	*c.Domain = d
+	c.AgentServes()
 }
 
 // By administers the trust domain through r.

@@ -6,6 +6,7 @@ package stage
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -82,6 +83,20 @@ func (d *Domain) join() {
 	token := d.Token()
 	d.StartAgent(token.Token, token.RootHash)
 	d.agentID = token.AgentID
+	d.AgentServes()
+}
+
+// AgentServes waits for the agent's public socket: who fetches by a single try
+// would otherwise find none.
+func (d *Domain) AgentServes() {
+	d.TB.Helper()
+	Eventually(d.TB, "the agent serves", func() error {
+		conn, err := net.Dial("unix", strings.TrimPrefix(d.WorkloadAPI, "unix://"))
+		if err != nil {
+			return err
+		}
+		return conn.Close()
+	})
 }
 
 // CAAlone is SeparateAs without an agent.

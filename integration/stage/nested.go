@@ -14,5 +14,6 @@ func (d *Domain) Below(tb testing.TB, name string, settings ...string) *Domain {
 	join := n.Token()
 	n.StartAgent(join.Token, join.RootHash)
 	n.agentID = join.AgentID
+	n.AgentServes()
 	return n
 }

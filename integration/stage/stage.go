@@ -219,17 +219,17 @@ func Run(ctx context.Context, tb testing.TB, env []string, name string, args ...
 	return out.String(), errs.String(), err
 }
 
-// Eventually calls check until it returns nil, for at most 15 s.
+// Eventually calls check until it returns nil, for at most a minute.
 func Eventually(tb testing.TB, what string, check func() error) {
 	tb.Helper()
 	var err error
-	for deadline := time.Now().Add(15 * time.Second); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
 		if err = check(); err == nil {
 			return
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	tb.Fatalf("%s: still %v after 15 s", what, err)
+	tb.Fatalf("%s: still %v after a minute", what, err)
 }
 
 // given holds the ports that FreePort has returned.

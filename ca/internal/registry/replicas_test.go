@@ -70,8 +70,8 @@ func TestSilentReplicasAreKnown(t *testing.T) {
 	steps := r.StepsTaken()
 	write(t, st, r, store.Put(store.LeaderPrefix+AliveName("c"), nil))
 	select {
-	case <-steps:
-	default:
+	case <-steps: // shortly after the revision that write waits for
+	case <-time.After(30 * time.Second):
 		t.Error("nobody who waits for c is told")
 	}
 	if got := silent(start(t, st), "b"); len(silent(r, "b")) != 0 || len(got) != 0 { // also one that lists
