@@ -64,7 +64,7 @@ demo: ## see it work: two services, one policy, one revocation
 
 COUNT ?= 5
 ONLY ?=
-bench: ## what is promised (P1 to P14) against its baselines, COUNT rounds (default 5), into integration/bench/results; ONLY=P1,P7 for some; an hour
+bench: ## what is promised (P1 to P14) against its baselines, COUNT rounds (default 5), into integration/bench/results; ONLY=P1,P7 for some; P3 and P4 as make scale left them
 	go run ./integration/bench/suite -count $(COUNT) -only '$(ONLY)'
 
 bench-compare: ## the same benchmarks at BASE and here, in turn, through benchstat: make bench-compare BASE=main~10 ONLY=P7

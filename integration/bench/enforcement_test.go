@@ -21,13 +21,13 @@ import (
 	"merlon.dev/sdk"
 )
 
-// me is the benchmark's own process as workload /me, which may reach itself
-// over tcp.
-func me(b *testing.B) (*stage.Domain, capb.AdminClient, *sdk.Identity) {
+// me is the benchmark's own process as workload /me, beside further entries on its node.
+func me(b *testing.B, entries int) (*stage.Domain, capb.AdminClient, *sdk.Identity) {
 	b.Helper()
 	d := stage.Dev(b)
 	admin := capb.NewAdminClient(dial(b, d.Admin))
 	d.Entry("/me")
+	fill(b, admin, entries)
 	id, err := sdk.Open(b.Context(), sdk.WithAgentAddress(d.WorkloadAPI), sdk.WithLogger(slog.New(slog.DiscardHandler)))
 	if err != nil {
 		b.Fatal(err)
@@ -65,52 +65,71 @@ func push(b *testing.B, admin capb.AdminClient, raw []byte) {
 }
 
 func BenchmarkPolicyReachesCall(b *testing.B) {
-	for name, rego := range map[string]string{
-		"grants":  "",
-		"ownrego": "package authz\n\ndeny if input.attributes.request.http.method == \"TRACE\"\n",
-	} {
-		b.Run(name, func(b *testing.B) {
-			d, admin, id := me(b)
-			policies := [][]byte{built(b, d, "http: {methods: [GET]}", rego), built(b, d, "http: {methods: [POST]}", rego)}
-			call := &policy.Input{Source: d.ID("/me"), Destination: d.ID("/me"), Protocol: policy.HTTP, Method: "GET", Path: "/"}
-			var took []time.Duration
-			for i := 0; b.Loop(); i++ {
-				begun := time.Now()
-				push(b, admin, policies[i%2])
-				for id.Authorize(b.Context(), call).Allow != (i%2 == 0) {
-					if time.Since(begun) > 30*time.Second {
-						b.Fatal("the policy did not take effect within 30 s")
-					}
+	beside(b, func(b *testing.B, entries int) {
+		d, admin, id := me(b, entries)
+		call := &policy.Input{Source: d.ID("/me"), Destination: d.ID("/me"), Protocol: policy.HTTP, Method: "GET", Path: "/"}
+		for name, rego := range map[string]string{
+			"grants":  "",
+			"ownrego": "package authz\n\ndeny if input.attributes.request.http.method == \"TRACE\"\n",
+		} {
+			b.Run(name, func(b *testing.B) {
+				policies := [][]byte{built(b, d, "http: {methods: [GET]}", rego), built(b, d, "http: {methods: [POST]}", rego)}
+				push(b, admin, policies[1])
+				reaches(b, id, call, false) // and not what another policy said
+				var took []time.Duration
+				for i := 0; b.Loop(); i++ {
+					begun := time.Now()
+					push(b, admin, policies[i%2])
+					reaches(b, id, call, i%2 == 0)
+					took = append(took, time.Since(begun))
 				}
-				took = append(took, time.Since(begun))
-			}
-			report(b, "decided", took)
-		})
+				report(b, "decided", took)
+			})
+		}
+	})
+}
+
+// beside runs a benchmark without and with 100 000 further entries.
+func beside(b *testing.B, bench func(b *testing.B, entries int)) {
+	for _, entries := range []int{0, 100_000} {
+		b.Run(fmt.Sprintf("entries=%d", entries), func(b *testing.B) { bench(b, entries) })
+	}
+}
+
+// reaches makes the call until it is allowed, or is not.
+func reaches(b *testing.B, id *sdk.Identity, call *policy.Input, allowed bool) {
+	b.Helper()
+	for begun := time.Now(); id.Authorize(b.Context(), call).Allow != allowed; {
+		if time.Since(begun) > 30*time.Second {
+			b.Fatal("the policy did not take effect within 30 s")
+		}
 	}
 }
 
 func BenchmarkRevocationCutsConnection(b *testing.B) {
-	d, admin, id := me(b)
-	push(b, admin, built(b, d, "tcp: {}", ""))
-	inner, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		b.Fatal(err)
-	}
-	lis := id.Listener(inner)
-	b.Cleanup(func() { lis.Close() })
-	go echo(lis)
-	var took []time.Duration
-	for b.Loop() {
-		conn := connect(b, id, inner.Addr().String())
-		begun := time.Now()
-		if _, err := admin.Revoke(b.Context(), &capb.RevokeRequest{Subject: &capb.RevokeRequest_SpiffeId{SpiffeId: d.ID("/me")}}); err != nil {
+	beside(b, func(b *testing.B, entries int) {
+		d, admin, id := me(b, entries)
+		push(b, admin, built(b, d, "tcp: {}", ""))
+		inner, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
 			b.Fatal(err)
 		}
-		io.Copy(io.Discard, conn) // ends when the connection is cut
-		took = append(took, time.Since(begun))
-		conn.Close()
-	}
-	report(b, "cut", took)
+		lis := id.Listener(inner)
+		b.Cleanup(func() { lis.Close() })
+		go echo(lis)
+		var took []time.Duration
+		for b.Loop() {
+			conn := connect(b, id, inner.Addr().String())
+			begun := time.Now()
+			if _, err := admin.Revoke(b.Context(), &capb.RevokeRequest{Subject: &capb.RevokeRequest_SpiffeId{SpiffeId: d.ID("/me")}}); err != nil {
+				b.Fatal(err)
+			}
+			io.Copy(io.Discard, conn) // ends when the connection is cut
+			took = append(took, time.Since(begun))
+			conn.Close()
+		}
+		report(b, "cut", took)
+	})
 }
 
 func echo(lis net.Listener) {

@@ -51,7 +51,7 @@ func withGoSPIFFE(td *sdktest.TD, name string) goSPIFFE { return goSPIFFE{td.SVI
 // BenchmarkHandshake is P8, with X509-SVIDs of a real CA: leaf, intermediate and a
 // root that is not sent. Every chain has been seen before.
 func BenchmarkHandshake(b *testing.B) {
-	d, _, id := me(b)
+	d, _, id := me(b, 0)
 	source, err := workloadapi.NewX509Source(b.Context(), workloadapi.WithClientOptions(workloadapi.WithAddr(d.WorkloadAPI)))
 	if err != nil {
 		b.Fatal(err)

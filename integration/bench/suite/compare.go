@@ -42,7 +42,7 @@ func compare(ctx context.Context, o options) (err error) {
 	}()
 	var sources []source
 	for _, s := range wanted(o.only) {
-		if s.test == "" && !s.once {
+		if s.test == "" && !s.once && s.missing() == "" {
 			sources = append(sources, s)
 		}
 	}
@@ -80,7 +80,7 @@ func (at *side) build(ctx context.Context, dir string, sources []source) error {
 			continue
 		}
 		bin := filepath.Join(dir, at.name+"-"+strings.ReplaceAll(s.pkg, "/", "-")+".test")
-		if err := command(ctx, at.root, "go", "test", "-c", "-o", bin, "./"+s.pkg); err != nil {
+		if err := command(ctx, filepath.Join(at.root, s.pkg), "go", "test", "-c", "-o", bin, "."); err != nil {
 			return fmt.Errorf("%s: %w", at.name, err)
 		}
 		at.bins[s.pkg] = bin
@@ -98,7 +98,7 @@ func (at *side) run(ctx context.Context, s source) error {
 		return ctx.Err()
 	}
 	if err != nil {
-		fmt.Fprintln(os.Stderr, at.name, err)
+		fmt.Fprintf(os.Stderr, "%s %s: %v\n%s\n", at.name, s.key(), err, tail(string(out), 2000))
 	}
 	at.out.Write(out)
 	return nil

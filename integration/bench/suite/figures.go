@@ -77,6 +77,16 @@ func (f figures) of(t target) (float64, bool) {
 	return measure.Median(all), true
 }
 
+// sides are what the two figures of a ratio are, in the middle of the runs: it says
+// more with them beside it.
+func (f figures) sides(t target) string {
+	if t.over == "" {
+		return ""
+	}
+	_, unit, _ := strings.Cut(t.unit[strings.LastIndexByte(t.unit, '-'):], "-")
+	return " (" + short(measure.Median(f[t.bench][t.unit])) + " : " + short(measure.Median(f[t.bench][t.over])) + " " + unit + ")"
+}
+
 func (t target) factor() float64 {
 	if t.scale == 0 {
 		return 1

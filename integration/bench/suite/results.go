@@ -28,29 +28,43 @@ type line struct {
 	Target   string   `json:"target"`
 	Measured *float64 `json:"measured"` // null: not measured
 	Unit     string   `json:"unit"`
-	// Met is yes, no, or why it is not known.
+	// Sides are the two figures of a ratio.
+	Sides string `json:"sides,omitempty"`
+	// From says which earlier run has measured it, if it was not this one.
+	From string `json:"from,omitempty"`
+	// Met is yes, no, or why it is not known; – where nothing was promised.
 	Met string `json:"met"`
 	// share is how much of what the target allows was used; above 1 it is missed.
 	share float64
 }
 
-// judge makes the lines of the targets that were asked for.
-func (r *results) judge(found figures, failed map[string]string, only map[string]bool) {
+// judge makes the lines of the targets that were asked for: what failed says why its
+// source gave no figures, and earlier where those of make scale are from.
+func (r *results) judge(found figures, failed map[string]string, earlier string, only map[string]bool) {
 	for _, t := range targets {
-		if len(only) > 0 && !only[t.p] {
+		if !t.asked(only) {
 			continue
 		}
 		l := line{P: t.p, What: t.what, Target: t.bound(), Unit: t.shown}
 		if v, ok := found.of(t); ok {
-			l.Measured, l.Met, l.share = &v, t.met(v), t.share(v)
+			l.Measured, l.Sides, l.Met, l.share = &v, found.sides(t), t.met(v), t.share(v)
+			if why := failed[t.source.key()]; why != "" {
+				l.Met += "; a run failed: " + why
+			}
 		} else {
 			l.Met = t.unmeasured(failed[t.source.key()])
+		}
+		if t.source.fleet {
+			l.From = earlier
 		}
 		r.Lines = append(r.Lines, l)
 	}
 }
 
 func (t target) bound() string {
+	if t.open {
+		return "–"
+	}
 	text := "≤ " + short(t.most)
 	if t.least > 0 {
 		text = "≥ " + short(t.least)
@@ -65,6 +79,9 @@ func (t target) bound() string {
 }
 
 func (t target) met(v float64) string {
+	if t.open {
+		return "–"
+	}
 	if t.least > 0 && v < t.least || t.least == 0 && v > t.most {
 		return "**no**"
 	}
@@ -84,11 +101,13 @@ func (t target) share(v float64) float64 {
 
 // unmeasured says why there is no figure.
 func (t target) unmeasured(failure string) string {
-	switch {
-	case failure != "":
-		return "not known: the run failed"
-	case t.peer != "" && os.Getenv(t.peer) == "":
-		return "not measured: " + t.peer + " is not set"
+	if failure != "" {
+		return "failed: " + failure
+	}
+	for _, name := range append([]string{t.peer}, t.source.peers...) {
+		if name != "" && os.Getenv(name) == "" {
+			return "not measured: " + name + " is not set"
+		}
 	}
 	return "not known: " + t.bench + " has no " + t.unit
 }
@@ -108,7 +127,10 @@ func (r *results) table() string {
 	for _, l := range r.Lines {
 		measured := "–"
 		if l.Measured != nil {
-			measured = strings.TrimSpace(short(*l.Measured) + " " + l.Unit)
+			measured = strings.TrimSpace(short(*l.Measured)+" "+l.Unit) + l.Sides
+		}
+		if l.From != "" {
+			measured += ", by " + l.From
 		}
 		fmt.Fprintf(&s, "| %s | %s | %s | %s | %s |\n", l.P, l.What, l.Target, measured, l.Met)
 	}
@@ -145,7 +167,7 @@ func (r *results) write(dir string, found figures) error {
 func (r *results) bars() measure.Bars {
 	bars := measure.Bars{Title: "Measured, as a share of what the target allows", Limit: 1}
 	for _, l := range r.Lines {
-		if l.Measured != nil {
+		if l.Measured != nil && l.Target != (target{open: true}).bound() {
 			bars.Bars = append(bars.Bars, measure.Bar{Name: l.P + " " + l.What, Value: l.share})
 		}
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -27,7 +28,7 @@ func TestEveryTargetIsInTheTable(t *testing.T) {
 
 // What a line of the table runs is there: the function of that name, in that package.
 func TestSourcesExist(t *testing.T) {
-	for _, s := range wanted(nil) {
+	for _, s := range wanted(everything()) {
 		pattern := s.bench + s.test
 		var all strings.Builder
 		files, err := filepath.Glob(filepath.Join("..", "..", "..", s.pkg, "*_test.go"))
@@ -51,6 +52,15 @@ func TestSourcesExist(t *testing.T) {
 			t.Errorf("%s has no %s", s.pkg, pattern)
 		}
 	}
+}
+
+// everything asks for each target by name.
+func everything() map[string]bool {
+	all := make(map[string]bool)
+	for _, p := range names() {
+		all[p] = true
+	}
+	return all
 }
 
 func TestTargetsAreWhole(t *testing.T) {
@@ -160,9 +170,9 @@ func TestJudgement(t *testing.T) {
 func TestWhatWasNotMeasuredSaysWhy(t *testing.T) {
 	t.Setenv("MERLON_BENCH_OPA_ENVOY", "")
 	r := results{Count: 1}
-	r.judge(figures{}, map[string]string{sign.key(): "it broke"}, map[string]bool{"P1": true, "P6": true})
+	r.judge(figures{}, map[string]string{sign.key(): "it broke"}, "", map[string]bool{"P1": true, "P6": true})
 	table := r.table()
-	for _, want := range []string{"the run failed", "MERLON_BENCH_OPA_ENVOY is not set", "has no cpu-ns/op"} {
+	for _, want := range []string{"failed: it broke", "MERLON_BENCH_OPA_ENVOY is not set", "has no cpu-ns/op"} {
 		if !strings.Contains(table, want) {
 			t.Errorf("the table lacks %q:\n%s", want, table)
 		}
@@ -175,6 +185,125 @@ func TestWhatWasNotMeasuredSaysWhy(t *testing.T) {
 		if info, err := os.Stat(filepath.Join(dir, name)); err != nil || info.Size() == 0 {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// What fails once is in the table with what was measured before, and why it failed.
+func TestFailuresAreInTheTable(t *testing.T) {
+	found := figures{"Sign": {"ca-ratio": {0.7, 0.9}}}
+	r := results{Count: 3}
+	r.judge(found, map[string]string{sign.key(): "bench_test.go:1: no connection"}, "", map[string]bool{"P1": true})
+	if want := "yes; a run failed: bench_test.go:1: no connection"; r.Lines[0].Met != want || *r.Lines[0].Measured != 0.8 {
+		t.Errorf("%g is met: %q; want 0.8, %q", *r.Lines[0].Measured, r.Lines[0].Met, want)
+	}
+}
+
+func TestReasonIsWhatTheTestSays(t *testing.T) {
+	err := errors.New("exit status 1")
+	for name, test := range map[string]struct{ out, want string }{
+		"fatal":        {"goos: linux\n--- FAIL: BenchmarkA\n    a_test.go:7: no | connection\n    more\nFAIL\n", "a_test.go:7: no / connection"},
+		"inner":        {"--- FAIL: BenchmarkA\n    --- FAIL: BenchmarkA/b\n        a_test.go:8: late\nFAIL\n", "a_test.go:8: late"},
+		"inner alone":  {"BenchmarkA/b\n--- FAIL: BenchmarkA/b\n    a_test.go:9: gone\n--- FAIL: BenchmarkA\nFAIL\n", "a_test.go:9: gone"},
+		"panic":        {"panic: nil map\n\ngoroutine 1", "panic: nil map"},
+		"not compiled": {"# merlon.dev/x\n./x_test.go:3:1: undefined: y\nFAIL\n", "./x_test.go:3:1: undefined: y"},
+		"log":          {"    a_test.go:1: only a log line\n", "exit status 1"},
+		"silent":       {"", "exit status 1"},
+	} {
+		if got := reason([]byte(test.out), err); got != test.want {
+			t.Errorf("%s: %q; want %q", name, got, test.want)
+		}
+	}
+}
+
+// One run that fails keeps nothing else from being measured, and is an error at the end.
+func TestOneFailureEndsNothing(t *testing.T) {
+	if testing.Short() {
+		t.Skip("compiles a module")
+	}
+	root := t.TempDir()
+	for name, text := range map[string]string{
+		"go.mod":         "module broken.test\n\ngo 1.26\n",
+		"ca/ca_test.go":  "package ca\n\nimport \"testing\"\n\nfunc BenchmarkSign(b *testing.B) { b.Fatal(\"no CA\") }\n",
+		"sdk/s_test.go":  "package sdk\n\nimport (\n\t\"fmt\"\n\t\"testing\"\n)\n\nfunc TestTheSDKAddsLittleToAProgram(*testing.T) { fmt.Println(\"BenchmarkProgramSize 1 2e6 more-bytes\") }\n",
+		"out/README.txt": "",
+	} {
+		path := filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	out := filepath.Join(root, "out")
+	err := run(t.Context(), []string{"-C", root, "-out", out, "-count", "2", "-only", "P1,P11"})
+	if err == nil || !strings.Contains(err.Error(), "1 of the runs failed") {
+		t.Errorf("the suite ends with %v; want it to say that one run failed", err)
+	}
+	table, err := os.ReadFile(filepath.Join(out, "results.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"| P1 |", "failed: ca_test.go:5: no CA |", "| P11 |", "| 2 MB | yes |"} {
+		if !strings.Contains(string(table), want) {
+			t.Errorf("the table lacks %q:\n%s", want, table)
+		}
+	}
+}
+
+// What make scale left in the repository has all that P3 and P4 ask for.
+func TestScaledFigures(t *testing.T) {
+	root := filepath.Join("..", "..", "..")
+	found := figures{}
+	earlier, err := found.readScaled(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := results{Count: 1}
+	r.judge(found, nil, earlier, map[string]bool{"P3": true, "P4": true})
+	for _, l := range r.Lines {
+		if l.Measured == nil || l.From != earlier {
+			t.Errorf("%s %s: %s, from %q; want a figure from %q", l.P, l.What, l.Met, l.From, earlier)
+		}
+	}
+	if !regexp.MustCompile(`^make scale on \d+ \w+ \d{4} at commit [0-9a-f]+`).MatchString(earlier) {
+		t.Errorf("it says %q; want date and commit", earlier)
+	}
+	if len(wanted(map[string]bool{"P3": true})) != 1 {
+		t.Error("P3 is not run where it is asked for")
+	}
+	for _, s := range wanted(nil) {
+		if s.fleet {
+			t.Error("make scale is run without being asked for")
+		}
+	}
+}
+
+func TestScaledFiguresOfASmallerFleetAreRefused(t *testing.T) {
+	s := scaled{Cells: []scaledCell{{Entries: entries, Agents: agents}, {Entries: entries, Agents: fewAgents}, {Entries: fewEntries, Agents: agents}}}
+	if _, err := s.figures(); err == nil || !strings.Contains(err.Error(), "10000 entries with 100 agents") {
+		t.Errorf("figures: %v; want it to name what is missing", err)
+	}
+	s.Cells = append(s.Cells, scaledCell{Entries: fewEntries, Agents: fewAgents, IdleRSSMiB: 1000})
+	s.Cells[1].IdleRSSMiB = 2980.8 // 990 000 entries at 2 kB and a bit
+	all, err := s.figures()
+	if err != nil || len(all["entry-kB"]) != 1 || all["entry-kB"][0] < 2.09 || all["entry-kB"][0] > 2.1 {
+		t.Errorf("figures: %v, %v; want entries of 2.1 kB", all, err)
+	}
+	if _, ok := all["start-s"]; ok {
+		t.Error("a start that was not measured is 0 s")
+	}
+}
+
+// What nothing was promised of is in the table, and neither met nor missed.
+func TestOpenFiguresAreNotJudged(t *testing.T) {
+	open := target{p: "P9", bench: "A", unit: "own-µs", over: "nginx-own-µs", shown: "×", open: true}
+	found := figures{"A": {"own-µs": {30, 20}, "nginx-own-µs": {10, 10}}}
+	if v, ok := found.of(open); !ok || v != 2.5 || open.met(v) != "–" || open.bound() != "–" {
+		t.Errorf("%g, %t, %s of %s; want 2.5, and no judgement", v, ok, open.met(v), open.bound())
+	}
+	if got := found.sides(open); got != " (25 : 10 µs)" {
+		t.Errorf("its sides are %q", got)
 	}
 }
 
