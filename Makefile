@@ -8,7 +8,7 @@ BUF  := go run github.com/bufbuild/buf/cmd/buf@v1.75.0
 export MERLON_INTEROP ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/merlon/interop
 
 .DEFAULT_GOAL := help
-.PHONY: help build full test interop lint generate check demo bench bench-compare bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect scale posture polling faults crowd kills soak
+.PHONY: help build full test interop lint generate check demo bench bench-profile bench-compare bench-store fuzz crash crash-etcd crash-sweep fault-etcd rotate rotate-replicas cutoff pidreuse clocks leaks taint reconnect scale posture polling faults crowd kills soak
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -66,6 +66,10 @@ COUNT ?= 5
 ONLY ?=
 bench: ## what is promised (P1 to P14) against its baselines, COUNT rounds (default 5), into integration/bench/results; ONLY=P1,P7 for some; P3 and P4 as make scale left them
 	go run ./integration/bench/suite -count $(COUNT) -only '$(ONLY)'
+
+P ?= P6
+bench-profile: ## where it goes, of targets: make bench-profile P=P6,P7, into integration/bench/results/profiles
+	go run ./integration/bench/suite -profile '$(P)'
 
 bench-compare: ## the same benchmarks at BASE and here, in turn, through benchstat: make bench-compare BASE=main~10 ONLY=P7
 	@test -n "$(BASE)" || { echo 'name the revision to compare with: make bench-compare BASE=main~10'; exit 1; }

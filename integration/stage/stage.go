@@ -52,7 +52,12 @@ var build = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	cmd := exec.Command("go", "build", "-C", root, "-o", dir+"/", "./ca/cmd/...", "./agent/cmd/...", "./sdk/cmd/...")
+	overlay, err := profilerOverlay(root, dir)
+	if err != nil {
+		return "", err
+	}
+	args := append([]string{"build", "-C", root, "-o", dir + "/"}, overlay...)
+	cmd := exec.Command("go", append(args, "./ca/cmd/...", "./agent/cmd/...", "./sdk/cmd/...")...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the binaries: %w\n%s", err, out)
 	}
@@ -191,6 +196,7 @@ func (p *Process) end(sig syscall.Signal) {
 	if p.cmd == nil {
 		return
 	}
+	endProfile(p.tb, p.Name, p.cmd.Process)
 	p.cmd.Process.Signal(sig)
 	late := time.AfterFunc(10*time.Second, func() {
 		p.tb.Errorf("%s did not end within 10 s of %s", p.Name, sig)

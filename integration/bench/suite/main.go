@@ -4,6 +4,7 @@
 //
 //	suite                     everything, into integration/bench/results
 //	suite -only P1,P7         some of it
+//	suite -profile P6         where it goes: profiles, into integration/bench/results/profiles
 //	suite -compare REV        the same benchmarks at REV and here, in turn, for benchstat
 package main
 
@@ -35,6 +36,8 @@ type options struct {
 	count   int
 	only    map[string]bool
 	compare string
+	// missed: targets that are missed get profiles.
+	missed bool
 }
 
 func run(ctx context.Context, args []string) error {
@@ -44,6 +47,8 @@ func run(ctx context.Context, args []string) error {
 	flags.StringVar(&o.out, "out", filepath.Join("integration", "bench", "results"), "folder for the results")
 	flags.IntVar(&o.count, "count", 5, "how often each benchmark is run; the median counts")
 	flags.StringVar(&o.compare, "compare", "", "revision to compare with")
+	flags.BoolVar(&o.missed, "profiles", true, "make profiles of the targets that are missed, by one more run of each")
+	profiles := flags.String("profile", "", "targets of which only profiles are wanted, such as P6")
 	only := flags.String("only", "", "targets, such as P1,P7; all without")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -51,18 +56,21 @@ func run(ctx context.Context, args []string) error {
 	if flags.NArg() > 0 || o.count < 1 {
 		return fmt.Errorf("unexpected %q or -count %d: see -h", flags.Args(), o.count)
 	}
-	for p := range strings.SplitSeq(*only, ",") {
+	for p := range strings.SplitSeq(*only+","+*profiles, ",") {
 		if p != "" {
 			o.only[p] = true
 		}
 	}
 	for p := range o.only {
 		if !known(p) {
-			return fmt.Errorf("-only names %s: the targets are %s", p, strings.Join(names(), ", "))
+			return fmt.Errorf("-only or -profile names %s: the targets are %s", p, strings.Join(names(), ", "))
 		}
 	}
-	if o.compare != "" {
+	switch {
+	case o.compare != "":
 		return compare(ctx, o)
+	case *profiles != "":
+		return profileAll(ctx, o)
 	}
 	return measureAll(ctx, o)
 }

@@ -19,6 +19,7 @@ type results struct {
 	Machine measure.Machine `json:"machine"`
 	Count   int             `json:"rounds"`
 	Lines   []line          `json:"targets"`
+	targets []target        // of the lines
 }
 
 // line is one target.
@@ -34,6 +35,8 @@ type line struct {
 	From string `json:"from,omitempty"`
 	// Met is yes, no, or why it is not known; – where nothing was promised.
 	Met string `json:"met"`
+	// Profile says why a target is missed: a file, from the folder of the results.
+	Profile string `json:"profile,omitempty"`
 	// share is how much of what the target allows was used; above 1 it is missed.
 	share float64
 }
@@ -57,7 +60,7 @@ func (r *results) judge(found figures, failed map[string]string, earlier string,
 		if t.source.fleet {
 			l.From = earlier
 		}
-		r.Lines = append(r.Lines, l)
+		r.Lines, r.targets = append(r.Lines, l), append(r.targets, t)
 	}
 }
 
@@ -78,12 +81,14 @@ func (t target) bound() string {
 	return text
 }
 
+const missedMark = "**no**"
+
 func (t target) met(v float64) string {
 	if t.open {
 		return "–"
 	}
 	if t.least > 0 && v < t.least || t.least == 0 && v > t.most {
-		return "**no**"
+		return missedMark
 	}
 	return "yes"
 }
@@ -132,7 +137,11 @@ func (r *results) table() string {
 		if l.From != "" {
 			measured += ", by " + l.From
 		}
-		fmt.Fprintf(&s, "| %s | %s | %s | %s | %s |\n", l.P, l.What, l.Target, measured, l.Met)
+		met := l.Met
+		if l.Profile != "" {
+			met += " ([why](" + l.Profile + "))"
+		}
+		fmt.Fprintf(&s, "| %s | %s | %s | %s | %s |\n", l.P, l.What, l.Target, measured, met)
 	}
 	return s.String()
 }

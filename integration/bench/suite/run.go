@@ -61,6 +61,12 @@ func measureAll(ctx context.Context, o options) error {
 	}
 	r.Machine.Load = r.Machine.Load + " before, " + measure.Here(o.root).Load + " after"
 	r.judge(found, failed, earlier, o.only)
+	if o.missed {
+		if err := r.profileMissed(ctx, o); err != nil {
+			failed["profiles"] = err.Error()
+			fmt.Fprintln(os.Stderr, err)
+		}
+	}
 	if err := r.write(o.out, found); err != nil {
 		return err
 	}

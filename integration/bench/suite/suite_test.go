@@ -172,7 +172,7 @@ func TestWhatWasNotMeasuredSaysWhy(t *testing.T) {
 	r := results{Count: 1}
 	r.judge(figures{}, map[string]string{sign.key(): "it broke"}, "", map[string]bool{"P1": true, "P6": true})
 	table := r.table()
-	for _, want := range []string{"failed: it broke", "MERLON_BENCH_OPA_ENVOY is not set", "has no cpu-ns/op"} {
+	for _, want := range []string{"failed: it broke", "not measured: MERLON_BENCH_OPA_ENVOY is not set", "has no cpu-ns/op"} {
 		if !strings.Contains(table, want) {
 			t.Errorf("the table lacks %q:\n%s", want, table)
 		}
@@ -215,7 +215,8 @@ func TestReasonIsWhatTheTestSays(t *testing.T) {
 	}
 }
 
-// One run that fails keeps nothing else from being measured, and is an error at the end.
+// One run that fails keeps nothing else from being measured, and is an error at the end;
+// a target that is missed has a profile.
 func TestOneFailureEndsNothing(t *testing.T) {
 	if testing.Short() {
 		t.Skip("compiles a module")
@@ -224,7 +225,7 @@ func TestOneFailureEndsNothing(t *testing.T) {
 	for name, text := range map[string]string{
 		"go.mod":         "module broken.test\n\ngo 1.26\n",
 		"ca/ca_test.go":  "package ca\n\nimport \"testing\"\n\nfunc BenchmarkSign(b *testing.B) { b.Fatal(\"no CA\") }\n",
-		"sdk/s_test.go":  "package sdk\n\nimport (\n\t\"fmt\"\n\t\"testing\"\n)\n\nfunc TestTheSDKAddsLittleToAProgram(*testing.T) { fmt.Println(\"BenchmarkProgramSize 1 2e6 more-bytes\") }\n",
+		"sdk/s_test.go":  "package sdk\n\nimport (\n\t\"fmt\"\n\t\"testing\"\n)\n\nfunc TestTheSDKAddsLittleToAProgram(*testing.T) { fmt.Println(\"BenchmarkProgramSize 1 4e6 more-bytes\") }\n",
 		"out/README.txt": "",
 	} {
 		path := filepath.Join(root, name)
@@ -244,9 +245,18 @@ func TestOneFailureEndsNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"| P1 |", "failed: ca_test.go:5: no CA |", "| P11 |", "| 2 MB | yes |"} {
+	for _, want := range []string{"| P1 |", "failed: ca_test.go:5: no CA |", "| P11 |", "| 4 MB | **no** ([why](profiles/P11.txt)) |"} {
 		if !strings.Contains(string(table), want) {
 			t.Errorf("the table lacks %q:\n%s", want, table)
+		}
+	}
+	profile, err := os.ReadFile(filepath.Join(out, "profiles", "P11.txt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"P11: ", "-- CPU\n", "Type: cpu", "Type: alloc_objects", "Type: inuse_space"} {
+		if !strings.Contains(string(profile), want) {
+			t.Errorf("the profile of the missed target lacks %q:\n%s", want, profile)
 		}
 	}
 }
@@ -261,15 +271,15 @@ func TestScaledFigures(t *testing.T) {
 	}
 	r := results{Count: 1}
 	r.judge(found, nil, earlier, map[string]bool{"P3": true, "P4": true})
-	for _, l := range r.Lines {
-		if l.Measured == nil || l.From != earlier {
+	for i, l := range r.Lines {
+		if r.targets[i].source.fleet && (l.Measured == nil || l.From != earlier) {
 			t.Errorf("%s %s: %s, from %q; want a figure from %q", l.P, l.What, l.Met, l.From, earlier)
 		}
 	}
 	if !regexp.MustCompile(`^make scale on \d+ \w+ \d{4} at commit [0-9a-f]+`).MatchString(earlier) {
 		t.Errorf("it says %q; want date and commit", earlier)
 	}
-	if len(wanted(map[string]bool{"P3": true})) != 1 {
+	if !slices.ContainsFunc(wanted(map[string]bool{"P3": true}), func(s source) bool { return s.fleet }) {
 		t.Error("P3 is not run where it is asked for")
 	}
 	for _, s := range wanted(nil) {
@@ -308,7 +318,7 @@ func TestOpenFiguresAreNotJudged(t *testing.T) {
 }
 
 func TestUnknownTargetsAreRefused(t *testing.T) {
-	for args, want := range map[string]string{"-only P99": "P99", "-count 0": "-count 0", "stray": "stray"} {
+	for args, want := range map[string]string{"-only P99": "P99", "-profile P98": "P98", "-count 0": "-count 0", "stray": "stray"} {
 		if err := run(t.Context(), strings.Fields(args)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("suite %s: %v; want it to name %s", args, err, want)
 		}

@@ -45,6 +45,7 @@ var (
 		pkg: "integration", test: "^TestRootRotatesUnderHandshakes$", once: true,
 		env: []string{"ROTATIONS=4", "HANDSHAKES=500", "WORKLOADS=200"},
 	}
+
 	store = source{pkg: "ca/internal/store/badger", bench: "^BenchmarkTxn$/^writers=64$", times: "50000x"}
 )
 
