@@ -64,76 +64,68 @@ func (g *Grounds) Count() (n int) {
 	return n
 }
 
-// realias sees to it that the streams whose nodes have other aliases in pic hear
-// of what that gives and takes. r.mu is held, and pic is published.
-func (r *Registry) realias(pic *picture, c change) {
+// turn is a feed whose node gets the alias, or does not have it any more.
+type turn struct {
+	feed  *Feed
+	alias spiffeid.ID
+	has   bool
+}
+
+// turns are those that c makes, pic being the picture after it. s.mu is held.
+func (s *feeds) turns(pic *picture, c change) (turns []turn) {
+	look := func(f *Feed, alias spiffeid.ID, has bool) {
+		if has != slices.Contains(f.aliases, alias) {
+			turns = append(turns, turn{f, alias, has})
+		}
+	}
 	if len(c.aliases) > 0 {
-		r.eachFeed(func(f *Feed) {
+		for _, f := range s.all() {
 			a := pic.agent(f.agent)
 			for _, alias := range c.aliases {
-				f.setAlias(pic, alias, pic.standsFor(alias, a, always))
-			}
-		})
-	}
-	for _, agent := range c.renewed {
-		now := pic.aliases(agent)
-		for f := range r.feeds[agent] {
-			for _, alias := range slices.Concat(now, f.aliases) {
-				f.setAlias(pic, alias, slices.Contains(now, alias))
+				look(f, alias, pic.standsFor(alias, a, always))
 			}
 		}
 	}
+	for _, agent := range c.renewed {
+		now := pic.aliases(agent)
+		for f := range s.byAgent[agent] {
+			for _, alias := range slices.Concat(now, f.aliases) {
+				look(f, alias, slices.Contains(now, alias))
+			}
+		}
+	}
+	return turns
 }
 
-// setAlias says whether f's node has the alias, and marks what hangs below it if
-// that is news. registry.mu is held.
-func (f *Feed) setAlias(pic *picture, alias spiffeid.ID, has bool) {
-	if has == slices.Contains(f.aliases, alias) {
+// take lets f's node have the alias or not, and marks what hangs below it, if that
+// is news. feeds.mu and the feed's mu are held.
+func (t turn) take(pic *picture) {
+	f := t.feed
+	if t.has == slices.Contains(f.aliases, t.alias) {
 		return
 	}
-	if has {
-		f.aliases = append(slices.Clone(f.aliases), alias)
+	if t.has {
+		f.aliases = append(slices.Clone(f.aliases), t.alias)
 	} else {
-		f.aliases = slices.DeleteFunc(slices.Clone(f.aliases), func(id spiffeid.ID) bool { return id == alias })
+		f.aliases = slices.DeleteFunc(slices.Clone(f.aliases), func(id spiffeid.ID) bool { return id == t.alias })
 	}
-	f.registry.list(f, alias, has)
-	for e := range pic.entries.below(alias) {
+	f.registry.feeds.list(f, t.alias, t.has)
+	for e := range pic.entries.below(t.alias) {
 		f.mark(e.ID)
 	}
 }
 
-// list notes whom a change below the alias concerns. registry.mu is held.
-func (r *Registry) list(f *Feed, alias spiffeid.ID, has bool) {
-	if !has {
-		delete(r.aliased[alias], f)
-		if len(r.aliased[alias]) == 0 {
-			delete(r.aliased, alias)
-		}
-		return
-	}
-	if r.aliased[alias] == nil {
-		r.aliased[alias] = make(map[*Feed]struct{})
-	}
-	r.aliased[alias][f] = struct{}{}
-}
-
 // aliasesAnew gives f the aliases that its node has in pic; what it knows is
-// listed anew by the caller. registry.mu is held.
+// listed anew by the caller. feeds.mu and f.mu are held.
 func (f *Feed) aliasesAnew(pic *picture) {
-	f.leaveAliases()
+	s := &f.registry.feeds
+	for _, alias := range f.aliases {
+		s.list(f, alias, false)
+	}
 	f.aliases = pic.aliases(f.agent)
 	for _, alias := range f.aliases {
-		f.registry.list(f, alias, true)
+		s.list(f, alias, true)
 	}
-}
-
-// leaveAliases makes f one that no change below an alias concerns. registry.mu is
-// held.
-func (f *Feed) leaveAliases() {
-	for _, alias := range f.aliases {
-		f.registry.list(f, alias, false)
-	}
-	f.aliases = nil
 }
 
 // aliasesChanged says whether the node may have got or lost an alias after the

@@ -292,8 +292,8 @@ func TestStreamsHoldWhatConcernsTheirNodes(t *testing.T) {
 		for _, c := range clients {
 			c.feed.Close()
 		}
-		if len(b.r.aliased) != 0 {
-			rt.Fatalf("closed streams are remembered by %d aliases", len(b.r.aliased))
+		if len(b.r.feeds.byAlias) != 0 {
+			rt.Fatalf("closed streams are remembered by %d aliases", len(b.r.feeds.byAlias))
 		}
 	})
 }

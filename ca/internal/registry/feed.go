@@ -7,44 +7,24 @@ package registry
 
 import (
 	"cmp"
-	"context"
-	"fmt"
 	"iter"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/index"
 	"merlon.dev/ca/internal/release"
 	"merlon.dev/ca/internal/revocation"
-	"merlon.dev/ca/internal/store"
 	"merlon.dev/ca/internal/trust"
 )
 
 // maxPending is how many changed entries a feed remembers by name; beyond it
 // the stream gets a full listing.
 const maxPending = 10_000
-
-// MaxFeeds is how many feeds one agent can have: one, and some that a broken
-// connection has left behind. One more takes the place of the oldest.
-const MaxFeeds = 4
-
-// Ack is what an agent says that it serves.
-type Ack struct {
-	Revision, TrustBundleSequence, PolicyGeneration uint64
-}
-
-// AgentState is an agent with what its streams say.
-type AgentState struct {
-	*attest.Agent
-	Connected bool
-	Ack       Ack
-	Acked     bool // whether Ack was ever said since the CA started
-}
 
 // Update is everything that a stream must be told to be at Revision.
 type Update struct {
@@ -66,82 +46,33 @@ type Update struct {
 type Feed struct {
 	registry *Registry
 	agent    spiffeid.ID
+	number   uint64 // of the order in which feeds were opened
 	signal   chan struct{}
 	closing  chan struct{} // closed when a newer feed takes its place
 
-	// Guarded by registry.mu.
-	number  uint64 // of the order in which feeds were opened
+	// aliases are those of the agent's node: read with mu or feeds.mu held, replaced
+	// with both.
+	aliases []spiffeid.ID
+
+	// mu guards what follows. Where a change concerns the feed it is held while the
+	// picture is replaced, so that Take sees both or neither; of any other change Take
+	// learns from the picture alone.
+	mu      sync.Mutex
 	last    uint64 // the stream knows everything up to here
 	reset   bool
 	pending map[string]struct{} // entries changed since
-	aliases []spiffeid.ID       // of the agent's node; not written to, but replaced
 
 	// federated says which federated trust bundles the stream was told of; empty:
 	// nothing yet. Of Take alone.
 	federated string
 }
 
-// Subscribe opens a feed for the agent's node, beginning after resume, the
-// revision up to which the agent holds everything. The feed is due at once.
-// Close it.
-//
-// An agent may come from a replica that was ahead: Subscribe then waits for the
-// picture, for a listing of an older state would take back what the agent
-// knows. It fails only when ctx ends first. An agent from another epoch gets a
-// full listing: what it holds may never have been here.
-func (r *Registry) Subscribe(ctx context.Context, agent spiffeid.ID, resume uint64) (*Feed, error) {
-	if store.Epoch(resume) == store.Epoch(r.Revision()) {
-		if err := r.Wait(ctx, resume); err != nil {
-			return nil, fmt.Errorf("wait for revision %d, at which the agent is: %w", resume, err)
-		}
-	}
-	known := resume != 0 && r.knowHistory(ctx, resume)
-	f := &Feed{registry: r, agent: agent, signal: make(chan struct{}, 1), closing: make(chan struct{}), last: resume, pending: make(map[string]struct{})}
-	r.mu.Lock()
-	if r.feeds[agent] == nil {
-		r.feeds[agent] = make(map[*Feed]struct{})
-	}
-	r.opened++
-	f.number = r.opened
-	r.feeds[agent][f] = struct{}{}
-	r.supersede(agent)
-	pic := r.pic.Load()
-	f.aliasesAnew(pic)
-	parents := f.parents()
-	gone := r.history.after(resume)
-	if !known || resume < r.history.known || store.Epoch(resume) != store.Epoch(pic.revision) || pic.aliasesChanged(agent, resume, gone) {
-		f.relist()
-	}
-	r.mu.Unlock()
-	f.catchUp(pic, parents, gone)
-	f.wake()
-	return f, nil
-}
-
-// supersede closes the agent's oldest feed, if it has too many. r.mu is held.
-func (r *Registry) supersede(agent spiffeid.ID) {
-	feeds := r.feeds[agent]
-	if len(feeds) <= MaxFeeds {
-		return
-	}
-	var oldest *Feed
-	for f := range feeds {
-		if oldest == nil || f.number < oldest.number {
-			oldest = f
-		}
-	}
-	delete(feeds, oldest)
-	oldest.leaveAliases()
-	close(oldest.closing)
-}
-
 // catchUp marks what changed for f's node after f.last, up to pic; later
 // changes are marked as they come.
 func (f *Feed) catchUp(pic *picture, parents []spiffeid.ID, gone []removal) {
-	r := f.registry
-	r.mu.Lock()
+	f.mu.Lock()
 	since, reset := f.last, f.reset
-	r.mu.Unlock()
+	f.mu.Unlock()
 	if reset {
 		return
 	}
@@ -156,26 +87,14 @@ func (f *Feed) catchUp(pic *picture, parents []spiffeid.ID, gone []removal) {
 			changed = append(changed, g.id)
 		}
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	for _, id := range changed {
 		f.mark(id)
 	}
 }
 
-// Close ends the feed.
-func (f *Feed) Close() {
-	r := f.registry
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.feeds[f.agent], f)
-	if len(r.feeds[f.agent]) == 0 {
-		delete(r.feeds, f.agent)
-	}
-	f.leaveAliases()
-}
-
-// parents are whose entries concern the node. registry.mu is held.
+// parents are whose entries concern the node. f.mu is held.
 func (f *Feed) parents() []spiffeid.ID { return append([]spiffeid.ID{f.agent}, f.aliases...) }
 
 // Superseded is closed when a newer feed of the agent has taken f's place.
@@ -183,21 +102,6 @@ func (f *Feed) Superseded() <-chan struct{} { return f.closing }
 
 // Due receives when there is something to take.
 func (f *Feed) Due() <-chan struct{} { return f.signal }
-
-// Ack notes what the agent serves.
-func (f *Feed) Ack(a Ack) {
-	f.registry.mu.Lock()
-	defer f.registry.mu.Unlock()
-	f.registry.acks[f.agent] = a
-}
-
-// Acked is what the agent said last that it serves, on any stream.
-func (f *Feed) Acked() (Ack, bool) {
-	f.registry.mu.Lock()
-	defer f.registry.mu.Unlock()
-	ack, ok := f.registry.acks[f.agent]
-	return ack, ok
-}
 
 // Take returns what the stream must be told to be at the current revision; the
 // next Take begins there. One goroutine at a time calls it.
@@ -231,10 +135,9 @@ func (f *Feed) Take(now time.Time) Update {
 // begin hands over what is due as of one picture; nobody is held up while it
 // is looked up there.
 func (f *Feed) begin() (pic *picture, parents []spiffeid.ID, since uint64, reset bool, pending map[string]struct{}) {
-	r := f.registry
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	pic, parents, since, reset = r.pic.Load(), f.parents(), f.last, f.reset
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	pic, parents, since, reset = f.registry.pic.Load(), f.parents(), f.last, f.reset
 	if reset {
 		since = 0
 	}
@@ -275,7 +178,7 @@ func (s *entries) now(parents []spiffeid.ID, ids map[string]struct{}) (changed [
 	return changed, removed
 }
 
-// mark notes a changed entry; registry.mu is held.
+// mark notes a changed entry; f.mu is held.
 func (f *Feed) mark(id string) {
 	if f.reset {
 		f.wake()
@@ -289,46 +192,26 @@ func (f *Feed) mark(id string) {
 	f.wake()
 }
 
-// relist makes the next Update a full listing; registry.mu is held.
+// relist makes the next Update a full listing; f.mu is held.
 func (f *Feed) relist() {
 	f.reset = true
 	clear(f.pending)
 	f.wake()
 }
 
-func (f *Feed) wake() {
+// behind says whether the stream has yet to be told of revision.
+func (f *Feed) behind(revision uint64) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.last < revision
+}
+
+// wake makes f due, and says whether it was not.
+func (f *Feed) wake() bool {
 	select {
 	case f.signal <- struct{}{}:
-	default: // it is awake already
+		return true
+	default:
+		return false
 	}
-}
-
-// Agents returns every agent, ordered by ID.
-func (r *Registry) Agents() []AgentState {
-	pic := r.pic.Load()
-	states := make([]AgentState, 0, pic.agents.Len())
-	r.mu.Lock()
-	for _, a := range pic.agents.All() {
-		states = append(states, r.state(a))
-	}
-	r.mu.Unlock()
-	slices.SortFunc(states, func(a, b AgentState) int { return strings.Compare(a.ID.String(), b.ID.String()) })
-	return states
-}
-
-// AgentState returns the agent with the given ID.
-func (r *Registry) AgentState(id spiffeid.ID) (AgentState, bool) {
-	a := r.pic.Load().agent(id)
-	if a == nil {
-		return AgentState{}, false
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.state(a), true
-}
-
-// state is a with what its streams say. r.mu is held.
-func (r *Registry) state(a *attest.Agent) AgentState {
-	ack, acked := r.acks[a.ID]
-	return AgentState{Agent: a, Connected: len(r.feeds[a.ID]) > 0, Ack: ack, Acked: acked}
 }

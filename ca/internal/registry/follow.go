@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	"merlon.dev/ca/internal/store"
@@ -29,6 +30,11 @@ var errBackwards = errors.New("the store went back to an earlier state, as after
 // It returns early only with a record that it must not overlook (see put) and
 // with a store that went back.
 func (r *Registry) Run(ctx context.Context) error {
+	going, stop := context.WithCancel(ctx)
+	var telling sync.WaitGroup
+	telling.Go(func() { r.rounds.run(going, &r.feeds) })
+	defer telling.Wait()
+	defer stop()
 	delay, list := retryDelay, false
 	for {
 		before := r.Revision()
@@ -113,32 +119,31 @@ func (r *Registry) apply(ctx context.Context, b store.Batch) error {
 		return err
 	}
 	r.logLeftOut(ctx, c.leftOut)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.publish(&next)
-	for _, gone := range c.gone {
-		r.history.add(gone)
+	r.acks.forget(c.lost)
+	r.feeds.mu.Lock()
+	defer r.feeds.mu.Unlock()
+	turns := r.feeds.turns(&next, c)
+	concerned := r.feeds.concerned(c, turns)
+	for f := range concerned {
+		f.mu.Lock()
+		defer f.mu.Unlock() // when all are marked
 	}
-	for _, id := range c.lost {
-		delete(r.acks, id)
-	}
+	r.publish(&next, c)
 	for _, t := range c.touched {
-		for f := range r.feeds[t.node] {
-			f.mark(t.id)
-		}
-		for f := range r.aliased[t.node] {
+		for f := range r.feeds.below(t.node) {
 			f.mark(t.id)
 		}
 	}
-	r.realias(&next, c)
+	for _, t := range turns {
+		t.take(&next)
+	}
+	for _, agent := range c.named {
+		for f := range r.feeds.byAgent[agent] {
+			f.wake()
+		}
+	}
 	if c.forAll {
-		r.eachFeed((*Feed).wake)
-	}
-	if c.heads {
-		r.newHeads()
-	}
-	if c.steps {
-		r.newSteps()
+		r.rounds.ask(next.revision)
 	}
 	return nil
 }
@@ -160,44 +165,52 @@ func (r *Registry) relist(ctx context.Context) error {
 		return fmt.Errorf("revision %d after %d: %w", pic.revision, now, errBackwards)
 	}
 	r.logLeftOut(ctx, c.leftOut)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.publish(pic)
-	r.history = history{known: pic.revision}
-	r.eachFeed(func(f *Feed) {
+	r.feeds.mu.Lock()
+	defer r.feeds.mu.Unlock()
+	all := r.feeds.all()
+	for _, f := range all {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+	}
+	r.publishAnew(pic)
+	for _, f := range all {
 		f.aliasesAnew(pic)
 		f.relist()
-	})
-	r.newHeads()
-	r.newSteps()
+	}
 	return nil
 }
 
-// publish makes pic the picture and wakes those who wait for its revision.
-// r.mu is held.
-func (r *Registry) publish(pic *picture) {
-	r.pic.Store(pic)
-	close(r.changed)
-	r.changed = make(chan struct{})
-}
-
-// newHeads wakes those who wait for a policy bundle. r.mu is held.
-func (r *Registry) newHeads() {
-	close(r.heads)
-	r.heads = make(chan struct{})
-}
-
-// newSteps wakes those who do what the authorities ask for. r.mu is held.
-func (r *Registry) newSteps() {
-	close(r.steps)
-	r.steps = make(chan struct{})
-}
-
-// eachFeed calls do for every open stream. r.mu is held.
-func (r *Registry) eachFeed(do func(*Feed)) {
-	for _, feeds := range r.feeds {
-		for f := range feeds {
-			do(f)
-		}
+// publish makes pic, which is the picture after c, the picture, and wakes those who
+// wait for it.
+func (r *Registry) publish(pic *picture, c change) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, gone := range c.gone {
+		r.history.add(gone)
 	}
+	r.pic.Store(pic)
+	renew(&r.changed)
+	if c.heads {
+		renew(&r.heads)
+	}
+	if c.steps {
+		renew(&r.steps)
+	}
+}
+
+// publishAnew is publish of a picture of which it is not known what changed.
+func (r *Registry) publishAnew(pic *picture) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.history = history{known: pic.revision}
+	r.pic.Store(pic)
+	renew(&r.changed)
+	renew(&r.heads)
+	renew(&r.steps)
+}
+
+// renew wakes those who wait for the channel to be closed. r.mu is held.
+func renew(signal *chan struct{}) {
+	close(*signal)
+	*signal = make(chan struct{})
 }

@@ -53,6 +53,13 @@ func (h *history) after(revision uint64) []removal {
 	return h.removals[i:]
 }
 
+// removals are those after revision, and since when they are all known.
+func (r *Registry) removals(after uint64) (removals []removal, knownSince uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.history.after(after), r.history.known
+}
+
 // knowHistory says whether every removal after revision is known, reading the
 // store's history back if need be.
 func (r *Registry) knowHistory(ctx context.Context, revision uint64) bool {

@@ -105,6 +105,8 @@ type change struct {
 	// lost are the agents whose records went, renewed those of whose nodes something
 	// else is proved now, lost ones among them.
 	lost, renewed []spiffeid.ID
+	// named are the agents that a revocation names.
+	named []spiffeid.ID
 	// aliases are those whose entries changed.
 	aliases []spiffeid.ID
 	// forAll: it concerns every node. heads: those who wait for policy bundles.
@@ -181,6 +183,9 @@ func (p *picture) put(kv store.KV, dec *entry.Decoder, c *change) error {
 		}
 		p.revocations = p.revocations.With(r)
 		c.forAll = true
+		if id, err := spiffeid.FromString(r.AgentID); err == nil {
+			c.named = append(c.named, id)
+		}
 	case kv.Key == trust.Key:
 		b, err := trust.Decode(kv)
 		if err != nil {

@@ -47,15 +47,14 @@ type Registry struct {
 	fault   atomic.Pointer[error]
 	decoder entry.Decoder // of Run alone
 	reading chan struct{} // holds a token while history is read back
+	feeds   feeds
+	rounds  rounds
+	acks    acks
 
-	mu      sync.Mutex                         // guards everything below
-	changed chan struct{}                      // closed and replaced with every new revision
-	heads   chan struct{}                      // closed and replaced with every new policy head
-	steps   chan struct{}                      // closed and replaced with every step of the authorities
-	feeds   map[spiffeid.ID]map[*Feed]struct{} // by agent
-	opened  uint64                             // feeds, ever
-	aliased map[spiffeid.ID]map[*Feed]struct{} // by alias of their nodes
-	acks    map[spiffeid.ID]Ack
+	mu      sync.Mutex    // guards everything below; taken last of all locks
+	changed chan struct{} // closed and replaced with every new revision
+	heads   chan struct{} // closed and replaced with every new policy head
+	steps   chan struct{} // closed and replaced with every step of the authorities
 	history history
 }
 
@@ -74,7 +73,7 @@ func newRegistry(st store.Store, log *slog.Logger, pic *picture) *Registry {
 	r := &Registry{
 		store: st, log: log, reading: make(chan struct{}, 1),
 		changed: make(chan struct{}), heads: make(chan struct{}), steps: make(chan struct{}),
-		feeds: make(map[spiffeid.ID]map[*Feed]struct{}), aliased: make(map[spiffeid.ID]map[*Feed]struct{}), acks: make(map[spiffeid.ID]Ack),
+		feeds: newFeeds(), rounds: newRounds(), acks: newAcks(),
 		history: history{known: pic.revision},
 	}
 	r.pic.Store(pic)
@@ -347,10 +346,7 @@ func (r *Registry) VerifyChain(presented []*x509.Certificate, now time.Time) (*s
 // for each agent asks Size.
 func (r *Registry) Counts() (entries, agents, revocations, streams int) {
 	pic := r.pic.Load()
-	r.mu.Lock()
-	r.eachFeed(func(*Feed) { streams++ })
-	r.mu.Unlock()
-	return pic.entries.byID.Len(), pic.agents.Len(), pic.revocations.Len(), streams
+	return pic.entries.byID.Len(), pic.agents.Len(), pic.revocations.Len(), len(r.feeds.open())
 }
 
 // Size is how many entries and agents there are.

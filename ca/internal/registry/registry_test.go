@@ -166,11 +166,11 @@ func TestOverflowingFeedListsAnew(t *testing.T) {
 	e := put(t, st, r, nodeA)
 	f := subscribe(t, r, nodeA, 0)
 	f.Take(time.Now())
-	r.mu.Lock()
+	f.mu.Lock()
 	for i := range maxPending + 1 {
 		f.mark(fmt.Sprint(i))
 	}
-	r.mu.Unlock()
+	f.mu.Unlock()
 	if u := f.Take(time.Now()); !u.Reset || !slices.Equal(ids(u.Entries), []string{e.ID}) || len(u.Removed) != 0 {
 		t.Errorf("update = %+v; want a full listing", u)
 	}

@@ -36,9 +36,9 @@ func (r *Registry) Progress(name string) *replica.Progress {
 
 // Subscribed says whether a stream of id's is open here.
 func (r *Registry) Subscribed(id spiffeid.ID) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return len(r.feeds[id]) > 0
+	r.feeds.mu.Lock()
+	defer r.feeds.mu.Unlock()
+	return len(r.feeds.byAgent[id]) > 0
 }
 
 // HoldsRevocation says whether the record with the given key is there.
