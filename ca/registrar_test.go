@@ -66,6 +66,7 @@ func TestRegistrarGivesNothingThatCountsElsewhere(t *testing.T) {
 		"admin":          func(e *capb.Entry) { e.Admin = true },
 		"DNS name":       func(e *capb.Entry) { e.DnsNames = []string{"bank.internal"} },
 		"database login": func(e *capb.Entry) { e.CommonName = "postgres" },
+		"federation":     func(e *capb.Entry) { e.FederatesWith = []string{"partner.test"} },
 	} {
 		e := newEntry("n1", "ns/shop/web")
 		change(e)
