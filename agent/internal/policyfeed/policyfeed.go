@@ -86,6 +86,9 @@ type Feed struct {
 	// Of the goroutine that loads: New, then Run.
 	etag  string
 	tried uint64 // highest generation of a candidate, ever
+	// lacks are the destinations that the shares lack which were loaded last, and since
+	// when; what waits within patience is no fault, and asked for again.
+	lacks map[string]time.Time
 }
 
 // announcement is what the CA wants in use.
@@ -99,13 +102,8 @@ type announcement struct {
 }
 
 // serves says whether e is for all destinations that are wanted.
-func (a *announcement) serves(e *engine.Engine) error {
-	for _, d := range a.destinations {
-		if !e.For(d) {
-			return fmt.Errorf("the CA's share of generation %d for this node has nothing about %s yet", e.Generation(), d)
-		}
-	}
-	return nil
+func (a *announcement) serves(e *engine.Engine) bool {
+	return !slices.ContainsFunc(a.destinations, func(d string) bool { return !e.For(d) })
 }
 
 // exceeds says whether e is for a destination that is not wanted any more.
@@ -193,6 +191,11 @@ func (f *Feed) Announce(pb *capb.PolicyBundle) {
 	f.want = announcement{generation: pb.GetGeneration(), keys: keys, candidate: pb.GetCandidate().GetGeneration(), rollout: rolloutOf(pb.GetCandidate())}
 	f.noteBehind()
 	f.mu.Unlock()
+	f.wake()
+}
+
+// wake has Run load what is announced.
+func (f *Feed) wake() {
 	select {
 	case f.announced <- struct{}{}:
 	default:
@@ -206,10 +209,7 @@ func (f *Feed) Need(destination string) {
 	if now.Active == nil || now.Active.For(destination) && (now.Candidate == nil || now.Candidate.For(destination)) {
 		return
 	}
-	select {
-	case f.announced <- struct{}{}:
-	default:
-	}
+	f.wake()
 }
 
 // Run loads what is announced until ctx ends.
@@ -242,6 +242,9 @@ func (f *Feed) trim(ctx context.Context) {
 	if err := f.load(ctx); err != nil {
 		f.cfg.Logger.LogAttrs(ctx, slog.LevelDebug, "grants of services that have left the node stay for now", slog.Any("err", err))
 	}
+	if len(f.lacks) > 0 {
+		f.wake()
+	}
 }
 
 // wanted is what is announced, for the destinations of now.
@@ -259,18 +262,23 @@ func (f *Feed) catchUp(ctx context.Context) {
 	for failures := 0; ; failures++ {
 		err := f.load(ctx)
 		f.setFault(err)
-		if err == nil && f.outdated() { // a service has come while this was on its way
+		if err == nil && len(f.lacks) == 0 && f.outdated() { // a service has come while this was on its way
 			continue
 		}
-		if err == nil || ctx.Err() != nil {
+		if err == nil && len(f.lacks) == 0 || ctx.Err() != nil {
 			return
 		}
-		f.loads.WithLabelValues("error").Inc()
+		if err == nil {
+			failures = 0
+		}
 		wait := min(firstRetry<<min(failures, 10), lastRetry)
 		wait = wait/2 + time.Duration(rand.Int64N(int64(wait))) //nolint:gosec // jitter
-		f.cfg.Logger.LogAttrs(ctx, slog.LevelError, "policy bundle not loaded; the last good one stays",
-			slog.String("name", f.cfg.Name), slog.Uint64("policy_revision", f.Generation()),
-			slog.Duration("retry_in", wait), slog.Any("err", err))
+		if err != nil {
+			f.loads.WithLabelValues("error").Inc()
+			f.cfg.Logger.LogAttrs(ctx, slog.LevelError, "policy bundle not loaded; the last good one stays",
+				slog.String("name", f.cfg.Name), slog.Uint64("policy_revision", f.Generation()),
+				slog.Duration("retry_in", wait), slog.Any("err", err))
+		}
 		again := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
@@ -287,7 +295,7 @@ func (f *Feed) catchUp(ctx context.Context) {
 // outdated says whether what is in use lacks a service that is on the node by now.
 func (f *Feed) outdated() bool {
 	now, want := f.Now(), f.wanted()
-	return now.Active != nil && want.serves(now.Active) != nil || now.Candidate != nil && want.serves(now.Candidate) != nil
+	return now.Active != nil && !want.serves(now.Active) || now.Candidate != nil && !want.serves(now.Candidate)
 }
 
 func (f *Feed) setFault(err error) {
@@ -317,22 +325,22 @@ type draft struct {
 func (f *Feed) load(ctx context.Context) error {
 	want := f.wanted()
 	if want.generation == 0 {
-		return nil
+		return f.faults()
 	}
 	before := f.Now()
 	d := draft{Snapshot: Snapshot{Active: before.Active}, etag: f.etag}
 	activeErr := f.loadActive(ctx, &d, want)
 	candidateErr := f.loadCandidate(ctx, &d, before, want)
 	if d.Active == before.Active && d.Candidate == before.Candidate && sameRollout(d.rollout, before.rollout) {
-		return errors.Join(activeErr, candidateErr)
+		return f.faults(activeErr, candidateErr)
 	}
-	return errors.Join(activeErr, candidateErr, f.use(ctx, &d, want.keys, true))
+	return f.faults(activeErr, candidateErr, f.use(ctx, &d, want.keys, true))
 }
 
 // loadActive fetches the announced generation, unless it is active.
 func (f *Feed) loadActive(ctx context.Context, d *draft, want announcement) error {
 	switch {
-	case want.generation == f.Generation() && want.serves(d.Active) == nil && !want.exceeds(d.Active):
+	case want.generation == f.Generation() && want.serves(d.Active) && !want.exceeds(d.Active):
 		return nil
 	case want.generation < f.Seen():
 		return fmt.Errorf("generation %d is announced, but generation %d was active before: the CA's store was set back, or somebody replays an old policy", want.generation, f.Seen())
@@ -344,6 +352,8 @@ func (f *Feed) loadActive(ctx context.Context, d *draft, want announcement) erro
 	return err
 }
 
+// eachURL tries one replica after the other. Where one has served what is wanted, only
+// not for every destination, what was wrong with the others does not matter.
 func (f *Feed) eachURL(candidate bool, try func(url string) error) error {
 	var failed []error
 	for _, url := range f.cfg.URLs(candidate) {
@@ -352,6 +362,11 @@ func (f *Feed) eachURL(candidate bool, try func(url string) error) error {
 			return nil
 		}
 		failed = append(failed, err)
+	}
+	for _, err := range failed {
+		if lacking, ok := errors.AsType[*lackingError](err); ok {
+			return lacking
+		}
 	}
 	return errors.Join(failed...)
 }
@@ -363,7 +378,7 @@ func (f *Feed) loadFrom(ctx context.Context, url string, d *draft, want announce
 	defer cancel()
 	raw, etag, err := bundle.Fetch(ctx, f.cfg.HTTP, url, d.etag)
 	if errors.Is(err, bundle.ErrNotModified) && want.generation == generationOf(d.Active) {
-		return want.serves(d.Active)
+		return f.covers(&want, d.Active)
 	}
 	if errors.Is(err, bundle.ErrNotModified) {
 		return fmt.Errorf("generation %d is announced, but the CA still serves %d at %s", want.generation, generationOf(d.Active), url)
@@ -379,7 +394,7 @@ func (f *Feed) loadFrom(ctx context.Context, url string, d *draft, want announce
 	if got := e.Generation(); got < want.generation {
 		return fmt.Errorf("generation %d is announced, but the CA still serves %d at %s", want.generation, got, url)
 	}
-	return want.serves(e)
+	return f.covers(&want, e)
 }
 
 // loadCandidate fetches the announced candidate, unless it is in use.
@@ -389,7 +404,7 @@ func (f *Feed) loadCandidate(ctx context.Context, d *draft, before *Snapshot, wa
 		return nil
 	case want.candidate <= generationOf(d.Active):
 		return fmt.Errorf("candidate %d is announced, which is not newer than generation %d", want.candidate, generationOf(d.Active))
-	case want.candidate == generationOf(before.Candidate) && want.serves(before.Candidate) == nil:
+	case want.candidate == generationOf(before.Candidate) && want.serves(before.Candidate):
 		d.Candidate, d.rollout, d.Step = before.Candidate, want.rollout, want.rollout.Step
 		if !want.exceeds(before.Candidate) {
 			return nil
@@ -410,7 +425,7 @@ func (f *Feed) loadCandidate(ctx context.Context, d *draft, before *Snapshot, wa
 			return fmt.Errorf("candidate %d is announced, but the CA serves %d at %s", want.candidate, e.Generation(), url)
 		}
 		d.Candidate, d.rawCandidate, d.rollout, d.Step = e, raw, want.rollout, want.rollout.Step
-		return want.serves(e)
+		return f.covers(&want, e)
 	})
 	if err != nil {
 		return fmt.Errorf("the policy candidate is left out: %w", err)

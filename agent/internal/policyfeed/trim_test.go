@@ -45,6 +45,9 @@ type authority struct {
 	services []string // guarded by mu
 	away     bool     // guarded by mu
 	asked    int      // guarded by mu
+	// generation is the one in force. Guarded by mu.
+	generation uint64
+	view       []string // guarded by mu; what the node knows of its services; nil: it knows all
 	// answered is called once an answer is made, and not taken yet. Set it before use.
 	answered func()
 }
@@ -59,14 +62,14 @@ func newAuthority(t *testing.T, services ...string) *authority {
 	for _, name := range services {
 		grants = append(grants, grant.Grant{ID: "to-" + name, To: []string{"spiffe://shop.test/" + name}, HTTP: &grant.HTTP{}})
 	}
-	a := &authority{t: t, key: key, services: services, parts: bundle.NewShares(&bundle.Contents{Modules: map[string]string{engine.ModuleName: engine.Module}, Grants: grants})}
-	a.handler = bundle.NewServer(bundle.Source{Load: a.load(1, false), LoadCandidate: a.load(2, true)})
+	a := &authority{t: t, key: key, generation: 1, services: services, parts: bundle.NewShares(&bundle.Contents{Modules: map[string]string{engine.ModuleName: engine.Module}, Grants: grants})}
+	a.handler = bundle.NewServer(bundle.Source{Load: a.load(a.inForce, false), LoadCandidate: a.load(func() uint64 { return 2 }, true)})
 	return a
 }
 
-func (a *authority) load(generation uint64, candidate bool) func(context.Context, string) (*bundle.Published, <-chan struct{}, error) {
+func (a *authority) load(of func() uint64, candidate bool) func(context.Context, string) (*bundle.Published, <-chan struct{}, error) {
 	return func(context.Context, string) (*bundle.Published, <-chan struct{}, error) {
-		audience := a.destinations()
+		audience, generation := a.destinations(), of()
 		unsigned, err := a.parts.Of(audience)
 		if err != nil {
 			return nil, nil, err
@@ -85,6 +88,12 @@ func (a *authority) destinations() (ids []string) {
 		ids = append(ids, "spiffe://shop.test/"+name)
 	}
 	return ids
+}
+
+func (a *authority) inForce() uint64 {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.generation
 }
 
 func (a *authority) leaves(services ...string) {
@@ -217,7 +226,7 @@ func TestServiceThatComesMeanwhileGetsItsGrants(t *testing.T) {
 func (a *authority) feed(t *testing.T, dir *datadir.Dir) (f *Feed, end func()) {
 	t.Helper()
 	f, err := New(t.Context(), Config{
-		Name: "main", TrustDomain: "shop.test", DataDir: dir, Destinations: a.destinations, Heard: time.Now, StaleAfter: time.Hour, MaxAge: time.Hour,
+		Name: "main", TrustDomain: "shop.test", DataDir: dir, Destinations: a.known, Heard: time.Now, StaleAfter: time.Hour, MaxAge: time.Hour,
 		URLs: func(candidate bool) []string {
 			if candidate {
 				return []string{"https://ca/v1/policy/candidates/main"}
