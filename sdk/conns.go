@@ -30,6 +30,8 @@ const (
 	// anew while there is time, and not all of them at once (jitter, either way).
 	drainAfter  = 0.25
 	drainJitter = 0.1
+	// drainRound is how far apart looks are at connections that begin to drain.
+	drainRound = 250 * time.Millisecond
 )
 
 // closedByOwner is the reason of the cuts that Close makes.
@@ -48,9 +50,27 @@ type liveConn struct {
 	remote, local string
 	end           time.Time // when it is cut at the latest, by the wall clock
 	last          time.Time // the same by the clock that only runs, which nobody sets back
-	drain         time.Time // from when on the peer is asked to come back anew
+	authorities   []string  // that vouch for what this side has presented; as in svid.Peer
 	trust         uint64    // the generation of trust bundles by which the peer was verified
 	cut           atomic.Bool
+	// drain is from when on the peer is asked to come back anew, by the steady clock in
+	// Unix nanoseconds, and onDrain who is told of it on this side; nil: nobody, any more.
+	drain   atomic.Int64
+	onDrain atomic.Pointer[func()]
+}
+
+// drainsIn is when c begins to drain, from now on; it is not positive once it does.
+func (c *liveConn) drainsIn(now time.Time) time.Duration {
+	return time.Duration(c.drain.Load() - steady(now).UnixNano())
+}
+
+// drainBy has c begin to drain at a time, if not before.
+func (c *liveConn) drainBy(at time.Time) {
+	for at := steady(at).UnixNano(); ; {
+		if before := c.drain.Load(); before <= at || c.drain.CompareAndSwap(before, at) {
+			return
+		}
+	}
 }
 
 // connTable is safe for concurrent use. Looking up takes no lock.
@@ -61,6 +81,8 @@ type connTable struct {
 	next  atomic.Int64  // UnixNano of the planned sweep
 	poke  chan struct{} // a connection ends before the planned sweep
 	blind sync.Once     // warn once about connections that hide their end
+
+	telling sync.WaitGroup // those who are told that a connection drains
 }
 
 func newConnTable(log *slog.Logger) *connTable {
@@ -71,7 +93,7 @@ func newConnTable(log *slog.Logger) *connTable {
 func (t *connTable) add(key connKey, c *liveConn, now time.Time) {
 	c.last = now.Add(c.end.Sub(now))
 	share := drainAfter * (1 + drainJitter*(2*rand.Float64()-1)) //nolint:gosec // no secret
-	c.drain = now.Add(time.Duration(share * float64(c.end.Sub(now))))
+	c.drain.Store(steady(now.Add(time.Duration(share * float64(c.end.Sub(now))))).UnixNano())
 	if _, loaded := t.conns.Swap(key, c); !loaded {
 		t.size.Add(1)
 	}
@@ -81,7 +103,12 @@ func (t *connTable) add(key connKey, c *liveConn, now time.Time) {
 				slog.String("type", fmt.Sprintf("%T", c.raw)))
 		})
 	}
-	if c.end.UnixNano() < t.next.Load() {
+	t.lookBy(c.end)
+}
+
+// lookBy has the table swept at a time, if not before.
+func (t *connTable) lookBy(at time.Time) {
+	if at.UnixNano() < t.next.Load() {
 		select {
 		case t.poke <- struct{}{}:
 		default:
@@ -132,6 +159,22 @@ func (t *connTable) cutWhere(why func(*liveConn) (reason string)) (n int) {
 	return n
 }
 
+// drainWhere has connections begin to drain at the time that when gives, if not before.
+func (t *connTable) drainWhere(now time.Time, when func(*liveConn) (time.Time, bool)) {
+	some := false
+	t.conns.Range(func(_, v any) bool {
+		c := v.(*liveConn)
+		if at, ok := when(c); ok {
+			c.drainBy(at)
+			some = true
+		}
+		return true
+	})
+	if some {
+		t.lookBy(now)
+	}
+}
+
 // cut ends a connection at once: nothing that is still buffered is sent.
 func (t *connTable) cut(key connKey, c *liveConn, reason string) {
 	t.remove(key)
@@ -171,6 +214,7 @@ func (t *connTable) run(done <-chan struct{}) {
 		select {
 		case <-done:
 			t.cutWhere(func(*liveConn) string { return closedByOwner })
+			t.telling.Wait()
 			return
 		case <-t.poke:
 		case <-timer.C:
@@ -179,8 +223,8 @@ func (t *connTable) run(done <-chan struct{}) {
 	}
 }
 
-// sweep cuts what has expired, forgets what is closed, and says how long the
-// next sweep may wait.
+// sweep cuts what has expired, forgets what is closed, tells of what drains, and says
+// how long the next sweep may wait.
 func (t *connTable) sweep(now time.Time) time.Duration {
 	// Published first: a connection that is added meanwhile pokes if it ends
 	// earlier than planned, and else is seen by the next sweep.
@@ -194,13 +238,30 @@ func (t *connTable) sweep(now time.Time) time.Duration {
 			t.cut(key.(connKey), c, "an X509-SVID of the connection has expired")
 		case c.raw != nil && closed(c.raw):
 			t.remove(key.(connKey))
-		case left < next.Sub(now):
-			next = now.Add(left)
+		default:
+			left = min(left, t.tell(c, now))
+			if left < next.Sub(now) {
+				next = now.Add(left)
+			}
 		}
 		return true
 	})
 	t.next.Store(next.UnixNano())
 	return next.Sub(now)
+}
+
+// tell tells whom it concerns that c drains, or says how long that can wait.
+func (t *connTable) tell(c *liveConn, now time.Time) time.Duration {
+	switch {
+	case c.onDrain.Load() == nil:
+		return sweepInterval
+	case c.drainsIn(now) > 0:
+		return max(c.drainsIn(now), drainRound)
+	}
+	if f := c.onDrain.Swap(nil); f != nil {
+		t.telling.Go(*f)
+	}
+	return sweepInterval
 }
 
 // observable says whether closed can tell.

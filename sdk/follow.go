@@ -118,7 +118,7 @@ func parseSVIDs(res *workload.X509SVIDResponse, now time.Time) (*current, error)
 		next.svid, next.err = nil, fmt.Errorf("the own X509-SVID of %s: %w", want, err)
 		return next, nil
 	}
-	next.notAfter = self.NotAfter
+	next.notAfter, next.authorities = self.NotAfter, self.AuthorityIDs
 	return next, nil
 }
 
@@ -194,6 +194,7 @@ func (id *Identity) adopt(ctx context.Context, next *current) {
 	if next.ignored != nil {
 		id.log.LogAttrs(ctx, slog.LevelError, "trust bundles ignored", slog.Any("err", next.ignored))
 	}
+	id.drainTainted()
 	if next.svid == nil {
 		return
 	}
@@ -252,6 +253,7 @@ func (id *Identity) followRevocations(ctx context.Context, progress func()) erro
 		id.denyPolicyAfter.Store(int64(res.GetDenyPolicyAfter().AsDuration()))
 		id.policyAsOf.Store(steadyAsOf(res.GetPolicyAsOf().AsTime(), now))
 		id.revoke(ctx, res)
+		id.noteTaint(res.GetTaintedAuthorityIds())
 		progress()
 	}
 }

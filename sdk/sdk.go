@@ -36,6 +36,7 @@ type Identity struct {
 
 	current     atomic.Pointer[current]
 	revocations atomic.Pointer[svid.Revocations]
+	tainted     atomic.Pointer[taint]
 	programs    atomic.Pointer[programs]
 	report      *report
 	calls       *liveCalls
@@ -77,6 +78,8 @@ type current struct {
 	changes uint64                                   // generation of bundles: how often they changed in this process
 	roots   map[spiffeid.TrustDomain]map[string]bool // subject key IDs, hex
 	ignored error                                    // federated bundles that were malformed
+	// authorities vouch for svid, as in svid.Peer.
+	authorities []string
 
 	notBefore, notAfter time.Time // the SVID's, with its whole chain
 }

@@ -59,7 +59,7 @@ func (id *Identity) State(maxConns int) State {
 	if at := id.revocationsAsOf.Load(); at > 0 {
 		s.RevocationsAsOf = time.Unix(0, at)
 	}
-	calls := id.callsByConn()
+	calls, now := id.callsByConn(), time.Now()
 	id.conns.conns.Range(func(key, v any) bool {
 		c := v.(*liveConn)
 		if len(s.Connections) == maxConns {
@@ -68,7 +68,7 @@ func (id *Identity) State(maxConns int) State {
 		under := calls[key.(connKey)]
 		open := Connection{
 			SPIFFEID: c.peer.ID.String(), Serial: c.peer.SerialHex, Authorities: c.peer.AuthorityIDs, TrustGeneration: c.trust,
-			Calls: under.n, PolicyGeneration: under.oldest, Drains: c.drain, Ends: c.end,
+			Calls: under.n, PolicyGeneration: under.oldest, Drains: now.Add(c.drainsIn(now)), Ends: c.end,
 		}
 		if c.raw != nil {
 			open.Remote = addrString(c.raw.RemoteAddr())

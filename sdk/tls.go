@@ -186,7 +186,9 @@ func (id *Identity) enter(key connKey, raw net.Conn, peer *svid.Peer, own *curre
 	if isTracked {
 		tracked.key.Store(key)
 	}
-	id.conns.add(key, &liveConn{raw: raw, peer: peer, remote: addrString(raw.RemoteAddr()), local: addrString(raw.LocalAddr()), end: end, trust: own.changes}, now)
+	c := &liveConn{raw: raw, peer: peer, remote: addrString(raw.RemoteAddr()), local: addrString(raw.LocalAddr()), end: end, authorities: own.authorities, trust: own.changes}
+	id.conns.add(key, c, now)
+	id.drainIfTainted(c, now)
 	err, latest := id.admit(peer), id.current.Load()
 	switch {
 	case err != nil:
@@ -294,16 +296,6 @@ func (id *Identity) Cut(cs *tls.ConnectionState, reason string) {
 	if c, key := id.conns.find(cs); c != nil {
 		id.conns.cut(key, c, reason)
 	}
-}
-
-// Draining says whether the connection is near its end, so that the peer
-// should be asked to come back on a new one.
-func (id *Identity) Draining(cs *tls.ConnectionState) bool {
-	if cs == nil && id.audit.letsPlaintext(time.Now()) {
-		return false
-	}
-	c, _ := id.conns.find(cs)
-	return c == nil || time.Now().After(c.drain)
 }
 
 func (id *Identity) logRefused(ctx context.Context, raw net.Conn, err error) {

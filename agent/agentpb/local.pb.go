@@ -760,8 +760,11 @@ type WatchResponse struct {
 	// When that is longer ago than this, calls are denied STALE_POLICY. Absent: the
 	// policy in use stays in force.
 	DenyPolicyAfter *durationpb.Duration `protobuf:"bytes,9,opt,name=deny_policy_after,json=denyPolicyAfter,proto3" json:"deny_policy_after,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Authorities that will leave the trust bundle, by their IDs: connections that hang
+	// on one are to be made anew before.
+	TaintedAuthorityIds []string `protobuf:"bytes,10,rep,name=tainted_authority_ids,json=taintedAuthorityIds,proto3" json:"tainted_authority_ids,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *WatchResponse) Reset() {
@@ -853,6 +856,13 @@ func (x *WatchResponse) GetPolicyAsOf() *timestamppb.Timestamp {
 func (x *WatchResponse) GetDenyPolicyAfter() *durationpb.Duration {
 	if x != nil {
 		return x.DenyPolicyAfter
+	}
+	return nil
+}
+
+func (x *WatchResponse) GetTaintedAuthorityIds() []string {
+	if x != nil {
+		return x.TaintedAuthorityIds
 	}
 	return nil
 }
@@ -2683,7 +2693,7 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\n" +
 	"csr_wanted\x18\x05 \x01(\x04R\tcsrWanted\x12\x18\n" +
 	"\arefusal\x18\x06 \x01(\tR\arefusal\"\x0e\n" +
-	"\fWatchRequest\"\xf2\x03\n" +
+	"\fWatchRequest\"\xa6\x04\n" +
 	"\rWatchResponse\x12+\n" +
 	"\x11policy_generation\x18\x01 \x01(\x04R\x10policyGeneration\x12\x14\n" +
 	"\x05reset\x18\x02 \x01(\bR\x05reset\x12=\n" +
@@ -2695,7 +2705,9 @@ const file_agent_agentpb_local_proto_rawDesc = "" +
 	"\x14candidate_generation\x18\a \x01(\x04R\x13candidateGeneration\x12<\n" +
 	"\fpolicy_as_of\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"policyAsOf\x12E\n" +
-	"\x11deny_policy_after\x18\t \x01(\v2\x19.google.protobuf.DurationR\x0fdenyPolicyAfter\"\x14\n" +
+	"\x11deny_policy_after\x18\t \x01(\v2\x19.google.protobuf.DurationR\x0fdenyPolicyAfter\x122\n" +
+	"\x15tainted_authority_ids\x18\n" +
+	" \x03(\tR\x13taintedAuthorityIds\"\x14\n" +
 	"\x12WatchPolicyRequest\"\xe6\x01\n" +
 	"\x13WatchPolicyResponse\x12+\n" +
 	"\x11policy_generation\x18\x01 \x01(\x04R\x10policyGeneration\x124\n" +

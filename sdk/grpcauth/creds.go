@@ -25,8 +25,12 @@ func (c *creds) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, e
 	if conn, err := c.id.Plaintext(context.Background(), raw); conn != nil || err != nil {
 		return conn, plaintextInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.NoSecurity}}, err
 	}
-	conn, err := c.id.ServerHandshake(context.Background(), raw, "h2")
-	return withInfo(conn, err)
+	secured, err := c.id.ServerHandshake(context.Background(), raw, "h2")
+	if err != nil {
+		return nil, nil, err
+	}
+	conn := &serverConn{Conn: secured}
+	return c.withInfo(conn, secured, conn.leave)
 }
 
 // ClientHandshake implements credentials.TransportCredentials.
@@ -35,8 +39,12 @@ func (c *creds) ClientHandshake(ctx context.Context, authority string, raw net.C
 	if err != nil {
 		host = authority
 	}
-	conn, err := c.id.ClientHandshake(ctx, raw, c.to, host, "h2")
-	return withInfo(conn, err)
+	secured, err := c.id.ClientHandshake(ctx, raw, c.to, host, "h2")
+	if err != nil {
+		return nil, nil, err
+	}
+	conn := &clientConn{Conn: secured}
+	return c.withInfo(conn, secured, conn.leave)
 }
 
 // plaintextInfo marks a connection without TLS, which sdk.WithPlaintextUntil lets in.
@@ -45,15 +53,15 @@ type plaintextInfo struct{ credentials.CommonAuthInfo }
 // AuthType implements credentials.AuthInfo.
 func (plaintextInfo) AuthType() string { return "plaintext" }
 
-func withInfo(conn *tls.Conn, err error) (net.Conn, credentials.AuthInfo, error) {
-	if err != nil {
-		return nil, nil, err
-	}
-	state := conn.ConnectionState()
+// withInfo is what a handshake gives: conn, on top of secured, which is told to leave
+// when it drains.
+func (c *creds) withInfo(conn net.Conn, secured *tls.Conn, leave func()) (net.Conn, credentials.AuthInfo, error) {
+	state := secured.ConnectionState()
 	if state.NegotiatedProtocol != "h2" {
 		_ = conn.Close() // the refusal is what counts
 		return nil, nil, errors.New("grpcauth: the other side does not speak HTTP/2 (no ALPN h2)")
 	}
+	c.id.OnDrain(&state, leave)
 	return conn, credentials.TLSInfo{
 		State:          state,
 		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},

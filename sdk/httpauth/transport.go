@@ -6,6 +6,7 @@ package httpauth
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -56,11 +57,18 @@ type transport struct {
 
 func (t *transport) pool() *http.Transport {
 	dial := t.id.DialTLS(t.to)
-	return &http.Transport{
+	var pool *http.Transport
+	pool = &http.Transport{
 		DialTLSContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 			ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 			defer cancel()
-			return dial(ctx, network, address)
+			conn, err := dial(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			state := conn.(*tls.Conn).ConnectionState()
+			t.id.OnDrain(&state, func() { t.retire(pool) })
+			return conn, nil
 		},
 		DialContext: func(context.Context, string, string) (net.Conn, error) {
 			return nil, errors.New("httpauth: no connection without TLS")
@@ -70,11 +78,18 @@ func (t *transport) pool() *http.Transport {
 		ExpectContinueTimeout: expectTimeout,
 		MaxIdleConnsPerHost:   64,
 	}
+	return pool
 }
 
 // rotate has new requests go over new connections, which show the new
 // X509-SVID; requests under way end on the old ones.
 func (t *transport) rotate() { t.inner.Swap(t.pool()).CloseIdleConnections() }
+
+// retire does so where a connection of pool is near its end.
+func (t *transport) retire(pool *http.Transport) {
+	t.inner.CompareAndSwap(pool, t.pool())
+	pool.CloseIdleConnections()
+}
 
 // CloseIdleConnections closes connections that no request uses. An
 // http.Client forwards its method of that name here.

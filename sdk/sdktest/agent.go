@@ -200,7 +200,7 @@ func (a *agent) Watch(_ *agentpb.WatchRequest, stream grpc.ServerStreamingServer
 func (td *TD) watchResponse() (*agentpb.WatchResponse, <-chan struct{}) {
 	td.mu.Lock()
 	defer td.mu.Unlock()
-	res := &agentpb.WatchResponse{PolicyGeneration: td.policyGen, Reset_: true, RevocationsAsOf: timestamppb.Now(), PolicyAsOf: timestamppb.Now(), DenyPolicyAfter: durationpb.New(td.maxAge)}
+	res := &agentpb.WatchResponse{PolicyGeneration: td.policyGen, Reset_: true, RevocationsAsOf: timestamppb.Now(), PolicyAsOf: timestamppb.Now(), DenyPolicyAfter: durationpb.New(td.maxAge), TaintedAuthorityIds: td.tainted}
 	for _, r := range td.revoked {
 		res.Revocations = append(res.Revocations, &agentpb.Revocation{
 			Subject:        &agentpb.Revocation_SpiffeId{SpiffeId: r.SPIFFEID},

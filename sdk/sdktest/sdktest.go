@@ -4,6 +4,7 @@ package sdktest
 
 import (
 	"context"
+	"encoding/hex"
 	"fmt"
 	"log/slog"
 	"net"
@@ -39,6 +40,7 @@ type TD struct {
 	mu        sync.Mutex // guards all below
 	root      *authority
 	roots     []*authority // the trust bundle
+	tainted   []string     // IDs of those of them that are tainted
 	serial    uint64       // of roots, for their names
 	revision  uint64       // as the CA's store would count
 	policyGen uint64
@@ -281,6 +283,10 @@ func (td *TD) Withdraw(name string) {
 	td.change(func() { a.svid = nil })
 }
 
+// AddRoot makes a new root, which signs from now on: Rotate gives a workload an
+// X509-SVID under it.
+func (td *TD) AddRoot() { td.change(td.newRoot) }
+
 // RotateRoot makes a new root and reissues every X509-SVID under it. The old
 // roots stay in the trust bundle.
 func (td *TD) RotateRoot() {
@@ -294,10 +300,29 @@ func (td *TD) RotateRoot() {
 // all older roots out of the trust bundle, as after a compromise.
 func (td *TD) RemoveRoot() {
 	td.change(func() {
-		td.roots = nil
+		td.roots, td.tainted = nil, nil
 		td.newRoot()
 		td.reissue()
 	})
+}
+
+// TaintOldRoots has the agents name every root but the newest as tainted, after AddRoot
+// or RotateRoot, as the CA does some time before it withdraws one: connections that
+// hang on one run out within some seconds, where another X509-SVID is there.
+// RemoveOldRoots then takes those roots out of the trust bundle.
+func (td *TD) TaintOldRoots() {
+	td.change(func() {
+		td.tainted = nil
+		for _, old := range td.roots[:len(td.roots)-1] {
+			td.tainted = append(td.tainted, hex.EncodeToString(old.cert.SubjectKeyId))
+		}
+	})
+}
+
+// RemoveOldRoots takes every root but the newest out of the trust bundle. Workloads
+// that still have an X509-SVID under one are nobody from then on.
+func (td *TD) RemoveOldRoots() {
+	td.change(func() { td.roots, td.tainted = td.roots[len(td.roots)-1:], nil })
 }
 
 func (td *TD) reissue() {

@@ -246,6 +246,9 @@ func (s *Server) Watch(_ *agentpb.WatchRequest, stream grpc.ServerStreamingServe
 		if after := s.denyAfter(); after > 0 {
 			m.DenyAfter = durationpb.New(after)
 		}
+		if trust := s.cache.Trust(); trust != nil {
+			m.TaintedAuthorityIds = trust.Tainted
+		}
 		if asOf := s.o.PolicyAsOf(); !asOf.IsZero() {
 			m.PolicyAsOf = timestamppb.New(asOf)
 		}

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -153,6 +154,35 @@ func TestWatchIsForWhoHasAnIdentity(t *testing.T) {
 	}
 	if last != "spiffe://example.test/web" {
 		t.Errorf("the last revocation is of %q; want that of the entry that was taken away", last)
+	}
+}
+
+// Services hear which authorities are tainted, and once none is.
+func TestWatchNamesTaintedAuthorities(t *testing.T) {
+	s, c := newServer(t, false)
+	api := serve(t, s)
+	jwks, err := forge.New(t, "example.test").Bundle().Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	apply(t, c, &capb.SyncResponse{Revision: 1, Entries: []*capb.Entry{ownEntry(1)}})
+	stream, err := api.Watch(ctx, &agentpb.WatchRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, tainted := range [][]string{nil, {"aa", "bb"}, nil} {
+		apply(t, c, &capb.SyncResponse{Revision: uint64(i + 2), TrustBundle: &capb.TrustBundle{
+			TrustDomain: "example.test", Sequence: uint64(i + 1), Jwks: jwks, TaintedAuthorityIds: tainted,
+		}})
+		for got := []string{"nothing yet"}; !slices.Equal(got, tainted); {
+			m, err := stream.Recv()
+			if err != nil {
+				t.Fatalf("no message with the tainted authorities %q: %v", tainted, err)
+			}
+			got = m.GetTaintedAuthorityIds()
+		}
 	}
 }
 

@@ -19,6 +19,11 @@ const hints = 3
 // end.
 const settle = 2 * time.Second
 
+// drained is the same for what a tainted authority has signed: connections that hang
+// on it run out before it is withdrawn (sdk/taint.go), and the last agent whose services
+// have other SVIDs has only just acknowledged.
+const drained = settle + 4*time.Second
+
 // View is what the steps are judged by, beside the authorities.
 type View struct {
 	Agents  []Agent
@@ -42,8 +47,8 @@ type Agent struct {
 	Banned bool
 }
 
-// settled says whether the agent has acknowledged sequence, and not just now.
-func (a Agent) settled(sequence uint64, now time.Time) bool {
+// settled says whether the agent has acknowledged sequence, and that for a time.
+func (a Agent) settled(sequence uint64, settle time.Duration, now time.Time) bool {
 	just := now.Sub(a.Since)
 	return a.Sequence >= sequence && (just < 0 || just >= settle) // a clock that is ahead holds up nobody
 }
@@ -141,7 +146,7 @@ func (p Policy) MinLife() time.Duration { return 2 * (hints + 2) * p.RefreshHint
 // end: from its last call on nobody is waited for but those who poll, and they
 // for half of what is left at most. A JWT key has no end of its own, and signs on.
 func (s Set) activation(a *Authority, v View, p Policy, now time.Time) Wait {
-	w := Wait{Agents: v.missing(a.Sequence, now), Silent: v.Silent, Until: a.Since[Published].Add(hints * p.RefreshHint)}
+	w := Wait{Agents: v.missing(a.Sequence, settle, now), Silent: v.Silent, Until: a.Since[Published].Add(hints * p.RefreshHint)}
 	root := s.Root()
 	if a.Kind != Root || root == nil {
 		return w
@@ -181,7 +186,7 @@ func (s Set) revocation(a *Authority, v View, p Policy, now time.Time) Wait {
 		return Wait{Replicas: v.signing(a), Until: end}
 	case Tainted:
 		if signing := v.signing(a); len(signing) > 0 || now.Before(end) {
-			return Wait{Agents: v.missing(a.Sequence, now), Replicas: signing, Silent: v.Silent, Until: a.Since[Tainted].Add(hints * p.RefreshHint)}
+			return Wait{Agents: v.missing(a.Sequence, drained, now), Replicas: signing, Silent: v.Silent, Until: a.Since[Tainted].Add(hints * p.RefreshHint)}
 		}
 	}
 	return Wait{} // it has signed nothing, or nothing that lives
@@ -195,19 +200,19 @@ func (v View) Served(current uint64, now time.Time) (sequence uint64, behind []s
 	for _, a := range v.Agents {
 		switch {
 		case !a.counts(now):
-		case a.settled(a.Sequence, now):
+		case a.settled(a.Sequence, settle, now):
 			sequence = min(sequence, a.Sequence)
 		default:
 			sequence = 0
 		}
 	}
-	return sequence, v.missing(current, now)
+	return sequence, v.missing(current, settle, now)
 }
 
-// missing are the agents that count and have not acknowledged sequence.
-func (v View) missing(sequence uint64, now time.Time) (names []string) {
+// missing are the agents that count and have not acknowledged sequence, settle ago.
+func (v View) missing(sequence uint64, settle time.Duration, now time.Time) (names []string) {
 	for _, a := range v.Agents {
-		if a.counts(now) && !a.settled(sequence, now) {
+		if a.counts(now) && !a.settled(sequence, settle, now) {
 			names = append(names, a.Name)
 		}
 	}

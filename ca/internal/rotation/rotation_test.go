@@ -154,6 +154,9 @@ func TestRevocationWaitsForWhatIsAlive(t *testing.T) {
 	lagging := append(slices.Clone(issuers), Issuer{Replica: "ca-2", ID: "i3", Root: "a", NotAfter: end, Current: true})
 	behind := []Agent{{Name: "n1", Sequence: 2, Until: end.Add(time.Hour)}}
 	clean := []Agent{{Name: "n1", Sequence: 3, Until: end.Add(time.Hour)}}
+	acknowledged := func(at time.Time) []Agent {
+		return []Agent{{Name: "n1", Sequence: 3, Since: at, Until: end.Add(time.Hour)}}
+	}
 	for name, test := range map[string]struct {
 		set   Set
 		view  View
@@ -168,6 +171,8 @@ func TestRevocationWaitsForWhatIsAlive(t *testing.T) {
 		"tainted, an agent is behind":   {set: tainted, view: View{Agents: behind, Issuers: issuers}, now: start.Add(time.Hour), want: "n1"},
 		"tainted, a replica signs":      {set: tainted, view: View{Agents: clean, Issuers: lagging}, now: start.Add(time.Hour), want: "ca-2"},
 		"tainted, all is replaced":      {set: tainted, view: View{Agents: clean, Issuers: issuers}, now: start.Add(time.Hour)},
+		"tainted, just replaced":        {set: tainted, view: View{Agents: acknowledged(start.Add(time.Hour - drained + 1)), Issuers: issuers}, now: start.Add(time.Hour), want: "n1"},
+		"tainted, what was has run out": {set: tainted, view: View{Agents: acknowledged(start.Add(time.Hour - drained)), Issuers: issuers}, now: start.Add(time.Hour)},
 		"tainted, and expired anyway":   {set: tainted, view: View{Agents: behind, Issuers: issuers}, now: end},
 		"tainted, one is silent":        {set: tainted, view: View{Agents: clean, Issuers: issuers, Silent: []string{"ca-2"}}, now: start.Add(time.Hour), want: "ca-2"},
 		"tainted, forced":               {set: tainted, view: View{Agents: behind, Issuers: lagging}, now: start, force: true},

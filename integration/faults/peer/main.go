@@ -195,12 +195,6 @@ func (p *peer) call(ctx context.Context, kind history.Kind, c *http.Client, to t
 	defer cancel()
 	op := history.Op{Client: p.own, Kind: kind, Key: to.id, Begin: history.Now(), Outcome: history.OK}
 	resp, err := post(ctx, c, to.url)
-	if errors.Is(err, net.ErrClosed) {
-		// This side has cut the connection just as the call began: what it rested on was
-		// withdrawn. A caller that may repeats it, over a new one.
-		op.Detail = "begun twice: " + err.Error()
-		resp, err = post(ctx, c, to.url)
-	}
 	if op.End = history.Now(); err == nil {
 		defer resp.Body.Close()
 		if resp.TLS != nil && len(resp.TLS.PeerCertificates) > 0 {

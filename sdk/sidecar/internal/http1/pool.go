@@ -55,7 +55,7 @@ func (p *pool) get() *far {
 	now := time.Now()
 	for {
 		f := p.pop()
-		if f == nil || now.Sub(f.idleAt) < p.hop.Limits.IdleTimeout && f.alive() {
+		if f == nil || now.Sub(f.idleAt) < p.hop.Limits.IdleTimeout && !f.drains() && f.alive() {
 			return f
 		}
 		f.discard()
@@ -126,10 +126,13 @@ func (f *far) alive() bool {
 func (f *far) keep() {
 	f.in.shrink()
 	f.idleAt, f.reused = time.Now(), true
-	if len(f.in.bytes()) > 0 || f.state != nil && f.pool.hop.Identity.Draining(f.state) || !f.pool.push(f) {
+	if len(f.in.bytes()) > 0 || f.drains() || !f.pool.push(f) {
 		f.discard()
 	}
 }
+
+// drains says whether f should be used for nothing new any more.
+func (f *far) drains() bool { return f.state != nil && f.pool.hop.Identity.Draining(f.state) }
 
 func (p *pool) push(f *far) bool {
 	p.mu.Lock()
