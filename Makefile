@@ -174,7 +174,7 @@ polling: ## how often the CA fetches trust bundles of others, with and without a
 posture: ## have testssl.sh look at the TLS of a bundle endpoint; half a minute
 	MERLON_TESTSSL=1 go test -count 1 -v -run TestTestsslFindsNothing ./integration
 
-clocks: ## clocks that jump by an hour: of the CA or an agent during a ban, and of services; compiles them anew; 5 to 11 minutes
+clocks: ## clocks that jump by an hour: of the CA or an agent during a ban, and of services; compiles those anew; needs root; minutes
 	MERLON_CLOCKS=1 go test -count 1 -timeout 1h -v -run 'TestBanDoesNotDependOnClocks|TestServicesWhenClocksJump' ./integration
 
 LEAKS ?= 10000
