@@ -14,8 +14,10 @@ import (
 	"mime"
 	"net"
 	"net/http"
+	"runtime"
 	"sync/atomic"
 	"time"
+	"weak"
 
 	"merlon.dev/policy"
 	"merlon.dev/policy/denial"
@@ -40,7 +42,13 @@ const (
 func Transport(id *sdk.Identity, to sdk.Target) http.RoundTripper {
 	t := &transport{id: id, to: to}
 	t.inner.Store(t.pool())
-	id.OnRotate(t.rotate)
+	// The Identity does not keep what nobody else has: some make one for each call.
+	known := weak.Make(t)
+	runtime.AddCleanup(t, func(stop func()) { stop() }, id.OnRotate(func() {
+		if t := known.Value(); t != nil {
+			t.rotate()
+		}
+	}))
 	return t
 }
 
