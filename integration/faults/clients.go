@@ -14,6 +14,7 @@ import (
 	"fmt"
 	mathrand "math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -203,13 +204,17 @@ func (w *World) created(path string) (entryID string) {
 
 // node is an agent that the harness plays by the letter of the node API.
 type node struct {
-	tb  testing.TB
-	id  string
-	api capb.NodeClient
+	tb testing.TB
+	id string
+	ca string // its address
+	// to is the connection by the node's own SVID, another one with each SVID.
+	to atomic.Pointer[grpc.ClientConn]
 	// keys are of entry IDs: the CA refuses one key for two identities.
 	keys map[string]*ecdsa.PrivateKey
 	own  history.Op // its own entry
-	// ack and onMessage are of the goroutine that follows.
+	// These are of the goroutine that follows. outdated: an authority was tainted, and
+	// the own SVID, which it may have signed, was not renewed since.
+	outdated  bool
 	ack       capb.SyncAck
 	onMessage func(*capb.SyncResponse)
 }
@@ -223,7 +228,7 @@ func (w *World) join(name string) *node {
 	if err != nil {
 		w.tb.Fatalf("make a token for %s: %v", name, err)
 	}
-	n := &node{tb: w.tb, id: w.ID("/agent/" + name), keys: make(map[string]*ecdsa.PrivateKey)}
+	n := &node{tb: w.tb, id: w.ID("/agent/" + name), ca: w.GRPC, keys: make(map[string]*ecdsa.PrivateKey)}
 	key := newKey(w.tb)
 	anonymous := dialTLS(w.tb, w.GRPC, nil)
 	defer anonymous.Close()
@@ -241,11 +246,21 @@ func (w *World) join(name string) *node {
 	if op.Outcome != history.OK {
 		w.tb.Fatalf("attest %s: %s", n.id, op.Detail)
 	}
-	cc := dialTLS(w.tb, w.GRPC, &tls.Certificate{Certificate: chain, PrivateKey: key})
-	w.tb.Cleanup(func() { cc.Close() })
-	n.api = capb.NewNodeClient(cc)
+	n.connect(chain, key)
+	w.tb.Cleanup(func() { n.to.Load().Close() })
 	return n
 }
+
+// connect has the node come by another SVID.
+func (n *node) connect(chain [][]byte, key *ecdsa.PrivateKey) {
+	before := n.to.Swap(dialTLS(n.tb, n.ca, &tls.Certificate{Certificate: chain, PrivateKey: key}))
+	if before != nil {
+		before.Close()
+	}
+}
+
+// api is for one call each.
+func (n *node) api() capb.NodeClient { return capb.NewNodeClient(n.to.Load()) }
 
 // follow keeps a Sync stream open, acknowledges what comes on it, and comes back at
 // once when it ends, until the test does.
@@ -266,7 +281,12 @@ func (n *node) follow() {
 
 // session is one Sync stream, from the first listing to its end.
 func (n *node) session(ctx context.Context) {
-	stream, err := n.api.Sync(ctx)
+	if n.outdated && n.renew(ctx) != nil {
+		return
+	}
+	ctx, cancel := context.WithCancel(ctx) // of this session
+	defer cancel()
+	stream, err := n.api().Sync(ctx)
 	if err != nil || stream.Send(&capb.SyncRequest{}) != nil {
 		return
 	}
@@ -279,16 +299,32 @@ func (n *node) session(ctx context.Context) {
 		if !resp.GetSynced() {
 			continue
 		}
-		if stream.Send(&capb.SyncRequest{Ack: &n.ack}) != nil {
-			return
+		if n.outdated || stream.Send(&capb.SyncRequest{Ack: &n.ack}) != nil {
+			return // and an SVID that is about to count no more is acknowledged by nobody
 		}
 	}
+}
+
+// renew gets the node another SVID of its own, as agents do before what signed the one
+// that they have is revoked.
+func (n *node) renew(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	key := newKey(n.tb)
+	resp, err := n.api().Renew(ctx, &capb.RenewRequest{Csr: csr(n.tb, key)})
+	if err != nil {
+		return err
+	}
+	n.connect(resp.GetX509Svid(), key)
+	n.outdated = false
+	return nil
 }
 
 // received notes what a message brings.
 func (n *node) received(resp *capb.SyncResponse) {
 	n.ack.Revision = resp.GetRevision()
 	if b := resp.GetTrustBundle(); b != nil {
+		n.outdated = n.outdated || b.GetSequence() != n.ack.GetTrustBundleSequence() && len(b.GetTaintedAuthorityIds()) > 0
 		n.ack.TrustBundleSequence = b.GetSequence()
 	}
 	if b := resp.GetPolicyBundle(); b != nil {
@@ -308,7 +344,7 @@ func (n *node) sign(rec *history.Recorder, entryID string) history.Op {
 			n.keys[entryID] = newKey(n.tb)
 		}
 		request := csr(n.tb, n.keys[entryID])
-		resp, err := n.api.Sign(ctx, &capb.SignRequest{Items: []*capb.SignItem{{EntryId: entryID, Csr: request}}})
+		resp, err := n.api().Sign(ctx, &capb.SignRequest{Items: []*capb.SignItem{{EntryId: entryID, Csr: request}}})
 		if err != nil {
 			return outcome(err)
 		}
@@ -401,10 +437,13 @@ func (w *World) TrySign() error {
 	return nil
 }
 
-// PeersCall says whether web and orders have called each other since, by new
-// connections.
+// PeersCall says whether those who are always healthy have called each other since, by
+// new connections.
 func (w *World) PeersCall(since int64) error {
-	missing := map[history.Pair]bool{{From: w.ID(web), To: w.ID(orders)}: true, {From: w.ID(orders), To: w.ID(web)}: true}
+	missing := make(map[history.Pair]bool)
+	for _, pair := range w.healthy() {
+		missing[pair] = true
+	}
 	for _, op := range w.Rec.History().Ops {
 		if op.Kind == history.Connect && op.Outcome == history.OK && op.Begin > since {
 			delete(missing, history.Pair{From: op.Client, To: op.Key})

@@ -346,25 +346,3 @@ func restore(r *run) {
 	w.Until("writes go on", r.bound(5*time.Second), func() error { return w.TryWrite(0) })
 	r.verdict(w)
 }
-
-// buildAt compiles CA and agent as they were at a commit, and names it.
-func buildAt(r *run, commit string) string {
-	r.Helper()
-	run := func(name string, args ...string) string {
-		out, err := exec.Command(name, args...).CombinedOutput()
-		if err != nil {
-			r.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
-		}
-		return strings.TrimSpace(string(out))
-	}
-	short := run("git", "rev-parse", "--short", commit)
-	tree := filepath.Join(r.TempDir(), "tree")
-	if err := os.Mkdir(tree, 0o700); err != nil {
-		r.Fatal(err)
-	}
-	run("sh", "-c", "cd $(git rev-parse --show-toplevel) && git archive "+short+" | tar -x -C "+tree)
-	for _, program := range []string{"ca/cmd/merlon-ca", "agent/cmd/merlon-agent"} {
-		run("go", "build", "-C", tree, "-o", stage.Path(r, filepath.Base(program)+"-"+short), "./"+program)
-	}
-	return short
-}

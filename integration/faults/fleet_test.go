@@ -6,7 +6,6 @@ package faults_test
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -22,7 +21,6 @@ import (
 	"merlon.dev/ca/capb"
 	"merlon.dev/integration/faults"
 	"merlon.dev/integration/faults/history"
-	"merlon.dev/integration/stage"
 	"merlon.dev/sdk/unixsock"
 )
 
@@ -204,49 +202,4 @@ func hoard(ctx context.Context, r *run, w *faults.World) {
 		// Refused or not, it goes on; whether others are served is what counts.
 		_, _ = workload.NewSpiffeWorkloadAPIClient(cc).FetchX509SVID(ctx, &workload.X509SVIDRequest{})
 	}
-}
-
-// upgrade is R14. There is no release yet, so the version before is a commit.
-func upgrade(r *run) {
-	setup := faults.Setup{}
-	versions := []string{""}
-	if r.full {
-		commit := env("MERLON_FAULTS_PREVIOUS")
-		if commit == "" {
-			commit = "HEAD~20"
-		}
-		old := buildAt(r, commit)
-		setup.CA, setup.Agent = "merlon-ca-"+old, "merlon-agent-"+old
-		versions = []string{"", "-" + old}
-		r.number("version before", old)
-	}
-	w := faults.New(r, setup)
-	w.Peers()
-	w.Work(4)
-	time.Sleep(300 * time.Millisecond)
-	w.Deny()
-	for range r.size(1, 5) {
-		for _, version := range versions {
-			for _, p := range []struct {
-				process *stage.Process
-				name    string
-				works   func() error
-			}{
-				{w.CA, "merlon-ca", func() error { return w.TryWrite(0) }},
-				{w.Agent, "merlon-agent", func() error { return w.Connected() }},
-			} {
-				mended := w.Rec.Break("replacement of " + p.name)
-				p.process.Stop()
-				p.process.Name = p.name + version
-				p.process.Restart()
-				mended()
-				w.Until(p.name+" works after its replacement", r.bound(5*time.Second), p.works)
-				time.Sleep(time.Duration(r.size(300, 2000)) * time.Millisecond)
-			}
-		}
-	}
-	if w.Snapshot().Count()["call ok"] == 0 {
-		r.Error(errors.New("no call succeeded"))
-	}
-	r.verdict(w)
 }

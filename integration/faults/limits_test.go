@@ -1,7 +1,7 @@
 package faults_test
 
-// Rows about processes that are denied something: time (R7), files (R8), memory and
-// processors (R9).
+// Rows about processes that are denied something: files (R8), memory and processors
+// (R9).
 
 import (
 	"errors"
@@ -21,34 +21,6 @@ import (
 )
 
 func env(name string) string { return os.Getenv(name) }
-
-// haltAndJump is R7.
-func haltAndJump(r *run) {
-	w := faults.New(r, faults.Setup{})
-	w.Peers()
-	w.Work(4)
-	time.Sleep(500 * time.Millisecond)
-	w.Deny()
-	halt := time.Duration(r.size(2, 30)) * time.Second
-	stop := func(what string, pid int, sick ...string) {
-		mended := w.Rec.Break(what+" stands still", sick...)
-		signal(r, pid, syscall.SIGSTOP)
-		time.Sleep(halt)
-		signal(r, pid, syscall.SIGCONT)
-		since := history.Now()
-		w.Until("peers call each other after "+what+" stood still", r.bound(5*time.Second), func() error { return w.PeersCall(since) })
-		mended()
-	}
-	stop("the CA", w.CA.PID())
-	r.must("writes go on", func() error { return w.TryWrite(0) })
-	stop("the agent", w.Agent.PID())
-	stop("a workload", w.PeerPID("/orders"), w.ID("/orders"))
-	r.number("stood still", halt)
-	if r.full {
-		r.number("jumping clocks", goTest(r, "integration", "TestBanDoesNotDependOnClocks|TestServicesWhenClocksJump", "MERLON_CLOCKS=1"))
-	}
-	r.verdict(w)
-}
 
 func signal(r *run, pid int, sig syscall.Signal) {
 	r.Helper()

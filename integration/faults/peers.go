@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -33,6 +35,12 @@ type peer struct {
 func (w *World) Peers() {
 	w.tb.Helper()
 	calls := map[string][]string{web: {orders}, orders: {web}, doomed: {orders}, stranger: {orders}}
+	addresses := make(map[string]string)
+	if w.setup.Wide {
+		calls[web] = append(calls[web], front)
+		calls[billing], calls[ledger] = []string{ledger}, []string{billing}
+		addresses[front] = w.startFront()
+	}
 	dir := stage.Dir(w.tb)
 	listeners := make(map[string]*net.TCPListener)
 	for path := range calls {
@@ -41,10 +49,14 @@ func (w *World) Peers() {
 			w.tb.Fatal(err)
 		}
 		defer lis.Close() // the peer has its own
-		listeners[path] = lis
+		listeners[path], addresses[path] = lis, lis.Addr().String()
 	}
 	for path, to := range calls {
-		w.peers = append(w.peers, w.startPeer(dir, path, listeners, to))
+		var targets []string
+		for _, callee := range to {
+			targets = append(targets, w.ID(callee)+"="+addresses[callee])
+		}
+		w.peers = append(w.peers, w.startPeer(dir, path, listeners[path], targets))
 	}
 	w.tb.Cleanup(w.stopPeers)
 	w.await("each peer has called whom it calls", func() error {
@@ -98,21 +110,50 @@ func (w *World) peerLogs() (text string) {
 
 // allowed are the calls that the policy grants.
 func (w *World) allowed() []history.Pair {
-	return []history.Pair{
-		{From: w.ID(web), To: w.ID(orders)},
-		{From: w.ID(orders), To: w.ID(web)},
-		{From: w.ID(doomed), To: w.ID(orders)},
-	}
+	return append(w.healthy(), history.Pair{From: w.ID(doomed), To: w.ID(orders)})
 }
 
-func (w *World) startPeer(dir, path string, listeners map[string]*net.TCPListener, to []string) *peer {
+// healthy are those of them that nobody ever denies.
+func (w *World) healthy() []history.Pair {
+	pairs := []history.Pair{{From: w.ID(web), To: w.ID(orders)}, {From: w.ID(orders), To: w.ID(web)}}
+	if w.setup.Wide {
+		pairs = append(pairs, history.Pair{From: w.ID(web), To: w.ID(front)},
+			history.Pair{From: w.ID(billing), To: w.ID(ledger)}, history.Pair{From: w.ID(ledger), To: w.ID(billing)})
+	}
+	return pairs
+}
+
+// startFront starts an app, and the sidecar before it, and says where that listens.
+func (w *World) startFront() (address string) {
+	w.tb.Helper()
+	app := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		for every := time.NewTicker(50 * time.Millisecond); r.URL.Path == "/feed"; {
+			if _, err := io.WriteString(rw, "beat\n"); err != nil || http.NewResponseController(rw).Flush() != nil {
+				return
+			}
+			select {
+			case <-r.Context().Done():
+				return
+			case <-every.C:
+			}
+		}
+	}))
+	w.tb.Cleanup(app.Close)
+	w.Register(front, w.AgentID(), "path:"+stage.Bin(w.tb, "merlon-sidecar"))
+	address = fmt.Sprintf("127.0.0.1:%d", stage.FreePort(w.tb))
+	w.Sidecar = stage.Start(w.tb, "merlon-sidecar", append([]string{"SPIFFE_ENDPOINT_SOCKET=" + w.WorkloadAPI}, w.setup.Env...),
+		"-health-address", "off", "-inbound", address+","+app.Listener.Addr().String()+",http")
+	return address
+}
+
+func (w *World) startPeer(dir, path string, listener *net.TCPListener, calls []string) *peer {
 	w.tb.Helper()
 	program := w.setup.Peer
 	if program == "" {
 		program = stage.Build(w.tb, "peer", "integration/faults/peer", "")
 	}
 	// Each has an executable of its own, which is what its entry asks for.
-	p := &peer{id: w.ID(path), path: path, address: listeners[path].Addr().String(), exe: filepath.Join(dir, strings.TrimPrefix(path, "/")), done: make(chan error, 1)}
+	p := &peer{id: w.ID(path), path: path, address: listener.Addr().String(), exe: filepath.Join(dir, strings.TrimPrefix(path, "/")), done: make(chan error, 1)}
 	text, err := os.ReadFile(stage.Path(w.tb, program))
 	if err != nil {
 		w.tb.Fatal(err)
@@ -120,11 +161,11 @@ func (w *World) startPeer(dir, path string, listeners map[string]*net.TCPListene
 	if err := os.WriteFile(p.exe, text, 0o700); err != nil {
 		w.tb.Fatal(err)
 	}
-	w.Register(path, w.AgentID(), "path:"+p.exe)
-	var calls []string
-	for _, callee := range to {
-		calls = append(calls, w.ID(callee)+"="+listeners[callee].Addr().String())
+	agent, socket := w.AgentID(), w.WorkloadAPI
+	if path == billing || path == ledger {
+		agent, socket = w.ID("/agent/two"), w.Second.WorkloadAPI
 	}
+	w.Register(path, agent, "path:"+p.exe)
 	args := []string{"-id", p.id, "-call", strings.Join(calls, ",")}
 	if w.setup.Every > 0 {
 		args = append(args, "-every", w.setup.Every.String())
@@ -134,15 +175,19 @@ func (w *World) startPeer(dir, path string, listeners map[string]*net.TCPListene
 		args = append(args, "-stranger", "-every", "200ms")
 	case doomed:
 		args = append(args, "-thief") // denied, it must be kept out by others
+	case orders:
+		if w.setup.Decide > 0 {
+			args = append(args, "-decide", fmt.Sprint(w.setup.Decide), "-may", w.ID(web), "-may-not", w.ID(Former)+","+w.ID(stranger))
+		}
 	}
 	p.cmd = exec.Command(p.exe, args...)
-	socket, err := listeners[path].File()
+	inherited, err := listener.File()
 	if err != nil {
 		w.tb.Fatal(err)
 	}
-	defer socket.Close()
-	p.cmd.ExtraFiles = []*os.File{socket}
-	p.cmd.Env = append(append(os.Environ(), "SPIFFE_ENDPOINT_SOCKET="+w.WorkloadAPI), w.setup.Env...)
+	defer inherited.Close()
+	p.cmd.ExtraFiles = []*os.File{inherited}
+	p.cmd.Env = append(append(os.Environ(), "SPIFFE_ENDPOINT_SOCKET="+socket), w.setup.Env...)
 	p.cmd.Stderr = &p.log
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if p.stdin, err = p.cmd.StdinPipe(); err != nil {

@@ -42,6 +42,12 @@ type Setup struct {
 	Disk string
 	// Slow lets the agent reach the CA by a way that can be slow and be cut: World.Way.
 	Slow bool
+	// Wide has a second agent, with billing and ledger under it, and front, an app behind
+	// a sidecar, which web calls.
+	Wide bool
+	// Decide has orders decide that often a second, beside its calls: web may call it,
+	// stranger and Former may not.
+	Decide int
 }
 
 // World is a trust domain in use: CA, agent, workloads that call each other, an
@@ -54,6 +60,9 @@ type World struct {
 	Rng *rand.Rand
 	// Way is between agent and CA, if Setup.Slow asked for it.
 	Way *stage.Gate
+	// Second is the second agent, and Sidecar that of front, if Setup.Wide asked for them.
+	Second  *stage.Domain
+	Sidecar *stage.Process
 
 	setup  Setup
 	seed   uint64
@@ -111,8 +120,21 @@ func New(tb testing.TB, setup Setup) *World {
 	}
 	w.startAgent(token.RootHash, "join_token: "+token.Token)
 	d.GRPC = grpc
+	if setup.Wide {
+		w.startSecond()
+	}
 	w.begin()
 	return w
+}
+
+// startSecond starts the second agent, which has folders of its own.
+func (w *World) startSecond() {
+	w.tb.Helper()
+	token := w.Token("--agent", "two")
+	second := *w.Domain
+	second.SetDir(stage.Dir(w.tb))
+	second.Agent = stage.Start(w.tb, "merlon-agent", w.setup.Env, "-config", second.AgentConfig(token.RootHash, "join_token: "+token.Token))
+	w.Second = &second
 }
 
 // moveTo restarts the CA with its data on another disk.
@@ -170,18 +192,29 @@ func (w *World) AgentID() string {
 // begin lets the policy apply.
 func (w *World) begin() {
 	w.tb.Helper()
-	w.policy = w.build()
+	w.policy = w.build(false)
 	w.push(w.cas[0].admin)
 }
 
 // The peers. Each is called by those that are named, and calls them.
 const (
 	web, orders, doomed, stranger = "/web", "/orders", "/doomed", "/stranger"
+	billing, ledger               = "/billing", "/ledger" // under the second agent
+	front                         = "/front"              // behind the sidecar
 )
+
+// Former is who could call orders by an earlier policy. It is nobody.
+const Former = "/former"
+
+// FormerPolicy is the earlier policy, unsigned: it lets Former call orders.
+func (w *World) FormerPolicy() []byte {
+	w.tb.Helper()
+	return w.build(true)
+}
 
 // build makes the policy: web and orders call each other, doomed calls orders until
 // it is denied, and stranger is in no grant.
-func (w *World) build() []byte {
+func (w *World) build(former bool) []byte {
 	w.tb.Helper()
 	dir := w.tb.TempDir()
 	grant := func(id, to string, from ...string) string {
@@ -191,6 +224,12 @@ func (w *World) build() []byte {
 		return fmt.Sprintf("  - id: %s\n    from: [%s]\n    to: [%s]\n    http: {}\n", id, strings.Join(from, ", "), w.ID(to))
 	}
 	text := "grants:\n" + grant("to-orders", orders, web, doomed) + grant("to-web", web, orders)
+	if former {
+		text += grant("former", orders, Former)
+	}
+	if w.setup.Wide {
+		text += grant("to-front", front, web) + grant("to-ledger", ledger, billing) + grant("to-billing", billing, ledger)
+	}
 	if err := os.WriteFile(filepath.Join(dir, "grants.yaml"), []byte(text), 0o600); err != nil {
 		w.tb.Fatal(err)
 	}

@@ -50,6 +50,7 @@ const (
 	Connect Kind = "connect" // Key: whom; by a new TLS connection; Value: serial number of its SVID
 	Call    Kind = "call"    // Key: whom; over a pooled connection
 	Beat    Kind = "beat"    // Key: from whom; one message of a stream that is held open
+	Decide  Kind = "decide"  // Client decides on calls of others; Number: how many; failed: some were decided wrongly
 )
 
 // Op is one operation.

@@ -49,6 +49,9 @@ func run() error {
 	every := flag.Duration("every", 20*time.Millisecond, "how often it calls each of them")
 	stranger := flag.Bool("stranger", false, "nobody lets it in: record calls before the first that succeeds, too")
 	thief := flag.Bool("thief", false, "call by go-spiffe alone, which keeps what it once had")
+	rate := flag.Int("decide", 0, "decide that often a second on calls that the next two say the truth of")
+	may := flag.String("may", "", "a SPIFFE ID that may call this peer")
+	mayNot := flag.String("may-not", "", "SPIFFE IDs that may not, comma-separated")
 	flag.Parse()
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -90,6 +93,9 @@ func run() error {
 		}
 		target := target{id: to, url: "https://" + address}
 		running.Go(func() { p.keepCalling(calling, target, *every) })
+	}
+	if *rate > 0 {
+		running.Go(func() { p.decide(calling, *rate, *may, strings.Split(*mayNot, ",")) })
 	}
 	running.Wait()
 	p.say(history.Op{})
