@@ -125,12 +125,11 @@ func jump(r *run, w *faults.World, owner clockOwner, off time.Duration) (issued 
 			return nil
 		})
 	}
-	time.Sleep(time.Until(time.Now().Add(wrongFor - time.Duration(history.Now()-begun))))
-	end := history.Now()
-	stage.SetClock(r, owner.pid, 0)
+	time.Sleep(wrongFor - time.Duration(history.Now()-begun))
 	if far {
-		nobodyIsLetIn(r, w, what, owner.judges, begun+(5*time.Second).Nanoseconds(), end)
+		nobodyIsLetIn(r, w, what, owner.judges, begun+(5*time.Second).Nanoseconds())
 	}
+	stage.SetClock(r, owner.pid, 0)
 	since := history.Now()
 	w.Until("peers call each other when the clock of "+owner.name+" is right again", r.bound(owner.bound), func() error { return w.PeersCall(since) })
 	w.Until("the agent is connected when the clock of "+owner.name+" is right again", r.bound(owner.bound), w.Connected)
@@ -143,28 +142,31 @@ func jump(r *run, w *faults.World, owner clockOwner, off time.Duration) (issued 
 	return issued
 }
 
-// nobodyIsLetIn looks for new connections of those by whose clock no SVID is valid.
-func nobodyIsLetIn(r *run, w *faults.World, what string, judges []string, from, to int64) {
+// nobodyIsLetIn waits until each of those by whose clock no SVID is valid has refused
+// a new connection, or was refused one, and looks for any that was not.
+func nobodyIsLetIn(r *run, w *faults.World, what string, judges []string, since int64) {
 	r.Helper()
-	refused := 0
-	for _, op := range w.Rec.History().Ops {
-		if op.Kind != history.Connect || op.Begin < from || op.End > to {
-			continue
-		}
-		for _, judge := range judges {
-			switch {
-			case op.Client != judge && op.Key != judge:
-			case op.Outcome == history.OK:
-				r.Errorf("%s, so no SVID is valid by it; but %s connects to %s", what, op.Client, op.Key)
-				return
-			default:
-				refused++
+	r.must(what+": new connections are refused", func() error {
+		refused := make(map[string]bool)
+		for _, op := range w.Rec.History().Ops {
+			if op.Kind != history.Connect || op.Begin < since {
+				continue
+			}
+			for _, judge := range judges {
+				if op.Client != judge && op.Key != judge {
+					continue
+				}
+				if op.Outcome == history.OK {
+					r.Fatalf("%s, so no SVID is valid by it; but %s connects to %s", what, op.Client, op.Key)
+				}
+				refused[judge] = true
 			}
 		}
-	}
-	if len(judges) > 0 && refused == 0 {
-		r.Errorf("%s: nobody was refused, so nothing is shown", what)
-	}
+		if len(refused) < len(judges) {
+			return errors.New("nobody has tried")
+		}
+		return nil
+	})
 }
 
 // alarms counts how often the agent has said so.
