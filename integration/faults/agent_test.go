@@ -34,8 +34,11 @@ func killAgent(r *run) {
 			w.Deny()
 		}
 	}
-	// The same while nobody can issue anything: what is served was kept.
+	// The same while nobody can issue anything: what is served was kept. It is written down
+	// the more rarely the longer that takes (agent/internal/keeper).
 	r.must("the agent holds what it served", func() (err error) { before, err = fetch(w); return err })
+	served := time.Now()
+	r.must("the agent has written down what it served", func() error { return w.Saved(served) })
 	away := w.Rec.Break("the CA is away")
 	w.CA.Kill()
 	restartAgent(r, w, "the agent serves what it has kept")

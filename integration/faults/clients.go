@@ -24,9 +24,11 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 
+	"merlon.dev/agent/agentpb"
 	"merlon.dev/ca/capb"
 	"merlon.dev/integration/faults/history"
 	"merlon.dev/integration/stage"
+	"merlon.dev/sdk/unixsock"
 )
 
 // patience bounds one call of a client.
@@ -473,6 +475,22 @@ func (w *World) Connected() error {
 	resp, err := w.cas[0].admin.GetAgent(ctx, &capb.GetAgentRequest{Agent: w.AgentID()})
 	if err == nil && !resp.GetAgent().GetConnected() {
 		err = errors.New("the agent is not connected")
+	}
+	return err
+}
+
+// Saved says whether what the agent served at some time is on its disk.
+func (w *World) Saved(served time.Time) error {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	cc, err := grpc.NewClient("unix:"+w.AgentAdmin, grpc.WithTransportCredentials(unixsock.ClientCredentials()))
+	if err != nil {
+		return err
+	}
+	defer cc.Close()
+	resp, err := agentpb.NewDebugClient(cc).Status(ctx, &agentpb.StatusRequest{})
+	if at := resp.GetCacheSavedAt(); err == nil && (at == nil || !at.AsTime().After(served)) {
+		err = fmt.Errorf("the agent last wrote at %v", at.AsTime())
 	}
 	return err
 }
