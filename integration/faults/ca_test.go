@@ -18,16 +18,17 @@ const readyWithin = 2 * time.Second
 
 // killCA is R1.
 func killCA(r *run) {
+	fatal := fatalCA(r)
 	w := faults.New(r, faults.Setup{Settings: []string{"trust_refresh_hint: 1s"}})
 	w.Peers()
 	w.Work(r.size(8, 32))
 	w.Merlon("authority", "prepare", "--kind", "x509-root")
-	kills := r.kills(6, 1000)
+	kills := r.kills(3, 1000)
 	for i := range kills {
 		time.Sleep(time.Duration(50+w.Rng.IntN(450)) * time.Millisecond)
 		w.Kill("SIGKILL of the CA", r.bound(readyWithin))
-		if i == 2 {
-			w.Deny()
+		if i == 1 {
+			denyInForce(r, w)
 		}
 	}
 	next, err := stage.AuthorityIn(w.Domain, "x509-root", "published")
@@ -36,8 +37,26 @@ func killCA(r *run) {
 	} else {
 		stage.Done(w.Domain, "authority", "activate", next.ID)
 	}
+	killAtPoints(r, w, fatal, r.size(1, 5))
 	r.number("kills", kills)
 	r.verdict(w)
+}
+
+// denyInForce denies doomed, and waits until that shows: an agent that the CA does not
+// live long enough to tell cannot know.
+func denyInForce(r *run, w *faults.World) {
+	r.Helper()
+	r.must("the agent follows", w.Connected)
+	since := history.Now()
+	w.Deny()
+	r.must("doomed is let in no more", func() error {
+		for _, op := range w.Rec.History().Ops {
+			if op.Kind == history.Connect && op.Client == w.ID("/doomed") && op.Outcome == history.Failed && op.Begin > since {
+				return nil
+			}
+		}
+		return errors.New("no connection was refused")
+	})
 }
 
 // kills is KILLS where that is set.

@@ -112,9 +112,17 @@ func (w *World) auditLog(ca replica) (log []history.Record) {
 		}
 		return nil
 	})
-	raw, err := os.ReadFile(filepath.Join(ca.data, "audit.jsonl"))
+	files, err := filepath.Glob(filepath.Join(ca.data, "audit-*.jsonl")) // those before, in order
 	if err != nil {
 		w.tb.Fatal(err)
+	}
+	var raw []byte
+	for _, file := range append(files, filepath.Join(ca.data, "audit.jsonl")) {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			w.tb.Fatal(err)
+		}
+		raw = append(raw, text...)
 	}
 	for line := range bytes.Lines(raw) {
 		r := history.Record{Line: bytes.TrimSuffix(line, []byte("\n"))}

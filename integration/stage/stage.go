@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -19,6 +20,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // built is where the binaries are, nil before binDir.
@@ -205,6 +208,25 @@ func (p *Process) end(sig syscall.Signal) {
 	p.cmd.Wait()
 	late.Stop()
 	p.cmd = nil
+}
+
+// Ended says whether the process has ended by itself, and by which signal, 0 for none.
+func (p *Process) Ended() (by syscall.Signal, ended bool) {
+	p.tb.Helper()
+	var info unix.Siginfo
+	err := unix.Waitid(unix.P_PID, p.PID(), &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+	if err != nil && !errors.Is(err, unix.EINTR) {
+		p.tb.Fatalf("ask for the end of %s: %v", p.Name, err)
+	}
+	if info.Signo == 0 {
+		return 0, false
+	}
+	p.cmd.Wait()
+	if status := p.cmd.ProcessState.Sys().(syscall.WaitStatus); status.Signaled() {
+		by = status.Signal()
+	}
+	p.cmd = nil
+	return by, true
 }
 
 // Restart starts the process again with the same arguments.
