@@ -19,7 +19,7 @@ func broken(name string) string { return `os.Getenv("` + brokenEnv + `") == "` +
 
 // brokenCA acknowledges what is not written yet (I1), signs for entries of other
 // nodes (I2), writes no issuance down (I5), leaves a goroutine behind with each (I6),
-// and starts slowly (I7).
+// starts slowly (I7), and syncs neither its log nor its head (sync).
 func brokenCA(t *testing.T) string {
 	return stage.Changed(t, "merlon-ca-broken", "ca/cmd/merlon-ca",
 		stage.Change{
@@ -49,6 +49,12 @@ func brokenCA(t *testing.T) string {
 			New: "\tif " + broken("I7") + " {\n\t\ttime.Sleep(3 * time.Second)\n\t}\n\treturn ca.Main",
 		},
 		stage.Change{File: "ca/cmd/merlon-ca/main.go", Old: "import (\n", New: "import (\n\t\"time\"\n"},
+		stage.Change{File: "ca/internal/store/badger/badger.go", Old: "WithSyncWrites(true)", New: "WithSyncWrites(!(" + broken("sync") + "))"},
+		stage.Change{File: "ca/internal/store/badger/badger.go", Old: "import (\n", New: "import (\n\t\"os\"\n"},
+		stage.Change{
+			File: "ca/internal/store/badger/head.go", Old: "\tif err := h.sync(); err != nil {",
+			New: "\tif " + broken("sync") + " {\n\t\treturn nil\n\t}\n\tif err := h.sync(); err != nil {",
+		},
 	)
 }
 
@@ -111,4 +117,28 @@ func TestBrokenBuildsAreCaught(t *testing.T) {
 			t.Logf("caught, with %d reports: %s", len(found[i.Name]), found[i.Name][0])
 		})
 	}
+}
+
+// TestLossOfPowerFindsLostSyncs: only a disk that forgets shows that a CA does not sync.
+func TestLossOfPowerFindsLostSyncs(t *testing.T) {
+	needsRoot(t)
+	t.Parallel()
+	disk := stage.NewLossyDisk(t)
+	w := faults.New(t, faults.Setup{CA: brokenCA(t), Env: []string{brokenEnv + "=sync"}, Disk: disk.Path})
+	disk.Sync()
+	w.Peers()
+	w.Work(4)
+	until(t, "clients have done something", func() bool {
+		n := w.Snapshot().Count()
+		return n["create ok"] > 30 && n["sign ok"] > 5
+	})
+	t.Log(disk.Cut())
+	w.CA.Kill()
+	disk.Mount()
+	w.RestartCA(readyWithin)
+	found := invariant.Check(w.Finish())["I1"]
+	if len(found) == 0 {
+		t.Fatal("nobody noticed")
+	}
+	t.Logf("caught, with %d reports: %s", len(found), found[0])
 }

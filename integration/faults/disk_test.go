@@ -23,13 +23,17 @@ import (
 )
 
 // losePower is R2. A SIGKILL leaves the kernel with all pages; what it cannot show is
-// shown by syncs that fail, and by files as a loss of power may leave them.
+// shown by a disk that forgets what was not synced (power_test.go), by syncs that
+// fail, and by files as a disk may leave them.
 func losePower(r *run) {
-	w := faults.New(r, faults.Setup{})
+	disk := stage.NewLossyDisk(r)
+	w := faults.New(r, faults.Setup{Disk: disk.Path})
+	disk.Sync() // the CA's data were copied there
 	w.Peers()
-	w.Work(r.size(4, 16))
+	w.Work(r.size(4, 32))
 	time.Sleep(500 * time.Millisecond)
 	w.Deny()
+	cutPower(r, w, disk, r.size(3, 200))
 	failSyncs(r, w)
 	w.Rest()
 	damageStore(r, w, r.size(4, 400))

@@ -41,7 +41,7 @@ type run struct {
 // rows in the order of SECURITY.md.
 var rows = []row{
 	{name: "R1", fault: "SIGKILL of the CA in the midst of writes, issuance and a rotation", do: killCA},
-	{name: "R2", fault: "power loss: syncs that fail, files that are cut and bent", do: losePower},
+	{name: "R2", fault: "power loss: a disk that forgets what was not synced, syncs that fail, files that are cut and bent", do: losePower},
 	{name: "R3", fault: "a full disk, no inodes, a limit of file sizes, a disk that is read-only", do: fillDisk},
 	{name: "R4", fault: "the CA is away, for less and (full form) for longer than SVIDs live", do: loseCA},
 	{name: "R5", fault: "SIGKILL of the agent, also while the CA is away", do: killAgent},
