@@ -302,17 +302,17 @@ func (e *Engine) evaluate(ctx context.Context, in *policy.Input, now time.Time, 
 			a.err = fmt.Errorf("evaluate policy: panic: %v", r)
 		}
 	}()
-	cancel, over, err := e.watch(ctx, limit)
+	w, err := e.watch(ctx, limit)
 	if err != nil {
 		return answer{err: fmt.Errorf("evaluate policy: %w", err)}
 	}
-	defer over()
+	defer w.over()
 	call := e.lookUp(in, now)
 	q := &e.program.decides
 	if call.dryRun != nil {
 		q = &e.program.decidesAndRecords
 	}
-	result, err := e.ask(ctx, q, e.input(in, &call), now, cancel)
+	result, err := e.ask(ctx, q, e.input(in, &call), now, w)
 	switch {
 	case topdown.IsCancel(err):
 		return answer{err: fmt.Errorf("evaluate policy: %w after %v", errStopped, limit)}

@@ -26,53 +26,66 @@ var (
 // grace is how long an evaluation may take to stop.
 const grace = 500 * time.Millisecond
 
-// watch gives what tells an evaluation to stop, which happens after limit or when ctx
-// ends; over is to be called when it has. One that has not stopped after the grace
-// counts as stuck until then.
-func (e *Engine) watch(ctx context.Context, limit time.Duration) (cancel topdown.Cancel, over func(), err error) {
+// watched is one evaluation: what tells it to stop, after its limit or when nobody
+// waits for it any more. One that has not stopped after the grace counts as stuck until
+// it is over. All of it is one value, and the context is asked instead of told to call
+// back: an evaluation takes some twenty microseconds, and pays for each part.
+type watched struct {
+	engine *Engine
+	ctx    context.Context
+	timer  *time.Timer
+	told   atomic.Bool // to stop
+	known  atomic.Bool // that it is over, or stuck
+}
+
+// Cancel and Cancelled are what OPA asks between its steps.
+func (w *watched) Cancel()         { w.told.Store(true) }
+func (w *watched) Cancelled() bool { return w.told.Load() || w.ctx.Err() != nil }
+
+// watch begins an evaluation, which may take as long as limit.
+func (e *Engine) watch(ctx context.Context, limit time.Duration) (*watched, error) {
 	if e.stuck.Load() > 0 {
-		return nil, nil, errStuck
+		return nil, errStuck
 	}
-	cancel = topdown.NewCancel()
-	var known atomic.Bool // that it is over, or stuck
-	timer := time.AfterFunc(limit, func() {
-		cancel.Cancel()
-		time.AfterFunc(grace, func() {
-			if known.CompareAndSwap(false, true) {
-				e.stuck.Add(1)
-			}
-		})
-	})
-	stop := func() bool { return true }
-	if ctx.Done() != nil {
-		stop = context.AfterFunc(ctx, cancel.Cancel)
-	}
-	return cancel, func() {
-		timer.Stop()
-		stop()
-		if !known.CompareAndSwap(false, true) {
-			e.stuck.Add(-1)
+	w := &watched{engine: e, ctx: ctx}
+	w.timer = time.AfterFunc(limit, w.late)
+	return w, nil
+}
+
+func (w *watched) late() {
+	w.Cancel()
+	time.AfterFunc(grace, func() {
+		if w.known.CompareAndSwap(false, true) {
+			w.engine.stuck.Add(1)
 		}
-	}, nil
+	})
+}
+
+// over is to be called when the evaluation has stopped.
+func (w *watched) over() {
+	w.timer.Stop()
+	if !w.known.CompareAndSwap(false, true) {
+		w.engine.stuck.Add(-1)
+	}
 }
 
 // inTime runs f, which evaluates without a call, and leaves it alone when it does not
 // stop: those who wait for a program must not wait for that. What f writes is there
 // when inTime returns nil; errors are errStopped, errStuck, and panics of f.
 func (e *Engine) inTime(ctx context.Context, limit time.Duration, f func(topdown.Cancel)) error {
-	cancel, over, err := e.watch(ctx, limit)
+	w, err := e.watch(ctx, limit)
 	if err != nil {
 		return err
 	}
 	ended := make(chan error, 1)
 	go func() {
-		defer over()
+		defer w.over()
 		defer func() {
 			if r := recover(); r != nil { // a bug in OPA, as in evaluate
 				ended <- fmt.Errorf("panic: %v", r)
 			}
 		}()
-		f(cancel)
+		f(w)
 		ended <- nil
 	}()
 	patience := time.NewTimer(limit + 2*grace)
