@@ -13,6 +13,9 @@ import (
 const (
 	MaxSites       = 4096
 	MaxDifferences = 1024
+	// MaxDifferenceBytes is what the texts of one difference may have: they come from
+	// whoever compared the calls, and all of them are told on in one message.
+	MaxDifferenceBytes = 2048
 )
 
 // Site is where calls arrive, and who decides them.
@@ -38,6 +41,11 @@ type Difference struct {
 	Reason, CandidateReason policy.Reason
 	RuleID, CandidateRuleID string
 	CandidateAllows         bool
+}
+
+// bytes is what the texts of d have.
+func (d *Difference) bytes() int {
+	return len(d.Source) + len(d.Destination) + len(d.Reason) + len(d.CandidateReason) + len(d.RuleID) + len(d.CandidateRuleID)
 }
 
 // Report is what a Tally holds.
@@ -68,7 +76,7 @@ func (r *Report) Add(other Report) {
 }
 
 func (r *Report) count(d Difference, n uint64) {
-	if before, known := r.Differences[d]; known || len(r.Differences) < MaxDifferences {
+	if before, known := r.Differences[d]; known || len(r.Differences) < MaxDifferences && d.bytes() <= MaxDifferenceBytes {
 		r.Differences[d] = before + n
 	} else {
 		r.Dropped += n

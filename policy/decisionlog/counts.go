@@ -20,6 +20,10 @@ import (
 // SPIFFE ID is like it.
 const Other = "other"
 
+// maxRowBytes is what the texts of a row may have: two SPIFFE IDs and a rule's, which
+// somebody else may have made up.
+const maxRowBytes = 2*2048 + 512
+
 // Row counts the decisions of one kind. Its texts never change.
 type Row struct {
 	Source, Destination, RuleID, Reason string
@@ -71,7 +75,7 @@ func (c *Counts) row(source, destination, ruleID, reason string) *Row {
 		slot := &c.slots[(hash+uint64(i))&mask]
 		row := slot.Load()
 		if row == nil {
-			if c.made.Load() >= c.limit || !c.hasShare(destination) {
+			if c.made.Load() >= c.limit || !c.hasShare(destination) || len(source)+len(destination)+len(ruleID)+len(reason) > maxRowBytes {
 				break
 			}
 			row = c.add(slot, &Row{

@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -80,7 +81,7 @@ func (p *predecessor) receive() error {
 		return err
 	}
 	var names []string
-	if err := json.Unmarshal(text[:n], &names); err != nil || len(names) != len(fds) {
+	if err := json.Unmarshal(text[:n], &names); err != nil || len(names) != len(fds) || repeats(names) {
 		closeFDs(fds)
 		return errors.New("what came is not understood: is it a sidecar of another version?")
 	}
@@ -95,6 +96,13 @@ func (p *predecessor) receive() error {
 		p.sockets[names[i]] = lis
 	}
 	return nil
+}
+
+// repeats says whether two of names are alike: who connects to the one that is forgotten
+// would wait for nobody.
+func repeats(names []string) bool {
+	sorted := slices.Sorted(slices.Values(names))
+	return len(slices.Compact(sorted)) != len(names)
 }
 
 func closeFDs(fds []int) {

@@ -8,6 +8,7 @@ import (
 	"context"
 	"crypto/tls"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/url"
 
@@ -32,14 +33,23 @@ func (a *Azure) Evidence(ctx context.Context, _ tls.ConnectionState, req *capb.A
 	if err != nil {
 		return fmt.Errorf("ask for the machine's token: %w: is this a virtual machine of Azure with a system-assigned identity?", err)
 	}
+	token, err := accessToken(body)
+	if err != nil {
+		return fmt.Errorf("ask for the machine's token: %w", err)
+	}
+	req.Evidence = &capb.AttestRequest_AzureToken{AzureToken: token}
+	return nil
+}
+
+// accessToken reads an answer of the metadata server.
+func accessToken(body []byte) (string, error) {
 	var answer struct {
 		AccessToken string `json:"access_token"`
 	}
 	if err := json.Unmarshal(body, &answer); err != nil || answer.AccessToken == "" {
-		return fmt.Errorf("ask for the machine's token: the answer holds no access_token")
+		return "", errors.New("the answer holds no access_token")
 	}
-	req.Evidence = &capb.AttestRequest_AzureToken{AzureToken: answer.AccessToken}
-	return nil
+	return answer.AccessToken, nil
 }
 
 // Advice implements Attestor.

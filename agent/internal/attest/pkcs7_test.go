@@ -11,6 +11,7 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"math/big"
 	"os"
@@ -168,6 +169,35 @@ func FuzzSignedMessage(f *testing.F) {
 		}
 		if tag, body, rest, err := element(s.attributes, 0); err != nil || tag != berSet || len(rest) != 0 || !bytes.Contains(message, body) {
 			t.Fatalf("the attributes are %x: %v", s.attributes, err)
+		}
+	})
+}
+
+// Whatever a metadata server answers, the token is a member of the answer, or none.
+func FuzzAccessToken(f *testing.F) {
+	for _, s := range []string{`{"access_token":"a.b.c","expires_in":"3599"}`, `{"Access_Token":"a"}`, `{"access_token":1}`, `{"access_token":""}`, `[]`, `null`, ``} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		token, err := accessToken(body)
+		if (token == "") == (err == nil) {
+			t.Fatalf("%q: %q, %v", body, token, err)
+		}
+		if err != nil {
+			return
+		}
+		texts := map[any]bool{}
+		for dec := json.NewDecoder(bytes.NewReader(body)); ; {
+			part, err := dec.Token()
+			if err != nil {
+				break
+			}
+			if text, ok := part.(string); ok {
+				texts[text] = true
+			}
+		}
+		if !texts[token] {
+			t.Fatalf("%q is not in %q", token, body)
 		}
 	})
 }

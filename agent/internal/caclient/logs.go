@@ -80,15 +80,27 @@ func openLogs(cfg Config) (*logs, error) {
 	if err != nil || content == nil {
 		return l, err
 	}
-	var stored storedLogs
-	if err := json.Unmarshal(content, &stored); err != nil {
-		return nil, fmt.Errorf("read %s: %w", logsFile, err)
-	}
-	if stored.TrustDomain != l.trustDomain {
-		return nil, fmt.Errorf("read %s: it is of trust domain %q, expected %q", logsFile, stored.TrustDomain, l.trustDomain)
+	stored, err := decodeLogs(content, l.trustDomain)
+	if err != nil {
+		return nil, err
 	}
 	maps.Copy(l.seen, stored.Logs)
 	return l, nil
+}
+
+func decodeLogs(content []byte, trustDomain string) (stored storedLogs, err error) {
+	if err := json.Unmarshal(content, &stored); err != nil {
+		return storedLogs{}, fmt.Errorf("read %s: %w", logsFile, err)
+	}
+	if stored.TrustDomain != trustDomain {
+		return storedLogs{}, fmt.Errorf("read %s: it is of trust domain %q, expected %q", logsFile, stored.TrustDomain, trustDomain)
+	}
+	for origin, s := range stored.Logs {
+		if s.Size < 0 {
+			return storedLogs{}, fmt.Errorf("read %s: log %.200q has %d entries", logsFile, origin, s.Size)
+		}
+	}
+	return stored, nil
 }
 
 // states is for the CA.

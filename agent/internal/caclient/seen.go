@@ -77,11 +77,15 @@ func (c *Client) loadSeen() (stored storedSeen, err error) {
 	if err != nil || content == nil {
 		return stored, err
 	}
+	return decodeSeen(content, c.cfg.TrustDomain.Name())
+}
+
+func decodeSeen(content []byte, trustDomain string) (stored storedSeen, err error) {
 	if err := json.Unmarshal(content, &stored); err != nil {
-		return stored, fmt.Errorf("read %s: %w", seenFile, err)
+		return storedSeen{}, fmt.Errorf("read %s: %w", seenFile, err)
 	}
-	if stored.TrustDomain != c.cfg.TrustDomain.Name() {
-		return stored, fmt.Errorf("read %s: it is of trust domain %q, expected %q", seenFile, stored.TrustDomain, c.cfg.TrustDomain.Name())
+	if stored.TrustDomain != trustDomain {
+		return storedSeen{}, fmt.Errorf("read %s: it is of trust domain %q, expected %q", seenFile, stored.TrustDomain, trustDomain)
 	}
 	return stored, nil
 }

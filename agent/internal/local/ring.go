@@ -25,6 +25,7 @@ const (
 const (
 	maxHeaderBytes = 2048
 	maxStringBytes = 2048
+	stringOverhead = 16 // of each string of a list
 )
 
 // masked stands for the values of headers that are not to be kept: of any but those
@@ -166,9 +167,16 @@ func (rec *record) keepStrings() {
 	if len(in.Query) > maxStringBytes {
 		in.Query, rec.shortened = "", true
 	}
-	for _, s := range []*string{&in.Source, &in.Method, &in.Path, &in.Host, &in.SourceAddress, &in.DestinationAddress, &in.SourceSerial} {
+	for _, s := range []*string{(*string)(&in.Protocol), &in.Source, &in.Method, &in.Path, &in.Host, &in.SourceAddress, &in.DestinationAddress, &in.SourceSerial, &rec.decision.RuleID} {
 		if len(*s) > maxStringBytes {
 			*s, rec.shortened = strings.ToValidUTF8(strings.Clone((*s)[:maxStringBytes]), ""), true
+		}
+	}
+	room := maxStringBytes
+	for i, rule := range rec.decision.DryRun {
+		if room -= stringOverhead + len(rule); room < 0 {
+			rec.decision.DryRun, rec.shortened = slices.Clone(rec.decision.DryRun[:i]), true
+			break
 		}
 	}
 }
@@ -190,7 +198,7 @@ func (rec *record) keepHeaders(headers policy.HeaderMap, keep map[string]bool) {
 		}
 		room -= len(name)
 		for _, v := range values {
-			room -= len(v)
+			room -= stringOverhead + len(v)
 		}
 		if room < 0 {
 			rec.shortened = true

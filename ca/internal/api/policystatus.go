@@ -40,32 +40,38 @@ func (f *follower) hearPolicy(m *capb.PolicyReport) {
 		return
 	}
 	s, agent := f.Service, f.caller.Agent
-	said := rollout.Said{
-		Bundle: bundleName(m.GetName()), Candidate: m.GetCandidateGeneration(), Fault: fmt.Sprintf("%.*s", maxFaultBytes, m.GetFault()),
-		Unnamed: max(0, int(m.GetProcessCount())-len(m.GetProcesses())),
-	}
 	// An agent says nothing of other nodes' calls.
 	ids := map[string]bool{}
 	if m.GetProcessCount() > 0 || m.GetCounts() != nil {
 		ids = s.registry.SPIFFEIDs(agent.ID)
 	}
 	own := func(id string) bool { return ids[id] }
-	for _, p := range m.GetProcesses()[:min(len(m.GetProcesses()), maxProcesses)] {
-		if !own(p.GetSpiffeId()) {
-			continue // it may be gone from the node by now
-		}
-		process := rollout.Process{SPIFFEID: p.GetSpiffeId(), PID: p.GetPid(), Generation: p.GetGeneration()}
-		if p.GetLaggingSince() != nil {
-			process.Lagging = p.GetLaggingSince().AsTime()
-		}
-		said.Processes = append(said.Processes, process)
-	}
+	said := saidBy(m, own)
 	s.rollout.Hear(agent.ID.String(), said)
 	if c := m.GetCounts(); c != nil {
 		head, _ := s.registry.PolicyHead(said.Bundle)
 		share, _, _ := s.registry.PolicyShares(said.Bundle, s.opts.ReplicaName)
 		s.rollout.Count(said.Bundle, rollout.TrialOf(head), rollout.Trial{Generation: c.GetCandidateGeneration(), Step: c.GetStep()}, share, countsOf(c, own))
 	}
+}
+
+// saidBy is what is kept of m, by an agent whose node has the services that own knows.
+func saidBy(m *capb.PolicyReport, own func(id string) bool) rollout.Said {
+	said := rollout.Said{
+		Bundle: fmt.Sprintf("%.*s", maxFaultBytes, bundleName(m.GetName())), Candidate: m.GetCandidateGeneration(), Fault: fmt.Sprintf("%.*s", maxFaultBytes, m.GetFault()),
+		Unnamed: max(0, int(m.GetProcessCount())-len(m.GetProcesses())),
+	}
+	for _, p := range m.GetProcesses()[:min(len(m.GetProcesses()), maxProcesses)] {
+		if !own(p.GetSpiffeId()) {
+			continue // it may be gone from the node by now
+		}
+		process := rollout.Process{SPIFFEID: p.GetSpiffeId(), PID: p.GetPid(), Generation: p.GetGeneration()}
+		if since := p.GetLaggingSince(); since.CheckValid() == nil { // what is written down, in JSON, has no other
+			process.Lagging = since.AsTime()
+		}
+		said.Processes = append(said.Processes, process)
+	}
+	return said
 }
 
 func countsOf(m *capb.PolicyCounts, own func(string) bool) comparison.Report {

@@ -2,6 +2,7 @@ package replica
 
 import (
 	"reflect"
+	"slices"
 	"testing"
 
 	"merlon.dev/ca/internal/store"
@@ -32,6 +33,31 @@ func FuzzDecode(f *testing.F) {
 		again.JoinedAt = r.JoinedAt // in UTC
 		if !reflect.DeepEqual(again, r) {
 			t.Fatalf("%q is read as %+v, and then as %+v", value, r, again)
+		}
+	})
+}
+
+// What is taken as a nested CA's progress says the same again; what is not holds steps
+// back, as if nothing were served there.
+func FuzzDecodeProgress(f *testing.F) {
+	for _, s := range []string{`{"v":1,"trust_sequence":7,"behind":["spiffe://td/agent/a"]}`, `{"v":2,"trust_sequence":7}`, `{"v":1,"trust_sequence":-1}`, `{}`, `null`} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, value []byte) {
+		p, err := DecodeProgress(store.KV{Key: ProgressPrefix + "eu", Value: value})
+		if p.Name != "eu" || err != nil && (p.TrustSequence != 0 || len(p.Behind) > 0) {
+			t.Fatalf("%q is read as %+v, %v", value, p, err)
+		}
+		if err != nil {
+			return
+		}
+		op, err := p.Put()
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := DecodeProgress(store.KV{Key: op.Key, Value: op.Value})
+		if err != nil || again.TrustSequence != p.TrustSequence || !slices.Equal(again.Behind, p.Behind) {
+			t.Fatalf("%q is read as %+v, and then as %+v, %v", value, p, again, err)
 		}
 	})
 }

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"merlon.dev/ca/internal/rotation"
@@ -52,6 +53,12 @@ func (d Domain) Withdrawn(ctx context.Context, id string) (*WithdrawnError, erro
 	if err != nil {
 		return nil, fmt.Errorf("look whether key %s was withdrawn: %w", id, err)
 	}
+	return decodeWithdrawn(kv)
+}
+
+// decodeWithdrawn reads what is stored. What cannot be read is an error, and not a key
+// that was never withdrawn.
+func decodeWithdrawn(kv store.KV) (*WithdrawnError, error) {
 	var s storedWithdrawn
 	if err := json.Unmarshal(kv.Value, &s); err != nil {
 		return nil, fmt.Errorf("decode %s: %w", kv.Key, err)
@@ -59,7 +66,7 @@ func (d Domain) Withdrawn(ctx context.Context, id string) (*WithdrawnError, erro
 	if s.Version != encodingVersion {
 		return nil, fmt.Errorf("decode %s: version %d is not known", kv.Key, s.Version)
 	}
-	return &WithdrawnError{s.Kind, id, s.Since}, nil
+	return &WithdrawnError{s.Kind, strings.TrimPrefix(kv.Key, WithdrawnPrefix), s.Since}, nil
 }
 
 // remember returns the writes that keep the IDs of those which leave the list.

@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 
@@ -24,8 +25,19 @@ func forgetProgram() error {
 	if err != nil {
 		return err
 	}
+	return programIn(f, exe, func(from, to uintptr) error {
+		if _, _, errno := unix.Syscall(unix.SYS_MADVISE, from, to-from, unix.MADV_DONTNEED); errno != 0 {
+			return errno
+		}
+		return nil
+	})
+}
+
+// programIn calls do for each mapping in smaps of the file exe that nobody can write to
+// and nobody has written to: what the file has of it is all that there is.
+func programIn(smaps io.Reader, exe string, do func(from, to uintptr) error) error {
 	var from, to uintptr
-	lines := bufio.NewScanner(f)
+	lines := bufio.NewScanner(smaps)
 	for lines.Scan() {
 		fields := strings.Fields(lines.Text())
 		switch {
@@ -36,9 +48,9 @@ func forgetProgram() error {
 					return err
 				}
 			}
-		case len(fields) == 3 && fields[0] == "Anonymous:" && fields[1] == "0" && to > 0:
-			if _, _, errno := unix.Syscall(unix.SYS_MADVISE, from, to-from, unix.MADV_DONTNEED); errno != 0 {
-				return errno
+		case len(fields) == 3 && fields[0] == "Anonymous:" && fields[1] == "0" && from < to:
+			if err := do(from, to); err != nil {
+				return err
 			}
 		}
 	}

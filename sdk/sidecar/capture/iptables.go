@@ -131,6 +131,11 @@ func (f iptFamily) list(ctx context.Context, table string) (map[string][]string,
 	if err != nil {
 		return nil, err
 	}
+	return iptListing(text), nil
+}
+
+// iptListing takes what iptables-save prints of a table apart: chain → its rules.
+func iptListing(text string) map[string][]string {
 	chains := map[string][]string{}
 	for line := range strings.Lines(text) {
 		line = strings.TrimSpace(line)
@@ -142,7 +147,7 @@ func (f iptFamily) list(ctx context.Context, table string) (map[string][]string,
 			chains[name] = append(chains[name], rest)
 		}
 	}
-	return chains, nil
+	return chains
 }
 
 func (f *iptables) installed(ctx context.Context) (bool, error) {
