@@ -93,8 +93,9 @@ var beginnings = map[string]string{
 func TestSlowHandshakesStarveNobody(t *testing.T) {
 	c := startTown(t)
 	const each = 20 // of every beginning, at every listener
-	before := c.files(t)
 	listeners := c.listeners(t)
+	c.keyUpdates(t, listeners)
+	before := c.files(t)
 	var ended sync.WaitGroup
 	slow := map[string]net.Conn{}
 	for name, l := range listeners {
