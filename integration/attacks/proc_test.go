@@ -4,6 +4,7 @@
 package attacks_test
 
 import (
+	"context"
 	"errors"
 	"os"
 	"os/exec"
@@ -11,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"merlon.dev/integration/stage"
 )
@@ -32,7 +34,10 @@ func TestAgentBelievesNoForgedProc(t *testing.T) {
 		"a folder":         "mount --bind " + filepath.Dir(forged) + " /proc",
 	} {
 		t.Run(name, func(t *testing.T) {
-			cmd := exec.CommandContext(t.Context(), "sh", "-c", mount+` && exec "$0" "$@"`, stage.Bin(t, "merlon-agent"),
+			binary := stage.Bin(t, "merlon-agent")
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute) // one that believes it serves for ever
+			defer cancel()
+			cmd := exec.CommandContext(ctx, "sh", "-c", mount+` && exec "$0" "$@"`, binary,
 				"-trust-domain", "shop.test", "-ca-address", "127.0.0.1:1", "-health-address", "off", "-data-dir", filepath.Join(stage.Dir(t), "data"),
 				"-admin-socket", filepath.Join(dir, "admin", "admin.sock"), "-public-socket", filepath.Join(dir, "public", "api.sock"))
 			cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
