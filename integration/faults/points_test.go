@@ -128,7 +128,7 @@ func killAtPoints(r *run, w *faults.World, fatal string, rounds int) {
 			if p.passed == beginning {
 				dieBeginning(r, fatal, p)
 			} else {
-				dieAt(r, w, p, armed, 1+w.Rng.IntN(1+2*min(round, 1)))
+				dieAt(r, w, p, armed, round)
 			}
 		}
 	}
@@ -137,16 +137,19 @@ func killAtPoints(r *run, w *faults.World, fatal string, rounds int) {
 	r.number("kills at durable steps", fmt.Sprintf("%d, %d at each of %d", rounds*len(points), rounds, len(points)))
 }
 
-// dieAt has the CA of a world die at a point, the time-th time that it passes that, and
-// come back.
-func dieAt(r *run, w *faults.World, p point, armed string, time int) {
+// dieAt has the CA of a world die at a point, and come back: the first time that it
+// passes that, in later rounds at work the third at the latest.
+func dieAt(r *run, w *faults.World, p point, armed string, round int) {
 	r.Helper()
 	mended := w.Rec.Break("SIGKILL of the CA, " + p.name)
+	times := 1
+	if p.passed == atWork && round > 0 {
+		times += w.Rng.IntN(3)
+	}
 	if p.passed == starting {
 		w.CA.Kill()
-		time = 1
 	}
-	if err := failpoint.Arm(armed, p.name, time); err != nil {
+	if err := failpoint.Arm(armed, p.name, times); err != nil {
 		r.Fatal(err)
 	}
 	if p.passed == starting {
@@ -188,9 +191,10 @@ func dieBeginning(r *run, fatal string, p point) {
 func diesAt(r *run, ca *stage.Process, p point, armed string, meanwhile func()) {
 	r.Helper()
 	by, ended := ca.Ended()
-	for deadline := time.Now().Add(2 * time.Minute); !ended; by, ended = ca.Ended() {
+	const patience = 4 * time.Minute // agents have to acknowledge a root before it may sign
+	for deadline := time.Now().Add(patience); !ended; by, ended = ca.Ended() {
 		if time.Now().After(deadline) {
-			r.Fatalf("the CA has not come by %q within 2 minutes", p.name)
+			r.Fatalf("the CA has not come by %q within %s", p.name, patience)
 		}
 		meanwhile()
 		time.Sleep(5 * time.Millisecond)
@@ -215,21 +219,16 @@ func prepareOrRevoke(w *faults.World) {
 	}
 }
 
-// activateOrPrepare lets the next root sign, and takes those before out.
+// activateOrPrepare lets the next root sign.
 func activateOrPrepare(w *faults.World) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	next, old, tainted := rootIDs(ctx, w, "published"), rootIDs(ctx, w, "old"), rootIDs(ctx, w, "tainted")
-	switch {
-	case len(next) > 0:
+	if next := rootIDs(ctx, w, "published"); len(next) > 0 {
 		w.Admin(0).ActivateAuthority(ctx, &capb.ActivateAuthorityRequest{AuthorityId: next[0]})
-	case len(old)+len(tainted) < 3:
+	} else {
 		w.Admin(0).PrepareAuthority(ctx, &capb.PrepareAuthorityRequest{Kind: "x509-root"})
-	case len(tainted) > 0:
-		w.Admin(0).RevokeAuthority(ctx, &capb.RevokeAuthorityRequest{AuthorityId: tainted[0]})
-	default:
-		w.Admin(0).TaintAuthority(ctx, &capb.TaintAuthorityRequest{AuthorityId: old[0]})
 	}
+	time.Sleep(100 * time.Millisecond) // refusals are recorded, too
 }
 
 // rootIDs are the roots in a state; none, too, where the CA is away.
