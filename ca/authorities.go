@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"merlon.dev/ca/internal/approval"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/authority"
 	"merlon.dev/ca/internal/entry"
@@ -172,6 +173,9 @@ func (a *authorities) takeHere(ctx context.Context, c rotation.Command) (uint64,
 // had when the step was begun, and which was not to be forgotten here.
 func (a *authorities) take(ctx context.Context, c rotation.Command) (*trust.Step, uint64, error) {
 	if a.above != nil {
+		if err := approval.Spend(ctx, a.domain.Store, a.registry.Authorities().Standing(c.ID)); err != nil {
+			return nil, 0, err
+		}
 		revision, err := a.above.step(ctx, c)
 		return nil, revision, err
 	}
@@ -204,6 +208,11 @@ func (a *authorities) takeIf(ctx context.Context, c rotation.Command, may func(r
 		}
 		return rotation.Step(set, c, view, a.policy, now)
 	}, func(step *trust.Step) error {
+		granted, ends, err := approval.Join(ctx, before.Standing(c.ID))
+		if err != nil {
+			return err
+		}
+		step.Cmps, step.Ops = append(step.Cmps, granted...), append(step.Ops, ends...)
 		if err := a.recordLeftBehind(ctx, c.ID, left, before.Root(), now); err != nil {
 			return err
 		}

@@ -277,7 +277,7 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 		TrustDomain: s.td, Store: p.store, StoreKind: s.cfg.Store, Opening: p.opening, Registry: p.registry, Keys: p.keys, Releases: p.releases, Audit: p.audit,
 		ReplicaName: p.keys.Name(), Reseal: p.reseal,
 		Authorities: p.authorities, Domain: p.domain, Rotation: s.cfg.Rotation(), JWTKeyTTL: s.cfg.JWTKeyTTL,
-		Log: s.log, Metrics: p.health.Registry(), UIDs: uids, Tokens: tokens, Attestors: attestors,
+		Log: s.log, Metrics: p.health.Registry(), UIDs: uids, FourEyes: s.cfg.FourEyes, Tokens: tokens, Attestors: attestors,
 		X509SVIDTTL: s.cfg.X509SVIDTTL, JWTSVIDTTL: s.cfg.JWTSVIDTTL, AgentSVIDTTL: s.cfg.AgentSVIDTTL, AgentRecovery: s.cfg.AgentRecovery,
 		JWTIssuer: s.cfg.JWTIssuer, JWTMaxAudiences: s.cfg.JWTMaxAudiences, IssueRate: s.cfg.AgentIssueRate, Realm: p.realm, Canary: s.cfg.CanaryLimits(), Statuses: &p.statuses,
 	}
@@ -287,6 +287,9 @@ func (s *Server) assemble(ctx context.Context, p *parts) error {
 	if p.mirror != nil {
 		p.above = s.above(p)
 		options.UpstreamAge = p.above.age
+	}
+	if err := p.askForSecond(ctx, s.cfg.FourEyes); err != nil {
+		return err
 	}
 	p.service = api.New(options)
 	p.service.RememberKeys(ctx, time.Now())

@@ -13,6 +13,7 @@ package capb
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	anypb "google.golang.org/protobuf/types/known/anypb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -4154,11 +4155,384 @@ func (x *FetchPolicyResponse) GetCandidate() bool {
 	return false
 }
 
+// Proposal is an act that waits for a second administrator. It is a detail of the
+// FAILED_PRECONDITION (APPROVAL_REQUIRED) by which the first one is answered.
+type Proposal struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Names what it says, as a hash of it: under one ID nothing else can be done.
+	ProposalId string `protobuf:"bytes,1,opt,name=proposal_id,json=proposalId,proto3" json:"proposal_id,omitempty"`
+	// As the audit log calls it: "revoke authority".
+	Act string `protobuf:"bytes,2,opt,name=act,proto3" json:"act,omitempty"`
+	// All that the request says, in words.
+	Request string `protobuf:"bytes,3,opt,name=request,proto3" json:"request,omitempty"`
+	// What it rests on: the state of the authority or replica. Empty: on nothing.
+	Basis         string                 `protobuf:"bytes,4,opt,name=basis,proto3" json:"basis,omitempty"`
+	ProposedBy    string                 `protobuf:"bytes,5,opt,name=proposed_by,json=proposedBy,proto3" json:"proposed_by,omitempty"`
+	Role          string                 `protobuf:"bytes,6,opt,name=role,proto3" json:"role,omitempty"`
+	ProposedAt    *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=proposed_at,json=proposedAt,proto3" json:"proposed_at,omitempty"`
+	ExpiresAt     *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Proposal) Reset() {
+	*x = Proposal{}
+	mi := &file_ca_capb_admin_proto_msgTypes[72]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Proposal) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Proposal) ProtoMessage() {}
+
+func (x *Proposal) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[72]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Proposal.ProtoReflect.Descriptor instead.
+func (*Proposal) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{72}
+}
+
+func (x *Proposal) GetProposalId() string {
+	if x != nil {
+		return x.ProposalId
+	}
+	return ""
+}
+
+func (x *Proposal) GetAct() string {
+	if x != nil {
+		return x.Act
+	}
+	return ""
+}
+
+func (x *Proposal) GetRequest() string {
+	if x != nil {
+		return x.Request
+	}
+	return ""
+}
+
+func (x *Proposal) GetBasis() string {
+	if x != nil {
+		return x.Basis
+	}
+	return ""
+}
+
+func (x *Proposal) GetProposedBy() string {
+	if x != nil {
+		return x.ProposedBy
+	}
+	return ""
+}
+
+func (x *Proposal) GetRole() string {
+	if x != nil {
+		return x.Role
+	}
+	return ""
+}
+
+func (x *Proposal) GetProposedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ProposedAt
+	}
+	return nil
+}
+
+func (x *Proposal) GetExpiresAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return nil
+}
+
+type ListProposalsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListProposalsRequest) Reset() {
+	*x = ListProposalsRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[73]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListProposalsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListProposalsRequest) ProtoMessage() {}
+
+func (x *ListProposalsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[73]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListProposalsRequest.ProtoReflect.Descriptor instead.
+func (*ListProposalsRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{73}
+}
+
+type ListProposalsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Oldest first.
+	Proposals     []*Proposal `protobuf:"bytes,1,rep,name=proposals,proto3" json:"proposals,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListProposalsResponse) Reset() {
+	*x = ListProposalsResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[74]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListProposalsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListProposalsResponse) ProtoMessage() {}
+
+func (x *ListProposalsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[74]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListProposalsResponse.ProtoReflect.Descriptor instead.
+func (*ListProposalsResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{74}
+}
+
+func (x *ListProposalsResponse) GetProposals() []*Proposal {
+	if x != nil {
+		return x.Proposals
+	}
+	return nil
+}
+
+type GrantProposalRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ProposalId    string                 `protobuf:"bytes,1,opt,name=proposal_id,json=proposalId,proto3" json:"proposal_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GrantProposalRequest) Reset() {
+	*x = GrantProposalRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[75]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GrantProposalRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GrantProposalRequest) ProtoMessage() {}
+
+func (x *GrantProposalRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[75]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GrantProposalRequest.ProtoReflect.Descriptor instead.
+func (*GrantProposalRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{75}
+}
+
+func (x *GrantProposalRequest) GetProposalId() string {
+	if x != nil {
+		return x.ProposalId
+	}
+	return ""
+}
+
+type GrantProposalResponse struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Proposal *Proposal              `protobuf:"bytes,1,opt,name=proposal,proto3" json:"proposal,omitempty"`
+	// What the act answered, such as the CreateTokenResponse with a token.
+	Response      *anypb.Any `protobuf:"bytes,2,opt,name=response,proto3" json:"response,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GrantProposalResponse) Reset() {
+	*x = GrantProposalResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GrantProposalResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GrantProposalResponse) ProtoMessage() {}
+
+func (x *GrantProposalResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GrantProposalResponse.ProtoReflect.Descriptor instead.
+func (*GrantProposalResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{76}
+}
+
+func (x *GrantProposalResponse) GetProposal() *Proposal {
+	if x != nil {
+		return x.Proposal
+	}
+	return nil
+}
+
+func (x *GrantProposalResponse) GetResponse() *anypb.Any {
+	if x != nil {
+		return x.Response
+	}
+	return nil
+}
+
+type WithdrawProposalRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ProposalId    string                 `protobuf:"bytes,1,opt,name=proposal_id,json=proposalId,proto3" json:"proposal_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WithdrawProposalRequest) Reset() {
+	*x = WithdrawProposalRequest{}
+	mi := &file_ca_capb_admin_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WithdrawProposalRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WithdrawProposalRequest) ProtoMessage() {}
+
+func (x *WithdrawProposalRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WithdrawProposalRequest.ProtoReflect.Descriptor instead.
+func (*WithdrawProposalRequest) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{77}
+}
+
+func (x *WithdrawProposalRequest) GetProposalId() string {
+	if x != nil {
+		return x.ProposalId
+	}
+	return ""
+}
+
+type WithdrawProposalResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As it was.
+	Proposal      *Proposal `protobuf:"bytes,1,opt,name=proposal,proto3" json:"proposal,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WithdrawProposalResponse) Reset() {
+	*x = WithdrawProposalResponse{}
+	mi := &file_ca_capb_admin_proto_msgTypes[78]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WithdrawProposalResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WithdrawProposalResponse) ProtoMessage() {}
+
+func (x *WithdrawProposalResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_ca_capb_admin_proto_msgTypes[78]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WithdrawProposalResponse.ProtoReflect.Descriptor instead.
+func (*WithdrawProposalResponse) Descriptor() ([]byte, []int) {
+	return file_ca_capb_admin_proto_rawDescGZIP(), []int{78}
+}
+
+func (x *WithdrawProposalResponse) GetProposal() *Proposal {
+	if x != nil {
+		return x.Proposal
+	}
+	return nil
+}
+
 var File_ca_capb_admin_proto protoreflect.FileDescriptor
 
 const file_ca_capb_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x13ca/capb/admin.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x12ca/capb/node.proto\x1a\x14ca/capb/policy.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"?\n" +
+	"\x13ca/capb/admin.proto\x12\fmerlon.ca.v1\x1a\x14ca/capb/access.proto\x1a\x12ca/capb/node.proto\x1a\x14ca/capb/policy.proto\x1a\x19google/protobuf/any.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"?\n" +
 	"\x12CreateEntryRequest\x12)\n" +
 	"\x05entry\x18\x01 \x01(\v2\x13.merlon.ca.v1.EntryR\x05entry\"@\n" +
 	"\x13CreateEntryResponse\x12)\n" +
@@ -4433,98 +4807,125 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\x13FetchPolicyResponse\x12\x16\n" +
 	"\x06bundle\x18\x01 \x01(\fR\x06bundle\x12+\n" +
 	"\x04keys\x18\x02 \x03(\v2\x17.merlon.ca.v1.PolicyKeyR\x04keys\x12\x1c\n" +
-	"\tcandidate\x18\x03 \x01(\bR\tcandidate*\x8c\x01\n" +
+	"\tcandidate\x18\x03 \x01(\bR\tcandidate\"\x9a\x02\n" +
+	"\bProposal\x12\x1f\n" +
+	"\vproposal_id\x18\x01 \x01(\tR\n" +
+	"proposalId\x12\x10\n" +
+	"\x03act\x18\x02 \x01(\tR\x03act\x12\x18\n" +
+	"\arequest\x18\x03 \x01(\tR\arequest\x12\x14\n" +
+	"\x05basis\x18\x04 \x01(\tR\x05basis\x12\x1f\n" +
+	"\vproposed_by\x18\x05 \x01(\tR\n" +
+	"proposedBy\x12\x12\n" +
+	"\x04role\x18\x06 \x01(\tR\x04role\x12;\n" +
+	"\vproposed_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"proposedAt\x129\n" +
+	"\n" +
+	"expires_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"\x16\n" +
+	"\x14ListProposalsRequest\"M\n" +
+	"\x15ListProposalsResponse\x124\n" +
+	"\tproposals\x18\x01 \x03(\v2\x16.merlon.ca.v1.ProposalR\tproposals\"7\n" +
+	"\x14GrantProposalRequest\x12\x1f\n" +
+	"\vproposal_id\x18\x01 \x01(\tR\n" +
+	"proposalId\"}\n" +
+	"\x15GrantProposalResponse\x122\n" +
+	"\bproposal\x18\x01 \x01(\v2\x16.merlon.ca.v1.ProposalR\bproposal\x120\n" +
+	"\bresponse\x18\x02 \x01(\v2\x14.google.protobuf.AnyR\bresponse\":\n" +
+	"\x17WithdrawProposalRequest\x12\x1f\n" +
+	"\vproposal_id\x18\x01 \x01(\tR\n" +
+	"proposalId\"N\n" +
+	"\x18WithdrawProposalResponse\x122\n" +
+	"\bproposal\x18\x01 \x01(\v2\x16.merlon.ca.v1.ProposalR\bproposal*\x8c\x01\n" +
 	"\tTokenKind\x12\x1a\n" +
 	"\x16TOKEN_KIND_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fTOKEN_KIND_JOIN\x10\x01\x12\x1c\n" +
 	"\x18TOKEN_KIND_BUNDLE_READER\x10\x02\x12\x16\n" +
 	"\x12TOKEN_KIND_REPLICA\x10\x03\x12\x18\n" +
-	"\x14TOKEN_KIND_NESTED_CA\x10\x042\x92$\n" +
-	"\x05Admin\x12m\n" +
-	"\vCreateEntry\x12 .merlon.ca.v1.CreateEntryRequest\x1a!.merlon.ca.v1.CreateEntryResponse\"\x19\xaa\xed\x18\x15\n" +
-	"\x01\x03\x12\x02\x02\x04\"\fcreate entry\x12b\n" +
+	"\x14TOKEN_KIND_NESTED_CA\x10\x042\xa8'\n" +
+	"\x05Admin\x12o\n" +
+	"\vCreateEntry\x12 .merlon.ca.v1.CreateEntryRequest\x1a!.merlon.ca.v1.CreateEntryResponse\"\x1b\xaa\xed\x18\x17\n" +
+	"\x01\x03\x12\x02\x02\x04(\x03\"\fcreate entry\x12b\n" +
 	"\vListEntries\x12 .merlon.ca.v1.ListEntriesRequest\x1a!.merlon.ca.v1.ListEntriesResponse\"\x0e\xaa\xed\x18\n" +
 	"\n" +
 	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12Y\n" +
 	"\bGetEntry\x12\x1d.merlon.ca.v1.GetEntryRequest\x1a\x1e.merlon.ca.v1.GetEntryResponse\"\x0e\xaa\xed\x18\n" +
 	"\n" +
-	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12m\n" +
-	"\vDeleteEntry\x12 .merlon.ca.v1.DeleteEntryRequest\x1a!.merlon.ca.v1.DeleteEntryResponse\"\x19\xaa\xed\x18\x15\n" +
-	"\x01\x03\x12\x02\x02\x04\"\fdelete entry\x12l\n" +
-	"\vCreateToken\x12 .merlon.ca.v1.CreateTokenRequest\x1a!.merlon.ca.v1.CreateTokenResponse\"\x18\xaa\xed\x18\x14\n" +
-	"\x01\x03\x12\x01\x04\"\fcreate token\x12_\n" +
+	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12o\n" +
+	"\vDeleteEntry\x12 .merlon.ca.v1.DeleteEntryRequest\x1a!.merlon.ca.v1.DeleteEntryResponse\"\x1b\xaa\xed\x18\x17\n" +
+	"\x01\x03\x12\x02\x02\x04(\x01\"\fdelete entry\x12n\n" +
+	"\vCreateToken\x12 .merlon.ca.v1.CreateTokenRequest\x1a!.merlon.ca.v1.CreateTokenResponse\"\x1a\xaa\xed\x18\x16\n" +
+	"\x01\x03\x12\x01\x04(\x03\"\fcreate token\x12_\n" +
 	"\n" +
 	"ListAgents\x12\x1f.merlon.ca.v1.ListAgentsRequest\x1a .merlon.ca.v1.ListAgentsResponse\"\x0e\xaa\xed\x18\n" +
 	"\n" +
 	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12Y\n" +
 	"\bGetAgent\x12\x1d.merlon.ca.v1.GetAgentRequest\x1a\x1e.merlon.ca.v1.GetAgentResponse\"\x0e\xaa\xed\x18\n" +
 	"\n" +
-	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12h\n" +
+	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12j\n" +
 	"\n" +
-	"EvictAgent\x12\x1f.merlon.ca.v1.EvictAgentRequest\x1a .merlon.ca.v1.EvictAgentResponse\"\x17\xaa\xed\x18\x13\n" +
-	"\x01\x03\x12\x01\x04\"\vevict agent\x12`\n" +
-	"\bBanAgent\x12\x1d.merlon.ca.v1.BanAgentRequest\x1a\x1e.merlon.ca.v1.BanAgentResponse\"\x15\xaa\xed\x18\x11\n" +
-	"\x01\x03\x12\x01\x04\"\tban agent\x12h\n" +
+	"EvictAgent\x12\x1f.merlon.ca.v1.EvictAgentRequest\x1a .merlon.ca.v1.EvictAgentResponse\"\x19\xaa\xed\x18\x15\n" +
+	"\x01\x03\x12\x01\x04(\x01\"\vevict agent\x12b\n" +
+	"\bBanAgent\x12\x1d.merlon.ca.v1.BanAgentRequest\x1a\x1e.merlon.ca.v1.BanAgentResponse\"\x17\xaa\xed\x18\x13\n" +
+	"\x01\x03\x12\x01\x04(\x01\"\tban agent\x12j\n" +
 	"\n" +
-	"UnbanAgent\x12\x1f.merlon.ca.v1.UnbanAgentRequest\x1a .merlon.ca.v1.UnbanAgentResponse\"\x17\xaa\xed\x18\x13\n" +
-	"\x01\x03\x12\x01\x04\"\vunban agent\x12l\n" +
+	"UnbanAgent\x12\x1f.merlon.ca.v1.UnbanAgentRequest\x1a .merlon.ca.v1.UnbanAgentResponse\"\x19\xaa\xed\x18\x15\n" +
+	"\x01\x03\x12\x01\x04(\x01\"\vunban agent\x12l\n" +
 	"\x0eGetTrustBundle\x12#.merlon.ca.v1.GetTrustBundleRequest\x1a$.merlon.ca.v1.GetTrustBundleResponse\"\x0f\xaa\xed\x18\v\n" +
-	"\x01\x03\x12\x04\x01\x02\x03\x04\x18\x01\x12\x89\x01\n" +
-	"\x12SetFederatedBundle\x12'.merlon.ca.v1.SetFederatedBundleRequest\x1a(.merlon.ca.v1.SetFederatedBundleResponse\" \xaa\xed\x18\x1c\n" +
-	"\x01\x03\x12\x01\x04\"\x14set federated bundle\x12}\n" +
+	"\x01\x03\x12\x04\x01\x02\x03\x04\x18\x01\x12\x8b\x01\n" +
+	"\x12SetFederatedBundle\x12'.merlon.ca.v1.SetFederatedBundleRequest\x1a(.merlon.ca.v1.SetFederatedBundleResponse\"\"\xaa\xed\x18\x1e\n" +
+	"\x01\x03\x12\x01\x04(\x01\"\x14set federated bundle\x12}\n" +
 	"\x14ListFederatedBundles\x12).merlon.ca.v1.ListFederatedBundlesRequest\x1a*.merlon.ca.v1.ListFederatedBundlesResponse\"\x0e\xaa\xed\x18\n" +
 	"\n" +
 	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12w\n" +
 	"\x12GetFederatedBundle\x12'.merlon.ca.v1.GetFederatedBundleRequest\x1a(.merlon.ca.v1.GetFederatedBundleResponse\"\x0e\xaa\xed\x18\n" +
 	"\n" +
-	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12\x8d\x01\n" +
-	"\x13SetFederationSource\x12(.merlon.ca.v1.SetFederationSourceRequest\x1a).merlon.ca.v1.SetFederationSourceResponse\"!\xaa\xed\x18\x1d\n" +
-	"\x01\x03\x12\x01\x04\"\x15set federation source\x12\x99\x01\n" +
-	"\x16CreateFederationInvite\x12+.merlon.ca.v1.CreateFederationInviteRequest\x1a,.merlon.ca.v1.CreateFederationInviteResponse\"$\xaa\xed\x18 \n" +
-	"\x01\x03\x12\x01\x04\"\x18create federation invite\x12\x99\x01\n" +
-	"\x16AcceptFederationInvite\x12+.merlon.ca.v1.AcceptFederationInviteRequest\x1a,.merlon.ca.v1.AcceptFederationInviteResponse\"$\xaa\xed\x18 \n" +
-	"\x01\x03\x12\x01\x04\"\x18accept federation invite\x12\x99\x01\n" +
-	"\x16RefreshFederatedBundle\x12+.merlon.ca.v1.RefreshFederatedBundleRequest\x1a,.merlon.ca.v1.RefreshFederatedBundleResponse\"$\xaa\xed\x18 \n" +
-	"\x01\x03\x12\x01\x04\"\x18refresh federated bundle\x12\x95\x01\n" +
-	"\x15RemoveFederatedBundle\x12*.merlon.ca.v1.RemoveFederatedBundleRequest\x1a+.merlon.ca.v1.RemoveFederatedBundleResponse\"#\xaa\xed\x18\x1f\n" +
-	"\x01\x03\x12\x01\x04\"\x17remove federated bundle\x12X\n" +
-	"\x06Revoke\x12\x1b.merlon.ca.v1.RevokeRequest\x1a\x1c.merlon.ca.v1.RevokeResponse\"\x13\xaa\xed\x18\x0f\n" +
-	"\x01\x03\x12\x02\x02\x04\"\x06revoke\x12n\n" +
+	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12\x8f\x01\n" +
+	"\x13SetFederationSource\x12(.merlon.ca.v1.SetFederationSourceRequest\x1a).merlon.ca.v1.SetFederationSourceResponse\"#\xaa\xed\x18\x1f\n" +
+	"\x01\x03\x12\x01\x04(\x01\"\x15set federation source\x12\x9b\x01\n" +
+	"\x16CreateFederationInvite\x12+.merlon.ca.v1.CreateFederationInviteRequest\x1a,.merlon.ca.v1.CreateFederationInviteResponse\"&\xaa\xed\x18\"\n" +
+	"\x01\x03\x12\x01\x04(\x01\"\x18create federation invite\x12\x9b\x01\n" +
+	"\x16AcceptFederationInvite\x12+.merlon.ca.v1.AcceptFederationInviteRequest\x1a,.merlon.ca.v1.AcceptFederationInviteResponse\"&\xaa\xed\x18\"\n" +
+	"\x01\x03\x12\x01\x04(\x01\"\x18accept federation invite\x12\x9b\x01\n" +
+	"\x16RefreshFederatedBundle\x12+.merlon.ca.v1.RefreshFederatedBundleRequest\x1a,.merlon.ca.v1.RefreshFederatedBundleResponse\"&\xaa\xed\x18\"\n" +
+	"\x01\x03\x12\x01\x04(\x01\"\x18refresh federated bundle\x12\x97\x01\n" +
+	"\x15RemoveFederatedBundle\x12*.merlon.ca.v1.RemoveFederatedBundleRequest\x1a+.merlon.ca.v1.RemoveFederatedBundleResponse\"%\xaa\xed\x18!\n" +
+	"\x01\x03\x12\x01\x04(\x01\"\x17remove federated bundle\x12Z\n" +
+	"\x06Revoke\x12\x1b.merlon.ca.v1.RevokeRequest\x1a\x1c.merlon.ca.v1.RevokeResponse\"\x15\xaa\xed\x18\x11\n" +
+	"\x01\x03\x12\x02\x02\x04(\x03\"\x06revoke\x12n\n" +
 	"\x0fListRevocations\x12$.merlon.ca.v1.ListRevocationsRequest\x1a%.merlon.ca.v1.ListRevocationsResponse\"\x0e\xaa\xed\x18\n" +
 	"\n" +
-	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12i\n" +
+	"\x01\x03\x12\x03\x01\x02\x04\x18\x01\x12k\n" +
 	"\n" +
-	"PushPolicy\x12\x1f.merlon.ca.v1.PushPolicyRequest\x1a .merlon.ca.v1.PushPolicyResponse\"\x18\xaa\xed\x18\x14\n" +
-	"\x01\x03\x12\x02\x03\x04\"\vpush policy\x12d\n" +
+	"PushPolicy\x12\x1f.merlon.ca.v1.PushPolicyRequest\x1a .merlon.ca.v1.PushPolicyResponse\"\x1a\xaa\xed\x18\x16\n" +
+	"\x01\x03\x12\x02\x03\x04(\x01\"\vpush policy\x12d\n" +
 	"\fListReplicas\x12!.merlon.ca.v1.ListReplicasRequest\x1a\".merlon.ca.v1.ListReplicasResponse\"\r\xaa\xed\x18\t\n" +
-	"\x01\x03\x12\x02\x01\x04\x18\x01\x12p\n" +
-	"\fEvictReplica\x12!.merlon.ca.v1.EvictReplicaRequest\x1a\".merlon.ca.v1.EvictReplicaResponse\"\x19\xaa\xed\x18\x15\n" +
-	"\x01\x03\x12\x01\x04\"\revict replica\x12m\n" +
+	"\x01\x03\x12\x02\x01\x04\x18\x01\x12r\n" +
+	"\fEvictReplica\x12!.merlon.ca.v1.EvictReplicaRequest\x1a\".merlon.ca.v1.EvictReplicaResponse\"\x1b\xaa\xed\x18\x17\n" +
+	"\x01\x03\x12\x01\x04(\x02\"\revict replica\x12m\n" +
 	"\x0fListAuthorities\x12$.merlon.ca.v1.ListAuthoritiesRequest\x1a%.merlon.ca.v1.ListAuthoritiesResponse\"\r\xaa\xed\x18\t\n" +
-	"\x01\x03\x12\x02\x01\x04\x18\x01\x12\x80\x01\n" +
-	"\x10PrepareAuthority\x12%.merlon.ca.v1.PrepareAuthorityRequest\x1a&.merlon.ca.v1.PrepareAuthorityResponse\"\x1d\xaa\xed\x18\x19\n" +
-	"\x01\x03\x12\x01\x04\"\x11prepare authority\x12\x84\x01\n" +
-	"\x11ActivateAuthority\x12&.merlon.ca.v1.ActivateAuthorityRequest\x1a'.merlon.ca.v1.ActivateAuthorityResponse\"\x1e\xaa\xed\x18\x1a\n" +
-	"\x01\x03\x12\x01\x04\"\x12activate authority\x12x\n" +
-	"\x0eTaintAuthority\x12#.merlon.ca.v1.TaintAuthorityRequest\x1a$.merlon.ca.v1.TaintAuthorityResponse\"\x1b\xaa\xed\x18\x17\n" +
-	"\x01\x03\x12\x01\x04\"\x0ftaint authority\x12|\n" +
-	"\x0fRevokeAuthority\x12$.merlon.ca.v1.RevokeAuthorityRequest\x1a%.merlon.ca.v1.RevokeAuthorityResponse\"\x1c\xaa\xed\x18\x18\n" +
-	"\x01\x03\x12\x01\x04\"\x10revoke authority\x12s\n" +
-	"\vBackupStore\x12 .merlon.ca.v1.BackupStoreRequest\x1a!.merlon.ca.v1.BackupStoreResponse\"\x1d\xaa\xed\x18\x19\n" +
-	"\x01\x03\x12\x01\x04\"\x11back up the store0\x01\x12\\\n" +
+	"\x01\x03\x12\x02\x01\x04\x18\x01\x12\x82\x01\n" +
+	"\x10PrepareAuthority\x12%.merlon.ca.v1.PrepareAuthorityRequest\x1a&.merlon.ca.v1.PrepareAuthorityResponse\"\x1f\xaa\xed\x18\x1b\n" +
+	"\x01\x03\x12\x01\x04(\x01\"\x11prepare authority\x12\x86\x01\n" +
+	"\x11ActivateAuthority\x12&.merlon.ca.v1.ActivateAuthorityRequest\x1a'.merlon.ca.v1.ActivateAuthorityResponse\" \xaa\xed\x18\x1c\n" +
+	"\x01\x03\x12\x01\x04(\x02\"\x12activate authority\x12z\n" +
+	"\x0eTaintAuthority\x12#.merlon.ca.v1.TaintAuthorityRequest\x1a$.merlon.ca.v1.TaintAuthorityResponse\"\x1d\xaa\xed\x18\x19\n" +
+	"\x01\x03\x12\x01\x04(\x02\"\x0ftaint authority\x12~\n" +
+	"\x0fRevokeAuthority\x12$.merlon.ca.v1.RevokeAuthorityRequest\x1a%.merlon.ca.v1.RevokeAuthorityResponse\"\x1e\xaa\xed\x18\x1a\n" +
+	"\x01\x03\x12\x01\x04(\x02\"\x10revoke authority\x12u\n" +
+	"\vBackupStore\x12 .merlon.ca.v1.BackupStoreRequest\x1a!.merlon.ca.v1.BackupStoreResponse\"\x1f\xaa\xed\x18\x1b\n" +
+	"\x01\x03\x12\x01\x04(\x01\"\x11back up the store0\x01\x12\\\n" +
 	"\tGetPolicy\x12\x1e.merlon.ca.v1.GetPolicyRequest\x1a\x1f.merlon.ca.v1.GetPolicyResponse\"\x0e\xaa\xed\x18\n" +
 	"\n" +
 	"\x01\x03\x12\x03\x01\x03\x04\x18\x01\x12a\n" +
 	"\vFetchPolicy\x12 .merlon.ca.v1.FetchPolicyRequest\x1a!.merlon.ca.v1.FetchPolicyResponse\"\r\xaa\xed\x18\t\n" +
-	"\x01\x03\x12\x02\x03\x04\x18\x01\x12\x80\x01\n" +
-	"\x0eStageCandidate\x12#.merlon.ca.v1.StageCandidateRequest\x1a$.merlon.ca.v1.StageCandidateResponse\"#\xaa\xed\x18\x1f\n" +
-	"\x01\x03\x12\x02\x03\x04\"\x16stage policy candidate\x12\x88\x01\n" +
-	"\x10PromoteCandidate\x12%.merlon.ca.v1.PromoteCandidateRequest\x1a&.merlon.ca.v1.PromoteCandidateResponse\"%\xaa\xed\x18!\n" +
-	"\x01\x03\x12\x02\x03\x04\"\x18promote policy candidate\x12\x80\x01\n" +
-	"\x0eAbortCandidate\x12#.merlon.ca.v1.AbortCandidateRequest\x1a$.merlon.ca.v1.AbortCandidateResponse\"#\xaa\xed\x18\x1f\n" +
-	"\x01\x03\x12\x02\x03\x04\"\x16abort policy candidate\x12z\n" +
-	"\x0eRollBackPolicy\x12#.merlon.ca.v1.RollBackPolicyRequest\x1a$.merlon.ca.v1.RollBackPolicyResponse\"\x1d\xaa\xed\x18\x19\n" +
-	"\x01\x03\x12\x02\x03\x04\"\x10roll back policy\x12\x80\x01\n" +
+	"\x01\x03\x12\x02\x03\x04\x18\x01\x12\x82\x01\n" +
+	"\x0eStageCandidate\x12#.merlon.ca.v1.StageCandidateRequest\x1a$.merlon.ca.v1.StageCandidateResponse\"%\xaa\xed\x18!\n" +
+	"\x01\x03\x12\x02\x03\x04(\x01\"\x16stage policy candidate\x12\x8a\x01\n" +
+	"\x10PromoteCandidate\x12%.merlon.ca.v1.PromoteCandidateRequest\x1a&.merlon.ca.v1.PromoteCandidateResponse\"'\xaa\xed\x18#\n" +
+	"\x01\x03\x12\x02\x03\x04(\x01\"\x18promote policy candidate\x12\x82\x01\n" +
+	"\x0eAbortCandidate\x12#.merlon.ca.v1.AbortCandidateRequest\x1a$.merlon.ca.v1.AbortCandidateResponse\"%\xaa\xed\x18!\n" +
+	"\x01\x03\x12\x02\x03\x04(\x01\"\x16abort policy candidate\x12|\n" +
+	"\x0eRollBackPolicy\x12#.merlon.ca.v1.RollBackPolicyRequest\x1a$.merlon.ca.v1.RollBackPolicyResponse\"\x1f\xaa\xed\x18\x1b\n" +
+	"\x01\x03\x12\x02\x03\x04(\x01\"\x10roll back policy\x12\x80\x01\n" +
 	"\x15ListPolicyGenerations\x12*.merlon.ca.v1.ListPolicyGenerationsRequest\x1a+.merlon.ca.v1.ListPolicyGenerationsResponse\"\x0e\xaa\xed\x18\n" +
 	"\n" +
 	"\x01\x03\x12\x03\x01\x03\x04\x18\x01\x12n\n" +
@@ -4532,7 +4933,13 @@ const file_ca_capb_admin_proto_rawDesc = "" +
 	"\n" +
 	"\x01\x03\x12\x03\x01\x03\x04\x18\x01\x12j\n" +
 	"\x0eProveIssuances\x12#.merlon.ca.v1.ProveIssuancesRequest\x1a$.merlon.ca.v1.ProveIssuancesResponse\"\r\xaa\xed\x18\t\n" +
-	"\x01\x03\x12\x02\x01\x04\x18\x01B\x14Z\x12merlon.dev/ca/capbb\x06proto3"
+	"\x01\x03\x12\x02\x01\x04\x18\x01\x12g\n" +
+	"\rListProposals\x12\".merlon.ca.v1.ListProposalsRequest\x1a#.merlon.ca.v1.ListProposalsResponse\"\r\xaa\xed\x18\t\n" +
+	"\x01\x03\x12\x02\x01\x04\x18\x01\x12v\n" +
+	"\rGrantProposal\x12\".merlon.ca.v1.GrantProposalRequest\x1a#.merlon.ca.v1.GrantProposalResponse\"\x1c\xaa\xed\x18\x18\n" +
+	"\x01\x03\x12\x01\x04(\x01\"\x0egrant approval\x12\x82\x01\n" +
+	"\x10WithdrawProposal\x12%.merlon.ca.v1.WithdrawProposalRequest\x1a&.merlon.ca.v1.WithdrawProposalResponse\"\x1f\xaa\xed\x18\x1b\n" +
+	"\x01\x03\x12\x01\x04(\x01\"\x11withdraw proposalB\x14Z\x12merlon.dev/ca/capbb\x06proto3"
 
 var (
 	file_ca_capb_admin_proto_rawDescOnce sync.Once
@@ -4547,7 +4954,7 @@ func file_ca_capb_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_ca_capb_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 73)
+var file_ca_capb_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 80)
 var file_ca_capb_admin_proto_goTypes = []any{
 	(TokenKind)(0),                         // 0: merlon.ca.v1.TokenKind
 	(*CreateEntryRequest)(nil),             // 1: merlon.ca.v1.CreateEntryRequest
@@ -4622,179 +5029,199 @@ var file_ca_capb_admin_proto_goTypes = []any{
 	(*RevokeAuthorityResponse)(nil),        // 70: merlon.ca.v1.RevokeAuthorityResponse
 	(*FetchPolicyRequest)(nil),             // 71: merlon.ca.v1.FetchPolicyRequest
 	(*FetchPolicyResponse)(nil),            // 72: merlon.ca.v1.FetchPolicyResponse
-	nil,                                    // 73: merlon.ca.v1.CAAuthority.SinceEntry
-	(*Entry)(nil),                          // 74: merlon.ca.v1.Entry
-	(*Revocation)(nil),                     // 75: merlon.ca.v1.Revocation
-	(*timestamppb.Timestamp)(nil),          // 76: google.protobuf.Timestamp
-	(*SyncAck)(nil),                        // 77: merlon.ca.v1.SyncAck
-	(*Selector)(nil),                       // 78: merlon.ca.v1.Selector
-	(*TrustBundle)(nil),                    // 79: merlon.ca.v1.TrustBundle
-	(*PolicyKey)(nil),                      // 80: merlon.ca.v1.PolicyKey
-	(*PushPolicyRequest)(nil),              // 81: merlon.ca.v1.PushPolicyRequest
-	(*GetPolicyRequest)(nil),               // 82: merlon.ca.v1.GetPolicyRequest
-	(*StageCandidateRequest)(nil),          // 83: merlon.ca.v1.StageCandidateRequest
-	(*PromoteCandidateRequest)(nil),        // 84: merlon.ca.v1.PromoteCandidateRequest
-	(*AbortCandidateRequest)(nil),          // 85: merlon.ca.v1.AbortCandidateRequest
-	(*RollBackPolicyRequest)(nil),          // 86: merlon.ca.v1.RollBackPolicyRequest
-	(*ListPolicyGenerationsRequest)(nil),   // 87: merlon.ca.v1.ListPolicyGenerationsRequest
-	(*GetPolicyStatusRequest)(nil),         // 88: merlon.ca.v1.GetPolicyStatusRequest
-	(*PushPolicyResponse)(nil),             // 89: merlon.ca.v1.PushPolicyResponse
-	(*GetPolicyResponse)(nil),              // 90: merlon.ca.v1.GetPolicyResponse
-	(*StageCandidateResponse)(nil),         // 91: merlon.ca.v1.StageCandidateResponse
-	(*PromoteCandidateResponse)(nil),       // 92: merlon.ca.v1.PromoteCandidateResponse
-	(*AbortCandidateResponse)(nil),         // 93: merlon.ca.v1.AbortCandidateResponse
-	(*RollBackPolicyResponse)(nil),         // 94: merlon.ca.v1.RollBackPolicyResponse
-	(*ListPolicyGenerationsResponse)(nil),  // 95: merlon.ca.v1.ListPolicyGenerationsResponse
-	(*GetPolicyStatusResponse)(nil),        // 96: merlon.ca.v1.GetPolicyStatusResponse
+	(*Proposal)(nil),                       // 73: merlon.ca.v1.Proposal
+	(*ListProposalsRequest)(nil),           // 74: merlon.ca.v1.ListProposalsRequest
+	(*ListProposalsResponse)(nil),          // 75: merlon.ca.v1.ListProposalsResponse
+	(*GrantProposalRequest)(nil),           // 76: merlon.ca.v1.GrantProposalRequest
+	(*GrantProposalResponse)(nil),          // 77: merlon.ca.v1.GrantProposalResponse
+	(*WithdrawProposalRequest)(nil),        // 78: merlon.ca.v1.WithdrawProposalRequest
+	(*WithdrawProposalResponse)(nil),       // 79: merlon.ca.v1.WithdrawProposalResponse
+	nil,                                    // 80: merlon.ca.v1.CAAuthority.SinceEntry
+	(*Entry)(nil),                          // 81: merlon.ca.v1.Entry
+	(*Revocation)(nil),                     // 82: merlon.ca.v1.Revocation
+	(*timestamppb.Timestamp)(nil),          // 83: google.protobuf.Timestamp
+	(*SyncAck)(nil),                        // 84: merlon.ca.v1.SyncAck
+	(*Selector)(nil),                       // 85: merlon.ca.v1.Selector
+	(*TrustBundle)(nil),                    // 86: merlon.ca.v1.TrustBundle
+	(*PolicyKey)(nil),                      // 87: merlon.ca.v1.PolicyKey
+	(*anypb.Any)(nil),                      // 88: google.protobuf.Any
+	(*PushPolicyRequest)(nil),              // 89: merlon.ca.v1.PushPolicyRequest
+	(*GetPolicyRequest)(nil),               // 90: merlon.ca.v1.GetPolicyRequest
+	(*StageCandidateRequest)(nil),          // 91: merlon.ca.v1.StageCandidateRequest
+	(*PromoteCandidateRequest)(nil),        // 92: merlon.ca.v1.PromoteCandidateRequest
+	(*AbortCandidateRequest)(nil),          // 93: merlon.ca.v1.AbortCandidateRequest
+	(*RollBackPolicyRequest)(nil),          // 94: merlon.ca.v1.RollBackPolicyRequest
+	(*ListPolicyGenerationsRequest)(nil),   // 95: merlon.ca.v1.ListPolicyGenerationsRequest
+	(*GetPolicyStatusRequest)(nil),         // 96: merlon.ca.v1.GetPolicyStatusRequest
+	(*PushPolicyResponse)(nil),             // 97: merlon.ca.v1.PushPolicyResponse
+	(*GetPolicyResponse)(nil),              // 98: merlon.ca.v1.GetPolicyResponse
+	(*StageCandidateResponse)(nil),         // 99: merlon.ca.v1.StageCandidateResponse
+	(*PromoteCandidateResponse)(nil),       // 100: merlon.ca.v1.PromoteCandidateResponse
+	(*AbortCandidateResponse)(nil),         // 101: merlon.ca.v1.AbortCandidateResponse
+	(*RollBackPolicyResponse)(nil),         // 102: merlon.ca.v1.RollBackPolicyResponse
+	(*ListPolicyGenerationsResponse)(nil),  // 103: merlon.ca.v1.ListPolicyGenerationsResponse
+	(*GetPolicyStatusResponse)(nil),        // 104: merlon.ca.v1.GetPolicyStatusResponse
 }
 var file_ca_capb_admin_proto_depIdxs = []int32{
-	74,  // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
-	74,  // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	74,  // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
-	74,  // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	74,  // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
-	75,  // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	81,  // 0: merlon.ca.v1.CreateEntryRequest.entry:type_name -> merlon.ca.v1.Entry
+	81,  // 1: merlon.ca.v1.CreateEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	81,  // 2: merlon.ca.v1.ListEntriesResponse.entries:type_name -> merlon.ca.v1.Entry
+	81,  // 3: merlon.ca.v1.GetEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	81,  // 4: merlon.ca.v1.DeleteEntryResponse.entry:type_name -> merlon.ca.v1.Entry
+	82,  // 5: merlon.ca.v1.DeleteEntryResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	0,   // 6: merlon.ca.v1.CreateTokenRequest.kind:type_name -> merlon.ca.v1.TokenKind
-	76,  // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	83,  // 7: merlon.ca.v1.CreateTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
 	13,  // 8: merlon.ca.v1.ListAgentsResponse.agents:type_name -> merlon.ca.v1.Agent
-	76,  // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
-	76,  // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
-	77,  // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
-	76,  // 12: merlon.ca.v1.Agent.state_since:type_name -> google.protobuf.Timestamp
-	78,  // 13: merlon.ca.v1.Agent.selectors:type_name -> merlon.ca.v1.Selector
+	83,  // 9: merlon.ca.v1.Agent.attested_at:type_name -> google.protobuf.Timestamp
+	83,  // 10: merlon.ca.v1.Agent.not_after:type_name -> google.protobuf.Timestamp
+	84,  // 11: merlon.ca.v1.Agent.ack:type_name -> merlon.ca.v1.SyncAck
+	83,  // 12: merlon.ca.v1.Agent.state_since:type_name -> google.protobuf.Timestamp
+	85,  // 13: merlon.ca.v1.Agent.selectors:type_name -> merlon.ca.v1.Selector
 	13,  // 14: merlon.ca.v1.GetAgentResponse.agent:type_name -> merlon.ca.v1.Agent
 	13,  // 15: merlon.ca.v1.EvictAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	75,  // 16: merlon.ca.v1.EvictAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	82,  // 16: merlon.ca.v1.EvictAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	13,  // 17: merlon.ca.v1.BanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	75,  // 18: merlon.ca.v1.BanAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	82,  // 18: merlon.ca.v1.BanAgentResponse.revocation:type_name -> merlon.ca.v1.Revocation
 	13,  // 19: merlon.ca.v1.UnbanAgentResponse.agent:type_name -> merlon.ca.v1.Agent
-	79,  // 20: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	79,  // 21: merlon.ca.v1.FederatedBundle.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
-	76,  // 22: merlon.ca.v1.FederatedBundle.set_at:type_name -> google.protobuf.Timestamp
-	76,  // 23: merlon.ca.v1.FederatedBundle.not_after:type_name -> google.protobuf.Timestamp
+	86,  // 20: merlon.ca.v1.GetTrustBundleResponse.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	86,  // 21: merlon.ca.v1.FederatedBundle.trust_bundle:type_name -> merlon.ca.v1.TrustBundle
+	83,  // 22: merlon.ca.v1.FederatedBundle.set_at:type_name -> google.protobuf.Timestamp
+	83,  // 23: merlon.ca.v1.FederatedBundle.not_after:type_name -> google.protobuf.Timestamp
 	26,  // 24: merlon.ca.v1.FederatedBundle.source:type_name -> merlon.ca.v1.FederationSource
 	27,  // 25: merlon.ca.v1.FederatedBundle.reader:type_name -> merlon.ca.v1.FederationReader
 	25,  // 26: merlon.ca.v1.FederatedBundle.health:type_name -> merlon.ca.v1.FederationHealth
-	76,  // 27: merlon.ca.v1.FederationSource.tried_at:type_name -> google.protobuf.Timestamp
-	76,  // 28: merlon.ca.v1.FederationSource.fetched_at:type_name -> google.protobuf.Timestamp
-	76,  // 29: merlon.ca.v1.FederationSource.failing_since:type_name -> google.protobuf.Timestamp
-	76,  // 30: merlon.ca.v1.FederationReader.invited_at:type_name -> google.protobuf.Timestamp
-	76,  // 31: merlon.ca.v1.FederationReader.fetched_at:type_name -> google.protobuf.Timestamp
+	83,  // 27: merlon.ca.v1.FederationSource.tried_at:type_name -> google.protobuf.Timestamp
+	83,  // 28: merlon.ca.v1.FederationSource.fetched_at:type_name -> google.protobuf.Timestamp
+	83,  // 29: merlon.ca.v1.FederationSource.failing_since:type_name -> google.protobuf.Timestamp
+	83,  // 30: merlon.ca.v1.FederationReader.invited_at:type_name -> google.protobuf.Timestamp
+	83,  // 31: merlon.ca.v1.FederationReader.fetched_at:type_name -> google.protobuf.Timestamp
 	26,  // 32: merlon.ca.v1.SetFederationSourceRequest.source:type_name -> merlon.ca.v1.FederationSource
 	24,  // 33: merlon.ca.v1.SetFederationSourceResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
-	76,  // 34: merlon.ca.v1.CreateFederationInviteResponse.expires_at:type_name -> google.protobuf.Timestamp
+	83,  // 34: merlon.ca.v1.CreateFederationInviteResponse.expires_at:type_name -> google.protobuf.Timestamp
 	24,  // 35: merlon.ca.v1.AcceptFederationInviteResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
 	24,  // 36: merlon.ca.v1.RefreshFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
 	24,  // 37: merlon.ca.v1.SetFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
 	24,  // 38: merlon.ca.v1.ListFederatedBundlesResponse.federated_bundles:type_name -> merlon.ca.v1.FederatedBundle
 	24,  // 39: merlon.ca.v1.GetFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
 	24,  // 40: merlon.ca.v1.RemoveFederatedBundleResponse.federated_bundle:type_name -> merlon.ca.v1.FederatedBundle
-	75,  // 41: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
-	75,  // 42: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	82,  // 41: merlon.ca.v1.RevokeResponse.revocation:type_name -> merlon.ca.v1.Revocation
+	82,  // 42: merlon.ca.v1.ListRevocationsResponse.revocations:type_name -> merlon.ca.v1.Revocation
 	50,  // 43: merlon.ca.v1.ProveIssuancesResponse.proofs:type_name -> merlon.ca.v1.IssuanceProof
 	51,  // 44: merlon.ca.v1.ProveIssuancesResponse.issuers:type_name -> merlon.ca.v1.Issuer
-	76,  // 45: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
+	83,  // 45: merlon.ca.v1.ProveIssuancesResponse.begins_at:type_name -> google.protobuf.Timestamp
 	54,  // 46: merlon.ca.v1.ListReplicasResponse.replicas:type_name -> merlon.ca.v1.CAReplica
-	76,  // 47: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
-	76,  // 48: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
+	83,  // 47: merlon.ca.v1.CAReplica.joined_at:type_name -> google.protobuf.Timestamp
+	83,  // 48: merlon.ca.v1.CAReplica.not_after:type_name -> google.protobuf.Timestamp
 	54,  // 49: merlon.ca.v1.EvictReplicaResponse.replica:type_name -> merlon.ca.v1.CAReplica
-	75,  // 50: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
+	82,  // 50: merlon.ca.v1.EvictReplicaResponse.revocations:type_name -> merlon.ca.v1.Revocation
 	61,  // 51: merlon.ca.v1.ListAuthoritiesResponse.authorities:type_name -> merlon.ca.v1.CAAuthority
-	76,  // 52: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
-	76,  // 53: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
-	73,  // 54: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
+	83,  // 52: merlon.ca.v1.CAAuthority.not_before:type_name -> google.protobuf.Timestamp
+	83,  // 53: merlon.ca.v1.CAAuthority.not_after:type_name -> google.protobuf.Timestamp
+	80,  // 54: merlon.ca.v1.CAAuthority.since:type_name -> merlon.ca.v1.CAAuthority.SinceEntry
 	62,  // 55: merlon.ca.v1.CAAuthority.pending:type_name -> merlon.ca.v1.PendingStep
-	76,  // 56: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
-	76,  // 57: merlon.ca.v1.PendingStep.last_call:type_name -> google.protobuf.Timestamp
+	83,  // 56: merlon.ca.v1.PendingStep.not_before:type_name -> google.protobuf.Timestamp
+	83,  // 57: merlon.ca.v1.PendingStep.last_call:type_name -> google.protobuf.Timestamp
 	61,  // 58: merlon.ca.v1.PrepareAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
 	61,  // 59: merlon.ca.v1.ActivateAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
 	61,  // 60: merlon.ca.v1.TaintAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
 	61,  // 61: merlon.ca.v1.RevokeAuthorityResponse.authority:type_name -> merlon.ca.v1.CAAuthority
-	80,  // 62: merlon.ca.v1.FetchPolicyResponse.keys:type_name -> merlon.ca.v1.PolicyKey
-	76,  // 63: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
-	1,   // 64: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
-	3,   // 65: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
-	5,   // 66: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
-	7,   // 67: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
-	9,   // 68: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
-	11,  // 69: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
-	14,  // 70: merlon.ca.v1.Admin.GetAgent:input_type -> merlon.ca.v1.GetAgentRequest
-	16,  // 71: merlon.ca.v1.Admin.EvictAgent:input_type -> merlon.ca.v1.EvictAgentRequest
-	18,  // 72: merlon.ca.v1.Admin.BanAgent:input_type -> merlon.ca.v1.BanAgentRequest
-	20,  // 73: merlon.ca.v1.Admin.UnbanAgent:input_type -> merlon.ca.v1.UnbanAgentRequest
-	22,  // 74: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
-	36,  // 75: merlon.ca.v1.Admin.SetFederatedBundle:input_type -> merlon.ca.v1.SetFederatedBundleRequest
-	38,  // 76: merlon.ca.v1.Admin.ListFederatedBundles:input_type -> merlon.ca.v1.ListFederatedBundlesRequest
-	40,  // 77: merlon.ca.v1.Admin.GetFederatedBundle:input_type -> merlon.ca.v1.GetFederatedBundleRequest
-	28,  // 78: merlon.ca.v1.Admin.SetFederationSource:input_type -> merlon.ca.v1.SetFederationSourceRequest
-	30,  // 79: merlon.ca.v1.Admin.CreateFederationInvite:input_type -> merlon.ca.v1.CreateFederationInviteRequest
-	32,  // 80: merlon.ca.v1.Admin.AcceptFederationInvite:input_type -> merlon.ca.v1.AcceptFederationInviteRequest
-	34,  // 81: merlon.ca.v1.Admin.RefreshFederatedBundle:input_type -> merlon.ca.v1.RefreshFederatedBundleRequest
-	42,  // 82: merlon.ca.v1.Admin.RemoveFederatedBundle:input_type -> merlon.ca.v1.RemoveFederatedBundleRequest
-	44,  // 83: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
-	46,  // 84: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
-	81,  // 85: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
-	52,  // 86: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
-	55,  // 87: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
-	59,  // 88: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
-	63,  // 89: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
-	65,  // 90: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
-	67,  // 91: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
-	69,  // 92: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
-	57,  // 93: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
-	82,  // 94: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
-	71,  // 95: merlon.ca.v1.Admin.FetchPolicy:input_type -> merlon.ca.v1.FetchPolicyRequest
-	83,  // 96: merlon.ca.v1.Admin.StageCandidate:input_type -> merlon.ca.v1.StageCandidateRequest
-	84,  // 97: merlon.ca.v1.Admin.PromoteCandidate:input_type -> merlon.ca.v1.PromoteCandidateRequest
-	85,  // 98: merlon.ca.v1.Admin.AbortCandidate:input_type -> merlon.ca.v1.AbortCandidateRequest
-	86,  // 99: merlon.ca.v1.Admin.RollBackPolicy:input_type -> merlon.ca.v1.RollBackPolicyRequest
-	87,  // 100: merlon.ca.v1.Admin.ListPolicyGenerations:input_type -> merlon.ca.v1.ListPolicyGenerationsRequest
-	88,  // 101: merlon.ca.v1.Admin.GetPolicyStatus:input_type -> merlon.ca.v1.GetPolicyStatusRequest
-	48,  // 102: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
-	2,   // 103: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
-	4,   // 104: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
-	6,   // 105: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
-	8,   // 106: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
-	10,  // 107: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
-	12,  // 108: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
-	15,  // 109: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
-	17,  // 110: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
-	19,  // 111: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
-	21,  // 112: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
-	23,  // 113: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
-	37,  // 114: merlon.ca.v1.Admin.SetFederatedBundle:output_type -> merlon.ca.v1.SetFederatedBundleResponse
-	39,  // 115: merlon.ca.v1.Admin.ListFederatedBundles:output_type -> merlon.ca.v1.ListFederatedBundlesResponse
-	41,  // 116: merlon.ca.v1.Admin.GetFederatedBundle:output_type -> merlon.ca.v1.GetFederatedBundleResponse
-	29,  // 117: merlon.ca.v1.Admin.SetFederationSource:output_type -> merlon.ca.v1.SetFederationSourceResponse
-	31,  // 118: merlon.ca.v1.Admin.CreateFederationInvite:output_type -> merlon.ca.v1.CreateFederationInviteResponse
-	33,  // 119: merlon.ca.v1.Admin.AcceptFederationInvite:output_type -> merlon.ca.v1.AcceptFederationInviteResponse
-	35,  // 120: merlon.ca.v1.Admin.RefreshFederatedBundle:output_type -> merlon.ca.v1.RefreshFederatedBundleResponse
-	43,  // 121: merlon.ca.v1.Admin.RemoveFederatedBundle:output_type -> merlon.ca.v1.RemoveFederatedBundleResponse
-	45,  // 122: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
-	47,  // 123: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
-	89,  // 124: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
-	53,  // 125: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
-	56,  // 126: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
-	60,  // 127: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
-	64,  // 128: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
-	66,  // 129: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
-	68,  // 130: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
-	70,  // 131: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
-	58,  // 132: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
-	90,  // 133: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
-	72,  // 134: merlon.ca.v1.Admin.FetchPolicy:output_type -> merlon.ca.v1.FetchPolicyResponse
-	91,  // 135: merlon.ca.v1.Admin.StageCandidate:output_type -> merlon.ca.v1.StageCandidateResponse
-	92,  // 136: merlon.ca.v1.Admin.PromoteCandidate:output_type -> merlon.ca.v1.PromoteCandidateResponse
-	93,  // 137: merlon.ca.v1.Admin.AbortCandidate:output_type -> merlon.ca.v1.AbortCandidateResponse
-	94,  // 138: merlon.ca.v1.Admin.RollBackPolicy:output_type -> merlon.ca.v1.RollBackPolicyResponse
-	95,  // 139: merlon.ca.v1.Admin.ListPolicyGenerations:output_type -> merlon.ca.v1.ListPolicyGenerationsResponse
-	96,  // 140: merlon.ca.v1.Admin.GetPolicyStatus:output_type -> merlon.ca.v1.GetPolicyStatusResponse
-	49,  // 141: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
-	103, // [103:142] is the sub-list for method output_type
-	64,  // [64:103] is the sub-list for method input_type
-	64,  // [64:64] is the sub-list for extension type_name
-	64,  // [64:64] is the sub-list for extension extendee
-	0,   // [0:64] is the sub-list for field type_name
+	87,  // 62: merlon.ca.v1.FetchPolicyResponse.keys:type_name -> merlon.ca.v1.PolicyKey
+	83,  // 63: merlon.ca.v1.Proposal.proposed_at:type_name -> google.protobuf.Timestamp
+	83,  // 64: merlon.ca.v1.Proposal.expires_at:type_name -> google.protobuf.Timestamp
+	73,  // 65: merlon.ca.v1.ListProposalsResponse.proposals:type_name -> merlon.ca.v1.Proposal
+	73,  // 66: merlon.ca.v1.GrantProposalResponse.proposal:type_name -> merlon.ca.v1.Proposal
+	88,  // 67: merlon.ca.v1.GrantProposalResponse.response:type_name -> google.protobuf.Any
+	73,  // 68: merlon.ca.v1.WithdrawProposalResponse.proposal:type_name -> merlon.ca.v1.Proposal
+	83,  // 69: merlon.ca.v1.CAAuthority.SinceEntry.value:type_name -> google.protobuf.Timestamp
+	1,   // 70: merlon.ca.v1.Admin.CreateEntry:input_type -> merlon.ca.v1.CreateEntryRequest
+	3,   // 71: merlon.ca.v1.Admin.ListEntries:input_type -> merlon.ca.v1.ListEntriesRequest
+	5,   // 72: merlon.ca.v1.Admin.GetEntry:input_type -> merlon.ca.v1.GetEntryRequest
+	7,   // 73: merlon.ca.v1.Admin.DeleteEntry:input_type -> merlon.ca.v1.DeleteEntryRequest
+	9,   // 74: merlon.ca.v1.Admin.CreateToken:input_type -> merlon.ca.v1.CreateTokenRequest
+	11,  // 75: merlon.ca.v1.Admin.ListAgents:input_type -> merlon.ca.v1.ListAgentsRequest
+	14,  // 76: merlon.ca.v1.Admin.GetAgent:input_type -> merlon.ca.v1.GetAgentRequest
+	16,  // 77: merlon.ca.v1.Admin.EvictAgent:input_type -> merlon.ca.v1.EvictAgentRequest
+	18,  // 78: merlon.ca.v1.Admin.BanAgent:input_type -> merlon.ca.v1.BanAgentRequest
+	20,  // 79: merlon.ca.v1.Admin.UnbanAgent:input_type -> merlon.ca.v1.UnbanAgentRequest
+	22,  // 80: merlon.ca.v1.Admin.GetTrustBundle:input_type -> merlon.ca.v1.GetTrustBundleRequest
+	36,  // 81: merlon.ca.v1.Admin.SetFederatedBundle:input_type -> merlon.ca.v1.SetFederatedBundleRequest
+	38,  // 82: merlon.ca.v1.Admin.ListFederatedBundles:input_type -> merlon.ca.v1.ListFederatedBundlesRequest
+	40,  // 83: merlon.ca.v1.Admin.GetFederatedBundle:input_type -> merlon.ca.v1.GetFederatedBundleRequest
+	28,  // 84: merlon.ca.v1.Admin.SetFederationSource:input_type -> merlon.ca.v1.SetFederationSourceRequest
+	30,  // 85: merlon.ca.v1.Admin.CreateFederationInvite:input_type -> merlon.ca.v1.CreateFederationInviteRequest
+	32,  // 86: merlon.ca.v1.Admin.AcceptFederationInvite:input_type -> merlon.ca.v1.AcceptFederationInviteRequest
+	34,  // 87: merlon.ca.v1.Admin.RefreshFederatedBundle:input_type -> merlon.ca.v1.RefreshFederatedBundleRequest
+	42,  // 88: merlon.ca.v1.Admin.RemoveFederatedBundle:input_type -> merlon.ca.v1.RemoveFederatedBundleRequest
+	44,  // 89: merlon.ca.v1.Admin.Revoke:input_type -> merlon.ca.v1.RevokeRequest
+	46,  // 90: merlon.ca.v1.Admin.ListRevocations:input_type -> merlon.ca.v1.ListRevocationsRequest
+	89,  // 91: merlon.ca.v1.Admin.PushPolicy:input_type -> merlon.ca.v1.PushPolicyRequest
+	52,  // 92: merlon.ca.v1.Admin.ListReplicas:input_type -> merlon.ca.v1.ListReplicasRequest
+	55,  // 93: merlon.ca.v1.Admin.EvictReplica:input_type -> merlon.ca.v1.EvictReplicaRequest
+	59,  // 94: merlon.ca.v1.Admin.ListAuthorities:input_type -> merlon.ca.v1.ListAuthoritiesRequest
+	63,  // 95: merlon.ca.v1.Admin.PrepareAuthority:input_type -> merlon.ca.v1.PrepareAuthorityRequest
+	65,  // 96: merlon.ca.v1.Admin.ActivateAuthority:input_type -> merlon.ca.v1.ActivateAuthorityRequest
+	67,  // 97: merlon.ca.v1.Admin.TaintAuthority:input_type -> merlon.ca.v1.TaintAuthorityRequest
+	69,  // 98: merlon.ca.v1.Admin.RevokeAuthority:input_type -> merlon.ca.v1.RevokeAuthorityRequest
+	57,  // 99: merlon.ca.v1.Admin.BackupStore:input_type -> merlon.ca.v1.BackupStoreRequest
+	90,  // 100: merlon.ca.v1.Admin.GetPolicy:input_type -> merlon.ca.v1.GetPolicyRequest
+	71,  // 101: merlon.ca.v1.Admin.FetchPolicy:input_type -> merlon.ca.v1.FetchPolicyRequest
+	91,  // 102: merlon.ca.v1.Admin.StageCandidate:input_type -> merlon.ca.v1.StageCandidateRequest
+	92,  // 103: merlon.ca.v1.Admin.PromoteCandidate:input_type -> merlon.ca.v1.PromoteCandidateRequest
+	93,  // 104: merlon.ca.v1.Admin.AbortCandidate:input_type -> merlon.ca.v1.AbortCandidateRequest
+	94,  // 105: merlon.ca.v1.Admin.RollBackPolicy:input_type -> merlon.ca.v1.RollBackPolicyRequest
+	95,  // 106: merlon.ca.v1.Admin.ListPolicyGenerations:input_type -> merlon.ca.v1.ListPolicyGenerationsRequest
+	96,  // 107: merlon.ca.v1.Admin.GetPolicyStatus:input_type -> merlon.ca.v1.GetPolicyStatusRequest
+	48,  // 108: merlon.ca.v1.Admin.ProveIssuances:input_type -> merlon.ca.v1.ProveIssuancesRequest
+	74,  // 109: merlon.ca.v1.Admin.ListProposals:input_type -> merlon.ca.v1.ListProposalsRequest
+	76,  // 110: merlon.ca.v1.Admin.GrantProposal:input_type -> merlon.ca.v1.GrantProposalRequest
+	78,  // 111: merlon.ca.v1.Admin.WithdrawProposal:input_type -> merlon.ca.v1.WithdrawProposalRequest
+	2,   // 112: merlon.ca.v1.Admin.CreateEntry:output_type -> merlon.ca.v1.CreateEntryResponse
+	4,   // 113: merlon.ca.v1.Admin.ListEntries:output_type -> merlon.ca.v1.ListEntriesResponse
+	6,   // 114: merlon.ca.v1.Admin.GetEntry:output_type -> merlon.ca.v1.GetEntryResponse
+	8,   // 115: merlon.ca.v1.Admin.DeleteEntry:output_type -> merlon.ca.v1.DeleteEntryResponse
+	10,  // 116: merlon.ca.v1.Admin.CreateToken:output_type -> merlon.ca.v1.CreateTokenResponse
+	12,  // 117: merlon.ca.v1.Admin.ListAgents:output_type -> merlon.ca.v1.ListAgentsResponse
+	15,  // 118: merlon.ca.v1.Admin.GetAgent:output_type -> merlon.ca.v1.GetAgentResponse
+	17,  // 119: merlon.ca.v1.Admin.EvictAgent:output_type -> merlon.ca.v1.EvictAgentResponse
+	19,  // 120: merlon.ca.v1.Admin.BanAgent:output_type -> merlon.ca.v1.BanAgentResponse
+	21,  // 121: merlon.ca.v1.Admin.UnbanAgent:output_type -> merlon.ca.v1.UnbanAgentResponse
+	23,  // 122: merlon.ca.v1.Admin.GetTrustBundle:output_type -> merlon.ca.v1.GetTrustBundleResponse
+	37,  // 123: merlon.ca.v1.Admin.SetFederatedBundle:output_type -> merlon.ca.v1.SetFederatedBundleResponse
+	39,  // 124: merlon.ca.v1.Admin.ListFederatedBundles:output_type -> merlon.ca.v1.ListFederatedBundlesResponse
+	41,  // 125: merlon.ca.v1.Admin.GetFederatedBundle:output_type -> merlon.ca.v1.GetFederatedBundleResponse
+	29,  // 126: merlon.ca.v1.Admin.SetFederationSource:output_type -> merlon.ca.v1.SetFederationSourceResponse
+	31,  // 127: merlon.ca.v1.Admin.CreateFederationInvite:output_type -> merlon.ca.v1.CreateFederationInviteResponse
+	33,  // 128: merlon.ca.v1.Admin.AcceptFederationInvite:output_type -> merlon.ca.v1.AcceptFederationInviteResponse
+	35,  // 129: merlon.ca.v1.Admin.RefreshFederatedBundle:output_type -> merlon.ca.v1.RefreshFederatedBundleResponse
+	43,  // 130: merlon.ca.v1.Admin.RemoveFederatedBundle:output_type -> merlon.ca.v1.RemoveFederatedBundleResponse
+	45,  // 131: merlon.ca.v1.Admin.Revoke:output_type -> merlon.ca.v1.RevokeResponse
+	47,  // 132: merlon.ca.v1.Admin.ListRevocations:output_type -> merlon.ca.v1.ListRevocationsResponse
+	97,  // 133: merlon.ca.v1.Admin.PushPolicy:output_type -> merlon.ca.v1.PushPolicyResponse
+	53,  // 134: merlon.ca.v1.Admin.ListReplicas:output_type -> merlon.ca.v1.ListReplicasResponse
+	56,  // 135: merlon.ca.v1.Admin.EvictReplica:output_type -> merlon.ca.v1.EvictReplicaResponse
+	60,  // 136: merlon.ca.v1.Admin.ListAuthorities:output_type -> merlon.ca.v1.ListAuthoritiesResponse
+	64,  // 137: merlon.ca.v1.Admin.PrepareAuthority:output_type -> merlon.ca.v1.PrepareAuthorityResponse
+	66,  // 138: merlon.ca.v1.Admin.ActivateAuthority:output_type -> merlon.ca.v1.ActivateAuthorityResponse
+	68,  // 139: merlon.ca.v1.Admin.TaintAuthority:output_type -> merlon.ca.v1.TaintAuthorityResponse
+	70,  // 140: merlon.ca.v1.Admin.RevokeAuthority:output_type -> merlon.ca.v1.RevokeAuthorityResponse
+	58,  // 141: merlon.ca.v1.Admin.BackupStore:output_type -> merlon.ca.v1.BackupStoreResponse
+	98,  // 142: merlon.ca.v1.Admin.GetPolicy:output_type -> merlon.ca.v1.GetPolicyResponse
+	72,  // 143: merlon.ca.v1.Admin.FetchPolicy:output_type -> merlon.ca.v1.FetchPolicyResponse
+	99,  // 144: merlon.ca.v1.Admin.StageCandidate:output_type -> merlon.ca.v1.StageCandidateResponse
+	100, // 145: merlon.ca.v1.Admin.PromoteCandidate:output_type -> merlon.ca.v1.PromoteCandidateResponse
+	101, // 146: merlon.ca.v1.Admin.AbortCandidate:output_type -> merlon.ca.v1.AbortCandidateResponse
+	102, // 147: merlon.ca.v1.Admin.RollBackPolicy:output_type -> merlon.ca.v1.RollBackPolicyResponse
+	103, // 148: merlon.ca.v1.Admin.ListPolicyGenerations:output_type -> merlon.ca.v1.ListPolicyGenerationsResponse
+	104, // 149: merlon.ca.v1.Admin.GetPolicyStatus:output_type -> merlon.ca.v1.GetPolicyStatusResponse
+	49,  // 150: merlon.ca.v1.Admin.ProveIssuances:output_type -> merlon.ca.v1.ProveIssuancesResponse
+	75,  // 151: merlon.ca.v1.Admin.ListProposals:output_type -> merlon.ca.v1.ListProposalsResponse
+	77,  // 152: merlon.ca.v1.Admin.GrantProposal:output_type -> merlon.ca.v1.GrantProposalResponse
+	79,  // 153: merlon.ca.v1.Admin.WithdrawProposal:output_type -> merlon.ca.v1.WithdrawProposalResponse
+	112, // [112:154] is the sub-list for method output_type
+	70,  // [70:112] is the sub-list for method input_type
+	70,  // [70:70] is the sub-list for extension type_name
+	70,  // [70:70] is the sub-list for extension extendee
+	0,   // [0:70] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_admin_proto_init() }
@@ -4817,7 +5244,7 @@ func file_ca_capb_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ca_capb_admin_proto_rawDesc), len(file_ca_capb_admin_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   73,
+			NumMessages:   80,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -62,6 +62,9 @@ const (
 	Admin_ListPolicyGenerations_FullMethodName  = "/merlon.ca.v1.Admin/ListPolicyGenerations"
 	Admin_GetPolicyStatus_FullMethodName        = "/merlon.ca.v1.Admin/GetPolicyStatus"
 	Admin_ProveIssuances_FullMethodName         = "/merlon.ca.v1.Admin/ProveIssuances"
+	Admin_ListProposals_FullMethodName          = "/merlon.ca.v1.Admin/ListProposals"
+	Admin_GrantProposal_FullMethodName          = "/merlon.ca.v1.Admin/GrantProposal"
+	Admin_WithdrawProposal_FullMethodName       = "/merlon.ca.v1.Admin/WithdrawProposal"
 )
 
 // AdminClient is the client API for Admin service.
@@ -164,6 +167,15 @@ type AdminClient interface {
 	// SVIDs with these serial numbers. Whoever may call it may also read the log
 	// over HTTPS, below /log/REPLICA/.
 	ProveIssuances(ctx context.Context, in *ProveIssuancesRequest, opts ...grpc.CallOption) (*ProveIssuancesResponse, error)
+	// ListProposals names what waits for a second administrator.
+	ListProposals(ctx context.Context, in *ListProposalsRequest, opts ...grpc.CallOption) (*ListProposalsResponse, error)
+	// GrantProposal does what was proposed, now, and once. Whoever proposed it cannot
+	// grant it. Refusals: PROPOSAL_UNKNOWN, PROPOSAL_EXPIRED, PROPOSAL_DONE,
+	// PROPOSAL_WITHDRAWN, PROPOSAL_OWN, PROPOSAL_VOID; what the act itself refuses
+	// leaves the proposal as it is.
+	GrantProposal(ctx context.Context, in *GrantProposalRequest, opts ...grpc.CallOption) (*GrantProposalResponse, error)
+	// WithdrawProposal ends a proposal, one's own or another's.
+	WithdrawProposal(ctx context.Context, in *WithdrawProposalRequest, opts ...grpc.CallOption) (*WithdrawProposalResponse, error)
 }
 
 type adminClient struct {
@@ -573,6 +585,36 @@ func (c *adminClient) ProveIssuances(ctx context.Context, in *ProveIssuancesRequ
 	return out, nil
 }
 
+func (c *adminClient) ListProposals(ctx context.Context, in *ListProposalsRequest, opts ...grpc.CallOption) (*ListProposalsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListProposalsResponse)
+	err := c.cc.Invoke(ctx, Admin_ListProposals_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) GrantProposal(ctx context.Context, in *GrantProposalRequest, opts ...grpc.CallOption) (*GrantProposalResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GrantProposalResponse)
+	err := c.cc.Invoke(ctx, Admin_GrantProposal_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) WithdrawProposal(ctx context.Context, in *WithdrawProposalRequest, opts ...grpc.CallOption) (*WithdrawProposalResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WithdrawProposalResponse)
+	err := c.cc.Invoke(ctx, Admin_WithdrawProposal_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -673,6 +715,15 @@ type AdminServer interface {
 	// SVIDs with these serial numbers. Whoever may call it may also read the log
 	// over HTTPS, below /log/REPLICA/.
 	ProveIssuances(context.Context, *ProveIssuancesRequest) (*ProveIssuancesResponse, error)
+	// ListProposals names what waits for a second administrator.
+	ListProposals(context.Context, *ListProposalsRequest) (*ListProposalsResponse, error)
+	// GrantProposal does what was proposed, now, and once. Whoever proposed it cannot
+	// grant it. Refusals: PROPOSAL_UNKNOWN, PROPOSAL_EXPIRED, PROPOSAL_DONE,
+	// PROPOSAL_WITHDRAWN, PROPOSAL_OWN, PROPOSAL_VOID; what the act itself refuses
+	// leaves the proposal as it is.
+	GrantProposal(context.Context, *GrantProposalRequest) (*GrantProposalResponse, error)
+	// WithdrawProposal ends a proposal, one's own or another's.
+	WithdrawProposal(context.Context, *WithdrawProposalRequest) (*WithdrawProposalResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -799,6 +850,15 @@ func (UnimplementedAdminServer) GetPolicyStatus(context.Context, *GetPolicyStatu
 }
 func (UnimplementedAdminServer) ProveIssuances(context.Context, *ProveIssuancesRequest) (*ProveIssuancesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ProveIssuances not implemented")
+}
+func (UnimplementedAdminServer) ListProposals(context.Context, *ListProposalsRequest) (*ListProposalsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListProposals not implemented")
+}
+func (UnimplementedAdminServer) GrantProposal(context.Context, *GrantProposalRequest) (*GrantProposalResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GrantProposal not implemented")
+}
+func (UnimplementedAdminServer) WithdrawProposal(context.Context, *WithdrawProposalRequest) (*WithdrawProposalResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method WithdrawProposal not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -1516,6 +1576,60 @@ func _Admin_ProveIssuances_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ListProposals_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListProposalsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ListProposals(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ListProposals_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ListProposals(ctx, req.(*ListProposalsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_GrantProposal_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GrantProposalRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).GrantProposal(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_GrantProposal_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).GrantProposal(ctx, req.(*GrantProposalRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_WithdrawProposal_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WithdrawProposalRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).WithdrawProposal(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_WithdrawProposal_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).WithdrawProposal(ctx, req.(*WithdrawProposalRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1674,6 +1788,18 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ProveIssuances",
 			Handler:    _Admin_ProveIssuances_Handler,
+		},
+		{
+			MethodName: "ListProposals",
+			Handler:    _Admin_ListProposals_Handler,
+		},
+		{
+			MethodName: "GrantProposal",
+			Handler:    _Admin_GrantProposal_Handler,
+		},
+		{
+			MethodName: "WithdrawProposal",
+			Handler:    _Admin_WithdrawProposal_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

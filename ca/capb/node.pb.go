@@ -46,27 +46,56 @@ const (
 	// It has had its share of SVIDs for now (RESOURCE_EXHAUSTED to Sign, SignJWT and
 	// Renew): a google.rpc.RetryInfo says when there are more. Nothing was signed.
 	Refusal_REFUSAL_ISSUE_QUOTA Refusal = 6
+	// To administrators, of acts that take two of them. It was not done, and waits as
+	// the Proposal in the details (FAILED_PRECONDITION).
+	Refusal_REFUSAL_APPROVAL_REQUIRED Refusal = 7
+	// There is no such proposal (NOT_FOUND).
+	Refusal_REFUSAL_PROPOSAL_UNKNOWN Refusal = 8
+	// It was not granted in time; it was granted already; somebody withdrew it
+	// (FAILED_PRECONDITION).
+	Refusal_REFUSAL_PROPOSAL_EXPIRED   Refusal = 9
+	Refusal_REFUSAL_PROPOSAL_DONE      Refusal = 10
+	Refusal_REFUSAL_PROPOSAL_WITHDRAWN Refusal = 11
+	// Whoever proposed it grants it (PERMISSION_DENIED).
+	Refusal_REFUSAL_PROPOSAL_OWN Refusal = 12
+	// What it rests on is not so any more, or whoever proposed it may not any more
+	// (FAILED_PRECONDITION). It is over.
+	Refusal_REFUSAL_PROPOSAL_VOID Refusal = 13
 )
 
 // Enum value maps for Refusal.
 var (
 	Refusal_name = map[int32]string{
-		0: "REFUSAL_UNSPECIFIED",
-		1: "REFUSAL_AGENT_BANNED",
-		2: "REFUSAL_AGENT_EVICTED",
-		3: "REFUSAL_SVID_REVOKED",
-		4: "REFUSAL_AGENT_UNKNOWN",
-		5: "REFUSAL_CA_EVICTED",
-		6: "REFUSAL_ISSUE_QUOTA",
+		0:  "REFUSAL_UNSPECIFIED",
+		1:  "REFUSAL_AGENT_BANNED",
+		2:  "REFUSAL_AGENT_EVICTED",
+		3:  "REFUSAL_SVID_REVOKED",
+		4:  "REFUSAL_AGENT_UNKNOWN",
+		5:  "REFUSAL_CA_EVICTED",
+		6:  "REFUSAL_ISSUE_QUOTA",
+		7:  "REFUSAL_APPROVAL_REQUIRED",
+		8:  "REFUSAL_PROPOSAL_UNKNOWN",
+		9:  "REFUSAL_PROPOSAL_EXPIRED",
+		10: "REFUSAL_PROPOSAL_DONE",
+		11: "REFUSAL_PROPOSAL_WITHDRAWN",
+		12: "REFUSAL_PROPOSAL_OWN",
+		13: "REFUSAL_PROPOSAL_VOID",
 	}
 	Refusal_value = map[string]int32{
-		"REFUSAL_UNSPECIFIED":   0,
-		"REFUSAL_AGENT_BANNED":  1,
-		"REFUSAL_AGENT_EVICTED": 2,
-		"REFUSAL_SVID_REVOKED":  3,
-		"REFUSAL_AGENT_UNKNOWN": 4,
-		"REFUSAL_CA_EVICTED":    5,
-		"REFUSAL_ISSUE_QUOTA":   6,
+		"REFUSAL_UNSPECIFIED":        0,
+		"REFUSAL_AGENT_BANNED":       1,
+		"REFUSAL_AGENT_EVICTED":      2,
+		"REFUSAL_SVID_REVOKED":       3,
+		"REFUSAL_AGENT_UNKNOWN":      4,
+		"REFUSAL_CA_EVICTED":         5,
+		"REFUSAL_ISSUE_QUOTA":        6,
+		"REFUSAL_APPROVAL_REQUIRED":  7,
+		"REFUSAL_PROPOSAL_UNKNOWN":   8,
+		"REFUSAL_PROPOSAL_EXPIRED":   9,
+		"REFUSAL_PROPOSAL_DONE":      10,
+		"REFUSAL_PROPOSAL_WITHDRAWN": 11,
+		"REFUSAL_PROPOSAL_OWN":       12,
+		"REFUSAL_PROPOSAL_VOID":      13,
 	}
 )
 
@@ -2411,7 +2440,7 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x04note\x18\a \x01(\tR\x04note\x12!\n" +
 	"\fagent_handle\x18\b \x01(\x04R\vagentHandle\x12\x14\n" +
 	"\x05realm\x18\t \x01(\rR\x05realmB\t\n" +
-	"\asubject*\xbd\x01\n" +
+	"\asubject*\x88\x03\n" +
 	"\aRefusal\x12\x17\n" +
 	"\x13REFUSAL_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14REFUSAL_AGENT_BANNED\x10\x01\x12\x19\n" +
@@ -2419,7 +2448,15 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x14REFUSAL_SVID_REVOKED\x10\x03\x12\x19\n" +
 	"\x15REFUSAL_AGENT_UNKNOWN\x10\x04\x12\x16\n" +
 	"\x12REFUSAL_CA_EVICTED\x10\x05\x12\x17\n" +
-	"\x13REFUSAL_ISSUE_QUOTA\x10\x06*u\n" +
+	"\x13REFUSAL_ISSUE_QUOTA\x10\x06\x12\x1d\n" +
+	"\x19REFUSAL_APPROVAL_REQUIRED\x10\a\x12\x1c\n" +
+	"\x18REFUSAL_PROPOSAL_UNKNOWN\x10\b\x12\x1c\n" +
+	"\x18REFUSAL_PROPOSAL_EXPIRED\x10\t\x12\x19\n" +
+	"\x15REFUSAL_PROPOSAL_DONE\x10\n" +
+	"\x12\x1e\n" +
+	"\x1aREFUSAL_PROPOSAL_WITHDRAWN\x10\v\x12\x18\n" +
+	"\x14REFUSAL_PROPOSAL_OWN\x10\f\x12\x19\n" +
+	"\x15REFUSAL_PROPOSAL_VOID\x10\r*u\n" +
 	"\vKeyDelivery\x12\x1c\n" +
 	"\x18KEY_DELIVERY_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12KEY_DELIVERY_AGENT\x10\x01\x12\x19\n" +

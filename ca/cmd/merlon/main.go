@@ -25,6 +25,7 @@ const (
 	exitUsage     = 2
 	exitUnhealthy = 3
 	exitDenied    = 4
+	exitWaits     = 5 // not done: it waits for a second administrator
 )
 
 func main() {
@@ -48,6 +49,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return exitOK
 	}
 	code, message, hint := describe(err)
+	if p, _ := waiting(err); p != nil {
+		if printErr := printProposal(stdout, cmd.Flag("output").Value.String(), p); printErr != nil {
+			message += "; " + printErr.Error()
+		}
+	}
 	if hint == "" && status.Code(err) == codes.InvalidArgument {
 		hint = argumentHint(cmd, err)
 	}
@@ -86,7 +92,7 @@ SVID or an OIDC token; "merlon dev" starts both in one process.`,
 	root.AddCommand(
 		entryCommand(&o), tokenCommand(&o), agentCommand(&o), trustCommand(&o), federationCommand(&o),
 		revokeCommand(&o), revocationCommand(&o), policyNoun(&o), explainCommand(&o), doctorCommand(&o),
-		storeCommand(&o), logCommand(&o), keyCommand(&o), replicaCommand(&o), authorityCommand(&o), migrateCommand(&o), devCommand(&o),
+		storeCommand(&o), logCommand(&o), keyCommand(&o), replicaCommand(&o), authorityCommand(&o), approvalCommand(&o), migrateCommand(&o), devCommand(&o),
 	)
 	checkArgs(root)
 	return root
@@ -134,6 +140,9 @@ func (e silentError) Error() string { return fmt.Sprintf("exit code %d", e.code)
 func describe(err error) (code int, message, hint string) {
 	if e, ok := errors.AsType[silentError](err); ok {
 		return e.code, "", ""
+	}
+	if p, message := waiting(err); p != nil {
+		return exitWaits, message, "another administrator reads it by `merlon approval list` and grants it: merlon approval grant " + p.GetProposalId()
 	}
 	if e, ok := errors.AsType[usageError](err); ok {
 		return exitUsage, e.message, e.hint

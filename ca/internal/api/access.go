@@ -22,6 +22,7 @@ import (
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/entry"
+	"merlon.dev/ca/internal/oidc"
 	"merlon.dev/ca/internal/replica"
 	"merlon.dev/ca/internal/role"
 	"merlon.dev/sdk/svid"
@@ -38,10 +39,12 @@ type rule struct {
 	// roles are those of which an administrator needs one; without any, no
 	// administrator may call it.
 	roles []role.Name
-	// reads: it changes nothing. act is what an administrator does by it. With
-	// neither no administrator may call it.
-	reads bool
-	act   string
+	// reads: it changes nothing. act is what an administrator does by it, approval
+	// whether that takes two. With neither no administrator may call it, nor where
+	// approval does not say.
+	reads    bool
+	act      string
+	approval capb.Approval
 }
 
 // accessOf reads the annotations of every service in files.
@@ -54,7 +57,7 @@ func accessOf(files ...protoreflect.FileDescriptor) access {
 			for j := range methods.Len() {
 				m := methods.Get(j)
 				if a, ok := proto.GetExtension(m.Options(), capb.E_Access).(*capb.Access); ok {
-					table[fmt.Sprintf("/%s/%s", services.Get(i).FullName(), m.Name())] = rule{a.GetCallers(), roleNames(a.GetRoles()), a.GetReads(), a.GetAct()}
+					table[fmt.Sprintf("/%s/%s", services.Get(i).FullName(), m.Name())] = rule{a.GetCallers(), roleNames(a.GetRoles()), a.GetReads(), a.GetAct(), a.GetApproval()}
 				}
 			}
 		}
@@ -73,7 +76,9 @@ func roleNames(roles []capb.Role) []role.Name {
 }
 
 // saysWhat says whether it is known what an administrator does by the RPC.
-func (r rule) saysWhat() bool { return r.reads || r.act != "" }
+func (r rule) saysWhat() bool {
+	return r.reads || r.act != "" && r.approval != capb.Approval_APPROVAL_UNSPECIFIED
+}
 
 // whom names for people whom the RPC is for: "agent", "viewer or operator".
 func (r rule) whom() string {
@@ -130,7 +135,10 @@ type Caller struct {
 	Agent   *attest.Agent
 	Replica *replica.Record
 	Peer    *svid.Peer
-	// Expiry is when the token ends that was shown; zero: none was.
+	// UID is that of a user on the admin socket.
+	UID *uint32
+	// Token is whose token was shown; Expiry is when it ends, zero: none was.
+	Token  *oidc.Identity
 	Expiry time.Time
 	// Fault says why what was shown counts for nothing, and Refusal to programs.
 	Fault   string
@@ -179,7 +187,7 @@ func (s *Service) callerOf(ctx context.Context) *Caller {
 		if shown {
 			return TwoCredentials()
 		}
-		c.Name = fmt.Sprintf("uid:%d", info.Peer.UID)
+		c.Name, c.UID = fmt.Sprintf("uid:%d", info.Peer.UID), &info.Peer.UID
 		c.take(s.rolesOfUID(info.Peer.UID)...)
 	case tlsInfo:
 		switch {

@@ -87,7 +87,7 @@ func TestAdminRPCOfUnknownEffectIsOpenToNobody(t *testing.T) {
 	if err := table.authorize(everybody(), "/x/Y"); err == nil || !strings.Contains(err.Error(), "open to nobody") {
 		t.Errorf("authorize = %v; want that it is open to nobody", err)
 	}
-	for what, known := range map[string]rule{"reads": {callers: r.callers, roles: r.roles, reads: true}, "act": {callers: r.callers, roles: r.roles, act: "do"}} {
+	for what, known := range map[string]rule{"reads": {callers: r.callers, roles: r.roles, reads: true}, "act": {callers: r.callers, roles: r.roles, act: "do", approval: capb.Approval_APPROVAL_NONE}} {
 		if _, ok := (access{"/x/Y": known}).permits("/x/Y", everybody()); !ok {
 			t.Errorf("an RPC that says %s is open to nobody", what)
 		}

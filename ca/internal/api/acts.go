@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/approval"
 	"merlon.dev/ca/internal/audit"
 )
 
@@ -49,12 +50,20 @@ func (s door) act(ctx context.Context, method string, req any, do func(context.C
 	if err := s.hopeless(ctx, method); err != nil {
 		return s.refuse(ctx, callerFrom(ctx), audit.Record{Detail: name}, s.toStatus(ctx, err))
 	}
+	waits, err := s.waits(ctx, method, req)
+	if err != nil {
+		return s.refuse(ctx, callerFrom(ctx), audit.Record{Detail: name}, s.toStatus(ctx, err))
+	}
+	if waits {
+		do = func(ctx context.Context) error { return s.propose(ctx, method, name, req) }
+		name = "propose: " + name
+	}
 	a := newAct(name, req)
 	ctx = context.WithValue(ctx, actKey{}, a)
 	if err := s.begin(ctx, a, req); err != nil {
 		return s.toStatus(ctx, err)
 	}
-	err := do(ctx)
+	err = do(ctx)
 	if a.ended {
 		return s.toStatus(ctx, err)
 	}
@@ -155,6 +164,9 @@ func byCaller(ctx context.Context, r audit.Record) audit.Record {
 	r.Time, r.Type, r.Actor, r.Role = time.Now(), audit.Admin, caller.Name, caller.roleUsed()
 	if a := actFrom(ctx); a != nil {
 		r.Act = a.id
+	}
+	if pass := approval.From(ctx); pass != nil {
+		r.ProposedBy = pass.Proposal.By.Name
 	}
 	return r
 }

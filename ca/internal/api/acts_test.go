@@ -59,7 +59,7 @@ func newDoor(t *testing.T) (door, string) {
 func TestEveryActIsRecordedBeforeItIsDone(t *testing.T) {
 	d, path := newDoor(t)
 	operators := []role.Name{role.Operator}
-	d.access["/test.New/Paint"] = rule{callers: []capb.Caller{capb.Caller_CALLER_ADMIN}, roles: operators, act: "paint"}
+	d.access["/test.New/Paint"] = rule{callers: []capb.Caller{capb.Caller_CALLER_ADMIN}, roles: operators, act: "paint", approval: capb.Approval_APPROVAL_NONE}
 	acts := 0
 	for method, r := range d.access {
 		if !slices.Contains(r.callers, capb.Caller_CALLER_ADMIN) {

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/approval"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/entry"
@@ -45,9 +46,16 @@ func (s *Service) CreateEntry(ctx context.Context, req *capb.CreateEntryRequest)
 		return nil, err
 	}
 	key := registry.EntryPrefix + e.ID
-	res, err := s.opts.Store.Txn(ctx, []store.Cmp{{Key: key}}, []store.Op{store.Put(key, value)}, nil)
+	granted, ends, err := approval.Join(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	res, err := s.opts.Store.Txn(ctx, append(granted, store.Cmp{Key: key}), append(ends, store.Put(key, value)), nil)
 	if err != nil {
 		return nil, fmt.Errorf("store a registration entry: %w", err)
+	}
+	if !res.Succeeded && len(granted) > 0 {
+		return nil, approval.ErrEnded
 	}
 	if !res.Succeeded {
 		return nil, errors.New("store a registration entry: the random generator repeats itself")

@@ -57,7 +57,7 @@ func (s *Service) TokenCaller(ctx context.Context, token string) *Caller {
 	case err != nil:
 		c.Fault = "its bearer token is refused: " + err.Error()
 	default:
-		c.Name, c.Expiry = id.Name(), id.Expiry
+		c.Name, c.Token, c.Expiry = id.Name(), &id, id.Expiry
 		c.take(id.Roles...)
 	}
 	return c

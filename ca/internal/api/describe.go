@@ -46,11 +46,18 @@ func subjectOfRequest(m proto.Message) (r audit.Record) {
 // out.
 func describe(m proto.Message) string {
 	var b strings.Builder
-	describeMessage(&b, m.ProtoReflect())
+	describeMessage(&b, m.ProtoReflect(), inItsOwnField)
 	if b.Len() == 0 {
 		return ""
 	}
 	return " (" + b.String() + ")"
+}
+
+// describeWhole is everything that a request says; whole: it fits.
+func describeWhole(m proto.Message) (text string, whole bool) {
+	var b strings.Builder
+	describeMessage(&b, m.ProtoReflect(), nil)
+	return b.String(), b.Len() <= maxDescription
 }
 
 // inItsOwnField are those that the record has elsewhere.
@@ -58,12 +65,13 @@ var inItsOwnField = map[protoreflect.Name]bool{
 	"spiffe_id": true, "agent_id": true, "entry_id": true, "authority_id": true, "serial": true, "note": true,
 }
 
-func describeMessage(b *strings.Builder, m protoreflect.Message) {
+// describeMessage leaves out the fields in elsewhere.
+func describeMessage(b *strings.Builder, m protoreflect.Message, elsewhere map[protoreflect.Name]bool) {
 	fields := m.Descriptor().Fields()
 	first := true
 	for i := range fields.Len() {
 		fd := fields.Get(i)
-		if !m.Has(fd) || fd.Kind() == protoreflect.BytesKind || fd.IsMap() || inItsOwnField[fd.Name()] || b.Len() > maxDescription {
+		if !m.Has(fd) || fd.Kind() == protoreflect.BytesKind || fd.IsMap() || elsewhere[fd.Name()] || b.Len() > maxDescription {
 			continue
 		}
 		if !first {
@@ -72,7 +80,7 @@ func describeMessage(b *strings.Builder, m protoreflect.Message) {
 		first = false
 		b.WriteString(string(fd.Name()) + ": ")
 		if !fd.IsList() {
-			describeValue(b, fd, m.Get(fd))
+			describeValue(b, fd, m.Get(fd), elsewhere)
 			continue
 		}
 		list := m.Get(fd).List()
@@ -83,12 +91,12 @@ func describeMessage(b *strings.Builder, m protoreflect.Message) {
 			if b.Len() > maxDescription {
 				break
 			}
-			describeValue(b, fd, list.Get(j))
+			describeValue(b, fd, list.Get(j), elsewhere)
 		}
 	}
 }
 
-func describeValue(b *strings.Builder, fd protoreflect.FieldDescriptor, v protoreflect.Value) {
+func describeValue(b *strings.Builder, fd protoreflect.FieldDescriptor, v protoreflect.Value, elsewhere map[protoreflect.Name]bool) {
 	switch fd.Kind() {
 	case protoreflect.MessageKind, protoreflect.GroupKind:
 		if t, ok := v.Message().Interface().(*timestamppb.Timestamp); ok {
@@ -96,7 +104,7 @@ func describeValue(b *strings.Builder, fd protoreflect.FieldDescriptor, v protor
 			return
 		}
 		b.WriteByte('(')
-		describeMessage(b, v.Message())
+		describeMessage(b, v.Message(), elsewhere)
 		b.WriteByte(')')
 	case protoreflect.StringKind:
 		s := v.String()

@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/approval"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/replica"
@@ -154,7 +156,7 @@ func (s *Service) tryEvict(ctx context.Context, name string) (*replica.Record, [
 	if err != nil {
 		return nil, nil, 0, err
 	}
-	ops := append(step.Ops, store.Delete(replica.Prefix+name), store.Delete(replica.ProgressPrefix+name), replica.Mark())
+	ops := append(step.Ops, store.Delete(replica.Prefix+name), store.Delete(replica.ProgressPrefix+name), replica.Mark(), approval.Forget(name))
 	for _, h := range s.registry.PolicyHeads() {
 		ops = append(ops, store.Delete(rollout.SharePrefix+h.Name+"/"+name))
 	}
@@ -167,7 +169,11 @@ func (s *Service) tryEvict(ctx context.Context, name string) (*replica.Record, [
 		ops = append(ops, put)
 		revocations = append(revocations, &revocation.Record{Revocation: r, Key: key})
 	}
-	res, err := s.opts.Store.Txn(ctx, append(step.Cmps, rec.Cmp()), ops, nil)
+	granted, ends, err := approval.Join(ctx, replicaBasis(rec))
+	if err != nil {
+		return nil, nil, 0, err
+	}
+	res, err := s.opts.Store.Txn(ctx, slices.Concat(step.Cmps, []store.Cmp{rec.Cmp()}, granted), append(ops, ends...), nil)
 	if err != nil {
 		return nil, nil, 0, fmt.Errorf("evict replica %s: %w", name, err)
 	}

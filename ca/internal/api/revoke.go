@@ -16,6 +16,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/approval"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/entry"
@@ -110,9 +111,16 @@ func (s *Service) Revoke(ctx context.Context, req *capb.RevokeRequest) (*capb.Re
 	if err != nil {
 		return nil, err
 	}
-	res, err := s.opts.Store.Txn(ctx, nil, []store.Op{put}, nil)
+	granted, ends, err := approval.Join(ctx, "")
+	if err != nil {
+		return nil, err
+	}
+	res, err := s.opts.Store.Txn(ctx, granted, append(ends, put), nil)
 	if err != nil {
 		return nil, fmt.Errorf("store a revocation: %w", err)
+	}
+	if !res.Succeeded {
+		return nil, approval.ErrEnded
 	}
 	if err := s.done(ctx, audit.Record{Detail: "revoke " + subjectOf(r), Reason: r.Note, SPIFFEID: r.SPIFFEID + r.AgentID, Serial: r.Serial}); err != nil {
 		return nil, err

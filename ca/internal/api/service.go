@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/approval"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/authority"
@@ -81,7 +82,7 @@ type Authorities interface {
 	TakeFor(ctx context.Context, replica string, c rotation.Command) (revision uint64, err error)
 }
 
-// Options are the parts of a Service. All are required but UIDs, Attestors, Tokens,
+// Options are the parts of a Service. All are required but UIDs, FourEyes, Attestors, Tokens,
 // Root where the root's key is, and Realm and UpstreamAge on a nested CA.
 type Options struct {
 	TrustDomain spiffeid.TrustDomain
@@ -116,6 +117,9 @@ type Options struct {
 	// UIDs are the roles of users on the admin socket, beside root and the CA's
 	// own user.
 	UIDs map[uint32]role.Role
+	// FourEyes: acts on the CA's keys wait for a second administrator. Where one of
+	// several replicas has it, all do so (package approval).
+	FourEyes bool
 	// Attestors prove nodes, beside join tokens.
 	Attestors attest.Attestors
 	// Tokens judges the tokens of OIDC issuers; nil: none is configured.
@@ -434,6 +438,9 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 	if e, ok := errors.AsType[*attest.StandingError](err); ok {
 		return status.Error(codes.FailedPrecondition, e.Error())
 	}
+	if e, ok := errors.AsType[*approval.RefusedError](err); ok {
+		return approvalStatus(e)
+	}
 	if errors.Is(err, attest.ErrBanned) {
 		return refused(codes.PermissionDenied, refusalOf(err), err.Error())
 	}
@@ -456,6 +463,7 @@ func (s *Service) toStatus(ctx context.Context, err error) error {
 		{attest.ErrUsedEvidence, codes.PermissionDenied},
 		{store.ErrTooLarge, codes.InvalidArgument},
 		{trust.ErrContended, codes.Aborted},
+		{approval.ErrEnded, codes.Aborted},
 		{store.ErrClosed, codes.Unavailable},
 		{store.ErrReplaced, codes.Unavailable},
 		{errUnreachable, codes.Unavailable},

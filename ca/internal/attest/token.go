@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"merlon.dev/ca/internal/approval"
 	"merlon.dev/ca/internal/store"
 )
 
@@ -69,9 +70,16 @@ func storeToken(ctx context.Context, st store.Store, kind string, t storedToken,
 	if err != nil {
 		return "", fmt.Errorf("encode a token: %w", err)
 	}
-	res, err := st.Txn(ctx, []store.Cmp{{Key: key}}, []store.Op{store.Put(key, value)}, nil)
+	granted, ends, err := approval.Join(ctx, "")
+	if err != nil {
+		return "", err
+	}
+	res, err := st.Txn(ctx, append(granted, store.Cmp{Key: key}), append(ends, store.Put(key, value)), nil)
 	if err != nil {
 		return "", fmt.Errorf("store a token: %w", err)
+	}
+	if !res.Succeeded && len(granted) > 0 {
+		return "", approval.ErrEnded
 	}
 	if !res.Succeeded {
 		return "", errors.New("store a token: the random generator repeats itself")

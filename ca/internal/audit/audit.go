@@ -50,6 +50,8 @@ type Record struct {
 	Actor string `json:"actor,omitempty"`
 	// Role is that of an administrator: "operator", "registrar of /ns/shop".
 	Role string `json:"role,omitempty"`
+	// ProposedBy is the administrator who proposed it, where the actor granted it.
+	ProposedBy string `json:"proposed_by,omitempty"`
 	// SPIFFEID is whom it is about.
 	SPIFFEID string `json:"spiffe_id,omitempty"`
 	EntryID  string `json:"entry_id,omitempty"`

@@ -82,7 +82,7 @@ func (r Record) encode(now time.Time) ([]byte, error) {
 
 func (r Record) encodeCut(at int) ([]byte, error) {
 	r.Type = Type(cut(string(r.Type), at))
-	for _, field := range []*string{&r.Actor, &r.Role, &r.SPIFFEID, &r.EntryID, &r.Serial, &r.AuthorityID, &r.SignedHash, &r.Detail, &r.Reason, &r.Act} {
+	for _, field := range []*string{&r.Actor, &r.Role, &r.ProposedBy, &r.SPIFFEID, &r.EntryID, &r.Serial, &r.AuthorityID, &r.SignedHash, &r.Detail, &r.Reason, &r.Act} {
 		*field = cut(*field, at)
 	}
 	b, err := json.Marshal(r)

@@ -65,6 +65,7 @@ var program = settings.Program[Config]{
 		{Key: "health_address", Usage: "host:port of health and metrics (default " + DefaultHealthAddress + ")"},
 		{Key: "admin_socket", Usage: "path of the admin socket (default " + DefaultAdminSocket + ")"},
 		{Key: "admin_uids", Usage: "uids, separated by commas, that may use the admin socket beside root and the CA's own"},
+		{Key: "four_eyes", Usage: "let what touches the CA's keys wait for a second administrator", Switch: true},
 		{Key: "dns_names", Usage: "DNS names, separated by commas, in the CA's own certificate beside localhost"},
 		{Key: "x509_svid_ttl", Usage: "life of X509-SVIDs whose entry does not say (default 1h)"},
 		{Key: "jwt_svid_ttl", Usage: "life of JWT-SVIDs whose entry does not say (default 5m)"},

@@ -213,6 +213,11 @@ type Config struct {
 	// no flag.
 	OIDC []OIDC `yaml:"oidc"`
 
+	// FourEyes lets what touches the CA's keys, or makes an operator, wait for a second
+	// administrator. Where one of several replicas has it, all do so. Default: false,
+	// since a CA begins with one.
+	FourEyes bool `yaml:"four_eyes"`
+
 	// NodeAttestors are the kinds of evidence that prove a node, beside join
 	// tokens. They have no flag.
 	NodeAttestors NodeAttestors `yaml:"node_attestors"`

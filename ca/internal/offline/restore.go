@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"merlon.dev/ca/internal/api"
+	"merlon.dev/ca/internal/approval"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/config"
@@ -266,7 +267,8 @@ func sameTrustDomain(cfg config.Config, pairs iter.Seq2[store.KV, error]) iter.S
 
 // leaveOut decides what is dangerous to bring back when later records are lost:
 // a token that was used since would work again; a replica that was evicted
-// since would be one again, and its JWT key trusted.
+// since would be one again, and its JWT key trusted; a proposal that was granted
+// since could be granted again.
 func (r *Restored) leaveOut(cfg config.Config, pairs iter.Seq2[store.KV, error]) error {
 	var authorities, realms store.KV
 	for kv, err := range pairs {
@@ -299,7 +301,7 @@ func (r *Restored) kept(pairs iter.Seq2[store.KV, error]) iter.Seq2[store.KV, er
 	return r.withInstead(mapPairs(pairs, func(kv store.KV) (store.KV, bool, error) {
 		name, isReplica := strings.CutPrefix(kv.Key, replica.Prefix)
 		switch {
-		case attest.SingleUse(kv.Key), isReplica && slices.Contains(r.Replicas, name):
+		case attest.SingleUse(kv.Key), isReplica && slices.Contains(r.Replicas, name), strings.HasPrefix(kv.Key, approval.Prefix):
 			return kv, false, nil
 		case kv.Key == trust.AuthoritiesKey && len(r.Replicas) > 0:
 			kv, err := trust.AuthoritiesWithout(kv, r.Backup.CreatedAt, r.Replicas...)

@@ -23,6 +23,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"merlon.dev/ca/internal/api"
+	"merlon.dev/ca/internal/approval"
 	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/audit"
 	"merlon.dev/ca/internal/config"
@@ -77,7 +78,8 @@ func haStore(t *testing.T) config.Config {
 	ops = append(ops, storedAuthorities(t, rotation.Authority{ID: "key-east", Replica: "east", State: rotation.Active},
 		rotation.Authority{ID: "key-east-next", Replica: "east", State: rotation.Published}, rotation.Authority{ID: "key-ca", Replica: "ca", State: rotation.Active}))
 	ops = append(ops, store.Put("entry/1", []byte("e")), store.Put("revocation/1", []byte("r")), store.Put("agent/n1", []byte("a")),
-		store.Put("token/mrt/1", []byte("replica")), store.Put("token/new/1", []byte("of a kind to come")))
+		store.Put("token/mrt/1", []byte("replica")), store.Put("token/new/1", []byte("of a kind to come")),
+		store.Put(approval.Prefix+"proposal/1", []byte("it may have been granted since")), store.Put(approval.Prefix+"required/east", nil))
 	if _, err := st.Txn(t.Context(), nil, ops, nil); err != nil {
 		t.Fatal(err)
 	}

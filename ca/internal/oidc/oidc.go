@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/url"
 	"slices"
 	"strings"
@@ -117,8 +118,10 @@ func checkURL(text string) error {
 type Identity struct {
 	Issuer, Subject string
 	Expiry          time.Time
-	// Roles are those of the rules that match, in their order.
-	Roles []role.Role
+	// Roles are those of the rules that match, in their order, and Matched the
+	// claims that those rules ask for.
+	Roles   []role.Role
+	Matched []map[string]string
 }
 
 // Name is the holder for audit and errors.
@@ -195,15 +198,34 @@ func (v *Verifier) Verify(ctx context.Context, token string, now time.Time) (Ide
 	return iss.judge(claims, now)
 }
 
-// roles are those of the rules that claims match.
-func (i Issuer) roles(claims map[string]any) []role.Role {
-	var roles []role.Role
+// Still are the roles that rules of issuer give for exactly the claims in matched,
+// which a token had earlier: what is left of its roles when only the configuration
+// is asked.
+func (v *Verifier) Still(issuer string, matched []map[string]string) (roles []role.Role) {
+	i, ok := v.issuers[issuer]
+	if !ok {
+		return nil
+	}
 	for _, r := range i.Rules {
-		if r.matches(claims) && !slices.Contains(roles, r.Role) {
+		if slices.ContainsFunc(matched, func(claims map[string]string) bool { return maps.Equal(claims, r.Claims) }) {
 			roles = append(roles, r.Role)
 		}
 	}
 	return roles
+}
+
+// matching are the roles of the rules that claims match, and what those ask for.
+func (i Issuer) matching(claims map[string]any) (roles []role.Role, matched []map[string]string) {
+	for _, r := range i.Rules {
+		if !r.matches(claims) {
+			continue
+		}
+		matched = append(matched, r.Claims)
+		if !slices.Contains(roles, r.Role) {
+			roles = append(roles, r.Role)
+		}
+	}
+	return roles, matched
 }
 
 // matches: an address that nobody has verified is whatever its owner typed.

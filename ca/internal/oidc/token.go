@@ -122,7 +122,8 @@ func (i Issuer) judge(claims map[string]any, now time.Time) (Identity, error) {
 	if err != nil {
 		return Identity{}, err
 	}
-	return Identity{Issuer: i.URL, Subject: sub, Expiry: exp, Roles: i.roles(claims)}, nil
+	roles, matched := i.matching(claims)
+	return Identity{Issuer: i.URL, Subject: sub, Expiry: exp, Roles: roles, Matched: matched}, nil
 }
 
 func unprintable(r rune) bool { return r < ' ' || r > '~' }

@@ -107,6 +107,20 @@ func (s Set) active(place slot) *Authority {
 	return nil
 }
 
+// Standing says, for people and to be compared, where the authority with the given
+// ID stands, and what signs in its place; empty: there is none.
+func (s Set) Standing(id string) string {
+	a, ok := s.Get(id)
+	if !ok {
+		return ""
+	}
+	text := fmt.Sprintf("%s %s of %s is %s since %s", a.Kind, a.ID, a.Replica, a.State, a.Since[a.State].UTC().Format(time.RFC3339Nano))
+	if signs := s.active(a.slot()); signs != nil && signs.ID != id {
+		text += ", and " + signs.ID + " signs"
+	}
+	return text
+}
+
 // slot is where exactly one authority signs: one root in all, one JWT key for
 // each replica.
 type slot struct {
