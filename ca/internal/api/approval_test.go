@@ -6,6 +6,7 @@ import (
 	"context"
 	"os"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -83,12 +84,39 @@ func TestMayWaitIsForWhatWaits(t *testing.T) {
 	}
 }
 
+// The door of GrantProposal lets in nobody else; the second look is at the act.
+func TestMayGrantIsForThoseWhoMayDoIt(t *testing.T) {
+	s := &Service{access: accessTable()}
+	p, err := approval.New(approval.Terms{Method: capb.Admin_TaintAuthority_FullMethodName, By: approval.Person{Principal: "ann"}}, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[role.Name]codes.Code{role.Operator: codes.OK, role.Viewer: codes.PermissionDenied, role.Registrar: codes.PermissionDenied} {
+		c := &Caller{Name: "uid:4100", UID: new(uint32(4100))}
+		c.take(role.Role{Name: name})
+		if _, err := s.mayGrant(c, p); status.Code(err) != want {
+			t.Errorf("%s: %v; want %s", name, err, want)
+		}
+	}
+}
+
+// A replica does what it is configured to, also where it could not write so down.
+func TestWaitsAsConfiguredWhateverTheStoreSays(t *testing.T) {
+	d, _ := newDoor(t)
+	for _, on := range []bool{false, true} {
+		d.opts.FourEyes = on
+		if got, err := d.waits(t.Context(), capb.Admin_TaintAuthority_FullMethodName, &capb.TaintAuthorityRequest{}); err != nil || got != on {
+			t.Errorf("with four_eyes: %v: waits: %v, %v", on, got, err)
+		}
+	}
+}
+
 // A registrar, and a stream, propose nothing: they are refused.
 func TestProposesNothingForThoseWhoMayNot(t *testing.T) {
 	d, _ := newDoor(t)
 	d.opts.FourEyes = true
 	ctx := func(r role.Role) context.Context {
-		c := &Caller{Name: "spiffe://shop.test/r", Using: []role.Role{r}}
+		c := &Caller{Name: "uid:4100", UID: new(uint32(4100)), Using: []role.Role{r}}
 		return context.WithValue(t.Context(), callerKey{}, c)
 	}
 	req := &capb.RevokeRequest{Subject: &capb.RevokeRequest_AuthorityId{AuthorityId: "ab"}}
