@@ -153,8 +153,8 @@ func (o *ownSVID) run(ctx context.Context, log *slog.Logger) error {
 	}
 }
 
-// waitUntilDue returns at renewAt, or when a revocation concerns the SVID, or a
-// root took over from its root.
+// waitUntilDue returns at renewAt, or when a revocation concerns the SVID, a root took
+// over from its root, or by the clock, which was set, the SVID is not valid yet.
 func (o *ownSVID) waitUntilDue(ctx context.Context) {
 	for ctx.Err() == nil {
 		seen := o.registry.Revision() // before the look: no revocation is missed
@@ -171,5 +171,7 @@ func (o *ownSVID) waitUntilDue(ctx context.Context) {
 func (o *ownSVID) due(now time.Time) bool {
 	current := o.current.Load()
 	_, revoked := o.registry.Revoked(current.peer)
-	return revoked || !now.Before(current.renewAt) || !current.root.Equal(o.keys.X509().Root)
+	// Made by a clock that was ahead, and is right again: nobody takes it.
+	early := slices.ContainsFunc(current.svid.Certificates, func(c *x509.Certificate) bool { return now.Before(c.NotBefore) })
+	return revoked || early || !now.Before(current.renewAt) || !current.root.Equal(o.keys.X509().Root)
 }

@@ -29,7 +29,7 @@ func TestOwnSVIDIsDueAtHalfLife(t *testing.T) {
 	if n := recorded(t, log, `"serial":"`+p.own.current.Load().peer.SerialHex); n != 1 {
 		t.Errorf("%d audit records of the own SVID; want 1", n)
 	}
-	for after, want := range map[time.Duration]bool{0: false, 29 * time.Minute: false, 30*time.Minute + 2*time.Second: true, 2 * time.Hour: true} {
+	for after, want := range map[time.Duration]bool{-time.Hour: true, 0: false, 29 * time.Minute: false, 30*time.Minute + 2*time.Second: true, 2 * time.Hour: true} {
 		if got := p.own.due(time.Now().Add(after)); got != want {
 			t.Errorf("due(%s) = %t; want %t", after, got, want)
 		}

@@ -47,6 +47,9 @@ func (k *Keys) intermediateTemplate(now time.Time) (*x509.Certificate, error) {
 	if !now.Before(root.NotAfter) {
 		return nil, fmt.Errorf("the root ended at %s", root.NotAfter.Format(time.RFC3339))
 	}
+	if now.Before(root.NotBefore) {
+		return nil, fmt.Errorf("the clock says %s, and the root begins at %s: set the clock right", now.UTC().Format(time.RFC3339), root.NotBefore.Format(time.RFC3339))
+	}
 	template, err := k.caTemplate("intermediate", now, k.cfg.IntermediateTTL)
 	if err != nil {
 		return nil, err

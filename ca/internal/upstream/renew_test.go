@@ -68,6 +68,17 @@ func TestIntermediateMadeUnderAnotherClockIsReplaced(t *testing.T) {
 	}
 }
 
+// By a clock that is behind the root nothing is valid, and an intermediate would end
+// before it begins: each look made another one.
+func TestNoIntermediateIsMadeBeforeItsRoot(t *testing.T) {
+	k := open(t, config(t))
+	before := k.X509()
+	renewed, err := k.RenewIntermediate(t.Context(), time.Now().Add(-365*24*time.Hour))
+	if renewed || err == nil || !strings.Contains(err.Error(), "set the clock right") || k.X509() != before {
+		t.Errorf("RenewIntermediate a year before the root = %t, %v; want an error, and the one at hand kept", renewed, err)
+	}
+}
+
 func TestIntermediateEndsWithTheRoot(t *testing.T) {
 	cfg := config(t)
 	cfg.RootTTL = time.Hour
