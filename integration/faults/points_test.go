@@ -58,7 +58,7 @@ var points = []point{
 	{"audit log: next file made, not linked", "ca/internal/audit/segment.go", "\tif err := os.Link(l.path, name); err != nil {\n", false, atWork},
 	{"audit log: file has both names", "ca/internal/audit/segment.go", "\tif err := os.Rename(next.Name(), l.path); err != nil {\n", false, atWork},
 	{"audit log: next file in place, not in use", "ca/internal/audit/segment.go", "\tl.turn(w, next)\n", false, atWork},
-	{"act: begun in the log, not done", "ca/internal/api/acts.go", "\terr := do(ctx)\n\tif a.ended {\n", false, atWork},
+	{"act: begun in the log, not done", "ca/internal/api/acts.go", "\terr = do(ctx)\n\tif a.ended {\n", false, atWork},
 	{"entry: stored, not in the log", "ca/internal/api/admin.go", "\te.Revision = res.Revision\n\tif err := s.done(ctx, audit.Record{Detail: \"create entry\"", false, atWork},
 	{"SVID: signed, not in the log", "ca/internal/api/node.go", "\t// No SVID leaves before all records are on disk", false, atWork},
 	{"SVID: in the log, not sent", "ca/internal/api/node.go", "\treturn resp, nil\n}\n\n// signing is one Sign call", false, atWork},

@@ -279,8 +279,11 @@ func (w *World) Kill(fault string, bound time.Duration) {
 func (w *World) RestartCA(bound time.Duration) {
 	w.tb.Helper()
 	w.CA.Restart()
-	w.Until("the CA is ready", bound, func() error { return stage.Ready(w.cas[0].health) })
+	w.Until("the CA is ready", bound, w.CAReady)
 }
+
+// CAReady is nil when the CA says that it is.
+func (w *World) CAReady() error { return stage.Ready(w.cas[0].health) }
 
 // Admin is the admin API of a CA.
 func (w *World) Admin(ca int) capb.AdminClient { return w.cas[ca].admin }
