@@ -36,10 +36,17 @@ type rogue struct {
 	srv *http.Server
 
 	mu sync.Mutex // guards what follows
-	// now is served; of it came connections, and asked requests for bundlePath.
-	now         answer
+	// now is served to connections that begin; of it came connections, and asked
+	// requests for bundlePath.
+	now         *answer
 	came, asked int
 }
+
+// visit is one connection. What was served when it began goes for all of it: a page
+// must not come over a connection whose certificate is that of the answer before.
+type visit struct{ of *answer }
+
+type visitKey struct{}
 
 // startRogue serves at host until ctx ends.
 func startRogue(ctx context.Context, host string, td spiffeid.TrustDomain) (*rogue, error) {
@@ -52,6 +59,9 @@ func startRogue(ctx context.Context, host string, td spiffeid.TrustDomain) (*rog
 		Handler: s, ReadHeaderTimeout: patience, ErrorLog: log.New(io.Discard, "", 0),
 		TLSConfig:    &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: s.certificate},
 		TLSNextProto: map[string]func(*http.Server, *tls.Conn, http.Handler){}, // HTTP/1.1: a visit is a connection
+	}
+	s.srv.ConnContext = func(ctx context.Context, _ net.Conn) context.Context {
+		return context.WithValue(ctx, visitKey{}, new(visit))
 	}
 	s.srv.SetKeepAlivesEnabled(false)
 	go func() { _ = s.srv.ServeTLS(lis, "", "") }() // it ends with close
@@ -71,15 +81,18 @@ func (s *rogue) base() string { return "https://" + s.lis.Addr().String() }
 func (s *rogue) serve(a answer) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.now, s.came, s.asked = a, 0, 0
+	s.now, s.came, s.asked = &a, 0, 0
 }
 
 // certificate implements tls.Config.GetCertificate.
-func (s *rogue) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+func (s *rogue) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.now.certs) == 0 {
+	if s.now == nil || len(s.now.certs) == 0 {
 		return nil, errors.New("nothing is served yet")
+	}
+	if v, ok := hello.Context().Value(visitKey{}).(*visit); ok {
+		v.of = s.now
 	}
 	cert := s.now.certs[s.came%len(s.now.certs)]
 	s.came++
@@ -88,12 +101,17 @@ func (s *rogue) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 
 // ServeHTTP implements http.Handler.
 func (s *rogue) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	v, ok := r.Context().Value(visitKey{}).(*visit)
+	if !ok || v.of == nil {
+		http.Error(w, "nothing was served when this connection began", http.StatusServiceUnavailable)
+		return
+	}
 	s.mu.Lock()
-	page, ok := s.now.pages[r.URL.Path]
-	if r.URL.Path == bundlePath {
+	if v.of == s.now && r.URL.Path == bundlePath {
 		s.asked++
 	}
 	s.mu.Unlock()
+	page, ok := v.of.pages[r.URL.Path]
 	if !ok {
 		http.NotFound(w, r)
 		return

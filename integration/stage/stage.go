@@ -9,8 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -258,31 +256,6 @@ func Eventually(tb testing.TB, what string, check func() error) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	tb.Fatalf("%s: still %v after a minute", what, err)
-}
-
-// given holds the ports that FreePort has returned.
-var given sync.Map
-
-// FreePort returns a loopback port that was free a moment ago. It lies below
-// those that the kernel gives to outgoing connections, which would take it
-// before whoever it is for.
-func FreePort(tb testing.TB) int {
-	tb.Helper()
-	const lowest, highest = 10_240, 32_767
-	for range 1000 {
-		port := lowest + rand.IntN(highest-lowest+1)
-		if _, taken := given.LoadOrStore(port, true); taken {
-			continue
-		}
-		lis, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if err != nil {
-			continue // somebody has it
-		}
-		lis.Close()
-		return port
-	}
-	tb.Fatalf("no port between %d and %d of 127.0.0.1 is free", lowest, highest)
-	return 0
 }
 
 // Buffer collects what a process writes while tests read it. It is safe for
