@@ -4,7 +4,6 @@
 package ca_test
 
 import (
-	"bytes"
 	"crypto/x509"
 	"encoding/pem"
 	"log/slog"
@@ -88,17 +87,16 @@ func TestLostUpstreamKeyIsNoticedAtOnce(t *testing.T) {
 	noticed(c)
 	c.agent("n1") // it goes on meanwhile
 	c.stop()
-	var log bytes.Buffer
+	var log sink
 	c = startCA(t, dir, onDisk, func(cfg *ca.Config) { cfg.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
 	noticed(c)
+	eventually(t, "the log says so", func() bool {
+		return strings.Contains(log.String(), "upkeep failed") && strings.Contains(log.String(), cfg.UpstreamKeyFile)
+	})
 	if err := os.Rename(aside, cfg.UpstreamKeyFile); err != nil {
 		t.Fatal(err)
 	}
 	if code, body := c.get("/ready"); code != http.StatusOK {
 		t.Errorf("/ready with the key back = %d %s", code, body)
-	}
-	c.stop()
-	if !strings.Contains(log.String(), "upkeep failed") || !strings.Contains(log.String(), cfg.UpstreamKeyFile) {
-		t.Errorf("the log does not say so: %s", log.String())
 	}
 }
