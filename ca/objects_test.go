@@ -7,15 +7,12 @@ package ca_test
 import (
 	"bytes"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"text/tabwriter"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/encoding"
@@ -131,19 +128,7 @@ func TestObjectMatrix(t *testing.T) {
 	if err := table.Flush(); err != nil {
 		t.Fatal(err)
 	}
-	golden := filepath.Join("testdata", "objects.golden")
-	if *update {
-		if err := os.WriteFile(golden, out.Bytes(), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(golden)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), out.String()); diff != "" {
-		t.Errorf("who may do what to what has changed; if that is meant, go test ./ca -run TestObjectMatrix -update, and let the table be reviewed (-want +got):\n%s", diff)
-	}
+	reviewed(t, "objects.golden", "who may do what to what", out.String())
 }
 
 // namesObjects fails where an RPC for administrators is about an entry or a SPIFFE ID and

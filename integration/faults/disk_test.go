@@ -33,7 +33,7 @@ func losePower(r *run) {
 	w.Work(r.size(4, 32))
 	time.Sleep(500 * time.Millisecond)
 	w.Deny()
-	if r.full { // README.md: one start in some hundred refuses, and why is not known yet
+	if r.full { // README.md: one start in some hundred refuses
 		cutPower(r, w, disk, 200)
 	}
 	failSyncs(r, w)
