@@ -68,8 +68,8 @@ func ofPolicy(r policy.Reason) bool {
 	return false
 }
 
-// forgetAnswers has the agent asked again: it may know of a revocation that stands
-// before the policy.
+// forgetAnswers has the agent asked again: it may know of what stands before the policy,
+// and is not known here.
 func (id *Identity) forgetAnswers() {
 	for {
 		was := id.programs.Load()

@@ -116,6 +116,18 @@ func TestOnlyThePolicysOwnAnswersAreKept(t *testing.T) {
 	}
 }
 
+// revoked has the agent tell of a revocation of name, or of one that is not understood.
+func revoked(name string) func(*Identity) {
+	return func(id *Identity) {
+		rec := &agentpb.Revocation{BeforeRevision: 1}
+		if name != "" {
+			rec.Subject = &agentpb.Revocation_SpiffeId{SpiffeId: name}
+		}
+		id.revocations.Store((*svid.Revocations)(nil))
+		id.revoke(context.Background(), &agentpb.WatchResponse{Revocations: []*agentpb.Revocation{rec}})
+	}
+}
+
 func TestAnswersEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for name, tt := range map[string]struct {
@@ -123,16 +135,15 @@ func TestAnswersEnd(t *testing.T) {
 			after  time.Duration
 			asked  int
 		}{
-			"nothing happens":          {func(*Identity) {}, time.Minute - 1, 1},
-			"a grant ends":             {func(*Identity) {}, time.Minute, 2},
-			"another generation":       {func(id *Identity) { id.version.Store(8); id.versionSince.Store(steady(time.Now()).UnixNano()) }, lag, 2},
-			"a generation that is new": {func(id *Identity) { id.version.Store(8); id.versionSince.Store(steady(time.Now()).UnixNano()) }, lag - 1, 1},
-			"the policy comes again":   {func(id *Identity) { id.takePrograms(t.Context(), &agentpb.WatchPolicyResponse{}) }, 0, 2},
-			"a revocation": {func(id *Identity) {
-				id.revocations.Store((*svid.Revocations)(nil))
-				id.revoke(t.Context(), &agentpb.WatchResponse{Revocations: []*agentpb.Revocation{{Subject: &agentpb.Revocation_SpiffeId{SpiffeId: "spiffe://sdktest.test/eve"}, BeforeRevision: 1}}})
-			}, 0, 2},
-			"revocations are stale": {func(id *Identity) { id.denyAfter.Store(1); id.revocationsAsOf.Store(1) }, 0, 2},
+			"nothing happens":                     {func(*Identity) {}, time.Minute - 1, 1},
+			"a grant ends":                        {func(*Identity) {}, time.Minute, 2},
+			"another generation":                  {func(id *Identity) { id.version.Store(8); id.versionSince.Store(steady(time.Now()).UnixNano()) }, lag, 2},
+			"a generation that is new":            {func(id *Identity) { id.version.Store(8); id.versionSince.Store(steady(time.Now()).UnixNano()) }, lag - 1, 1},
+			"the policy comes again":              {func(id *Identity) { id.takePrograms(t.Context(), &agentpb.WatchPolicyResponse{}) }, 0, 2},
+			"a revocation":                        {revoked("spiffe://sdktest.test/web"), 0, 2},
+			"a revocation of somebody else":       {revoked("spiffe://sdktest.test/eve"), 0, 1},
+			"a revocation that is not understood": {revoked(""), 0, 2},
+			"revocations are stale":               {func(id *Identity) { id.denyAfter.Store(1); id.revocationsAsOf.Store(1) }, 0, 2},
 		} {
 			begun := time.Now()
 			id, agent := asking(t, begun.Add(time.Minute).UnixNano())

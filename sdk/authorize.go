@@ -8,11 +8,13 @@ import (
 	"context"
 	"crypto/tls"
 	"log/slog"
+	"math/big"
 	"sync"
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -37,7 +39,7 @@ func (id *Identity) Authorize(ctx context.Context, in *policy.Input) policy.Deci
 	if in == nil {
 		return policy.Deny(policy.BadRequest)
 	}
-	d := id.enforce(ctx, in, id.authorize(ctx, in, time.Now()))
+	d := id.enforce(ctx, in, id.authorize(ctx, in, time.Now(), id.concerns(in)))
 	id.tell(ctx, in, d)
 	return d
 }
@@ -58,7 +60,9 @@ func (id *Identity) logDenied(ctx context.Context, in *policy.Input, d policy.De
 	id.denials.log(ctx, id.log, "call denied", attrs...)
 }
 
-func (id *Identity) authorize(ctx context.Context, in *policy.Input, now time.Time) policy.Decision {
+// authorize has the policy decide. suspect: the caller's SVID may be withdrawn, so that
+// what was answered before does not count.
+func (id *Identity) authorize(ctx context.Context, in *policy.Input, now time.Time, suspect bool) policy.Decision {
 	if in.Source == "" {
 		return id.refused(in, policy.NoIdentity)
 	}
@@ -73,7 +77,7 @@ func (id *Identity) authorize(ctx context.Context, in *policy.Input, now time.Ti
 	if p := id.program(in.Destination, now); p != nil {
 		return id.decideHere(p, in, now)
 	}
-	if a := id.answers(in.Destination, now); a != nil {
+	if a := id.answers(in.Destination, now); a != nil && !suspect {
 		return id.decideKept(ctx, a, in, now)
 	}
 	return id.askAgent(ctx, in)
@@ -224,7 +228,7 @@ func (id *Identity) decide(ctx context.Context, conn *liveConn, in *policy.Input
 		reason = policy.NoIdentity
 	case !now.Before(conn.peer.NotAfter):
 		reason = policy.Expired
-	case id.isRevoked(conn.peer):
+	case id.isRevoked(conn):
 		reason = policy.Revoked
 	case in.Protocol != policy.TCP:
 		// Enforcement points have checked it; one that forgets fails here.
@@ -233,7 +237,7 @@ func (id *Identity) decide(ctx context.Context, conn *liveConn, in *policy.Input
 		}
 	}
 	if reason == policy.Allowed {
-		return id.enforce(ctx, in, id.authorize(ctx, in, now))
+		return id.enforce(ctx, in, id.authorize(ctx, in, now, false))
 	}
 	d := id.refused(in, reason)
 	id.logDenied(ctx, in, d, err)
@@ -277,9 +281,37 @@ func (id *Identity) fill(in *policy.Input, conn *liveConn) {
 	}
 }
 
-func (id *Identity) isRevoked(peer *svid.Peer) bool {
-	_, revoked := id.revocations.Load().Concerning(peer)
+// isRevoked says whether the peer's X509-SVID is withdrawn now. A set that has been looked
+// at for this connection is not looked at again.
+func (id *Identity) isRevoked(conn *liveConn) bool {
+	set := id.revocations.Load()
+	if conn.cleared.Load() == set {
+		return false
+	}
+	_, revoked := set.Concerning(conn.peer)
+	if !revoked {
+		conn.cleared.Store(set)
+	}
 	return revoked
+}
+
+// concerns says whether a revocation may be about the caller, of which no connection is
+// known here: one without a readable serial number is concerned by all that name it.
+func (id *Identity) concerns(in *policy.Input) bool {
+	set := id.revocations.Load()
+	if set.Len() == 0 {
+		return false
+	}
+	caller, err := spiffeid.FromString(in.Source)
+	if err != nil {
+		return true
+	}
+	peer := &svid.Peer{ID: caller, SerialHex: in.SourceSerial}
+	if n, ok := new(big.Int).SetString(in.SourceSerial, 16); ok {
+		peer.Serial, peer.OurSerial = svid.SerialFromBig(n)
+	}
+	_, concerned := set.Concerning(peer)
+	return concerned
 }
 
 // Refuse is the denial, for BAD_REQUEST, of a call that is too malformed to be

@@ -60,7 +60,7 @@ func TestRevocationsOutliveAClockThatIsAhead(t *testing.T) {
 		Subject:   &agentpb.Revocation_SpiffeId{SpiffeId: peer.ID.String()},
 		ExpiresAt: timestamppb.New(time.Now().Add(-time.Hour)),
 	}}})
-	if !id.isRevoked(peer) {
+	if !id.isRevoked(&liveConn{peer: peer}) {
 		t.Error("a revocation that ended an hour ago is forgotten")
 	}
 }

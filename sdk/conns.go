@@ -53,6 +53,7 @@ type liveConn struct {
 	authorities   []string  // that vouch for what this side has presented; as in svid.Peer
 	trust         uint64    // the generation of trust bundles by which the peer was verified
 	cut           atomic.Bool
+	cleared       atomic.Pointer[svid.Revocations] // the last set that does not concern peer
 	// drain is from when on the peer is asked to come back anew, by the steady clock in
 	// Unix nanoseconds, and onDrain who is told of it on this side; nil: nobody, any more.
 	drain   atomic.Int64

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -33,6 +34,9 @@ const silence = 45 * time.Second
 // that they can concern: by a clock which is ahead, and will be set right, that may be
 // still to come.
 const keepRevocations = 24 * time.Hour
+
+// pruneEvery is how often they are looked through for such.
+const pruneEvery = time.Minute
 
 // errBadAnswer marks messages of the agent that are discarded.
 var errBadAnswer = errors.New("the agent's answer is malformed")
@@ -276,34 +280,34 @@ func (id *Identity) notePolicy(ctx context.Context, res *agentpb.WatchResponse) 
 
 // revoke takes a message in and cuts the connections that it concerns.
 func (id *Identity) revoke(ctx context.Context, res *agentpb.WatchResponse) {
-	now := time.Now()
-	var records []svid.Revocation
-	for _, pb := range res.GetRevocations() {
-		rec := revocationOf(pb)
-		if err := rec.Validate(); err != nil {
-			id.log.LogAttrs(ctx, slog.LevelError, "revocation not understood", slog.Any("err", err))
-			continue
-		}
-		records = append(records, rec)
-	}
+	records, unknown := id.recordsOf(ctx, res.GetRevocations())
 	known := id.revocations.Load()
 	// A complete list replaces what is known, but not one of an agent that has
 	// not heard from the CA since its start: what it forgot is still revoked.
 	if res.GetReset_() && res.GetRevocationsAsOf() != nil {
 		known = nil
 	}
-	if len(records) > 0 || known == nil || known.Len() > 0 {
-		known = known.With(records...).Prune(now.Add(-keepRevocations))
-		id.revocations.Store(known)
+	if len(records) > 0 || known == nil {
+		known = known.With(records...)
 	}
+	if now := time.Now(); now.Sub(id.pruned) >= pruneEvery {
+		known, id.pruned = known.Prune(now.Add(-keepRevocations)), now
+	}
+	id.revocations.Store(known)
 	id.ready.haveRevocations()
+	if unknown || slices.ContainsFunc(records, func(r svid.Revocation) bool { return r.AuthorityID != "" }) {
+		// Revocations are looked at after each chain, and before each answer that was
+		// kept: this is for good measure, and for what only the agent understands.
+		id.current.Load().trust.Forget()
+		id.forgetAnswers()
+	}
 	if len(records) == 0 {
 		return
 	}
-	id.forgetAnswers()
-	id.current.Load().trust.Forget() // revocations are looked at after each chain; this is for good measure
+	// What was known before does not concern any connection: see enter.
+	added := svid.NewRevocations(records)
 	n := id.conns.cutWhere(func(c *liveConn) string {
-		if _, ok := known.Concerning(c.peer); ok {
+		if _, ok := added.Concerning(c.peer); ok {
 			return "the peer's X509-SVID is revoked"
 		}
 		return ""
@@ -311,6 +315,21 @@ func (id *Identity) revoke(ctx context.Context, res *agentpb.WatchResponse) {
 	if n > 0 {
 		id.log.LogAttrs(ctx, slog.LevelWarn, "revoked peers cut off", slog.Int("connections_cut", n))
 	}
+}
+
+// recordsOf reads records, and says whether there are such as are not understood.
+func (id *Identity) recordsOf(ctx context.Context, pbs []*agentpb.Revocation) (records []svid.Revocation, unknown bool) {
+	records = make([]svid.Revocation, 0, len(pbs))
+	for _, pb := range pbs {
+		rec := revocationOf(pb)
+		if err := rec.Validate(); err != nil {
+			id.log.LogAttrs(ctx, slog.LevelError, "revocation not understood", slog.Any("err", err))
+			unknown = true
+			continue
+		}
+		records = append(records, rec)
+	}
+	return records, unknown
 }
 
 func revocationOf(pb *agentpb.Revocation) svid.Revocation {

@@ -36,6 +36,7 @@ type Identity struct {
 
 	current     atomic.Pointer[current]
 	revocations atomic.Pointer[svid.Revocations]
+	pruned      time.Time // when they were looked through last; of the goroutine that follows them
 	tainted     atomic.Pointer[taint]
 	programs    atomic.Pointer[programs]
 	report      *report

@@ -6,6 +6,7 @@
 package svid
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math/big"
@@ -85,13 +86,29 @@ func (r Revocation) subject() subject {
 
 // Revocations is an immutable set, safe for concurrent use. The zero value and
 // nil are the empty set.
+//
+// The records are in layers, each more than merge times as large as the next: a
+// record that is added costs a share of a few moves, whatever the set holds, and a
+// look-up looks into few.
 type Revocations struct {
+	layers []*layer // the oldest, and largest, first
+	count  int      // of different records
+	// first is when the first record expires; zero: none does.
+	first time.Time
+}
+
+// merge is how many times the size of what follows it a layer keeps being one.
+const merge = 8
+
+// layer is some of the records with their indexes. It does not change once it is in
+// a set.
+type layer struct {
 	records []Revocation
 
 	bySPIFFEID  map[string][]int // SPIFFE ID, also of agents → positions in records
 	byAgent     map[uint64][]int // handle → positions
 	byAuthority map[string][]int
-	bySerial    map[string]int
+	bySerial    map[string][]int
 }
 
 // NewRevocations makes the set of these records. Of two which differ in note
@@ -102,50 +119,117 @@ func NewRevocations(records []Revocation) *Revocations {
 
 // With gives the set with these records added. The receiver does not change.
 func (r *Revocations) With(added ...Revocation) *Revocations {
-	out := &Revocations{
-		bySPIFFEID:  make(map[string][]int),
-		byAgent:     make(map[uint64][]int),
-		byAuthority: make(map[string][]int),
-		bySerial:    make(map[string]int),
+	out := &Revocations{}
+	if r != nil {
+		*out = *r
 	}
-	at := make(map[subject]int)
-	for _, rec := range slices.Concat(r.All(), added) {
+	top := &layer{}
+	for _, rec := range added {
 		rec.Serial = strings.ToLower(rec.Serial)
-		i, known := at[rec.subject()]
-		if known {
-			if outlives(rec, out.records[i]) {
-				out.records[i] = rec
-			}
+		known, ok := out.known(rec)
+		if ok && !outlives(rec, known) {
 			continue
 		}
-		at[rec.subject()] = len(out.records)
-		out.records = append(out.records, rec)
-		out.index(len(out.records) - 1)
+		if fresh := top.add(rec); fresh && !ok {
+			out.count++
+		}
+		if !rec.ExpiresAt.IsZero() && (out.first.IsZero() || rec.ExpiresAt.Before(out.first)) {
+			out.first = rec.ExpiresAt
+		}
 	}
+	if len(top.records) == 0 {
+		return out
+	}
+	below := len(out.layers)
+	size := len(top.records)
+	for below > 0 && len(out.layers[below-1].records) <= merge*size {
+		below--
+		size += len(out.layers[below].records)
+	}
+	if merged := out.layers[below:]; len(merged) > 0 {
+		top = merged[0].with(size, append(slices.Clone(merged[1:]), top)...)
+	}
+	out.layers = append(slices.Clone(out.layers[:below]), top)
 	return out
+}
+
+// known is the newest record of the same subject.
+func (r *Revocations) known(rec Revocation) (Revocation, bool) {
+	for _, l := range slices.Backward(r.layers) {
+		if i, ok := l.find(rec); ok {
+			return l.records[i], true
+		}
+	}
+	return Revocation{}, false
 }
 
 func outlives(a, b Revocation) bool {
 	return !b.ExpiresAt.IsZero() && (a.ExpiresAt.IsZero() || a.ExpiresAt.After(b.ExpiresAt))
 }
 
-func (r *Revocations) index(i int) {
-	rec := r.records[i]
+// with is a new layer of what l and newer ones hold, size records at most.
+func (l *layer) with(size int, newer ...*layer) *layer {
+	out := &layer{records: make([]Revocation, 0, size)}
+	for _, from := range append([]*layer{l}, newer...) {
+		for _, rec := range from.records {
+			out.add(rec)
+		}
+	}
+	return out
+}
+
+// add puts a record in, in the place of one of the same subject that it outlives, and
+// says whether there was none.
+func (l *layer) add(rec Revocation) (fresh bool) {
+	if i, ok := l.find(rec); ok {
+		if outlives(rec, l.records[i]) {
+			l.records[i] = rec
+		}
+		return false
+	}
+	i := len(l.records)
+	l.records = append(l.records, rec)
 	if rec.SPIFFEID != "" {
-		r.bySPIFFEID[rec.SPIFFEID] = append(r.bySPIFFEID[rec.SPIFFEID], i)
+		put(&l.bySPIFFEID, rec.SPIFFEID, i)
 	}
 	if rec.AgentID != "" {
-		r.bySPIFFEID[rec.AgentID] = append(r.bySPIFFEID[rec.AgentID], i)
+		put(&l.bySPIFFEID, rec.AgentID, i)
 		if rec.AgentHandle != 0 {
-			r.byAgent[rec.AgentHandle] = append(r.byAgent[rec.AgentHandle], i)
+			put(&l.byAgent, rec.AgentHandle, i)
 		}
 	}
 	if rec.AuthorityID != "" {
-		r.byAuthority[rec.AuthorityID] = append(r.byAuthority[rec.AuthorityID], i)
+		put(&l.byAuthority, rec.AuthorityID, i)
 	}
 	if rec.Serial != "" {
-		r.bySerial[rec.Serial] = i
+		put(&l.bySerial, rec.Serial, i)
 	}
+	return true
+}
+
+// put enters a position; most sets have records of one kind, and one map.
+func put[K comparable](m *map[K][]int, key K, position int) {
+	if *m == nil {
+		*m = make(map[K][]int)
+	}
+	(*m)[key] = append((*m)[key], position)
+}
+
+// find is the position of the record of the same subject.
+func (l *layer) find(rec Revocation) (int, bool) {
+	if at := l.bySerial[rec.Serial]; len(at) > 0 {
+		return at[0], true
+	}
+	positions := l.byAuthority[rec.AuthorityID]
+	if name := cmp.Or(rec.SPIFFEID, rec.AgentID); name != "" {
+		positions = l.bySPIFFEID[name]
+	}
+	for _, i := range positions {
+		if l.records[i].subject() == rec.subject() {
+			return i, true
+		}
+	}
+	return 0, false
 }
 
 // Concerning gives a record that withdraws the peer's X509-SVID. A nil peer is
@@ -176,36 +260,46 @@ type document struct {
 }
 
 func (r *Revocations) concerning(d document) (Revocation, bool) {
-	if r == nil || len(r.records) == 0 {
+	if r == nil || len(r.layers) == 0 {
 		return Revocation{}, false
 	}
-	if i, ok := r.bySerial[d.serialHex]; ok {
-		return r.records[i], true
-	}
-	if rec, ok := r.firstBefore(r.bySPIFFEID[d.id.String()], d); ok {
-		return rec, true
-	}
-	if d.ours {
-		for _, i := range r.byAgent[d.serial.Agent] {
-			// Another authority's number may begin with the handle by chance: the
-			// agents of a trust domain obtain SVIDs of that trust domain only.
-			if rec := r.records[i]; before(rec, d) && sameTrustDomain(rec.AgentID, d.id) {
-				return rec, true
-			}
-		}
-	}
-	for _, authority := range d.authorities {
-		if rec, ok := r.firstBefore(r.byAuthority[authority], d); ok {
+	id := d.id.String()
+	for _, l := range r.layers {
+		if rec, ok := l.concerning(d, id); ok {
 			return rec, true
 		}
 	}
 	return Revocation{}, false
 }
 
-func (r *Revocations) firstBefore(positions []int, d document) (Revocation, bool) {
+func (l *layer) concerning(d document, id string) (Revocation, bool) {
+	if at := l.bySerial[d.serialHex]; len(at) > 0 {
+		return l.records[at[0]], true
+	}
+	if rec, ok := l.firstBefore(l.bySPIFFEID[id], d); ok {
+		return rec, true
+	}
+	if d.ours {
+		for _, i := range l.byAgent[d.serial.Agent] {
+			// Another authority's number may begin with the handle by chance: the
+			// agents of a trust domain obtain SVIDs of that trust domain only.
+			if rec := l.records[i]; before(rec, d) && sameTrustDomain(rec.AgentID, d.id) {
+				return rec, true
+			}
+		}
+	}
+	for _, authority := range d.authorities {
+		if rec, ok := l.firstBefore(l.byAuthority[authority], d); ok {
+			return rec, true
+		}
+	}
+	return Revocation{}, false
+}
+
+func (l *layer) firstBefore(positions []int, d document) (Revocation, bool) {
 	for _, i := range positions {
-		if before(r.records[i], d) {
-			return r.records[i], true
+		if before(l.records[i], d) {
+			return l.records[i], true
 		}
 	}
 	return Revocation{}, false
@@ -225,10 +319,13 @@ func sameTrustDomain(agentID string, id spiffeid.ID) bool {
 
 // All gives a copy of the records, in the order in which they were added.
 func (r *Revocations) All() []Revocation {
-	if r == nil {
+	if r == nil || len(r.layers) == 0 {
 		return nil
 	}
-	return slices.Clone(r.records)
+	if len(r.layers) == 1 {
+		return slices.Clone(r.layers[0].records)
+	}
+	return r.layers[0].with(r.count, r.layers[1:]...).records
 }
 
 // Len is the number of records.
@@ -236,17 +333,16 @@ func (r *Revocations) Len() int {
 	if r == nil {
 		return 0
 	}
-	return len(r.records)
+	return r.count
 }
 
 // Prune gives the set without the records that no living SVID can be concerned
-// by any more. The receiver does not change.
+// by any more, which costs as much as to make it anew where there are any. The
+// receiver does not change.
 func (r *Revocations) Prune(now time.Time) *Revocations {
-	kept := slices.DeleteFunc(r.All(), func(rec Revocation) bool {
-		return !rec.ExpiresAt.IsZero() && !rec.ExpiresAt.After(now)
-	})
-	if len(kept) == r.Len() && r != nil {
-		return r
+	expired := func(rec Revocation) bool { return !rec.ExpiresAt.IsZero() && !rec.ExpiresAt.After(now) }
+	if r == nil || r.first.IsZero() || r.first.After(now) {
+		return cmp.Or(r, &Revocations{})
 	}
-	return NewRevocations(kept)
+	return NewRevocations(slices.DeleteFunc(r.All(), expired))
 }

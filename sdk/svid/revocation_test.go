@@ -3,6 +3,8 @@
 package svid_test
 
 import (
+	"cmp"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -168,6 +170,56 @@ func TestRevocationsAnswerAsTheirRecordsDo(t *testing.T) {
 	})
 }
 
+// A set that grew record by record is the one that was made of all at once: what it
+// says, how many there are, and their order. Of two of one subject the one that lives
+// longer stays, in the first one's place.
+func TestRevocationsGrowAsAListDoes(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		var (
+			set   *svid.Revocations
+			model []svid.Revocation
+		)
+		many := rapid.Custom(func(t *rapid.T) svid.Revocation {
+			r := recs.Draw(t, "rec")
+			if r.Serial != "" { // many different ones, so that there are layers
+				r.Serial = svid.Serial{Agent: 1, Revision: 1, Random: rapid.Uint64Range(1, 300).Draw(t, "random")}.String()
+			}
+			return r
+		})
+		for _, batch := range rapid.SliceOf(rapid.SliceOfN(many, 1, 40)).Draw(t, "batches") {
+			set = set.With(batch...)
+			for _, rec := range batch {
+				same := func(r svid.Revocation) bool {
+					r.ExpiresAt, r.Note = rec.ExpiresAt, rec.Note
+					return r == rec || rec.Serial != "" && r.Serial == rec.Serial // which is withdrawn whenever it was issued
+				}
+				i := slices.IndexFunc(model, same)
+				switch {
+				case i < 0:
+					model = append(model, rec)
+				case !model[i].ExpiresAt.IsZero() && (rec.ExpiresAt.IsZero() || rec.ExpiresAt.After(model[i].ExpiresAt)):
+					model[i] = rec
+				}
+			}
+			if set.Len() != len(model) || !slices.Equal(set.All(), model) {
+				t.Fatalf("%d records: %+v; want %d: %+v", set.Len(), set.All(), len(model), model)
+			}
+		}
+		p := peers.Draw(t, "p")
+		if len(model) > 0 {
+			p.SerialHex = cmp.Or(rapid.SampledFrom(model).Draw(t, "of").Serial, p.SerialHex)
+		}
+		_, got := set.Concerning(p)
+		if _, want := svid.NewRevocations(model).Concerning(p); got != want {
+			t.Fatalf("the set says %t; its records %t", got, want)
+		}
+		now := time.Unix(1500, 0)
+		if !slices.Equal(set.Prune(now).All(), svid.NewRevocations(model).Prune(now).All()) {
+			t.Fatal("Prune gives something else")
+		}
+	})
+}
+
 func TestPruneDropsOnlyExpiredRecords(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		set := svid.NewRevocations(rapid.SliceOf(recs).Draw(t, "records"))
@@ -221,14 +273,41 @@ func TestRecordsFromOutsideAreValidated(t *testing.T) {
 	}
 }
 
+// BenchmarkConcerning is a look-up that finds nothing, in a set that came in one piece
+// and in one that came record by record.
 func BenchmarkConcerning(b *testing.B) {
-	var list []svid.Revocation
-	for i := range uint64(10_000) {
-		list = append(list, svid.Revocation{AgentID: "spiffe://td.test/agent/n", AgentHandle: i + 100, BeforeRevision: 5})
+	list := many(10_000)
+	p := peer("spiffe://td.test/a", 7, 9, "aa", "bb")
+	var grown *svid.Revocations
+	for _, rec := range list {
+		grown = grown.With(rec)
 	}
-	set, p := svid.NewRevocations(list), peer("spiffe://td.test/a", 7, 9, "aa", "bb")
-	b.ReportAllocs()
-	for b.Loop() {
-		set.Concerning(p)
+	for name, set := range map[string]*svid.Revocations{"whole": svid.NewRevocations(list), "grown": grown} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				set.Concerning(p)
+			}
+		})
 	}
+}
+
+// BenchmarkRevocationAdded is one record more, beside so many.
+func BenchmarkRevocationAdded(b *testing.B) {
+	for _, n := range []int{100, 10_000, 100_000} {
+		b.Run(fmt.Sprint("records=", n), func(b *testing.B) {
+			set := svid.NewRevocations(many(n))
+			b.ReportAllocs()
+			for i := uint64(1); b.Loop(); i++ {
+				set = set.With(svid.Revocation{SPIFFEID: fmt.Sprint("spiffe://td.test/", i), BeforeRevision: i})
+			}
+		})
+	}
+}
+
+func many(n int) (list []svid.Revocation) {
+	for i := range uint64(n) {
+		list = append(list, svid.Revocation{AgentID: fmt.Sprint("spiffe://td.test/agent/n", i), AgentHandle: i + 100, BeforeRevision: 5})
+	}
+	return list
 }

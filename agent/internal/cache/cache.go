@@ -82,6 +82,7 @@ type Cache struct {
 	connected bool             // the CA's stream is open and has said synced
 	stale     bool             // … by a replica that cannot reach its store
 	ban       *svid.Revocation // by the CA's word, that it serves this node no more
+	pruned    time.Time        // when revocations were looked through last
 	expiries  map[string]*time.Timer
 	closed    bool
 }

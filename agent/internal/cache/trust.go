@@ -153,23 +153,27 @@ func (c *Cache) revoke(added []svid.Revocation) {
 	if len(added) == 0 {
 		return
 	}
-	c.revocations.Store(c.revocations.Load().With(added...).Prune(time.Now()))
+	all := c.revocations.Load().With(added...)
+	if now := time.Now(); now.Sub(c.pruned) >= pruneEvery {
+		all, c.pruned = all.Prune(now), now
+	}
+	c.revocations.Store(all)
 	c.feed.add(added)
-	c.dropRevoked()
+	c.dropRevoked(svid.NewRevocations(added)) // what is held has been held against the others
 	signal(c.changed)
 }
 
 // replaceRevocations makes all the whole set. c.mu is held.
 func (c *Cache) replaceRevocations(all []svid.Revocation) {
-	c.revocations.Store(svid.NewRevocations(all).Prune(time.Now()))
+	set := svid.NewRevocations(all).Prune(time.Now())
+	c.revocations.Store(set)
 	c.feed.reset()
-	c.dropRevoked()
+	c.dropRevoked(set)
 }
 
-// dropRevoked stops serving SVIDs that are revoked now, and orders new ones
-// where the entry still stands. c.mu is held.
-func (c *Cache) dropRevoked() {
-	set := c.revocations.Load()
+// dropRevoked stops serving SVIDs that set concerns, and orders new ones where the entry
+// still stands. c.mu is held.
+func (c *Cache) dropRevoked(set *svid.Revocations) {
 	c.jwts.forgetRevoked(set)
 	for _, sl := range c.slots {
 		if sl.svid == nil {
@@ -182,32 +186,38 @@ func (c *Cache) dropRevoked() {
 	}
 }
 
+// pruneEvery is how often revocations are looked through for such as concern nobody
+// any more.
+const pruneEvery = time.Minute
+
 // feed numbers revocations in the order in which they came, so that a watcher
 // gets what it has not seen.
 type feed struct {
 	changed chan struct{} // closed at the next change
 	epoch   uint64        // rises when everything must be sent again
+	first   int           // number of the first of records
 	records []svid.Revocation
 }
 
-// maxFeed is how many records the feed keeps before it starts a new epoch.
+// maxFeed is how many records the feed keeps. A watcher that is further behind gets
+// everything again.
 const maxFeed = 4096
 
 func newFeed() feed { return feed{changed: make(chan struct{}), epoch: 1} }
 
 func (f *feed) add(records []svid.Revocation) {
-	if len(f.records)+len(records) > maxFeed {
-		f.records = nil
-		f.epoch++
-	}
 	f.records = append(f.records, records...)
+	if over := len(f.records) - maxFeed; over > maxFeed { // not for each record
+		f.records = slices.Clone(f.records[over:])
+		f.first += over
+	}
 	f.wake()
 }
 
 // reset makes every watcher read the whole set again.
 func (f *feed) reset() {
 	f.epoch++
-	f.records = nil
+	f.first, f.records = 0, nil
 	f.wake()
 }
 
@@ -228,11 +238,11 @@ type Cursor struct {
 func (c *Cache) RevocationsSince(cur Cursor) (records []svid.Revocation, reset bool, next Cursor, more <-chan struct{}) {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
-	next = Cursor{epoch: c.feed.epoch, read: len(c.feed.records)}
-	if cur.epoch != c.feed.epoch {
+	next = Cursor{epoch: c.feed.epoch, read: c.feed.first + len(c.feed.records)}
+	if cur.epoch != c.feed.epoch || cur.read < c.feed.first {
 		return c.revocations.Load().All(), true, next, c.feed.changed
 	}
-	return c.feed.records[cur.read:], false, next, c.feed.changed
+	return c.feed.records[cur.read-c.feed.first:], false, next, c.feed.changed
 }
 
 // Heard returns when the node last held everything that the CA knew, by a

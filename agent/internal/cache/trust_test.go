@@ -5,6 +5,7 @@ package cache
 
 import (
 	"encoding/json"
+	"fmt"
 	"testing"
 
 	"merlon.dev/ca/capb"
@@ -111,6 +112,48 @@ func TestRevocationFeed(t *testing.T) {
 		f.sync()
 		if left, reset, _, _ := f.RevocationsSince(cursor); len(left) != 0 || !reset {
 			t.Errorf("RevocationsSince() = %v, %v after a listing without any; want a reset to none", left, reset)
+		}
+	})
+}
+
+// Whoever keeps up gets each record once and never everything again, however many there
+// are; who does not misses nothing either.
+func TestRevocationFeedOfMany(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		f.sync()
+		type watcher struct {
+			every, read, resets int
+			cursor              Cursor
+			known               map[string]bool
+		}
+		watchers := []*watcher{{every: 1}, {every: maxFeed - 7}, {every: 2*maxFeed + 5}, {every: 3*maxFeed + 11}}
+		const all = 4*maxFeed + 100
+		for i := range all {
+			f.apply(&capb.SyncResponse{Revocations: []*capb.Revocation{{
+				Subject: &capb.Revocation_SpiffeId{SpiffeId: fmt.Sprintf("spiffe://%s/%d", td, i)}, BeforeRevision: 9,
+			}}})
+			for _, w := range watchers {
+				if i%w.every != 0 && i != all-1 {
+					continue
+				}
+				records, reset, next, _ := f.RevocationsSince(w.cursor)
+				if reset {
+					w.known = make(map[string]bool)
+					w.resets++
+				}
+				for _, r := range records {
+					w.known[r.SPIFFEID] = true
+				}
+				w.cursor, w.read = next, w.read+len(records)
+			}
+		}
+		for _, w := range watchers {
+			if len(w.known) != all {
+				t.Errorf("who reads every %d knows %d of %d", w.every, len(w.known), all)
+			}
+			if w.every < maxFeed && (w.resets != 1 || w.read != all) {
+				t.Errorf("who reads every %d was reset %d times, and read %d of %d", w.every, w.resets, w.read, all)
+			}
 		}
 	})
 }
