@@ -161,11 +161,11 @@ cutoff: ## revoke the peer of STREAMS live streams (default 10000), and those of
 CROWD ?= 5000
 crowd: ## latency of healthy callers with and without CROWD idle and slow connections (default 5000) to a sidecar, by wrk and h2load; 3 minutes
 	@test "$$(ulimit -n)" -gt $$(($(CROWD) * 3 / 2)) || { echo "each connection needs a file, here and in the sidecar: ulimit -n $$(($(CROWD) * 2))"; exit 1; }
-	MERLON_CROWD=$(CROWD) go test -count 1 -timeout 1h -v -run TestCrowdLatency ./integration
+	MERLON_CROWD=$(CROWD) go test -count 1 -timeout 1h -v -run TestCrowdLatency ./integration/sidecars
 
 ROUNDS ?= 50
 kills: ## SIGKILL of CA, agent, app and sidecars in ROUNDS random orders (default 50; MERLON_SEED repeats them); about 10 minutes
-	MERLON_KILLS=$(ROUNDS) go test -count 1 -timeout 2h -v -run TestSidecarsRecoverFromKillsInAnyOrder ./integration
+	MERLON_KILLS=$(ROUNDS) go test -count 1 -timeout 2h -v -run TestSidecarsRecoverFromKillsInAnyOrder ./integration/sidecars
 
 pidreuse: ## give the number of a connected process to another one REUSES times (default 10000); needs root; about a minute
 	REUSES=$(REUSES) go test -count 1 -timeout 1h -v ./integration -run TestReusedProcessIDGetsNoForeignSVID
@@ -174,7 +174,7 @@ polling: ## how often the CA fetches trust bundles of others, with and without a
 	MERLON_POLLING=1 go test -count 1 -timeout 40m -run TestMerlonPolls ./integration
 
 posture: ## have testssl.sh look at the TLS of a bundle endpoint; half a minute
-	MERLON_TESTSSL=1 go test -count 1 -v -run TestTestsslFindsNothing ./integration
+	MERLON_TESTSSL=1 go test -count 1 -v -run TestTestsslFindsNothing ./integration/federation
 
 clocks: ## clocks that jump by an hour: of the CA or an agent during a ban, and of services; compiles those anew; needs root; minutes
 	MERLON_CLOCKS=1 go test -count 1 -timeout 1h -v -run 'TestBanDoesNotDependOnClocks|TestServicesWhenClocksJump' ./integration

@@ -1,5 +1,5 @@
 // ext_authz over the public socket: whose Envoy asks, who calls it, and that each
-// check is one decision. A real Envoy is in integration/envoyauthz_test.go.
+// check is one decision. A real Envoy is in integration/envoy/authz_test.go.
 
 package agent_test
 

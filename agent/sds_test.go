@@ -1,5 +1,5 @@
 // SDS over the public socket, by a client of both dialects that sees every
-// field. A real Envoy is in integration/envoy_test.go.
+// field. A real Envoy is in integration/envoy/sds_test.go.
 
 package agent_test
 

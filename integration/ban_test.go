@@ -20,6 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/httpauth"
@@ -33,17 +34,6 @@ func secondNode(t *testing.T, d *stage.Domain, name string) *stage.Domain {
 	node.SetDir(stage.Dir(t))
 	node.StartAgent(token.Token, token.RootHash)
 	return &node
-}
-
-// openOn opens the SDK as the workload path of a node.
-func openOn(t *testing.T, node *stage.Domain) *sdk.Identity {
-	t.Helper()
-	id, err := sdk.Open(t.Context(), sdk.WithAgentAddress(node.WorkloadAPI), sdk.WithStartupTimeout(30*time.Second))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(id.Close)
-	return id
 }
 
 // entryOn registers this process under an agent.
@@ -69,8 +59,8 @@ func TestBanCutsAWholeNodeAndItsWorkloadMovesAtOnce(t *testing.T) {
 	}
 	d.Merlon("policy", "push", dir)
 
-	orders := openOn(t, good)
-	url := serveHTTP(t, orders, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	orders := services.Open(t, good, sdk.WithStartupTimeout(30*time.Second))
+	url := services.Serve(t, orders, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/feed" {
 			http.NewResponseController(w).Flush()
 			<-r.Context().Done()
@@ -100,7 +90,7 @@ func TestBanCutsAWholeNodeAndItsWorkloadMovesAtOnce(t *testing.T) {
 		go func() { _, err := io.Copy(io.Discard, body); ended <- err }()
 		return ended
 	}
-	webs := clientOf(openOn(t, d))
+	webs := clientOf(services.Open(t, d, sdk.WithStartupTimeout(30*time.Second)))
 	cut, kept := open(webs), open(clientOf(orders))
 
 	d.Merlon("agent", "ban", "--note", "broken into", d.AgentID())
@@ -113,7 +103,7 @@ func TestBanCutsAWholeNodeAndItsWorkloadMovesAtOnce(t *testing.T) {
 		t.Fatal("the stream of the banned node's workload was not cut")
 	}
 	stage.Eventually(t, "what the banned node holds is refused", func() error {
-		if got := reasonOf(webs, url+"/again"); !strings.Contains(got, "bad certificate") && got != "REVOKED" {
+		if got := services.Reason(webs, url+"/again"); !strings.Contains(got, "bad certificate") && got != "REVOKED" {
 			return fmt.Errorf("it is answered %q", got)
 		}
 		return nil
@@ -155,5 +145,5 @@ func TestBanCutsAWholeNodeAndItsWorkloadMovesAtOnce(t *testing.T) {
 	})
 	id := spiffeid.RequireFromString(d.ID("/orders"))
 	c := &http.Client{Transport: &http.Transport{TLSClientConfig: tlsconfig.MTLSClientConfig(moved, all.Bundles, tlsconfig.AuthorizeID(id))}}
-	want(t, "its new SVID counts although the ban holds", c, url+"/moved", "200 OK")
+	services.WantReason(t, "its new SVID counts although the ban holds", c, url+"/moved", "200 OK")
 }

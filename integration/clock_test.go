@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/httpauth"
@@ -63,13 +64,13 @@ func banned(t *testing.T, ca, agent time.Duration) {
 		t.Fatal(err)
 	}
 	d.Merlon("policy", "push", policy)
-	url := serveHTTP(t, openOn(t, good), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	url := services.Serve(t, services.Open(t, good, sdk.WithStartupTimeout(30*time.Second)), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/feed" {
 			http.NewResponseController(w).Flush()
 			<-r.Context().Done()
 		}
 	}))
-	web := &http.Client{Transport: httpauth.Transport(openOn(t, bad), sdk.Service("orders"))}
+	web := &http.Client{Transport: httpauth.Transport(services.Open(t, bad, sdk.WithStartupTimeout(30*time.Second)), sdk.Service("orders"))}
 	var body io.ReadCloser
 	stage.Eventually(t, "the stream opens", func() error {
 		resp, err := web.Get(url + "/feed")
@@ -99,7 +100,7 @@ func banned(t *testing.T, ca, agent time.Duration) {
 		t.Error("the stream of the banned node's workload was not cut")
 	}
 	stage.Eventually(t, "what the banned node holds is refused", func() error {
-		if got := reasonOf(web, url+"/again"); !strings.Contains(got, "bad certificate") && got != "REVOKED" {
+		if got := services.Reason(web, url+"/again"); !strings.Contains(got, "bad certificate") && got != "REVOKED" {
 			return fmt.Errorf("it is answered %q", got)
 		}
 		return nil

@@ -5,7 +5,6 @@ package integration_test
 
 import (
 	"crypto/tls"
-	"encoding/json"
 	"encoding/xml"
 	"errors"
 	"fmt"
@@ -29,13 +28,6 @@ import (
 	"merlon.dev/sdk/httpauth"
 )
 
-// conformResult is what spiffe-conform prints of a requirement.
-type conformResult struct {
-	ID, Level, Status string
-	Findings, Remarks []string
-	Checks            int
-}
-
 // conformer is the tool with forged SVIDs, trusted by d as example.org.
 type conformer struct {
 	bin, dir string
@@ -44,7 +36,7 @@ type conformer struct {
 
 func newConformer(t *testing.T, d *stage.Domain) conformer {
 	t.Helper()
-	c := conformer{conformBin(t), t.TempDir(), d}
+	c := conformer{stage.ConformBin(t), t.TempDir(), d}
 	if out, err := exec.CommandContext(t.Context(), c.bin, "forge", c.dir).CombinedOutput(); err != nil {
 		t.Fatalf("forge: %v\n%s", err, out)
 	}
@@ -53,16 +45,6 @@ func newConformer(t *testing.T, d *stage.Domain) conformer {
 		d.Merlon("entry", "create", "--spiffe-id", d.ID(path), "--selector", "unix:path:"+exe, "--federates-with", "example.org")
 	}
 	return c
-}
-
-// conformBin is the tool, where no other test's process has its path.
-func conformBin(t *testing.T) string {
-	t.Helper()
-	bin := filepath.Join(stage.Dir(t), "spiffe-conform")
-	if err := os.Link(stage.Bin(t, stage.Build(t, "spiffe-conform", "integration/conform", "")), bin); err != nil {
-		t.Fatal(err)
-	}
-	return bin
 }
 
 func executable(t *testing.T) string {
@@ -75,27 +57,9 @@ func executable(t *testing.T) string {
 }
 
 // run gives the results by requirement, and the tool's exit code.
-func (c conformer) run(t *testing.T, args ...string) (map[string]conformResult, int) {
+func (c conformer) run(t *testing.T, args ...string) (map[string]stage.Requirement, int) {
 	t.Helper()
-	return runConform(t, c.bin, nil, append([]string{"--forge", c.dir}, args...)...)
-}
-
-func runConform(t *testing.T, bin string, env []string, args ...string) (map[string]conformResult, int) {
-	t.Helper()
-	cmd := exec.CommandContext(t.Context(), bin, append([]string{"run", "-o", "json"}, args...)...)
-	cmd.Env = append(os.Environ(), env...)
-	var stderr strings.Builder
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
-	var results []conformResult
-	if jsonErr := json.Unmarshal(out, &results); jsonErr != nil {
-		t.Fatalf("spiffe-conform: %v, %v\n%s%s", err, jsonErr, out, stderr.String())
-	}
-	byID := make(map[string]conformResult)
-	for _, r := range results {
-		byID[r.ID] = r
-	}
-	return byID, cmd.ProcessState.ExitCode()
+	return stage.Conform(t, c.bin, nil, append([]string{"--forge", c.dir}, args...)...)
 }
 
 // Every MUST is kept, and checked of each part that there is: of the rest each says why
@@ -123,7 +87,7 @@ func TestMerlonConforms(t *testing.T) {
 	go callOften(t, httpauth.Client(id, sdk.ID("spiffe://example.org/a")), "https://"+serve)
 	junit := filepath.Join(t.TempDir(), "junit.xml")
 	env, consumer := merlonConsumer(t, d)
-	results, code := runConform(t, c.bin, env, append(consumer, "--forge", c.dir, "--socket", d.WorkloadAPI, "--server", lis.Addr().String(), "--serve", serve,
+	results, code := stage.Conform(t, c.bin, env, append(consumer, "--forge", c.dir, "--socket", d.WorkloadAPI, "--server", lis.Addr().String(), "--serve", serve,
 		"--bundle-url", d.HTTPS+"/v1/trust/bundle", "--bundle-id", d.ID("/ca"), "--junit", junit)...)
 	for _, r := range results {
 		_, open := unchecked[r.ID]
@@ -173,9 +137,9 @@ var unchecked = func() map[string]string {
 func TestConformSaysWhatIsCheckedInPart(t *testing.T) {
 	t.Parallel()
 	d := stage.Dev(t)
-	bin := conformBin(t)
+	bin := stage.ConformBin(t)
 	d.Merlon("entry", "create", "--spiffe-id", d.ID("/conform"), "--selector", "unix:path:"+bin)
-	results, code := runConform(t, bin, nil, "--socket", d.WorkloadAPI)
+	results, code := stage.Conform(t, bin, nil, "--socket", d.WorkloadAPI)
 	for _, id := range []string{"ID1", "J1", "J3", "J6", "J8", "E16"} {
 		if r := results[id]; r.Status != "partial" || !strings.Contains(strings.Join(r.Findings, "\n"), "--forge was not given") {
 			t.Errorf("%s: %s, %q; want partial, for want of --forge", id, r.Status, r.Findings)

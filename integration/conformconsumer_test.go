@@ -29,6 +29,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/structpb"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 )
 
@@ -50,7 +51,7 @@ func TestMerlonPollsAsTheStandardSays(t *testing.T) {
 	}
 	d := stage.CAAlone(t, "", nil)
 	env, args := merlonConsumer(t, d)
-	results, code := runConform(t, conformBin(t), env, append(args, "--polling", "6m10s")...)
+	results, code := stage.Conform(t, stage.ConformBin(t), env, append(args, "--polling", "6m10s")...)
 	for _, id := range []string{"F-3", "B10"} {
 		if r := results[id]; r.Status != "pass" {
 			t.Errorf("%s: %s, %q", id, r.Status, r.Findings)
@@ -161,7 +162,7 @@ func (f *follower) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bu
 func TestConformFindsWhatGoSPIFFEsWatcherTakes(t *testing.T) {
 	t.Parallel()
 	w := startWatching(t, 20*time.Millisecond)
-	results, _ := runConform(t, conformBin(t), nil, "--consumer", w.script, "--polling", "300ms")
+	results, _ := stage.Conform(t, stage.ConformBin(t), nil, "--consumer", w.script, "--polling", "300ms")
 	for id, r := range results {
 		want := watcherDeviations[id]
 		if (r.Status == "fail") != (want != "") || !strings.Contains(strings.Join(r.Findings, "\n"), want) {
@@ -278,7 +279,7 @@ func TestConformFindsWhatGoSPIFFEsJWTValidatorAccepts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer cc.Close()
-	source(t, d) // this process has its identity
+	services.Source(t, d) // this process has its identity
 	socket := filepath.Join(stage.Dir(t), "api.sock")
 	lis, err := net.Listen("unix", socket)
 	if err != nil {

@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"net/http"
 	"os"
@@ -18,6 +17,7 @@ import (
 	"strings"
 	"testing"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 )
@@ -90,7 +90,7 @@ func TestStockOPAReportsStatusAndDecisions(t *testing.T) {
 		return nil
 	})
 	stage.Eventually(t, "its status is known", func() error {
-		if m := metrics(t, d.Health); !strings.Contains(m, "merlon_ca_reporting_instances 1") {
+		if m := stage.Metrics(t, d.Health); !strings.Contains(m, "merlon_ca_reporting_instances 1") {
 			return errors.New("/metrics knows of no instance")
 		}
 		return nil
@@ -162,20 +162,6 @@ func reportingConfig(t *testing.T, d *stage.Domain) string {
 	return path
 }
 
-func metrics(t *testing.T, health string) string {
-	t.Helper()
-	resp, err := (&http.Client{}).Get("http://" + health + "/metrics")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(body)
-}
-
 // What a service decides in process reaches the agent's own log and, by it, the
 // CA's; also what a dry-run grant would have changed.
 func TestDecisionsOfServicesReachTheLogs(t *testing.T) {
@@ -191,7 +177,7 @@ func TestDecisionsOfServicesReachTheLogs(t *testing.T) {
 		return nil
 	})
 	id := me(t, d)
-	url := serveHTTP(t, id, http.HandlerFunc(ok))
+	url := services.Serve(t, id, http.HandlerFunc(services.OK))
 	c := client(t, id)
 	folder := t.TempDir()
 	text := strings.ReplaceAll(`grants:
@@ -202,8 +188,8 @@ func TestDecisionsOfServicesReachTheLogs(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.Merlon("policy", "push", folder)
-	want(t, "the policy is active", c, url+"/a", "200 OK")
-	want(t, "a dry-run grant decides nothing", c, url+"/watched", "200 OK")
+	services.WantReason(t, "the policy is active", c, url+"/a", "200 OK")
+	services.WantReason(t, "a dry-run grant decides nothing", c, url+"/watched", "200 OK")
 	_, err := c.Get(url + "/denied?token=canary")
 	denied, isDenied := errors.AsType[*sdk.DeniedError](err)
 	if !isDenied {
@@ -254,7 +240,7 @@ func TestDecisionsOfServicesReachTheLogs(t *testing.T) {
 		}
 	}
 	stage.Eventually(t, "the agent counts by row", func() error {
-		if m := metrics(t, d.AgentHealth); !strings.Contains(m, fmt.Sprintf(`merlon_agent_decision_rows_total{destination=%[1]q,reason="PATH",rule_id="",source=%[1]q} 1`, d.ID("/me"))) {
+		if m := stage.Metrics(t, d.AgentHealth); !strings.Contains(m, fmt.Sprintf(`merlon_agent_decision_rows_total{destination=%[1]q,reason="PATH",rule_id="",source=%[1]q} 1`, d.ID("/me"))) {
 			return errors.New("/metrics has no such row")
 		}
 		return nil

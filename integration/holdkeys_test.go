@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 )
@@ -106,7 +107,7 @@ func TestKeyStaysInTheProcessThatHoldsIt(t *testing.T) {
 
 	// What the agent makes is in the agent: the search finds what there is to find.
 	entryID := d.Entry("/carried")
-	carried := openOn(t, d)
+	carried := services.Open(t, d, sdk.WithStartupTimeout(30*time.Second))
 	if !inMemory(t, d.Agent.PID(), secretOf(t, carried)) {
 		t.Fatal("a key that the agent made is not found in its memory: the search is of no use")
 	}
@@ -114,7 +115,7 @@ func TestKeyStaysInTheProcessThatHoldsIt(t *testing.T) {
 	d.Merlon("entry", "delete", entryID)
 
 	d.Entry("/me", "--key-delivery", "workload", "--ttl", "8s")
-	id := openOn(t, d)
+	id := services.Open(t, d, sdk.WithStartupTimeout(30*time.Second))
 	if id.ID().String() != d.ID("/me") {
 		t.Fatalf("ID() = %s; want /me", id.ID())
 	}
@@ -122,9 +123,9 @@ func TestKeyStaysInTheProcessThatHoldsIt(t *testing.T) {
 	stop := id.OnRotate(func() { rotated <- struct{}{} })
 	defer stop()
 	first := secretOf(t, id)
-	url := serveHTTP(t, id, http.HandlerFunc(ok))
+	url := services.Serve(t, id, http.HandlerFunc(services.OK))
 	grants(t, d, "http: {}")
-	want(t, "a call with the own key", client(t, id), url+"/a", "200 OK")
+	services.WantReason(t, "a call with the own key", client(t, id), url+"/a", "200 OK")
 
 	// It is replaced on the same stream, with another key, and goes on serving.
 	select {
@@ -136,7 +137,7 @@ func TestKeyStaysInTheProcessThatHoldsIt(t *testing.T) {
 	if bytes.Equal(first, second) {
 		t.Error("the next X509-SVID has the same key")
 	}
-	want(t, "a call with the next key", client(t, id), url+"/b", "200 OK")
+	services.WantReason(t, "a call with the next key", client(t, id), url+"/b", "200 OK")
 	for name, secret := range map[string][]byte{"first": first, "second": second} {
 		if inMemory(t, d.Agent.PID(), secret) || inMemory(t, d.CA.PID(), secret) {
 			t.Errorf("the %s key is in the memory of agent or CA", name)
@@ -153,5 +154,5 @@ func TestKeyStaysInTheProcessThatHoldsIt(t *testing.T) {
 	case <-time.After(30 * time.Second):
 		t.Fatal("there is no X509-SVID from the agent that started again")
 	}
-	want(t, "a call after the agent's restart", client(t, id), url+"/c", "200 OK")
+	services.WantReason(t, "a call after the agent's restart", client(t, id), url+"/c", "200 OK")
 }

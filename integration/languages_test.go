@@ -26,8 +26,8 @@ type language struct {
 // inPython is the client on the package spiffe.
 func inPython(t *testing.T) language {
 	t.Helper()
-	interop(t, "the Python package spiffe", "venv/lib/python3*/site-packages/spiffe/__init__.py")
-	python := filepath.Join(interopDir(t), "venv", "bin", "python")
+	stage.Interop(t, "the Python package spiffe", "venv/lib/python3*/site-packages/spiffe/__init__.py")
+	python := filepath.Join(stage.InteropDir(t), "venv", "bin", "python")
 	return language{program: resolved(t, python), command: []string{python, "interop/client.py"}}
 }
 
@@ -35,7 +35,7 @@ func inPython(t *testing.T) language {
 // go-spiffe.
 func inJavaScript(t *testing.T) language {
 	t.Helper()
-	interop(t, "@grpc/grpc-js", "node/node_modules/@grpc/grpc-js/package.json")
+	stage.Interop(t, "@grpc/grpc-js", "node/node_modules/@grpc/grpc-js/package.json")
 	node, err := exec.LookPath("node")
 	if err != nil {
 		t.Skip("Node.js is not installed: apt-get install nodejs")
@@ -47,7 +47,7 @@ func inJavaScript(t *testing.T) language {
 	proto := filepath.Join(strings.TrimSpace(string(spiffe)), "proto", "spiffe", "workload", "workload.proto")
 	return language{
 		program: resolved(t, node), command: []string{node, "interop/client.js", proto},
-		env: []string{"NODE_PATH=" + filepath.Join(interopDir(t), "node", "node_modules")},
+		env: []string{"NODE_PATH=" + filepath.Join(stage.InteropDir(t), "node", "node_modules")},
 	}
 }
 
@@ -69,7 +69,7 @@ func (l language) run(t *testing.T, d *stage.Domain, act string, into any) {
 	cmd.Env = append(append(os.Environ(), "SPIFFE_ENDPOINT_SOCKET="+d.WorkloadAPI, "PYTHONDONTWRITEBYTECODE=1"), l.env...)
 	out, err := cmd.Output()
 	if err != nil {
-		t.Fatalf("the client, %s: %v\n%s", act, err, stderrOf(err))
+		t.Fatalf("the client, %s: %v\n%s", act, err, stage.Stderr(err))
 	}
 	stage.Decode(t, string(out), into)
 }

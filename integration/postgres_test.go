@@ -35,15 +35,6 @@ func login(t *testing.T, p *stage.Postgres, own *x509svid.SVID) (string, error) 
 	return strings.TrimSpace(string(out)), err
 }
 
-func pemFiles(t *testing.T, s *x509svid.SVID) (chain, key []byte) {
-	t.Helper()
-	chain, key, err := s.Marshal()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return chain, key
-}
-
 // TestPostgresLoginWithAnSVID: the entry's --cn is the database's user, and
 // --dns the name of the server; both chains end in the trust bundle.
 func TestPostgresLoginWithAnSVID(t *testing.T) {
@@ -101,4 +92,13 @@ func fetchAll(t *testing.T, d *stage.Domain, n int) (svids map[string]*x509svid.
 		return nil
 	})
 	return svids, roots
+}
+
+func pemFiles(t *testing.T, s *x509svid.SVID) (chain, key []byte) {
+	t.Helper()
+	chain, key, err := s.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return chain, key
 }

@@ -261,7 +261,7 @@ func TestEvictedReplicaServesNobody(t *testing.T) {
 	c.Join()
 	files, public := stage.Certify(t, t.TempDir(), "127.0.0.1"), fmt.Sprintf("127.0.0.1:%d", stage.FreePort(t))
 	second := c.Add(c.Etcd.Endpoints(), fmt.Sprintf("bundle_endpoint: {address: '%s', cert_file: '%s', key_file: '%s'}", public, files.Cert, files.Key))
-	roots := rootsOf(t, files.CA)
+	roots := stage.Roots(t, files.CA)
 	if code, text := readBundle(t, public, roots); code != http.StatusOK || sequenceOf(t, text) != sequenceOf(t, []byte(c.Merlon("trust", "show", "-o", "jwks"))) {
 		t.Errorf("the trust bundle at the second replica: %d, %s", code, text)
 	}

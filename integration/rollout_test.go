@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 )
@@ -111,7 +112,7 @@ func decidedBy(c *http.Client, method, url string) (n uint64) {
 func TestPolicyRollout(t *testing.T) {
 	d := stage.Separate(t, "canary_min_calls: 20")
 	id := me(t, d)
-	url := serveHTTP(t, id, http.HandlerFunc(generation)) + "/a"
+	url := services.Serve(t, id, http.HandlerFunc(generation)) + "/a"
 	c := client(t, id)
 	d.Merlon("policy", "push", policyFolder(t, d, "GET"))
 	decides := func(what, method string, want uint64) {
@@ -260,12 +261,12 @@ func TestPolicyRollout(t *testing.T) {
 func TestNoDecisionIsOfTwoGenerations(t *testing.T) {
 	d := stage.Dev(t)
 	id := me(t, d)
-	url := serveHTTP(t, id, http.HandlerFunc(generation)) + "/a"
+	url := services.Serve(t, id, http.HandlerFunc(generation)) + "/a"
 	c := client(t, id)
 	// Odd generations allow GET only, even ones POST only.
 	folders := []string{policyFolder(t, d, "POST"), policyFolder(t, d, "GET")}
 	d.Merlon("policy", "push", folders[1])
-	want(t, "the first policy", c, url, "200 OK")
+	services.WantReason(t, "the first policy", c, url, "200 OK")
 	done := make(chan struct{})
 	var calls sync.WaitGroup
 	var mu sync.Mutex

@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/policy"
 	"merlon.dev/sdk"
@@ -38,46 +39,10 @@ func me(t *testing.T, d *stage.Domain) *sdk.Identity {
 	return id
 }
 
-// serveHTTP serves handler on a free port and returns the URL.
-func serveHTTP(t *testing.T, id *sdk.Identity, handler http.Handler) string {
-	t.Helper()
-	lis, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	srv := &http.Server{Handler: httpauth.Handler(id, handler), TLSConfig: id.ServerTLS(), ReadHeaderTimeout: 5 * time.Second}
-	go srv.ServeTLS(lis, "", "")
-	t.Cleanup(func() { srv.Close() })
-	return "https://" + lis.Addr().String()
-}
-
 func client(t *testing.T, id *sdk.Identity) *http.Client {
 	transport := httpauth.Transport(id, sdk.Service("me"))
 	t.Cleanup(func() { (&http.Client{Transport: transport}).CloseIdleConnections() })
 	return &http.Client{Transport: transport}
-}
-
-// reasonOf is the reason of a denied GET, or its status.
-func reasonOf(c *http.Client, url string) string {
-	resp, err := c.Get(url)
-	if denied, ok := errors.AsType[*sdk.DeniedError](err); ok {
-		return string(denied.Reason)
-	}
-	if err != nil {
-		return err.Error()
-	}
-	defer resp.Body.Close()
-	return resp.Status
-}
-
-func want(t *testing.T, what string, c *http.Client, url, reason string) {
-	t.Helper()
-	stage.Eventually(t, what, func() error {
-		if got := reasonOf(c, url); got != reason {
-			return fmt.Errorf("%s is answered %q; want %q", url, got, reason)
-		}
-		return nil
-	})
 }
 
 // grants pushes a policy that allows /me to GET the paths of itself.
@@ -101,19 +66,17 @@ func rego(t *testing.T, d *stage.Domain, rule string) {
 	d.Merlon("policy", "push", dir)
 }
 
-func ok(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok") }
-
 func TestNothingIsAllowedUntilAPolicySaysSo(t *testing.T) {
 	d := stage.Dev(t)
 	id := me(t, d)
-	url := serveHTTP(t, id, http.HandlerFunc(ok))
+	url := services.Serve(t, id, http.HandlerFunc(services.OK))
 	c := client(t, id)
-	want(t, "no policy", c, url+"/a", "NO_BUNDLE")
+	services.WantReason(t, "no policy", c, url+"/a", "NO_BUNDLE")
 	grants(t, d, "http: {methods: [GET], paths: [/a]}")
-	want(t, "a grant", c, url+"/a", "200 OK")
-	want(t, "another path", c, url+"/b", "PATH")
+	services.WantReason(t, "a grant", c, url+"/a", "200 OK")
+	services.WantReason(t, "another path", c, url+"/b", "PATH")
 	grants(t, d, "http: {methods: [POST], paths: [/a]}")
-	want(t, "the grant is gone", c, url+"/a", "METHOD")
+	services.WantReason(t, "the grant is gone", c, url+"/a", "METHOD")
 }
 
 // The policy is compiled into the service, so that it decides with the agent gone
@@ -121,49 +84,49 @@ func TestNothingIsAllowedUntilAPolicySaysSo(t *testing.T) {
 func TestDecisionsOutliveTheAgent(t *testing.T) {
 	d := stage.Separate(t)
 	id := me(t, d)
-	url := serveHTTP(t, id, http.HandlerFunc(ok))
+	url := services.Serve(t, id, http.HandlerFunc(services.OK))
 	c := client(t, id)
 	grants(t, d, "http: {methods: [GET], paths: [/a]}")
-	want(t, "a grant", c, url+"/a", "200 OK")
+	services.WantReason(t, "a grant", c, url+"/a", "200 OK")
 	d.Agent.Kill()
 	for range 20 {
-		if got := reasonOf(c, url+"/a"); got != "200 OK" {
+		if got := services.Reason(c, url+"/a"); got != "200 OK" {
 			t.Fatalf("no agent: %q", got)
 		}
-		if got := reasonOf(c, url+"/b"); got != "PATH" {
+		if got := services.Reason(c, url+"/b"); got != "PATH" {
 			t.Fatalf("no agent, another path: %q", got)
 		}
 	}
 	d.Agent.Restart()
 	grants(t, d, "http: {methods: [GET], paths: [/b]}")
-	want(t, "a policy made after the agent was gone", c, url+"/b", "200 OK")
-	want(t, "what it takes away", c, url+"/a", "PATH")
+	services.WantReason(t, "a policy made after the agent was gone", c, url+"/b", "200 OK")
+	services.WantReason(t, "what it takes away", c, url+"/a", "PATH")
 }
 
 // What cannot be compiled is the agent's to decide.
 func TestNoAgentNoDecisionOfOPA(t *testing.T) {
 	d := stage.Separate(t)
 	id := me(t, d)
-	url := serveHTTP(t, id, http.HandlerFunc(ok))
+	url := services.Serve(t, id, http.HandlerFunc(services.OK))
 	c := client(t, id)
 	rego(t, d, "allow if time.now_ns() > 0")
-	want(t, "a rule", c, url+"/a", "200 OK")
+	services.WantReason(t, "a rule", c, url+"/a", "200 OK")
 	d.Agent.Kill()
-	want(t, "no agent", c, url+"/a", "AGENT_UNAVAILABLE")
+	services.WantReason(t, "no agent", c, url+"/a", "AGENT_UNAVAILABLE")
 	d.Agent.Restart()
-	want(t, "the agent is back", c, url+"/a", "200 OK")
+	services.WantReason(t, "the agent is back", c, url+"/a", "200 OK")
 	// With the CA away the agent goes on deciding by what it has.
 	d.CA.Kill()
-	want(t, "no CA", c, url+"/a", "200 OK")
+	services.WantReason(t, "no CA", c, url+"/a", "200 OK")
 }
 
 func TestDenialIsExplained(t *testing.T) {
 	d := stage.Dev(t)
 	id := me(t, d)
-	url := serveHTTP(t, id, http.HandlerFunc(ok))
+	url := services.Serve(t, id, http.HandlerFunc(services.OK))
 	grants(t, d, "http: {methods: [POST]}")
 	c := client(t, id)
-	want(t, "the grant is active", c, url+"/a", "METHOD")
+	services.WantReason(t, "the grant is active", c, url+"/a", "METHOD")
 	_, err := c.Get(url + "/a")
 	var denied *sdk.DeniedError
 	if !errors.As(err, &denied) {
@@ -174,7 +137,7 @@ func TestDenialIsExplained(t *testing.T) {
 	}
 	// By the generation that decided, also when there is another.
 	grants(t, d, "http: {methods: [GET]}")
-	want(t, "the next policy", c, url+"/a", "200 OK")
+	services.WantReason(t, "the next policy", c, url+"/a", "200 OK")
 	if got := d.Explain("decision", denied.DecisionID); !strings.Contains(got, "grant me-to-me: method GET not in [POST]") {
 		t.Errorf("after another policy:\n%s", got)
 	}
@@ -188,10 +151,10 @@ func TestAmbiguousPathsReachNoHandler(t *testing.T) {
 	d := stage.Dev(t)
 	id := me(t, d)
 	reached := make(chan string, 100)
-	url := serveHTTP(t, id, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { reached <- r.RequestURI }))
+	url := services.Serve(t, id, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { reached <- r.RequestURI }))
 	grants(t, d, "http: {}")
 	c := client(t, id)
-	want(t, "everything is granted", c, url+"/a", "200 OK")
+	services.WantReason(t, "everything is granted", c, url+"/a", "200 OK")
 	<-reached
 	for _, path := range []string{"//a", "/a//b", "/a/../b", "/./a", "/%2e%2e/a", "/a%2fb", "/a%5cb", "/a%00", "/a%252fb", "/%61", "/a;b=c", "/a%0d"} {
 		req, err := http.NewRequest(http.MethodGet, url+"/", nil)
@@ -223,7 +186,7 @@ func TestAmbiguousPathsReachNoHandler(t *testing.T) {
 func TestRevocationCutsAnOpenStream(t *testing.T) {
 	d := stage.Dev(t)
 	id := me(t, d)
-	url := serveHTTP(t, id, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	url := services.Serve(t, id, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		http.NewResponseController(w).Flush()
 		<-r.Context().Done()
 	}))
@@ -249,7 +212,7 @@ func TestRevocationCutsAnOpenStream(t *testing.T) {
 	case <-time.After(15 * time.Second):
 		t.Fatal("the stream was not cut")
 	}
-	want(t, "a new SVID", c, url+"/feed2", "200 OK")
+	services.WantReason(t, "a new SVID", c, url+"/feed2", "200 OK")
 }
 
 func TestGRPCCallsAreDecided(t *testing.T) {

@@ -47,7 +47,7 @@ func TestStrangerUsesTheWorkloadAPI(t *testing.T) {
 
 	out, err := strangerCommand(t, d, bin, "show", "spiffe://dev.local/orders").Output()
 	if err != nil {
-		t.Fatalf("stranger show: %v\n%s", err, stderrOf(err))
+		t.Fatalf("stranger show: %v\n%s", err, stage.Stderr(err))
 	}
 	var got struct {
 		SPIFFEID     string `json:"spiffe_id"`
@@ -111,7 +111,7 @@ func TestStrangersCallEachOther(t *testing.T) {
 	}
 	out, err := strangerCommand(t, d, bin, "call", strings.TrimSpace(url), "spiffe://dev.local/stranger").Output()
 	if err != nil {
-		t.Fatalf("stranger call: %v\n%s", err, stderrOf(err))
+		t.Fatalf("stranger call: %v\n%s", err, stage.Stderr(err))
 	}
 	if want := "hello, spiffe://dev.local/stranger"; string(out) != want {
 		t.Errorf("answer = %q; want %q", out, want)
@@ -120,11 +120,4 @@ func TestStrangersCallEachOther(t *testing.T) {
 	if err == nil || !strings.Contains(string(out), "unexpected ID") {
 		t.Errorf("a server with another ID was accepted: %v\n%s", err, out)
 	}
-}
-
-func stderrOf(err error) string {
-	if e, ok := err.(*exec.ExitError); ok { //nolint:errorlint // straight from Output
-		return string(e.Stderr)
-	}
-	return ""
 }

@@ -17,7 +17,9 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
+	"merlon.dev/sdk"
 )
 
 // manager is the part of systemd that a daemon sees.
@@ -272,7 +274,7 @@ func TestSidecarUnderSystemd(t *testing.T) {
 func TestHangupEndsNoDaemon(t *testing.T) {
 	d := stage.Separate(t)
 	d.Entry("/web")
-	openOn(t, d) // both serve
+	services.Open(t, d, sdk.WithStartupTimeout(30*time.Second)) // both serve
 	for name, p := range map[string]*stage.Process{"the CA": d.CA, "the agent": d.Agent} {
 		pid := p.PID()
 		if err := syscall.Kill(pid, syscall.SIGHUP); err != nil {
@@ -285,7 +287,7 @@ func TestHangupEndsNoDaemon(t *testing.T) {
 			return nil
 		})
 	}
-	openOn(t, d)
+	services.Open(t, d, sdk.WithStartupTimeout(30*time.Second))
 	d.Merlon("agent", "list")
 }
 

@@ -117,3 +117,17 @@ func Certify(tb testing.TB, dir, name string) EtcdFiles {
 	tb.Helper()
 	return newCA(tb).issue(tb, dir, name)
 }
+
+// Roots are the authorities in a file.
+func Roots(tb testing.TB, file string) *x509.CertPool {
+	tb.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(text) {
+		tb.Fatalf("no certificate in %s", file)
+	}
+	return pool
+}

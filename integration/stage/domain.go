@@ -252,3 +252,14 @@ func (d *Domain) AgentData() string { return filepath.Join(d.dir, "agent-data") 
 
 // SetDir makes d start its further processes in dir.
 func (d *Domain) SetDir(dir string) { d.dir = dir }
+
+// Trusts hands from's trust bundle over to d's operator, who takes it, in a format of
+// `merlon trust show`.
+func (d *Domain) Trusts(from *Domain, format string) {
+	d.TB.Helper()
+	file := filepath.Join(d.TB.TempDir(), "bundle")
+	if err := os.WriteFile(file, []byte(from.Merlon("trust", "show", "-o", format)), 0o600); err != nil {
+		d.TB.Fatal(err)
+	}
+	d.Merlon("federation", "set", from.TrustDomain, file)
+}

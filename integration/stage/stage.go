@@ -284,3 +284,11 @@ func Decode(tb testing.TB, text string, into any) {
 		tb.Fatalf("decode %q: %v", text, err)
 	}
 }
+
+// Stderr is what a program that failed wrote there, from the error of its Output.
+func Stderr(err error) string {
+	if e, ok := err.(*exec.ExitError); ok { //nolint:errorlint // straight from Output
+		return string(e.Stderr)
+	}
+	return ""
+}

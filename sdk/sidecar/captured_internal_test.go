@@ -1,5 +1,5 @@
 // Which outbound a captured connection is for. That the kernel tells where it was meant
-// to go is seen in integration/capture_test.go.
+// to go is seen in integration/sidecars/capture_test.go.
 
 package sidecar
 

@@ -1,5 +1,5 @@
 // What an Envoy is told. That it does so is seen with a real one, in
-// integration/envoyauthz_test.go.
+// integration/envoy/authz_test.go.
 
 package extauthz
 

@@ -2,7 +2,7 @@
 // the federation ends: a gateway of shop.test in front of its orders, for the
 // partner's /web alone.
 
-package integration_test
+package envoy_test
 
 import (
 	"crypto/tls"
@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/svid/forge"
@@ -37,14 +38,14 @@ func (e *envoy) across(id *sdk.Identity, gateway string) (string, error) {
 func TestEnvoyTakesCallsFromAFederatedTrustDomain(t *testing.T) {
 	binary := envoyBinary(t)
 	shop, partner := stage.Separate(t), stage.SeparateOf(t, "partner.test")
-	trusts(t, shop, partner, "jwks")
-	trusts(t, partner, shop, "jwks")
+	shop.Trusts(partner, "jwks")
+	partner.Trusts(shop, "jwks")
 	shop.Entry("/orders")
 	shop.Entry("/web", "--federates-with", partner.TrustDomain)
 	partner.Entry("/web", "--federates-with", shop.TrustDomain)
 	shop.Merlon("entry", "create", "--parent", shop.AgentID(), "--spiffe-id", shop.ID("/gateway"),
 		"--selector", "unix:path:"+binary, "--federates-with", partner.TrustDomain)
-	theirs, ours := open(t, partner), open(t, shop)
+	theirs, ours := services.Open(t, partner), services.Open(t, shop)
 	orders := newUpstream(t, shop)
 
 	inbound, outbound := "validation_context_sds_secret_config: &roots {name: ROOTCA, sds_config: *agent}", "validation_context_sds_secret_config: *roots"
@@ -93,6 +94,6 @@ func TestEnvoyTakesCallsFromAFederatedTrustDomain(t *testing.T) {
 	}
 	shop.Merlon("federation", "remove", partner.TrustDomain)
 	each("the federation was removed", refuses)
-	trusts(t, shop, partner, "pem")
+	shop.Trusts(partner, "pem")
 	each("it is there again", works)
 }

@@ -1,8 +1,8 @@
 // What one partner can do to another, or to the CA that follows both: copy its keys, hang,
 // empty its own trust. Over real processes; documents that are refused are in
-// federationfollow_test.go.
+// follow_test.go.
 
-package integration_test
+package federation_test
 
 import (
 	"crypto/tls"
@@ -23,6 +23,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk/svid/forge"
 )
@@ -182,7 +183,7 @@ func TestPeersOfAnEmptiedBundleAreCut(t *testing.T) {
 		t.Fatal(err)
 	}
 	shop.Merlon("policy", "push", dir)
-	url := serveHTTP(t, open(t, shop), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	url := services.Serve(t, services.Open(t, shop), http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/stream" {
 			_ = http.NewResponseController(w).Flush()
 			<-r.Context().Done() // until the connection is cut
@@ -200,7 +201,7 @@ func TestPeersOfAnEmptiedBundleAreCut(t *testing.T) {
 	}
 	for _, form := range slices.Sorted(maps.Keys(forms)) {
 		stage.Eventually(t, form+": the partner is let in", func() error {
-			if got := reasonOf(caller, url); got != "200 OK" {
+			if got := services.Reason(caller, url); got != "200 OK" {
 				return errors.New(got)
 			}
 			return nil
@@ -227,7 +228,7 @@ func TestPeersOfAnEmptiedBundleAreCut(t *testing.T) {
 			t.Fatalf("%s: the live connection goes on", form)
 		}
 		resp.Body.Close()
-		if got := reasonOf(caller, url); got == "200 OK" {
+		if got := services.Reason(caller, url); got == "200 OK" {
 			t.Errorf("%s: the partner is let in", form)
 		}
 		if _, stderr, err := shop.Try("federation", "status"); codeOf(err) != 3 || !strings.Contains(stderr, "nobody of theirs is trusted") {
@@ -249,7 +250,7 @@ func TestReadersAreJudgedByAge(t *testing.T) {
 	e := withEndpointAlone(t, "trust_refresh_hint: 10s")
 	read := func(method, url string) {
 		t.Helper()
-		client := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: rootsOf(t, e.files.CA)}}}
+		client := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: stage.Roots(t, e.files.CA)}}}
 		req, err := http.NewRequestWithContext(t.Context(), method, url, http.NoBody)
 		if err != nil {
 			t.Fatal(err)
@@ -379,7 +380,7 @@ func TestOneAddressDoesNotFillThePublicEndpoint(t *testing.T) {
 	e := withEndpointAlone(t)
 	reads := func(host string) error {
 		dialer := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(host)}}
-		transport := &http.Transport{DialContext: dialer.DialContext, TLSClientConfig: &tls.Config{RootCAs: rootsOf(t, e.files.CA)}}
+		transport := &http.Transport{DialContext: dialer.DialContext, TLSClientConfig: &tls.Config{RootCAs: stage.Roots(t, e.files.CA)}}
 		t.Cleanup(transport.CloseIdleConnections) // and no sooner: it stays connected
 		resp, err := (&http.Client{Transport: transport, Timeout: 20 * time.Second}).Get(e.url("/v1/trust/bundle"))
 		if err == nil {

@@ -2,7 +2,7 @@
 // spiffe-conform, OpenID Connect discovery for a stock relying party, certificates from
 // files and by ACME, and what TLS it speaks.
 
-package integration_test
+package federation_test
 
 import (
 	"bytes"
@@ -55,20 +55,6 @@ func withEndpointOf(t *testing.T, path string, settings ...string) endpoint {
 	return e
 }
 
-// rootsOf are the authorities in a file.
-func rootsOf(t *testing.T, file string) *x509.CertPool {
-	t.Helper()
-	text, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(text) {
-		t.Fatalf("no certificate in %s", file)
-	}
-	return pool
-}
-
 // go-spiffe fetches the trust bundle by https_web and by https_spiffe, and it is that
 // of the command line.
 func TestGoSPIFFEFetchesTheTrustBundle(t *testing.T) {
@@ -79,7 +65,7 @@ func TestGoSPIFFEFetchesTheTrustBundle(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	web, err := federation.FetchBundle(t.Context(), td, e.url("/v1/trust/bundle"), federation.WithWebPKIRoots(rootsOf(t, e.files.CA)))
+	web, err := federation.FetchBundle(t.Context(), td, e.url("/v1/trust/bundle"), federation.WithWebPKIRoots(stage.Roots(t, e.files.CA)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,13 +87,13 @@ func TestGoSPIFFEFetchesTheTrustBundle(t *testing.T) {
 func TestBundleEndpointConforms(t *testing.T) {
 	t.Parallel()
 	e := withEndpoint(t)
-	bin := conformBin(t)
+	bin := stage.ConformBin(t)
 	e.Merlon("entry", "create", "--spiffe-id", e.ID("/conform"), "--selector", "unix:path:"+bin, "--parent", e.AgentID())
 	for profile, args := range map[string][]string{
 		"https_web":    {"--bundle-url", e.url("/v1/trust/bundle"), "--bundle-ca", e.files.CA},
 		"https_spiffe": {"--bundle-url", e.HTTPS + "/v1/trust/bundle", "--bundle-id", e.ID("/ca"), "--socket", e.WorkloadAPI},
 	} {
-		results, code := runConform(t, bin, nil, args...)
+		results, code := stage.Conform(t, bin, nil, args...)
 		if code != 0 {
 			t.Errorf("%s: exit code %d", profile, code)
 		}
@@ -139,7 +125,7 @@ func TestAStockRelyingPartyTakesJWTSVIDs(t *testing.T) {
 				cmd.Stdin = strings.NewReader(token)
 				out, err := cmd.Output()
 				if err != nil {
-					err = fmt.Errorf("%w: %s", err, stderrOf(err))
+					err = fmt.Errorf("%w: %s", err, stage.Stderr(err))
 				}
 				return strings.TrimSpace(string(out)), err
 			}
@@ -186,7 +172,7 @@ func TestIssuerOutlivesItsKeys(t *testing.T) {
 		cmd.Stdin = strings.NewReader(token)
 		out, err := cmd.Output()
 		if subject := strings.TrimSpace(string(out)); err != nil || subject != e.ID("/me") {
-			t.Errorf("%s: subject %q, %v: %s; want %s", when, subject, err, stderrOf(err), e.ID("/me"))
+			t.Errorf("%s: subject %q, %v: %s; want %s", when, subject, err, stage.Stderr(err), e.ID("/me"))
 		}
 	}
 	first := jwtSVID(t, e.Domain, "party")
@@ -243,7 +229,7 @@ func claimsOf(t *testing.T, token string) map[string]any {
 func TestBundleEndpointServesNothingElse(t *testing.T) {
 	t.Parallel()
 	e := withEndpoint(t)
-	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: rootsOf(t, e.files.CA)}}}
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: stage.Roots(t, e.files.CA)}}}
 	defer client.CloseIdleConnections()
 	for path, want := range map[string]int{
 		"/v1/trust/bundle": 200, "/.well-known/openid-configuration": 200, "/keys": 200, "/": 404, "/v1/policy/bundles/grants": 404,
@@ -296,7 +282,7 @@ func TestCertificateByACME(t *testing.T) {
 		}
 	})
 	stage.Eventually(t, "pebble serves", func() error {
-		conn, err := tls.Dial("tcp", acme, &tls.Config{RootCAs: rootsOf(t, own.CA)})
+		conn, err := tls.Dial("tcp", acme, &tls.Config{RootCAs: stage.Roots(t, own.CA)})
 		if err == nil {
 			err = conn.Close()
 		}

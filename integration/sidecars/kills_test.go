@@ -1,7 +1,7 @@
 // SIGKILL of whatever a call by two sidecars needs, in any order and several at once: it
 // recovers, and never fails open. `make kills` goes on for longer.
 
-package integration_test
+package sidecars_test
 
 import (
 	"errors"
@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 )
 
@@ -108,7 +109,7 @@ server { listen %[2]s; location / { return 200 served; } } }`, dir, app), 0o600)
 		{"inbound sidecar", stage.Start(t, "merlon-sidecar", env, "-health-address", "off", "-inbound", inbound+","+tap.Address+",http")},
 		{"outbound sidecar", stage.Start(t, "merlon-sidecar", env, "-health-address", "off", "-outbound", outbound+",shop,http,"+inbound)},
 	}
-	open := func() error { return wants("http://"+outbound+"/open", "200 served") }
+	open := func() error { return services.Wants("http://"+outbound+"/open", "200 served") }
 	stage.Eventually(t, "an answer", open)
 
 	// All the time somebody tries what no grant allows: denied, or no answer while a process
@@ -124,7 +125,7 @@ server { listen %[2]s; location / { return 200 served; } } }`, dir, app), 0o600)
 				return
 			case <-pace.C:
 			}
-			got, err := asked("http://" + outbound + "/closed")
+			got, err := services.Get("http://" + outbound + "/closed")
 			tries.Add(1)
 			switch {
 			case err == nil && strings.HasPrefix(got, "200"):

@@ -1,11 +1,10 @@
 // merlon-sidecar as a process, beside real CA and agent.
 
-package integration_test
+package sidecars_test
 
 import (
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -14,22 +13,10 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 )
-
-// asked is what a GET of url answers: its status and its body, or an error.
-func asked(url string) (string, error) {
-	c := http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
-	res, err := c.Get(url)
-	if err != nil {
-		return "", err
-	}
-	defer res.Body.Close()
-	text, err := io.ReadAll(res.Body)
-	return fmt.Sprint(res.StatusCode, " ", string(text)), err
-}
 
 // TestSidecarFromStartToEnd takes a pair of sidecars through their life: the app is
 // started with the policy and not before, a changed configuration is taken in, a bad
@@ -59,7 +46,7 @@ func TestSidecarFromStartToEnd(t *testing.T) {
 	configure(good)
 	out := stage.Start(t, "merlon-sidecar", env, "-config", config)
 
-	stage.Eventually(t, "a denial", func() error { return wants("http://"+outbound+"/", `"reason":"NO_BUNDLE"`) })
+	stage.Eventually(t, "a denial", func() error { return services.Wants("http://"+outbound+"/", `"reason":"NO_BUNDLE"`) })
 	if !strings.Contains(in.Log(), "the command waits for a policy") {
 		t.Errorf("the log does not say that the command waits:\n%s", in.Log())
 	}
@@ -73,7 +60,7 @@ func TestSidecarFromStartToEnd(t *testing.T) {
 	}
 	d.Merlon("policy", "push", policy)
 	stage.Eventually(t, "the command", func() error { _, err := os.Stat(started); return err })
-	stage.Eventually(t, "an answer", func() error { return wants("http://"+outbound+"/", "200 "+d.ID("/shop")) })
+	stage.Eventually(t, "an answer", func() error { return services.Wants("http://"+outbound+"/", "200 "+d.ID("/shop")) })
 
 	hangUp := func() {
 		if err := syscall.Kill(out.PID(), syscall.SIGHUP); err != nil {
@@ -88,13 +75,13 @@ func TestSidecarFromStartToEnd(t *testing.T) {
 		}
 		return nil
 	})
-	if err := wants("http://"+outbound+"/", "200 "+d.ID("/shop")); err != nil {
+	if err := services.Wants("http://"+outbound+"/", "200 "+d.ID("/shop")); err != nil {
 		t.Errorf("after a configuration that was refused: %v", err)
 	}
 	moved := fmt.Sprintf("127.0.0.1:%d", stage.FreePort(t))
 	configure(strings.Replace(good, outbound, moved, 1))
 	hangUp()
-	stage.Eventually(t, "an answer at the new address", func() error { return wants("http://"+moved+"/", "200 "+d.ID("/shop")) })
+	stage.Eventually(t, "an answer at the new address", func() error { return services.Wants("http://"+moved+"/", "200 "+d.ID("/shop")) })
 	stage.Eventually(t, "the end of the old address", func() error {
 		conn, err := net.Dial("tcp", outbound)
 		if err != nil {
@@ -107,13 +94,4 @@ func TestSidecarFromStartToEnd(t *testing.T) {
 	if _, err := os.Stat(started + ".ended"); err != nil {
 		t.Error("the command did not end with its sidecar")
 	}
-}
-
-// wants says whether url answers what contains want.
-func wants(url, want string) error {
-	got, err := asked(url)
-	if err == nil && !strings.Contains(got, want) {
-		err = fmt.Errorf("%q; want %q", got, want)
-	}
-	return err
 }

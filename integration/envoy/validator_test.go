@@ -2,7 +2,7 @@
 // the table in agent/README.md stays true: forged SVIDs whose signatures are
 // good, shown to both.
 
-package integration_test
+package envoy_test
 
 import (
 	"crypto/tls"
@@ -51,7 +51,10 @@ static_resources:
 func startEcho(t *testing.T, root *forge.Authority) (address string) {
 	t.Helper()
 	port := stage.FreePort(t)
-	chain, key := pemFiles(t, root.Intermediate().Leaf("/echo").X509SVID())
+	chain, key, err := root.Intermediate().Leaf("/echo").X509SVID().Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
 	quote := func(text []byte) string {
 		quoted, err := json.Marshal(string(text))
 		if err != nil {

@@ -3,7 +3,7 @@
 // (SECURITY.md T13 to T18, T38). A denial counts only if the client is refused, the app
 // heard nothing of it, and there is exactly one record.
 
-package integration_test
+package sidecars_test
 
 import (
 	"fmt"

@@ -2,7 +2,7 @@
 // call each other by a grant that names the other side's SPIFFE ID, until the
 // federation ends.
 
-package integration_test
+package federation_test
 
 import (
 	"errors"
@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/httpauth"
@@ -46,22 +47,22 @@ func TestSidecarsAcrossTrustDomains(t *testing.T) {
 	stage.Start(t, "merlon-sidecar", []string{"SPIFFE_ENDPOINT_SOCKET=" + partner.WorkloadAPI},
 		"-health-address", "off", "-outbound", outbound+","+shop.ID("/app")+",http,"+inbound)
 
-	stage.Eventually(t, "a call across", func() error { return wants("http://"+outbound+"/open", "200 "+partner.ID("/app")) })
-	if err := wants("http://"+outbound+"/closed", `"reason":"PATH"`); err != nil {
+	stage.Eventually(t, "a call across", func() error { return services.Wants("http://"+outbound+"/open", "200 "+partner.ID("/app")) })
+	if err := services.Wants("http://"+outbound+"/closed", `"reason":"PATH"`); err != nil {
 		t.Errorf("what no grant names: %v", err)
 	}
 	// A service that links the SDK calls the sidecar of the other trust domain.
-	c := httpauth.Client(open(t, partner), sdk.ID(shop.ID("/app")))
+	c := httpauth.Client(services.Open(t, partner), sdk.ID(shop.ID("/app")))
 	defer c.CloseIdleConnections()
-	want(t, "the SDK calls a sidecar across trust domains", c, "https://"+inbound+"/open", "200 OK")
+	services.WantReason(t, "the SDK calls a sidecar across trust domains", c, "https://"+inbound+"/open", "200 OK")
 
 	shop.Merlon("federation", "remove", partner.TrustDomain)
 	stage.Eventually(t, "nobody of the partner's is let in", func() error {
-		if wants("http://"+outbound+"/open", "200") == nil {
+		if services.Wants("http://"+outbound+"/open", "200") == nil {
 			return errors.New("it is")
 		}
 		return nil
 	})
 	invites(t, partner, shop)
-	stage.Eventually(t, "a call across, again", func() error { return wants("http://"+outbound+"/open", "200 "+partner.ID("/app")) })
+	stage.Eventually(t, "a call across, again", func() error { return services.Wants("http://"+outbound+"/open", "200 "+partner.ID("/app")) })
 }

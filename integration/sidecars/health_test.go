@@ -1,7 +1,7 @@
 // What merlon-sidecar as a process does about replicas that are not well, beside real CA
 // and agent.
 
-package integration_test
+package sidecars_test
 
 import (
 	"errors"
@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 )
 
@@ -59,20 +60,20 @@ outbound:
 	}
 	out := stage.Start(t, "merlon-sidecar", env, "-config", config)
 	healthy := func(i, n int) error {
-		return wants("http://"+metrics+"/metrics", fmt.Sprintf("merlon_sidecar_upstream_healthy{destination=\"shop\",direction=\"outbound\",upstream=%q} %d", replicas[i], n))
+		return services.Wants("http://"+metrics+"/metrics", fmt.Sprintf("merlon_sidecar_upstream_healthy{destination=\"shop\",direction=\"outbound\",upstream=%q} %d", replicas[i], n))
 	}
 	both := func() error { return errors.Join(healthy(0, 1), healthy(1, 1)) }
 	stage.Eventually(t, "both replicas to be well", both)
 	ill[0].Store(true)
 	stage.Eventually(t, "the first to be unhealthy", func() error { return healthy(0, 0) })
 	for range 20 {
-		if err := wants("http://"+outbound+"/", "200 replica 1"); err != nil {
+		if err := services.Wants("http://"+outbound+"/", "200 replica 1"); err != nil {
 			t.Errorf("while the first is not well: %v", err)
 		}
 	}
 	ill[1].Store(true)
 	stage.Eventually(t, "both to be unhealthy", func() error { return errors.Join(healthy(0, 0), healthy(1, 0)) })
-	if err := wants("http://"+outbound+"/", "200 replica"); err != nil {
+	if err := services.Wants("http://"+outbound+"/", "200 replica"); err != nil {
 		t.Errorf("while none is well: %v", err)
 	}
 	ill[0].Store(false)

@@ -1,7 +1,7 @@
 // What is left of federation when a CA ends: the record of each change in its audit log,
 // and the sequence below which nothing is taken.
 
-package integration_test
+package federation_test
 
 import (
 	"bufio"

@@ -2,7 +2,7 @@
 // they were alone, and the slow ones lose their connections (SECURITY.md T38). `make
 // crowd` has thousands of them, and measures.
 
-package integration_test
+package sidecars_test
 
 import (
 	"bufio"
@@ -28,6 +28,7 @@ import (
 
 	"merlon.dev/integration/frames"
 	"merlon.dev/integration/measure"
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 )
@@ -179,7 +180,7 @@ func TestACrowdHurtsNobody(t *testing.T) {
 	const each = 20
 	m := openMarket(t, "http", marketApp(t),
 		"-connect-timeout", "3s", "-head-timeout", "3s", "-idle-timeout", "3s", "-stall-timeout", "3s")
-	open := func() error { return wants("http://"+m.outbound+"/", "200 hello") }
+	open := func() error { return services.Wants("http://"+m.outbound+"/", "200 hello") }
 	stage.Eventually(t, "an answer", open)
 
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)

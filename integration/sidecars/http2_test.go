@@ -1,7 +1,7 @@
 // The sidecar's HTTP/2 by the measure of others: a conformance suite, and a load
 // generator that is not written in Go.
 
-package integration_test
+package sidecars_test
 
 import (
 	"context"

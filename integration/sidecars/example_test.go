@@ -1,6 +1,6 @@
 // The example of nginx, curl and two sidecars, as its README runs it.
 
-package integration_test
+package sidecars_test
 
 import (
 	"os/exec"
@@ -16,7 +16,7 @@ func TestSidecarExampleRuns(t *testing.T) {
 		t.Skip("needs nginx: apt-get install nginx-light")
 	}
 	cmd := exec.CommandContext(t.Context(), stage.Bin(t, stage.Build(t, "example-sidecar", "examples/sidecar", "")))
-	cmd.Dir = ".."
+	cmd.Dir = "../.."
 	out, err := cmd.CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "Everything was seen.") {
 		t.Errorf("%v\n%s", err, out)

@@ -1,7 +1,7 @@
 // Two machines with an app each that knows nothing of a sidecar, and calls by address
 // as ever: rules of the kernel have its calls go through both sidecars.
 
-package integration_test
+package sidecars_test
 
 import (
 	"context"

@@ -1,7 +1,7 @@
 // What the policy denies no server serves: requests that servers read differently, sent
 // to Go, nginx and Node behind a sidecar (SECURITY.md T13 to T18).
 
-package integration_test
+package sidecars_test
 
 import (
 	"bufio"

@@ -1,7 +1,7 @@
 // What stands behind a sidecar in the tests of hostile requests: Go's server, nginx and
 // Node, each as people use it, and a tap before it that hears what it is sent.
 
-package integration_test
+package sidecars_test
 
 import (
 	"bufio"
@@ -163,7 +163,7 @@ func (s *shop) sell(t *testing.T, protocol, app string) *counter {
 	t.Helper()
 	c := &counter{
 		shop: s, tap: stage.NewTap(t, app), app: app, address: fmt.Sprintf("127.0.0.1:%d", stage.FreePort(t)),
-		before: decisions(t, s.d),
+		before: s.d.Decisions(),
 		alpn:   map[string]string{"http": "http/1.1", "http2": "h2"}[protocol], log: filepath.Join(t.TempDir(), "access.log"),
 	}
 	stage.Eventually(t, "the app listens", func() error {
@@ -199,7 +199,7 @@ type record struct {
 func (c *counter) close(t *testing.T) (records map[string][]record) {
 	t.Helper()
 	stage.Eventually(t, "the agent knows of each decision", func() error {
-		known := decisions(t, c.shop.d) - c.before
+		known := c.shop.d.Decisions() - c.before
 		if _, made := c.records(t); known != made {
 			return fmt.Errorf("it knows of %d; want %d", known, made)
 		}

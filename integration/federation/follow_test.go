@@ -1,7 +1,7 @@
 // Trust bundles that come by themselves: two trust domains that have exchanged one token
 // each way, and other implementations' endpoints and clients.
 
-package integration_test
+package federation_test
 
 import (
 	"bytes"
@@ -31,6 +31,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 
 	"merlon.dev/integration/measure"
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/httpauth"
@@ -84,16 +85,16 @@ func TestOneTokenEachWay(t *testing.T) {
 	}
 	invites(t, shop, partner)
 	invites(t, partner, shop)
-	ours, theirs := open(t, shop), open(t, partner)
+	ours, theirs := services.Open(t, shop), services.Open(t, partner)
 	partnerGrants(t, shop, partner, "/me", "/app")
-	url := serveHTTP(t, ours, http.HandlerFunc(ok))
+	url := services.Serve(t, ours, http.HandlerFunc(services.OK))
 	transport := httpauth.Transport(theirs, sdk.ID(shop.ID("/me")))
 	c := &http.Client{Transport: transport, Timeout: 20 * time.Second}
 	defer c.CloseIdleConnections()
-	want(t, "a grant names the partner's trust domain", c, url, "200 OK")
+	services.WantReason(t, "a grant names the partner's trust domain", c, url, "200 OK")
 	callers := append(sidecarCallers(t, shop, partner, theirs, url), func() string {
 		c.CloseIdleConnections() // each call is a handshake
-		return reasonOf(c, url)
+		return services.Reason(c, url)
 	})
 
 	// Calls go on while the partner's root is replaced, twice: of the SDK and of a
@@ -156,7 +157,7 @@ func TestOneTokenEachWay(t *testing.T) {
 		}
 		return nil
 	})
-	want(t, "without the first root", c, url, "200 OK")
+	services.WantReason(t, "without the first root", c, url, "200 OK")
 	waitLong(t, "both sides see it", func() error {
 		a, b := healthOf(t, shop, partner.TrustDomain), healthOf(t, partner, shop.TrustDomain)
 		if a.In != "ok" || a.Out != "ok" || b.In != "ok" || b.Out != "ok" || b.Reader.Sequence != a.Sequence {
@@ -169,7 +170,7 @@ func TestOneTokenEachWay(t *testing.T) {
 	shop.Merlon("federation", "remove", partner.TrustDomain)
 	c.CloseIdleConnections()
 	stage.Eventually(t, "the partner is refused", func() error {
-		if got := reasonOf(c, url); got == "200 OK" {
+		if got := services.Reason(c, url); got == "200 OK" {
 			return errors.New(got)
 		}
 		return nil
@@ -183,7 +184,7 @@ func TestOneTokenEachWay(t *testing.T) {
 // end, or both, is a sidecar; the shop's service that links the SDK is at url.
 func sidecarCallers(t *testing.T, shop, partner *stage.Domain, theirs *sdk.Identity, url string) []func() string {
 	t.Helper()
-	app := httptest.NewServer(http.HandlerFunc(ok))
+	app := httptest.NewServer(http.HandlerFunc(services.OK))
 	t.Cleanup(app.Close)
 	var free [3]string
 	for i := range free {
@@ -199,11 +200,11 @@ func sidecarCallers(t *testing.T, shop, partner *stage.Domain, theirs *sdk.Ident
 	t.Cleanup(plain.CloseIdleConnections)
 	t.Cleanup(linked.CloseIdleConnections)
 	callers := []func() string{
-		func() string { return reasonOf(plain, "http://"+toSidecar) },
-		func() string { return reasonOf(plain, "http://"+toSDK) },
+		func() string { return services.Reason(plain, "http://"+toSidecar) },
+		func() string { return services.Reason(plain, "http://"+toSDK) },
 		func() string {
 			linked.CloseIdleConnections()
-			return reasonOf(linked, "https://"+inbound)
+			return services.Reason(linked, "https://"+inbound)
 		},
 	}
 	for i, call := range callers {
@@ -390,17 +391,17 @@ func TestAnotherImplementationIsFollowed(t *testing.T) {
 	}
 
 	// Emptied: nobody there is trusted any more, with no operator's help here.
-	ours := source(t, shop)
+	ours := services.Source(t, shop)
 	td := spiffeid.RequireTrustDomainFromString("spire.test")
 	stage.Eventually(t, "the workload knows their root", func() error {
 		_, err := ours.GetX509BundleForTrustDomain(td)
 		return err
 	})
 	partnerGrants(t, shop, &stage.Domain{TrustDomain: "spire.test"})
-	url := serveHTTP(t, open(t, shop), http.HandlerFunc(streams))
+	url := services.Serve(t, services.Open(t, shop), http.HandlerFunc(streams))
 	peer := &http.Client{Transport: &http.Transport{TLSClientConfig: tlsconfig.MTLSClientConfig(s.Leaf("/peer").X509SVID(), ours, tlsconfig.AuthorizeID(spiffeid.RequireFromString(shop.ID("/me"))))}}
 	defer peer.CloseIdleConnections()
-	want(t, "a peer of theirs is let in", peer, url, "200 OK")
+	services.WantReason(t, "a peer of theirs is let in", peer, url, "200 OK")
 	stream := openStream(t, peer, url)
 	// First the endpoint is out of order. Who polls comes again when it would have come
 	// anyway, and not sooner (F-3): the document before said ten seconds.
@@ -425,7 +426,7 @@ func TestAnotherImplementationIsFollowed(t *testing.T) {
 	})
 	isCut(t, stream)
 	peer.CloseIdleConnections()
-	if got := reasonOf(peer, url); got == "200 OK" {
+	if got := services.Reason(peer, url); got == "200 OK" {
 		t.Error("a peer of theirs is let in still")
 	}
 	if first, second := <-visits, <-visits; second.Sub(first) < 7*time.Second {

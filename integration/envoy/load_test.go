@@ -2,7 +2,7 @@
 // of policy, an SDS name that stands for nothing, an agent that is killed. Calls fail
 // where that is the point, and none is ever allowed wrongly.
 
-package integration_test
+package envoy_test
 
 import (
 	"context"

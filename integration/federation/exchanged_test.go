@@ -2,7 +2,7 @@
 // trust bundles by hand: go-spiffe and the SDK on both sides, and what happens when
 // one side withdraws its trust. The test process is a workload of both.
 
-package integration_test
+package federation_test
 
 import (
 	"context"
@@ -23,33 +23,11 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/httpauth"
 )
-
-// trusts hands from's trust bundle over to by's operator, who takes it.
-func trusts(t *testing.T, by, from *stage.Domain, format string) {
-	t.Helper()
-	file := filepath.Join(t.TempDir(), "bundle")
-	if err := os.WriteFile(file, []byte(from.Merlon("trust", "show", "-o", format)), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	by.Merlon("federation", "set", from.TrustDomain, file)
-}
-
-// source is go-spiffe's for this process in d.
-func source(t *testing.T, d *stage.Domain) *workloadapi.X509Source {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	s, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(d.WorkloadAPI)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { s.Close() })
-	return s
-}
 
 // knows waits until the source has a trust bundle of other, or has none any more.
 func knows(t *testing.T, s *workloadapi.X509Source, other *stage.Domain, want bool) {
@@ -69,8 +47,8 @@ func partners(t *testing.T) (shop, partner *stage.Domain) {
 	shop, partner = stage.Separate(t), stage.SeparateOf(t, "partner.test")
 	shop.Entry("/me", "--federates-with", partner.TrustDomain)
 	partner.Entry("/me", "--federates-with", shop.TrustDomain)
-	trusts(t, shop, partner, "jwks")
-	trusts(t, partner, shop, "jwks")
+	shop.Trusts(partner, "jwks")
+	partner.Trusts(shop, "jwks")
 	return shop, partner
 }
 
@@ -78,7 +56,7 @@ func partners(t *testing.T) (shop, partner *stage.Domain) {
 func TestExplainIdentitySaysWhichTrustBundlesAreMissing(t *testing.T) {
 	shop, partner := stage.Separate(t), stage.SeparateOf(t, "partner.test")
 	shop.Entry("/me", "--federates-with", partner.TrustDomain, "--federates-with", "absent.test")
-	trusts(t, shop, partner, "jwks")
+	shop.Trusts(partner, "jwks")
 	want := []string{"federates with partner.test, absent.test", "has no trust bundle of absent.test: merlon federation set absent.test FILE"}
 	stage.Eventually(t, "the agent says so", func() error {
 		out := shop.Explain("identity", "--pid", strconv.Itoa(os.Getpid()))
@@ -124,7 +102,7 @@ func goSPIFFEClient(t *testing.T, s *workloadapi.X509Source, peer string) *http.
 
 func TestGoSPIFFECallsAcrossTrustDomains(t *testing.T) {
 	shop, partner := partners(t)
-	ours, theirs := source(t, shop), source(t, partner)
+	ours, theirs := services.Source(t, shop), services.Source(t, partner)
 	knows(t, ours, partner, true)
 	knows(t, theirs, shop, true)
 	for _, way := range []struct {
@@ -183,16 +161,6 @@ func partnerGrants(t *testing.T, shop, partner *stage.Domain, paths ...string) {
 	shop.Merlon("policy", "push", dir)
 }
 
-func open(t *testing.T, d *stage.Domain) *sdk.Identity {
-	t.Helper()
-	id, err := sdk.Open(t.Context(), sdk.WithAgentAddress(d.WorkloadAPI))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(id.Close)
-	return id
-}
-
 // streams answers at /stream until the connection is cut, and elsewhere at once.
 func streams(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path != "/stream" {
@@ -240,31 +208,31 @@ func isCut(t *testing.T, ended chan error) {
 // what is open is cut when that is withdrawn, whatever is under way.
 func TestRemovedFederationCutsLiveConnections(t *testing.T) {
 	shop, partner := partners(t)
-	ours, theirs := open(t, shop), open(t, partner)
+	ours, theirs := services.Open(t, shop), services.Open(t, partner)
 	partnerGrants(t, shop, partner)
-	url := serveHTTP(t, ours, http.HandlerFunc(streams))
+	url := services.Serve(t, ours, http.HandlerFunc(streams))
 	transport := httpauth.Transport(theirs, sdk.ID(shop.ID("/me")))
 	c := &http.Client{Transport: transport}
 	defer c.CloseIdleConnections()
-	want(t, "a grant names the partner's trust domain", c, url+"/a", "200 OK")
+	services.WantReason(t, "a grant names the partner's trust domain", c, url+"/a", "200 OK")
 
 	ended := openStream(t, c, url)
 	shop.Merlon("federation", "remove", partner.TrustDomain)
 	at := time.Now()
 	isCut(t, ended)
 	t.Logf("cut %v after merlon federation remove had answered", time.Since(at).Round(time.Millisecond))
-	if got := reasonOf(c, url+"/a"); got == "200 OK" {
+	if got := services.Reason(c, url+"/a"); got == "200 OK" {
 		t.Error("a new connection is let in")
 	}
 
 	// And back, by the roots alone.
-	trusts(t, shop, partner, "pem")
-	want(t, "trusted again", c, url+"/a", "200 OK")
+	shop.Trusts(partner, "pem")
+	services.WantReason(t, "trusted again", c, url+"/a", "200 OK")
 
 	// The partner revokes an identity of its own: that reaches its own workloads, and
 	// not the shop's, which ends the trust, or denies it in its policy.
 	partner.Merlon("revoke", "--spiffe-id", partner.ID("/me"))
-	want(t, "a revocation of the partner's", c, url+"/a", "200 OK")
+	services.WantReason(t, "a revocation of the partner's", c, url+"/a", "200 OK")
 	if _, stderr, err := shop.Try("revoke", "--spiffe-id", partner.ID("/me")); err == nil || !strings.Contains(stderr, "trust domain") {
 		t.Errorf("the shop revokes what is the partner's: %v, %s", err, stderr)
 	}
@@ -273,12 +241,12 @@ func TestRemovedFederationCutsLiveConnections(t *testing.T) {
 // The partner's new root is handed over in time, and what is older is not taken.
 func TestPartnersRootIsReplaced(t *testing.T) {
 	shop, partner := partners(t)
-	ours, theirs := open(t, shop), open(t, partner)
+	ours, theirs := services.Open(t, shop), services.Open(t, partner)
 	partnerGrants(t, shop, partner)
-	url := serveHTTP(t, ours, http.HandlerFunc(ok))
+	url := services.Serve(t, ours, http.HandlerFunc(services.OK))
 	c := &http.Client{Transport: httpauth.Transport(theirs, sdk.ID(shop.ID("/me")))}
 	defer c.CloseIdleConnections()
-	want(t, "before", c, url, "200 OK")
+	services.WantReason(t, "before", c, url, "200 OK")
 	old := filepath.Join(t.TempDir(), "old")
 	if err := os.WriteFile(old, []byte(partner.Merlon("trust", "show", "-o", "jwks")), 0o600); err != nil {
 		t.Fatal(err)
@@ -289,7 +257,7 @@ func TestPartnersRootIsReplaced(t *testing.T) {
 		next, err = stage.AuthorityIn(partner, "x509-root", "published")
 		return err
 	})
-	trusts(t, shop, partner, "jwks")
+	shop.Trusts(partner, "jwks")
 	stage.Eventually(t, "the shop knows it", func() error {
 		b, err := ours.GetX509BundleForTrustDomain(spiffeid.RequireTrustDomainFromString(partner.TrustDomain))
 		if err == nil && len(b.X509Authorities()) != 2 {
@@ -307,10 +275,10 @@ func TestPartnersRootIsReplaced(t *testing.T) {
 		return err
 	})
 	c.CloseIdleConnections()
-	want(t, "under the new root", c, url, "200 OK")
+	services.WantReason(t, "under the new root", c, url, "200 OK")
 	_, stderr, err := shop.Try("federation", "set", partner.TrustDomain, old)
 	if err == nil || !strings.Contains(stderr, "older") || !strings.Contains(stderr, "hint: get the document anew") {
 		t.Errorf("an older trust bundle: %v, %s; want a refusal with a hint", err, stderr)
 	}
-	want(t, "after the refusal", c, url, "200 OK")
+	services.WantReason(t, "after the refusal", c, url, "200 OK")
 }

@@ -2,7 +2,7 @@
 // request (ext_authz): what passes, how a denial looks, and that the service behind
 // sees nothing of what was denied.
 
-package integration_test
+package envoy_test
 
 import (
 	"bufio"
@@ -16,7 +16,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -36,7 +35,7 @@ import (
 	"merlon.dev/sdk"
 )
 
-const envoyDir = "../examples/envoy/"
+const envoyDir = "../../examples/envoy/"
 
 // pair is web and its Envoy, which calls orders through that one's Envoy, which asks
 // the agent.
@@ -297,21 +296,6 @@ func TestEnvoyAsksAboutWebSockets(t *testing.T) {
 	}
 }
 
-// decisions are how many the agent has counted.
-func decisions(t *testing.T, d *stage.Domain) (sum int) {
-	t.Helper()
-	for _, found := range decisionCount.FindAllStringSubmatch(metrics(t, d.AgentHealth), -1) {
-		n, err := strconv.Atoi(found[1])
-		if err != nil {
-			t.Fatal(err)
-		}
-		sum += n
-	}
-	return sum
-}
-
-var decisionCount = regexp.MustCompile(`(?m)^merlon_agent_decisions_total\{.*\} (\d+)$`)
-
 func TestEnvoyAsksTheAgent(t *testing.T) {
 	t.Parallel()
 	p := startPair(t)
@@ -323,7 +307,7 @@ func TestEnvoyAsksTheAgent(t *testing.T) {
 		t.Errorf("the app sees x-spiffe-id %q and x-forwarded-client-cert %q; want one and none", ids, certs)
 	}
 
-	calls, before, asked := p.app.calls.Load(), decisions(t, p.d), 0
+	calls, before, asked := p.app.calls.Load(), p.d.Decisions(), 0
 	for _, want := range []struct {
 		method, path string
 		status       int
@@ -362,7 +346,7 @@ func TestEnvoyAsksTheAgent(t *testing.T) {
 			t.Errorf("%s %s is explained as %s", want.method, want.path, text)
 		}
 	}
-	if saw, made := p.app.calls.Load()-calls, decisions(t, p.d)-before; saw != 0 || made != asked {
+	if saw, made := p.app.calls.Load()-calls, p.d.Decisions()-before; saw != 0 || made != asked {
 		t.Errorf("the app saw %d of %d denied calls, and %d decisions were recorded; want none, and one each", saw, asked, made)
 	}
 }
@@ -389,7 +373,7 @@ func TestEnvoyAsksTheAgentAboutGRPC(t *testing.T) {
 	if ids := p.app.seen("X-Spiffe-Id"); len(ids) != 1 || ids[0] != p.d.ID("/web") {
 		t.Errorf("the app sees x-spiffe-id %q", ids)
 	}
-	calls, before := p.app.calls.Load(), decisions(t, p.d)
+	calls, before := p.app.calls.Load(), p.d.Decisions()
 	err := p.rpc("/shop.Orders/Delete")
 	denied, ok := sdk.DeniedFromStatus(err)
 	if !ok || denied.Reason != "METHOD" || status.Code(err) != codes.PermissionDenied {
@@ -402,7 +386,7 @@ func TestEnvoyAsksTheAgentAboutGRPC(t *testing.T) {
 	if err := p.rpc("/shop.Other/List"); status.Code(err) != codes.PermissionDenied {
 		t.Errorf("a call of another service: %v; want PermissionDenied", err)
 	}
-	if saw, made := p.app.calls.Load()-calls, decisions(t, p.d)-before; saw != 0 || made != 2 {
+	if saw, made := p.app.calls.Load()-calls, p.d.Decisions()-before; saw != 0 || made != 2 {
 		t.Errorf("the app saw %d of two denied calls, and %d decisions were recorded; want none, and two", saw, made)
 	}
 
@@ -473,7 +457,7 @@ func TestEnvoyExampleRuns(t *testing.T) {
 	t.Parallel()
 	binary := envoyBinary(t)
 	cmd := exec.CommandContext(t.Context(), stage.Bin(t, stage.Build(t, "example-envoy", "examples/envoy", "")))
-	cmd.Dir, cmd.Env = "..", append(os.Environ(), "ENVOY="+binary)
+	cmd.Dir, cmd.Env = "../..", append(os.Environ(), "ENVOY="+binary)
 	out, err := cmd.CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "Everything was seen.") {
 		t.Errorf("%v\n%s", err, out)

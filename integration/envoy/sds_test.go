@@ -1,7 +1,7 @@
 // A real Envoy with examples/envoy/envoy.yaml, and the real agent as its source
 // of secrets: both dialects of SDS, under traffic, and against strangers.
 
-package integration_test
+package envoy_test
 
 import (
 	"bufio"
@@ -34,7 +34,7 @@ import (
 	"merlon.dev/sdk/svid/forge"
 )
 
-const envoyExample = "../examples/envoy/envoy.yaml"
+const envoyExample = "../../examples/envoy/envoy.yaml"
 
 // envoy is a running one.
 type envoy struct {
@@ -479,4 +479,11 @@ func TestWhatEnvoyRefusesIsLogged(t *testing.T) {
 	startEnvoy(t, g.d, g.orders.address, "name: ROOTCA", "name: default", "DELTA_GRPC", "GRPC")
 	g.logged("Envoy refused secrets", "names=[ROOTCA]", "Failed to load incomplete private key")
 	g.logged("Envoy refused secrets", "names=[default]", "without trusted CA is insecure")
+}
+
+// envoyBinary is Envoy's, not the script beside it that starts it: unix:path
+// names what runs.
+func envoyBinary(t *testing.T) string {
+	t.Helper()
+	return stage.Interop(t, "Envoy", "venv/lib/python3*/site-packages/envoy/_bin/envoy")
 }
