@@ -189,8 +189,8 @@ func (p *Process) PID() int { return p.cmd.Process.Pid }
 // Kill ends the process with SIGKILL and waits for it.
 func (p *Process) Kill() { p.end(syscall.SIGKILL) }
 
-// Stop ends the process with SIGTERM and waits for it; after 10 s with SIGKILL,
-// which fails the test.
+// Stop ends the process with SIGTERM and waits for it; after 10 s with SIGQUIT, which
+// fails the test, and has what it does by then in its log.
 func (p *Process) Stop() { p.end(syscall.SIGTERM) }
 
 func (p *Process) end(sig syscall.Signal) {
@@ -201,10 +201,12 @@ func (p *Process) end(sig syscall.Signal) {
 	p.cmd.Process.Signal(sig)
 	late := time.AfterFunc(10*time.Second, func() {
 		p.tb.Errorf("%s did not end within 10 s of %s", p.Name, sig)
-		p.cmd.Process.Kill()
+		p.cmd.Process.Signal(syscall.SIGQUIT)
 	})
+	never := time.AfterFunc(15*time.Second, func() { p.cmd.Process.Kill() })
 	p.cmd.Wait()
 	late.Stop()
+	never.Stop()
 	p.cmd = nil
 }
 
