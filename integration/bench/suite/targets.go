@@ -23,6 +23,12 @@ type source struct {
 	peers []string
 }
 
+// SPIRE is measured where the environment names its two programs, by a Go module of its
+// own, which has SPIRE's API.
+const spireModule = "integration/bench/spire"
+
+var spire = []string{"MERLON_BENCH_SPIRE_SERVER", "MERLON_BENCH_SPIRE_AGENT"}
+
 var (
 	sign        = source{pkg: "ca", bench: "^BenchmarkSign$", times: "50x"}
 	propagation = source{pkg: "integration/bench", bench: "^BenchmarkRegistrationReachesWorkload$", times: "100x", once: true}
@@ -45,6 +51,10 @@ var (
 		pkg: "integration", test: "^TestRootRotatesUnderHandshakes$", once: true,
 		env: []string{"ROTATIONS=4", "HANDSHAKES=500", "WORKLOADS=200"},
 	}
+	spireEntry    = source{pkg: spireModule, bench: "^BenchmarkEntryReachesWorkload$", times: "10x", once: true, peers: spire}
+	spireAnswer   = source{pkg: spireModule, bench: "^BenchmarkFirstAnswer$", times: "10x", once: true, peers: spire}
+	spireIssue    = source{pkg: spireModule, bench: "^BenchmarkIssue$", times: "20x", peers: spire}
+	spireRegister = source{pkg: spireModule, bench: "^BenchmarkRegister$", times: "5x", peers: spire}
 
 	register = source{pkg: "ca", bench: "^BenchmarkCreateEntry$", times: "200x"}
 	store    = source{pkg: "ca/internal/store/badger", bench: "^BenchmarkTxn$/^writers=64$", times: "50000x"}
@@ -74,6 +84,7 @@ type target struct {
 var targets = []target{
 	{p: "P1", what: "X509-SVID through the whole CA, batch of 100 : CSR check and CreateCertificate", source: sign, bench: "Sign", unit: "ca-ratio", shown: "×", most: 1.2},
 	{p: "P1", what: "the same", source: sign, bench: "Sign", unit: "ca-ratio", shown: "×", most: 0.8, stretch: true},
+	{p: "P1", what: "CPU of the server per X509-SVID, calls for 100 : SPIRE's server", source: spireIssue, bench: "Issue", unit: "merlon-own-µs", over: "spire-own-µs", shown: "×", most: 1, stretch: true},
 	{p: "P2", what: "entry created → SVID at the workload, p50", source: propagation, bench: "RegistrationReachesWorkload/entries=0", unit: "created-p50-ms", shown: "ms", most: 20},
 	{p: "P2", what: "the same, p99", source: propagation, bench: "RegistrationReachesWorkload/entries=0", unit: "created-p99-ms", shown: "ms", most: 200},
 	{p: "P2", what: "the same beside 100 000 entries, p50", source: propagation, bench: "RegistrationReachesWorkload/entries=100000", unit: "created-p50-ms", shown: "ms", most: 20},
@@ -94,16 +105,24 @@ var targets = []target{
 	{p: "P2", what: "the same, p99", source: cuts, bench: "PolicyReachesCall/entries=0/ownrego", unit: "decided-p99-ms", shown: "ms", most: 200},
 	{p: "P2", what: "the same beside 100 000 entries, p50", source: cuts, bench: "PolicyReachesCall/entries=100000/ownrego", unit: "decided-p50-ms", shown: "ms", most: 20},
 	{p: "P2", what: "the same, p99", source: cuts, bench: "PolicyReachesCall/entries=100000/ownrego", unit: "decided-p99-ms", shown: "ms", most: 200},
+	{p: "P2", what: "entry created → SVID at the workload, p50 : SPIRE, which asks every 5 s", source: spireEntry, bench: "EntryReachesWorkload", unit: "merlon-p50-ms", over: "spire-p50-ms", shown: "×", most: 1, stretch: true},
+	{p: "P2", what: "the same, the longest", source: spireEntry, bench: "EntryReachesWorkload", unit: "merlon-max-ms", over: "spire-max-ms", shown: "×", most: 1, stretch: true},
 	{p: "P3", what: "CA with 1 M entries and 10 000 agents, at rest", source: fleet, bench: "Fleet", unit: "idle-%core", shown: "% of a core", most: 2},
 	{p: "P3", what: "the same, memory", source: fleet, bench: "Fleet", unit: "idle-MiB", shown: "MiB", most: 2560},
 	{p: "P3", what: "memory for each entry (100 agents, 1 M entries less 10 000)", source: fleet, bench: "Fleet", unit: "entry-kB", shown: "kB", most: 1.3},
 	{p: "P3", what: "memory for each agent (1 M entries, 10 000 agents less 100)", source: fleet, bench: "Fleet", unit: "agent-kB", shown: "kB", most: 80},
 	{p: "P3", what: "1 M entries: start to serving", source: fleet, bench: "Fleet", unit: "start-s", shown: "s", most: 5},
 	{p: "P3", what: "one change, 10 000 agents, CPU of the CA: with 1 M entries : with 10 000 (O(1))", source: fleet, bench: "Fleet", unit: "change-cpu-µs", over: "change-of-few-cpu-µs", shown: "×", most: 2},
+	{p: "P3", what: "memory of the server without entries : SPIRE's", source: spireAnswer, bench: "FirstAnswer", unit: "merlon-server-idle-MiB", over: "spire-server-idle-MiB", shown: "×", most: 1, stretch: true},
+	{p: "P3", what: "the same with 1 000 entries", source: spireAnswer, bench: "FirstAnswer", unit: "merlon-server-loaded-MiB", over: "spire-server-loaded-MiB", shown: "×", most: 1, stretch: true},
+	{p: "P3", what: "server and agent with 1 000 entries, at rest : SPIRE's", source: spireAnswer, bench: "FirstAnswer", unit: "merlon-rest-%core", over: "spire-rest-%core", shown: "×", most: 1, stretch: true},
 	{p: "P4", what: "10 000 agents, all streams cut → all in sync", source: fleet, bench: "Fleet", unit: "cut-synced-s", shown: "s", most: 60},
 	{p: "P4", what: "the same, the CA killed", source: fleet, bench: "Fleet", unit: "killed-synced-s", shown: "s", most: 60},
 	{p: "P5", what: "FetchX509SVID, first answer, warm, 32 callers, 1 000 entries, both ends", source: workloadAPI, bench: "FirstAnswer", unit: "both-ends-svid-µs", shown: "µs", most: 250},
 	{p: "P5", what: "the same : a stream on the socket that does nothing", source: workloadAPI, bench: "FirstAnswer", unit: "both-ends-ratio", shown: "×", most: 2},
+	{p: "P5", what: "the agent's CPU for it : SPIRE's agent", source: spireAnswer, bench: "FirstAnswer", unit: "merlon-own-µs", over: "spire-own-µs", shown: "×", most: 1, stretch: true},
+	{p: "P5", what: "memory of the agent without entries : SPIRE's", source: spireAnswer, bench: "FirstAnswer", unit: "merlon-agent-idle-MiB", over: "spire-agent-idle-MiB", shown: "×", most: 1, stretch: true},
+	{p: "P5", what: "the same with 1 000 entries, after the answers", source: spireAnswer, bench: "FirstAnswer", unit: "merlon-agent-loaded-MiB", over: "spire-agent-loaded-MiB", shown: "×", most: 1, stretch: true},
 	{p: "P6", what: "decision, 10 000 grants, compiled", source: decisions, bench: "Authorize/grants=10000/allow/program", unit: "cpu-ns/op", shown: "ns", most: 100},
 	{p: "P6", what: "the same, allocations", source: decisions, bench: "Authorize/grants=10000/allow/program", unit: "allocs/op", shown: "", most: 0},
 	{p: "P6", what: "kept answer of OPA", source: decisions, bench: "Kept", unit: "cpu-ns/op", shown: "ns", most: 150},
@@ -135,6 +154,8 @@ var targets = []target{
 	{p: "P13", what: "the same, handshakes a second", source: rotation, bench: "RootRotation", unit: "handshakes/s", shown: "a second", least: 500},
 	{p: "P14", what: "acknowledged registrations by the admin API, 64 callers, whole: store (Badger), audit log, picture, answer", source: register, bench: "CreateEntry", unit: "entries/s", shown: "a second", least: 4000},
 	{p: "P14", what: "of that the store alone: transactions, synced, chained, 64 writers", source: store, bench: "Txn/writers=64", unit: "txn/s", shown: "a second", least: 4000},
+	{p: "P14", what: "entries registered through the API a second, one a call, 64 callers : SPIRE", source: spireRegister, bench: "Register", unit: "merlon-entries/s", over: "spire-entries/s", shown: "×", least: 1, stretch: true},
+	{p: "P14", what: "the same, CPU of the server for each", source: spireRegister, bench: "Register", unit: "merlon-own-µs", over: "spire-own-µs", shown: "×", most: 1, stretch: true},
 }
 
 // asked says whether the target is among those asked for; all are without any.
