@@ -33,9 +33,7 @@ func losePower(r *run) {
 	w.Work(r.size(4, 32))
 	time.Sleep(500 * time.Millisecond)
 	w.Deny()
-	if r.full { // README.md: one start in some hundred refuses
-		cutPower(r, w, disk, 200)
-	}
+	cutPower(r, w, disk, r.size(3, 200))
 	failSyncs(r, w)
 	w.Rest()
 	damageStore(r, w, r.size(4, 400))

@@ -10,7 +10,8 @@ package badger
 //   - The log that Badger turns to next is there before it is needed, with all
 //     of its blocks (wal.go). A batch fills at most one.
 //   - A table gets its blocks before Badger maps it, and what writes it waits
-//     for them as long as it takes (mapped_linux.go).
+//     for them, and for its name to be durable, as long as it takes
+//     (mapped_linux.go).
 //
 // What is written in the background needs at most 16 MiB for each of three
 // memtables, and for a compaction what goes into it: some hundred MiB while a

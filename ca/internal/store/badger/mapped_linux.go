@@ -21,6 +21,8 @@ import (
 
 	bdg "github.com/dgraph-io/badger/v4"
 	"golang.org/x/sys/unix"
+
+	"merlon.dev/sdk/durable"
 )
 
 //go:linkname mapper golang.org/x/sys/unix.mapper
@@ -77,8 +79,13 @@ func beforeMapping(fd int, offset, length int64) error {
 func (g *guard) mapping(fd int, path string, offset, length int64) error {
 	switch filepath.Ext(path) {
 	case tableExt:
+		dir, made := filepath.Dir(path), blocksOf(fd) == 0
 		g.await(filepath.Base(path), func() error {
-			return errors.Join(allocateFD(fd, offset, length, 0), allocateAfter(filepath.Join(filepath.Dir(path), bdg.ManifestFilename), manifestRoom))
+			err := errors.Join(allocateFD(fd, offset, length, 0), allocateAfter(filepath.Join(dir, bdg.ManifestFilename), manifestRoom))
+			if made {
+				err = errors.Join(err, durable.SyncDir(dir))
+			}
+			return err
 		})
 		return nil
 	case ".vlog": // only its header is ever written: see badgerOptions
@@ -99,8 +106,7 @@ const (
 // allocateFD gives a file its blocks. One that has them, and a file system
 // that cannot, are no errors.
 func allocateFD(fd int, offset, length int64, mode uint32) error {
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err == nil && mode == 0 && st.Blocks*512 >= offset+length {
+	if mode == 0 && blocksOf(fd)*512 >= offset+length {
 		return nil
 	}
 	for {
@@ -113,6 +119,15 @@ func allocateFD(fd int, offset, length int64, mode uint32) error {
 		}
 		return err
 	}
+}
+
+// blocksOf is how many blocks a file has: 0 for one that was just made.
+func blocksOf(fd int) int64 {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return 0
+	}
+	return st.Blocks
 }
 
 func allocate(file *os.File, offset, length int64, mode uint32) error {

@@ -52,12 +52,16 @@ func Open(dir string, opts Options) (*Store, error) {
 	return s, nil
 }
 
-// makePrivate closes the directory to others: Badger's files follow the umask.
+// makePrivate closes the directory to others, since Badger's files follow the umask,
+// and makes its name durable.
 func makePrivate(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	return os.Chmod(dir, 0o700) //nolint:gosec // a directory needs its x
+	if err := os.Chmod(dir, 0o700); err != nil { //nolint:gosec // a directory needs its x
+		return err
+	}
+	return durable.SyncDir(filepath.Dir(dir))
 }
 
 func openLocked(dir string, lock *dirLock, guard *guard, opts Options) (*Store, error) {
