@@ -42,6 +42,10 @@ const (
 	neverWait      = 30 * time.Second // the agent does not know the call
 )
 
+// maxMessageBytes bounds one message of the agent. The first one about revocations has
+// all of them, some hundred bytes each; gRPC's own limit is 4 MiB.
+const maxMessageBytes = 256 << 20
+
 // The two feeds, as logs name them.
 const (
 	identityFeed   = "X509-SVID"
@@ -76,6 +80,7 @@ func dialAgent(path string, o *options) (*agent, error) {
 			MinConnectTimeout: 2 * time.Second,
 		}),
 		grpc.WithDisableServiceConfig(),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessageBytes)),
 		grpc.WithIdleTimeout(0),
 		grpc.WithUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 			return invoke(withHeader(ctx), method, req, reply, cc, opts...)

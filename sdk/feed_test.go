@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -329,4 +330,17 @@ func TestNobodyIsLetInBeforeRevocationsAreKnown(t *testing.T) {
 	if err := dial(); err != nil {
 		t.Error(err)
 	}
+}
+
+// The first message about revocations has all of them, however many there are.
+func TestAnyNumberOfRevocations(t *testing.T) {
+	td := sdktest.New(t)
+	for i := range 100_000 {
+		td.Revoke(fmt.Sprintf("job/%d", i))
+	}
+	id, err := sdk.Open(t.Context(), td.As("orders"), quiet, sdk.WithStartupTimeout(30*time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	id.Close()
 }
