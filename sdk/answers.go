@@ -33,7 +33,7 @@ func (id *Identity) answers(destination string, now time.Time) *answers {
 	if all == nil {
 		return nil
 	}
-	if a := all.answers[destination]; a != nil && id.stillDecides(all.version, now) {
+	if a := all.answers[destination]; a != nil && id.news.decides(now) {
 		return a
 	}
 	return nil

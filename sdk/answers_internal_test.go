@@ -44,7 +44,6 @@ func asking(t *testing.T, ends ...int64) (*Identity, *scripted) {
 	id, script := bare(), &scripted{answer: answer(policy.Allowed, 7)}
 	id.agent = &agent{local: script}
 	id.generation.Store(7)
-	id.version.Store(7)
 	id.takePrograms(t.Context(), &agentpb.WatchPolicyResponse{PolicyGeneration: 7, Programs: []*agentpb.Program{
 		{Destination: ownID, Reason: "it is not compiled", Keep: &agentpb.Keep{Headers: []string{"a"}, Ends: ends}},
 	}})
@@ -137,8 +136,8 @@ func TestAnswersEnd(t *testing.T) {
 		}{
 			"nothing happens":                     {func(*Identity) {}, time.Minute - 1, 1},
 			"a grant ends":                        {func(*Identity) {}, time.Minute, 2},
-			"another generation":                  {func(id *Identity) { id.version.Store(8); id.versionSince.Store(steady(time.Now()).UnixNano()) }, lag, 2},
-			"a generation that is new":            {func(id *Identity) { id.version.Store(8); id.versionSince.Store(steady(time.Now()).UnixNano()) }, lag - 1, 1},
+			"another generation":                  {func(id *Identity) { id.news.hear(8, time.Now()) }, lag, 2},
+			"a generation that is new":            {func(id *Identity) { id.news.hear(8, time.Now()) }, lag - 1, 1},
 			"the policy comes again":              {func(id *Identity) { id.takePrograms(t.Context(), &agentpb.WatchPolicyResponse{}) }, 0, 2},
 			"a revocation":                        {revoked("spiffe://sdktest.test/web"), 0, 2},
 			"a revocation of somebody else":       {revoked("spiffe://sdktest.test/eve"), 0, 1},

@@ -28,8 +28,8 @@ func TestClockJumpsMakeNothingFreshOrStale(t *testing.T) {
 		for _, field := range []interface{ Store(int64) }{&id.revocationsAsOf, &id.policyAsOf} {
 			field.Store(steadyAsOf(old, time.Now()))
 		}
-		id.version.Store(2)
-		id.versionSince.Store(steady(fresh).UnixNano())
+		id.news.arrive(1)
+		id.news.hear(2, fresh)
 		time.Jump(jump)
 		if got := id.stale(time.Now()); got != "" {
 			t.Errorf("after a jump of %d s: %s at once", jump, got)
@@ -37,7 +37,7 @@ func TestClockJumpsMakeNothingFreshOrStale(t *testing.T) {
 		if got := id.stale(time.Now().Add(2 * time.Minute)); got != policy.StaleRevocations {
 			t.Errorf("after a jump of %d s and 6 minutes in all: %q; want STALE_REVOCATIONS", jump, got)
 		}
-		if now := time.Now(); !id.stillDecides(1, now) || id.stillDecides(1, now.Add(lag)) {
+		if now := time.Now(); !id.news.decides(now) || id.news.decides(now.Add(lag)) {
 			t.Errorf("after a jump of %d s an old version does not decide for %v", jump, lag)
 		}
 		time.Jump(0)

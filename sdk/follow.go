@@ -247,6 +247,7 @@ func (id *Identity) followRevocations(ctx context.Context, progress func()) erro
 	for {
 		res, err := stream.Recv()
 		if err != nil {
+			id.losePolicyNews(ctx, err)
 			return err
 		}
 		watchdog.Reset(silence)
@@ -255,7 +256,7 @@ func (id *Identity) followRevocations(ctx context.Context, progress func()) erro
 		now := time.Now()
 		id.revocationsAsOf.Store(steadyAsOf(res.GetRevocationsAsOf().AsTime(), now)) // never: 0, which is stale
 		id.denyPolicyAfter.Store(int64(res.GetDenyPolicyAfter().AsDuration()))
-		id.policyAsOf.Store(steadyAsOf(res.GetPolicyAsOf().AsTime(), now))
+		id.notePolicyAsOf(steadyAsOf(res.GetPolicyAsOf().AsTime(), now))
 		id.revoke(ctx, res)
 		id.noteTaint(res.GetTaintedAuthorityIds())
 		progress()
@@ -270,11 +271,26 @@ func (id *Identity) notePolicy(ctx context.Context, res *agentpb.WatchResponse) 
 	if id.generation.Swap(g) != g && id.ready.isReady() {
 		id.log.LogAttrs(ctx, slog.LevelInfo, "policy changed", slog.Uint64("policy_revision", g))
 	}
-	if v := versionOf(res.GetPolicyVersion(), g); id.version.Load() != v {
-		id.versionSince.Store(steady(time.Now()).UnixNano())
-		id.version.Store(v)
+	if id.news.hear(versionOf(res.GetPolicyVersion(), g), time.Now()) {
 		id.calls.changed()
 		time.AfterFunc(lag, id.calls.changed) // where no program comes
+	}
+}
+
+// notePolicyAsOf takes in until when the policy that the agent has was in force. That says
+// nothing of an older one at hand, which ages.
+func (id *Identity) notePolicyAsOf(at int64) {
+	id.heardAsOf.Store(at) // before the look: what arrives now takes it up, or is seen here
+	if !id.news.awaits() {
+		id.policyAsOf.Store(at)
+	}
+}
+
+// losePolicyNews takes in that the agent announces nothing any more.
+func (id *Identity) losePolicyNews(ctx context.Context, err error) {
+	if id.news.gone(time.Now()) {
+		id.log.LogAttrs(ctx, slog.LevelWarn, "agent went before it sent the policy that it had announced; the last one decides until it is back",
+			slog.Uint64("announced_revision", id.generation.Load()), slog.Any("err", err))
 	}
 }
 

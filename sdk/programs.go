@@ -22,11 +22,6 @@ const (
 	reportFeed = "decisions"
 )
 
-// lag is how long calls are decided by the program at hand after the agent has
-// said that another policy is active. A program comes within milliseconds; where
-// none does, the agent is asked.
-const lag = 2 * time.Second
-
 // programs are the compiled policies of this process's SPIFFE IDs, and what is kept
 // where there is none. The maps never change.
 type programs struct {
@@ -87,6 +82,9 @@ func (id *Identity) takePrograms(ctx context.Context, res *agentpb.WatchPolicyRe
 		}
 	}
 	id.programs.Store(next)
+	if id.news.arrive(next.version) {
+		id.policyAsOf.Store(id.heardAsOf.Load())
+	}
 	id.calls.changed()
 	id.report.poke() // the agent is to know
 }
@@ -136,17 +134,10 @@ func (id *Identity) program(destination string, now time.Time) *compiled {
 	if all == nil {
 		return nil
 	}
-	if p := all.by[destination]; p != nil && id.stillDecides(all.version, now) {
+	if p := all.by[destination]; p != nil && id.news.decides(now) {
 		return p
 	}
 	return nil
-}
-
-// stillDecides says whether what came with a version of the policy decides now.
-// Where another one is in use, what belongs to it is on its way, or this came before
-// the news.
-func (id *Identity) stillDecides(version uint64, now time.Time) bool {
-	return version >= id.version.Load() || steady(now).Sub(time.Unix(0, id.versionSince.Load())) < lag
 }
 
 // decideHere decides the call by p.

@@ -43,13 +43,14 @@ type Identity struct {
 	calls       *liveCalls
 	audit       audit
 	// Of what the agent says is in use: the active policy, its candidate, and the
-	// version of both.
-	generation, candidate, version atomic.Uint64
+	// versions of both.
+	generation, candidate atomic.Uint64
+	news                  news
 	// The rest in nanoseconds, or in Unix nanoseconds of the steady clock.
-	versionSince    atomic.Int64
 	revocationsAsOf atomic.Int64
 	denyAfter       atomic.Int64 // 0: the age of revocations does not matter
-	policyAsOf      atomic.Int64
+	heardAsOf       atomic.Int64 // that of the policy which the agent has
+	policyAsOf      atomic.Int64 // that of the policy at hand, where there is one
 	denyPolicyAfter atomic.Int64 // 0: the age of the policy does not matter
 	closed          atomic.Bool
 	tellSource      bool // metrics and traces name the caller

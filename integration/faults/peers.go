@@ -108,6 +108,14 @@ func (w *World) peerLogs() (text string) {
 	return text
 }
 
+// PeersSaid counts how often peers have said so in their logs.
+func (w *World) PeersSaid(text string) (n int) {
+	for _, p := range w.peers {
+		n += strings.Count(p.log.String(), text)
+	}
+	return n
+}
+
 // allowed are the calls that the policy grants.
 func (w *World) allowed() []history.Pair {
 	return append(w.healthy(), history.Pair{From: w.ID(doomed), To: w.ID(orders)})
