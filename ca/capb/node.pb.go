@@ -61,6 +61,12 @@ const (
 	// What it rests on is not so any more, or whoever proposed it may not any more
 	// (FAILED_PRECONDITION). It is over.
 	Refusal_REFUSAL_PROPOSAL_VOID Refusal = 13
+	// It was not proposed: too many of the same administrator wait
+	// (RESOURCE_EXHAUSTED).
+	Refusal_REFUSAL_PROPOSALS_TOO_MANY Refusal = 14
+	// It was not proposed: no second administrator could read all of it
+	// (INVALID_ARGUMENT).
+	Refusal_REFUSAL_PROPOSAL_TOO_LONG Refusal = 15
 )
 
 // Enum value maps for Refusal.
@@ -80,6 +86,8 @@ var (
 		11: "REFUSAL_PROPOSAL_WITHDRAWN",
 		12: "REFUSAL_PROPOSAL_OWN",
 		13: "REFUSAL_PROPOSAL_VOID",
+		14: "REFUSAL_PROPOSALS_TOO_MANY",
+		15: "REFUSAL_PROPOSAL_TOO_LONG",
 	}
 	Refusal_value = map[string]int32{
 		"REFUSAL_UNSPECIFIED":        0,
@@ -96,6 +104,8 @@ var (
 		"REFUSAL_PROPOSAL_WITHDRAWN": 11,
 		"REFUSAL_PROPOSAL_OWN":       12,
 		"REFUSAL_PROPOSAL_VOID":      13,
+		"REFUSAL_PROPOSALS_TOO_MANY": 14,
+		"REFUSAL_PROPOSAL_TOO_LONG":  15,
 	}
 )
 
@@ -769,7 +779,11 @@ type SyncRequest struct {
 	// backup and answers FAILED_PRECONDITION.
 	Seen *Seen `protobuf:"bytes,3,opt,name=seen,proto3" json:"seen,omitempty"`
 	// What became of the policy on the node; each has what is new.
-	PolicyReport  *PolicyReport `protobuf:"bytes,4,opt,name=policy_report,json=policyReport,proto3" json:"policy_report,omitempty"`
+	PolicyReport *PolicyReport `protobuf:"bytes,4,opt,name=policy_report,json=policyReport,proto3" json:"policy_report,omitempty"`
+	// A question for the CA's time: what answers it was sent after it, and so shows
+	// how far the clocks are apart, however long messages are on their way. Numbers
+	// rise; 0 asks nothing.
+	Ask           uint64 `protobuf:"varint,5,opt,name=ask,proto3" json:"ask,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -830,6 +844,13 @@ func (x *SyncRequest) GetPolicyReport() *PolicyReport {
 		return x.PolicyReport
 	}
 	return nil
+}
+
+func (x *SyncRequest) GetAsk() uint64 {
+	if x != nil {
+		return x.Ask
+	}
+	return 0
 }
 
 // Seen holds the highest numbers that an agent remembers; 0 for none.
@@ -1149,8 +1170,10 @@ type SyncResponse struct {
 	// of this update together hold the trust bundles of all trust domains that an
 	// entry of the node federates with, and the agent forgets any other.
 	FederatedBundles *FederatedBundles `protobuf:"bytes,14,opt,name=federated_bundles,json=federatedBundles,proto3" json:"federated_bundles,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// The last SyncRequest.ask that the CA had before it took the time in sent_at.
+	Answers       uint64 `protobuf:"varint,15,opt,name=answers,proto3" json:"answers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SyncResponse) Reset() {
@@ -1279,6 +1302,13 @@ func (x *SyncResponse) GetFederatedBundles() *FederatedBundles {
 		return x.FederatedBundles
 	}
 	return nil
+}
+
+func (x *SyncResponse) GetAnswers() uint64 {
+	if x != nil {
+		return x.Answers
+	}
+	return 0
 }
 
 // FederatedBundles are trust bundles of other trust domains, each at most once. Of
@@ -2324,12 +2354,13 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x03csr\x18\x01 \x01(\fR\x03csr\"j\n" +
 	"\rRenewResponse\x12\x1b\n" +
 	"\tx509_svid\x18\x01 \x03(\fR\bx509Svid\x12<\n" +
-	"\ftrust_bundle\x18\x02 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\"\xc8\x01\n" +
+	"\ftrust_bundle\x18\x02 \x01(\v2\x19.merlon.ca.v1.TrustBundleR\vtrustBundle\"\xda\x01\n" +
 	"\vSyncRequest\x12'\n" +
 	"\x0fresume_revision\x18\x01 \x01(\x04R\x0eresumeRevision\x12'\n" +
 	"\x03ack\x18\x02 \x01(\v2\x15.merlon.ca.v1.SyncAckR\x03ack\x12&\n" +
 	"\x04seen\x18\x03 \x01(\v2\x12.merlon.ca.v1.SeenR\x04seen\x12?\n" +
-	"\rpolicy_report\x18\x04 \x01(\v2\x1a.merlon.ca.v1.PolicyReportR\fpolicyReport\"\xc9\x01\n" +
+	"\rpolicy_report\x18\x04 \x01(\v2\x1a.merlon.ca.v1.PolicyReportR\fpolicyReport\x12\x10\n" +
+	"\x03ask\x18\x05 \x01(\x04R\x03ask\"\xc9\x01\n" +
 	"\x04Seen\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
 	"\x15trust_bundle_sequence\x18\x02 \x01(\x04R\x13trustBundleSequence\x12+\n" +
@@ -2351,7 +2382,7 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\aSyncAck\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
 	"\x15trust_bundle_sequence\x18\x02 \x01(\x04R\x13trustBundleSequence\x12+\n" +
-	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\xa2\x05\n" +
+	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\xbc\x05\n" +
 	"\fSyncResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
 	"\x05reset\x18\x02 \x01(\bR\x05reset\x12\x16\n" +
@@ -2367,7 +2398,8 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x0elog_checkpoint\x18\v \x01(\v2\x1b.merlon.ca.v1.LogCheckpointR\rlogCheckpoint\x12<\n" +
 	"\fupstream_age\x18\f \x01(\v2\x19.google.protobuf.DurationR\vupstreamAge\x12\x18\n" +
 	"\aopening\x18\r \x01(\fR\aopening\x12K\n" +
-	"\x11federated_bundles\x18\x0e \x01(\v2\x1e.merlon.ca.v1.FederatedBundlesR\x10federatedBundles\"R\n" +
+	"\x11federated_bundles\x18\x0e \x01(\v2\x1e.merlon.ca.v1.FederatedBundlesR\x10federatedBundles\x12\x18\n" +
+	"\aanswers\x18\x0f \x01(\x04R\aanswers\"R\n" +
 	"\x10FederatedBundles\x12>\n" +
 	"\rtrust_bundles\x18\x01 \x03(\v2\x19.merlon.ca.v1.TrustBundleR\ftrustBundles\";\n" +
 	"\vSignRequest\x12,\n" +
@@ -2440,7 +2472,7 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x04note\x18\a \x01(\tR\x04note\x12!\n" +
 	"\fagent_handle\x18\b \x01(\x04R\vagentHandle\x12\x14\n" +
 	"\x05realm\x18\t \x01(\rR\x05realmB\t\n" +
-	"\asubject*\x88\x03\n" +
+	"\asubject*\xc7\x03\n" +
 	"\aRefusal\x12\x17\n" +
 	"\x13REFUSAL_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14REFUSAL_AGENT_BANNED\x10\x01\x12\x19\n" +
@@ -2456,7 +2488,9 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\x12\x1e\n" +
 	"\x1aREFUSAL_PROPOSAL_WITHDRAWN\x10\v\x12\x18\n" +
 	"\x14REFUSAL_PROPOSAL_OWN\x10\f\x12\x19\n" +
-	"\x15REFUSAL_PROPOSAL_VOID\x10\r*u\n" +
+	"\x15REFUSAL_PROPOSAL_VOID\x10\r\x12\x1e\n" +
+	"\x1aREFUSAL_PROPOSALS_TOO_MANY\x10\x0e\x12\x1d\n" +
+	"\x19REFUSAL_PROPOSAL_TOO_LONG\x10\x0f*u\n" +
 	"\vKeyDelivery\x12\x1c\n" +
 	"\x18KEY_DELIVERY_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12KEY_DELIVERY_AGENT\x10\x01\x12\x19\n" +
