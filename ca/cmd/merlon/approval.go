@@ -173,13 +173,24 @@ var approvalHints = map[string]string{
 	"PROPOSAL_WITHDRAWN": "ask whoever withdrew it, and let it be proposed again",
 	"PROPOSAL_OWN":       "let another administrator grant it, by an SVID or token of their own",
 	"PROPOSAL_VOID":      "look how it is now (merlon authority list, merlon replica list), and let it be proposed again",
+	"PROPOSALS_TOO_MANY": "merlon approval list shows what waits: let another administrator grant it, or take it back: merlon approval withdraw PROPOSAL_ID",
+	"PROPOSAL_TOO_LONG":  "say less: fewer selectors, DNS names and the like, or a shorter note",
 }
 
-func approvalHint(err error) error {
-	for _, detail := range status.Convert(err).Details() {
-		if info, ok := detail.(*errdetails.ErrorInfo); ok && approvalHints[info.GetReason()] != "" {
-			return hintError{err, approvalHints[info.GetReason()]}
+// hintOfRefusal is what helps against a refusal of the CA's that names its reason.
+func hintOfRefusal(st *status.Status) string {
+	for _, detail := range st.Details() {
+		if info, ok := detail.(*errdetails.ErrorInfo); ok {
+			return approvalHints[info.GetReason()]
 		}
+	}
+	return ""
+}
+
+// approvalHint is for what the act may refuse when it is granted.
+func approvalHint(err error) error {
+	if hintOfRefusal(status.Convert(err)) != "" {
+		return err // describe says it
 	}
 	return stepHint(err)
 }

@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -155,12 +156,13 @@ func describe(err error) (code int, message, hint string) {
 	if !ok {
 		return exitFailure, err.Error(), ""
 	}
+	hint = hintOfRefusal(st)
 	switch st.Code() {
 	case codes.PermissionDenied, codes.Unauthenticated:
-		return exitDenied, st.Message(), "use the admin socket as root or as the service's user, or with --ca an SVID or a token that has the role"
+		return exitDenied, st.Message(), cmp.Or(hint, "use the admin socket as root or as the service's user, or with --ca an SVID or a token that has the role")
 	case codes.InvalidArgument: // what only the CA can judge
-		return exitUsage, st.Message(), ""
+		return exitUsage, st.Message(), hint
 	default:
-		return exitFailure, st.Message(), ""
+		return exitFailure, st.Message(), hint
 	}
 }

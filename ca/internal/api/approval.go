@@ -153,7 +153,7 @@ func (s *Service) propose(ctx context.Context, method, name string, req any) err
 		}
 	}
 	if _, whole := describeWhole(m); !whole {
-		return status.Errorf(codes.InvalidArgument, "%s was not proposed: it is too long for a second administrator to read", name)
+		return refused(codes.InvalidArgument, capb.Refusal_REFUSAL_PROPOSAL_TOO_LONG, name+" was not proposed: it is too long for a second administrator to read")
 	}
 	bytes, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
 	if err != nil {
@@ -219,7 +219,7 @@ var approvalCodes = map[approval.Why]struct {
 	approval.WhyWithdrawn: {codes.FailedPrecondition, capb.Refusal_REFUSAL_PROPOSAL_WITHDRAWN},
 	approval.WhyOwn:       {codes.PermissionDenied, capb.Refusal_REFUSAL_PROPOSAL_OWN},
 	approval.WhyVoid:      {codes.FailedPrecondition, capb.Refusal_REFUSAL_PROPOSAL_VOID},
-	approval.WhyTooMany:   {codes.ResourceExhausted, capb.Refusal_REFUSAL_UNSPECIFIED},
+	approval.WhyTooMany:   {codes.ResourceExhausted, capb.Refusal_REFUSAL_PROPOSALS_TOO_MANY},
 }
 
 func approvalStatus(e *approval.RefusedError) error {

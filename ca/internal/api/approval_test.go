@@ -4,10 +4,14 @@ package api
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -131,5 +135,41 @@ func TestProposesNothingForThoseWhoMayNot(t *testing.T) {
 	all, err := approval.List(t.Context(), d.opts.Store)
 	if err != nil || len(all) != 0 {
 		t.Errorf("%d proposals were made (%v)", len(all), err)
+	}
+}
+
+// What is not proposed is refused with a reason of its own.
+func TestWhatIsNotProposedSaysWhy(t *testing.T) {
+	d, _ := newDoor(t)
+	d.opts.FourEyes = true
+	c := &Caller{Name: "uid:4100", UID: new(uint32(4100))}
+	c.take(role.Role{Name: role.Operator})
+	c.Using = []role.Role{{Name: role.Operator}}
+	propose := func(note string) error {
+		err := d.propose(context.WithValue(t.Context(), callerKey{}, c), capb.Admin_Revoke_FullMethodName, "revoke",
+			&capb.RevokeRequest{Subject: &capb.RevokeRequest_AuthorityId{AuthorityId: "ab"}, Note: note})
+		if e, ok := errors.AsType[*approval.RefusedError](err); ok {
+			return approvalStatus(e) // as each call's answer
+		}
+		return err
+	}
+	why := func(err error) string {
+		for _, detail := range status.Convert(err).Details() {
+			if info, ok := detail.(*errdetails.ErrorInfo); ok {
+				return info.GetReason()
+			}
+		}
+		return ""
+	}
+	if err := propose(strings.Repeat("x", maxDescription)); status.Code(err) != codes.InvalidArgument || why(err) != "PROPOSAL_TOO_LONG" {
+		t.Errorf("too long: %v (%s)", err, why(err))
+	}
+	for i := range 16 {
+		if err := propose(fmt.Sprint("note ", i)); why(err) != "APPROVAL_REQUIRED" {
+			t.Fatalf("proposal %d: %v (%s)", i, err, why(err))
+		}
+	}
+	if err := propose("one more"); status.Code(err) != codes.ResourceExhausted || why(err) != "PROPOSALS_TOO_MANY" {
+		t.Errorf("one more: %v (%s)", err, why(err))
 	}
 }
