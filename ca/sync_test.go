@@ -65,6 +65,26 @@ func TestSyncPushesEveryChange(t *testing.T) {
 	}
 }
 
+// A question is answered at once, by a time that was taken after it: three of them, where
+// the next heartbeats would outlast the stream.
+func TestSyncAnswersWithTheTime(t *testing.T) {
+	c := startCA(t, tempDir(t))
+	stream := c.agent("n1").sync(0)
+	if first := until(t, stream, synced); first.GetAnswers() != 0 {
+		t.Errorf("nothing was asked, and %d is answered", first.GetAnswers())
+	}
+	for question := uint64(1); question <= 3; question++ {
+		asked := time.Now()
+		if err := stream.Send(&capb.SyncRequest{Ask: question}); err != nil {
+			t.Fatal(err)
+		}
+		msg := until(t, stream, func(m *capb.SyncResponse) bool { return m.GetAnswers() == question })
+		if at := msg.GetSentAt().AsTime(); at.Before(asked.Round(0)) {
+			t.Errorf("question %d of %s is answered as of %s", question, asked, at)
+		}
+	}
+}
+
 func TestAgentListShowsAcknowledgements(t *testing.T) {
 	c := startCA(t, tempDir(t))
 	a := c.agent("n1")

@@ -30,8 +30,8 @@ const (
 
 // haltAndJump is R7.
 func haltAndJump(r *run) {
-	// By a CA whose clock is an hour off the agents' SVIDs are still good. Nobody hurries:
-	// an agent that is behind with what it hears takes that for a difference of clocks.
+	// By a CA whose clock is an hour off the agents' SVIDs are still good. Nobody hurries: it
+	// is clocks that are looked at, not load.
 	w := faults.New(r, faults.Setup{Wide: true, Every: 100 * time.Millisecond, Settings: []string{"x509_svid_ttl: 5m", "agent_svid_ttl: 4h"}})
 	w.Peers()
 	w.Work(4)

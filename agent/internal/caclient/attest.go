@@ -102,21 +102,21 @@ func (c *Client) adopt(ctx context.Context, picture *cache.Cache, chain [][]byte
 func (c *Client) firstContact(picture *cache.Cache) *tls.Config {
 	cfg := svid.TLS{}.Client()
 	cfg.GetClientCertificate = nil
-	cfg.VerifyConnection = func(cs tls.ConnectionState) error {
-		if trust := picture.Trust(); trust != nil && !trust.Ended(time.Now()) {
-			return c.checkCA(cs.PeerCertificates, trust.Bundle)
+	cfg.VerifyConnection = c.timed(func(cs tls.ConnectionState, now time.Time) error {
+		if trust := picture.Trust(); trust != nil && !trust.Ended(now) {
+			return c.checkCA(cs.PeerCertificates, trust.Bundle, now)
 		}
-		peer, err := svid.VerifyPinned(cs.PeerCertificates, c.cfg.TrustDomain, c.cfg.RootHash, time.Now())
+		peer, err := svid.VerifyPinned(cs.PeerCertificates, c.cfg.TrustDomain, c.cfg.RootHash, now)
 		if err != nil {
 			return err
 		}
 		return svid.AdmitID(c.caID)(peer)
-	}
+	})
 	return cfg
 }
 
-func (c *Client) checkCA(chain []*x509.Certificate, bundle x509bundle.Source) error {
-	peer, err := svid.VerifyChain(chain, bundle, time.Now())
+func (c *Client) checkCA(chain []*x509.Certificate, bundle x509bundle.Source, now time.Time) error {
+	peer, err := svid.VerifyChain(chain, bundle, now)
 	if err != nil {
 		return fmt.Errorf("verify the CA: %w", err)
 	}

@@ -8,6 +8,7 @@ package caclient
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -82,6 +83,7 @@ type Client struct {
 	logs        *logs
 	successor   successor
 	clockAhead  atomic.Pointer[time.Duration] // nil: not known yet
+	endedSaid   atomic.Bool                   // the log says that the CA's certificate has ended
 	notTaken    *x509svid.SVID                // of the agent, by which it does not come back; of one goroutine
 	standing    *standing
 	// firstWord is how long a replica may take to say something, where there
@@ -194,7 +196,7 @@ func (c *Client) NotAfter() time.Time {
 }
 
 // ClockAhead is by how much the node's clock was ahead of the CA's when that
-// spoke last.
+// spoke last; at least, where delay could be all there is.
 func (c *Client) ClockAhead() (ahead time.Duration, known bool) {
 	if d := c.clockAhead.Load(); d != nil {
 		return *d, true
@@ -242,6 +244,18 @@ func (c *Client) AckAgain() { signal(c.ackAgain) }
 // TLS is how the agent speaks to the CA, with the given ALPN protocols.
 func (c *Client) TLS(picture *cache.Cache, protocols ...string) svid.TLS {
 	return svid.TLS{SVIDs: c, Bundles: bundles{picture}, Admit: svid.AdmitID(c.caID), NextProtos: protocols}
+}
+
+// toCA is how the agent speaks to the CA's gRPC port: by TLS, and says so where clocks
+// keep it from that.
+func (c *Client) toCA(picture *cache.Cache) *tls.Config {
+	cfg := c.TLS(picture).Client()
+	cfg.VerifyConnection = c.timed(func(cs tls.ConnectionState, now time.Time) error {
+		by := c.TLS(picture)
+		by.Now = func() time.Time { return now }
+		return by.Client().VerifyConnection(cs)
+	})
+	return cfg
 }
 
 // bundles is the held trust bundle as go-spiffe's source.
@@ -304,16 +318,16 @@ func (c *Client) session(ctx context.Context, picture *cache.Cache, address stri
 	if err != nil {
 		return false, err
 	}
-	cc, err := dial(address, credentials.NewTLS(c.TLS(picture).Client()))
+	cc, err := dial(address, credentials.NewTLS(c.toCA(picture)))
 	if err != nil {
 		return false, err
 	}
 	l := &link{cc: cc, address: address, dial: func(other string) (*grpc.ClientConn, error) {
-		return dial(other, credentials.NewTLS(c.TLS(picture).Client()))
+		return dial(other, credentials.NewTLS(c.toCA(picture)))
 	}}
 	// The stream belongs to this SVID; a newer one opens its own.
 	drain(c.gotOwn)
-	st := stream{Client: c, picture: picture, node: capb.NewNodeClient(cc), link: l, patient: patient}
+	st := stream{Client: c, picture: picture, node: capb.NewNodeClient(cc), link: l, patient: patient, clock: newClock()}
 	err = st.follow(ctx)
 	st.stopLooking()
 	c.heed(err)

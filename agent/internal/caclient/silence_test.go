@@ -61,7 +61,7 @@ func newStream(log *slog.Logger) *stream {
 		standing: newStanding([]string{"ca:1"}, log, prometheus.NewRegistry()), links: newLinks(),
 	}
 	picture := cache.New(cache.Options{TrustDomain: spiffeid.RequireTrustDomainFromString("shop.test"), Logger: log, Registerer: prometheus.NewRegistry()})
-	return &stream{Client: c, picture: picture, link: &link{address: "ca:1"}, patient: true}
+	return &stream{Client: c, picture: picture, link: &link{address: "ca:1"}, patient: true, clock: newClock()}
 }
 
 // A replica that has not caught up announces the policy of yesterday.

@@ -25,9 +25,6 @@ const (
 	// lookForFresh is how often an agent of a replica that cannot reach its
 	// store looks for one that can.
 	lookForFresh = 10 * time.Second
-	// clockAlarm is how far the CA's clock may be off before the log says so
-	// (SECURITY.md T41).
-	clockAlarm = 30 * time.Second
 	// reportPause keeps reports about the policy from following each other.
 	reportPause = time.Second
 	// ackPause keeps acknowledgements from following each other too closely.
@@ -49,6 +46,7 @@ type stream struct {
 	// because no other can; look says for how long.
 	patient bool
 	look    *time.Timer
+	clock   *clock
 
 	joined    bool
 	announced []*capb.PolicyBundle // by the update that is not complete yet
@@ -69,7 +67,9 @@ func (s *stream) follow(ctx context.Context) error {
 		return fmt.Errorf("open the Sync stream: %w", causeOr(ctx, err))
 	}
 	first := s.ack(s.picture)
-	if err := stream.Send(&capb.SyncRequest{ResumeRevision: s.picture.Resume(), Ack: first, Seen: s.seen(s.picture)}); err != nil {
+	if err := stream.Send(&capb.SyncRequest{
+		ResumeRevision: s.picture.Resume(), Ack: first, Seen: s.seen(s.picture), Ask: s.clock.ask(time.Now()),
+	}); err != nil {
 		// io.EOF; Recv says why.
 		_, err = stream.Recv()
 		return fmt.Errorf("open the Sync stream: %w", causeOr(ctx, err))
@@ -79,7 +79,7 @@ func (s *stream) follow(ctx context.Context) error {
 	defer sending.Wait()
 	defer cancel(nil)
 	up := &upward{stream: stream}
-	sending.Go(func() { s.sendAcks(ctx, cancel, s.picture, up, first) })
+	sending.Go(func() { s.sendAcks(ctx, cancel, up, first) })
 	sending.Go(func() { s.sendPolicyReports(ctx, up) })
 	for {
 		m, err := stream.Recv()
@@ -121,6 +121,7 @@ func (s *stream) take(ctx context.Context, m *capb.SyncResponse) error {
 		s.standing.spoke(ctx, s.link.address, true)
 		return errStale
 	}
+	s.checkClock(ctx, m)
 	s.noteOpening(m.GetOpening())
 	before := s.picture.State().Revision
 	if err := s.apply(ctx, s.picture, m); err != nil {
@@ -139,7 +140,6 @@ func (s *stream) take(ctx context.Context, m *capb.SyncResponse) error {
 		s.links.use(s.link)
 		s.standing.joined(ctx, s.link.address, m.GetStale())
 	}
-	s.checkClock(ctx, m)
 	s.standing.spoke(ctx, s.link.address, m.GetStale())
 	if !m.GetStale() && len(s.cfg.Addresses) > 1 {
 		s.patient = false
@@ -175,44 +175,36 @@ func (c *Client) apply(ctx context.Context, picture *cache.Cache, m *capb.SyncRe
 	return err
 }
 
-func (c *Client) checkClock(ctx context.Context, m *capb.SyncResponse) {
-	if m.GetSentAt() == nil {
-		return
-	}
-	off := time.Since(m.GetSentAt().AsTime())
-	before := c.clockAhead.Swap(&off)
-	if off.Abs() > clockAlarm && (before == nil || before.Abs() <= clockAlarm) {
-		c.cfg.Logger.LogAttrs(ctx, slog.LevelError, "clocks of CA and node differ", slog.Duration("ahead", off))
-	}
-}
-
 func (c *Client) ack(picture *cache.Cache) *capb.SyncAck {
 	own := c.own.Load()
 	revision, sequence := picture.Ack(own != nil && own.taintedBy(picture.Trust()))
 	return &capb.SyncAck{Revision: revision, TrustBundleSequence: sequence, PolicyGeneration: c.cfg.PolicyGeneration()}
 }
 
-// sendAcks tells the CA what the node serves, whenever that grew, and ends the
-// stream when the agent has a new SVID.
-func (c *Client) sendAcks(ctx context.Context, cancel context.CancelCauseFunc, picture *cache.Cache, up *upward, last *capb.SyncAck) {
+// sendAcks tells the CA what the node serves, whenever that grew, asks it for the time
+// where that is wanted, and ends the stream when the agent has a new SVID.
+func (s *stream) sendAcks(ctx context.Context, cancel context.CancelCauseFunc, up *upward, last *capb.SyncAck) {
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-c.gotOwn:
+		case <-s.gotOwn:
 			cancel(errRenewed)
 			return
-		case <-picture.Served():
-		case <-c.ackAgain:
+		case <-s.picture.Served():
+		case <-s.ackAgain:
 		}
-		now := c.ack(picture)
-		if now.Revision == last.Revision && now.TrustBundleSequence == last.TrustBundleSequence && now.PolicyGeneration == last.PolicyGeneration {
+		var m capb.SyncRequest
+		now := s.ack(s.picture)
+		if now.Revision != last.Revision || now.TrustBundleSequence != last.TrustBundleSequence || now.PolicyGeneration != last.PolicyGeneration {
+			m.Ack, last = now, now
+		}
+		if m.Ask = s.clock.ask(time.Now()); m.Ack == nil && m.Ask == 0 {
 			continue
 		}
-		if up.send(&capb.SyncRequest{Ack: now}) != nil {
+		if up.send(&m) != nil {
 			return // Recv says why
 		}
-		last = now
 		if pause(ctx, ackPause) != nil {
 			return
 		}

@@ -8,6 +8,7 @@ import (
 	"context"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -58,8 +59,9 @@ func (s *Service) Sync(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.Sy
 	follower := &follower{
 		Service: s, stream: stream, feed: feed, caller: caller, witness: witness,
 		acks: rate.NewLimiter(acksPerSecond, acksBurst), kept: rate.NewLimiter(keptPerSecond, keptBurst),
-		opening: []byte(s.opts.Opening.ID),
+		opening: []byte(s.opts.Opening.ID), question: make(chan struct{}, 1),
 	}
+	follower.asked.Store(first.GetAsk())
 	follower.noteAck(ctx, first)
 	defer s.rollout.Dirty() // it is connected here no more
 	ended := make(chan error, 1)
@@ -88,6 +90,8 @@ type follower struct {
 	witness    *witness
 	acks, kept *rate.Limiter
 	opening    []byte // for the first message
+	asked      atomic.Uint64
+	question   chan struct{} // receives when asked is to be answered
 }
 
 // receiveAcks notes acknowledgements until the stream ends. One that says more
@@ -103,6 +107,13 @@ func (f *follower) receiveAcks(ctx context.Context) error {
 		}
 		if err := f.checkSeen(ctx, f.caller, claims(&capb.SyncRequest{Ack: req.GetAck()})); err != nil {
 			return err
+		}
+		if ask := req.GetAsk(); ask > f.asked.Load() {
+			f.asked.Store(ask)
+			select {
+			case f.question <- struct{}{}:
+			default: // it will be answered with the one before
+			}
 		}
 		f.noteAck(ctx, req)
 		f.hearPolicy(req.GetPolicyReport())
@@ -164,6 +175,7 @@ func (f *follower) push(ctx context.Context, ended <-chan error) error {
 		select {
 		case <-reach.turned:
 		case <-feed.Due():
+		case <-f.question:
 		case <-beat:
 			beat = at.due()
 			if ack, ok := feed.Acked(); ok && s.registry.AckDue(caller.Agent.ID, ack.TrustBundleSequence) {
@@ -194,6 +206,7 @@ func (f *follower) push(ctx context.Context, ended <-chan error) error {
 			if msg.GetSynced() {
 				msg.LogCheckpoint = f.witness.next(ctx)
 			}
+			msg.Answers = f.asked.Load() // before the time, which is the answer
 			msg.SentAt, msg.Stale = timestamppb.Now(), reach.stale
 			msg.Opening, f.opening = f.opening, nil
 			if s.opts.UpstreamAge != nil {
