@@ -86,9 +86,9 @@ type Feed struct {
 	// Of the goroutine that loads: New, then Run.
 	etag  string
 	tried uint64 // highest generation of a candidate, ever
-	// lacks are the destinations that the shares lack which were loaded last, and since
-	// when; what waits within patience is no fault, and asked for again.
-	lacks map[string]time.Time
+	// waits are what was wrong with the last load and mends itself, and since when; within
+	// patience that is no fault, and asked for again.
+	waits map[string]time.Time
 }
 
 // announcement is what the CA wants in use.
@@ -242,7 +242,7 @@ func (f *Feed) trim(ctx context.Context) {
 	if err := f.load(ctx); err != nil {
 		f.cfg.Logger.LogAttrs(ctx, slog.LevelDebug, "grants of services that have left the node stay for now", slog.Any("err", err))
 	}
-	if len(f.lacks) > 0 {
+	if len(f.waits) > 0 {
 		f.wake()
 	}
 }
@@ -262,10 +262,10 @@ func (f *Feed) catchUp(ctx context.Context) {
 	for failures := 0; ; failures++ {
 		err := f.load(ctx)
 		f.setFault(err)
-		if err == nil && len(f.lacks) == 0 && f.outdated() { // a service has come while this was on its way
+		if err == nil && len(f.waits) == 0 && f.outdated() { // a service has come while this was on its way
 			continue
 		}
-		if err == nil && len(f.lacks) == 0 || ctx.Err() != nil {
+		if err == nil && len(f.waits) == 0 || ctx.Err() != nil {
 			return
 		}
 		if err == nil {
@@ -339,15 +339,15 @@ func (f *Feed) load(ctx context.Context) error {
 
 // loadActive fetches the announced generation, unless it is active.
 func (f *Feed) loadActive(ctx context.Context, d *draft, want announcement) error {
-	switch {
-	case want.generation == f.Generation() && want.serves(d.Active) && !want.exceeds(d.Active):
+	if want.generation == f.Generation() && want.serves(d.Active) && !want.exceeds(d.Active) {
 		return nil
-	case want.generation < f.Seen():
-		return fmt.Errorf("generation %d is announced, but generation %d was active before: the CA's store was set back, or somebody replays an old policy", want.generation, f.Seen())
 	}
 	err := f.eachURL(false, func(url string) error { return f.loadFrom(ctx, url, d, want) })
-	if err == nil {
+	switch {
+	case err == nil:
 		f.loads.WithLabelValues("ok").Inc()
+	case want.generation < f.Seen() && errors.Is(err, bundle.ErrOlder):
+		return &olderError{want.generation, f.Seen(), err}
 	}
 	return err
 }
@@ -377,7 +377,7 @@ func (f *Feed) loadFrom(ctx context.Context, url string, d *draft, want announce
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
 	raw, etag, err := bundle.Fetch(ctx, f.cfg.HTTP, url, d.etag)
-	if errors.Is(err, bundle.ErrNotModified) && want.generation == generationOf(d.Active) {
+	if errors.Is(err, bundle.ErrNotModified) && want.generation <= generationOf(d.Active) { // the announcement may be late
 		return f.covers(&want, d.Active)
 	}
 	if errors.Is(err, bundle.ErrNotModified) {

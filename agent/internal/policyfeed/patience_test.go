@@ -1,5 +1,5 @@
 // While the entries of a node keep changing, every policy comes into force, and what the
-// share lacks is denied.
+// share lacks is denied. What passes by itself is no fault.
 
 package policyfeed
 
@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"merlon.dev/agent/internal/datadir"
+	"merlon.dev/ca/capb"
 	"merlon.dev/policy"
 	"merlon.dev/sdk/seal"
 )
@@ -120,4 +121,87 @@ func TestShareThatStaysIncompleteIsAFault(t *testing.T) {
 		}
 		end()
 	})
+}
+
+// A CA whose announcements are late, while its bundle is ahead of them, was not set back:
+// the policy is in force, also for services that come meanwhile.
+func TestAnnouncementThatIsLateIsNoFault(t *testing.T) {
+	a := newAuthority(t, "orders", "web")
+	a.leaves("web")
+	dir, err := datadir.Open(filepath.Join(t.TempDir(), "data"), "shop.test", seal.Source{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		f, end := a.feed(t, dir)
+		a.publishes(3)
+		for announced := uint64(1); announced <= 3; announced++ {
+			f.Announce(a.announced(announced))
+			time.Sleep(time.Minute)
+			if f.Generation() != 3 || f.Fault() != "" {
+				t.Errorf("%d is announced: generation %d is in use, fault %q; want 3, which the CA has, and none", announced, f.Generation(), f.Fault())
+			}
+			if announced == 2 {
+				a.comes("web")
+				f.Need("spiffe://shop.test/web")
+				synctest.Wait()
+				if !f.Active().For("spiffe://shop.test/web") {
+					t.Error("a service that came meanwhile has no policy")
+				}
+			}
+		}
+		end()
+	})
+}
+
+// One that has nothing newer to show was set back, or somebody replays an old policy; a
+// replica that catches up within a moment was behind.
+func TestCAThatWasSetBackIsAFault(t *testing.T) {
+	for name, catchesUp := range map[string]bool{"set back": false, "behind for a moment": true} {
+		t.Run(name, func(t *testing.T) {
+			a := newAuthority(t, "orders")
+			dir, err := datadir.Open(filepath.Join(t.TempDir(), "data"), "shop.test", seal.Source{}, slog.New(slog.DiscardHandler))
+			if err != nil {
+				t.Fatal(err)
+			}
+			synctest.Test(t, func(t *testing.T) {
+				f, end := a.feed(t, dir)
+				a.publishes(3)
+				f.Announce(a.announced(3))
+				synctest.Wait()
+				a.publishes(2)
+				f.Announce(a.announced(2))
+				time.Sleep(patience - time.Second)
+				if fault := f.Fault(); fault != "" {
+					t.Errorf("after a moment: fault %q", fault)
+				}
+				if catchesUp {
+					a.publishes(3)
+					f.Announce(a.announced(3))
+				}
+				time.Sleep(lastRetry)
+				if fault := f.Fault(); catchesUp && fault != "" || !catchesUp && !strings.Contains(fault, "the CA's store was set back") {
+					t.Errorf("fault %q", fault)
+				}
+				if f.Generation() != 3 {
+					t.Errorf("generation %d is in use; want 3", f.Generation())
+				}
+				end()
+			})
+		})
+	}
+}
+
+// publishes has the CA serve another generation.
+func (a *authority) publishes(generation uint64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.generation = generation
+}
+
+// announced is what the CA says of a generation, without a candidate.
+func (a *authority) announced(generation uint64) *capb.PolicyBundle {
+	pb := a.announcement()
+	pb.Generation, pb.Candidate = generation, nil
+	return pb
 }
