@@ -28,7 +28,7 @@ func TestEveryRPCOfThePublicSocketIsListed(t *testing.T) {
 	}
 	defer a.attestor.Close()
 	served := map[string]bool{}
-	for service, info := range a.publicServer().GetServiceInfo() {
+	for service, info := range a.publicServer(endpoint.NewLimit(maxConnectionsPerUser)).GetServiceInfo() {
 		for _, m := range info.Methods {
 			served["/"+service+"/"+m.Name] = true
 		}

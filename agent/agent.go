@@ -58,7 +58,6 @@ const (
 	maxMessageBytes       = 1 << 20
 	maxHeaderBytes        = 16 << 10
 	bufferBytes           = 4 << 10 // of a connection, each way; an answer has 2 or 3 KiB
-	drainTimeout          = 500 * time.Millisecond
 )
 
 // Agent is a node's agent. Its methods are safe for concurrent use. Use New,
@@ -319,12 +318,12 @@ func (a *Agent) serveSockets(ctx context.Context, group *errgroup.Group, passed 
 	if err := unixsock.Passable(a.cfg.PublicSocket); err != nil && a.cfg.Supervised {
 		a.log.LogAttrs(ctx, slog.LevelWarn, "the public socket is not for every user", slog.Any("err", err))
 	}
-	serve(ctx, group, a.publicServer(), public)
+	a.serve(ctx, group, a.publicServer, public)
 	admin, err := listen(a.cfg.AdminSocket, adminAccess(a.cfg.AdminUIDs), passed)
 	if err != nil {
 		return fmt.Errorf("open the admin socket: %w", err)
 	}
-	serve(ctx, group, a.adminServer(), admin)
+	a.serve(ctx, group, a.adminServer, admin)
 	if a.cfg.HealthAddress != healthOff {
 		lis, err := net.Listen("tcp", a.cfg.HealthAddress)
 		if err != nil {
@@ -340,9 +339,15 @@ func (a *Agent) serveSockets(ctx context.Context, group *errgroup.Group, passed 
 	return nil
 }
 
-func (a *Agent) publicServer() *grpc.Server {
+// serve runs a server, whose connections are limited, on lis until ctx ends.
+func (a *Agent) serve(ctx context.Context, group *errgroup.Group, server func(*endpoint.Limit) *grpc.Server, lis net.Listener) {
+	connections := endpoint.NewLimit(maxConnectionsPerUser)
+	group.Go(func() error { return endpoint.Serve(ctx, server(connections), lis, connections.Cut, a.log) })
+}
+
+func (a *Agent) publicServer(connections *endpoint.Limit) *grpc.Server {
 	s := grpc.NewServer(slices.Concat(limits(), otel.ServerOptions(), []grpc.ServerOption{
-		grpc.Creds(endpoint.NewLimit(maxConnectionsPerUser).Credentials(a.attestor.Meet)),
+		grpc.Creds(connections.Credentials(a.attestor.Meet)),
 		grpc.InTapHandle(endpoint.NewLimit(maxStreamsPerUser).Tap(endpoint.NewRate(streamsPerSecond, streamsAtOnce))),
 		grpc.ChainUnaryInterceptor(endpoint.Unary),
 		grpc.ChainStreamInterceptor(endpoint.Stream),
@@ -356,11 +361,11 @@ func (a *Agent) publicServer() *grpc.Server {
 	return s
 }
 
-func (a *Agent) adminServer() *grpc.Server {
+func (a *Agent) adminServer(connections *endpoint.Limit) *grpc.Server {
 	unary, stream := endpoint.Admins(a.cfg.AdminUIDs)
 	s := grpc.NewServer(slices.Concat(limits(), otel.ServerOptions(), []grpc.ServerOption{
 		// Where admin_uids are set, others can connect and are refused call by call.
-		grpc.Creds(endpoint.NewLimit(maxConnectionsPerUser).Credentials(func(*unixsock.Peer) {})),
+		grpc.Creds(connections.Credentials(func(*unixsock.Peer) {})),
 		grpc.InTapHandle(endpoint.NewLimit(maxStreamsPerUser).Tap(nil)),
 		grpc.ChainUnaryInterceptor(unary), grpc.ChainStreamInterceptor(stream),
 	})...)
@@ -379,19 +384,6 @@ func limits() []grpc.ServerOption {
 		grpc.MaxConcurrentStreams(maxStreamsPerUser),
 		grpc.ConnectionTimeout(svid.HandshakeTimeout),
 	}
-}
-
-// serve runs s on lis until ctx ends. Calls that are under way get a moment to
-// finish; streams have no end of their own.
-func serve(ctx context.Context, group *errgroup.Group, s *grpc.Server, lis net.Listener) {
-	group.Go(func() error { return s.Serve(lis) })
-	group.Go(func() error {
-		<-ctx.Done()
-		cut := time.AfterFunc(drainTimeout, s.Stop)
-		defer cut.Stop()
-		s.GracefulStop()
-		return nil
-	})
 }
 
 // announceReady closes ready when the agent is in sync for the first time.

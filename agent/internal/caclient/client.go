@@ -273,8 +273,7 @@ func (b bundles) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bund
 func (c *Client) Run(ctx context.Context, picture *cache.Cache) error {
 	c.Recall(ctx, picture)
 	var aside sync.WaitGroup
-	defer c.links.retiring.Wait()
-	defer c.links.use(nil)
+	defer c.links.end()
 	aside.Go(func() { c.keepRenewed(ctx, picture) })
 	aside.Go(func() { c.keepSeen(ctx, picture) })
 	aside.Go(func() { c.logs.keep(ctx) })

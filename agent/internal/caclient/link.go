@@ -66,9 +66,10 @@ type links struct {
 	changed chan struct{} // closed when any of this changes
 
 	retiring sync.WaitGroup
+	ended    chan struct{} // closed by end
 }
 
-func newLinks() *links { return &links{changed: make(chan struct{})} }
+func newLinks() *links { return &links{changed: make(chan struct{}), ended: make(chan struct{})} }
 
 // use makes l the connection that calls use; nil for none. The one before is
 // closed when its last call has ended; all calls are bounded.
@@ -81,10 +82,27 @@ func (s *links) use(l *link) {
 	if old == nil || old == l {
 		return
 	}
-	s.retiring.Go(func() {
+	idle := make(chan struct{})
+	go func() { // until the last call has ended, which is soon after its connection
+		defer close(idle)
 		old.calls.Wait()
+	}()
+	s.retiring.Go(func() {
+		select {
+		case <-idle:
+		case <-s.ended:
+		}
 		old.cc.Close()
 	})
+}
+
+// end closes all connections, and fails the calls on them: the agent ends, and must not
+// wait for its CA. Call it once, and use not after it.
+func (s *links) end() {
+	s.use(nil)
+	s.rest()
+	close(s.ended)
+	s.retiring.Wait()
 }
 
 // rest says that nobody looks for a connection for a while: calls need not

@@ -5,8 +5,11 @@ package endpoint
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"maps"
 	"net"
+	"slices"
 	"sync"
 
 	"google.golang.org/grpc/codes"
@@ -23,10 +26,41 @@ type Limit struct {
 	mu sync.Mutex
 	// guarded by mu
 	used map[uint32]int
+	open map[*limitedConn]struct{} // of connections
+	cut  bool                      // no connection is let in any more
 }
 
 // NewLimit allows each user max at the same time.
-func NewLimit(limit int) *Limit { return &Limit{max: limit, used: map[uint32]int{}} }
+func NewLimit(limit int) *Limit {
+	return &Limit{max: limit, used: map[uint32]int{}, open: map[*limitedConn]struct{}{}}
+}
+
+// Cut closes the connections that Credentials have let in, and lets in no other.
+func (l *Limit) Cut() {
+	l.mu.Lock()
+	l.cut = true
+	open := slices.Collect(maps.Keys(l.open))
+	l.mu.Unlock()
+	for _, conn := range open {
+		_ = conn.Close() // it is to end
+	}
+}
+
+// enter keeps conn for Cut, and says whether it is let in.
+func (l *Limit) enter(conn *limitedConn) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.cut {
+		l.open[conn] = struct{}{}
+	}
+	return !l.cut
+}
+
+func (l *Limit) leave(conn *limitedConn) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.open, conn)
+}
 
 // Take takes one for uid, or says that he has all of his.
 func (l *Limit) Take(uid uint32) bool {
@@ -101,7 +135,16 @@ func (c limitedCredentials) ServerHandshake(conn net.Conn) (net.Conn, credential
 		return nil, nil, fmt.Errorf("uid %d has %d connections open, which is all it may have", uid, c.limit.max)
 	}
 	c.meet(peer)
-	return &limitedConn{Conn: wrapped, done: sync.OnceFunc(func() { c.limit.Give(uid) })}, info, nil
+	limited := &limitedConn{Conn: wrapped}
+	limited.done = sync.OnceFunc(func() {
+		c.limit.Give(uid)
+		c.limit.leave(limited)
+	})
+	if !c.limit.enter(limited) {
+		limited.Close()
+		return nil, nil, errors.New("the agent is stopping")
+	}
+	return limited, info, nil
 }
 
 func (c limitedCredentials) Clone() credentials.TransportCredentials {
