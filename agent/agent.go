@@ -192,14 +192,15 @@ func (a *Agent) openPolicy() (err error) {
 	return err
 }
 
-// destinations are the SPIFFE IDs whose calls this agent decides: those of the node's
-// services, and its own.
+// destinations are the SPIFFE IDs whose calls this agent decides, each once: those of the
+// node's services, and its own.
 func (a *Agent) destinations() []string {
 	ids := a.cache.Identities(time.Now())
-	if id := a.client.ID(); !id.IsZero() {
-		ids = append(ids, id.String())
+	own := a.client.ID().String()
+	if _, listed := slices.BinarySearch(ids, own); own == "" || listed {
+		return ids
 	}
-	return ids
+	return append(ids, own)
 }
 
 // policyChanged has the CA told of it.

@@ -156,6 +156,18 @@ func (e *Engine) NotAfter() time.Time { return e.notAfter }
 // For says whether the policy is for destination, a SPIFFE ID.
 func (e *Engine) For(destination string) bool { return e.audience == nil || e.audience[destination] }
 
+// ForOthers says whether the policy names a destination, too, that is not among those
+// listed, each of which is there once.
+func (e *Engine) ForOthers(listed []string) bool {
+	n := 0
+	for _, destination := range listed {
+		if e.audience[destination] {
+			n++
+		}
+	}
+	return n < len(e.audience)
+}
+
 // Audience are the destinations that the policy is for, sorted; nil where it is for all.
 func (e *Engine) Audience() []string { return slices.Sorted(maps.Keys(e.audience)) }
 

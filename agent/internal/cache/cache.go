@@ -8,7 +8,6 @@ package cache
 import (
 	"context"
 	"log/slog"
-	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -62,6 +61,7 @@ type Cache struct {
 	mu sync.RWMutex
 	// guarded by mu
 	entries   map[string]*Entry
+	names     names
 	federated map[string]*Federated // by name of the trust domain; replaced, never written to
 	index     index
 	subs      map[*Subscription]struct{}
@@ -92,7 +92,7 @@ func New(o Options) *Cache {
 	c := &Cache{
 		td: o.TrustDomain, authority: o.Authority, onID: o.OnIdentity, log: o.Logger,
 		wake: make(chan struct{}, 1), served: make(chan struct{}, 1), changed: make(chan struct{}, 1),
-		entries: map[string]*Entry{}, index: newIndex(),
+		entries: map[string]*Entry{}, names: newNames(), index: newIndex(),
 		subs: map[*Subscription]struct{}{}, bySel: map[string]map[*Subscription]struct{}{}, blind: map[workload.Kinds]map[*Subscription]struct{}{},
 		behind: map[uint64]int{}, slots: map[slotKey]*slot{}, slotsOf: map[string]map[*slot]struct{}{}, kept: map[string]StoredSVID{}, expiries: map[string]*time.Timer{},
 		feed: newFeed(), jwts: newTokens(), asking: &jwtQueue{authority: o.Authority},
@@ -126,17 +126,12 @@ func (c *Cache) State() State {
 	}
 }
 
-// Identities are the SPIFFE IDs of the entries that hold at now, sorted.
+// Identities are the SPIFFE IDs of the entries that hold at now, sorted. The caller must
+// not write to it.
 func (c *Cache) Identities(now time.Time) []string {
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	ids := make(map[string]bool, len(c.entries))
-	for _, e := range c.entries {
-		if !e.Expired(now) {
-			ids[e.SPIFFEID.String()] = true
-		}
-	}
-	return slices.Sorted(maps.Keys(ids))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clip(c.names.at(now))
 }
 
 // Wants are the kinds of selectors that some entry of this node asks for.
@@ -180,9 +175,11 @@ func (c *Cache) put(ctx context.Context, pb *capb.Entry) bool {
 			return true // repeated by a listing
 		}
 		c.index.remove(old)
+		c.names.remove(old)
 	}
 	c.entries[e.ID] = e
 	c.index.add(e)
+	c.names.add(e)
 	c.jwts.forgetEntry(e.ID)
 	c.watchExpiry(e)
 	c.entryChanged(old, e)
@@ -202,6 +199,7 @@ func (c *Cache) remove(id string) {
 	}
 	delete(c.entries, id)
 	c.index.remove(e)
+	c.names.remove(e)
 	if t := c.expiries[id]; t != nil {
 		t.Stop()
 		delete(c.expiries, id)

@@ -45,8 +45,8 @@ type Config struct {
 	// URLs returns where its bytes are, or those of its candidate, at the replica to
 	// be asked first in front; at least one.
 	URLs func(candidate bool) []string
-	// Destinations are the SPIFFE IDs whose calls are decided here. The CA sends what
-	// concerns them. It is asked again when there are others (Need), and within a minute
+	// Destinations are the SPIFFE IDs whose calls are decided here, each once. The CA sends
+	// what concerns them. It is asked again when there are others (Need), and within a minute
 	// when some are gone.
 	Destinations func() []string
 	// Heard is when the CA was heard last. StaleAfter that the agent warns, MaxAge
@@ -97,7 +97,7 @@ type announcement struct {
 	keys       []bundle.Key // that may sign
 	candidate  uint64       // 0 for none
 	rollout    rollout
-	// destinations are those of the node when it is acted upon.
+	// destinations are those of the node when it is acted upon, each once.
 	destinations []string
 }
 
@@ -107,16 +107,7 @@ func (a *announcement) serves(e *engine.Engine) bool {
 }
 
 // exceeds says whether e is for a destination that is not wanted any more.
-func (a *announcement) exceeds(e *engine.Engine) bool {
-	if e == nil {
-		return false
-	}
-	wanted := make(map[string]bool, len(a.destinations))
-	for _, d := range a.destinations {
-		wanted[d] = true
-	}
-	return slices.ContainsFunc(e.Audience(), func(d string) bool { return !wanted[d] })
-}
+func (a *announcement) exceeds(e *engine.Engine) bool { return e != nil && e.ForOthers(a.destinations) }
 
 // New takes up the bundle that an earlier run left on disk, so that a restart
 // with the CA away has a policy.

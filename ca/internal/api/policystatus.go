@@ -41,10 +41,8 @@ func (f *follower) hearPolicy(m *capb.PolicyReport) {
 	}
 	s, agent := f.Service, f.caller.Agent
 	// An agent says nothing of other nodes' calls.
-	ids := map[string]bool{}
-	if m.GetProcessCount() > 0 || m.GetCounts() != nil {
-		ids = s.registry.SPIFFEIDs(agent.ID)
-	}
+	ids := namedBy(m)
+	s.registry.Mark(agent.ID, ids)
 	own := func(id string) bool { return ids[id] }
 	said := saidBy(m, own)
 	s.rollout.Hear(agent.ID.String(), said)
@@ -53,6 +51,21 @@ func (f *follower) hearPolicy(m *capb.PolicyReport) {
 		share, _, _ := s.registry.PolicyShares(said.Bundle, s.opts.ReplicaName)
 		s.rollout.Count(said.Bundle, rollout.TrialOf(head), rollout.Trial{Generation: c.GetCandidateGeneration(), Step: c.GetStep()}, share, countsOf(c, own))
 	}
+}
+
+// namedBy are the services of which m says something.
+func namedBy(m *capb.PolicyReport) map[string]bool {
+	ids := map[string]bool{}
+	for _, p := range m.GetProcesses()[:min(len(m.GetProcesses()), maxProcesses)] {
+		ids[p.GetSpiffeId()] = false
+	}
+	for _, c := range m.GetCounts().GetComparisons() {
+		ids[c.GetDestination()] = false
+	}
+	for _, d := range m.GetCounts().GetDifferences() {
+		ids[d.GetDestination()] = false
+	}
+	return ids
 }
 
 // saidBy is what is kept of m, by an agent whose node has the services that own knows.

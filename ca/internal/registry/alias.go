@@ -149,12 +149,19 @@ func (p *picture) aliasesChanged(agent spiffeid.ID, since uint64, gone []removal
 	return slices.ContainsFunc(gone, func(g removal) bool { return g.parent == ca })
 }
 
-// SPIFFEIDs are those of the entries that concern the node of agent.
-func (r *Registry) SPIFFEIDs(agent spiffeid.ID) map[string]bool {
-	pic := r.pic.Load()
-	ids := map[string]bool{}
-	for e := range pic.entries.below(append([]spiffeid.ID{agent}, pic.aliases(agent)...)...) {
-		ids[e.SPIFFEID.String()] = true
+// Mark sets those of asked that the entries give which concern the node of agent. It goes
+// over these entries until none is left to be found.
+func (r *Registry) Mark(agent spiffeid.ID, asked map[string]bool) {
+	if len(asked) == 0 {
+		return
 	}
-	return ids
+	pic, left := r.pic.Load(), len(asked)
+	for e := range pic.entries.below(append([]spiffeid.ID{agent}, pic.aliases(agent)...)...) {
+		if given, ok := asked[e.SPIFFEID.String()]; ok && !given {
+			asked[e.SPIFFEID.String()] = true
+			if left--; left == 0 {
+				return
+			}
+		}
+	}
 }

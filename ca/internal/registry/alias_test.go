@@ -319,3 +319,19 @@ func BenchmarkAliasAppears(b *testing.B) {
 		batches.apply(deleteEvent(EntryPrefix + e.ID))
 	}
 }
+
+func TestMarkFindsWhatTheNodesEntriesGive(t *testing.T) {
+	b := newBatches(t)
+	one, two := spiffeid.RequireFromPath(td, "/agent/one"), spiffeid.RequireFromPath(td, "/agent/two")
+	for parent, path := range map[spiffeid.ID]string{one: "/of-one", two: "/of-two"} {
+		e := below(parent)
+		e.SPIFFEID = spiffeid.RequireFromPath(td, path)
+		b.apply(putEvent(t, e))
+	}
+	id := func(path string) string { return spiffeid.RequireFromPath(td, path).String() }
+	asked := map[string]bool{id("/of-one"): false, id("/of-two"): false, id("/nobody"): false, "": false}
+	b.r.Mark(one, asked)
+	if want := map[string]bool{id("/of-one"): true, id("/of-two"): false, id("/nobody"): false, "": false}; !maps.Equal(asked, want) {
+		t.Errorf("%v; want %v", asked, want)
+	}
+}

@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"iter"
 	"log/slog"
-	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -206,14 +205,15 @@ func (r *Registry) Holds(agent, id spiffeid.ID, now time.Time) bool {
 // alias's, give at now, and the agent's own, sorted. It goes over all of them.
 func (r *Registry) Identities(agent spiffeid.ID, now time.Time) []string {
 	pic := r.pic.Load()
-	ids := map[string]bool{agent.String(): true}
+	ids := []string{agent.String()}
 	g := Grounds{pic: pic, Agent: pic.agent(agent)}
 	for e := range pic.entries.below(append(pic.aliases(agent), agent)...) {
 		if !e.Expired(now) && g.Concerns(e, now) {
-			ids[e.SPIFFEID.String()] = true
+			ids = append(ids, e.SPIFFEID.String())
 		}
 	}
-	return slices.Sorted(maps.Keys(ids))
+	slices.Sort(ids)
+	return slices.Compact(ids)
 }
 
 // ExpiredEntries returns the entries that do not hold any more at now, and
