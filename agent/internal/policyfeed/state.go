@@ -39,9 +39,10 @@ type storedKey struct {
 	PublicKey []byte `json:"public_key"` // PKIX, DER
 }
 
-// save keeps what is about to be in use. The generations come first: a crash in
-// between leaves an older bundle, which is then refused, or a candidate that is not
-// the one meant, never a forgotten generation.
+// save keeps what is about to be in use. The bundle comes before the generations: a crash
+// in between leaves one that is newer than is noted, which restore takes up and notes.
+// The other way round it would leave one that is too old to be used, and a node without
+// a policy. Of a candidate a crash leaves one that is not the one meant.
 func (f *Feed) save(d *draft, keys []bundle.Key) error {
 	st := state{
 		Name: f.cfg.Name, Generation: max(f.Seen(), generationOf(d.Active)),
@@ -58,13 +59,13 @@ func (f *Feed) save(d *draft, keys []bundle.Key) error {
 	if err != nil {
 		return fmt.Errorf("encode the policy's state: %w", err)
 	}
-	if err := f.cfg.DataDir.Write(stateFile, content); err != nil {
-		return err
-	}
 	if d.raw != nil {
 		if err := f.cfg.DataDir.Write(bundleFile, d.raw); err != nil {
 			return err
 		}
+	}
+	if err := f.cfg.DataDir.Write(stateFile, content); err != nil {
+		return err
 	}
 	if d.rawCandidate != nil {
 		return f.cfg.DataDir.Write(candidateFile, d.rawCandidate)
@@ -110,7 +111,7 @@ func (f *Feed) restore(ctx context.Context) error {
 	if err := f.restoreCandidate(ctx, &d, &st, keys); err != nil {
 		f.cfg.Logger.LogAttrs(ctx, slog.LevelWarn, "kept policy candidate not used; the CA's is awaited", slog.Any("err", err))
 	}
-	return f.use(ctx, &d, keys, false)
+	return f.use(ctx, &d, keys, d.Active.Generation() > st.Generation)
 }
 
 // restoreCandidate takes up the candidate that st names, if it is that which is kept.

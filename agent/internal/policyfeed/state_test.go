@@ -1,0 +1,64 @@
+// What a crash leaves on the disk is a policy, and nothing older than was in use.
+
+package policyfeed
+
+import (
+	"log/slog"
+	"path/filepath"
+	"testing"
+	"testing/synctest"
+
+	"merlon.dev/agent/internal/datadir"
+	"merlon.dev/sdk/seal"
+)
+
+func TestCrashWhilePolicyIsKeptLeavesAPolicy(t *testing.T) {
+	a := newAuthority(t, "orders")
+	dir, err := datadir.Open(filepath.Join(t.TempDir(), "data"), "shop.test", seal.Source{}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept := func(name string) []byte {
+		t.Helper()
+		content, err := dir.Read(t.Context(), name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return content
+	}
+	keep := func(name string, content []byte) {
+		t.Helper()
+		if err := dir.Write(name, content); err != nil {
+			t.Fatal(err)
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		run := func(generation uint64) {
+			t.Helper()
+			f, end := a.feed(t, dir)
+			a.publishes(generation)
+			f.Announce(a.announced(generation))
+			synctest.Wait()
+			if f.Generation() != generation {
+				t.Fatalf("generation %d is in use; want %d", f.Generation(), generation)
+			}
+			end()
+		}
+		starts := func(when string, want, seen uint64) {
+			t.Helper()
+			f, end := a.feed(t, dir)
+			if f.Generation() != want || f.Seen() != seen {
+				t.Errorf("%s: an agent that starts without its CA has generation %d, and has seen %d; want %d and %d", when, f.Generation(), f.Seen(), want, seen)
+			}
+			end()
+		}
+		run(1)
+		first, noted := kept(bundleFile), kept(stateFile)
+		run(2)
+		starts("in order", 2, 2)
+		keep(stateFile, noted)
+		starts("a crash before the second was noted", 2, 2)
+		keep(bundleFile, first)
+		starts("the first is put back", 0, 2)
+	})
+}
