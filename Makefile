@@ -119,8 +119,8 @@ supply: ## licences, allowed imports, bills of materials, and that the gate of k
 reproducible: ## make build in two folders, from nothing in one of them, and compare; some minutes
 	MERLON_REPRODUCIBLE=1 go test -count 1 -timeout 1h -v -run TestTwoBuildsAreIdentical ./integration/supply
 
-sbom: build ## a bill of materials (CycloneDX) beside each binary in bin/
-	go run ./integration/supply sbom bin/merlon bin/merlon-ca bin/merlon-agent bin/merlon-sidecar
+sbom: build full ## a bill of materials (CycloneDX) beside each binary in bin/
+	go run ./integration/supply sbom bin/merlon bin/merlon-ca bin/merlon-ca-full bin/merlon-agent bin/merlon-sidecar
 
 VULNDB ?= https://vuln.go.dev
 vulnerable: ## known vulnerabilities of what Merlon uses, by VULNDB (default https://vuln.go.dev; a copy: file:///path)

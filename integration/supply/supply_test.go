@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -38,10 +39,10 @@ func TestLicencesAreKnown(t *testing.T) {
 	}
 	const form = "{{with .Module}}{{if not .Main}}{{.Path}} {{.Dir}}{{end}}{{end}}"
 	shipped := goList(t, "", "-deps", "-f", form, "./agent/...", "./ca/...", "./policy/...", "./sdk/...")
-	shipped = append(shipped, goList(t, "", "-deps", "-tags", "pkcs11", "-f", form, "./ca/cmd/...")...)
+	shipped = append(shipped, goList(t, "", "-deps", "-tags", tagged["."], "-f", form, "./ca/cmd/...")...)
 	// The full CA's own module is fetched when somebody builds it.
 	if full := os.Getenv("MERLON_SUPPLY"); full != "" {
-		shipped = append(shipped, goList(t, "ca/cmd/merlon-ca-full", "-deps", "-tags", "awskms,cloudkms,azurekms,stepcas,vaultcas,cloudcas", "-f", form, ".")...)
+		shipped = append(shipped, goList(t, "ca/cmd/merlon-ca-full", "-deps", "-tags", tagged["ca/cmd/merlon-ca-full"], "-f", form, ".")...)
 	}
 	seen := map[string]bool{}
 	for _, line := range shipped {
@@ -152,6 +153,62 @@ func TestSBOMNamesEveryModule(t *testing.T) {
 	delete(licences, b.Components[1].Name)
 	if _, err := sbom(binary, licences); err == nil || !strings.Contains(err.Error(), b.Components[1].Name) {
 		t.Errorf("a module without a licence: %v", err)
+	}
+}
+
+// The gate looks at each file that is shipped with a tag only, and `make full` compiles
+// what it looks at.
+func TestGateSeesEveryTag(t *testing.T) {
+	dir, err := root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	modules, err := modulesIn(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	looked := lookups(dir, modules)
+	tags := 0
+	err = filepath.WalkDir(dir, func(file string, e fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case e.IsDir() && (e.Name() == "testdata" || strings.HasPrefix(e.Name(), ".") && file != dir):
+			return fs.SkipDir
+		case e.IsDir() || filepath.Ext(file) != ".go" || strings.HasSuffix(file, "_test.go"):
+			return nil
+		}
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		head, _, _ := strings.Cut(string(text), "\npackage ")
+		_, tag, ok := strings.Cut("\n"+head, "\n//go:build ")
+		tag, _, _ = strings.Cut(tag, "\n")
+		if !ok || tag == "!linux" { // what is shipped is for Linux
+			return nil
+		}
+		tags++
+		in := filepath.Dir(file)
+		for !slices.Contains(modules, in) {
+			in = filepath.Dir(in)
+		}
+		if !slices.ContainsFunc(looked, func(l lookup) bool {
+			return l.module == in && slices.Contains(strings.Split(l.tags, ","), tag)
+		}) {
+			t.Errorf("%s is compiled with %q only, with which nothing is looked up: add it to tagged in vulns.go", file, tag)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if tags < 7 {
+		t.Errorf("%d files have a tag; they are not all found", tags)
+	}
+	makefile, err := os.ReadFile(filepath.Join(dir, "Makefile"))
+	if full := tagged["ca/cmd/merlon-ca-full"]; err != nil || !strings.Contains(string(makefile), "-tags "+full+" ") {
+		t.Errorf("make full does not compile with %s (%v)", full, err)
 	}
 }
 
