@@ -97,12 +97,12 @@ FUZZTARGETS = grep -r --include='*_test.go' '^func Fuzz' . | sed -n 's/^\.\/\([^
 # Go makes each input that finds something new as small as it can, for up to 60 s
 # each: left at that, some targets did nothing else. 100 tries are less than a second
 # of any: with a second each, one that had just begun did 200 executions a second, and
-# does 2 800 so. A worker that is not done at the
-# end of the time fails with "context deadline exceeded", and
-# has found nothing.
+# does 2 800 so. A worker that is not done at the end of the time fails with "context
+# deadline exceeded" right below the target's name, and has found nothing; a seed or an
+# input that fails with these words fails.
 FUZZ = log=$$(mktemp); while read -r f t; do echo "== $$f $$t"; \
 	  go test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 100x ./$$(dirname $$f) </dev/null >$$log 2>&1 || \
-	  { grep -q 'context deadline exceeded' $$log && ! grep -q 'Failing input' $$log; } || { cat $$log; exit 1; }; \
+	  { grep -A1 '^--- FAIL: ' $$log | grep -qx '    context deadline exceeded' && ! grep -qi 'failing input\|seed corpus entry' $$log; } || { cat $$log; exit 1; }; \
 	  tail -n 1 $$log; done; rm $$log
 fuzz: ## every fuzz target for FUZZTIME (default 30s)
 	@$(FUZZTARGETS) | { $(FUZZ); }
