@@ -58,7 +58,7 @@ lint: ## gofumpt, golangci-lint and buf
 generate: ## rebuild the generated code from the protos
 	$(BUF) generate
 
-check: lint test ## what CI runs before build and demo
+check: lint test ## lint, tests and generated code; CI runs interop, supply, fuzz-some, build, full and demo besides
 	$(MAKE) generate && git diff --exit-code -- ca/capb agent/agentpb
 
 demo: ## see it work: two services, one policy, one revocation
