@@ -193,6 +193,7 @@ taint: ## replace TAINTED SVIDs of one agent after their root was tainted; about
 ROWS ?= R[0-9]*
 RESULTS ?= $(CURDIR)/bin/faults
 faults: ## the fault matrix in full (ROWS='R1|R13' for some of it, KILLS=100 for fewer kills), as a table; needs root; hours
+	@test "$$(id -u)" = 0 || { echo 'the fault matrix mounts disks, cuts networks and limits processes: run it as root'; exit 1; }
 	mkdir -p $(RESULTS)
 	MERLON_FAULTS=full MERLON_FAULTS_RESULTS=$(RESULTS) KILLS=$(KILLS) go test -count 1 -timeout 24h -v ./integration/faults -run 'TestRow/^($(ROWS))$$'; status=$$?; \
 	go run ./integration/faults/matrix $(RESULTS); exit $$status

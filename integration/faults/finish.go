@@ -20,6 +20,8 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+
 	"merlon.dev/ca/capb"
 	"merlon.dev/integration/faults/history"
 	"merlon.dev/integration/faults/invariant"
@@ -71,7 +73,7 @@ func (w *World) Finish() *history.History {
 // final asks the CA for everything.
 func (w *World) final() history.Final {
 	w.tb.Helper()
-	f := history.Final{Entries: make(map[string]string), Banned: make(map[string]bool)}
+	f := history.Final{Entries: make(map[string]string), Banned: make(map[string]bool), Revoked: make(map[string]uint64)}
 	stage.Eventually(w.tb, "the CA says what it has", func() error {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
 		defer cancel()
@@ -94,6 +96,14 @@ func (w *World) final() history.Final {
 		}
 		for _, a := range agents.GetAgents() {
 			f.Banned[a.GetSpiffeId()] = a.GetState() == "banned"
+		}
+		revoked, err := admin.ListRevocations(ctx, &capb.ListRevocationsRequest{}, grpc.MaxCallRecvMsgSize(64<<20))
+		if err != nil {
+			return err
+		}
+		f.Revocations = len(revoked.GetRevocations())
+		for _, r := range revoked.GetRevocations() {
+			f.Revoked[r.GetSpiffeId()] = max(f.Revoked[r.GetSpiffeId()], r.GetBeforeRevision())
 		}
 		policy, err := admin.GetPolicy(ctx, &capb.GetPolicyRequest{})
 		f.Generation = policy.GetPolicyBundle().GetGeneration()
@@ -224,9 +234,9 @@ func goroutines(health string) (int, error) {
 	return 0, errors.New("no metric go_goroutines")
 }
 
-// Report judges a history, fails the test where an invariant does not hold, and
-// writes the result down.
-func Report(tb testing.TB, r Result, h *history.History) {
+// Report judges a history, fails the test where an invariant does not hold, and gives
+// the result.
+func Report(tb testing.TB, r Result, h *history.History) Result {
 	tb.Helper()
 	r.Seed, r.Operations, r.Faults = h.Seed, h.Count(), len(h.Windows)
 	r.Slowest = slowest(h.Recoveries)
@@ -238,7 +248,7 @@ func Report(tb testing.TB, r Result, h *history.History) {
 	}
 	r.Passed = !tb.Failed()
 	tb.Logf("%s: %v; recoveries %v; %v", r.Row, r.Operations, r.Slowest, r.Numbers)
-	Write(tb, r)
+	return r
 }
 
 // Write writes a result down where MERLON_FAULTS_RESULTS says.

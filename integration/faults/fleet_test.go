@@ -6,6 +6,7 @@ package faults_test
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -61,14 +62,12 @@ func revokeMany(r *run) {
 	}
 	revocations := r.size(60, 5000)
 	for i := range revocations {
-		revision, err := h.Revoke(i % agents)
-		if err != nil {
-			r.Errorf("revoke: %v", err)
-		}
-		last = max(last, revision)
+		last = max(last, h.Revoke(i%agents))
 	}
 	r.number("storm", fmt.Sprintf("%d banned of %d, %d revoked, in %v", len(banned), agents, revocations, time.Since(began).Round(time.Millisecond)))
-	w.Until("every other agent has every revocation", r.bound(5*time.Second), func() error { return h.Reached(last, banned...) })
+	w.Until("every other agent has every revocation", r.bound(5*time.Second), func() error {
+		return errors.Join(h.Reached(last, banned...), h.Told(banned...))
+	})
 	mended()
 	refused := 0
 	for _, i := range banned {

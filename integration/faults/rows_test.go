@@ -75,10 +75,22 @@ func TestRow(t *testing.T) {
 			if row.space && !stage.InNamespace(t) {
 				return
 			}
-			r := &run{T: t, full: full, result: faults.Begun(row.name, row.fault, full), begun: time.Now()}
-			row.do(r)
+			row.do(begin(t, row.name, row.fault, full))
 		})
 	}
+}
+
+// begin begins a row. Until all is over, and how the processes end has been seen, too, its
+// result is that it has not held.
+func begin(t *testing.T, row, fault string, full bool) *run {
+	t.Helper()
+	r := &run{T: t, full: full, result: faults.Begun(row, fault, full), begun: time.Now()}
+	faults.Write(t, r.result)
+	t.Cleanup(func() {
+		r.result.Passed = !t.Failed()
+		faults.Write(t, r.result)
+	})
+	return r
 }
 
 // needsRoot skips on a developer's machine.
@@ -126,5 +138,5 @@ func (r *run) verdict(w *faults.World) {
 	r.Helper()
 	h := w.Finish()
 	r.result.Seconds = time.Since(r.begun).Seconds()
-	faults.Report(r, r.result, h)
+	r.result = faults.Report(r, r.result, h)
 }

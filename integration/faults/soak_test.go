@@ -28,7 +28,7 @@ func TestSoak(t *testing.T) {
 		t.Fatalf("MERLON_SOAK: %v", err)
 	}
 	needsRoot(t)
-	r := &run{T: t, full: true, result: faults.Begun("R18", "everything at random, in turn", true), begun: time.Now()}
+	r := begin(t, "R18", "everything at random, in turn", true)
 	w := faults.New(r, faults.Setup{Settings: []string{"trust_refresh_hint: 1s", "x509_svid_ttl: 2m"}, Every: soakEvery, Slow: true})
 	w.Peers()
 	w.Work(4)

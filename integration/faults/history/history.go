@@ -45,6 +45,7 @@ const (
 	Read    Kind = "read"    // Key: entry ID; Value: its SPIFFE ID, empty where there is no such entry
 	Push    Kind = "push"    // Number: the generation
 	Ban     Kind = "ban"     // Key: SPIFFE ID of the agent
+	Revoke  Kind = "revoke"  // Key: SPIFFE ID; Number: revision before which its SVIDs were issued
 	Join    Kind = "join"    // Key: a token; Value: serial number
 	Sign    Kind = "sign"    // Client: an agent; Key: entry ID; Value: serial number
 	Connect Kind = "connect" // Key: whom; by a new TLS connection; Value: serial number of its SVID
@@ -117,6 +118,10 @@ type Record struct {
 type Final struct {
 	Entries map[string]string // entry ID → SPIFFE ID
 	Banned  map[string]bool   // SPIFFE IDs of agents
+	// Revoked are SPIFFE IDs, and the highest revision before which SVIDs of each count no
+	// more. Revocations are all records, of whatever subject.
+	Revoked     map[string]uint64
+	Revocations int
 	// Generation is that of the policy in force.
 	Generation uint64
 }

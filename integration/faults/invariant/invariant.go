@@ -80,7 +80,8 @@ func Mutations(h *history.History) (found []string) {
 			found = append(found, "deleted, and there: "+show(h, op))
 		case op.Kind == history.Read && op.Outcome == history.OK:
 			found = append(found, stale(h, op, created[op.Key], deleted[op.Key])...)
-		case op.Kind == history.Ban && op.Outcome == history.OK && !h.Final.Banned[op.Key]:
+		case op.Kind == history.Ban && op.Outcome == history.OK && !h.Final.Banned[op.Key],
+			op.Kind == history.Revoke && op.Outcome == history.OK && h.Final.Revoked[op.Key] < op.Number:
 			found = append(found, "lost: "+show(h, op))
 		}
 	}
@@ -217,9 +218,11 @@ func Denials(h *history.History) (found []string) {
 	return found
 }
 
-// Sizes is I6. What a process may have more than before is for what it may cache.
+// Sizes is I6. What a process may have more than before is for what it may cache, and for
+// the revocations that were made, which every process holds until no SVID can be concerned.
 func Sizes(h *history.History) (found []string) {
-	const files, goroutines, resident = 8, 16, 64 << 20
+	const files, goroutines = 8, 16
+	resident := uint64(64<<20 + 3<<10*h.Final.Revocations)
 	for _, g := range h.Growths {
 		b, a := g.Before, g.After
 		if a.Files > b.Files+files || a.Goroutines > b.Goroutines+goroutines || a.Resident > b.Resident+b.Resident/2+resident {

@@ -121,6 +121,8 @@ func recorded(op history.Op, acts, serials map[string]bool) bool {
 		return acts["delete entry "+op.Value]
 	case history.Ban:
 		return acts["ban agent "+op.Key]
+	case history.Revoke:
+		return acts["revoke SPIFFE ID "+op.Key]
 	case history.Push:
 		return acts[fmt.Sprintf("push policy bundle main, generation %d ", op.Number)]
 	case history.Join, history.Sign, history.Connect:

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -18,6 +19,9 @@ import (
 
 	"merlon.dev/integration/faults"
 )
+
+// rows is how many rows the matrix has, with the soak.
+const rows = 18
 
 func main() {
 	if err := run(os.Args[1:], os.Stdout); err != nil {
@@ -54,8 +58,19 @@ func run(args []string, out io.Writer) error {
 	fmt.Fprintf(out, "%s, %d cores, Linux %s, %s.\n\n", machine.CPU, machine.Cores, machine.Kernel, machine.Go)
 	fmt.Fprintln(out, "| Row | Fault | Form | Operations: ok, failed, unknown | Calls: ok, failed | Figures | Slowest recovery | Commit, date, load, seed | Result |")
 	fmt.Fprintln(out, "|---|---|---|---|---|---|---|---|---|")
+	missing := slices.Collect(func(yield func(string) bool) {
+		for n := 1; n <= rows; n++ {
+			name := fmt.Sprint("R", n)
+			if !slices.ContainsFunc(all, func(r faults.Result) bool { return r.Row == name }) && !yield(name) {
+				return
+			}
+		}
+	})
 	for _, r := range all {
 		fmt.Fprintln(out, line(r))
+	}
+	if len(missing) > 0 {
+		fmt.Fprintf(out, "\nNot run: %s.\n", strings.Join(missing, ", "))
 	}
 	return nil
 }
@@ -72,13 +87,14 @@ func line(r faults.Result) string {
 		}
 		return n
 	}
-	changes, calls := []string{"create", "delete", "read", "push", "ban", "join", "sign"}, []string{"connect", "call"}
+	changes, calls := []string{"create", "delete", "read", "push", "ban", "revoke", "join", "sign"}, []string{"connect", "call"}
 	form, result := "short", "held"
 	if r.Full {
 		form = "full"
 	}
 	if !r.Passed {
-		result = "**missed**: " + strings.Join(slices.Sorted(maps.Keys(r.Violations)), ", ")
+		why := strings.Join(slices.Sorted(maps.Keys(r.Violations)), ", ")
+		result = "**missed**: " + cmp.Or(why, "it failed beside the invariants, or did not come to its end: see its log")
 	}
 	return fmt.Sprintf("| %s | %s | %s, %.0f s, %d faults | %d, %d, %d | %d, %d | %s | %s | %s, %s, %s, %d | %s |",
 		r.Row, r.Fault, form, r.Seconds, r.Faults, sum("ok", changes...), sum("failed", changes...), sum("unknown", changes...),
