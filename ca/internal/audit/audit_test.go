@@ -261,6 +261,43 @@ func TestTornLastLineIsCutWithAWarning(t *testing.T) {
 	}
 }
 
+// A loss of power takes any pages of a group that was not synced: also the first, or one
+// in the midst. Zeroes that are no page's are damage.
+func TestGroupThatLostPagesIsCut(t *testing.T) {
+	for name, c := range map[string]struct {
+		begin string // of the group, before the page that is lost
+		short int    // so many bytes of the page are there
+		end   string // after the page; LINE is a whole record
+		want  string // the refusal; empty: it is cut off
+	}{
+		"the first page":             {"", 0, `4"}` + "\n", ""},
+		"one in the midst":           {`{"seq":4,"prev":"00`, 0, `4"}` + "\n", ""},
+		"a whole record comes after": {`{"seq":4,`, 0, `4"}` + "\nLINE", ""},
+		"zeroes within a page":       {`{"seq":4,`, 7, `4"}` + "\n", "its hash does not match what it says"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := written(t, 3)
+			lines := readLines(t, path)
+			at := len(strings.Join(lines, "")) + len(c.begin)
+			zeroes := 2*pageBytes - at%pageBytes - c.short
+			appendRaw(t, path, c.begin+strings.Repeat("\x00", zeroes)+strings.Replace(c.end, "LINE", lines[2], 1))
+			l, err := Open(path, Options{})
+			if c.want != "" {
+				if err == nil || !strings.Contains(err.Error(), c.want) {
+					t.Errorf("Open = %v; want %q", err, c.want)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer closeLog(t, l)
+			appendRecord(t, l, Record{Type: Issue})
+			wantVerified(t, path, 4)
+		})
+	}
+}
+
 func TestTornFirstLineIsCut(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "audit.log")
 	appendRaw(t, path, `{"seq":1,`)

@@ -31,7 +31,7 @@ func resume(path string, file *os.File, last checkpoint.Checkpoint, log *slog.Lo
 	if err != nil {
 		return link{}, nil, err
 	}
-	whole := bytes.LastIndexByte(tail, '\n') + 1
+	whole := bytes.LastIndexByte(beforeHole(tail, size), '\n') + 1
 	if whole == 0 && int64(len(tail)) < size {
 		return link{}, nil, errors.New("not an audit log: no line in its last megabytes")
 	}
@@ -59,6 +59,25 @@ func resume(path string, file *os.File, last checkpoint.Checkpoint, log *slog.Lo
 		}
 	}
 	return end, first, nil
+}
+
+// pageBytes divides the size of every page.
+const pageBytes = 4096
+
+// beforeHole is the end of a log of that size without what a loss of power left behind
+// a page that it took. Such a page reads as zeroes up to its end, and no record has a
+// zero byte; what comes after it is of the same group, which was not acknowledged. Zeroes
+// elsewhere are damage, and stay for the checks to find.
+func beforeHole(tail []byte, size int64) []byte {
+	hole := bytes.IndexByte(tail, 0)
+	if hole < 0 || len(tail)-hole > maxGroupBytes+maxLine {
+		return tail
+	}
+	after := len(bytes.TrimLeft(tail[hole:], "\x00"))
+	if after > 0 && (size-int64(after))%pageBytes != 0 {
+		return tail
+	}
+	return tail[:hole]
 }
 
 func readTail(file *os.File) (tail []byte, size int64, err error) {
