@@ -70,6 +70,11 @@ func measureAll(ctx context.Context, o options) error {
 	if err := r.write(o.out, found); err != nil {
 		return err
 	}
+	if readme := readmeOf(o); readme != "" {
+		if err := r.publish(readme); err != nil {
+			return err
+		}
+	}
 	fmt.Print(r.table())
 	if len(failed) > 0 {
 		return fmt.Errorf("%d of the runs failed; what they said is above", len(failed))

@@ -190,6 +190,49 @@ func TestWhatWasNotMeasuredSaysWhy(t *testing.T) {
 	}
 }
 
+// A whole run's table takes the place of the one before in the README, and nothing else
+// changes there.
+func TestWholeRunsArePublished(t *testing.T) {
+	r := results{Count: 1, Lines: []line{{P: "P2", What: "late", Target: "≤ 1 ms", Met: "**no**", Profile: "profiles/P2.txt"}}}
+	readme := filepath.Join(t.TempDir(), "README.md")
+	write := func(text string) {
+		if err := os.WriteFile(readme, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("above\n" + beginTable + "old\n" + endTable + "below\n")
+	for range 2 {
+		if err := r.publish(readme); err != nil {
+			t.Fatal(err)
+		}
+	}
+	text, err := os.ReadFile(readme)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := string(text)
+	if !strings.HasPrefix(got, "above\n"+beginTable) || !strings.HasSuffix(got, endTable+"below\n") || strings.Contains(got, "old") {
+		t.Errorf("the README is\n%s", got)
+	}
+	if strings.Count(got, "([why](results/profiles/P2.txt))") != 1 {
+		t.Errorf("the link to the profile is not one from the README:\n%s", got)
+	}
+	write("no marks\n")
+	if err := r.publish(readme); err == nil {
+		t.Error("a README without a place for the table is taken")
+	}
+	root := t.TempDir()
+	out := filepath.Join(root, "integration", "bench", "results")
+	for name, o := range map[string]options{"some targets": {root: root, out: out, only: map[string]bool{"P1": true}}, "another folder": {root: root, out: root}} {
+		if readmeOf(o) != "" {
+			t.Errorf("%s: published", name)
+		}
+	}
+	if readmeOf(options{root: root, out: out}) == "" {
+		t.Error("a whole run is not published")
+	}
+}
+
 // What fails once is in the table with what was measured before, and why it failed.
 func TestFailuresAreInTheTable(t *testing.T) {
 	found := figures{"Sign": {"ca-ratio": {0.7, 0.9}}}
