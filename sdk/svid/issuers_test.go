@@ -211,3 +211,45 @@ func TestRememberedIssuersAreBounded(t *testing.T) {
 		}
 	}
 }
+
+// What is known is one certificate, for as long as it lives and by these roots: not its
+// name, its key or where it stood.
+func TestKnownIssuerVouchesForNoOther(t *testing.T) {
+	ca, stranger := forge.New(t, "example.org"), forge.New(t, "example.org")
+	issuer := ca.Intermediate(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(time.Hour) })
+	trust := trustIn(ca)
+	know := func() {
+		t.Helper()
+		if _, err := trust.VerifyChain(issuer.Leaf("/a").Chain, time.Now()); err != nil || trust.Issuers(ca.TrustDomain) != 1 {
+			t.Fatalf("%v; %d are known, want 1", err, trust.Issuers(ca.TrustDomain))
+		}
+	}
+	damaged := slices.Clone(issuer.Cert.Raw)
+	damaged[len(damaged)-1] ^= 1 // of the signature
+	unsigned, err := x509.ParseCertificate(damaged)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, tt := range map[string]struct {
+		above *x509.Certificate
+		when  time.Time
+	}{
+		"the same once it has ended":             {issuer.Cert, issuer.Cert.NotAfter.Add(time.Second)},
+		"the same before it begins":              {issuer.Cert, issuer.Cert.NotBefore.Add(-time.Second)},
+		"its key and name, signed by a stranger": {issuer.CrossSigned(stranger), time.Now()},
+		"its key and name, ended":                {issuer.Again(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }), time.Now()},
+		"its key and name, no authority":         {issuer.Again(func(c *x509.Certificate) { c.IsCA = false }), time.Now()},
+		"its bytes with another signature":       {unsigned, time.Now()},
+	} {
+		know()
+		leaf := issuer.Leaf("/b", lives(time.Now().Add(-24*time.Hour), time.Now().Add(24*time.Hour)))
+		if _, err := trust.VerifyChain([]*x509.Certificate{leaf.Chain[0], tt.above}, tt.when); ruleOf(err) == "" {
+			t.Errorf("%s: the leaf below it is let in", name)
+		}
+		trust.Forget()
+	}
+	// The same under other trust.
+	know()
+	_, err = trustIn(stranger).VerifyChain(issuer.Leaf("/c").Chain, time.Now())
+	checkRule(t, err, "X13")
+}
