@@ -10,6 +10,7 @@ import (
 
 	"merlon.dev/ca/capb"
 	"merlon.dev/ca/internal/registry"
+	"merlon.dev/ca/internal/revocation"
 	"merlon.dev/ca/internal/trust"
 )
 
@@ -26,7 +27,7 @@ func (s *Service) messagesOf(u registry.Update) iter.Seq[*capb.SyncResponse] {
 			// Only with the last message is the agent at the revision. The others say 0:
 			// were the stream cut between them, a resumption must not skip the rest.
 			p.msg.Revision, p.msg.Synced = u.Revision, true
-			yield(p.msg)
+			yield(p.take())
 		}
 	}
 }
@@ -45,11 +46,15 @@ func (s *Service) fill(p *packer, u registry.Update) bool {
 	}
 	// Revocations first: an agent must not serve an entry that they concern.
 	for _, r := range u.Revocations {
-		rec := revocationToProto(r)
-		if !p.room(proto.Size(rec)) {
+		wire := r.Encoded(onWire)
+		if wire == nil { // Send says why, and ends the stream: none is left out
+			p.msg.Revocations = append(p.msg.Revocations, revocationToProto(r))
+			continue
+		}
+		if !p.room(len(wire)) {
 			return false
 		}
-		p.msg.Revocations = append(p.msg.Revocations, rec)
+		p.wire = append(p.wire, wire...)
 	}
 	for _, id := range u.Removed {
 		if !p.room(len(id) + 4) {
@@ -77,10 +82,21 @@ func (s *Service) fill(p *packer, u registry.Update) bool {
 	return true
 }
 
+// onWire is r in the encoding of a SyncResponse that has nothing else, which is a part of
+// any that has r; nil: it cannot be encoded.
+func onWire(r *revocation.Record) []byte {
+	wire, err := proto.Marshal(&capb.SyncResponse{Revocations: []*capb.Revocation{revocationToProto(r)}})
+	if err != nil {
+		return nil
+	}
+	return wire
+}
+
 // packer fills messages one after the other.
 type packer struct {
 	yield func(*capb.SyncResponse) bool
 	msg   *capb.SyncResponse
+	wire  []byte // further fields of msg, encoded
 	size  int
 }
 
@@ -111,8 +127,15 @@ func (p *packer) federated(bundles []*trust.Federated) bool {
 	return true
 }
 
-func (p *packer) next() bool {
+func (p *packer) next() bool { return p.yield(p.take()) }
+
+// take ends a message. Encoded fields go as those that this program does not know do: as
+// they are.
+func (p *packer) take() *capb.SyncResponse {
 	done := p.msg
-	p.msg, p.size = &capb.SyncResponse{}, 0
-	return p.yield(done)
+	if len(p.wire) > 0 {
+		done.ProtoReflect().SetUnknown(p.wire)
+	}
+	p.msg, p.wire, p.size = &capb.SyncResponse{}, nil, 0
+	return done
 }

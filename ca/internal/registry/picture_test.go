@@ -120,7 +120,7 @@ func dump(p *picture) []string {
 		out = append(out, fmt.Sprintf("agent %+v", *a))
 	}
 	for _, r := range p.revocations.After(0, time.Time{}) {
-		out = append(out, fmt.Sprintf("revocation %+v", *r))
+		out = append(out, fmt.Sprint("revocation ", r.Key, r.Revocation, r.CreatedAt, r.Revision, r.Imported, r.Derived))
 	}
 	if p.trust != nil {
 		out = append(out, fmt.Sprint("trust ", p.trust.Sequence, p.trust.Revision))

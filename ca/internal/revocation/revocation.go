@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"sync"
 	"time"
 
 	"merlon.dev/ca/internal/store"
@@ -31,6 +32,16 @@ type Record struct {
 	Imported bool
 	// Derived: it was made because of another one (Import).
 	Derived bool
+
+	once    sync.Once
+	encoded []byte
+}
+
+// Encoded is what encode makes of r for those who are told of it: all are, so it is made
+// once. There is one way to encode a record, and nobody writes to what this returns.
+func (r *Record) Encoded(encode func(*Record) []byte) []byte {
+	r.once.Do(func() { r.encoded = encode(r) })
+	return r.encoded
 }
 
 type stored struct {
