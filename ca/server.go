@@ -342,7 +342,7 @@ func (s *Server) listen() (l *listeners, err error) {
 		if err != nil {
 			return l, fmt.Errorf("%s: %w", tcp.key, err)
 		}
-		*tcp.to = netutil.LimitListener(files.Keep(lis, files.Kept, s.log), maxConnections)
+		*tcp.to = netutil.LimitListener(files.Keep(noticing{lis}, files.Kept, s.log), maxConnections)
 	}
 	if err := s.listenPublic(l); err != nil {
 		return l, err
@@ -365,7 +365,7 @@ func (s *Server) listenPublic(l *listeners) error {
 	if err != nil {
 		return fmt.Errorf("bundle_endpoint.address: %w", err)
 	}
-	l.public = files.Keep(lis, files.Kept, s.log) // web bounds them, by address, too
+	l.public = files.Keep(noticing{lis}, files.Kept, s.log) // web bounds them, by address, too
 	s.bundleAddress = lis.Addr()
 	return nil
 }

@@ -33,13 +33,13 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 var td = spiffeid.RequireTrustDomainFromString("shop.test")
 
 // newService is a service over a real store with one agent, without keys.
-func newService(t *testing.T) (*Service, *attest.Agent) {
+func newService(t testing.TB) (*Service, *attest.Agent) {
 	t.Helper()
 	return newServiceIn(t, t.TempDir())
 }
 
 // newServiceIn is one whose store and log are in dir.
-func newServiceIn(t *testing.T, dir string) (*Service, *attest.Agent) {
+func newServiceIn(t testing.TB, dir string) (*Service, *attest.Agent) {
 	t.Helper()
 	st, err := badger.Open(filepath.Join(dir, "store"), badger.Options{})
 	if err != nil {
@@ -76,7 +76,7 @@ func newServiceIn(t *testing.T, dir string) (*Service, *attest.Agent) {
 	return New(Options{TrustDomain: td, Store: st, Registry: reg, Audit: log, Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry()}), agent
 }
 
-func peerOf(t *testing.T, id string, handle, revision uint64) *svid.Peer {
+func peerOf(t testing.TB, id string, handle, revision uint64) *svid.Peer {
 	t.Helper()
 	serial, err := svid.NewSerial(handle, revision)
 	if err != nil {

@@ -48,8 +48,8 @@ import (
 const (
 	maxMessageBytes = 5 << 20 // a policy bundle has up to 4 MiB
 	maxHeaderBytes  = 16 << 10
-	maxStreams      = 100 // per connection
-	pingInterval    = 30 * time.Second
+	maxStreams      = 100             // per connection
+	pingInterval    = 2 * time.Minute // a peer whose machine is gone the kernel notices
 	pingTimeout     = 10 * time.Second
 	minClientPing   = 10 * time.Second
 	maxIdle         = 5 * time.Minute // without a call: agents have their Sync
@@ -169,8 +169,9 @@ type Service struct {
 	// evidence bounds how often the log says that the store was put back.
 	evidence *rate.Sometimes
 
-	// takeTimeout is the constant, but in tests.
+	// These are the constants, but in tests.
 	takeTimeout time.Duration
+	roomBytes   int
 
 	// keys knows whose the public keys are that were signed here.
 	keys *authority.KeyUse
@@ -198,6 +199,7 @@ func New(o Options) *Service {
 		quota:       newQuota(o.IssueRate),
 		unread:      newUnread(),
 		takeTimeout: takeTimeout,
+		roomBytes:   roomBytes,
 		proving:     make(chan struct{}, 1),
 		judging:     make(chan struct{}, judgingAtOnce),
 		evidence:    evidenceLog(),

@@ -5,6 +5,7 @@ package api
 import (
 	"context"
 	"fmt"
+	"math"
 	"net"
 	"strings"
 	"testing"
@@ -16,29 +17,78 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"merlon.dev/ca/capb"
+	"merlon.dev/ca/internal/attest"
 	"merlon.dev/ca/internal/entry"
 	"merlon.dev/ca/internal/registry"
 	"merlon.dev/ca/internal/store"
-	"merlon.dev/sdk/svid"
 )
 
-// asPeer takes each connection for one of peer, as if it had shown its SVID.
+// asPeer takes each connection for one of somebody who has shown an SVID: of whom,
+// shown says.
 type asPeer struct {
 	credentials.TransportCredentials
-	peer *svid.Peer
+	shown func(raw net.Conn) tlsInfo
 }
 
 func (c asPeer) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	return raw, tlsInfo{Peer: c.peer}, nil
+	info := c.shown(raw)
+	if info.conn != nil {
+		return info.conn, info, nil
+	}
+	return raw, info, nil
 }
 
 func (c asPeer) Clone() credentials.TransportCredentials { return c }
 
+// serve serves agents over TCP, who show what shown says, and returns the address.
+func (s *Service) serve(tb testing.TB, shown func(raw net.Conn) tlsInfo) string {
+	tb.Helper()
+	srv := grpc.NewServer(append(s.serverOptions(accessTable()), grpc.Creds(asPeer{insecure.NewCredentials(), shown}))...)
+	capb.RegisterNodeServer(srv, s)
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(lis) }()
+	tb.Cleanup(func() {
+		srv.Stop()
+		if err := <-served; err != nil {
+			tb.Error(err)
+		}
+	})
+	return lis.Addr().String()
+}
+
 func TestAgentThatTakesNothingIsLeft(t *testing.T) {
-	s, agent := newService(t)
-	s.takeTimeout = 200 * time.Millisecond
+	for name, tt := range map[string]struct{ counted, roomy bool }{
+		"nobody counts what is on its way":                  {},
+		"it is counted":                                     {counted: true},
+		"gRPC keeps a sender waiting though there was room": {counted: true, roomy: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, agent := newService(t)
+			s.takeTimeout = 200 * time.Millisecond
+			if tt.roomy {
+				s.roomBytes = math.MaxInt
+			}
+			fill(t, s, agent)
+			p := peerOf(t, agent.ID.String(), agent.Handle, agent.Revision)
+			takeNothing(t, s, s.serve(t, func(raw net.Conn) tlsInfo {
+				if !tt.counted {
+					return tlsInfo{Peer: p}
+				}
+				return tlsInfo{Peer: p, conn: s.unread.open(raw, p.ID.String())}
+			}))
+		})
+	}
+}
+
+// fill registers 4 MiB of entries for the agent.
+func fill(t *testing.T, s *Service, agent *attest.Agent) {
+	t.Helper()
 	var ops []store.Op
-	for i := range 40 { // 4 MiB
+	for i := range 40 {
 		e := &entry.Entry{ID: entry.NewID(), SPIFFEID: agentWorkload(i), ParentID: agent.ID}
 		for j := range 35 {
 			e.Selectors = append(e.Selectors, entry.Selector{Type: "unix", Value: fmt.Sprintf("path:/%s/%d", strings.Repeat("a", 2990), j)})
@@ -58,23 +108,12 @@ func TestAgentThatTakesNothingIsLeft(t *testing.T) {
 			ops = nil
 		}
 	}
-	p := peerOf(t, agent.ID.String(), agent.Handle, agent.Revision)
-	p.NotAfter = time.Now().Add(time.Hour)
-	srv := grpc.NewServer(append(s.serverOptions(accessTable()), grpc.Creds(asPeer{insecure.NewCredentials(), p}))...)
-	capb.RegisterNodeServer(srv, s)
-	lis, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	served := make(chan error, 1)
-	go func() { served <- srv.Serve(lis) }()
-	defer func() {
-		srv.Stop()
-		if err := <-served; err != nil {
-			t.Error(err)
-		}
-	}()
-	conn, err := grpc.NewClient(lis.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+}
+
+// takeNothing opens a stream and reads nothing from it, until it is left.
+func takeNothing(t *testing.T, s *Service, address string) {
+	t.Helper()
+	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,7 +127,6 @@ func TestAgentThatTakesNothingIsLeft(t *testing.T) {
 	if err := stream.Send(&capb.SyncRequest{}); err != nil {
 		t.Fatal(err)
 	}
-	// It reads nothing, and is left.
 	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		if _, _, _, streams := s.registry.Counts(); streams == 0 && refusedForTakingNothing(t, s) {
 			return

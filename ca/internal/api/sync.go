@@ -59,7 +59,7 @@ func (s *Service) Sync(stream grpc.BidiStreamingServer[capb.SyncRequest, capb.Sy
 	follower := &follower{
 		Service: s, stream: stream, feed: feed, caller: caller, witness: witness,
 		acks: rate.NewLimiter(acksPerSecond, acksBurst), kept: rate.NewLimiter(keptPerSecond, keptBurst),
-		opening: []byte(s.opts.Opening.ID), question: make(chan struct{}, 1),
+		opening: []byte(s.opts.Opening.ID), question: make(chan struct{}, 1), conn: connOf(ctx),
 	}
 	follower.asked.Store(first.GetAsk())
 	follower.noteAck(ctx, first)
@@ -92,6 +92,9 @@ type follower struct {
 	opening    []byte // for the first message
 	asked      atomic.Uint64
 	question   chan struct{} // receives when asked is to be answered
+	// conn is what the stream is on; nil: nobody counts what is on its way there.
+	conn  *countedConn
+	stuck *time.Timer // cuts conn; nil before the first message
 }
 
 // receiveAcks notes acknowledgements until the stream ends. One that says more
@@ -198,7 +201,8 @@ func (f *follower) push(ctx context.Context, ended <-chan error) error {
 			return err
 		}
 		// After Take: a revocation in this very update must end the stream.
-		if now := s.callerOf(ctx); !now.Is(capb.Caller_CALLER_AGENT) {
+		now := Anonymous()
+		if s.resolvePeer(ctx, now, caller.Peer); !now.Is(capb.Caller_CALLER_AGENT) {
 			return s.refuse(ctx, now, audit.Record{Detail: capb.Node_Sync_FullMethodName}, now.unauthenticated())
 		}
 		s.metrics.count(update)
@@ -221,9 +225,32 @@ func (f *follower) push(ctx context.Context, ended <-chan error) error {
 
 var errStopping = status.Error(codes.Unavailable, "the CA is stopping")
 
-// send sends one message, and gives the agent up when it does not take it. Once
-// the handler returns gRPC ends the stream, and the goroutine with it.
+// send sends one message, and gives the agent up when it does not take it.
 func (f *follower) send(ctx context.Context, msg *capb.SyncResponse) error {
+	if f.conn.roomy(f.roomBytes) {
+		return f.sendAtOnce(ctx, msg)
+	}
+	return f.sendBeside(ctx, msg)
+}
+
+// sendAtOnce is for a message that gRPC has room for, nearly all of them. Should it keep
+// the sender waiting all the same, the connection is cut.
+func (f *follower) sendAtOnce(ctx context.Context, msg *capb.SyncResponse) error {
+	if f.stuck == nil {
+		f.stuck = time.AfterFunc(f.takeTimeout, func() { _ = f.conn.Close() }) // gRPC learns of it
+	} else {
+		f.stuck.Reset(f.takeTimeout)
+	}
+	err := f.stream.Send(msg)
+	if cut := !f.stuck.Stop(); cut {
+		return f.takesNothing(ctx)
+	}
+	return err
+}
+
+// sendBeside is for a message that may have to wait. Once the handler returns gRPC ends
+// the stream, and the goroutine with it.
+func (f *follower) sendBeside(ctx context.Context, msg *capb.SyncResponse) error {
 	sent := make(chan error, 1)
 	go func() { sent <- f.stream.Send(msg) }()
 	patience := time.NewTimer(f.takeTimeout)
@@ -236,9 +263,14 @@ func (f *follower) send(ctx context.Context, msg *capb.SyncResponse) error {
 	case <-f.stopping:
 		return errStopping
 	case <-patience.C:
-		return f.refuse(ctx, f.caller, audit.Record{Detail: capb.Node_Sync_FullMethodName},
-			status.Errorf(codes.ResourceExhausted, "the agent has taken nothing for %s; it can come again", f.takeTimeout))
+		return f.takesNothing(ctx)
 	}
+}
+
+// takesNothing ends a stream whose agent lets what it is sent lie.
+func (f *follower) takesNothing(ctx context.Context) error {
+	return f.refuse(ctx, f.caller, audit.Record{Detail: capb.Node_Sync_FullMethodName},
+		status.Errorf(codes.ResourceExhausted, "the agent has taken nothing for %s; it can come again", f.takeTimeout))
 }
 
 // superseded ends a stream in favour of newer ones.

@@ -23,6 +23,9 @@ const (
 	// maxUnreadBytes is several times what an agent has on the way when it is slow:
 	// a message of a listing and some batches of SVIDs, of 1 MiB each.
 	maxUnreadBytes = 32 << 20
+	// roomBytes on the way leave room for more: gRPC keeps a sender waiting from 64 KiB
+	// of a stream on.
+	roomBytes = 32 << 10
 	// maxConnections of one agent, which has one, and some that end.
 	maxConnections = 32
 )
@@ -83,6 +86,16 @@ func (c *countedConn) queued(n int) (tooMuch bool) {
 	c.bytes += n
 	c.owner.bytes += n
 	return c.owner.bytes > maxUnreadBytes
+}
+
+// roomy says whether less than limit is on the way. Nobody knows of nil.
+func (c *countedConn) roomy(limit int) bool {
+	if c == nil {
+		return false
+	}
+	c.unread.mu.Lock()
+	defer c.unread.mu.Unlock()
+	return c.bytes < limit
 }
 
 // Write implements net.Conn.
