@@ -3,7 +3,9 @@
 package policyfeed
 
 import (
+	"errors"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"testing"
 	"testing/synctest"
@@ -14,7 +16,8 @@ import (
 
 func TestCrashWhilePolicyIsKeptLeavesAPolicy(t *testing.T) {
 	a := newAuthority(t, "orders")
-	dir, err := datadir.Open(filepath.Join(t.TempDir(), "data"), "shop.test", seal.Source{}, slog.New(slog.DiscardHandler))
+	path := filepath.Join(t.TempDir(), "data")
+	dir, err := datadir.Open(path, "shop.test", seal.Source{}, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,10 +57,26 @@ func TestCrashWhilePolicyIsKeptLeavesAPolicy(t *testing.T) {
 		}
 		run(1)
 		first, noted := kept(bundleFile), kept(stateFile)
-		run(2)
-		starts("in order", 2, 2)
+		// The second cannot be noted: what is on the disk then is what a crash leaves there.
+		f, end := a.feed(t, dir)
+		place := filepath.Join(path, stateFile+".sealed")
+		if err := errors.Join(os.Remove(place), os.Mkdir(place, 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		a.publishes(2)
+		f.Announce(a.announced(2))
+		synctest.Wait()
+		if f.Generation() != 1 {
+			t.Errorf("generation %d is in use, and not noted", f.Generation())
+		}
+		end()
+		if err := os.Remove(place); err != nil {
+			t.Fatal(err)
+		}
 		keep(stateFile, noted)
 		starts("a crash before the second was noted", 2, 2)
+		run(2)
+		starts("in order", 2, 2)
 		keep(bundleFile, first)
 		starts("the first is put back", 0, 2)
 	})
