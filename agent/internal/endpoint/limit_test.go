@@ -3,10 +3,18 @@
 package endpoint
 
 import (
+	"context"
 	"net"
 	"os"
 	"path/filepath"
 	"testing"
+	"testing/synctest"
+
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
 
 	"merlon.dev/sdk/unixsock"
 )
@@ -35,6 +43,33 @@ func TestLimitIsPerUser(t *testing.T) {
 	if len(l.used) != 0 {
 		t.Errorf("%d users are remembered; want none", len(l.used))
 	}
+}
+
+// A call counts from its first header on until it ends.
+func TestCallsAreLimitedAndReleased(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		open := NewLimit(1).Tap(nil)
+		call := func(uid uint32, want codes.Code) (end func()) {
+			t.Helper()
+			ctx, end := context.WithCancel(peer.NewContext(t.Context(), &peer.Peer{AuthInfo: unixsock.AuthInfo{Peer: &unixsock.Peer{UID: uid}}}))
+			if _, err := open(ctx, &tap.Info{FullMethodName: workloadpb.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName}); status.Code(err) != want {
+				t.Errorf("a call of user %d = %v; want %v", uid, err, want)
+			}
+			return end
+		}
+		first := call(1, codes.OK)
+		second := call(1, codes.ResourceExhausted)
+		other := call(2, codes.OK)
+		second() // gives nothing back: it took nothing
+		synctest.Wait()
+		call(1, codes.ResourceExhausted)()
+		first()
+		synctest.Wait()
+		third := call(1, codes.OK)
+		third()
+		other()
+		synctest.Wait()
+	})
 }
 
 func TestConnectionsAreLimitedAndReleased(t *testing.T) {
