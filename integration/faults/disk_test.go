@@ -210,7 +210,6 @@ func fillDisk(r *run) {
 	w.Work(4)
 	time.Sleep(500 * time.Millisecond)
 	w.Deny()
-	pid := w.CA.PID()
 	for _, f := range []struct {
 		fault string
 		begin func() (mend func())
@@ -239,9 +238,7 @@ func fillDisk(r *run) {
 		w.Until("writes go on when there is space", r.bound(10*time.Second), func() error { return w.TryWrite(0) })
 		w.Work(4)
 	}
-	if err := syscall.Kill(pid, 0); err != nil {
-		r.Errorf("the CA did not live through it: %v", err)
-	}
+	lives(r, w.CA)
 	limitFiles(r, w)
 	readOnly(r, w, disk)
 	r.verdict(w)

@@ -4,7 +4,6 @@ package faults_test
 // (R9).
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -91,6 +90,9 @@ func openFiles(r *run, pid int) int {
 	return len(files)
 }
 
+// little is the memory of a CA that R9 starves.
+const little = 128 << 20
+
 // starve is R9.
 func starve(r *run) {
 	w := faults.New(r, faults.Setup{})
@@ -98,12 +100,8 @@ func starve(r *run) {
 	w.Work(r.size(8, 32))
 	time.Sleep(500 * time.Millisecond)
 	w.Deny()
-	pid := w.CA.PID()
 	mended := w.Rec.Break("the CA has 128 MiB and a tenth of a processor")
-	undo, err := stage.Confine(r, pid, 128<<20, 10)
-	if err != nil {
-		r.Fatalf("this machine cannot confine a process: %v", err)
-	}
+	group := confine(r, w, r.bound(readyWithin))
 	began := history.Now()
 	time.Sleep(time.Duration(r.size(3, 60)) * time.Second)
 	answered, slowest := 0, time.Duration(0)
@@ -117,11 +115,67 @@ func starve(r *run) {
 	if answered == 0 {
 		r.Error("no write succeeded")
 	}
-	if err := syscall.Kill(pid, 0); err != nil {
-		r.Error(errors.New("the CA is gone"))
-	}
-	undo()
+	lives(r, w.CA)
+	countsAll(r, w.CA.PID(), group)
+	group.Leave()
 	mended()
 	w.Until("writes go on", r.bound(2*time.Second), func() error { return w.TryWrite(0) })
 	r.verdict(w)
+}
+
+// confine starts the CA again with little memory, and once it is ready leaves it a
+// tenth of a processor.
+func confine(r *run, w *faults.World, ready time.Duration) *stage.Group {
+	r.Helper()
+	group, err := w.CA.Confine(little)
+	if err == nil {
+		w.Until("the CA is ready in 128 MiB", ready, w.CAReady)
+		err = group.Throttle(10)
+	}
+	if err != nil {
+		r.Fatalf("this machine cannot confine a process: %v", err)
+	}
+	return group
+}
+
+// countsAll holds a group against its process: a limit is one only if all that the
+// process has counts for it. Pages of its executable count for who read that first.
+func countsAll(r *run, pid int, group *stage.Group) {
+	r.Helper()
+	const counted = 2 << 20 // the kernel counts in batches, and takes what nobody needs away
+	r.must("the memory of the CA counts for its limit", func() error {
+		own, resident := memoryOf(r, pid, "RssAnon"), memoryOf(r, pid, "VmRSS")
+		now, peak := group.Memory()
+		r.number("memory", fmt.Sprintf("%d MiB at most of %d; in the end %d, of them %d of the CA alone, which has %d with its executable",
+			peak>>20, little>>20, now>>20, own>>20, resident>>20))
+		if own == 0 || now < own-counted || peak > little {
+			return fmt.Errorf("the CA has %d bytes; %d count, %d at most so far", own, now, peak)
+		}
+		return nil
+	})
+}
+
+// memoryOf is a line of a process's status in /proc, in bytes.
+func memoryOf(r *run, pid int, what string) (bytes int64) {
+	r.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		r.Fatal(err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if value, ok := strings.CutPrefix(line, what+":"); ok {
+			if _, err := fmt.Sscanf(value, "%d kB", &bytes); err != nil {
+				r.Fatalf("%s of process %d: %v", what, pid, err)
+			}
+		}
+	}
+	return bytes << 10
+}
+
+// lives ends a row whose process has ended by itself.
+func lives(r *run, p *stage.Process) {
+	r.Helper()
+	if by, ended := p.Ended(); ended {
+		r.Fatalf("%s has ended by itself, by signal %d (0: none):\n%s", p.Name, by, p.Log())
+	}
 }

@@ -80,11 +80,11 @@ var soakings = []func(*run, *faults.World){
 		soakWindow(w, "no files are left to the CA", func() {}, undo)
 	},
 	func(r *run, w *faults.World) {
-		undo, err := stage.Confine(r, w.CA.PID(), 128<<20, 10)
-		if err != nil {
-			r.Fatalf("this machine cannot confine a process: %v", err)
-		}
-		soakWindow(w, "the CA has 128 MiB and a tenth of a processor", func() {}, undo)
+		group := confine(r, w, readyWithin)
+		soakWindow(w, "the CA has 128 MiB and a tenth of a processor", func() {}, func() {
+			lives(r, w.CA)
+			group.Leave()
+		})
 	},
 	func(_ *run, w *faults.World) { stage.RotateRoot(w.Domain, func() {}) },
 }

@@ -141,6 +141,7 @@ type Process struct {
 	Env  []string
 	// Space is the machine that it runs on; nil: the test's own.
 	Space *Namespace
+	group *Group // that it starts in; nil: the test's own
 	tb    testing.TB
 	cmd   *exec.Cmd
 	log   Buffer
@@ -169,7 +170,11 @@ func StartOn(tb testing.TB, space *Namespace, name string, env []string, args ..
 
 func (p *Process) start() {
 	p.tb.Helper()
-	p.cmd = p.Space.command(Bin(p.tb, p.Name), p.Args...)
+	name, args := Bin(p.tb, p.Name), p.Args
+	if p.group != nil {
+		name, args = p.group.enter(name, args)
+	}
+	p.cmd = p.Space.command(name, args...)
 	p.cmd.Env = append(os.Environ(), p.Env...)
 	p.cmd.Stderr, p.cmd.Stdout = &p.log, &p.out
 	if err := p.cmd.Start(); err != nil {
