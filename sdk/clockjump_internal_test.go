@@ -25,7 +25,7 @@ func TestClockJumpsMakeNothingFreshOrStale(t *testing.T) {
 		id := new(Identity)
 		id.denyAfter.Store(int64(5 * time.Minute))
 		old, fresh := time.Now().Add(-4*time.Minute), time.Now()
-		for _, field := range []interface{ Store(int64) }{&id.revocationsAsOf, &id.policyAsOf} {
+		for _, field := range []interface{ Store(int64) }{&id.revocationsAsOf, &id.news.asOf} {
 			field.Store(steadyAsOf(old, time.Now()))
 		}
 		id.news.arrive(1)

@@ -256,7 +256,7 @@ func (id *Identity) followRevocations(ctx context.Context, progress func()) erro
 		now := time.Now()
 		id.revocationsAsOf.Store(steadyAsOf(res.GetRevocationsAsOf().AsTime(), now)) // never: 0, which is stale
 		id.denyPolicyAfter.Store(int64(res.GetDenyPolicyAfter().AsDuration()))
-		id.notePolicyAsOf(steadyAsOf(res.GetPolicyAsOf().AsTime(), now))
+		id.news.hearAsOf(steadyAsOf(res.GetPolicyAsOf().AsTime(), now))
 		id.revoke(ctx, res)
 		id.noteTaint(res.GetTaintedAuthorityIds())
 		progress()
@@ -274,15 +274,6 @@ func (id *Identity) notePolicy(ctx context.Context, res *agentpb.WatchResponse) 
 	if id.news.hear(versionOf(res.GetPolicyVersion(), g), time.Now()) {
 		id.calls.changed()
 		time.AfterFunc(lag, id.calls.changed) // where no program comes
-	}
-}
-
-// notePolicyAsOf takes in until when the policy that the agent has was in force. That says
-// nothing of an older one at hand, which ages.
-func (id *Identity) notePolicyAsOf(at int64) {
-	id.heardAsOf.Store(at) // before the look: what arrives now takes it up, or is seen here
-	if !id.news.awaits() {
-		id.policyAsOf.Store(at)
 	}
 }
 

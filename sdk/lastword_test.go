@@ -154,6 +154,7 @@ func heralded(t *testing.T) (h *herald, decides func(when string, want policy.Re
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { id.Close(); h.die() })
+	synctest.Wait() // the program is at hand
 	return h, func(when string, want policy.Reason, by uint64) {
 		t.Helper()
 		d := id.Authorize(t.Context(), &policy.Input{Source: "spiffe://sdktest.test/web", Protocol: policy.HTTP, Method: "GET", Path: "/"})

@@ -28,9 +28,13 @@ type news struct {
 	// since is when the first of awaited was announced, by the steady clock; 0: nothing
 	// is awaited. It is read for each call.
 	since atomic.Int64
+	// asOf is until when the policy at hand is known to be the one in force, by the steady
+	// clock in Unix nanoseconds; 0: never. Where none is at hand it is that of the agent's.
+	asOf atomic.Int64
 
 	mu sync.Mutex
 	// guarded by mu
+	heardAsOf int64 // that of the policy which the agent has
 	said    uint64 // the last announcement, of an agent that may be gone
 	have    uint64 // the version at hand; 0: none came yet
 	awaited []announced
@@ -65,18 +69,32 @@ func (n *news) hear(version uint64, now time.Time) (changed bool) {
 	return changed
 }
 
-// arrive takes in that a version is at hand, and says whether nothing newer is awaited.
-func (n *news) arrive(version uint64) (newest bool) {
+// hearAsOf takes in until when the policy that the agent has was in force. That says
+// nothing of an older one at hand, which ages.
+func (n *news) hearAsOf(at int64) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.heardAsOf = at
+	n.rejuvenate()
+}
+
+// arrive takes in that a version is at hand.
+func (n *news) arrive(version uint64) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.have = version
 	n.awaited = slices.DeleteFunc(n.awaited, func(a announced) bool { return a.version <= version })
 	n.settle()
-	return len(n.awaited) == 0
+	n.rejuvenate()
 }
 
-// awaits says whether a newer version than the one at hand was announced.
-func (n *news) awaits() bool { return n.since.Load() != 0 }
+// rejuvenate has the policy at hand be as old as the agent's, if that is the same one.
+// n.mu is held.
+func (n *news) rejuvenate() {
+	if len(n.awaited) == 0 {
+		n.asOf.Store(n.heardAsOf)
+	}
+}
 
 // gone takes in that the stream of announcements has ended, and says whether what is at
 // hand decides on although another version was announced. What an agent that was there

@@ -3,6 +3,7 @@
 package sdk
 
 import (
+	"sync"
 	"testing"
 	"time"
 
@@ -158,11 +159,36 @@ func TestManyAnnouncementsAreNotForgotten(t *testing.T) {
 		t.Errorf("%d announcements are kept; want %d", len(n.awaited), maxAwaited)
 	}
 	n.arrive(10*maxAwaited - 2)
-	if !n.awaits() {
+	if n.since.Load() == 0 {
 		t.Error("the last announcement is forgotten")
 	}
 	n.arrive(10*maxAwaited - 1)
-	if n.awaits() || !n.decides(now.Add(time.Hour)) {
+	if n.since.Load() != 0 || !n.decides(now.Add(time.Hour)) {
 		t.Error("the version that was announced last does not decide")
+	}
+}
+
+// How old the policy at hand is and that it came are told by two streams, in either order
+// and at once: it is never older than what was heard of it.
+func TestWhatArrivesIsAsOldAsWasHeard(t *testing.T) {
+	for range 1000 {
+		var n news
+		var both sync.WaitGroup
+		both.Go(func() { n.hear(1, time.Now()); n.hearAsOf(7) })
+		both.Go(func() { n.arrive(1) })
+		both.Wait()
+		if got := n.asOf.Load(); got != 7 {
+			t.Fatalf("as of %d; want 7", got)
+		}
+	}
+	var n news
+	n.arrive(1)
+	n.hear(2, time.Now())
+	n.hearAsOf(9)
+	if got := n.asOf.Load(); got != 0 {
+		t.Errorf("while another is awaited: as of %d; want 0", got)
+	}
+	if n.arrive(2); n.asOf.Load() != 9 {
+		t.Errorf("once it is here: as of %d; want 9", n.asOf.Load())
 	}
 }

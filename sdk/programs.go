@@ -82,9 +82,7 @@ func (id *Identity) takePrograms(ctx context.Context, res *agentpb.WatchPolicyRe
 		}
 	}
 	id.programs.Store(next)
-	if id.news.arrive(next.version) {
-		id.policyAsOf.Store(id.heardAsOf.Load())
-	}
+	id.news.arrive(next.version)
 	id.calls.changed()
 	id.report.poke() // the agent is to know
 }
@@ -161,7 +159,7 @@ func (id *Identity) stale(now time.Time) policy.Reason {
 	switch {
 	case olderThan(id.denyAfter.Load(), &id.revocationsAsOf, now):
 		return policy.StaleRevocations
-	case olderThan(id.denyPolicyAfter.Load(), &id.policyAsOf, now):
+	case olderThan(id.denyPolicyAfter.Load(), &id.news.asOf, now):
 		return policy.StalePolicy
 	}
 	return ""

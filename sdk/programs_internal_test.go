@@ -131,12 +131,12 @@ func TestStalePolicyDeniesHereToo(t *testing.T) {
 				t.Errorf("%+v; want %s", d, want)
 			}
 		}
-		id.policyAsOf.Store(steady(time.Now()).UnixNano())
+		id.news.asOf.Store(steady(time.Now()).UnixNano())
 		time.Sleep(48 * time.Hour)
 		reason(policy.Allowed) // age does not matter
 		id.denyPolicyAfter.Store(int64(24 * time.Hour))
 		reason(policy.StalePolicy)
-		id.policyAsOf.Store(steady(time.Now()).UnixNano())
+		id.news.asOf.Store(steady(time.Now()).UnixNano())
 		reason(policy.Allowed)
 		time.Sleep(24*time.Hour + 1)
 		reason(policy.StalePolicy)

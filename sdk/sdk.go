@@ -49,8 +49,6 @@ type Identity struct {
 	// The rest in nanoseconds, or in Unix nanoseconds of the steady clock.
 	revocationsAsOf atomic.Int64
 	denyAfter       atomic.Int64 // 0: the age of revocations does not matter
-	heardAsOf       atomic.Int64 // that of the policy which the agent has
-	policyAsOf      atomic.Int64 // that of the policy at hand, where there is one
 	denyPolicyAfter atomic.Int64 // 0: the age of the policy does not matter
 	closed          atomic.Bool
 	tellSource      bool // metrics and traces name the caller

@@ -53,7 +53,7 @@ func (id *Identity) State(maxConns int) State {
 		s.SPIFFEID, s.NotAfter, s.TrustGeneration = own.svid.ID.String(), own.notAfter, own.changes
 		s.Serial = own.svid.Certificates[0].SerialNumber.Text(16)
 	}
-	if at := id.policyAsOf.Load(); at > 0 {
+	if at := id.news.asOf.Load(); at > 0 {
 		s.PolicyAsOf = time.Unix(0, at)
 	}
 	if at := id.revocationsAsOf.Load(); at > 0 {

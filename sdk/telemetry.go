@@ -55,7 +55,7 @@ func (id *Identity) gauges() telemetry.State {
 	if own := id.current.Load(); own.svid != nil {
 		s.HasSVID, s.SVIDTimeLeft = true, own.notAfter.Sub(now)
 	}
-	if at := id.policyAsOf.Load(); at > 0 {
+	if at := id.news.asOf.Load(); at > 0 {
 		s.HasPolicy, s.PolicyAge = true, steady(now).Sub(time.Unix(0, at))
 	}
 	if at := id.revocationsAsOf.Load(); at > 0 {

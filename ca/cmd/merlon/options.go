@@ -177,7 +177,7 @@ func (o *options) withRemoteCA(ctx context.Context, do func(capb.AdminClient) er
 	}
 	defer cc.Close()
 	err = do(capb.NewAdminClient(cc))
-	if _, hinted := errors.AsType[hintError](err); !hinted && status.Code(err) == codes.PermissionDenied {
+	if _, hinted := errors.AsType[hintError](err); !hinted && status.Code(err) == codes.PermissionDenied && hintOfRefusal(status.Convert(err)) == "" {
 		return hintError{err, fmt.Sprintf("the role of %s is that of its registration entry: merlon entry create --role …, on the CA's host", defaultSVID.ID)}
 	}
 	return err
