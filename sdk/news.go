@@ -34,10 +34,10 @@ type news struct {
 
 	mu sync.Mutex
 	// guarded by mu
-	heardAsOf int64 // that of the policy which the agent has
-	said    uint64 // the last announcement, of an agent that may be gone
-	have    uint64 // the version at hand; 0: none came yet
-	awaited []announced
+	heardAsOf int64  // that of the policy which the agent has
+	said      uint64 // the last announcement, of an agent that may be gone
+	have      uint64 // the version at hand; 0: none came yet
+	awaited   []announced
 }
 
 // announced is a version that is newer than the one at hand.
