@@ -64,3 +64,26 @@ func TestRevocationsOutliveAClockThatIsAhead(t *testing.T) {
 		t.Error("a revocation that ended an hour ago is forgotten")
 	}
 }
+
+// What cleared a connection is one set of revocations: the next one is looked at again, and
+// so is the one after.
+func TestConnectionsAreHeldAgainstEachSetOfRevocations(t *testing.T) {
+	ca := forge.New(t, "sdktest.test")
+	peer, err := svid.VerifyChain(ca.Leaf("/web").X509SVID().Certificates, ca.Bundle().X509Bundle(), time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, conn := &Identity{}, &liveConn{peer: peer}
+	of := func(path string) *svid.Revocations {
+		return svid.NewRevocations([]svid.Revocation{{SPIFFEID: "spiffe://sdktest.test" + path}})
+	}
+	for i, set := range []*svid.Revocations{nil, of("/orders"), of("/web"), of("/orders"), of("/web").With(), nil} {
+		id.revocations.Store(set)
+		_, want := set.Concerning(peer)
+		for range 2 {
+			if got := id.isRevoked(conn); got != want {
+				t.Errorf("set %d: revoked %t; want %t", i, got, want)
+			}
+		}
+	}
+}
