@@ -27,6 +27,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/svid"
@@ -43,11 +44,7 @@ type side struct {
 func newSide(t *testing.T, d *stage.Domain, path string) *side {
 	t.Helper()
 	d.Entry(path)
-	id, err := sdk.Open(t.Context(), sdk.WithAgentAddress(d.WorkloadAPI), sdk.WithLogger(slog.New(slog.DiscardHandler)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(id.Close)
+	id := services.Open(t, d, sdk.WithLogger(slog.New(slog.DiscardHandler)))
 	return &side{d, path, id, echo(t, id)}
 }
 

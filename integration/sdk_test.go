@@ -31,11 +31,7 @@ import (
 func me(t *testing.T, d *stage.Domain) *sdk.Identity {
 	t.Helper()
 	d.Entry("/me")
-	id, err := sdk.Open(t.Context(), sdk.WithAgentAddress(d.WorkloadAPI))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(id.Close)
+	id := services.Open(t, d)
 	return id
 }
 

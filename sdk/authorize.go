@@ -8,7 +8,6 @@ import (
 	"context"
 	"crypto/tls"
 	"log/slog"
-	"math/big"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -39,7 +38,7 @@ func (id *Identity) Authorize(ctx context.Context, in *policy.Input) policy.Deci
 	if in == nil {
 		return policy.Deny(policy.BadRequest)
 	}
-	d := id.enforce(ctx, in, id.authorize(ctx, in, time.Now(), id.concerns(in)))
+	d := id.enforce(ctx, in, id.authorize(ctx, in, time.Now(), false))
 	id.tell(ctx, in, d)
 	return d
 }
@@ -60,9 +59,9 @@ func (id *Identity) logDenied(ctx context.Context, in *policy.Input, d policy.De
 	id.denials.log(ctx, id.log, "call denied", attrs...)
 }
 
-// authorize has the policy decide. suspect: the caller's SVID may be withdrawn, so that
-// what was answered before does not count.
-func (id *Identity) authorize(ctx context.Context, in *policy.Input, now time.Time, suspect bool) policy.Decision {
+// authorize has the policy decide. looked: it is known that the caller's SVID is not
+// withdrawn; else what was answered before may not count.
+func (id *Identity) authorize(ctx context.Context, in *policy.Input, now time.Time, looked bool) policy.Decision {
 	if in.Source == "" {
 		return id.refused(in, policy.NoIdentity)
 	}
@@ -77,7 +76,7 @@ func (id *Identity) authorize(ctx context.Context, in *policy.Input, now time.Ti
 	if p := id.program(in.Destination, now); p != nil {
 		return id.decideHere(p, in, now)
 	}
-	if a := id.answers(in.Destination, now); a != nil && !suspect {
+	if a := id.answers(in.Destination, now); a != nil && (looked || !id.concerns(in)) {
 		return id.decideKept(ctx, a, in, now)
 	}
 	return id.askAgent(ctx, in)
@@ -237,7 +236,7 @@ func (id *Identity) decide(ctx context.Context, conn *liveConn, in *policy.Input
 		}
 	}
 	if reason == policy.Allowed {
-		return id.enforce(ctx, in, id.authorize(ctx, in, now, false))
+		return id.enforce(ctx, in, id.authorize(ctx, in, now, true))
 	}
 	d := id.refused(in, reason)
 	id.logDenied(ctx, in, d, err)
@@ -306,11 +305,7 @@ func (id *Identity) concerns(in *policy.Input) bool {
 	if err != nil {
 		return true
 	}
-	peer := &svid.Peer{ID: caller, SerialHex: in.SourceSerial}
-	if n, ok := new(big.Int).SetString(in.SourceSerial, 16); ok {
-		peer.Serial, peer.OurSerial = svid.SerialFromBig(n)
-	}
-	_, concerned := set.Concerning(peer)
+	_, concerned := set.Concerning(svid.PeerBySerial(caller, in.SourceSerial))
 	return concerned
 }
 

@@ -29,6 +29,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/sdk"
 	"merlon.dev/sdk/svid/forge"
@@ -238,11 +239,7 @@ func startGateways(t *testing.T) *gateways {
 	d := stage.Separate(t, "trust_refresh_hint: 1s")
 	d.Entry("/web")
 	d.Entry("/orders")
-	web, err := sdk.Open(t.Context(), sdk.WithAgentAddress(d.WorkloadAPI), sdk.WithLogger(slog.New(slog.DiscardHandler)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(web.Close)
+	web := services.Open(t, d, sdk.WithLogger(slog.New(slog.DiscardHandler)))
 	orders := newUpstream(t, d)
 	return &gateways{t: t, d: d, web: web, orders: orders, envoys: map[string]*envoy{
 		"delta": startEnvoy(t, d, orders.address),

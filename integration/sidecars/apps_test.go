@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"merlon.dev/integration/services"
 	"merlon.dev/integration/stage"
 	"merlon.dev/policy"
 	"merlon.dev/sdk"
@@ -138,11 +139,7 @@ func openShop(t *testing.T) *shop {
 		t.Fatal(err)
 	}
 	d.Merlon("policy", "push", dir)
-	web, err := sdk.Open(t.Context(), sdk.WithAgentAddress(d.WorkloadAPI), sdk.WithLogger(slog.New(slog.DiscardHandler)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(web.Close)
+	web := services.Open(t, d, sdk.WithLogger(slog.New(slog.DiscardHandler)))
 	return &shop{t: t, d: d, web: web, root: root}
 }
 

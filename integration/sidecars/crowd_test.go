@@ -54,11 +54,7 @@ func openMarket(t *testing.T, protocol string, app string, flags ...string) *mar
 		t.Fatal(err)
 	}
 	d.Merlon("policy", "push", dir)
-	web, err := sdk.Open(t.Context(), sdk.WithAgentAddress(d.WorkloadAPI), sdk.WithLogger(slog.New(slog.DiscardHandler)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(web.Close)
+	web := services.Open(t, d, sdk.WithLogger(slog.New(slog.DiscardHandler)))
 	m := &market{t: t, web: web, protocol: protocol, inbound: fmt.Sprintf("127.0.0.1:%d", stage.FreePort(t)), outbound: fmt.Sprintf("127.0.0.1:%d", stage.FreePort(t))}
 	env := []string{"SPIFFE_ENDPOINT_SOCKET=" + d.WorkloadAPI}
 	flags = append(flags, "-health-address", "off")

@@ -241,6 +241,17 @@ func (r *Revocations) Concerning(p *Peer) (Revocation, bool) {
 	return r.concerning(document{p.ID, p.Serial, p.OurSerial, p.SerialHex, p.AuthorityIDs})
 }
 
+// PeerBySerial is what revocations can know of somebody whose certificate only somebody
+// else has seen: the SPIFFE ID, and the serial number in hex. Without a readable number
+// every record that names the SPIFFE ID concerns it.
+func PeerBySerial(id spiffeid.ID, serialHex string) *Peer {
+	p := &Peer{ID: id, SerialHex: serialHex}
+	if n, ok := new(big.Int).SetString(serialHex, 16); ok {
+		p.Serial, p.OurSerial = SerialFromBig(n)
+	}
+	return p
+}
+
 // ConcerningJWT gives a record that withdraws a JWT-SVID; its jti is its serial
 // number and its key ID the authority.
 func (r *Revocations) ConcerningJWT(j *JWT) (Revocation, bool) {

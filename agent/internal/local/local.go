@@ -7,7 +7,6 @@ package local
 import (
 	"context"
 	"log/slog"
-	"math/big"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -172,7 +171,7 @@ func (s *Server) decide(ctx context.Context, in *policy.Input, called []*cache.E
 	if err != nil {
 		return policy.Deny(policy.NoIdentity)
 	}
-	if _, revoked := s.cache.Revocations().Concerning(peerOf(source, in.SourceSerial)); revoked {
+	if _, revoked := s.cache.Revocations().Concerning(svid.PeerBySerial(source, in.SourceSerial)); revoked {
 		return policy.Deny(policy.Revoked)
 	}
 	if s.o.DenyStale && s.stale(time.Now()) {
@@ -198,17 +197,6 @@ func (s *Server) decide(ctx context.Context, in *policy.Input, called []*cache.E
 func (s *Server) stale(now time.Time) bool {
 	heard := s.cache.Heard()
 	return heard.IsZero() || now.Sub(heard) > s.o.RevocationMaxAge
-}
-
-// peerOf is what revocations can know of a caller whose certificate only the
-// destination has seen. Without a readable serial number every record that
-// names the SPIFFE ID concerns it.
-func peerOf(id spiffeid.ID, serialHex string) *svid.Peer {
-	p := &svid.Peer{ID: id, SerialHex: serialHex}
-	if n, ok := new(big.Int).SetString(serialHex, 16); ok {
-		p.Serial, p.OurSerial = svid.SerialFromBig(n)
-	}
-	return p
 }
 
 // Watch streams the generation of the active policy and the revocations to who
