@@ -247,7 +247,8 @@ func verifyJWT(token string, keys []Key) (*signaturePayload, error) {
 	var decoded [3][]byte
 	for i, p := range parts {
 		var err error
-		if decoded[i], err = base64.RawURLEncoding.Strict().DecodeString(p); err != nil {
+		decoded[i], err = base64.RawURLEncoding.Strict().DecodeString(p)
+		if err != nil || strings.ContainsAny(p, "\r\n") { // the decoder passes over line ends
 			return nil, errors.New("the signature is no base64url")
 		}
 	}

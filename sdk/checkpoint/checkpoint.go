@@ -110,7 +110,11 @@ func parse(text string) (Checkpoint, error) {
 	if err != nil || len(root) != tlog.HashSize {
 		return Checkpoint{}, fmt.Errorf("read a checkpoint: %.80q is no root hash", lines[2])
 	}
-	return Checkpoint{Origin: lines[0], Size: size, Root: tlog.Hash(root)}, nil
+	c := Checkpoint{Origin: lines[0], Size: size, Root: tlog.Hash(root)}
+	if c.text() != text { // the decoder passes over a carriage return
+		return Checkpoint{}, fmt.Errorf("read a checkpoint: %.80q is no root hash", lines[2])
+	}
+	return c, nil
 }
 
 // maxSize keeps the numbers of hashes, twice as many as leaves, in 63 bits.
