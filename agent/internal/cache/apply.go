@@ -105,7 +105,6 @@ func (c *Cache) complete(ctx context.Context, u update, revision uint64, stale b
 	first := !c.synced
 	c.synced, c.connected, c.stale = true, true, stale
 	if first || c.current() && !before {
-		c.retryAll()
 		c.notifyAll()
 	}
 	return nil

@@ -52,6 +52,7 @@ func TestBannedAgentServesNothingUntilTheCAServesIt(t *testing.T) {
 			Subject: &capb.Revocation_AgentId{AgentId: agent.String()}, AgentHandle: 7, BeforeRevision: 100,
 			ExpiresAt: timestamppb.New(time.Now().Add(time.Hour)),
 		}}})
+		f.TryAgain()
 		v := take(t, s, "unix:uid:1")
 		if paths(v) != "/a" || v.SVIDs[0].Peer.SerialHex == first.Peer.SerialHex {
 			t.Errorf("SVIDs = %q; want a fresh one", paths(v))

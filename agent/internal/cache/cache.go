@@ -72,6 +72,7 @@ type Cache struct {
 	slotsOf   map[string]map[*slot]struct{} // by entry ID
 	kept      map[string]StoredSVID         // from the disk, by entry ID; not looked at yet
 	queue     []*slot
+	returns   uint64 // how often there was a CA to ask again
 	feed      feed
 	coming    update           // what is not complete yet
 	revision  uint64           // everything up to here is held

@@ -174,9 +174,15 @@ func TestExpiredSVIDIsNeverServed(t *testing.T) {
 		if n := f.ca.count() - requests; n > 600 || n < 100 {
 			t.Errorf("%d tries in an hour without the CA; want one each 7 to 23 s", n)
 		}
-		// Back: at once, not at the end of the pause.
+		// Back: at once, not at the end of the pause; but not before calls reach it.
+		requests = f.ca.count()
 		f.ca.set(func(c *signer) { c.err = nil })
 		f.apply(&capb.SyncResponse{})
+		synctest.Wait()
+		if n := f.ca.count() - requests; n != 0 {
+			t.Errorf("%d requests before the CA can be asked", n)
+		}
+		f.TryAgain()
 		if v := take(t, s, "unix:uid:1"); paths(v) != "/a" {
 			t.Errorf("SVIDs = %q after the CA is back; want /a", paths(v))
 		}
@@ -341,6 +347,35 @@ func TestRefusalsAreRetriedWithPauses(t *testing.T) {
 		}
 		f.ca.set(func(s *signer) { s.err = nil })
 		time.Sleep(lastRetry * 2)
+		if v := take(t, s, "unix:uid:1"); paths(v) != "/a" {
+			t.Errorf("SVIDs = %q; want /a", paths(v))
+		}
+	})
+}
+
+// A call that fails just as the CA is back says nothing of the CA that is back.
+func TestOrderThatFailsAsTheCAComesBackIsMadeAgainSoon(t *testing.T) {
+	run(t, func(t *testing.T, f *fixture) {
+		f.ca.set(func(c *signer) { c.err = errBroken })
+		f.sync(newEntry("e1", "/a", "unix:uid:1"))
+		s := f.Subscribe()
+		defer s.Close()
+		s.View(proves("unix:uid:1"), true)
+		time.Sleep(time.Minute) // pauses are seconds by now
+		asked := make(chan struct{})
+		f.ca.set(func(c *signer) {
+			c.before = func() {
+				close(asked)
+				time.Sleep(time.Second)
+			}
+		})
+		<-asked
+		f.ca.set(func(c *signer) { c.before = nil })
+		f.TryAgain()
+		time.Sleep(time.Second)
+		synctest.Wait() // it has failed
+		f.ca.set(func(c *signer) { c.err = nil })
+		time.Sleep(2 * firstRetry)
 		if v := take(t, s, "unix:uid:1"); paths(v) != "/a" {
 			t.Errorf("SVIDs = %q; want /a", paths(v))
 		}

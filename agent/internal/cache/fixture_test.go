@@ -45,9 +45,16 @@ type signer struct {
 	change   func(*x509.Certificate)
 	claims   forge.Fields // of JWT-SVIDs, in place of what was asked for
 	warning  string
+	before   func() // each answer
 }
 
 func (s *signer) Sign(_ context.Context, items []*capb.SignItem) ([]*capb.SignResult, error) {
+	s.mu.Lock()
+	before := s.before
+	s.mu.Unlock()
+	if before != nil {
+		before()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.requests = append(s.requests, len(items))

@@ -243,8 +243,12 @@ func (c *Cache) order(sl *slot) {
 	signal(c.wake)
 }
 
-// retryAll tries at once what failed while the CA was away. c.mu is held.
-func (c *Cache) retryAll() {
+// TryAgain orders at once what failed while there was no CA to ask. Call it when
+// there is one: calls to it must not fail any more for want of a connection.
+func (c *Cache) TryAgain() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.returns++
 	for _, sl := range c.slots {
 		if sl.failures > 0 {
 			sl.nextTry = time.Time{}
@@ -322,11 +326,12 @@ func (c *Cache) stop() {
 
 // want is one SVID on its way.
 type want struct {
-	slot   *slot
-	entry  *Entry
-	csr    []byte
-	public publicKey
-	pkcs8  []byte // nil: the workload has the key
+	slot    *slot
+	entry   *Entry
+	csr     []byte
+	public  publicKey
+	pkcs8   []byte // nil: the workload has the key
+	returns uint64 // of the CA, when it was taken from the queue
 }
 
 // publicKey is what the keys of package crypto have in common.
@@ -344,7 +349,7 @@ func (c *Cache) takeBatch() []want {
 		c.queue = c.queue[1:]
 		if c.slots[sl.key] == sl {
 			sl.outdated = false
-			batch = append(batch, want{slot: sl, entry: sl.entry, csr: sl.csr, public: sl.public})
+			batch = append(batch, want{slot: sl, entry: sl.entry, csr: sl.csr, public: sl.public, returns: c.returns})
 			sl.csr, sl.public = nil, nil
 		}
 	}
@@ -472,6 +477,9 @@ func (c *Cache) settle(ctx context.Context, w want, made *SVID, err error) {
 	case sl.outdated:
 		sl.outdated = false
 	case err != nil:
+		if w.returns != c.returns { // it may have failed for want of the CA that is back
+			sl.failures = 0
+		}
 		c.failed(ctx, sl, err)
 	default:
 		c.metrics.issued.WithLabelValues("ok").Inc()

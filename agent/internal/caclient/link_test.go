@@ -1,4 +1,5 @@
-// An agent that ends does not wait for calls to a CA that does not answer.
+// Calls to the CA: an agent that ends waits for none of them, and what failed is
+// ordered again when there is a CA to ask.
 
 package caclient
 
@@ -7,12 +8,16 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 
+	"merlon.dev/agent/internal/fakeca"
+	"merlon.dev/agent/internal/workload"
 	"merlon.dev/ca/capb"
 )
 
@@ -51,5 +56,42 @@ func TestEndOfTheAgentWaitsForNoCall(t *testing.T) {
 		}
 	case <-time.After(callTimeout - time.Second):
 		t.Error("a call waits for a connection that will not come")
+	}
+}
+
+// What failed is ordered again when there is a CA to ask, not at the end of a pause
+// that may be longer than SVIDs live.
+func TestOrdersAreMadeAgainWhenTheCAIsBack(t *testing.T) {
+	const pause = 15 * time.Second // at least half of it
+	ca := fakeca.New(t, td)
+	ca.PutEntry(ca.Entry("e1", "/web", "unix:uid:1"))
+	away, err := status.New(codes.Unavailable, "away").WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(pause)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := run(t, newDir(t), ca, ca.Address)
+	ordering := make(chan error, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() { ordering <- a.picture.Run(ctx) }()
+	defer func() {
+		cancel()
+		<-ordering
+	}()
+	a.follows()
+	ca.FailSign(away.Err())
+	s := a.picture.Subscribe()
+	defer s.Close()
+	holds := func() bool {
+		return len(s.View(workload.Proof{Selectors: []string{"unix:uid:1"}}, true).SVIDs) == 1
+	}
+	eventually(t, "the order fails", func() bool { return !holds() && len(a.log.lines("SVID not issued")) == 1 })
+	failed := time.Now()
+	ca.FailSign(nil)
+	ca.Stop()
+	eventually(t, "the loss is noticed", func() bool { return a.Address() == "" })
+	ca.Start()
+	eventually(t, "the SVID", holds)
+	if took := time.Since(failed); took >= pause/2 {
+		t.Errorf("it took %v, which is the pause", took)
 	}
 }

@@ -123,7 +123,7 @@ func (s *stream) take(ctx context.Context, m *capb.SyncResponse) error {
 	}
 	s.checkClock(ctx, m)
 	s.noteOpening(m.GetOpening())
-	before := s.picture.State().Revision
+	before := s.picture.State()
 	if err := s.apply(ctx, s.picture, m); err != nil {
 		return fmt.Errorf("apply what the CA sent: %w", err)
 	}
@@ -138,7 +138,10 @@ func (s *stream) take(ctx context.Context, m *capb.SyncResponse) error {
 		s.joined = true
 		s.heed(nil)
 		s.links.use(s.link)
+		s.picture.TryAgain()
 		s.standing.joined(ctx, s.link.address, m.GetStale())
+	} else if before.Stale && !m.GetStale() {
+		s.picture.TryAgain()
 	}
 	s.standing.spoke(ctx, s.link.address, m.GetStale())
 	if !m.GetStale() && len(s.cfg.Addresses) > 1 {
@@ -146,7 +149,7 @@ func (s *stream) take(ctx context.Context, m *capb.SyncResponse) error {
 		s.stopLooking()
 	}
 	for _, pb := range s.announced {
-		if m.GetRevision() >= before { // or else a newer one is known
+		if m.GetRevision() >= before.Revision { // or else a newer one is known
 			s.cfg.OnPolicyBundle(pb)
 		}
 	}
