@@ -197,11 +197,18 @@ func (w *World) settle() (growths []history.Growth) {
 // nothing is known.
 func sizeOf(name string, pid int, health string) (size history.Size, err error) {
 	size.Process = name
-	files, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	fds := fmt.Sprintf("/proc/%d/fd", pid)
+	files, err := os.ReadDir(fds)
 	if err != nil {
 		return size, err
 	}
-	size.Files = len(files)
+	for _, f := range files {
+		if to, err := os.Readlink(filepath.Join(fds, f.Name())); err == nil && filepath.Ext(to) == ".sst" {
+			size.Tables++
+		} else {
+			size.Files++
+		}
+	}
 	statm, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", pid))
 	if err != nil {
 		return size, err

@@ -89,7 +89,8 @@ type Recovery struct {
 type Size struct {
 	Process    string `json:"process"`
 	Resident   uint64 `json:"resident_bytes"`
-	Files      int    `json:"files"`
+	Files      int    `json:"files"`  // open ones, but Tables
+	Tables     int    `json:"tables"` // of the store, which are as many as its data asks for
 	Goroutines int    `json:"goroutines"`
 }
 

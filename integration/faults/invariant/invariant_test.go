@@ -140,6 +140,8 @@ func TestHistories(t *testing.T) {
 		"I5 the first is missing":           {history.History{Logs: map[string][]history.Record{"ca": chained(attested, attested)[1:]}}, "record 2 follows record 0"},
 		"I5 a record was changed":           {history.History{Logs: map[string][]history.Record{"ca": touched(chained(attested, attested), 0)}}, "record 1 was changed"},
 		"I6 as before":                      {history.History{Growths: []history.Growth{{Before: history.Size{Files: 20, Goroutines: 50, Resident: 50 << 20}, After: history.Size{Files: 21, Goroutines: 52, Resident: 60 << 20}}}}, ""},
+		"I6 tables of the store":            {history.History{Growths: []history.Growth{{Before: history.Size{Tables: 2}, After: history.Size{Tables: 66}}}}, ""},
+		"I6 tables":                         {history.History{Growths: []history.Growth{{Before: history.Size{Tables: 2}, After: history.Size{Tables: 67}}}}, "grew"},
 		"I6 files":                          {history.History{Growths: []history.Growth{{Before: history.Size{Files: 20}, After: history.Size{Files: 40}}}}, "grew"},
 		"I6 goroutines":                     {history.History{Growths: []history.Growth{{Before: history.Size{Goroutines: 20}, After: history.Size{Goroutines: 40}}}}, "grew"},
 		"I6 memory for revocations":         {history.History{Final: history.Final{Revocations: 40_000}, Growths: []history.Growth{{Before: history.Size{Resident: 50 << 20}, After: history.Size{Resident: 200 << 20}}}}, ""},
