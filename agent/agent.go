@@ -148,8 +148,9 @@ func (a *Agent) openClient() (err error) {
 		PolicyGeneration: func() uint64 { return a.policy.Generation() },
 		PolicySeen:       func() uint64 { return a.policy.Seen() },
 		PolicyReports:    func() caclient.PolicyReports { return a.local },
-		Durable:          func() uint64 { return a.keeper.Revision() },
-		Logger:           a.log, Registerer: a.health.Registry(),
+		RevocationMaxAge: a.cfg.RevocationMaxAge, PolicyStaleAfter: a.cfg.PolicyStaleAfter,
+		Durable: func() uint64 { return a.keeper.Revision() },
+		Logger:  a.log, Registerer: a.health.Registry(),
 	})
 	return err
 }

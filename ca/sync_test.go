@@ -82,6 +82,9 @@ func TestSyncAnswersWithTheTime(t *testing.T) {
 		if at := msg.GetSentAt().AsTime(); at.Before(asked.Round(0)) {
 			t.Errorf("question %d of %s is answered as of %s", question, asked, at)
 		}
+		if within := msg.GetNextWithin().AsDuration(); within != 9*time.Second {
+			t.Errorf("the next message is promised within %v; want 9 s, with one agent", within)
+		}
 	}
 }
 

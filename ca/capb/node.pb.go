@@ -780,9 +780,9 @@ type SyncRequest struct {
 	Seen *Seen `protobuf:"bytes,3,opt,name=seen,proto3" json:"seen,omitempty"`
 	// What became of the policy on the node; each has what is new.
 	PolicyReport *PolicyReport `protobuf:"bytes,4,opt,name=policy_report,json=policyReport,proto3" json:"policy_report,omitempty"`
-	// A question for the CA's time: what answers it was sent after it, and so shows
-	// how far the clocks are apart, however long messages are on their way. Numbers
-	// rise; 0 asks nothing.
+	// A question whether the CA is there, and for its time: what answers it was sent
+	// after it, and so shows how far the clocks are apart, however long messages are on
+	// their way. It is answered at once. Numbers rise; 0 asks nothing.
 	Ask           uint64 `protobuf:"varint,5,opt,name=ask,proto3" json:"ask,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1150,7 +1150,7 @@ type SyncResponse struct {
 	Revocations []*Revocation `protobuf:"bytes,7,rep,name=revocations,proto3" json:"revocations,omitempty"`
 	// Set when it changed (and in a full listing).
 	PolicyBundle *PolicyBundle `protobuf:"bytes,8,opt,name=policy_bundle,json=policyBundle,proto3" json:"policy_bundle,omitempty"`
-	// The CA's clock when it sent this message. Sent at least every 15 s, also
+	// The CA's clock when it sent this message. Sent as often as next_within says, also
 	// without a change, so that the agent knows how fresh its picture is.
 	SentAt *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=sent_at,json=sentAt,proto3" json:"sent_at,omitempty"`
 	// The CA cannot reach its store: what it sends may be out of date, and this
@@ -1171,7 +1171,10 @@ type SyncResponse struct {
 	// entry of the node federates with, and the agent forgets any other.
 	FederatedBundles *FederatedBundles `protobuf:"bytes,14,opt,name=federated_bundles,json=federatedBundles,proto3" json:"federated_bundles,omitempty"`
 	// The last SyncRequest.ask that the CA had before it took the time in sent_at.
-	Answers       uint64 `protobuf:"varint,15,opt,name=answers,proto3" json:"answers,omitempty"`
+	Answers uint64 `protobuf:"varint,15,opt,name=answers,proto3" json:"answers,omitempty"`
+	// How long it takes at most until the next message: 9 s, and up to 40 s where the CA
+	// has thousands of agents. Unset: 15 s. An agent that hears nothing by then asks.
+	NextWithin    *durationpb.Duration `protobuf:"bytes,16,opt,name=next_within,json=nextWithin,proto3" json:"next_within,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1309,6 +1312,13 @@ func (x *SyncResponse) GetAnswers() uint64 {
 		return x.Answers
 	}
 	return 0
+}
+
+func (x *SyncResponse) GetNextWithin() *durationpb.Duration {
+	if x != nil {
+		return x.NextWithin
+	}
+	return nil
 }
 
 // FederatedBundles are trust bundles of other trust domains, each at most once. Of
@@ -2382,7 +2392,7 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\aSyncAck\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
 	"\x15trust_bundle_sequence\x18\x02 \x01(\x04R\x13trustBundleSequence\x12+\n" +
-	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\xbc\x05\n" +
+	"\x11policy_generation\x18\x03 \x01(\x04R\x10policyGeneration\"\xf8\x05\n" +
 	"\fSyncResponse\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x14\n" +
 	"\x05reset\x18\x02 \x01(\bR\x05reset\x12\x16\n" +
@@ -2399,7 +2409,9 @@ const file_ca_capb_node_proto_rawDesc = "" +
 	"\fupstream_age\x18\f \x01(\v2\x19.google.protobuf.DurationR\vupstreamAge\x12\x18\n" +
 	"\aopening\x18\r \x01(\fR\aopening\x12K\n" +
 	"\x11federated_bundles\x18\x0e \x01(\v2\x1e.merlon.ca.v1.FederatedBundlesR\x10federatedBundles\x12\x18\n" +
-	"\aanswers\x18\x0f \x01(\x04R\aanswers\"R\n" +
+	"\aanswers\x18\x0f \x01(\x04R\aanswers\x12:\n" +
+	"\vnext_within\x18\x10 \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"nextWithin\"R\n" +
 	"\x10FederatedBundles\x12>\n" +
 	"\rtrust_bundles\x18\x01 \x03(\v2\x19.merlon.ca.v1.TrustBundleR\ftrustBundles\";\n" +
 	"\vSignRequest\x12,\n" +
@@ -2578,33 +2590,34 @@ var file_ca_capb_node_proto_depIdxs = []int32{
 	13, // 15: merlon.ca.v1.SyncResponse.log_checkpoint:type_name -> merlon.ca.v1.LogCheckpoint
 	33, // 16: merlon.ca.v1.SyncResponse.upstream_age:type_name -> google.protobuf.Duration
 	16, // 17: merlon.ca.v1.SyncResponse.federated_bundles:type_name -> merlon.ca.v1.FederatedBundles
-	28, // 18: merlon.ca.v1.FederatedBundles.trust_bundles:type_name -> merlon.ca.v1.TrustBundle
-	18, // 19: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
-	20, // 20: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
-	23, // 21: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
-	25, // 22: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
-	27, // 23: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
-	32, // 24: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	32, // 25: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
-	34, // 26: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
-	1,  // 27: merlon.ca.v1.Entry.key_delivery:type_name -> merlon.ca.v1.KeyDelivery
-	33, // 28: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
-	32, // 29: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
-	2,  // 30: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
-	8,  // 31: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
-	10, // 32: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
-	17, // 33: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
-	22, // 34: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
-	7,  // 35: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
-	9,  // 36: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
-	15, // 37: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
-	19, // 38: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
-	24, // 39: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
-	35, // [35:40] is the sub-list for method output_type
-	30, // [30:35] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	33, // 18: merlon.ca.v1.SyncResponse.next_within:type_name -> google.protobuf.Duration
+	28, // 19: merlon.ca.v1.FederatedBundles.trust_bundles:type_name -> merlon.ca.v1.TrustBundle
+	18, // 20: merlon.ca.v1.SignRequest.items:type_name -> merlon.ca.v1.SignItem
+	20, // 21: merlon.ca.v1.SignResponse.results:type_name -> merlon.ca.v1.SignResult
+	23, // 22: merlon.ca.v1.SignJWTRequest.items:type_name -> merlon.ca.v1.SignJWTItem
+	25, // 23: merlon.ca.v1.SignJWTResponse.results:type_name -> merlon.ca.v1.SignJWTResult
+	27, // 24: merlon.ca.v1.Entry.selectors:type_name -> merlon.ca.v1.Selector
+	32, // 25: merlon.ca.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	32, // 26: merlon.ca.v1.Entry.created_at:type_name -> google.protobuf.Timestamp
+	34, // 27: merlon.ca.v1.Entry.role:type_name -> merlon.ca.v1.Role
+	1,  // 28: merlon.ca.v1.Entry.key_delivery:type_name -> merlon.ca.v1.KeyDelivery
+	33, // 29: merlon.ca.v1.TrustBundle.renew_spread:type_name -> google.protobuf.Duration
+	32, // 30: merlon.ca.v1.Revocation.expires_at:type_name -> google.protobuf.Timestamp
+	2,  // 31: merlon.ca.v1.Node.Attest:input_type -> merlon.ca.v1.AttestRequest
+	8,  // 32: merlon.ca.v1.Node.Renew:input_type -> merlon.ca.v1.RenewRequest
+	10, // 33: merlon.ca.v1.Node.Sync:input_type -> merlon.ca.v1.SyncRequest
+	17, // 34: merlon.ca.v1.Node.Sign:input_type -> merlon.ca.v1.SignRequest
+	22, // 35: merlon.ca.v1.Node.SignJWT:input_type -> merlon.ca.v1.SignJWTRequest
+	7,  // 36: merlon.ca.v1.Node.Attest:output_type -> merlon.ca.v1.AttestResponse
+	9,  // 37: merlon.ca.v1.Node.Renew:output_type -> merlon.ca.v1.RenewResponse
+	15, // 38: merlon.ca.v1.Node.Sync:output_type -> merlon.ca.v1.SyncResponse
+	19, // 39: merlon.ca.v1.Node.Sign:output_type -> merlon.ca.v1.SignResponse
+	24, // 40: merlon.ca.v1.Node.SignJWT:output_type -> merlon.ca.v1.SignJWTResponse
+	36, // [36:41] is the sub-list for method output_type
+	31, // [31:36] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_ca_capb_node_proto_init() }

@@ -56,6 +56,9 @@ type Config struct {
 	PolicyGeneration, PolicySeen func() uint64
 	// PolicyReports returns what is told of the policy on the node. Optional.
 	PolicyReports func() PolicyReports
+	// RevocationMaxAge and PolicyStaleAfter are how old what the CA said of either may
+	// be. Optional: as old as it likes.
+	RevocationMaxAge, PolicyStaleAfter time.Duration
 	// Durable is the store revision up to which what the node holds is on disk.
 	// Optional: all of it.
 	Durable    func() uint64
@@ -338,6 +341,9 @@ func (c *Client) session(ctx context.Context, picture *cache.Cache, address stri
 		cc.Close()
 	case !onGoodTerms(err):
 		c.links.use(nil)
+	}
+	if errors.Is(err, errHangs) {
+		cc.Close() // calls that wait for it are made again on the next one
 	}
 	return st.joined, err
 }

@@ -78,6 +78,13 @@ func (c *clock) heard(sent time.Time, answers uint64, now time.Time) (ahead time
 	return max(c.atLeast, min(atMost, 0)), ask
 }
 
+// want has another question asked.
+func (c *clock) want() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.wanted = true
+}
+
 // checkClock takes in when a message was sent.
 func (s *stream) checkClock(ctx context.Context, m *capb.SyncResponse) {
 	if m.GetSentAt() == nil {

@@ -29,11 +29,11 @@ const (
 	// several.
 	maxMessageBytes = 16 << 20
 
-	// pingInterval is how long a connection may be silent before the CA's
-	// process is asked whether it lives; the CA allows no less. pingTimeout is
-	// how long it may take to answer, and how long data may stay unacknowledged
-	// by the CA's machine.
-	pingInterval = 10 * time.Second
+	// pingInterval is how long a connection may be silent before gRPC asks whether the
+	// CA's process lives: longer than a CA with many agents is silent, since Sync asks
+	// sooner (silence.go). pingTimeout is how long it may take to answer, and how long
+	// data may stay unacknowledged by the CA's machine.
+	pingInterval = 75 * time.Second
 	pingTimeout  = 3 * time.Second
 	// windowBytes is how much may be on its way: a listing of some megabytes from the
 	// other side of the world.
@@ -181,7 +181,9 @@ func (s *links) call(ctx context.Context, f func(context.Context, capb.NodeClien
 		}
 		err := f(ctx, capb.NewNodeClient(l.cc))
 		l.calls.Done()
-		if status.Code(err) != codes.Unavailable || tries == maxTries || asksForAnother(err) || !s.gone(ctx, l) {
+		lost := status.Code(err) == codes.Unavailable ||
+			status.Code(err) == codes.Canceled && ctx.Err() == nil // the connection was closed before the call was on it
+		if !lost || tries == maxTries || asksForAnother(err) || !s.gone(ctx, l) {
 			return err
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,39 +14,72 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"merlon.dev/agent/internal/cache"
 	"merlon.dev/ca/capb"
 )
 
-// scriptedNode answers Sync with messages at the given times, and then with
-// silence.
+// word is a message of the CA's: how long after the one before, and what it promises of
+// the next one.
+type word struct {
+	after, within time.Duration
+	policy        bool
+}
+
+// scriptedNode answers Sync with words, and then with silence, or only when it is asked.
 type scriptedNode struct {
 	capb.NodeClient
-	words []time.Duration
+	words   []word
+	answers bool
+	within  time.Duration // promised in answers
+	asks    atomic.Int64
 }
 
 func (n *scriptedNode) Sync(ctx context.Context, _ ...grpc.CallOption) (grpc.BidiStreamingClient[capb.SyncRequest, capb.SyncResponse], error) {
-	return &scriptedStream{ctx: ctx, words: n.words}, nil
+	return &scriptedStream{ctx: ctx, node: n, words: n.words, asked: make(chan struct{}, 1)}, nil
 }
 
 type scriptedStream struct {
 	grpc.ClientStream
 	ctx   context.Context
-	words []time.Duration
+	node  *scriptedNode
+	words []word
+	asked chan struct{}
 }
 
-func (s *scriptedStream) Send(*capb.SyncRequest) error { return nil }
+func (s *scriptedStream) Send(m *capb.SyncRequest) error {
+	if m.GetAsk() > 1 { // the first goes out with the stream
+		s.node.asks.Add(1)
+		signal(s.asked)
+	}
+	return nil
+}
 
 func (s *scriptedStream) Recv() (*capb.SyncResponse, error) {
 	if len(s.words) == 0 {
+		if s.node.answers {
+			select {
+			case <-s.asked:
+				return &capb.SyncResponse{Synced: true, Revision: 1, NextWithin: durationpb.New(s.node.within)}, nil
+			case <-s.ctx.Done():
+			}
+		}
 		<-s.ctx.Done()
 		return nil, s.ctx.Err()
 	}
-	time.Sleep(s.words[0])
+	w := s.words[0]
 	s.words = s.words[1:]
-	return &capb.SyncResponse{Revision: 1, SentAt: timestamppb.Now()}, nil
+	time.Sleep(w.after)
+	m := &capb.SyncResponse{Revision: 1, Synced: true, SentAt: timestamppb.Now()}
+	if w.within != 0 {
+		m.NextWithin = durationpb.New(w.within)
+	}
+	if w.policy {
+		m.PolicyBundle = &capb.PolicyBundle{Generation: 1}
+	}
+	return m, nil
 }
 
 // newStream is one that is not connected to anything.
@@ -85,25 +119,86 @@ func TestPolicyOfAnOlderUpdateIsNotAnnounced(t *testing.T) {
 }
 
 func TestSilentCAIsGivenUp(t *testing.T) {
+	const s = time.Second
 	for name, tc := range map[string]struct {
-		words []time.Duration
-		want  time.Duration
+		words []word
+		want  error
+		after time.Duration
 	}{
-		"never says a word":        {nil, silence},
-		"speaks in time, then not": {[]time.Duration{15 * time.Second, 15 * time.Second, 30 * time.Second}, 60*time.Second + silence},
+		"never says a word":                    {nil, errSilent, 35 * s},
+		"does not say when":                    {[]word{{after: 15 * s}, {after: 15 * s}, {after: 30 * s}}, errSilent, 60*s + 35*s},
+		"hangs, with few agents":               {[]word{{0, 9 * s, false}, {9 * s, 9 * s, false}}, errHangs, 9*s + 15*s},
+		"hangs, with many agents":              {[]word{{0, 30 * s, false}}, errHangs, 36 * s},
+		"is late, but not so late, then hangs": {[]word{{0, 9 * s, false}, {12 * s, 9 * s, false}}, errHangs, 12*s + 15*s},
+		"would be silent for a day":            {[]word{{0, 24 * time.Hour, false}}, errHangs, longestWord + 6*s},
+		"says what makes no sense":             {[]word{{0, -s, false}}, errSilent, 35 * s},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				log := slog.New(slog.DiscardHandler)
 				begun := time.Now()
-				st := newStream(log)
+				st := newStream(slog.New(slog.DiscardHandler))
 				st.node = &scriptedNode{words: tc.words}
 				err := st.follow(t.Context())
-				if !errors.Is(err, errSilent) {
-					t.Errorf("error = %v; want %v", err, errSilent)
+				if !errors.Is(err, tc.want) {
+					t.Errorf("error = %v; want %v", err, tc.want)
 				}
-				if took := time.Since(begun); took != tc.want {
-					t.Errorf("given up after %v; want %v", took, tc.want)
+				if took := time.Since(begun); took != tc.after {
+					t.Errorf("given up after %v; want %v", took, tc.after)
+				}
+			})
+		})
+	}
+}
+
+// One that is late for hours, but answers, is busy: to leave it would make it busier.
+func TestCAThatAnswersIsKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		st := newStream(slog.New(slog.DiscardHandler))
+		node := &scriptedNode{answers: true, within: 9 * time.Second, words: []word{{within: 9 * time.Second}}}
+		st.node = node
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour-time.Second)
+		defer cancel()
+		if err := st.follow(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("error = %v; want the stream to go on", err)
+		}
+		if n := node.asks.Load(); n != 359 { // one in 10 s
+			t.Errorf("it was asked %d times; want 359", n)
+		}
+	})
+}
+
+func TestTimeThatItTakesToApplyIsNoSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begun := time.Now()
+		st := newStream(slog.New(slog.DiscardHandler))
+		st.cfg.OnPolicyBundle = func(*capb.PolicyBundle) { time.Sleep(time.Hour) }
+		st.node = &scriptedNode{words: []word{{within: 9 * time.Second, policy: true}}}
+		if err := st.follow(t.Context()); !errors.Is(err, errHangs) || time.Since(begun) != time.Hour+15*time.Second {
+			t.Errorf("given up after %v: %v", time.Since(begun), err)
+		}
+	})
+}
+
+// An agent whose revocations may not grow old hears of them in time from a CA that speaks
+// seldom.
+func TestAgentThatHasToHearAsks(t *testing.T) {
+	for name, set := range map[string]func(*Config){
+		"revocations": func(c *Config) { c.RevocationMaxAge, c.PolicyStaleAfter = 30*time.Second, time.Hour },
+		"policy":      func(c *Config) { c.RevocationMaxAge, c.PolicyStaleAfter = time.Hour, 30*time.Second },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				st := newStream(slog.New(slog.DiscardHandler))
+				set(&st.cfg)
+				node := &scriptedNode{answers: true, within: 40 * time.Second, words: []word{{within: 40 * time.Second}}}
+				st.node = node
+				ctx, cancel := context.WithTimeout(t.Context(), time.Hour-time.Second)
+				defer cancel()
+				if err := st.follow(ctx); !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("error = %v; want the stream to go on", err)
+				}
+				if n := node.asks.Load(); n != 359 { // one in 10 s
+					t.Errorf("it was asked %d times; want 359", n)
 				}
 			})
 		})

@@ -1,5 +1,5 @@
-// The Sync stream: what the CA pushes comes in, acknowledgements go out, and
-// silence is noticed, as is a replica that cannot reach its store.
+// The Sync stream: what the CA pushes comes in, acknowledgements and questions go out,
+// and a replica that cannot reach its store is noticed.
 
 package caclient
 
@@ -16,9 +16,6 @@ import (
 )
 
 const (
-	// silence is how long a stream may say nothing: the CA speaks at least
-	// every 15 s, so two words are missing by then.
-	silence = 35 * time.Second
 	// firstWord is how long a replica may take to say something, where there
 	// are others.
 	firstWord = 15 * time.Second
@@ -31,10 +28,7 @@ const (
 	ackPause = 20 * time.Millisecond
 )
 
-var (
-	errSilent = fmt.Errorf("the CA has said nothing for %v", silence)
-	errNoWord = errors.New("the CA does not say anything, and there are others")
-)
+var errNoWord = errors.New("the CA does not say anything, and there are others")
 
 // stream is one Sync stream and what came on it.
 type stream struct {
@@ -60,8 +54,9 @@ func (s *stream) follow(ctx context.Context) error {
 	defer cancel(nil)
 	stop := s.watch(cancel)
 	defer stop()
-	watchdog := time.AfterFunc(silence, func() { cancel(errSilent) })
-	defer watchdog.Stop()
+	quiet := &silence{ask: s.askAgain, most: s.hearWithin(), stop: cancel}
+	quiet.expect(0)
+	defer quiet.hear()
 	stream, err := s.node.Sync(ctx)
 	if err != nil {
 		return fmt.Errorf("open the Sync stream: %w", causeOr(ctx, err))
@@ -87,10 +82,11 @@ func (s *stream) follow(ctx context.Context) error {
 			return fmt.Errorf("follow the Sync stream: %w", causeOr(ctx, err))
 		}
 		stop()
-		watchdog.Reset(silence)
+		quiet.hear()
 		if err := s.take(ctx, m); err != nil {
 			return err
 		}
+		quiet.expect(m.GetNextWithin().AsDuration())
 	}
 }
 
@@ -184,7 +180,13 @@ func (c *Client) ack(picture *cache.Cache) *capb.SyncAck {
 	return &capb.SyncAck{Revision: revision, TrustBundleSequence: sequence, PolicyGeneration: c.cfg.PolicyGeneration()}
 }
 
-// sendAcks tells the CA what the node serves, whenever that grew, asks it for the time
+// askAgain asks the CA whether it is there.
+func (s *stream) askAgain() {
+	s.clock.want()
+	signal(s.ackAgain)
+}
+
+// sendAcks tells the CA what the node serves, whenever that grew, asks it
 // where that is wanted, and ends the stream when the agent has a new SVID.
 func (s *stream) sendAcks(ctx context.Context, cancel context.CancelCauseFunc, up *upward, last *capb.SyncAck) {
 	for {

@@ -45,13 +45,25 @@ func (ca *CA) Nest(upstreamAge time.Duration) {
 func (ca *CA) Beat() {
 	ca.mu.Lock()
 	defer ca.mu.Unlock()
+	m := ca.beat()
+	for ch := range ca.streams {
+		ch <- m
+	}
+}
+
+func (ca *CA) heartbeat() *capb.SyncResponse {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	return ca.beat()
+}
+
+// beat is what Beat says. mu is held.
+func (ca *CA) beat() *capb.SyncResponse {
 	m := &capb.SyncResponse{Revision: ca.revision, Synced: true, SentAt: timestamppb.Now()}
 	if ca.cutOff {
 		m.Revision, m.Stale = ca.frozen, true
 	}
-	for ch := range ca.streams {
-		ch <- m
-	}
+	return m
 }
 
 // Jump sets the store's revision, as a restored backup would.

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -26,8 +27,15 @@ func (ca *CA) Sync(stream capb.Node_SyncServer) error {
 	}
 	var receiving sync.WaitGroup
 	defer receiving.Wait()
+	asked := make(chan uint64, 1)
 	receiving.Go(func() {
 		for m := first; ; {
+			if ask := m.GetAsk(); ask > 1 { // the first is answered by whatever is said first
+				select {
+				case asked <- ask:
+				default:
+				}
+			}
 			ca.mu.Lock()
 			if m.GetAck() != nil {
 				ca.acks = append(ca.acks, m.GetAck())
@@ -55,20 +63,35 @@ func (ca *CA) Sync(stream capb.Node_SyncServer) error {
 		delete(ca.streams, changes)
 	}()
 	for _, m := range listing {
-		if err := stream.Send(m); err != nil {
+		if err := say(stream, m, 0); err != nil {
 			return err
 		}
 	}
 	for {
+		var m *capb.SyncResponse
+		var answers uint64
 		select {
 		case <-stream.Context().Done():
 			return stream.Context().Err()
-		case m := <-changes:
-			if err := stream.Send(m); err != nil {
-				return err
-			}
+		case m = <-changes:
+		case answers = <-asked:
+			m = ca.heartbeat()
+		}
+		if err := say(stream, m, answers); err != nil {
+			return err
 		}
 	}
+}
+
+// nextWithin is what the CA promises, and does not keep: it says something when there is
+// news, and when it is asked.
+const nextWithin = 5 * time.Second
+
+// say sends m, which other streams have too.
+func say(stream capb.Node_SyncServer, m *capb.SyncResponse, answers uint64) error {
+	m = proto.CloneOf(m)
+	m.NextWithin, m.Answers = durationpb.New(nextWithin), answers
+	return stream.Send(m)
 }
 
 // look notes what an agent has seen, and answers as it was told.

@@ -169,10 +169,10 @@ func (c *crowd) beat() {
 func (p *pulse) beatAll() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for i, due := range p.groups {
-		if due != nil {
-			close(due)
-			p.groups[i] = nil
+	for i := range p.groups {
+		if g := &p.groups[i]; g.due != nil {
+			close(g.due)
+			g.due = nil
 		}
 	}
 }

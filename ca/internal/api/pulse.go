@@ -1,6 +1,8 @@
 // The pulse of the Sync streams: which of them speaks when there is no news. With a
 // clock of its own for each, ten thousand streams wake the process a thousand times a
-// second, and most of what that costs is the waking. So they are woken in groups.
+// second, and most of what that costs is the waking. So they are woken in groups; and
+// where there are many, less often: each message tells its agent when the next one comes
+// at the latest.
 
 package api
 
@@ -10,22 +12,38 @@ import (
 )
 
 const (
-	// heartbeat stays below the 15 s that node.proto promises, and below the 10 s of
-	// silence after which an agent asks whether the CA's process lives.
+	// heartbeat is for a CA with few agents, which learn within 15 s that its process
+	// hangs (agent/internal/caclient/silence.go).
 	heartbeat = 9 * time.Second
+	// longestHeartbeat is as long as an agent should take to notice that. What it holds
+	// grows no older than it may: an agent that has to hear more often asks.
+	longestHeartbeat = 40 * time.Second
+	// beatsPerSecond is how many heartbeats a second the CA says before it says them less
+	// often.
+	beatsPerSecond = 250
 	// pulseGroups are small enough that nobody who has news waits for a beat.
 	pulseGroups = 36
 )
+
+// beatEvery is how long each of so many streams waits for its next heartbeat.
+func beatEvery(streams int) time.Duration {
+	return min(max(heartbeat, time.Duration(streams)*time.Second/beatsPerSecond), longestHeartbeat)
+}
 
 // pulse is safe for concurrent use. Its zero value is one without streams.
 type pulse struct {
 	mu sync.Mutex
 	// guarded by mu
-	groups  [pulseGroups]chan struct{} // each closed at its next beat; nil: nobody waits
-	joined  int                        // streams that ever joined, which are dealt out in turn
+	groups  [pulseGroups]group
+	joined  int // streams that ever joined, which are dealt out in turn
 	members int
-	beating bool
-	next    int // the group whose turn it is
+}
+
+// group is guarded by pulse.mu.
+type group struct {
+	due     chan struct{} // closed at the next beat; nil: nobody waits
+	members int
+	every   time.Duration // the next beat comes no later from now; 0: the group rests
 }
 
 // place is that of one stream, which is in a group.
@@ -40,41 +58,53 @@ func (p *pulse) join() place {
 	defer p.mu.Unlock()
 	p.members++
 	p.joined++
-	if !p.beating {
-		p.beating = true
-		time.AfterFunc(heartbeat/pulseGroups, p.beat)
+	at := place{p, p.joined % pulseGroups}
+	g := &p.groups[at.group]
+	g.members++
+	if g.every == 0 {
+		g.every = beatEvery(p.members)
+		// Not all groups at the same time, also where all agents came at the same time.
+		p.beatIn(g.every*time.Duration(at.group+1)/pulseGroups, at.group)
 	}
-	return place{p, p.joined % pulseGroups}
+	return at
 }
 
-// beat wakes the next group, for as long as there are streams.
-func (p *pulse) beat() {
+func (p *pulse) beatIn(wait time.Duration, group int) {
+	time.AfterFunc(wait, func() { p.beat(group) })
+}
+
+// beat wakes a group, for as long as there are streams in it.
+func (p *pulse) beat(group int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.beating = p.members > 0; !p.beating {
+	g := &p.groups[group]
+	if g.members == 0 {
+		g.every = 0
 		return
 	}
-	if due := p.groups[p.next]; due != nil {
-		close(due)
-		p.groups[p.next] = nil
+	if g.due != nil {
+		close(g.due)
+		g.due = nil
 	}
-	p.next = (p.next + 1) % pulseGroups
-	time.AfterFunc(heartbeat/pulseGroups, p.beat)
+	g.every = beatEvery(p.members)
+	p.beatIn(g.every, group)
 }
 
-// due is closed at the next beat of the stream's group.
-func (at place) due() <-chan struct{} {
+// next is closed at the next beat of the stream's group, which comes within the
+// duration.
+func (at place) next() (<-chan struct{}, time.Duration) {
 	at.pulse.mu.Lock()
 	defer at.pulse.mu.Unlock()
-	group := &at.pulse.groups[at.group]
-	if *group == nil {
-		*group = make(chan struct{})
+	g := &at.pulse.groups[at.group]
+	if g.due == nil {
+		g.due = make(chan struct{})
 	}
-	return *group
+	return g.due, g.every
 }
 
 func (at place) leave() {
 	at.pulse.mu.Lock()
 	defer at.pulse.mu.Unlock()
 	at.pulse.members--
+	at.pulse.groups[at.group].members--
 }

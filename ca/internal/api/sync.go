@@ -168,7 +168,7 @@ func (f *follower) push(ctx context.Context, ended <-chan error) error {
 	s, feed, caller := f.Service, f.feed, f.caller
 	at := s.pulse.join()
 	defer at.leave()
-	beat := at.due()
+	beat, within := at.next()
 	expiry := time.NewTimer(time.Until(caller.Peer.NotAfter))
 	defer expiry.Stop()
 	var keeping sync.WaitGroup
@@ -180,7 +180,7 @@ func (f *follower) push(ctx context.Context, ended <-chan error) error {
 		case <-feed.Due():
 		case <-f.question:
 		case <-beat:
-			beat = at.due()
+			beat, within = at.next()
 			if ack, ok := feed.Acked(); ok && s.registry.AckDue(caller.Agent.ID, ack.TrustBundleSequence) {
 				// Beside: a slow store must not hold up what is pushed.
 				keeping.Go(func() { f.keepAck(ctx) })
@@ -212,6 +212,7 @@ func (f *follower) push(ctx context.Context, ended <-chan error) error {
 			}
 			msg.Answers = f.asked.Load() // before the time, which is the answer
 			msg.SentAt, msg.Stale = timestamppb.Now(), reach.stale
+			msg.NextWithin = durationpb.New(within)
 			msg.Opening, f.opening = f.opening, nil
 			if s.opts.UpstreamAge != nil {
 				msg.UpstreamAge = durationpb.New(s.opts.UpstreamAge(time.Now()))

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"iter"
 	"os"
 	"slices"
@@ -32,8 +33,9 @@ var ErrDropped = errors.New("the audit log does not go back so far")
 func Lines(path string, first uint64) iter.Seq2[Line, error] {
 	return func(yield func(Line, error) bool) {
 		first := max(first, 1)
+		files := finder{path: path}
 		for {
-			next, more, err := readSegment(path, first, yield)
+			next, more, err := files.read(first, yield)
 			if err != nil {
 				yield(Line{}, err)
 				return
@@ -44,6 +46,35 @@ func Lines(path string, first uint64) iter.Seq2[Line, error] {
 			first = next // in the file after that, or in this one's new name
 		}
 	}
+}
+
+// finder finds the file of a record. It lists the folder, which can have thousands, only
+// for one that it does not know.
+type finder struct {
+	path  string
+	later []segment // after the one that was read last
+}
+
+func (f *finder) read(first uint64, yield func(Line, error) bool) (next uint64, more bool, err error) {
+	if len(f.later) > 0 && f.later[0].first == first {
+		name := f.later[0].path
+		f.later = f.later[1:]
+		if next, more, err = readSegment(name, first, yield); !errors.Is(err, fs.ErrNotExist) {
+			return next, more, err
+		}
+	}
+	for range 2 { // a file may get its other name meanwhile
+		var name string
+		var last bool
+		if name, f.later, last, err = segmentOf(f.path, first); err != nil {
+			return first, false, err
+		}
+		next, more, err = readSegment(name, first, yield)
+		if err != nil || !more || next > first || last {
+			return next, more, err
+		}
+	}
+	return first, false, fmt.Errorf("read %s: record %d is missing", f.path, first)
 }
 
 // Recent reads the last n records, or all if there are not so many.
@@ -86,39 +117,36 @@ func Begin(path string) (uint64, error) {
 	return h.Seq, nil
 }
 
-// segmentOf is the file that holds record seq, if it is there.
-func segmentOf(path string, seq uint64) (string, error) {
+// segmentOf is the file that holds record seq, if it is there, and those after it that
+// are written no more. In the last one with records none may be found: it is the next.
+func segmentOf(path string, seq uint64) (name string, later []segment, last bool, err error) {
 	segments, err := rotated(path)
 	if err != nil {
-		return "", err
+		return "", nil, false, err
 	}
 	file, err := os.Open(path)
 	if err != nil {
-		return "", err
+		return "", nil, false, err
 	}
 	defer file.Close()
 	h, err := firstOf(file)
 	if err != nil {
-		return "", fmt.Errorf("read %s: %w", path, err)
+		return "", nil, false, fmt.Errorf("read %s: %w", path, err)
 	}
 	if h != nil && h.Seq <= seq || h == nil && len(segments) == 0 {
-		return path, nil
+		return path, nil, true, nil
 	}
-	for _, s := range slices.Backward(segments) {
+	for i, s := range slices.Backward(segments) {
 		if s.first <= seq {
-			return s.path, nil
+			return s.path, segments[i+1:], h == nil && i == len(segments)-1, nil
 		}
 	}
-	return "", fmt.Errorf("%w: record %d", ErrDropped, seq)
+	return "", nil, false, fmt.Errorf("%w: record %d", ErrDropped, seq)
 }
 
 // readSegment yields the lines from first on in the file that holds it, and
 // says which comes next, and whether anybody wants it.
-func readSegment(path string, first uint64, yield func(Line, error) bool) (next uint64, more bool, err error) {
-	name, err := segmentOf(path, first)
-	if err != nil {
-		return first, false, err
-	}
+func readSegment(name string, first uint64, yield func(Line, error) bool) (next uint64, more bool, err error) {
 	file, err := os.Open(name)
 	if err != nil {
 		return first, false, err

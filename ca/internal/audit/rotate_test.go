@@ -214,3 +214,44 @@ func TestNothingIsDroppedBeforeACheckpointCountsIt(t *testing.T) {
 		t.Errorf("later: the log begins with record %d, %v", first, err)
 	}
 }
+
+// Files that a reader has listed are dropped under it, or one is lost.
+func TestFilesThatGoUnderAReader(t *testing.T) {
+	for name, tt := range map[string]struct {
+		gone []int
+		want string
+	}{
+		"the oldest, by retention": {[]int{0, 1, 2}, ErrDropped.Error()},
+		"one of them":              {[]int{2}, "record 3 is missing"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "audit.jsonl")
+			l := openSigned(t, path, testKey(t), Options{MaxAge: 24 * time.Hour})
+			for range 4 {
+				l.writer.since = time.Now().Add(-4 * time.Hour)
+				appendRecord(t, l, Record{Type: Issue})
+			}
+			segments, err := rotated(path)
+			if err != nil || len(segments) != 3 {
+				t.Fatalf("%d old files, %v; want three", len(segments), err)
+			}
+			var read []uint64
+			for line, lineErr := range Lines(path, 1) {
+				if err = lineErr; err != nil {
+					break
+				}
+				if read = append(read, line.Seq); line.Seq != 2 {
+					continue
+				}
+				for _, i := range tt.gone {
+					if err := os.Remove(segments[i].path); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			if err == nil || !strings.Contains(err.Error(), tt.want) || len(read) != 2 {
+				t.Errorf("read %d, then %v; want two records and %q", read, err, tt.want)
+			}
+		})
+	}
+}
