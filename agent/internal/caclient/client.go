@@ -320,13 +320,14 @@ func (c *Client) session(ctx context.Context, picture *cache.Cache, address stri
 	if err != nil {
 		return false, err
 	}
-	cc, err := dial(address, credentials.NewTLS(c.toCA(picture)))
+	l := &link{address: address, dial: func(other string) (*grpc.ClientConn, error) {
+		return dial(other, credentials.NewTLS(c.toCA(picture)))
+	}}
+	cc, err := dial(address, listening{credentials.NewTLS(c.toCA(picture)), &l.reads})
 	if err != nil {
 		return false, err
 	}
-	l := &link{cc: cc, address: address, dial: func(other string) (*grpc.ClientConn, error) {
-		return dial(other, credentials.NewTLS(c.toCA(picture)))
-	}}
+	l.cc = cc
 	// The stream belongs to this SVID; a newer one opens its own.
 	drain(c.gotOwn)
 	st := stream{Client: c, picture: picture, node: capb.NewNodeClient(cc), link: l, patient: patient, clock: newClock()}

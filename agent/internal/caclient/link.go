@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -55,6 +56,7 @@ type link struct {
 	address string
 	dial    func(address string) (*grpc.ClientConn, error) // another replica
 	calls   sync.WaitGroup
+	reads   atomic.Uint64 // how often something came on it
 }
 
 // links is which connection calls use. It is safe for concurrent use.

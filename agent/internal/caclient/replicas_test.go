@@ -219,6 +219,9 @@ func TestPathThatSwallowsEverythingIsLeft(t *testing.T) {
 	paths := []*fakeca.Path{fakeca.NewPath(t, ca.Address), fakeca.NewPath(t, second.Address)}
 	a := run(t, newDir(t), ca, paths[0].Address, paths[1].Address)
 	first := a.follows()
+	if a.links.current().reads.Load() == 0 {
+		t.Error("what comes on the connection is not noticed")
+	}
 	for _, p := range paths {
 		if p.Address == first {
 			p.Swallow()

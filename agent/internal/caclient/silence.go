@@ -1,6 +1,6 @@
 // Silence of the CA. With each message it says when the next one comes at the latest,
 // sooner where it has few agents (ca/internal/api/pulse.go). When none has come the agent
-// asks: a process that does not answer even then hangs. Nobody pings while all is well,
+// asks: a process that does not answer even then, and of which not a byte comes, hangs. Nobody pings while all is well,
 // which is what ten thousand agents would cost the CA most; but an agent that may not
 // hold old revocations for long asks as often as it has to.
 
@@ -10,32 +10,37 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"google.golang.org/grpc/credentials"
 )
 
 const (
 	// untold is when the next message comes of a CA that does not say (Merlon before
 	// next_within), and longestWord the latest that is believed.
 	untold, longestWord = 15 * time.Second, time.Minute
-	// A message that is overdue for so long is asked for, and the answer has to come in
-	// answerWithin.
+	// A message that is overdue for so long is asked for, and something has to come in
+	// answerWithin: the answer, or more of a message that is long on its way.
 	overdue, answerWithin = time.Second, 5 * time.Second
-	// grace is beyond two messages in a row that are missing: then the stream is left also
-	// if nobody could ask.
+	// grace is beyond two messages in a row that are missing: then the stream is left
+	// whatever else comes.
 	grace = 5 * time.Second
 )
 
 var (
 	errSilent = errors.New("the CA has said nothing for too long")
-	errHangs  = fmt.Errorf("the CA has not said what it was to say by now, and does not answer within %v: its process hangs", answerWithin)
+	errHangs  = fmt.Errorf("the CA has not said what it was to say by now, and nothing comes within %v of asking: its process hangs", answerWithin)
 )
 
 // silence watches one stream. It is safe for concurrent use.
 type silence struct {
-	ask  func()
-	most time.Duration           // to wait before it asks, whatever the CA says
-	stop context.CancelCauseFunc // of the stream
+	ask   func()
+	reads *atomic.Uint64          // how often something came on the connection
+	most  time.Duration           // to wait before it asks, whatever the CA says
+	stop  context.CancelCauseFunc // of the stream
 
 	mu sync.Mutex // guards what follows
 	// heard counts what was heard, so that a timer that fires late means nothing.
@@ -54,7 +59,7 @@ func (s *silence) expect(within time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.rest()
-	s.timers = append(s.timers, time.AfterFunc(2*within+grace, func() { s.stop(errSilent) }))
+	s.timers = append(s.timers, time.AfterFunc(2*max(within, untold)+grace, func() { s.stop(errSilent) }))
 	if told {
 		heard := s.heard
 		s.timers = append(s.timers, time.AfterFunc(min(within+overdue, s.most), func() { s.wonder(heard) }))
@@ -63,14 +68,27 @@ func (s *silence) expect(within time.Duration) {
 
 // wonder asks, unless more was heard since.
 func (s *silence) wonder(heard int) {
-	s.mu.Lock()
-	if s.heard != heard {
-		s.mu.Unlock()
-		return
+	if s.listen(heard, s.reads.Load()) {
+		s.ask()
 	}
-	s.timers = append(s.timers, time.AfterFunc(answerWithin, func() { s.stop(errHangs) }))
-	s.mu.Unlock()
-	s.ask()
+}
+
+// listen gives the CA time for as long as something comes, and says whether more was to
+// be heard.
+func (s *silence) listen(heard int, reads uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.heard != heard {
+		return false
+	}
+	s.timers = append(s.timers, time.AfterFunc(answerWithin, func() {
+		if now := s.reads.Load(); now != reads {
+			s.listen(heard, now)
+		} else {
+			s.stop(errHangs)
+		}
+	}))
+	return true
 }
 
 // hear ends the wait: a message has come. What it takes to apply it is not the CA's
@@ -88,6 +106,38 @@ func (s *silence) rest() {
 		t.Stop()
 	}
 	s.timers = s.timers[:0]
+}
+
+// listening are credentials of connections that count what comes on them.
+type listening struct {
+	credentials.TransportCredentials
+	reads *atomic.Uint64
+}
+
+// ClientHandshake implements credentials.TransportCredentials.
+func (l listening) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := l.TransportCredentials.ClientHandshake(ctx, authority, raw)
+	if err != nil {
+		return nil, nil, err
+	}
+	return listened{conn, l.reads}, info, nil
+}
+
+// Clone implements credentials.TransportCredentials.
+func (l listening) Clone() credentials.TransportCredentials {
+	return listening{l.TransportCredentials.Clone(), l.reads}
+}
+
+type listened struct {
+	net.Conn
+	reads *atomic.Uint64
+}
+
+// Read implements net.Conn.
+func (c listened) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.reads.Add(1)
+	return n, err
 }
 
 // hearWithin is how often the CA has to be heard of so that nothing is too old, with room

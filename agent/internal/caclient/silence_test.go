@@ -167,6 +167,44 @@ func TestCAThatAnswersIsKept(t *testing.T) {
 	})
 }
 
+// What comes may be long on its way: a message of megabytes, by a link that is slow.
+func TestMessageThatIsLongOnItsWayIsNoSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begun := time.Now()
+		st := newStream(slog.New(slog.DiscardHandler))
+		st.node = &scriptedNode{words: []word{{within: 9 * time.Second}, {after: 30 * time.Second, within: 9 * time.Second}}}
+		go func() {
+			for range 7 { // until second 28
+				time.Sleep(4 * time.Second)
+				st.link.reads.Add(1)
+			}
+		}()
+		if err := st.follow(t.Context()); !errors.Is(err, errHangs) || time.Since(begun) != 45*time.Second {
+			t.Errorf("given up after %v: %v; want 45 s, 15 after the second message", time.Since(begun), err)
+		}
+	})
+}
+
+// Something comes for ever, and it is never a message.
+func TestBytesWithoutAMessageAreSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		begun := time.Now()
+		st := newStream(slog.New(slog.DiscardHandler))
+		st.node = &scriptedNode{words: []word{{within: 9 * time.Second}}}
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() {
+			for ; ctx.Err() == nil; time.Sleep(time.Second) {
+				st.link.reads.Add(1)
+			}
+		}()
+		if err := st.follow(ctx); !errors.Is(err, errSilent) || time.Since(begun) != 35*time.Second {
+			t.Errorf("given up after %v: %v; want 35 s", time.Since(begun), err)
+		}
+		cancel()
+		time.Sleep(2 * time.Second)
+	})
+}
+
 func TestTimeThatItTakesToApplyIsNoSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		begun := time.Now()

@@ -54,7 +54,7 @@ func (s *stream) follow(ctx context.Context) error {
 	defer cancel(nil)
 	stop := s.watch(cancel)
 	defer stop()
-	quiet := &silence{ask: s.askAgain, most: s.hearWithin(), stop: cancel}
+	quiet := &silence{ask: s.askAgain, reads: &s.link.reads, most: s.hearWithin(), stop: cancel}
 	quiet.expect(0)
 	defer quiet.hear()
 	stream, err := s.node.Sync(ctx)
