@@ -13,7 +13,9 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"merlon.dev/agent/agentpb"
 	"merlon.dev/policy"
 	"merlon.dev/sdk/svid"
 )
@@ -41,6 +43,29 @@ func TestClockJumpsMakeNothingFreshOrStale(t *testing.T) {
 			t.Errorf("after a jump of %d s an old version does not decide for %v", jump, lag)
 		}
 		time.Jump(0)
+	}
+}
+
+// A clock that is a year ahead for a while, and hears of another revocation then, must not
+// have the SDK forget those of before it was.
+func TestRevocationsOutliveAClockThatJumps(t *testing.T) {
+	peer := &svid.Peer{ID: spiffeid.RequireFromString("spiffe://sdktest.test/web")}
+	id := &Identity{conns: newConnTable(slog.New(slog.DiscardHandler)), log: slog.New(slog.DiscardHandler)}
+	id.ready.init()
+	id.current.Store(&current{trust: new(svid.Trust)})
+	hear := func(path string) {
+		id.revoke(t.Context(), &agentpb.WatchResponse{Revocations: []*agentpb.Revocation{{
+			Subject:   &agentpb.Revocation_SpiffeId{SpiffeId: "spiffe://sdktest.test" + path},
+			ExpiresAt: timestamppb.New(time.Now().Add(25 * time.Hour)),
+		}}})
+	}
+	hear("/web")
+	time.Jump(365 * 24 * hour)
+	id.pruned = time.Time{} // a while ago
+	hear("/orders")
+	time.Jump(0)
+	if !id.isRevoked(&liveConn{peer: peer}) {
+		t.Error("a revocation is forgotten")
 	}
 }
 

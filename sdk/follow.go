@@ -31,8 +31,8 @@ import (
 const silence = 45 * time.Second
 
 // keepRevocations is how long revocations are kept after the last X509-SVID has ended
-// that they can concern: by a clock which is ahead, and will be set right, that may be
-// still to come.
+// that they can concern: by a clock which was ahead from the start, and will be set right,
+// that may be still to come.
 const keepRevocations = 24 * time.Hour
 
 // pruneEvery is how often they are looked through for such.
@@ -298,7 +298,7 @@ func (id *Identity) revoke(ctx context.Context, res *agentpb.WatchResponse) {
 		known = known.With(records...)
 	}
 	if now := time.Now(); now.Sub(id.pruned) >= pruneEvery {
-		known, id.pruned = known.Prune(now.Add(-keepRevocations)), now
+		known, id.pruned = known.Prune(svid.Earliest(begun, now).Add(-keepRevocations)), now
 	}
 	id.revocations.Store(known)
 	id.ready.haveRevocations()

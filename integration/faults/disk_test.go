@@ -36,7 +36,7 @@ func losePower(r *run) {
 	cutPower(r, w, disk, r.size(3, 200))
 	failSyncs(r, w)
 	w.Rest()
-	damageStore(r, w, r.size(4, 400))
+	damageStore(r, w, disk, r.size(4, 400))
 	if r.full {
 		r.number("store", goTest(r, "ca/internal/store/crashtest", "TestNothingIs|TestDamagedBadger", "MERLON_SWEEP=2000"))
 	}
@@ -81,7 +81,7 @@ func failSyncs(r *run, w *faults.World) {
 
 // damageStore damages copies of the store: a CA starts on one only if everything
 // that was acknowledged is in it.
-func damageStore(r *run, w *faults.World, times int) {
+func damageStore(r *run, w *faults.World, disk *stage.LossyDisk, times int) {
 	store, whole := filepath.Join(w.Data(), "store"), filepath.Join(r.TempDir(), "whole")
 	w.CA.Stop()
 	copyOf(r, whole, store)
@@ -97,6 +97,7 @@ func damageStore(r *run, w *faults.World, times int) {
 	refused := 0
 	for range times {
 		copyOf(r, store, whole)
+		disk.Sync() // or the disk keeps, for the next loss, all copies before
 		what := damage(r, w, store)
 		if !startsOn(r, w, what, want) {
 			refused++

@@ -213,13 +213,12 @@ func sizeOf(name string, pid int, health string) (size history.Size, err error) 
 	if err != nil {
 		return size, err
 	}
-	if fields := strings.Fields(string(statm)); len(fields) > 1 {
-		pages, err := strconv.ParseUint(fields[1], 10, 64)
-		if err != nil {
-			return size, err
-		}
-		size.Resident = pages * uint64(os.Getpagesize())
+	var program, resident, shared uint64 // pages
+	if _, err := fmt.Sscan(string(statm), &program, &resident, &shared); err != nil {
+		return size, fmt.Errorf("read what %s takes: %w", name, err)
 	}
+	// Without pages of files, such as tables of the store: the kernel takes them back.
+	size.Resident = (resident - shared) * uint64(os.Getpagesize())
 	if health != "" {
 		size.Goroutines, err = goroutines(health)
 	}

@@ -347,9 +347,24 @@ func (r *Revocations) Len() int {
 	return r.count
 }
 
+// Earliest is the earliest that it can be at now, for a process that runs since begun:
+// no later than its wall clock says, and no later than it said then and has passed since.
+// What is forgotten for its age is forgotten by that. A wall clock that jumps ahead, and
+// is set right, would bring back to life what was revoked (SECURITY.md T41).
+func Earliest(begun, now time.Time) time.Time {
+	return earliest(begun.Round(0), now.Round(0), now.Sub(begun))
+}
+
+func earliest(begun, now time.Time, passed time.Duration) time.Time {
+	if steady := begun.Add(passed); steady.Before(now) {
+		return steady
+	}
+	return now
+}
+
 // Prune gives the set without the records that no living SVID can be concerned
-// by any more, which costs as much as to make it anew where there are any. The
-// receiver does not change.
+// by any more at now (see Earliest), which costs as much as to make it anew where there
+// are any. The receiver does not change.
 func (r *Revocations) Prune(now time.Time) *Revocations {
 	expired := func(rec Revocation) bool { return !rec.ExpiresAt.IsZero() && !rec.ExpiresAt.After(now) }
 	if r == nil || r.first.IsZero() || r.first.After(now) {

@@ -83,6 +83,7 @@ type Cache struct {
 	connected bool             // the CA's stream is open and has said synced
 	stale     bool             // … by a replica that cannot reach its store
 	ban       *svid.Revocation // by the CA's word, that it serves this node no more
+	begun     time.Time        // when this was made
 	pruned    time.Time        // when revocations were looked through last
 	expiries  map[string]*time.Timer
 	closed    bool
@@ -96,7 +97,7 @@ func New(o Options) *Cache {
 		entries: map[string]*Entry{}, names: newNames(), index: newIndex(),
 		subs: map[*Subscription]struct{}{}, bySel: map[string]map[*Subscription]struct{}{}, blind: map[workload.Kinds]map[*Subscription]struct{}{},
 		behind: map[uint64]int{}, slots: map[slotKey]*slot{}, slotsOf: map[string]map[*slot]struct{}{}, kept: map[string]StoredSVID{}, expiries: map[string]*time.Timer{},
-		feed: newFeed(), jwts: newTokens(), asking: &jwtQueue{authority: o.Authority},
+		begun: time.Now(), feed: newFeed(), jwts: newTokens(), asking: &jwtQueue{authority: o.Authority},
 	}
 	if c.onID == nil {
 		c.onID = func(spiffeid.ID) {}

@@ -155,7 +155,7 @@ func (c *Cache) revoke(added []svid.Revocation) {
 	}
 	all := c.revocations.Load().With(added...)
 	if now := time.Now(); now.Sub(c.pruned) >= pruneEvery {
-		all, c.pruned = all.Prune(now), now
+		all, c.pruned = all.Prune(svid.Earliest(c.begun, now)), now
 	}
 	c.revocations.Store(all)
 	c.feed.add(added)
@@ -165,7 +165,7 @@ func (c *Cache) revoke(added []svid.Revocation) {
 
 // replaceRevocations makes all the whole set. c.mu is held.
 func (c *Cache) replaceRevocations(all []svid.Revocation) {
-	set := svid.NewRevocations(all).Prune(time.Now())
+	set := svid.NewRevocations(all).Prune(svid.Earliest(c.begun, time.Now()))
 	c.revocations.Store(set)
 	c.feed.reset()
 	c.dropRevoked(set)
