@@ -219,11 +219,12 @@ func Denials(h *history.History) (found []string) {
 }
 
 // Sizes is I6. What a process may have more than before is for what it may cache, for the
-// revocations that were made, which every process holds until no SVID can be concerned, and
-// for tables of the store: up to 15 that are not merged yet, and one for each 2 MiB.
+// entries that are left and the revocations that were made, which it holds until no SVID
+// can be concerned, and for tables of the store: up to 15 that are not merged yet, and one
+// for each 2 MiB.
 func Sizes(h *history.History) (found []string) {
 	const files, tables, goroutines = 8, 64, 16
-	resident := uint64(64<<20 + 3<<10*h.Final.Revocations)
+	resident := uint64(64<<20 + 3<<10*h.Final.Revocations + 4<<10*len(h.Final.Entries))
 	for _, g := range h.Growths {
 		b, a := g.Before, g.After
 		if a.Files > b.Files+files || a.Tables > b.Tables+tables || a.Goroutines > b.Goroutines+goroutines || a.Resident > b.Resident+b.Resident/2+resident {

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -145,6 +146,8 @@ func TestHistories(t *testing.T) {
 		"I6 files":                          {history.History{Growths: []history.Growth{{Before: history.Size{Files: 20}, After: history.Size{Files: 40}}}}, "grew"},
 		"I6 goroutines":                     {history.History{Growths: []history.Growth{{Before: history.Size{Goroutines: 20}, After: history.Size{Goroutines: 40}}}}, "grew"},
 		"I6 memory for revocations":         {history.History{Final: history.Final{Revocations: 40_000}, Growths: []history.Growth{{Before: history.Size{Resident: 50 << 20}, After: history.Size{Resident: 200 << 20}}}}, ""},
+		"I6 memory for entries":             {history.History{Final: history.Final{Entries: entries(40_000)}, Growths: []history.Growth{{Before: history.Size{Resident: 50 << 20}, After: history.Size{Resident: 240 << 20}}}}, ""},
+		"I6 memory beside entries":          {history.History{Final: history.Final{Entries: entries(1000)}, Growths: []history.Growth{{Before: history.Size{Resident: 50 << 20}, After: history.Size{Resident: 240 << 20}}}}, "grew"},
 		"I6 memory beside revocations":      {history.History{Final: history.Final{Revocations: 1000}, Growths: []history.Growth{{Before: history.Size{Resident: 50 << 20}, After: history.Size{Resident: 200 << 20}}}}, "grew"},
 		"I5 a revocation without a record":  {history.History{Ops: []history.Op{op(history.Revoke, "w", a, 1, 2, history.OK)}, Logs: logs(attested)}, "no record of revoke"},
 		"I6 memory":                         {history.History{Growths: []history.Growth{{Before: history.Size{Resident: 50 << 20}, After: history.Size{Resident: 500 << 20}}}}, "grew"},
@@ -266,4 +269,13 @@ func TestWhatIsTakenAwayShows(t *testing.T) {
 			}
 		}
 	})
+}
+
+// entries are n that nobody deleted.
+func entries(n int) map[string]string {
+	all := make(map[string]string, n)
+	for i := range n {
+		all[strconv.Itoa(i)] = "spiffe://td.test/w/" + strconv.Itoa(i)
+	}
+	return all
 }
