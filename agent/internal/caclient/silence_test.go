@@ -152,19 +152,24 @@ func TestSilentCAIsGivenUp(t *testing.T) {
 
 // One that is late for hours, but answers, is busy: to leave it would make it busier.
 func TestCAThatAnswersIsKept(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		st := newStream(slog.New(slog.DiscardHandler))
-		node := &scriptedNode{answers: true, within: 9 * time.Second, words: []word{{within: 9 * time.Second}}}
-		st.node = node
-		ctx, cancel := context.WithTimeout(t.Context(), time.Hour-time.Second)
-		defer cancel()
-		if err := st.follow(ctx); !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("error = %v; want the stream to go on", err)
-		}
-		if n := node.asks.Load(); n != 359 { // one in 10 s
-			t.Errorf("it was asked %d times; want 359", n)
-		}
-	})
+	synctest.Test(t, func(t *testing.T) { asksEveryTenSeconds(t, 9*time.Second, func(*Config) {}) })
+}
+
+// asksEveryTenSeconds follows a CA that answers, and else says nothing, for an hour.
+func asksEveryTenSeconds(t *testing.T, promised time.Duration, set func(*Config)) {
+	t.Helper()
+	st := newStream(slog.New(slog.DiscardHandler))
+	set(&st.cfg)
+	node := &scriptedNode{answers: true, within: promised, words: []word{{within: promised}}}
+	st.node = node
+	ctx, cancel := context.WithTimeout(t.Context(), time.Hour-time.Second)
+	defer cancel()
+	if err := st.follow(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("error = %v; want the stream to go on", err)
+	}
+	if n := node.asks.Load(); n != 359 {
+		t.Errorf("it was asked %d times; want 359", n)
+	}
 }
 
 // What comes may be long on its way: a message of megabytes, by a link that is slow.
@@ -225,20 +230,7 @@ func TestAgentThatHasToHearAsks(t *testing.T) {
 		"policy":      func(c *Config) { c.RevocationMaxAge, c.PolicyStaleAfter = time.Hour, 30*time.Second },
 	} {
 		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				st := newStream(slog.New(slog.DiscardHandler))
-				set(&st.cfg)
-				node := &scriptedNode{answers: true, within: 40 * time.Second, words: []word{{within: 40 * time.Second}}}
-				st.node = node
-				ctx, cancel := context.WithTimeout(t.Context(), time.Hour-time.Second)
-				defer cancel()
-				if err := st.follow(ctx); !errors.Is(err, context.DeadlineExceeded) {
-					t.Errorf("error = %v; want the stream to go on", err)
-				}
-				if n := node.asks.Load(); n != 359 { // one in 10 s
-					t.Errorf("it was asked %d times; want 359", n)
-				}
-			})
+			synctest.Test(t, func(t *testing.T) { asksEveryTenSeconds(t, 40*time.Second, set) })
 		})
 	}
 }
