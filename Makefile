@@ -87,7 +87,7 @@ reconnect: ## an agent that comes back to a CA with ENTRIES entries (take 100000
 
 AGENTS ?= 10000
 REST ?= 60s
-scale: ## one CA with up to ENTRIES entries (default 1000000) and AGENTS agents (default 10000), into integration/scale/results; a quarter of an hour, quiet
+scale: ## one CA with up to ENTRIES entries (default 1000000) and AGENTS agents (default 10000), into integration/scale/results; twenty minutes, quiet
 	MERLON_SCALE_AGENTS=$(AGENTS) MERLON_SCALE_ENTRIES=$(ENTRIES) MERLON_SCALE_REST=$(REST) go test -count 1 -timeout 6h -v ./integration/scale
 
 FUZZTIME ?= 30s
